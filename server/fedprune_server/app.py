@@ -55,10 +55,10 @@ from fedprune_server.web.observer import ConsoleObserver, check_console, check_f
 from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
 from fedprune_server.web.state import status
 from fedprune_server.web.state.admin_executor import AdminExecutor
+from fedprune_server.web.state.membership_poller import MembershipPoller
 from fedprune_server.web.state.order_handler import OrderHandler
 from fedprune_server.web.state.order_queue import OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
-from fedprune_server.web.state.surroundings import SurroundingsPoller
 
 log = logging.getLogger("fedprune.server")
 
@@ -365,7 +365,7 @@ def _console(
         members = IdentityStore(reader)
         executor = AdminExecutor(config.state, config.console_releases)
         rollouts = RolloutStore(config.state, reader, read_only=True)
-    poller = SurroundingsPoller(members, rollouts, tuple if executor is None else executor.names)
+    poller = MembershipPoller(members, rollouts, tuple if executor is None else executor.names)
     stack.callback(poller.close)
     poller.start()
     from fedprune_server.web.auth.accounts import Accounts  # needs the extra

@@ -69,6 +69,7 @@ class DeviceRegistry:
         limit: How many devices there may ever be; names cost a stranger nothing, but memory and disk here.
         outsiders: Devices that couldn't be planned for before this start of the server.
         clock: Seconds since 1970.
+        prefix: Begins lines of the log about a device, where there are several jobs.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class DeviceRegistry:
         limit: int = 1000,
         outsiders: Mapping[str, Mapping[str, Any]] | None = None,
         clock: Callable[[], float] = time.time,
+        *,
+        prefix: str = "",
     ) -> None:
         self._job = job
         self._architecture = architecture
@@ -96,8 +99,7 @@ class DeviceRegistry:
         """Numbers in a submodel, by its widths."""
         self.moved: dict[str, tuple[int, int]] = {}
         """Payload bytes to and from devices for which they have changed since they were saved."""
-        self.prefix = ""
-        """The prefix of a line about a device in one of several jobs."""
+        self.prefix = prefix
         self.clones = CloneDetector()
         self._to_devices = defaultdict[str, LostPieces](LostPieces)
         self._from_devices = defaultdict[str, LostPieces](LostPieces)

@@ -137,10 +137,8 @@ class JobRunner:
             self._executor = BackgroundExecutor(job.worker)
         self.registry = DeviceRegistry(
             job.job, job.architecture, job.state, job.storage.traffic(), max_devices, job.storage.outsiders(),
-            site.clock,
+            site.clock, prefix=f"{job.job.name}: " if job.beside_others else "",
         )  # fmt: skip
-        if job.beside_others:
-            self.registry.prefix = f"{job.job.name}: "
         self._shipping = BucketSync(job.store)
         near = self._shipping.near
         self._place = services.blobs.uploads(self._shipping)

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp
 from fedprune.core.errors import FedpruneError
 from fedprune_server.process.child_side import end_with_parent, reply_stream
 from fedprune_server.web.app import make_app
-from fedprune_server.web.auth.middleware import Surroundings
+from fedprune_server.web.auth.middleware import Exposure
 from fedprune_server.web.connections import Connections
 from fedprune_server.web.context import Console, make_console
 from fedprune_server.web.database import FILE, ConsoleDatabase
@@ -66,7 +66,7 @@ def listening_socket(address: str, port: int) -> socket.socket:
 def serve(settings: ConsoleSettings, replies: BinaryIO) -> None:
     """Serve until the process ends, sending signs of life to `replies`."""
     folder = Path(settings.folder)
-    around = Surroundings(settings.certificate is not None, settings.proxied, settings.hosts)
+    around = Exposure(settings.certificate is not None, settings.proxied, settings.hosts)
     with ConsoleDatabase(folder / FILE) as database:
         console = make_console(FleetView(folder / status.FILE, settings.orders), database, around)
         app = make_app(console)

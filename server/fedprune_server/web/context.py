@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.auth.accounts import Accounts
-from fedprune_server.web.auth.middleware import Surroundings
+from fedprune_server.web.auth.middleware import Exposure
 from fedprune_server.web.auth.sessions import Session, Sessions
 from fedprune_server.web.auth.throttle import Throttle
 from fedprune_server.web.database import ConsoleDatabase
@@ -29,13 +29,13 @@ class Console:
     audit: Audit
     orders: OrderService
     streams: Streams
-    around: Surroundings = field(default_factory=Surroundings)
+    around: Exposure = field(default_factory=Exposure)
 
 
 def make_console(
     view: FleetView,
     database: ConsoleDatabase,
-    around: Surroundings | None = None,
+    around: Exposure | None = None,
     hasher: PasswordHasher | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Console:
@@ -49,7 +49,7 @@ def make_console(
         audit,
         OrderService(view, audit, database, clock),
         Streams(),
-        around or Surroundings(),
+        around or Exposure(),
     )
 
 

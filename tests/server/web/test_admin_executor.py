@@ -23,8 +23,8 @@ from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import database_of
 from fedprune_server.web.state.admin_executor import MOST, AdminExecutor
+from fedprune_server.web.state.membership_poller import Member, MembershipPoller, PollResult
 from fedprune_server.web.state.order_queue import EXPIRED, Answer, Order
-from fedprune_server.web.state.surroundings import Member, Seen, SurroundingsPoller
 from support.fakes.members import certified, serials_of
 from support.fakes.runtime_releases import make_release
 from support.waiting import until
@@ -64,15 +64,15 @@ def test_a_board_is_let_in_by_the_fingerprint_that_it_shows_and_by_no_other(
     key, other = asks(state, "attic"), asks(state, "attic")
     with database_of(state, read_only=True) as database:
         store = IdentityStore(database)
-        poller = SurroundingsPoller(store)
-        assert poller.seen() == Seen(frozenset({"attic"}), None, ())
+        poller = MembershipPoller(store)
+        assert poller.latest() == PollResult(frozenset({"attic"}), None, ())
         wrong = ordered(executor, "approve", device="attic", key="0000-0000-0000-0000")
         assert (wrong.ok, "no key with this fingerprint waits as attic" in wrong.text) == (False, True)
         assert store.members() == {}
         right = ordered(executor, "approve", device="attic", key=f" {key.fingerprint.upper()}")
         assert (right.ok, right.text) == (True, f"attic is approved with key {key.fingerprint}")
         assert set(store.members()) == {"attic"}
-        poller.seen()
+        poller.latest()
         assert poller.member("attic") == Member("member")
     assert not ordered(executor, "approve", device="attic", key=key.fingerprint).ok, "it waits no longer"
     assert other.fingerprint != key.fingerprint
@@ -116,7 +116,7 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, executor:
             """What is told, once a server that was restarted has looked."""
             if server:
                 RolloutCoordinator(store, lambda *_: None).connected(True)
-            told = SurroundingsPoller(rollouts=seen).seen()
+            told = MembershipPoller(rollouts=seen).latest()
             assert told is not None
             found, *_ = told.rollouts or ()
             return found

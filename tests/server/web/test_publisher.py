@@ -29,15 +29,16 @@ from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.observer import ConsoleObserver
 from fedprune_server.web.state import order_handler, rows
 from fedprune_server.web.state.admin_executor import AdminExecutor
+from fedprune_server.web.state.membership_poller import Member, MembershipPoller
 from fedprune_server.web.state.order_handler import OrderHandler
 from fedprune_server.web.state.order_queue import INTERRUPTED, Order, OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
 from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
-from fedprune_server.web.state.surroundings import Member, SurroundingsPoller
 from support.fakes.fleet import Air, Fleet, Watcher
 from support.fakes.several_jobs import SeveralJobs, named
 from support.fakes.shown_jobs import SEEN, show
 from support.fakes.tiny_job import JOB
+from support.waiting import until
 
 SITE = {
     "version": "1", "site": "default", "started_at": 5.0, "broker": "mqtt://h", "database": "sqlite", "blobs": "folder",
@@ -165,7 +166,7 @@ def test_a_server_that_was_started_again_publishes_the_same(tmp_path: Path) -> N
 def test_a_view_is_whole_once_all_devices_are_published_however_busy_they_are(tmp_path: Path) -> None:
     fleet, moments = Fleet(tmp_path, JOB), iter(range(10_000))
     # Of a clock that leaps there is time for one batch in each call.
-    _, console = watched(fleet, poller=SurroundingsPoller(MANY), monotonic=lambda: 60.0 * next(moments))
+    _, console = watched(fleet, poller=MembershipPoller(MANY), monotonic=lambda: 60.0 * next(moments))
     whole = []
     for _ in range(8):
         console.flush()
@@ -186,14 +187,22 @@ def test_a_row_that_is_wrong_costs_no_other(tmp_path: Path) -> None:
 
 
 def test_a_view_is_not_whole_before_members_are_known(tmp_path: Path) -> None:
-    fleet, found = Fleet(tmp_path, JOB), SurroundingsPoller(MANY)
-    seen, found.seen = found.seen, lambda: None  # type: ignore[method-assign]
-    _, console = watched(fleet, poller=found)
+    ready = threading.Event()
+
+    class Slow(Many):
+        def version(self) -> str:
+            assert ready.wait(30)
+            return "1"
+
+    slow: Any = Slow()
+    poller = MembershipPoller(slow)
+    _, console = watched(Fleet(tmp_path, JOB), poller=poller)
+    poller.start()
     console.flush(10)
     assert (console.view.ready, console.view.whole) == (True, False)
-    found.seen = seen  # type: ignore[method-assign]
-    console.flush(3)
-    assert console.view.whole
+    ready.set()
+    until(lambda: (console.flush(), console.view.whole)[1])
+    poller.close()
 
 
 def test_where_nothing_has_changed_nothing_is_published_but_that_the_server_runs(tmp_path: Path) -> None:

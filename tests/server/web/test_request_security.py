@@ -9,7 +9,7 @@ import pytest
 from starlette.routing import Mount
 
 from fedprune_server.web.app import make_app, make_routes
-from fedprune_server.web.auth.middleware import HEADERS, OPEN, STATIC, Surroundings, safe_path
+from fedprune_server.web.auth.middleware import HEADERS, OPEN, STATIC, Exposure, safe_path
 from support.fakes.console_browser import PASSWORD, Browser, trial
 
 JSON = {"content-type": "application/json"}
@@ -55,7 +55,7 @@ def test_cookies_are_kept_from_scripts_and_other_sites(tmp_path: Path) -> None:
     assert all(
         "HttpOnly" in c and "samesite=strict" in c.lower() for c in plain.login(here.console, "viewer").cookies()
     )
-    here.console.around = Surroundings(tls=True)
+    here.console.around = Exposure(tls=True)
 
     browser = Browser(make_app(here.console), secure=True)
     found = browser.login(here.console, "viewer").cookies()
@@ -197,14 +197,14 @@ def test_no_path_leads_out_of_the_static_files(tmp_path: Path, path: str) -> Non
     "host", ["evil.example", "evil.example:8470", "127.0.0.1.evil.example", "", "a b", "[::1", "x" * 3000]
 )
 def test_a_name_that_was_made_to_point_here_is_refused(tmp_path: Path, host: str) -> None:
-    here = trial(tmp_path, around=Surroundings(hosts=("fleet.example",)))
+    here = trial(tmp_path, around=Exposure(hosts=("fleet.example",)))
     assert here.browser(host=host).get("/login").status == 421
     for known in ("fleet.example:8470", "localhost:8470", "192.0.2.7", "[::1]:8470"):
         assert here.browser(host=known).get("/login").status == 200
 
 
 def test_a_proxy_is_believed_only_where_there_is_one(tmp_path: Path) -> None:
-    here = trial(tmp_path, around=Surroundings(proxied=True))
+    here = trial(tmp_path, around=Exposure(proxied=True))
     headers = {"x-forwarded-for": "10.0.0.1, 203.0.113.9", "x-forwarded-proto": "https"}
     here.browser().ask("GET", "/login", headers=headers)
     reply = here.browser().ask("GET", "/login", headers=headers)

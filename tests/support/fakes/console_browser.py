@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 from argon2 import PasswordHasher
 
 from fedprune_server.web.app import make_app
-from fedprune_server.web.auth.middleware import Surroundings
+from fedprune_server.web.auth.middleware import Exposure
 from fedprune_server.web.context import Console, make_console
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.state.order_queue import Answer, Order, answering, read_order
@@ -171,7 +171,7 @@ class Trial:
 def trial(
     folder: Path,
     devices: int = 20,
-    around: Surroundings | None = None,
+    around: Exposure | None = None,
     clock: Callable[[], float] = time.time,
     allowed: str = "all",
 ) -> Trial:

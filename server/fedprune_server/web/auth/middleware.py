@@ -55,7 +55,7 @@ HEADERS = {
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class Exposure:
     """How browsers reach a console.
 
     Attributes:
@@ -84,10 +84,10 @@ class _TooLongError(Exception):
 class SecurityMiddleware:
     """Passes requests to the application, with `session` (or None), `address` and `secure` in their state."""
 
-    def __init__(self, app: ASGIApp, sessions: Sessions, surroundings: Surroundings) -> None:
+    def __init__(self, app: ASGIApp, sessions: Sessions, exposure: Exposure) -> None:
         self._app = app
         self._sessions = sessions
-        self._around = surroundings
+        self._exposure = exposure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -121,9 +121,9 @@ class SecurityMiddleware:
     def _client(self, scope: Scope, headers: Headers) -> tuple[str, bool]:
         """The browser's address, and whether the connection uses TLS."""
         client = scope.get("client")
-        address, secure = (client[0] if client else "unknown"), self._around.tls
+        address, secure = (client[0] if client else "unknown"), self._exposure.tls
         found = address_of(address)
-        if self._around.proxied and (address == "localhost" or (found is not None and found.is_loopback)):
+        if self._exposure.proxied and (address == "localhost" or (found is not None and found.is_loopback)):
             # Only the last entry is the proxy's; clients can send the ones before it.
             address = headers.get("x-forwarded-for", "").rpartition(",")[2].strip() or address
             secure = secure or headers.get("x-forwarded-proto", "").strip().lower() == "https"
@@ -139,7 +139,7 @@ class SecurityMiddleware:
         length = headers.get("content-length")
         if length is not None and (not length.isdecimal() or int(length[:12]) > MAX_BODY):
             return 413, f"at most {MAX_BODY} bytes"
-        token = cookie_parser(headers.get("cookie", "")[:8192]).get(self._around.cookie)
+        token = cookie_parser(headers.get("cookie", "")[:8192]).get(self._exposure.cookie)
         session = state["session"] = self._sessions.find(token)
         state["token"] = token if session is not None else None
         if session is None and path not in OPEN and not path.startswith(STATIC):
@@ -158,7 +158,9 @@ class SecurityMiddleware:
     def _called_well(self, host: str) -> bool:
         """Whether a browser uses an address or a known name: another site can point any other name here."""
         name = host_of(f"//{host}") if host and _plain(host) else None
-        return name is not None and (name == "localhost" or name in self._around.hosts or address_of(name) is not None)
+        return name is not None and (
+            name == "localhost" or name in self._exposure.hosts or address_of(name) is not None
+        )
 
     async def _refuse(self, send: Send, path: str, status: int, text: str) -> None:
         headers = [(b"content-type", b"application/json")]

@@ -19,9 +19,9 @@ from fedprune_server.observation.observer import DevicesChanged, RoundEnded, Tur
 from fedprune_server.observation.snapshot import DeviceSnapshot, FleetSnapshot, JobSnapshot
 from fedprune_server.web.state import rows
 from fedprune_server.web.state.logs import LogTap
+from fedprune_server.web.state.membership_poller import Member, MembershipPoller
 from fedprune_server.web.state.records import AlertStatus, PublishedJob, Record, Rollouts, Site
 from fedprune_server.web.state.status import StatusWriter, encoded
-from fedprune_server.web.state.surroundings import Member, SurroundingsPoller
 
 BUDGET_S = 0.02
 """Time of the server's loop that collecting devices may take in each call."""
@@ -48,7 +48,7 @@ class StatusPublisher:
         site: Mapping[str, Any],
         writer: StatusWriter,
         *,
-        poller: SurroundingsPoller | None = None,
+        poller: MembershipPoller | None = None,
         alerts: AlertBook | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -56,7 +56,7 @@ class StatusPublisher:
         self._jobs: dict[str, JobSnapshot] = {}
         self._fleet = FleetSnapshot()
         self._site, self._writer = dict(site), writer
-        self._poller = poller or SurroundingsPoller()
+        self._poller = poller or MembershipPoller()
         self._alerts = alerts or AlertBook()
         self._clock, self._monotonic = clock, monotonic
         self.tap = LogTap(self._knows)
@@ -157,7 +157,7 @@ class StatusPublisher:
             held = set(self._fleet.quarantined)
             self.changed(held | self._held)
             self._held = held
-        seen = self._poller.seen()
+        seen = self._poller.latest()
         if seen is not None:
             self._looked = True
             self.changed(seen.changed)

@@ -13,8 +13,8 @@ from fedprune.core.validation import is_number
 from fedprune.jobs.state import Progress
 from fedprune.wire.fleet_messages import COMMITTED
 from fedprune_server.observation.snapshot import DeviceSnapshot
+from fedprune_server.web.state.membership_poller import Member
 from fedprune_server.web.state.records import FinishedRound
-from fedprune_server.web.state.surroundings import Member
 
 _SLOT = re.compile(r"\bslot ([ab])\b(?: with release (\d{1,10})\b)?")
 _VERSION = re.compile(r"([A-Za-z][A-Za-z0-9_.-]{0,39})[ /]v?(\d[A-Za-z0-9.+_-]{0,39})")

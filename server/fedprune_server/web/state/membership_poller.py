@@ -47,7 +47,7 @@ class Member(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seen:
+class PollResult:
     """Devices that have changed, the latest rollouts (None if unchanged), and releases that can be rolled out."""
 
     changed: frozenset[str]
@@ -55,7 +55,7 @@ class Seen:
     releases: tuple[str, ...]
 
 
-class SurroundingsPoller:
+class MembershipPoller:
     """Reads members and rollouts when they have changed: on a thread once it is started, until then when it is asked.
 
     Args:
@@ -79,7 +79,7 @@ class SurroundingsPoller:
         self._changed: set[str] = set()
         self._rows: tuple[dict[str, Any], ...] | None = None
         self._releases: tuple[str, ...] = ()
-        self._has_looked = False
+        self._has_polled = False
         self._error: FedpruneError | None = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -101,22 +101,22 @@ class SurroundingsPoller:
 
     def start(self) -> None:
         """Look every few seconds from now on, on a thread."""
-        self._thread = threading.Thread(target=self._run, name="fedprune-surroundings", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="fedprune-members", daemon=True)
         self._thread.start()
 
-    def seen(self) -> Seen | None:
+    def latest(self) -> PollResult | None:
         """What the looks since the last call have found; None where there was none. Raises what one has raised, and
         keeps what others have found for the next call."""
         if self._thread is None:
-            self._look()
+            self._poll()
         with self._result:
             error, self._error = self._error, None
             if error is not None:
                 raise error
-            if not self._has_looked:
+            if not self._has_polled:
                 return None
-            seen = Seen(frozenset(self._changed), self._rows, self._releases)
-            self._changed, self._rows, self._has_looked = set(), None, False
+            seen = PollResult(frozenset(self._changed), self._rows, self._releases)
+            self._changed, self._rows, self._has_polled = set(), None, False
             return seen
 
     def close(self) -> None:
@@ -127,22 +127,22 @@ class SurroundingsPoller:
 
     def _run(self) -> None:
         while not self._over.is_set():
-            self._look()
+            self._poll()
             self._over.wait(SWEEP_S)
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         try:
-            self._look_at_members()
+            self._poll_members()
             if not self._over.is_set():  # else its database may be closed by now
-                self._look_at_rollouts()
+                self._poll_rollouts()
             with self._result:
-                self._has_looked = True
+                self._has_polled = True
         except FedpruneError as error:
             self._error = error
         except Exception as error:  # noqa: BLE001 - it must not end the thread
             self._error = StorageError(f"members and rollouts: {type(error).__name__}: {reason(error)}")
 
-    def _look_at_members(self) -> None:
+    def _poll_members(self) -> None:
         if self._members is None or (version := self._members.version()) == self._versions[0]:
             return
         before, self._memberships = self._memberships, _memberships(self._members)
@@ -150,7 +150,7 @@ class SurroundingsPoller:
         with self._result:
             self._changed |= _differences(before, self._memberships)
 
-    def _look_at_rollouts(self) -> None:
+    def _poll_rollouts(self) -> None:
         if self._rollouts is None:
             return
         version = self._rollouts.version()

@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.core.errors import StorageError
 from fedprune_server.enrollment.store import APPROVED, Device
-from fedprune_server.web.state.surroundings import Seen, SurroundingsPoller
+from fedprune_server.web.state.membership_poller import MembershipPoller, PollResult
 from support.waiting import until
 
 
@@ -47,34 +47,34 @@ class Rollouts:
 
 def test_rollouts_that_could_not_be_read_are_looked_at_again() -> None:
     rollouts: Any = Rollouts()
-    poller = SurroundingsPoller(None, rollouts, lambda: ("release-2",))
+    poller = MembershipPoller(None, rollouts, lambda: ("release-2",))
     with pytest.raises(StorageError, match="busy"):
-        poller.seen()
-    assert poller.seen() == Seen(frozenset(), (), ("release-2",))
-    assert poller.seen() == Seen(frozenset(), None, ("release-2",))
+        poller.latest()
+    assert poller.latest() == PollResult(frozenset(), (), ("release-2",))
+    assert poller.latest() == PollResult(frozenset(), None, ("release-2",))
 
 
 def test_nobody_waits_for_a_disk_and_what_has_changed_is_told_though_a_look_failed() -> None:
     slow: Any = Memberships()
     failing: Any = Rollouts()
-    poller = SurroundingsPoller(slow, failing)
+    poller = MembershipPoller(slow, failing)
     poller.start()
     try:
-        assert poller.seen() is None  # at once, while the disk is busy
+        assert poller.latest() is None  # at once, while the disk is busy
         slow.ready.set()
         with pytest.raises(StorageError, match="busy"):
-            until(poller.seen)
-        seen = until(poller.seen)
+            until(poller.latest)
+        seen = until(poller.latest)
         assert seen is not None
         assert (seen.changed, seen.rollouts) == ({"board-1", "board-2"}, ())
     finally:
         poller.close()
-    assert not any(t.name == "fedprune-surroundings" for t in threading.enumerate())
+    assert not any(t.name == "fedprune-members" for t in threading.enumerate())
 
 
 def test_a_look_that_is_under_way_at_the_end_opens_nothing_more() -> None:
     rollouts: Any = Rollouts()
-    poller = SurroundingsPoller(None, rollouts)
+    poller = MembershipPoller(None, rollouts)
     poller.close()
-    assert poller.seen() == Seen(frozenset(), None, ())
+    assert poller.latest() == PollResult(frozenset(), None, ())
     assert rollouts.looks == 0
