@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 
 from fedprune.aggregation.client_update import ClientUpdate, norm
 from fedprune.aggregation.robust import Direction, centre, clipped, standing_out
-from fedprune.core.errors import ConfigError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import DeltaMean, Mean
-from fedprune.strategies.methods.robust import Robust, Robustness, robust
+from fedprune.strategies.methods.robust import Robust, Robustness
 from fedprune.strategies.values import Report, Scene
 from support.fakes.strategy_reports import close, close_fold, report, scene
 from support.fakes.strategy_rounds import NET
@@ -191,12 +190,6 @@ def test_clipped_updates_are_no_longer_than_asked_and_point_the_same_way(
             assert all(np.allclose(after[n], factor * before[n], atol=1e-6) for n in before)
 
 
-@given(rounds())
-def test_a_clip_that_binds_nobody_changes_no_bit(case: tuple[Scene, list[Report]]) -> None:
-    at, reports = case
-    assert identical(close(Robust(Mean(), Robustness(clip=1e6)), at, reports).model, close(Mean(), at, reports).model)
-
-
 def _fleet(spoil: dict[str, Tensors]) -> tuple[Scene, list[Report]]:
     """Seven honest updates in one direction with noise, and what others make of it."""
     architecture = _net()
@@ -297,16 +290,6 @@ def test_clipping_to_the_median_leaves_the_shorter_half() -> None:
     assert all(np.allclose(got[n], base[n] + (0.01 + 0.02 + 0.02) / 3, atol=1e-6) for n in base)
 
 
-def test_whom_the_inner_aggregator_rejects_is_told_so_too() -> None:
-    base = model(_net(), 0)
-    spoil = {d: {n: np.full_like(v, s) for n, v in base.items()} for d, s in (("far", 1.0), ("back", -0.01))}
-    at, reports = _fleet(spoil)
-    both = Robust(Robust(Mean(), Robustness(check="norm")), Robustness(check="cosine"))
-    closing = close(both, at, reports)
-    assert set(closing.rejected) == {"far", "back"}
-    assert identical(closing.model, close(Mean(), at, reports[:-2]).model)
-
-
 @pytest.mark.parametrize("kind", CENTRES)
 def test_tiny_statistics_that_nobody_holds_keep_their_bits(kind: str) -> None:
     """Sums hold 2^-52 and more: a variance of 10^-12 would come back rounded."""
@@ -342,23 +325,3 @@ def test_the_centre_of_many_is_what_sorting_gives(devices: int, size: int, seed:
         else:
             expected.append(np.median(mine) if kind == "median" else mine[cut : len(mine) - cut].mean())
     assert np.allclose(centre(values, kind, trim), expected, rtol=1e-6, atol=1e-7)
-
-
-def test_without_the_option_the_aggregator_stays_as_it_is() -> None:
-    inner = Mean()
-    assert robust(inner, None) is inner
-    assert robust(inner, {"clip": "median"}) == Robust(inner, Robustness(clip="median"))
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ({"clip": -1}, "robust.clip"),
-        ({"centre": "krum"}, "robust.centre"),
-        ({"trim": 0.5}, "robust.trim"),
-        ([], "job.options.robust: expected"),
-    ],
-)
-def test_wrong_settings_are_named(body: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        robust(Mean(), body)

@@ -114,19 +114,6 @@ def test_codes_give_the_bits_of_a_plain_fold_of_coded_differences(seed: int, boa
     assert masked.weight == boards
 
 
-def test_codes_whose_weights_are_float32_numbers_give_the_bits_of_the_fold_itself() -> None:
-    base = {n: np.round(v * 64).astype(np.float32) / np.float32(64) for n, v in model(ARCHITECTURE, 3).items()}
-    masked, grid = coded(base, dict.fromkeys(TRAINED, -10), 3)
-    plain, vectors = Fold(ARCHITECTURE, base), []
-    for i in range(3):
-        new = trained(Selection.full(ARCHITECTURE), base, i, scale=0.02)
-        vector, left = grid.form.encode(new, base)
-        vectors.append(vector)
-        plain.add(Selection.full(ARCHITECTURE), {n: v - left[n] if n in left else v for n, v in new.items()}, 1)
-    masked.take([grid.sums(total(grid, vectors), 3, base)])
-    alike(plain, masked)
-
-
 def test_what_codes_leave_out_is_made_up_for_later() -> None:
     base = model(ARCHITECTURE, 5)
     _, grid = coded(base, dict.fromkeys(TRAINED, -6), 1)

@@ -114,23 +114,6 @@ def test_the_sum_is_the_survivors_or_there_is_none(case: Case) -> None:
         assert view.revealed() == [present["mask"]]
 
 
-def test_a_fifth_of_a_hundred_boards_may_drop_out_at_every_step() -> None:
-    """A hundred boards, of which a fifth of those that are left drops out before each of the four answers."""
-    session = Session(b"a fifth", 80, 41, 10, 10)
-    names, absent, left = NAMES[:100], {}, list(NAMES[:100])
-    random = np.random.default_rng(1)
-    for step in STEPS:
-        count = len(left) // 5
-        absent[step] = set(random.permutation(left)[:count].tolist())
-        left = [name for name in left if name not in absent[step]]
-    assert len(left) == 42
-    inputs = vectors(session, names)
-    cohort = MaskedCohort(session, names)
-    total = cohort.carry_out(inputs, absent)
-    assert len(cohort.collector.boards) == 52
-    assert same(total, summed([inputs[n] for n in cohort.collector.boards], session))
-
-
 # What the server's transcript tells
 
 

@@ -39,12 +39,6 @@ def test_nothing_to_clip_and_no_noise_leaves_every_bit() -> None:
         assert out[name].tobytes() == (update if name in TRAINED else received)[name].tobytes(), name
 
 
-def test_statistics_are_never_handed_in() -> None:
-    update, received = tensors(1), tensors(2)
-    out = noised(update, received, TRAINED, 0.5, 3.0, GaussianNoise.keyed(1))
-    assert all(np.array_equal(out[n], received[n]) for n in ("a.mean", "a.var"))
-
-
 @given(st.integers(0, 2**31), st.floats(1e-3, 1e3), st.floats(1e-2, 1e2))
 def test_what_is_too_long_is_as_long_as_the_bound_and_points_the_same_way(seed: int, clip: float, scale: float) -> None:
     update, received = tensors(seed, scale), tensors(seed + 1)
@@ -122,12 +116,6 @@ MANY = 200_000
 DRAWN = GaussianNoise.keyed("the tests' own").draw(MANY)
 
 
-def test_its_moments_are_those_of_a_standard_normal() -> None:
-    # Five standard errors of each moment: the key is fixed, so that this holds for good or never.
-    for power, moment, spread in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
-        assert abs(np.mean(DRAWN**power) - moment) < 5 * math.sqrt(spread / MANY), power
-
-
 def test_its_distribution_is_a_standard_normals() -> None:
     ordered = np.sort(DRAWN)
     normal = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in ordered])
@@ -147,13 +135,6 @@ def test_a_key_gives_the_same_deviates_and_another_one_others() -> None:
     assert not np.array_equal(GaussianNoise.secret().draw(9), GaussianNoise.secret().draw(9))
     source = GaussianNoise.keyed(2)
     assert not np.array_equal(source.draw(9), source.draw(9))
-
-
-@pytest.mark.parametrize("count", [0, 3])
-def test_as_many_are_drawn_as_are_asked_for(count: int) -> None:
-    drawn = GaussianNoise.keyed(count).draw(count)
-    assert drawn.shape == (count,)
-    assert np.isfinite(drawn).all()
 
 
 def test_a_short_key_is_refused() -> None:
@@ -200,8 +181,3 @@ def test_what_it_says_is_promised_and_grows_with_what_is_spent(cost: float, at: 
 def test_a_budget_is_a_cost_and_back(budget: float, at: float) -> None:
     most = most_cost(budget, at)
     assert epsilon(most, at) <= budget < epsilon(most * (1 + 1e-6) + 1e-12, at)
-
-
-def test_nothing_costs_nothing_and_no_noise_costs_all() -> None:
-    assert epsilon(0.0, 1e-5) == 0.0
-    assert epsilon(math.inf, 1e-5) == math.inf

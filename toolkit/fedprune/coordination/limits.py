@@ -1,31 +1,25 @@
 """Limits on how far a single update moves the next model.
 
 The mean of a round's updates has no protection of its own: one board that reports 10^15 samples, or weights at the edge
-of the accepted range, decides the result. Two limits hold by default. Both are relative to the round's own updates, so
-that they need no tuning:
+of the accepted range, decides the result. Limits are multiples of the round's own medians, so that they need no tuning;
+nothing that a board says of itself, its steps for example, lets it count for more.
 
-- Weight: n_k ← min(n_k, c · median_j n_j). By default c = 1, so that half of a round's boards count for as much as any
-  one: boards report their samples themselves.
-- Length: per tensor Δ_k ← Δ_k · min(1, limit / ‖Δ_k‖). Δ_k is the difference to the tensor that the board received,
-  and ‖Δ_k‖² its sum of squares, divided by the number of elements of the whole model's tensor. So a length tells how
-  far the update alone would move the model, whatever the board's width. Elements that a mask leaves out don't count.
+| what | bound | why |
+|---|---|---|
+| weight n_k | c · median_j n_j, by default c = 1 | half of a round's boards count for as much as any one |
+| length of an update | m · usual length, or it is shortened | an honest board may have more to learn than others |
+| length of a tensor | 2m · usual length, or it is shortened | tensors differ more between boards than updates do |
+| length of an update | 8m · median, or it is rejected | by the median, fewer than half can be rejected |
+| usual length | the median; 1 to 2 references | most boards soon move less, those with unlike data later |
+| reference, in a round | up to twice, down by 2^(1/20) | hostile rounds can't raise the limit without bound |
+| reference | 1/1024 to 1 of the tensor's scale | boards count in full ten rounds after quiet ones |
+| statistics' reference | no upper end, halves in a round | they are measured anew, and follow the data's scale |
+| one or two updates | multiples of the reference alone | they have no majority |
 
-Nothing that a board says of itself lets it count for more than these limits. The length of an honest update grows with
-its optimiser steps, but steps are the board's own word: one that claims a thousand times as many moves no further.
-
-An update that is far longer than the round's median is rejected. Only the round's own updates decide this, so that
-fewer than half of them are rejected, whatever earlier rounds were like. The other updates are shortened to a multiple
-of their median.
-
-For this multiple the median counts as at least once and at most twice a *reference*, which the job keeps from round to
-round and renews from all valid updates. In a round it at most doubles, and it takes 20 rounds to halve: most boards
-move less and less while the model learns their data, but a board with few channels or unlike data may still move as
-far as all did at first. The reference stays between 1/1024 of a tensor's scale and the scale itself: the root mean
-square of the initial tensor, but at least 1. So hostile rounds can't raise the limit without bound, and boards count
-in full again within ten rounds after quiet ones. Batch-norm statistics are measured again in each round instead of
-added up, and follow the scale of the data: their references have no upper end and may halve in a round, and their
-medians no lower one. A round of one or two updates has no majority: its limit is a multiple of the reference alone,
-which changes only as far as both updates agree. Updates without any change are left out of medians.
+m is the job's `move_limit`. A length is ‖Δ_k‖, the root of a change's sum of squares divided by the elements of the
+whole model's tensor: how far the update alone would move the model, whatever the board's width, without elements that a
+mask leaves out. A scale is the root mean square of the initial tensor, but at least 1. The job keeps references from
+round to round, and renews them from all valid updates; those without any change are left out of medians.
 """
 
 from __future__ import annotations
