@@ -13,6 +13,7 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
+from fedprune.coordination import events as on
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.jobs.job import Job
@@ -419,3 +420,24 @@ def test_a_running_job_may_begin_to_mask(model: Model, tmp_path: Path) -> None:
     fleet.job = replace(fleet.job, secure_aggregation=True)
     assert folded(fleet.run()) == [list(NAMES)] * 2
     assert fleet.of(Trained)
+
+
+def test_only_the_vector_that_a_board_has_announced_is_added(model: Model, tmp_path: Path) -> None:
+    fleet = SecureFleet(tmp_path / "secure", model, NAMES, secure_aggregation=True, rounds=1)
+    daemon = fleet.daemon()
+    sums, board = daemon.first._channel, fleet.board("c")
+    taken: list[bool] = []
+
+    def hears(message: SecureStep) -> SecureStep:
+        if message.step == "delivery":
+            other = fleet.store.put(b"masked for an earlier attempt").sha256
+            taken.append(sums.takes(on.UpdateStored("c", 1, message.attempt, other)))
+            taken.append(sums.takes(on.UpdateRejected("c", 1, message.attempt - 1, "it is too large")))
+        return message
+
+    board.spoil = hears
+    state = fleet.run_daemon(daemon)
+    assert not any(taken)
+    assert len(taken) >= 2
+    assert folded(state) == [list(NAMES)]
+    assert state.model == plain(tmp_path, model, rounds=1).model
