@@ -115,22 +115,19 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
         source: The model, where it is not `arguments.model`.
         name: What to call it where the command line doesn't say; an architecture is only equal under the same name.
     """
-    chosen: dict[str, Any] = {"name": arguments.name or name, "input_shape": arguments.input_shape}
-    chosen["token_ids"] = arguments.token_ids
-    if arguments.output is not None:
-        chosen["output"] = arguments.output
-    if arguments.prefer is not None:
-        chosen["prefer"] = arguments.prefer
-    if arguments.lora is not None:
-        chosen["lora"] = arguments.lora
-    if arguments.base_precision is not None:
-        chosen["base"] = arguments.base_precision
-    for name in ("loss", "metric"):
-        if (own := own_graph(arguments, name)) is not None:
-            chosen[name] = own
-    if arguments.parameters is not None:
-        chosen["parameters"] = _names_in(arguments.parameters)
-    return fx.load(arguments.model if source is None else source, **chosen)
+    return fx.load(
+        arguments.model if source is None else source,
+        name=arguments.name or name,
+        input_shape=arguments.input_shape,
+        token_ids=arguments.token_ids,
+        output=arguments.output,
+        parameters=None if arguments.parameters is None else _names_in(arguments.parameters),
+        prefer=arguments.prefer,
+        loss=own_graph(arguments, "loss"),
+        metric=own_graph(arguments, "metric"),
+        lora=arguments.lora,
+        base=arguments.base_precision,
+    )
 
 
 def add_profiles_option(parser: argparse.ArgumentParser) -> None:

@@ -282,21 +282,19 @@ def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     training_notes = metadata.training_notes(texts)
     said = [*metadata.note_of_tied(tied), *metadata.note_of_unused(unused), *training_notes]
     notes = tuple(dict.fromkeys([*said, *normal.notes, *found.notes]))
-    packing = {k: v for k, v in normal.graph.metadata.items() if k in (INPUTS_KEY, OUTPUTS_KEY, LENGTH, AXES_KEY)}
-    normal.graph.metadata = packing | {metadata.PARAMETERS_KEY: json.dumps(list(normal.parameters))}
-    if still:
-        normal.graph.metadata[metadata.FROZEN_KEY] = json.dumps(still)
-    if tied:
-        normal.graph.metadata[metadata.TIED_KEY] = json.dumps({normal.names.get(k, k): v for k, v in tied.items()})
-    if unused:
-        normal.graph.metadata[metadata.UNUSED_KEY] = json.dumps(unused)
     before = metadata.original_names(texts)
     names = {new: before.get(old, old) for old, new in normal.names.items() if new in normal.parameters}
     names |= {name: own for name, own in before.items() if name in normal.parameters and name not in names}
-    if names:
-        normal.graph.metadata[metadata.NAMES_KEY] = json.dumps(names)
-    if training_notes:
-        normal.graph.metadata[metadata.TRAINING_NOTES_KEY] = json.dumps(training_notes)
+    facts = {
+        metadata.PARAMETERS_KEY: list(normal.parameters),
+        metadata.FROZEN_KEY: still,
+        metadata.TIED_KEY: {normal.names.get(k, k): v for k, v in tied.items()},
+        metadata.UNUSED_KEY: unused,
+        metadata.NAMES_KEY: names,
+        metadata.TRAINING_NOTES_KEY: training_notes,
+    }
+    packing = {k: v for k, v in normal.graph.metadata.items() if k in (INPUTS_KEY, OUTPUTS_KEY, LENGTH, AXES_KEY)}
+    normal.graph.metadata = packing | {key: json.dumps(fact) for key, fact in facts.items() if fact}
     if chosen != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = chosen
     ranks = metadata.ranks(texts, found.architecture)

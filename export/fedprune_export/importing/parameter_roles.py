@@ -106,7 +106,7 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
         notes: Gets a sentence for every tensor that could be a weight and is taken for a constant, and one for all that
             could be constants and are taken for weights.
     """
-    consumers, made = graph.consumers(), _from_data(graph)
+    consumers, made = graph.consumers(), graph.from_data()
     source, producers = _still_input(graph, made), graph.producers()
     straight: list[str] = []
     guessed: list[str] = []
@@ -192,7 +192,7 @@ def note_scalars(graph: Graph, scalars: set[str], notes: list[str]) -> None:
 
     `scalars`: names of numbers that are taken for constants and could be weights.
     """
-    made, readers = _from_data(graph), graph.consumers()
+    made, readers = graph.from_data(), graph.consumers()
     used = [
         s
         for s in _in_order(graph)
@@ -210,15 +210,6 @@ def _still_input(graph: Graph, made: set[str]) -> set[str]:
         if data and data <= out and not node.domain and node.op in _ARITHMETIC | REARRANGEMENTS | {"Cast"}:
             out.update(o for o in node.outputs if o)
     return out
-
-
-def _from_data(graph: Graph) -> set[str]:
-    """Values that depend on the input."""
-    made = {p.name for p in graph.inputs}
-    for node in graph.nodes:
-        if made.intersection(node.inputs):
-            made.update(o for o in node.outputs if o)
-    return made
 
 
 def _uses(consumers: Mapping[str, list[tuple[Node, int]]], made: set[str], start: str) -> list[tuple[str, Node, int]]:

@@ -39,12 +39,8 @@ class Expressions:
 
     @classmethod
     def of(cls, graph: Graph, seen: Trace, constants: Container[str]) -> Expressions:
-        made = {p.name for p in graph.inputs}
-        for node in graph.nodes:
-            if made.intersection(node.inputs):
-                made.update(o for o in node.outputs if o)
         makers = {n.outputs[0]: n for n in graph.nodes if not n.domain and n.outputs[0]}
-        return cls(graph, seen, constants, makers, made)
+        return cls(graph, seen, constants, makers, graph.from_data())
 
     def made_by(self, value: str, *operators: str) -> Node | None:
         node = self.makers.get(value)

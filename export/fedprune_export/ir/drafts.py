@@ -152,6 +152,14 @@ class Draft:
                     out.setdefault(name, []).append((node, i))
         return out
 
+    def from_data(self) -> set[str]:
+        """The inputs, and all values that depend on them."""
+        out = {p.name for p in self.inputs}
+        for node in self.nodes:
+            if not out.isdisjoint(node.inputs):
+                out.update(o for o in node.outputs if o)
+        return out
+
     def rename(self, names: Mapping[str, str]) -> None:
         """Call values of nodes and initialisers by other names; ports keep theirs."""
         self.initializers = {names.get(k, k): v for k, v in self.initializers.items()}
