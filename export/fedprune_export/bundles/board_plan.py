@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,14 +112,11 @@ def plan(
     instance("probe", probe, (ProbeReport, NoneType), "a ProbeReport")
     instance("profiles", profiles, (list, tuple), "a list of folders")
     whole("samples", samples, 1)
-    if density is not None:
-        number("density", density, 0, 1, above=True)
     if bytes_per_round is not None:
         whole("bytes_per_round", bytes_per_round, 1)
-    if deadline_s is not None:
-        number("deadline_s", deadline_s, 0, above=True)
-    if joules_per_round is not None:
-        number("joules_per_round", joules_per_round, 0, above=True)
+    for name, value in (("density", density), ("deadline_s", deadline_s), ("joules_per_round", joules_per_round)):
+        if value is not None:
+            number(name, value, 0, 1 if name == "density" else math.inf, above=True)
     profile = (
         target if isinstance(target, HardwareProfile) else profile_store.chosen(target, tuple(map(Path, profiles)))
     )

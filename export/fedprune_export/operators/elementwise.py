@@ -104,68 +104,38 @@ def _where(g: Graph, condition: str, dy: str) -> str:
     return g.emit("Where", condition, dy, g.scalar(0))
 
 
-_smooth("Sigmoid", "dx = dy · y · (1 − y).", lambda g, x, y: g.emit("Mul", y, _rest(g, y)))
+_SMOOTH: dict[str, tuple[str, Slope]] = {
+    "Sigmoid": ("dx = dy · y · (1 − y).", lambda g, x, y: g.emit("Mul", y, _rest(g, y))),
+    "Tanh": ("dx = dy · (1 − y²).", lambda g, x, y: _rest(g, _squared(g, y))),
+    "Exp": ("dx = dy · y.", lambda g, x, y: y),
+    # onnxruntime's Sigmoid rounds what is below 1e-7 to multiples of 6e-8.
+    "Softplus": ("dx = dy / (1 + e^(−x)).", lambda g, x, y: _inverse(g, _more(g, g.emit("Exp", g.emit("Neg", x))))),
+    "Abs": ("dx = dy · sign(x).", lambda g, x, y: g.emit("Sign", x)),
+    "Sin": ("dx = dy · cos(x).", lambda g, x, y: g.emit("Cos", x)),
+    "Cos": ("dx = −dy · sin(x).", lambda g, x, y: g.emit("Neg", g.emit("Sin", x))),
+    "Tan": ("dx = dy · (1 + y²).", lambda g, x, y: _more(g, _squared(g, y))),
+    "Atan": ("dx = dy / (1 + x²).", lambda g, x, y: _inverse(g, _more(g, _squared(g, x)))),
+    "Asin": ("dx = dy / √(1 − x²).", lambda g, x, y: _inverse(g, _root(g, _rest(g, _squared(g, x))))),
+    "Acos": ("dx = −dy / √(1 − x²).", lambda g, x, y: g.emit("Neg", _SMOOTH["Asin"][1](g, x, y))),
+    "Sinh": ("dx = dy · cosh(x).", lambda g, x, y: g.emit("Cosh", x)),
+    "Cosh": ("dx = dy · sinh(x).", lambda g, x, y: g.emit("Sinh", x)),
+    "Asinh": ("dx = dy / √(1 + x²).", lambda g, x, y: _inverse(g, _root(g, _more(g, _squared(g, x))))),
+    "Atanh": ("dx = dy / (1 − x²).", lambda g, x, y: _inverse(g, _rest(g, _squared(g, x)))),
+    "Acosh": (
+        "dx = dy / √(x² − 1).",
+        lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _squared(g, x), g.scalar(1)))),
+    ),
+    "Reciprocal": ("dx = −dy · y².", lambda g, x, y: g.emit("Neg", _squared(g, y))),
+    "Erf": (
+        "dx = dy · 2/√π · e^(−x²).",
+        lambda g, x, y: _times(g, g.emit("Exp", g.emit("Neg", _squared(g, x))), 2 / math.sqrt(math.pi)),
+    ),
+    "Softsign": ("dx = dy / (1 + |x|)².", lambda g, x, y: _inverse(g, _squared(g, _more(g, g.emit("Abs", x))))),
+}
+"""Functions whose gradient is dy times their derivative: what it is in words, and what writes it."""
 
-
-_smooth("Tanh", "dx = dy · (1 − y²).", lambda g, x, y: _rest(g, _squared(g, y)))
-
-
-_smooth("Exp", "dx = dy · y.", lambda g, x, y: y)
-
-
-# onnxruntime's Sigmoid rounds what is below 1e-7 to multiples of 6e-8.
-_smooth("Softplus", "dx = dy / (1 + e^(−x)).", lambda g, x, y: _inverse(g, _more(g, g.emit("Exp", g.emit("Neg", x)))))
-
-
-_smooth("Abs", "dx = dy · sign(x).", lambda g, x, y: g.emit("Sign", x))
-
-
-_smooth("Sin", "dx = dy · cos(x).", lambda g, x, y: g.emit("Cos", x))
-
-
-_smooth("Cos", "dx = −dy · sin(x).", lambda g, x, y: g.emit("Neg", g.emit("Sin", x)))
-
-
-_smooth("Tan", "dx = dy · (1 + y²).", lambda g, x, y: _more(g, _squared(g, y)))
-
-
-_smooth("Atan", "dx = dy / (1 + x²).", lambda g, x, y: _inverse(g, _more(g, _squared(g, x))))
-
-
-_smooth("Asin", "dx = dy / √(1 − x²).", lambda g, x, y: _inverse(g, _root(g, _rest(g, _squared(g, x)))))
-
-
-_smooth("Acos", "dx = −dy / √(1 − x²).", lambda g, x, y: g.emit("Neg", _inverse(g, _root(g, _rest(g, _squared(g, x))))))
-
-
-_smooth("Sinh", "dx = dy · cosh(x).", lambda g, x, y: g.emit("Cosh", x))
-
-
-_smooth("Cosh", "dx = dy · sinh(x).", lambda g, x, y: g.emit("Sinh", x))
-
-
-_smooth("Asinh", "dx = dy / √(1 + x²).", lambda g, x, y: _inverse(g, _root(g, _more(g, _squared(g, x)))))
-
-
-_smooth("Atanh", "dx = dy / (1 − x²).", lambda g, x, y: _inverse(g, _rest(g, _squared(g, x))))
-
-
-_smooth(
-    "Acosh", "dx = dy / √(x² − 1).", lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _squared(g, x), g.scalar(1))))
-)
-
-
-_smooth("Reciprocal", "dx = −dy · y².", lambda g, x, y: g.emit("Neg", _squared(g, y)))
-
-
-_smooth(
-    "Erf",
-    "dx = dy · 2/√π · e^(−x²).",
-    lambda g, x, y: _times(g, g.emit("Exp", g.emit("Neg", _squared(g, x))), 2 / math.sqrt(math.pi)),
-)
-
-
-_smooth("Softsign", "dx = dy / (1 + |x|)².", lambda g, x, y: _inverse(g, _squared(g, _more(g, g.emit("Abs", x)))))
+for _operator, (_text, _slope) in _SMOOTH.items():
+    _smooth(_operator, _text, _slope)
 
 
 @_unary("Log")

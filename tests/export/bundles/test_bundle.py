@@ -79,8 +79,3 @@ def test_the_training_step_takes_the_weights_file(half: Selection, files: dict[s
 def test_class_names_must_fit(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="expected 10 names, got 2"):
         write_bundle(tmp_path / "b", files, half, Recipe(), "raspberry-pi-5", ("a", "b"))
-
-
-def test_a_foreign_selection_is_refused(imported: Imported, half: Selection) -> None:
-    with pytest.raises(BundleError, match="another architecture"):
-        bundle_files(imported("concat_net"), half, Recipe())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
@@ -39,13 +38,3 @@ def test_the_graph_holds_no_weights(imported: Imported) -> None:
     raw = inference_model(model, model.architecture.sizes)
     assert len(raw) < 32 * 1024
     assert sum(v.nbytes for v in model.tensors.values()) > 10 * len(raw)
-
-
-def test_input_and_output_are_named_by_the_contract(imported: Imported, tmp_path: Path) -> None:
-    model = imported("lenet")
-    (tmp_path / "inference.onnx").write_bytes(inference_model(model, model.architecture.sizes))
-    (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(model.tensors))
-    session = Session(tmp_path / "inference.onnx")
-    assert session.inputs == {"x": ("tensor(float)", ("N", 1, 28, 28))}
-    assert session.outputs == ("logits",)
-    assert np.isfinite(session.run({"x": inputs(model, 1)})["logits"]).all()

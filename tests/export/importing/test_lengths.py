@@ -223,12 +223,6 @@ def test_padded_places_need_a_label_that_counts_for_nothing() -> None:
         run_step(Tagger(), recipe(), load_arrays({"x": x, "lengths": OWN, "y": y}))
 
 
-def test_a_net_that_reads_neither_is_accepted_with_a_note() -> None:
-    model = fx.load(Plain())
-    assert any("neither mask nor lengths" in note for note in model.notes)
-    assert not any("neither" in note for note in fx.load(Attention()).notes)
-
-
 @pytest.mark.parametrize("bad", ["0:4", "5:4", "4:"])
 def test_bounds_that_are_none_are_refused(bad: str) -> None:
     with pytest.raises(ModelError):

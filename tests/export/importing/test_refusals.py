@@ -75,11 +75,6 @@ def test_a_mask_of_weights_is_a_constant() -> None:
     assert any("mask" in note for note in model.notes)
 
 
-def test_an_infinite_weight_is_refused() -> None:
-    tensors = {"w": np.full((6, 4), np.inf, np.float32)}
-    refused(raw(lambda g: g.emit("MatMul", "image", "w"), tensors), "w", "infinite")
-
-
 @pytest.mark.parametrize("op", ["ArgMax", "Greater", "Cast"])
 def test_an_output_of_whole_numbers_or_truths_is_named(op: str) -> None:
     def build(g: Graph) -> str:

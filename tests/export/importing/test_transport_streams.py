@@ -124,17 +124,7 @@ def test_a_table_goes_by_its_own_plan_and_the_last_norm_by_the_average() -> None
 @pytest.mark.parametrize(
     ("name", "found"),
     [
-        pytest.param("resnet20_bn", set(), marks=pytest.mark.soak),
         ("padded_shortcuts", set()),
-        pytest.param("concat_net", set(), marks=pytest.mark.soak),
-        pytest.param(
-            "vision_transformer",
-            {"blocks.0.norm2", "blocks.1.norm1", "blocks.1.norm2", "norm"},
-            marks=pytest.mark.soak,
-        ),
-        pytest.param(
-            "encoder", {f"encoder.layers.{i}.norm{k}" for i in (0, 1) for k in (1, 2)}, marks=pytest.mark.soak
-        ),
         ("tied_language_model", {"norm2", "norm"}),
     ],
 )

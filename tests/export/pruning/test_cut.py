@@ -56,14 +56,6 @@ def test_reordering_channels_changes_nothing(imported: Imported, name: str) -> N
     np.testing.assert_allclose(shuffled, outputs(model.graph, x), rtol=1e-3, atol=1e-5)
 
 
-def test_weights_are_those_that_the_selection_gathers(imported: Imported) -> None:
-    model = imported("lenet")
-    selection = random_selection(model, 0.5, seed=4)
-    graph = cut(model, selection)
-    for name, value in selection.gather(model.tensors).items():
-        np.testing.assert_array_equal(graph.initializers[name], value)
-
-
 def test_a_foreign_selection_is_refused(imported: Imported) -> None:
     with pytest.raises(BundleError, match="another architecture"):
         cut(imported("lenet"), Selection.full(imported("concat_net").architecture))
