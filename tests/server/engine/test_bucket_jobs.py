@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.coordination import State
-from fedprune.core.errors import ConfigError, ExitCode
+from fedprune.core.errors import ExitCode
 from fedprune.output.tables import silent
 from fedprune.wire.messages import Accepted
 from fedprune_server.cli.main import main
@@ -117,11 +117,6 @@ def test_a_job_moves_from_the_folder_to_a_bucket_to_another_and_back(
     assert wrong(state) == []
 
 
-def test_another_job_is_refused_a_prefix_and_deletes_nothing(at_s3: S3, begun: Path, url: str, tmp_path: Path) -> None:
-    before = keys(at_s3, url)
-    with pytest.raises(ConfigError, match="blobs of another job"):
-        play_job(tmp_path / "other", blobs=url)
-    assert keys(at_s3, url) == before
 
 
 def test_check_finds_what_is_wrong_with_objects_and_repair_mends_it(

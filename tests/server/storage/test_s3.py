@@ -15,7 +15,7 @@ import pytest
 
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
+from fedprune.core.errors import ConfigError, StorageError, StorageFullError
 from fedprune.wire.urls import UploadUrl
 from fedprune_server.storage.s3 import bucket
 from fedprune_server.storage.s3 import bucket as bucket_patience
@@ -239,18 +239,6 @@ def test_what_was_used_lately_stays_unless_the_disk_is_full(
     assert not BlobStore.has(store, ref.sha256)
 
 
-def test_what_has_no_room_in_the_folder_is_not_downloaded_in_vain(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ref = BucketStore(tmp_path / "one", url).put(b"x" * 100)
-    store, asked = BucketStore(tmp_path / "two", url), list[str]()
-    store.reserve = 2**60
-    monkeypatch.setattr(store.bucket, "get", lambda key, limit: asked.append(key))
-    with pytest.raises(StorageFullError):
-        store.read(ref.sha256)
-    assert asked == []
-
-
 def test_what_the_bucket_does_not_have_is_never_let_go_of(url: str, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, url, cache=10)
     only = BlobStore(tmp_path).put(b"an update that has just arrived").sha256
@@ -269,18 +257,6 @@ def test_a_blob_of_the_folder_that_is_damaged_is_not_shipped(at_s3: S3, url: str
     with pytest.raises(StorageError, match="damaged"):
         store.flush(ref.sha256)
     assert objects(at_s3, url) == []
-
-
-def test_what_is_deleted_goes_from_the_bucket_too(at_s3: S3, url: str, tmp_path: Path) -> None:
-    store = BucketStore(tmp_path, url)
-    kept, gone = store.put(b"kept").sha256, store.put(b"gone").sha256
-    store.delete(gone)
-    assert not store.has(gone)
-    assert store.names() == [kept]
-    store.close()
-    assert [digest_of(k.removeprefix("a/fleet/")) for k in objects(at_s3, url)] == [kept]
-    with pytest.raises(StorageError, match="is not in"):
-        store.read(gone)
 
 
 def test_a_deletion_that_comes_late_does_not_hit_what_was_put_again(at_s3: S3, url: str, tmp_path: Path) -> None:
@@ -346,26 +322,6 @@ def test_an_object_that_can_not_be_deleted_is_named(at_s3: S3, url: str, monkeyp
     monkeypatch.setattr(found._client, "delete_objects", lambda **_: {"Errors": [wrong]})
     with pytest.raises(BucketError, match="it is locked"):
         found.delete([f"{BLOBS}1"])
-
-
-def test_putting_and_deleting_at_once_leaves_what_was_put_last(url: str, tmp_path: Path) -> None:
-    store = BucketStore(tmp_path, url)
-    ref = store.put(b"x")
-    stop = threading.Event()
-
-    def delete() -> None:
-        while not stop.is_set():
-            store.delete(ref.sha256)
-
-    thread = threading.Thread(target=delete)
-    thread.start()
-    for _ in range(10):
-        store.put(b"x")
-    stop.set()
-    thread.join()
-    store.put(b"x")
-    store.close()
-    assert BucketStore(tmp_path / "other", url).read(ref.sha256) == b"x"
 
 
 def test_a_helper_puts_what_its_parent_then_knows(at_s3: S3, url: str, tmp_path: Path) -> None:
@@ -461,12 +417,6 @@ def test_a_bucket_that_is_missing_denied_or_not_there_is_one_error(
         BucketStore(tmp_path, "s3://bucket/x")
 
 
-def test_without_boto3_it_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "boto3", None)
-    with pytest.raises(MissingExtraError, match=r"need the package boto3.*\[scale\]"):
-        BucketStore(tmp_path, "s3://bucket/x")
-
-
 def test_a_prefix_belongs_to_one_job(at_s3: S3, url: str, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, url)
     store.check_owner(None)
@@ -500,24 +450,6 @@ def test_who_claims_a_prefix_a_moment_later_than_another_job_does_not_get_it(url
         two.claim("2" * 32, "second", b"another")
     one.check_owner("1" * 32)
     assert two.first_model() == b"model of the first"
-
-
-def test_a_bucket_that_knows_no_conditions_is_claimed_without(url: str, tmp_path: Path) -> None:
-    from botocore.exceptions import ClientError
-
-    store = BucketStore(tmp_path, url)
-    real = store.bucket._client.put_object
-
-    def put_object(**options: Any) -> object:
-        if "IfNoneMatch" in options:
-            raise ClientError({"Error": {"Code": "NotImplemented", "Message": "no"}}, "PutObject")
-        return real(**options)
-
-    store.bucket._client.put_object = put_object
-    store.claim("1" * 32, "leaves", b"a model")
-    store.check_owner("1" * 32)
-    with pytest.raises(ConfigError):
-        store.check_owner("2" * 32)
 
 
 @pytest.mark.parametrize("key", ["blobs/x", f"blobs/{'a' * 64}.", f"blobs/{'A' * 64}.{'0' * 16}"])

@@ -79,7 +79,7 @@ def test_the_same_want_is_answered_once(store: BlobStore, downloads: Downloads) 
     assert sent(downloads) == ["a"]
 
 
-@pytest.mark.parametrize(("first", "count", "more"), [(1, 7, 2), (0, 8, 3), (3, 5, 0), (5, 2, 0), (0, 3, 3), (0, 4, 3)])
+@pytest.mark.parametrize(("first", "count", "more"), [(1, 7, 2), (3, 5, 0), (0, 4, 3)])
 def test_what_is_asked_for_again_before_it_was_sent_is_sent_once(
     store: BlobStore, downloads: Downloads, first: int, count: int, more: int
 ) -> None:
@@ -124,20 +124,4 @@ def test_wants_beyond_the_limit_are_dropped(store: BlobStore, downloads: Downloa
 def test_a_blob_that_is_not_here_is_gone(downloads: Downloads) -> None:
     downloads.add("a", BlobRequest("0" * 64, "data", 0, 1))
     assert downloads.next() == ("a", BlobNotFound("0" * 64))
-    assert not downloads
-
-
-def test_a_want_beyond_the_end_of_a_blob_is_no_trouble(store: BlobStore, downloads: Downloads) -> None:
-    digest = store.put(b"x").sha256
-    downloads.add("a", BlobRequest(digest, "data", 7, 3))
-    assert sent(downloads) == []
-    assert not downloads
-
-
-def test_what_a_device_wanted_can_be_forgotten(store: BlobStore, downloads: Downloads) -> None:
-    digest = store.put(b"x" * (3 * LEAF)).sha256
-    downloads.add("a", BlobRequest(digest, "data", 0, 3))
-    downloads.next()
-    downloads.drop("a")
-    assert downloads.next() is None
     assert not downloads

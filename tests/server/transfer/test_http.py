@@ -95,21 +95,13 @@ def test_a_range_beyond_the_end_is_refused(server: BlobServer) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
-        "/ab",
-        "/" + "f" * 64,
         f"/{REF.sha256[:2]}/",
         place(SECRET),
         place(SECRET, ".leaves"),
-        place(REF, ".partial"),
         place(REF) + "?x",
-        place(REF) + "/",
-        place(REF).upper(),
         f"/00/{REF.sha256}",
-        f"/../{REF.sha256[:2]}/{REF.sha256}".replace("..", "%2e%2e"),
+        f"/%2e%2e/{REF.sha256[:2]}/{REF.sha256}",
         f"/{REF.sha256[:2]}/../../identity/signing.key",
-        f"/partial/{REF.sha256}",
-        "/tmp/x",
         place(BlobRef.of(b"nowhere")),
     ],
 )
@@ -307,14 +299,16 @@ def test_what_somebody_else_serves_is_only_named() -> None:
         assert web.server is not None
 
 
-@pytest.mark.parametrize("wrong", ["", "x", ":80", "1.2.3.4:", "host:99999", "-1", "٣"])
-def test_a_wrong_place_is_refused(wrong: str) -> None:
-    with pytest.raises(ConfigError, match="serve_blobs"):
-        ServerConfig(serve_blobs=wrong)
-
-
-@pytest.mark.parametrize("wrong", ["", "models.example", "http://models.example", "https://u:p@models.example"])
-def test_a_wrong_address_is_refused(wrong: str) -> None:
-    with pytest.raises(ConfigError, match="blob_url") as caught:
-        ServerConfig(blob_url=wrong)
+@pytest.mark.parametrize(
+    ("setting", "wrong"),
+    [
+        ("serve_blobs", ":80"),
+        ("serve_blobs", "host:99999"),
+        ("blob_url", "http://models.example"),
+        ("blob_url", "https://u:p@h"),
+    ],
+)
+def test_a_wrong_address_is_refused(setting: str, wrong: str) -> None:
+    with pytest.raises(ConfigError, match=setting) as caught:
+        ServerConfig(**{setting: wrong})
     assert "u:p" not in str(caught.value)

@@ -78,16 +78,16 @@ def digest(store: BlobStore) -> str:
     return store.put(bytes(LEAVES * LEAF)).sha256
 
 
-def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: BlobStore, digest: str) -> None:
-    link, devices = Slow(), [f"pi{i}" for i in range(20)]
+def outbox_of_server(link: Slow, store: BlobStore) -> Outbox:
     registry: Any = SimpleNamespace(
         sent=lambda *_: None, note_request_of=lambda *_: None, note_request_to=lambda *_: None
     )
-    post = Outbox(
-        SiteLink(link, TOPICS),
-        registry,
-        Downloads(BlobSender(store)),
-    )
+    return Outbox(SiteLink(link, TOPICS), registry, Downloads(BlobSender(store)))
+
+
+def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: BlobStore, digest: str) -> None:
+    link, devices = Slow(), [f"pi{i}" for i in range(20)]
+    post = outbox_of_server(link, store)
     for device in devices:
         for first in range(0, LEAVES, 50):
             post.fetched(device, BlobRequest(digest, "data", first, 50), {digest})
@@ -143,3 +143,42 @@ def test_what_was_wanted_on_a_connection_that_is_lost_is_not_sent_on_the_next(st
     link.up = True
     board.send_chunks()
     assert link.queue == []
+
+
+def asked(link: Slow) -> list[BlobRequest]:
+    """The requests that a side has made since the last look."""
+    said, link.queue = link.queue, []
+    requests = [parse(payload) for topic, payload in said if not topic.endswith("blob")]
+    assert all(isinstance(r, BlobRequest) and r.number is not None for r in requests)
+    return requests  # type: ignore[return-value]
+
+
+def test_a_request_that_the_way_has_doubled_is_answered_once_by_the_server(store: BlobStore, digest: str) -> None:
+    board, server = Slow(), Slow()
+    uplink, post = outbox(board, store), outbox_of_server(server, store)
+    plain = BlobRequest(digest, "data", 0, 2)
+    uplink.ask("job", [plain])
+    uplink.ask("job", [plain])
+    first, second = asked(board)
+    chunks = []
+    for device, want in (("pi", first), ("pi", first), ("pi", second), ("pi", plain), ("pi", plain), ("other", first)):
+        post.fetched(device, want, {digest})
+        post.send_chunks()
+        chunks.append(len(server.queue))
+        server.queue.clear()
+    assert chunks == [1, 0, 1, 1, 1, 1]
+
+
+def test_a_request_that_the_way_has_doubled_is_answered_once_by_a_device(store: BlobStore, digest: str) -> None:
+    board, server = Slow(), Slow()
+    uplink, post = outbox(board, store), outbox_of_server(server, store)
+    plain = BlobRequest(digest, "data", 0, 2)
+    post.ask([("pi", plain), ("pi", plain)])
+    post.deliver()
+    first, second = asked(server)
+    chunks = []
+    for want in (first, first, second, plain, plain):
+        uplink.answer(want, update(store, digest), 0.0)
+        chunks.append(len(board.queue))
+        board.queue.clear()
+    assert chunks == [1, 0, 1, 1, 1]

@@ -61,25 +61,6 @@ def test_an_update_arrives_whole(world: World) -> None:
     assert world.store.read(digest) == world.device.read(digest)
 
 
-def test_the_very_update_that_is_fetched_or_waits_is_known(world: World) -> None:
-    wants = [w for name in "abc" for w in world.announce(name)]
-    assert all(world.uploads.fetching(name, 1, 1, world.ref(name)) for name in "abc")
-    assert not world.uploads.fetching("a", 1, 2, world.ref("a"))
-    assert not world.uploads.fetching("a", 1, 1, world.ref("b"))
-    finish(world, wants)
-    assert not any(world.uploads.fetching(name, 1, 1, world.ref(name)) for name in "abc")
-
-
-def test_only_a_few_are_pulled_at_a_time(world: World) -> None:
-    wants = [w for name in "abcd" for w in world.announce(name)]
-    assert {device for device, _ in wants} == {"a", "b"}
-
-
-def test_those_that_wait_have_their_turn(world: World) -> None:
-    finish(world, [w for name in "abcd" for w in world.announce(name)])
-    assert [o.device for o in world.uploads.outcomes()] == ["a", "b", "c", "d"]
-
-
 def test_an_announcement_that_comes_twice_starts_nothing_twice(world: World) -> None:
     assert world.announce("a")
     assert world.announce("a") == []
@@ -142,24 +123,6 @@ def test_after_a_reconnection_everything_is_asked_for_again(world: World) -> Non
     assert world.uploads.born("a", 2, 0.0, 2.0) == wants
 
 
-def test_after_a_reconnection_nobody_who_is_away_takes_the_place_of_who_is_there(world: World) -> None:
-    for name in "abcd":
-        world.announce(name)
-    world.uploads.interrupted(1.0)
-    asked = [world.uploads.born(name, 2, 0.0, 2.0) for name in "dcb"]
-    assert [{device for device, _ in wants} for wants in asked] == [{"d"}, {"c"}, set()]
-    later = world.uploads.tick(1.0 + STALLED_S)  # a birth got lost, or a board that never says one
-    assert {device for device, _ in later} <= {"c", "d"}
-
-
-def test_after_a_reconnection_an_announcement_shows_that_its_device_is_there(world: World) -> None:
-    wants = world.announce("a")
-    world.uploads.interrupted(1.0)
-    assert world.announce("a", 2.0) == wants
-    assert world.uploads.born("a", 2, 0.0, 3.0) == []  # it was asked on this connection
-    assert world.uploads.born("a", 2, 0.0, 4.0) == []
-
-
 def test_a_device_on_a_new_connection_is_asked_again_and_on_the_same_one_not(world: World) -> None:
     assert world.uploads.born("a", 1, 0.0, 0.0) == []
     wants = world.announce("a")
@@ -213,10 +176,6 @@ def test_an_update_that_is_gone_is_spoilt(world: World) -> None:
     world.announce("a")
     world.uploads.gone("a", world.ref("a").sha256, 0.0)
     assert isinstance(world.uploads.outcomes()[0], FailedUpload)
-
-
-def test_a_chunk_that_nobody_waits_for_is_ignored(world: World) -> None:
-    assert world.uploads.chunk("x", Chunk("0" * 64, "data", 0, b"x"), 0.0) == []
 
 
 def test_uploads_of_a_round_that_is_over_are_dropped(world: World) -> None:
@@ -322,12 +281,6 @@ def test_who_can_upload_is_asked_to_and_the_others_are_pulled_from_in_their_turn
     assert web.uploads.collect(1.0) == []
 
 
-def test_what_is_here_already_is_not_uploaded(web: Web) -> None:
-    web.store.put(web.device.read(web.ref("a").sha256))
-    assert web.announce("a") == []
-    assert web.uploads.outcomes() == [Arrived("a", 1, 1, web.ref("a").sha256)]
-
-
 @pytest.mark.parametrize("reason", ["no route", None])
 def test_what_can_t_be_uploaded_is_pulled_in_the_same_place(web: Web, reason: str | None) -> None:
     web.announce("a")
@@ -371,18 +324,6 @@ def test_an_upload_that_is_stuck_makes_room_for_one_that_waits(web: Web) -> None
     assert kinds(web.uploads.collect(STALLED_S + 2)) == [("b", "want")]
 
 
-def test_an_upload_that_fails_after_it_made_room_is_pulled_in_its_turn(web: Web) -> None:
-    for name in "abcd":
-        web.announce(name)
-    assert kinds(web.uploads.tick(STALLED_S + 1)) == [("c", "upload"), ("d", "upload")]
-    assert web.uploads.reported("a", UploadResult(web.ref("a").sha256, "cut"), STALLED_S + 2) == []
-    web.stored("c")
-    wants = web.uploads.collect(STALLED_S + 3)
-    assert kinds(wants) == [("a", "want")]
-    finish(web, wants)
-    assert [o.device for o in web.uploads.outcomes()] == ["c", "a", "b"]
-
-
 @pytest.mark.parametrize("direct", [False, True])
 def test_who_can_upload_no_longer_is_pulled_from(web: Web, direct: bool) -> None:
     web.place.direct = direct
@@ -394,16 +335,9 @@ def test_who_can_upload_no_longer_is_pulled_from(web: Web, direct: bool) -> None
     assert [o.device for o in web.uploads.outcomes()] == ["a"]
 
 
-@pytest.mark.parametrize("how", ["drop", "keep", "gone"])
-def test_what_nobody_awaits_any_more_is_not_taken(web: Web, how: str) -> None:
+def test_what_nobody_awaits_any_more_is_not_taken(web: Web) -> None:
     web.announce("a")
-    digest = web.ref("a").sha256
-    if how == "drop":
-        assert web.uploads.drop("a") == [digest]
-    elif how == "keep":
-        assert web.uploads.keep("a", 1, 2) == [digest]
-    else:
-        web.uploads.gone("a", digest, 1.0)
+    assert web.uploads.keep("a", 1, 2) == [web.ref("a").sha256]
     assert web.place.awaited == {}
     web.stored("a")
     web.uploads.collect(1.0)

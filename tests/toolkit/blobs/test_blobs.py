@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import subprocess
@@ -75,7 +74,7 @@ def test_a_mapped_blob_holds_what_was_put(tmp_path: Path, size: int) -> None:
         store.map(ref.sha256)
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "a" * 63, "", ".." + "a" * 62])
+@pytest.mark.parametrize("name", ["../../etc/passwd", ".." + "a" * 62])
 def test_only_digests_are_names(tmp_path: Path, name: str) -> None:
     store = BlobStore(tmp_path)
     for ask in (store.has, store.path, store.read, store.ref, store.delete, store.table):
@@ -156,17 +155,6 @@ def test_of_leaves_that_come_together_the_right_ones_are_kept(
         assert partial.count == ref.leaf_count
         partial.finish()
         assert partial.store.read(ref.sha256) == blob
-
-
-def test_an_incomplete_blob_gets_no_name(tmp_path: Path) -> None:
-    data = noise(2 * LEAF)
-    partial = BlobStore(tmp_path).partial(BlobRef.of(data))
-    partial.set_table(leaf_table(data))
-    partial.write(0, leaf(data, 0))
-
-    with pytest.raises(StorageError, match="not complete"):
-        partial.finish()
-    assert not partial.complete
 
 
 def test_a_reference_whose_leaves_are_another_blob_s_is_found_out(tmp_path: Path) -> None:
@@ -289,25 +277,6 @@ def test_a_pull_onto_a_full_disk_keeps_what_has_arrived_and_goes_on_when_there_i
         assert again.write(i, leaf(data, i))
     again.finish()
     assert store.read(again.ref.sha256) == data
-
-
-def test_a_write_that_fails_in_the_middle_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = BlobStore(tmp_path)
-    real = os.pwrite
-
-    def full(descriptor: int, data: memoryview, at: int) -> int:
-        if at == 0:
-            return real(descriptor, data[:10], 0)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(StorageFullError, match="what was there before is untouched"):
-        store.put(b"a" * 100)
-    monkeypatch.undo()
-
-    assert files(tmp_path) == []
 
 
 def test_temporary_files_of_the_dead_are_swept(tmp_path: Path) -> None:
