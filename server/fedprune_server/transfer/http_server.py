@@ -15,7 +15,6 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from http import HTTPStatus
 from typing import Any
 
@@ -31,7 +30,7 @@ from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, StorageError, StorageFullError
 from fedprune.security.tls import peer_name
 from fedprune.wire.transfer import LEAST_BYTES_PER_S
-from fedprune_server.transfer.web_uploads import Awaited, HttpUploads, ServedJob
+from fedprune_server.transfer.web_uploads import Awaited, Client, HttpUploads, ServedJob
 
 log = logging.getLogger("fedprune.server")
 
@@ -58,32 +57,6 @@ POLL_S = 0.5
 """Seconds between checks for slow clients."""
 
 _NAME = re.compile(r"(?:/[A-Za-z0-9._~-]{1,255}){0,32}/([0-9a-f]{2})/(\1[0-9a-f]{62})(\.leaves)?")
-
-
-class Client:
-    """A connection, which may take until some time for what comes next.
-
-    Attributes:
-        device: Whose it is, by its certificate; None without certificates.
-        waits: Whether a request is to come; else one is being answered, and the connection keeps its place.
-    """
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self.device: str | None = None
-        self.expect(FIRST_S, waits=True)
-
-    @property
-    def closed(self) -> bool:
-        return self._connection.fileno() < 0
-
-    def expect(self, seconds: float, *, waits: bool = False) -> None:
-        self.waits, self.until = waits, time.monotonic() + seconds
-
-    def cut(self) -> None:
-        """End the connection, from any thread."""
-        with suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Listener(socket.socket):
@@ -115,7 +88,7 @@ class _Listener(socket.socket):
                 connection.close()
                 raise BlockingIOError("no connection is free")  # the loop goes on listening
             self.clients.pop(min(waiting)[1]).cut()
-        self.clients[connection.fileno()] = Client(connection)
+        self.clients[connection.fileno()] = Client(connection, FIRST_S)
         return connection, address
 
 

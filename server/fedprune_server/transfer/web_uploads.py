@@ -5,10 +5,12 @@ The server's loop awaits an update and collects its end; threads of the web serv
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
@@ -17,11 +19,30 @@ from fedprune.wire.urls import BlobUrl
 from fedprune_server.transfer.upload_place import ByteCounter, UploadEnd, UploadPlace
 
 
-class Connection(Protocol):
-    """A connection of the web server."""
+class Client:
+    """A connection, which may take until some time for what comes next.
+
+    Attributes:
+        device: Whose it is, by its certificate; None without certificates.
+        waits: Whether a request is to come; else one is being answered, and the connection keeps its place.
+    """
+
+    def __init__(self, connection: socket.socket, seconds: float) -> None:
+        self._connection = connection
+        self.device: str | None = None
+        self.expect(seconds, waits=True)
+
+    @property
+    def closed(self) -> bool:
+        return self._connection.fileno() < 0
+
+    def expect(self, seconds: float, *, waits: bool = False) -> None:
+        self.waits, self.until = waits, time.monotonic() + seconds
 
     def cut(self) -> None:
-        """End it, from any thread."""
+        """End the connection, from any thread."""
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(eq=False)
@@ -30,7 +51,7 @@ class Awaited:
 
     device: str
     ref: BlobRef
-    connection: Connection | None = None
+    connection: Client | None = None
     arrived: int = 0
 
 
@@ -81,14 +102,14 @@ class HttpUploads(UploadPlace):
             known = list(self._awaited.values()) if device is None else [self._awaited.get(device)]
         return next((a for a in known if a is not None and a.ref.sha256 == sha256), None)
 
-    def begin(self, awaited: Awaited, connection: Connection) -> None:
+    def begin(self, awaited: Awaited, connection: Client) -> None:
         """A connection begins to upload, from the beginning; an earlier one is cut."""
         with self._lock:
             before, awaited.connection, awaited.arrived = awaited.connection, connection, 0
         if before is not None:
             before.cut()
 
-    def note_progress(self, awaited: Awaited, connection: Connection, arrived: int) -> bool:
+    def note_progress(self, awaited: Awaited, connection: Client, arrived: int) -> bool:
         """Note what has arrived on a connection; whether more may come."""
         with self._lock:
             if awaited.connection is connection:

@@ -37,12 +37,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> State:
     return play_job(tmp_path_factory.mktemp("calm") / "state")
 
 
-@pytest.fixture(params=["moto", "ceph"])
-def at_s3(at_s3: S3) -> S3:
-    """At every push Ceph alone; `test_s3.py` has both."""
-    return at_s3
-
-
 @pytest.fixture
 def url(at_s3: S3) -> str:
     return f"s3://{at_s3.bucket()}/fleet"
@@ -77,6 +71,7 @@ def needed(state: Path) -> set[str]:
     return loaded.references()
 
 
+@pytest.mark.parametrize("at_s3", ["moto", "ceph"], indirect=True)
 @pytest.mark.parametrize("events", [4, MIDDLE, *(pytest.param(n, marks=pytest.mark.soak) for n in (1, 14))])
 def test_the_database_and_the_bucket_are_enough_to_go_on(
     url: str, tmp_path: Path, finished: State, events: int

@@ -41,12 +41,6 @@ UPDATE = np.random.default_rng(3).bytes(20 * LEAF + 5)
 REF = BlobRef.of(UPDATE)
 
 
-@pytest.fixture(params=["moto", "ceph"])
-def at_s3(at_s3: S3) -> S3:
-    """At every push Ceph alone; `test_s3.py` has both."""
-    return at_s3
-
-
 @pytest.fixture
 def url(at_s3: S3) -> str:
     return f"s3://{at_s3.bucket()}/fleet"
