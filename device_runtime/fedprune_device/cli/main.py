@@ -19,7 +19,6 @@ from fedprune.runtime.precision_files import PRECISIONS, SERVE
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.fleet_messages import LONGEST_AWAY_S
 from fedprune.wire.topics import check_job
-from fedprune_device.api.address import SOCKET
 from fedprune_device.cli.options import (
     add_accelerator_options,
     add_local_options,
@@ -55,7 +54,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_train(commands)
     _add_predict(commands)
-    _add_collect(commands)
     probe = commands.add_parser("probe", help="measure this board, which takes about fifteen seconds")
     add_json(probe)
     probe.add_argument("--threads", type=whole_number, default=threads(), metavar="N", help="threads for the benchmark")
@@ -238,22 +236,6 @@ def _add_predict(commands: Any) -> None:
     predict.add_argument("--precision", choices=PRECISIONS, help="with --bundle: the precision, of those that it has")
     add_sample_options(predict.add_argument_group("images and samples"))
     predict.set_defaults(run=_command("predict", "predict"), device="", seed=0, validation_share=0.0)
-
-
-def _add_collect(commands: Any) -> None:
-    collect = commands.add_parser("collect", help="add samples from files to a board that runs with --local")
-    collect.add_argument(
-        "sources",
-        nargs="+",
-        type=Path,
-        metavar="SRC",
-        help="a folder with a folder of images per class, or .npz with x (and y), or x_train",
-    )
-    where = collect.add_mutually_exclusive_group(required=True)
-    where.add_argument("--local", metavar="ADDRESS", help="unix:/path or 127.0.0.1:PORT, as `run --local` has it")
-    where.add_argument("--state", type=Path, metavar="DIR", help=f"the board's state folder: {SOCKET} in it")
-    add_json(collect, "the counts at the end as JSON, for programs")
-    collect.set_defaults(run=_command("collect", "collect"))
 
 
 def _add_engine(commands: Any) -> None:

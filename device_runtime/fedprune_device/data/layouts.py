@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,41 +40,13 @@ _PARTS = {
 """The parts of a data set by the names of their folders."""
 
 
-class Layout(Protocol):
-    """The arrangement of a folder.
+class Layout:
+    """The arrangement of files in some folders, by default without labels. `names` are classes, which are no parts.
 
     Attributes:
         holds: What it consists of, for messages.
         parts: The parts that the folder itself is divided into; empty if it isn't.
     """
-
-    holds: str
-    parts: frozenset[str]
-
-    def part(self, path: Path) -> str | None:
-        """The part of a sample, if the folder is divided."""
-
-    def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
-        """Files with these endings: a sorted list for each class, or one list."""
-
-    def label_file(self, path: Path) -> Path | None:
-        """The file with a sample's labels, if it has one of its own."""
-
-    def check(self, targets: Targets | None) -> None:
-        """Refuse a model whose labels no folder of this layout has; raises `DataError`."""
-
-    def version(self, path: Path) -> str:
-        """A text that changes when a sample's labels change for another reason than its label file."""
-
-    def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
-        """A sample's labels, for a model's input `shape` and the labels that its loss takes, where they are known.
-
-        `NO_LABELS` where they are not. Raises `DataError` if they are damaged or don't fit.
-        """
-
-
-class _Folders:
-    """Files in some folders, without labels of their own. `names` are classes, which are no parts."""
 
     holds = ""
 
@@ -83,20 +55,29 @@ class _Folders:
         self.parts = frozenset(part for part in self._part.values() if part is not None)
 
     def part(self, path: Path) -> str | None:
+        """The part of a sample, if the folder is divided."""
         return self._part[path.parent]
 
     def files(self, endings: tuple[str, ...]) -> list[list[Path]]:
+        """Files with these endings: a sorted list for each class, or one list."""
         return [[path for folder in self._part for path in files_in(folder, endings)]]
 
     def label_file(self, path: Path) -> Path | None:
+        """The file with a sample's labels, if it has one of its own."""
         return None
 
-    def check(self, targets: Targets | None) -> None: ...
+    def check(self, targets: Targets | None) -> None:
+        """Refuse a model whose labels no folder of this layout has; raises `DataError`."""
 
     def version(self, path: Path) -> str:
+        """A text that changes when a sample's labels change for another reason than its label file."""
         return ""
 
     def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
+        """A sample's labels, for a model's input `shape` and the labels that its loss takes, where they are known.
+
+        `NO_LABELS` where they are not. Raises `DataError` if they are damaged or don't fit.
+        """
         return NO_LABELS
 
 
@@ -105,7 +86,7 @@ def _part_of(folder: Sequence[str], names: tuple[str, ...]) -> str | None:
     return _PARTS.get(folder[0].lower()) if folder and folder[0] not in names else None
 
 
-class ClassFolders(_Folders):
+class ClassFolders(Layout):
     """`CLASS/file`, also in folders of CLASS: a number or one of the names, else it raises `ConfigError`."""
 
     holds = "CLASS/file"
@@ -142,13 +123,13 @@ class ClassFolders(_Folders):
         raise ConfigError(f"{folder} is not the folder of a class", expected=wanted, got=folder.name, hint=hint)
 
 
-class Unlabelled(_Folders):
+class Unlabelled(Layout):
     """Files in folders, without labels."""
 
     holds = "files without labels"
 
 
-class _Images(_Folders):
+class _Images(Layout):
     """Images in some folders, with a file of the same name in another folder for each.
 
     `label_folders` has the folder of labels for each folder of images.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import signal
 import subprocess
@@ -80,34 +78,3 @@ def test_a_mistake_is_one_line_and_an_exit_code(
 ) -> None:
     assert main.main([*arguments(tmp_path), *more]) == code
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
-
-
-def test_files_are_handed_in(tmp_path: Path, served: LocalBoard, capsys: Capture) -> None:
-    np.savez(tmp_path / "labelled.npz", x=X, y=[0, 1, 2, 0, 1])
-    np.savez(tmp_path / "more.npz", x=-X)
-    files = [str(tmp_path / "labelled.npz"), str(tmp_path / "more.npz")]
-    assert main.main(["collect", "--local", served.address, *files]) == ExitCode.OK
-    assert capsys.readouterr().out == "10 kept, 0 known, 0 not kept, 0 left out\n"
-    assert main.main(["collect", "--local", served.address, files[0]]) == ExitCode.OK
-    assert capsys.readouterr().out == "0 kept, 5 known, 0 not kept, 0 left out\n"
-    assert main.main(["collect", "--local", served.address, files[1], "--json"]) == ExitCode.OK
-    assert json.loads(capsys.readouterr().out) == {"kept": 0, "known": 5, "not kept": 0, "left out": 0}
-    counts = served.board.samples()
-    assert {c: row["kept"] for c, row in counts["classes"].items()} == {"0": 2, "1": 2, "2": 1}
-    assert counts["unlabelled"] == 5
-
-
-def test_a_folder_of_images_is_handed_in_by_class(tmp_path: Path, served: LocalBoard, capsys: Capture) -> None:
-    image = pytest.importorskip("PIL.Image")
-    rng = np.random.default_rng(0)
-    for name in ("bee/1.png", "cat/2.png", "dog/3.png"):
-        path = tmp_path / "images" / name
-        path.parent.mkdir(parents=True)
-        file = io.BytesIO()
-        image.fromarray(rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)).save(file, "PNG")
-        path.write_bytes(file.getvalue())
-    # The model takes six numbers: images don't fit, and each is told by name.
-    assert main.main(["collect", "--local", served.address, str(tmp_path / "images")]) == ExitCode.DATA
-    said = capsys.readouterr()
-    assert said.out == "0 kept, 0 known, 0 not kept, 3 left out\n"
-    assert said.err.count("is left out") == 3

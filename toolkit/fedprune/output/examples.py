@@ -185,10 +185,6 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "fedprune-device predict --state board --input new.npy",
         "fedprune-device predict --bundle bundle --input test.npz --top 3",
     ),
-    "fedprune-device collect": (
-        "fedprune-device collect photos --state board",
-        "fedprune-device collect measured.npz --local 127.0.0.1:8080 --json",
-    ),
     "fedprune-device probe": ("fedprune-device probe", "fedprune-device probe --json >probe.json"),
     "fedprune-device identify": (
         "fedprune-device identify",
