@@ -66,11 +66,6 @@ FOUND: list[tuple[str, bytes]] = [
     ("wheel.metadata", changed_zip(6, b"\x80\x00")),
     ("wheel.file name", b"a-" + b"1" * 5000 + b"-py3-none-any.whl"),
     ("kept.serving", damaged(TARGETS["kept.serving"], offset=[HUGE, 0])),
-    ("told.board file", damaged(TARGETS["told.board file"], server="mqtts://[::1")),
-    ("told.drives of Linux", b'{"blockdevices": [{"path": "a", "type": "disk", "size": Infinity}]}'),
-    ("told.drives of a Mac", b'<?xml version="1.0" encoding="UTF-99"?><plist><dict/></plist>'),
-    ("told.drives of a Mac", b"<plist><dict><key>AllDisksAndPartitions</key><string>x</string></dict></plist>"),
-    ("told.drives of a Mac", b"<plist><dict><key>WholeDisks</key><integer>1</integer></dict></plist>"),
 ]
 
 

@@ -49,7 +49,7 @@ def _image(arguments: argparse.Namespace) -> None:
     from fedprune_flash.kit.kit import open_kit, server_signer
 
     kit = open_kit(arguments.kit, server_signer(arguments.signing_key, unsigned=arguments.unsigned))
-    wanted = _first_boot(arguments, kit.board.device)
+    wanted = _first_boot(arguments, kit.device)
     scheme = Scheme(arguments.scheme) if arguments.scheme else None
     out = None if arguments.dry_run else arguments.out
     packed = arguments.source.stat().st_size if is_there(arguments.source, file=True) else 0

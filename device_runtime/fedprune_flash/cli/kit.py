@@ -28,7 +28,6 @@ def add_kit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
     kit.add_argument("--site", default="default", help="the fleet's site (default: default)")
     kit.add_argument("--data", default=SAMPLES, metavar="SRC", help="the board's samples (default: %(default)s)")
     kit.add_argument("--ca", type=Path, metavar="FILE", help="authority of the broker, as PEM (default: the fleet's)")
-    kit.add_argument("--ca-sha256", metavar="HEX", help="the certificate's fingerprint, checked against --ca")
     kit.add_argument(
         "--claim-file", type=Path, metavar="FILE", help=f"a file with a one-time claim; or put the claim into ${_CLAIM}"
     )
@@ -70,25 +69,24 @@ def _kit(arguments: argparse.Namespace) -> None:
             wheel=arguments.wheel,
             links=arguments.find_links,
             authorities=authorities,
-            pin=arguments.ca_sha256,
             claim=claim,
             signer=None if arguments.signing_key is None else SigningKey.load(arguments.signing_key),
             tell=tell,
         )
     if arguments.json:
-        body = {"folder": str(kit.folder), "target": str(kit.target), "files": len(kit.files), "bytes": kit.bytes}
-        print_json({**body, "sha256": kit.digest, "claimed": kit.claimed, "key": kit.key or None})
+        body = {"folder": str(kit.folder), "target": str(kit.target), "files": len(kit.paths), "bytes": kit.bytes}
+        print_json({**body, "sha256": kit.digest, "claimed": kit.claimed, "key": kit.signed_by or None})
         return
     print(
-        f"{kit.folder}: {kit.target}, {quantity(len(kit.files), 'file')}, {kit.bytes / 1e6:.1f} MB, sha256 {kit.digest}"
+        f"{kit.folder}: {kit.target}, {quantity(len(kit.paths), 'file')}, {kit.bytes / 1e6:.1f} MB, sha256 {kit.digest}"
     )
     if not kit.claimed:
         print(NO_CLAIM)
-    if kit.key:
-        print(f"It is signed with key {VerifyingKey.from_hex(kit.key).fingerprint}.")
+    if kit.signed_by:
+        print(f"It is signed with key {VerifyingKey.from_hex(kit.signed_by).fingerprint}.")
     else:
         print("It is not signed: a board can't tell who made it (--signing-key).")
-    print(f"On the board: sudo python3 {kit.folder.name}/install.pyz{'' if kit.key else ' --unsigned'}")
+    print(f"On the board: sudo python3 {kit.folder.name}/install.pyz{'' if kit.signed_by else ' --unsigned'}")
 
 
 def read_bytes(path: Path) -> bytes:

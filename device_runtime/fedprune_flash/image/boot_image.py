@@ -25,7 +25,6 @@ from fedprune_flash.image.fat import Fat
 from fedprune_flash.image.first_boot import CMDLINE, KIT_FOLDER, Scheme, first_boot_files, recognise
 from fedprune_flash.image.partitions import Partitions, read_partitions
 from fedprune_flash.kit.kit import Kit
-from fedprune_flash.on_board.kit_folder import MANIFEST
 
 MAX_IMAGE = 2**40
 _PIECE = 4 * 2**20
@@ -207,13 +206,15 @@ def customise(image: Path, contents: ImageContents, kit: Kit, wanted: FirstBoot,
     Raises `ImageError` if there is no room on the boot partition, or it has settings already.
     """
     fat = Fat(image, contents.partitions.boot)
-    files = first_boot_files(contents.scheme, wanted, contents.system.mount, contents.cmdline, unsigned=not kit.key)
+    files = first_boot_files(
+        contents.scheme, wanted, contents.system.mount, contents.cmdline, unsigned=not kit.signed_by
+    )
     for name in files:
         if name != CMDLINE and fat.exists(name):
             _check_template(name, fat.read(name))
     if fat.exists(KIT_FOLDER):
         raise ImageError(f"there is a folder {KIT_FOLDER} on the boot partition", hint="Take an unchanged image.")
-    paths = [*(f.path for f in kit.files), MANIFEST]
+    paths = kit.paths
     needed = sum(fat.size_of((kit.folder / path).stat().st_size) for path in paths)
     needed += sum(fat.size_of(len(content)) for content in files.values()) + _MARGIN * fat.cluster
     if needed > fat.free:

@@ -6,18 +6,15 @@ enrollment, is a file of its own, which the installer deletes.
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from cryptography import x509
-from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedprune.core.errors import ConfigError, JoinError, shown
-from fedprune.core.validation import known, truth, whole
+from fedprune.core.validation import truth, whole
 from fedprune.security.joining import Claim
 from fedprune.security.tls import insecure_allowed
 from fedprune.wire.topics import check_device, check_name
@@ -71,16 +68,6 @@ class BoardSettings:
         if self.authority and not self.server.startswith("mqtts://"):
             raise ConfigError("a certificate for a server without TLS", expected="mqtts://", got=shown(self.server))
 
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
-
-    @classmethod
-    def from_dict(cls, body: dict[str, Any]) -> BoardSettings:
-        try:
-            return cls(**known(cls, body, "board.json"))
-        except TypeError as error:
-            raise ConfigError("board.json", expected="server and device", got=", ".join(sorted(body))) from error
-
 
 def checked_claim(text: str) -> str:
     """A one-time claim as boards read it; raises `ConfigError` if the text is none, or is a private key."""
@@ -95,11 +82,8 @@ def checked_claim(text: str) -> str:
         raise ConfigError(error.what, expected=error.expected, got=error.got, hint=hint) from error
 
 
-def checked_authorities(raw: bytes, pin: str | None = None) -> bytes:
-    """Certificates of authorities in PEM form, without anything else in the file; raises `ConfigError`.
-
-    `pin` is the sha256 of one of the certificates (DER) as hex, with or without colons, which must be among them.
-    """
+def checked_authorities(raw: bytes) -> bytes:
+    """Certificates of authorities in PEM form, without anything else in the file; raises `ConfigError`."""
     if len(raw) > MAX_AUTHORITIES:
         raise ConfigError("certificate file", expected=f"at most {MAX_AUTHORITIES} bytes", got=len(raw))
     if _PRIVATE.search(raw.decode("ascii", "replace")):
@@ -108,11 +92,6 @@ def checked_authorities(raw: bytes, pin: str | None = None) -> bytes:
         found = x509.load_pem_x509_certificates(raw)
     except ValueError as error:
         raise ConfigError("certificate file", expected="certificates in PEM form", got=shown(raw[:40])) from error
-    if pin is not None:
-        wanted = pin.replace(":", "").lower()
-        prints = [c.fingerprint(SHA256()).hex() for c in found]
-        if wanted not in prints:
-            raise ConfigError("sha256 of the certificate", expected=wanted, got=", ".join(prints))
     return b"".join(c.public_bytes(Encoding.PEM) for c in found)
 
 

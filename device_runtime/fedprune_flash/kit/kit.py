@@ -2,7 +2,6 @@
 
 install.pyz       the installer, which needs nothing but Python
 kit.json          the kind of board, sha256 and size of every file, and the server's signature of all that
-board.json        the board's settings
 device.env        the same as the service's environment
 fedprune.service  the systemd unit
 launcher.pyz      starts the runtime of a slot
@@ -20,14 +19,13 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedprune import __version__
 from fedprune.core import errors, text, validation
 from fedprune.core.disk import file_digest, storage_errors
-from fedprune.core.errors import ConfigError, KitError, ProtocolError, UsageError, looked_for
+from fedprune.core.errors import ConfigError, KitError, UsageError, looked_for
 from fedprune.output import extras
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.wire import topics
@@ -56,8 +54,6 @@ from fedprune_flash.on_board.kit_folder import (
 )
 from fedprune_flash.on_board.runtime_slot import ENTRY, NUMBER
 
-BOARD = "board.json"
-
 MAX_BYTES = 2**31  # the most bytes of a kit; a boot partition holds less
 
 
@@ -72,37 +68,35 @@ def server_signer(key: Path | None, *, unsigned: bool) -> SigningKey | None:
     return None if key is None else SigningKey.load(key)
 
 
-@dataclass(frozen=True)
-class KitFile:
-    """A file of a kit: its path, its size in bytes and its sha256 as hex."""
+class Kit(KitFolder):
+    """A kit, whose signature, if it has one, and files are checked; else `KitError`.
 
-    path: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Kit:
-    """A kit whose files were checked.
-
-    `files` are all but the manifest, sorted by path, the claim only while it exists; `digest` is the manifest's sha256.
-    `key` signed it, as hex, empty if it is not signed.
+    `digest` is the manifest's sha256, `device` the board's name; `signed_by` is the key that signed it, as hex, empty
+    if it is not signed.
     """
 
-    folder: Path
-    target: Target
-    board: BoardSettings
-    files: tuple[KitFile, ...]
-    digest: str
-    key: str
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        body = self.manifest
+        self.signed_by = self.authenticate(None).hex() if self.signature or body.get("key") else ""
+        self.check()
+        self.digest = hashlib.sha256(self.read(MANIFEST)).hexdigest()
+        try:
+            self.target = Target(body.get("python", ""), body.get("architecture", ""), body.get("jetson") is True)
+            self.device = topics.check_device(body.get("device"), error=ConfigError)
+        except ConfigError as error:
+            raise KitError(f"{folder / MANIFEST}: {error}") from error
+        if self.bytes > MAX_BYTES:
+            raise KitError(f"{folder}", expected=f"at most {MAX_BYTES} bytes", got=self.bytes)
+
+    @property
+    def paths(self) -> list[str]:
+        """All files, the claim only while it exists."""
+        return sorted({*self.names, MANIFEST, *([CLAIM] if self.claimed else [])})
 
     @property
     def bytes(self) -> int:
-        return sum(f.bytes for f in self.files) + (self.folder / MANIFEST).stat().st_size
-
-    @property
-    def claimed(self) -> bool:
-        return any(f.path == CLAIM for f in self.files)
+        return sum((self.folder / path).stat().st_size for path in self.paths)
 
 
 def build_kit(
@@ -113,7 +107,6 @@ def build_kit(
     wheel: Path | None = None,
     links: Sequence[Path] = (),
     authorities: bytes | None = None,
-    pin: str | None = None,
     claim: str | None = None,
     signer: SigningKey | None = None,
     tell: Callable[[str], None] = lambda text: None,
@@ -121,8 +114,8 @@ def build_kit(
     """Make a kit; the folder appears once it is complete. One with a claim is readable to this user alone.
 
     `wheel` is fedprune's own, built from the checkout by default; `links` are folders with wheels, instead of a
-    network. `pin` is the sha256 of one of the `authorities`; `tell` is called with what is done next. Raises `KitError`
-    if the wheels are not available, or don't suit the target.
+    network. `tell` is called with what is done next. Raises `KitError` if the wheels are not available, or don't suit
+    the target.
     """
     if out.exists():
         raise UsageError(f"{out} is there already", hint="Name a folder that isn't, or remove it.")
@@ -130,8 +123,6 @@ def build_kit(
         raise ConfigError(
             "certificates of authorities", expected="given if and only if the board's settings have `authority`"
         )
-    if pin is not None and authorities is None:
-        raise ConfigError("sha256 of a certificate without the certificate", hint="Name its file with --ca.")
     with storage_errors(f"can't write {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
@@ -150,77 +141,56 @@ def build_kit(
             wheelhouse.check(sorted(wheels.iterdir()), target)
             (new / INSTALLER).write_bytes(installer_archive())
             write_launcher(new / LAUNCHER)
-            settings = {BOARD: board.to_json(), ENVIRONMENT: environment(board), SERVICE: unit(board, target)}
+            settings = {ENVIRONMENT: environment(board), SERVICE: unit(board, target)}
             for name, text in settings.items():
                 (new / name).write_text(text, encoding="utf-8")
             if authorities is not None:
-                (new / AUTHORITY).write_bytes(checked_authorities(authorities, pin))
+                (new / AUTHORITY).write_bytes(checked_authorities(authorities))
             if claim is not None:
                 (new / CLAIM).touch(mode=0o600)  # before anything is in it
                 (new / CLAIM).write_text(checked_claim(claim), encoding="ascii")
             contents = contents_digest(Wheel(path, path.name) for path in sorted(wheels.iterdir()))
             paths = [p for p in new.rglob("*") if p.is_file()]
-            files = [KitFile(str(p.relative_to(new)), p.stat().st_size, file_digest(p)) for p in paths]
-            (new / MANIFEST).write_text(_manifest(files, target, board, contents, signer), encoding="utf-8")
+            rows = [
+                {"path": str(p.relative_to(new)), "bytes": p.stat().st_size, "sha256": file_digest(p)}
+                for p in sorted(paths)
+            ]
+            (new / MANIFEST).write_text(_manifest(rows, target, board, contents, signer), encoding="utf-8")
             new.rename(out)
     return open_kit(out)
 
 
 def open_kit(folder: Path, signer: SigningKey | None = None) -> Kit:
-    """Read a kit and check its signature, if it has one, and every file of it; raises `KitError`.
-
-    The server of `signer` must have signed it; None takes any kit, signed or not.
-    """
-    found = KitFolder(folder)
-    signed = bool(found.signature or found.manifest.get("key"))
-    key = found.authenticate(None).hex() if signed else ""
-    found.check()
-    body = found.manifest
-    try:
-        target = Target(body.get("python", ""), body.get("architecture", ""), body.get("jetson") is True)
-        rows = [*body["files"], *([body["claim"]] if found.claimed else [])]
-        files = tuple(sorted(map(_row, rows), key=lambda f: f.path))
-        validation.digest("contents", body.get("contents"), error=ProtocolError)
-    except (ConfigError, ProtocolError) as error:
-        raise KitError(f"{folder / MANIFEST}: {error}") from error
-    if sum(f.bytes for f in files) > MAX_BYTES:
-        raise KitError(f"{folder}", expected=f"at most {MAX_BYTES} bytes", got=sum(f.bytes for f in files))
-    try:
-        told = json.loads(found.read(BOARD))
-        board = BoardSettings.from_dict(told if isinstance(told, dict) else {})
-    except (ValueError, RecursionError, ConfigError) as error:
-        raise KitError(f"{folder / BOARD}: {error}") from error
-    digest = hashlib.sha256(found.read(MANIFEST)).hexdigest()
-    kit = Kit(folder, target, board, files, digest, key)
-    if signer is not None and key != signer.verifying.hex:
+    """Read and check a kit. The server of `signer` must have signed it; None takes any kit, signed or not."""
+    kit = Kit(folder)
+    if signer is not None and kit.signed_by != signer.verifying.hex:
         raise KitError(
             f"{folder} is not signed by this server",
             expected=f"key {signer.verifying.fingerprint}",
-            got=f"key {VerifyingKey.from_hex(key).fingerprint}" if key else "no signature",
+            got=f"key {VerifyingKey.from_hex(kit.signed_by).fingerprint}" if kit.signed_by else "no signature",
             hint="Make it with the --signing-key of this server, or take it with --unsigned.",
         )
     return kit
 
 
 def _manifest(
-    files: Sequence[KitFile],
+    rows: Sequence[dict[str, Any]],
     target: Target,
     board: BoardSettings,
     contents: str,
     signer: SigningKey | None,
 ) -> str:
-    rows = {f.path: asdict(f) for f in sorted(files, key=lambda f: f.path)}
-    claim = rows.pop(CLAIM, None)
     body: dict[str, Any] = {
         "version": VERSION,
         "fedprune": __version__,
         "python": target.python,
         "architecture": target.architecture,
         "jetson": target.jetson,
+        "device": board.device,
         "data": board.data,
         "imports": dict(target.imports),
-        "claim": claim,
-        "files": [*rows.values()],
+        "claim": next((row for row in rows if row["path"] == CLAIM), None),
+        "files": [row for row in rows if row["path"] != CLAIM],
         "number": NUMBER,
         "entry": ENTRY,
         "contents": contents,
@@ -229,11 +199,6 @@ def _manifest(
     if signer is not None:
         body["signature"] = signer.sign(PURPOSE + signed_text(body).encode()).hex()
     return json.dumps(body, indent=1, sort_keys=True) + "\n"
-
-
-def _row(row: dict[str, Any]) -> KitFile:
-    size = validation.whole(row["path"], row.get("bytes"), 0, MAX_BYTES, error=ProtocolError)
-    return KitFile(row["path"], size, row["sha256"])
 
 
 def _given(wheel: Path) -> Path:

@@ -36,13 +36,6 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "ca.pem"
 
 
-def fingerprint(path: Path) -> str:
-    """sha256 as openssl prints it."""
-    command = ["openssl", "x509", "-in", str(path), "-noout", "-fingerprint", "-sha256"]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return done.stdout.strip().partition("=")[2]
-
-
 def test_a_kit_lists_every_file_with_its_digest(make_kit: MakeKit) -> None:
     kit = make_kit(claim=CLAIM)
     body = json.loads((kit.folder / "kit.json").read_text())
@@ -54,7 +47,7 @@ def test_a_kit_lists_every_file_with_its_digest(make_kit: MakeKit) -> None:
     }
     assert listed == there
     assert kit.claimed
-    assert {"install.pyz", "board.json", "device.env", "fedprune.service", "claim.txt"} <= set(there)
+    assert {"install.pyz", "device.env", "fedprune.service", "claim.txt"} <= set(there)
     assert (body["python"], body["architecture"], body["jetson"]) == (HERE, platform.machine(), False)
 
 
@@ -72,7 +65,7 @@ def test_only_the_claim_may_be_missing(make_kit: MakeKit) -> None:
 
 
 def test_a_kit_is_taken_from_its_server_alone(make_kit: MakeKit) -> None:
-    assert open_kit(make_kit("own").folder, KEY).key == KEY.verifying.hex
+    assert open_kit(make_kit("own").folder, KEY).signed_by == KEY.verifying.hex
     for foreign in (make_kit("foreign", signer=SigningKey.make()), make_kit("plain", signer=None)):
         with pytest.raises(KitError, match="not signed by this server"):
             open_kit(foreign.folder, KEY)
@@ -217,7 +210,7 @@ def test_a_kit_for_a_jetson_has_neither_onnxruntime_nor_numpy(tmp_path: Path) ->
     board, told = BoardSettings("mqtts://h", "nano"), list[str]()
     kit = build_kit(tmp_path / "kit", board, Target("3.10", jetson=True), wheel=own, links=[folder], tell=told.append)
     assert told == ["fetching wheels", "checking wheels"]
-    names = {Path(f.path).name.partition("-")[0] for f in kit.files if f.path.endswith(".whl")}
+    names = {path.name.partition("-")[0] for path in kit.wheels}
     assert names == {"fedprune", "pillow"}
     body = json.loads((kit.folder / "kit.json").read_text())
     assert body["imports"] == {"numpy": "1.23", "onnxruntime": "1.18", "fedprune_device": ""}
@@ -264,4 +257,4 @@ def test_the_command_makes_a_kit(
     body, kit = json.loads(capsys.readouterr().out), open_kit(tmp_path / "third")
     assert (body["folder"], body["sha256"], body["bytes"]) == (str(kit.folder), kit.digest, kit.bytes)
     assert (body["claimed"], body["key"]) == (False, PUBLIC.hex)
-    assert open_kit(tmp_path / "signed", KEY).key == PUBLIC.hex
+    assert open_kit(tmp_path / "signed", KEY).signed_by == PUBLIC.hex

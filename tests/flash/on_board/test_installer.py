@@ -30,7 +30,6 @@ from support.fakes.runtime_releases import CLAIM, KEY, PUBLIC, make_release, sou
 from support.fakes.signed_kits import change, sign
 from support.faults.power_cuts import EACH_KIND, CutError, cuts, power
 from support.processes.ssh_boards import SYSTEMCTL
-from support.waiting import attempts
 
 pytestmark = pytest.mark.system
 
@@ -578,34 +577,6 @@ def test_nothing_is_written_while_a_service_cannot_be_stopped(make_kit: MakeKit,
     assert (done.returncode, "systemctl failed" in done.stderr) == (ExitCode.STORAGE, True)
     assert up.exists()
     assert snapshot(root / "opt") == before
-
-
-def test_an_installer_that_is_told_to_end_leaves_a_board_running(
-    make_kit: MakeKit, tmp_path: Path, wheels: Path
-) -> None:
-    root, links = tmp_path / "root", Path(shutil.copytree(wheels, tmp_path / "slow"))
-    up = with_service(root)
-    assert run(make_kit("good").folder, root).returncode == 0
-    (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
-    there = tmp_path / "there"
-    code = f"import time\nopen({str(there)!r}, 'w').close()\ntime.sleep(600)\n"
-    tiny_wheels.wheel(links, "onnxruntime", "1.21", {"onnxruntime/__init__.py": code})
-    kit = make_kit("slow-kit", links=[links]).folder
-    command = [sys.executable, "-I", str(kit / "install.pyz"), "--root", str(root)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        for _ in attempts("what it makes first"):
-            if there.exists():
-                break
-            assert process.poll() is None
-        assert not up.exists()
-        process.terminate()
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.communicate()
-    assert (process.returncode, said.count("\n")) == (ExitCode.INTERRUPTED, 1), said
-    assert up.exists()
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)

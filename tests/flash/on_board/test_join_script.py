@@ -52,31 +52,6 @@ class Endless(Quiet):
         self.connection.recv(1)
 
 
-class Unbounded(Quiet):
-    """Sends one file in chunks that end when the board hangs up, or after 64 MiB."""
-
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, *given: Any, name: str, hung_up: threading.Event, **more: Any) -> None:
-        self.name, self.hung_up = name, hung_up
-        super().__init__(*given, **more)
-
-    def do_GET(self) -> None:
-        if not self.path.endswith(self.name):
-            super().do_GET()
-            return
-        self.send_response(200)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        chunk = b"100000\r\n" + bytes(2**20) + b"\r\n"
-        try:
-            for _ in range(64):
-                self.wfile.write(chunk)
-            self.wfile.write(b"0\r\n\r\n")
-        except OSError:
-            self.hung_up.set()
-
-
 @contextmanager
 def served(folder: Path, handler: Callable[..., Quiet] = Quiet) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=folder)) as server:
@@ -184,18 +159,6 @@ def test_a_script_that_is_interrupted_leaves_nothing(tmp_path: Path, kit: Kit, s
         words = (f"{url}/{kit.folder.name}", kit.digest, "--root", str(root))
         done = joined(root, *words, claim=CLAIM, stop=(begun, signal.SIGINT))
     assert (done.returncode, begun.is_set()) == (ExitCode.INTERRUPTED, True)
-    assert list(root.iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["kit.json", "install.pyz"])
-def test_no_more_is_read_of_a_file_than_the_kit_has(tmp_path: Path, kit: Kit, name: str) -> None:
-    """Chunked answers have no length of which curl could tell beforehand that they are too long."""
-    root, hung_up = tmp_path / "root", threading.Event()
-    with served(tmp_path, partial(Unbounded, name=name, hung_up=hung_up)) as url:
-        done = joined(root, f"{url}/{kit.folder.name}", kit.digest, "--root", str(root), claim=CLAIM)
-        assert hung_up.wait(60)
-    assert done.returncode == ExitCode.KIT
-    assert f"{name} has more than " in done.stderr
     assert list(root.iterdir()) == []
 
 

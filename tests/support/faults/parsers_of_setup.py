@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
-import json
 import lzma
 import shutil
 import struct
@@ -18,10 +17,10 @@ from fedprune.security.joining import Claim
 from fedprune_flash.image.boot_image import unpack
 from fedprune_flash.image.ext4 import Ext4
 from fedprune_flash.image.partitions import Region, read_partitions
-from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities
+from fedprune_flash.kit.board_settings import checked_authorities
 from fedprune_flash.kit.kit import open_kit
 from fedprune_flash.on_board.kit_folder import KitFolder
-from support.faults.parser_target import Target, as_file, as_object, as_text, dumped, scratch
+from support.faults.parser_target import Target, as_file, as_text, dumped, scratch
 
 _FILES = 2 * 2**20  # bytes that hashing and unpacking may take for any file
 
@@ -35,7 +34,6 @@ def setup_targets() -> tuple[Target, ...]:
 def _told() -> tuple[Target, ...]:
     claim = Claim(b"i" * 5, b"s" * 15, b"p" * 12).text
     authority = Authority.make(scratch() / "board authority", "lab").pem.encode()
-    board = {"server": "mqtts://broker.example:8883", "device": "attic", "site": "lab", "data": "/data/set.npz"}
     return (
         Target(
             "told.claim",
@@ -43,7 +41,6 @@ def _told() -> tuple[Target, ...]:
             (claim.encode(), claim.lower().encode() + b"\n"),
             text=True,
         ),
-        Target("told.board file", as_object(BoardSettings.from_dict), dumped(board), text=True),
         Target("told.authorities", checked_authorities, (authority, authority * 2), text=True, share=0.5),
     )
 
@@ -51,14 +48,14 @@ def _told() -> tuple[Target, ...]:
 def _kits() -> tuple[Target, ...]:
     folder = scratch() / "kit"
     (folder / "wheelhouse").mkdir(parents=True, exist_ok=True)
-    board = {"server": "mqtts://broker.example:8883", "device": "attic", "site": "lab"}
-    files = {"board.json": json.dumps(board).encode(), "wheelhouse/a-1-py3-none-any.whl": b"wheel", "install.pyz": b"x"}
+    files = {"wheelhouse/a-1-py3-none-any.whl": b"wheel", "install.pyz": b"x"}
     rows = []
     for path, data in files.items():
         (folder / path).write_bytes(data)
         rows.append({"path": path, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
     manifest = {
-        "version": 4, "fedprune": "0.1", "python": "3.11", "architecture": "aarch64", "jetson": False, "data": "local",
+        "version": 4, "fedprune": "0.1", "python": "3.11", "architecture": "aarch64", "jetson": False,
+        "device": "attic", "data": "local",
         "imports": {"numpy": "numpy"}, "claim": None, "files": rows,
         "number": 0, "entry": "app:main", "contents": "0" * 64, "key": None,
     }  # fmt: skip
