@@ -28,7 +28,6 @@ _FORMAT = struct.Struct("<HHIIHH")  # tag, channels, rate, bytes per second, byt
 _PCM, _EXTENSIBLE = 1, 0xFFFE
 _PCM_GUID = bytes.fromhex("0100000000001000800000aa00389b71")
 _GUID_AT = 24  # in the longer format chunk, which 24 bits and more channels than two need
-_IN_DS64 = 2**32 - 1  # the size of a chunk of RF64 whose size is in the chunk `ds64`
 
 
 @dataclass(frozen=True)
@@ -105,15 +104,12 @@ def decoded(body: bytes) -> tuple[Samples, int]:
 
 def _chunks(body: bytes) -> dict[bytes, tuple[int, bytes]]:
     """The first chunk of each name: its size, and the bytes that are there. Raises `DataError` if it isn't WAV."""
-    if body[:4] not in (b"RIFF", b"RF64", b"BW64") or body[8:12] != b"WAVE":
+    if body[:4] != b"RIFF" or body[8:12] != b"WAVE":
         raise _unreadable_error("something else")
     chunks: dict[bytes, tuple[int, bytes]] = {}
     at = 12
     while at + 8 <= len(body):
         name, size = struct.unpack_from("<4sI", body, at)
-        ds64 = chunks.get(b"ds64", (0, b""))[1]
-        if name == b"data" and size == _IN_DS64 and len(ds64) >= 16:
-            size = struct.unpack_from("<Q", ds64, 8)[0]
         at += 8
         chunks.setdefault(name, (size, body[at : at + size]))
         at += size + size % 2  # a chunk of an odd size is followed by a byte of padding

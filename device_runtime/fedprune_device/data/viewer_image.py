@@ -24,9 +24,6 @@ _SHORT = 2**16 - 1  # the number of white
 
 _BILINEAR = 2  # Pillow's number
 
-_GAMMA = 0.45455  # of a PNG in sRGB
-_SAME_GAMMA = 0.1  # share by which another one hardly shows
-
 _SAME_COLOUR = 2
 """Levels by which sRGB profiles of different makers differ: these are not worth a conversion."""
 
@@ -35,7 +32,7 @@ def viewer_image(image: Any, mode: str, size: tuple[int, int] | None = None) -> 
     """An opened image of Pillow's as a viewer displays it, in `mode` (`RGB` or `L`).
 
     It is turned by its EXIF orientation, drawn on white where it is transparent, 16 bits become 8, and colours of an
-    embedded profile or with another gamma become those of sRGB. Raises `DataError` for animations and for colours that
+    embedded profile become those of sRGB. Raises `DataError` for animations and for colours that
     viewers disagree on.
 
     Args:
@@ -53,11 +50,7 @@ def viewer_image(image: Any, mode: str, size: tuple[int, int] | None = None) -> 
         # A JPEG is decoded at a fraction of its size where that suffices; its sides are those before it is turned.
         image.draft(None, size[::-1] if exif_orientation(image) in _ON_ITS_SIDE else size)
     profile = image.info.get("icc_profile")
-    gamma = image.info.get("gamma") if not profile and "srgb" not in image.info else None
     image = _opaque_image(upright_image(image))
-    if gamma and abs(gamma / _GAMMA - 1) > _SAME_GAMMA:
-        levels = 255 * (np.arange(256) / 255) ** (_GAMMA / gamma)
-        image = image.point(np.rint(levels).astype(int).tolist() * len(image.getbands()))
     convert = _srgb_transform(profile, image.mode) if profile else None
     if convert is None:
         image = _in_mode(image, mode)

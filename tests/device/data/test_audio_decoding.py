@@ -41,29 +41,6 @@ def test_channels_are_averaged() -> None:
     np.testing.assert_allclose(decoded(wav(packed(both, 2), 2, 2))[0], SINE / 2, atol=1e-4)
 
 
-def chunk(name: bytes, body: bytes) -> bytes:
-    return name + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
-
-
-def riff(*chunks: bytes, kind: bytes = b"RIFF") -> bytes:
-    return kind + struct.pack("<I", 4 + sum(map(len, chunks))) + b"WAVE" + b"".join(chunks)
-
-
-def format_chunk(bits: int, channels: int = 1, *, extensible: bool) -> bytes:
-    width = bits // 8 * channels
-    head = struct.pack("<HHIIHH", 0xFFFE if extensible else 1, channels, 16000, 16000 * width, width, bits)
-    guid = b"\1\0\0\0\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71"
-    return chunk(b"fmt ", head + (struct.pack("<HHI", 22, bits, 4) + guid if extensible else b""))
-
-
-def test_the_size_of_a_large_file_is_in_a_chunk_of_its_own() -> None:
-    raw = packed(SINE, 2)
-    data = b"data" + b"\xff" * 4 + raw
-    sizes = chunk(b"ds64", struct.pack("<QQQI", 0, len(raw), len(SINE), 0))
-    body = riff(sizes, format_chunk(16, extensible=False), data, kind=b"RF64")
-    np.testing.assert_array_equal(decoded(body)[0], decoded(wav(raw))[0])
-
-
 @pytest.mark.parametrize(
     ("rate", "wanted"), [(44100, 16000), (48000, 16000), (8000, 16000), (16000, 22050), (11025, 8000)]
 )

@@ -138,15 +138,12 @@ def test_new_rows_are_there_at_the_next_round_and_old_ones_keep_their_part(tmp_p
     ("text", "error"),
     [
         ("", "columns: expected some of numbers to read, got none"),
-        ("a,a\n1,2\n", "names of columns: expected different ones, got that of column 1 for 2, too"),
         ("1,2\n3,4\n", "the first row: expected names of columns, got numbers"),
         ("a,b\n1,2\n3\n", "row 2: expected 2 columns, got 1"),
         ("a,b\n1,2\n3,x\n", "row 2, column 2: expected a number, got something else"),
-        ("a,b\n1,inf\n", "row 1, column 2: expected a number"),
         ("a,class\n1,1\n2,1.5\n", "row 2, column 2: expected a whole number from 0"),
         ("a,b\n1,2\n", "rows: expected at least 4, a window's, got 1"),
         ('a,b\n"' + "1" * 200_000 + '",2\n', "is no table: expected CSV in UTF-8"),
-        ("a,b\n" + "1" * 2_000_000, "a line: expected at most 1048576 characters"),
         (",".join(f"c{n}" for n in range(5000)), "columns: expected at most 4096, got 5000"),
     ],
 )
@@ -233,16 +230,13 @@ def test_a_quote_that_nothing_closes_is_refused(tmp_path: Path, begin: str) -> N
     ("text", "place", "way_out"),
     [
         ("a;b\n20,5;1.5\n", "numbers", "point"),
-        ("a;b\n1.5;1\n" * 1 + "2.5;1\n" * 9000 + "20,5;1\n", "numbers", "point"),
         ('a,b\n1,"1,234"\n', "row 1, column 2", "point"),
         ("a,b\n1,2024-01-05\n", "row 1, column 2", "time"),
         ("a,b\n1,1700000001\n", "row 1, column 2", "time"),
-        ("a,b\n1,10_000\n", "row 1, column 2", "numbers"),
         ("a,b\n1,2\n1,NaN\n", "row 2, column 2", "gaps"),
         ("a,b\n°C,hPa\n1,2\n", "row 1, column 1", "units"),
         ("a,class\n1,walk\n", "row 1, column 2", "--class-names"),
         ("a,class,label\n1,1,1\n", "columns of classes", "another name"),
-        ("1,5;2,5\n1,5;3,5\n", "the first row", ""),
     ],
 )
 def test_a_cell_that_may_mean_something_else_is_refused_with_a_way_out_that_loses_nothing(

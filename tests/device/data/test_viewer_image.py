@@ -147,15 +147,6 @@ def png(width: int, height: int, depth: int, rows: bytes, *more: bytes) -> bytes
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-@pytest.mark.parametrize(
-    ("gamma", "more", "shade"),
-    [(100_000, (), 167), (45_455, (), 100), (100_000, (chunk(b"sRGB", b"\0"),), 100), (0, (), 100)],
-)
-def test_another_gamma_is_shown_as_browsers_show_it(gamma: int, more: tuple[bytes, ...], shade: int) -> None:
-    body = png(2, 1, 8, bytes([0, 100, 255]), *more, chunk(b"gAMA", struct.pack(">I", gamma)))
-    np.testing.assert_array_equal(seen(body, 1, 2, 1)[0, :, 0], [shade, 255])
-
-
 def test_a_grey_mask_of_few_bits_is_refused_because_its_numbers_have_two_meanings() -> None:
     with pytest.raises(DataError) as error:
         mask(png(4, 1, 2, b"\0\x1b"), 1, 4)

@@ -26,7 +26,6 @@ from fedprune.wire.fleet_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
-from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
 from fedprune_device.launcher.launcher import launch
 from fedprune_device.launcher.state import STABLE
 from fedprune_device.network.connection import Channel, Connection
@@ -185,27 +184,6 @@ def test_a_release_that_is_withdrawn_is_not_tried(board: Make, releases: dict[in
     assert (state.phase, it.ran) == (STABLE, [])
     assert state.outcome.reason == "withdrawn: too many failed"
     assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()] == []
-
-
-def test_a_server_that_lost_the_files_may_offer_them_again(board: Make, tmp_path: Path) -> None:
-    big = make_release(tmp_path / "big", 2, more=BIG, unpacked=3 * 10**6)
-    it = board(big)
-    gone: list[BlobRequest] = []
-    publish = it.server.publish
-
-    def lose(topic: str, payload: bytes, qos: int = 1) -> bool:
-        message = parse(payload)
-        if isinstance(message, BlobRequest) and not gone:
-            gone.append(message)
-            it.server.say(BlobNotFound(message.sha256))
-            it.server.next()
-            return True
-        return publish(topic, payload, qos)
-
-    it.server.publish = lose  # type: ignore[method-assign]
-    it.live()
-    assert gone
-    assert states(it, 2)[-1] == COMMITTED
 
 
 def refused(it: Board) -> str:
