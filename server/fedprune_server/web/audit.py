@@ -56,18 +56,15 @@ class Audit:
     def failed(self, name: str, address: str) -> None:
         """Note a failed login; of many in a short time only some get a line, and the next line counts the others."""
         with self._failing:
-            self._note_failed(name, address)
-
-    def _note_failed(self, name: str, address: str) -> None:
-        now = self._monotonic()
-        self._room = min(float(MOST_FAILED), self._room + (now - self._failed_at) / FAILED_EVERY_S)
-        self._failed_at = now
-        if self._room < 1:
-            self._unlisted += 1
-            return
-        self._room -= 1
-        unlisted, self._unlisted = self._unlisted, 0
-        self.note(name, address, "login", {"unlisted before": unlisted} if unlisted else None, "failed")
+            now = self._monotonic()
+            self._room = min(float(MOST_FAILED), self._room + (now - self._failed_at) / FAILED_EVERY_S)
+            self._failed_at = now
+            if self._room < 1:
+                self._unlisted += 1
+                return
+            self._room -= 1
+            unlisted, self._unlisted = self._unlisted, 0
+            self.note(name, address, "login", {"unlisted before": unlisted} if unlisted else None, "failed")
 
     def changes(self) -> set[str]:
         """The topic `audit` if lines were added since the last call, for live pages."""

@@ -75,19 +75,16 @@ class Throttle:
     def failed(self, account: str, address: str) -> None:
         """Count a login as failed."""
         with self._lock:
-            self._count_failed(account, address)
-
-    def _count_failed(self, account: str, address: str) -> None:
-        now = self._clock()
-        for key, _ in self._keys(account, address):
-            known = self._failures.pop(key, None)
-            if known is None or now - known.at > FORGOTTEN_S:
-                known = _Failures(0, now, now)
-            known.count, known.at, known.before = known.count + 1, now, known.at
-            self._failures[key] = known
-        while len(self._failures) > MOST_KEPT:
-            self._failures.popitem(last=False)
-        self._keep(account, address)
+            now = self._clock()
+            for key, _ in self._keys(account, address):
+                known = self._failures.pop(key, None)
+                if known is None or now - known.at > FORGOTTEN_S:
+                    known = _Failures(0, now, now)
+                known.count, known.at, known.before = known.count + 1, now, known.at
+                self._failures[key] = known
+            while len(self._failures) > MOST_KEPT:
+                self._failures.popitem(last=False)
+            self._keep(account, address)
 
     def succeeded(self, account: str, address: str) -> None:
         """Reset the account from this address after a login.
@@ -95,19 +92,16 @@ class Throttle:
         What failed for the address in other names still counts: an attacker may have an account, too.
         """
         with self._lock:
-            self._forgive(account, address)
-
-    def _forgive(self, account: str, address: str) -> None:
-        both, *others = (key for key, _ in self._keys(account, address))
-        self._failures.pop(both, None)
-        for key in others:
-            if (known := self._failures.get(key)) is not None:
-                known.count, known.at = known.count - 1, known.before
-        self._known.pop(both, None)
-        self._known[both] = self._clock()
-        while len(self._known) > MOST_KEPT:
-            self._known.popitem(last=False)
-        self._keep(account, address)
+            both, *others = (key for key, _ in self._keys(account, address))
+            self._failures.pop(both, None)
+            for key in others:
+                if (known := self._failures.get(key)) is not None:
+                    known.count, known.at = known.count - 1, known.before
+            self._known.pop(both, None)
+            self._known[both] = self._clock()
+            while len(self._known) > MOST_KEPT:
+                self._known.popitem(last=False)
+            self._keep(account, address)
 
     def _keep(self, account: str, address: str) -> None:
         """Store the changes; while another process writes, the next login does."""
