@@ -112,8 +112,6 @@ def test_a_job_moves_from_the_folder_to_a_bucket_to_another_and_back(
     assert wrong(state) == []
 
 
-
-
 def test_check_finds_what_is_wrong_with_objects_and_repair_mends_it(
     at_s3: S3, begun: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: State
 ) -> None:
