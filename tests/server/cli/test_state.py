@@ -14,8 +14,8 @@ from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.cli.main import build_parser, main
 from fedprune_server.cli.state_option import VARIABLE
 
-OTHERWISE = {"alerts", "run", "config", "restore", "service"}
-"""Commands that read settings in layers, make a new folder or write a unit."""
+OTHERWISE = {"alerts", "run", "config", "restore"}
+"""Commands that read settings in layers or make a new folder."""
 
 
 def defaults() -> dict[str, object]:

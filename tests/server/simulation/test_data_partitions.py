@@ -173,10 +173,15 @@ def test_a_device_gets_exactly_its_rows():
     assert np.array_equal(data.y_val, samples.labels[holding.validation])
 
 
-@pytest.mark.parametrize("kind", ["iid", "dirichlet", "pathological", "owners"])
-@pytest.mark.parametrize("pooled", [True, False])
-@pytest.mark.parametrize("server", [0.0, 0.1])
-@pytest.mark.parametrize("calibration", [0.0, 0.05])
+@pytest.mark.parametrize(
+    ("kind", "pooled", "server", "calibration"),
+    [
+        ("iid", True, 0.0, 0.0),
+        ("dirichlet", True, 0.1, 0.05),
+        ("pathological", False, 0.1, 0.0),
+        ("owners", False, 0.0, 0.05),
+    ],
+)
 def test_nothing_is_lost_or_dealt_twice(kind, pooled, server, calibration):
     samples = pictures(owners=True)
     federation = plan(partition=kind, pooled=pooled, server=server, calibration=calibration).deal(samples)

@@ -144,14 +144,6 @@ def test_a_run_that_goes_on_writes_each_round_once(fleet: dict[str, Any], shown:
     assert found.ends == [True] * 3
 
 
-def test_a_tracker_that_is_given_later_gets_all_rounds(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
-    simulate(fleet, folder="out")
-
-    simulate(fleet, folder="out", track="mlflow")
-
-    assert [number for number, _ in only(shown).rounds] == [1, 2, 3]
-
-
 def test_a_tracker_that_fails_ends_no_run_and_catches_up(
     fleet: dict[str, Any], shown: dict[str, Shown], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -257,12 +249,11 @@ def test_a_server_opens_its_trackers(tmp_path: Path, shown: dict[str, Shown]) ->
     assert (tmp_path / "state" / trackers.FILE).is_file()
 
 
-@pytest.mark.parametrize("error", [OSError("disk full"), ValueError("no such array")])
 def test_files_that_cannot_be_written_leave_no_tracker_open(
-    tmp_path: Path, shown: dict[str, Shown], caplog: pytest.LogCaptureFixture, error: Exception
+    tmp_path: Path, shown: dict[str, Shown], caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(folder: Path) -> None:
-        raise error
+        raise ValueError("no such array")
 
     tracking = trackers.Tracking([TrackTarget("mlflow")], TrackedRun("mine", tmp_path), tmp_path)
     tracking.start()
@@ -271,7 +262,7 @@ def test_files_that_cannot_be_written_leave_no_tracker_open(
     tracking.close()
 
     assert only(shown).ends == [True]
-    assert f"can't write the run's files: {type(error).__name__}: {error}" in caplog.text
+    assert "can't write the run's files: ValueError: no such array" in caplog.text
 
 
 def test_a_damaged_note_begins_a_new_run(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
