@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from fedprune_server.monitoring.alert_rules import ALERT_SEVERITIES
-from fedprune_server.monitoring.alerts import MAX_ALERTS_OF_KIND, Alert
-
-_CHANGES = 4 * MAX_ALERTS_OF_KIND
-"""Unread changes that are kept, at most; beyond that the oldest is dropped."""
+from fedprune_server.monitoring.alerts import Alert
 
 
 @dataclass(frozen=True)
@@ -28,7 +25,6 @@ class AlertBook:
         self._open: dict[str, Alert] = {a.key: a for a in restored}
         self._begun: dict[tuple[str, str], tuple[float, float]] = {}  # by key and severity, before the delay has passed
         self._ended: dict[str, float] = {}  # open alerts whose cause has gone: since when, by key
-        self._unread: deque[AlertChange] = deque(maxlen=_CHANGES)
 
     @property
     def open(self) -> list[Alert]:
@@ -81,10 +77,4 @@ class AlertBook:
             if now - self._ended.setdefault(key, now) >= self._open[key].delay_s:
                 del self._ended[key]
                 changes.append(AlertChange(self._open.pop(key), at))
-        self._unread.extend(changes)
         return changes
-
-    def changes(self) -> list[AlertChange]:
-        found = list(self._unread)
-        self._unread.clear()
-        return found

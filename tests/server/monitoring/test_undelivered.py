@@ -67,8 +67,8 @@ def opened(folder: Path, spoil: Callable[[Dropping], None], seconds: float) -> d
         if daemon.busy:
             time.sleep(0.0005)  # the worker's thread is real
             return
-        for change in monitor.book.changes():
-            found.setdefault(change.alert.kind, (set(), air.now))[0].add(change.alert.device)
+        for alert in monitor.book.open:
+            found.setdefault(alert.kind, (set(), air.now))[0].add(alert.device)
         air.now += 0.5
         for device in air.devices.values():
             device.turn()

@@ -66,7 +66,7 @@ class StatusPublisher:
         self._pending: dict[str, None] = {}
         self._published: dict[str, int] = {}
         self._statuses: dict[str, Record] = {}
-        self._open_alerts: dict[str, Alert] = {}  # as they were published, by key
+        self._open_alerts: dict[tuple[str, float], Alert] = {}  # as they were published, by key and beginning
         self._records: list[Record] = []
         self._unwritten: list[Record] = []
         self._stale = True
@@ -142,7 +142,6 @@ class StatusPublisher:
         self._statuses.clear()
         self._records = list(self._unwritten)
         self._open_alerts.clear()
-        self._alerts.changes()
         for name, job in self._jobs.items():
             before: float | None = None
             for summary in job.history[-ROUNDS_PUBLISHED:]:
@@ -175,14 +174,12 @@ class StatusPublisher:
         self.add(*self.tap.take(_LINES))
 
     def _add_alerts(self) -> None:
-        # Closed ones first: an alert that has closed and opened again since is open.
-        for change in self._alerts.changes():
-            if change.closed_at is not None:
-                self._open_alerts.pop(change.alert.key, None)
-                self.add(_alert(change.alert, change.closed_at))
-        for alert in self._alerts.open:  # whose texts change without a change of severity, too
-            if self._open_alerts.get(alert.key) != alert:
-                self._open_alerts[alert.key] = alert
+        alerts = {(alert.key, alert.since): alert for alert in self._alerts.open}
+        for key in self._open_alerts.keys() - alerts.keys():
+            self.add(_alert(self._open_alerts.pop(key), self._clock()))
+        for key, alert in alerts.items():  # whose texts change without a change of severity, too
+            if self._open_alerts.get(key) != alert:
+                self._open_alerts[key] = alert
                 self.add(_alert(alert))
 
     def _knows(self, device: str) -> bool:
