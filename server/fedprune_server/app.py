@@ -359,18 +359,19 @@ def _console(
         return
     address, port = config.console_place
     check_free(address, port)
+    from fedprune_server.web.auth.accounts import Accounts  # needs the extra
+
+    database = stack.enter_context(ConsoleDatabase(config.state / CONSOLE))
+    orders = OrderQueue(database)
     members = rollouts = executor = None
     if identity is not None:
         reader = stack.enter_context(database_of(config.state, config.database, read_only=True))
         members = IdentityStore(reader)
-        executor = AdminExecutor(config.state, config.console_releases)
+        executor = AdminExecutor(config.state, config.console_releases, orders.answer)
         rollouts = RolloutStore(config.state, reader, read_only=True)
     poller = MembershipPoller(members, rollouts, tuple if executor is None else executor.names)
     stack.callback(poller.close)
     poller.start()
-    from fedprune_server.web.auth.accounts import Accounts  # needs the extra
-
-    database = stack.enter_context(ConsoleDatabase(config.state / CONSOLE))
     if len(Accounts(database)) == 0:
         log.warning(
             "no operator can log in to the console yet: fedprune-server operators add NAME --role admin --state %s",
@@ -388,7 +389,7 @@ def _console(
     }
     publisher = StatusPublisher(site, writer, poller=poller, alerts=alerts)
     handler = OrderHandler(
-        OrderQueue(database), publisher, {runner.job.name: runner for runner in runners}, reached.quarantine,
+        orders, publisher, {runner.job.name: runner for runner in runners}, reached.quarantine,
         config.state, executor, allowed=config.console_orders,
     )  # fmt: skip
     settings = ConsoleSettings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ from fedprune_server.web.state.membership_poller import Member, MembershipPoller
 from fedprune_server.web.state.order_queue import EXPIRED, Answer, Order
 from support.fakes.members import certified, serials_of
 from support.fakes.runtime_releases import make_release
-from support.waiting import until
+
+ANSWERS: queue.Queue[Answer] = queue.Queue()
+"""What executors answer; each test takes all."""
 
 
 @pytest.fixture
@@ -39,7 +42,7 @@ def state(tmp_path: Path) -> Path:
 @pytest.fixture
 def executor(state: Path, tmp_path: Path) -> Iterator[AdminExecutor]:
     (tmp_path / "releases").mkdir()
-    made = AdminExecutor(state, tmp_path / "releases")
+    made = AdminExecutor(state, tmp_path / "releases", ANSWERS.put)
     yield made
     made.close()
 
@@ -47,7 +50,7 @@ def executor(state: Path, tmp_path: Path) -> Iterator[AdminExecutor]:
 def ordered(executor: AdminExecutor, kind: str, **fields: str) -> Answer:
     """The answer to an order."""
     executor.submit(Order(1, "ann", kind, **fields))  # type: ignore[arg-type]
-    return until(lambda: next(iter(executor.answers()), None))
+    return ANSWERS.get(timeout=30)
 
 
 def asks(state: Path, device: str) -> VerifyingKey:
@@ -154,12 +157,11 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, executor:
 # The thread: no order ends it, and none waits forever.
 
 
-def answer(executor: AdminExecutor) -> Answer:
-    return executor._answers.get(timeout=30)
-
-
 def test_whatever_comes_of_an_order_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor, outcomes = AdminExecutor(tmp_path, None), iter(["a" + "x" * 5000, ValueError("a bug"), "well"])
+    executor, outcomes = (
+        AdminExecutor(tmp_path, None, ANSWERS.put),
+        iter(["a" + "x" * 5000, ValueError("a bug"), "well"]),
+    )
 
     def carry_out(order: Order) -> str:
         outcome = next(outcomes)
@@ -170,7 +172,7 @@ def test_whatever_comes_of_an_order_is_answered(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(executor, "carry_out", carry_out)
     for number in (1, 2, 3):
         executor.submit(Order(number, "ann", "deny", device="a"))
-    first, second, third = (answer(executor) for _ in range(3))
+    first, second, third = (ANSWERS.get(timeout=30) for _ in range(3))
     assert first == Answer(1, True, "a" + "x" * 5000)
     assert (second.ok, third) == (False, Answer(3, True, "well"))
     executor.close()
@@ -186,17 +188,17 @@ def test_an_order_that_waited_too_long_behind_others_is_not_carried_out(
         now[0] += 600.0
         return "well"
 
-    executor = AdminExecutor(tmp_path, None, lambda: now[0])
+    executor = AdminExecutor(tmp_path, None, ANSWERS.put, lambda: now[0])
     monkeypatch.setattr(executor, "carry_out", carry_out)
     for number in (1, 2):
         executor.submit(Order(number, "ann", "revoke", device="a", until=600.0))
-    assert [answer(executor), answer(executor)] == [Answer(1, True, "well"), Answer(2, False, EXPIRED)]
+    assert [ANSWERS.get(timeout=30), ANSWERS.get(timeout=30)] == [Answer(1, True, "well"), Answer(2, False, EXPIRED)]
     assert done == [1]
     executor.close()
 
 
 def test_no_more_orders_wait_than_can_be_carried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor, begun, go_on = AdminExecutor(tmp_path, None), threading.Event(), threading.Event()
+    executor, begun, go_on = AdminExecutor(tmp_path, None, ANSWERS.put), threading.Event(), threading.Event()
 
     def carry_out(order: Order) -> str:
         begun.set()
@@ -214,5 +216,5 @@ def test_no_more_orders_wait_than_can_be_carried_out(tmp_path: Path, monkeypatch
     executor._closed = True
     go_on.set()
     executor.close()
-    assert answer(executor).ok
-    assert list(executor.answers()) == []  # those that waited are not begun any more
+    assert ANSWERS.get(timeout=30).ok
+    assert ANSWERS.empty()  # those that waited are not begun any more

@@ -325,7 +325,7 @@ def test_an_order_that_is_carried_out_as_the_server_ends_is_answered(
         assert go_on.wait(30)
         return "it is a member"
 
-    executor = AdminExecutor(tmp_path, None, lambda: 0.0)
+    executor = AdminExecutor(tmp_path, None, console.queue.answer, lambda: 0.0)
     monkeypatch.setattr(executor, "carry_out", carry_out)
     orders = OrderHandler(console.queue, console.publisher, console.runners, console.quarantine, tmp_path, executor)
     observer = ConsoleObserver(console.publisher, orders, None, lambda: 1e12)

@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,15 +42,21 @@ class AdminExecutor:
 
     Args:
         releases: A folder whose subfolders are releases that can be rolled out; None for no releases.
+        answer: Takes the answer to each order; called on the executor's thread.
         clock: Seconds since 1970.
     """
 
-    def __init__(self, state: Path, releases: Path | None, clock: Callable[[], float] = time.time) -> None:
-        self._state = state
+    def __init__(
+        self,
+        state: Path,
+        releases: Path | None,
+        answer: Callable[[Answer], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._state, self._answer = state, answer
         self._clock = clock
         self._releases = releases
         self._orders: queue.Queue[Order | None] = queue.Queue(MOST)
-        self._answers: queue.Queue[Answer] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -63,11 +69,6 @@ class AdminExecutor:
             self._orders.put_nowait(order)
         except queue.Full:
             raise ProtocolError(f"{MOST} orders are waiting to be carried out") from None
-
-    def answers(self) -> Iterator[Answer]:
-        with suppress(queue.Empty):
-            while True:
-                yield self._answers.get_nowait()
 
     def names(self) -> tuple[str, ...]:
         """Names of releases that can be rolled out, by their folders' time, newest first."""
@@ -130,7 +131,7 @@ class AdminExecutor:
     def _run(self) -> None:
         while (order := self._orders.get()) is not None and not self._closed:
             done, text = self._outcome(order)
-            self._answers.put(Answer(order.number, done, text))
+            self._answer(Answer(order.number, done, text))
 
     def _outcome(self, order: Order) -> tuple[bool, str]:
         if order.expired(self._clock()):  # while others were carried out

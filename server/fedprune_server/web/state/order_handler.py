@@ -56,18 +56,13 @@ class OrderHandler:
         self._unsaved.clear()
         for order in self._queue.take(_ORDERS):
             self._take(order)
-        self._answer()
+        self._queue.flush()
 
     def close(self) -> None:
         """End once the order under way is done, and answer what was carried out: the next start would call the rest
         interrupted."""
         if self._executor is not None:
             self._executor.close()
-        self._answer()
-
-    def _answer(self) -> None:
-        for answer in self._executor.answers() if self._executor is not None else ():
-            self._queue.answer(answer)
         self._queue.flush()
 
     def _take(self, order: Order) -> None:

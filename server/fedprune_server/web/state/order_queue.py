@@ -104,14 +104,16 @@ class OrderQueue:
             return None
 
     def answer(self, answer: Answer) -> None:
+        """Keep an answer for the next `flush`; may be called from any thread."""
         self._answers.append(answer)
 
     def flush(self) -> None:
         """Write the answers; they are kept if the disk fails."""
         now = self._clock()
-        statements = [s for answer in self._answers for s in answering(answer, now)]
+        answers = list(self._answers)
+        statements = [s for answer in answers for s in answering(answer, now)]
         if statements and self._database.try_to(*statements):
-            self._answers.clear()
+            del self._answers[: len(answers)]
 
 
 def answering(answer: Answer, now: float) -> list[tuple[str, tuple[object, ...]]]:
