@@ -26,7 +26,7 @@ NOTHING: Any = SimpleNamespace(waiting=0, queued=0, progress=lambda name: None, 
 def maker(state: State, members: Any = None) -> SnapshotMaker:
     registry = DeviceRegistry(JOB, ARCHITECTURE, state, dict.fromkeys(state.devices, (0, 0)))
     return SnapshotMaker(
-        JOB, state, registry, NOTHING, NOTHING, NOTHING, weight=1.0, schedule=SYNCHRONOUS, clock=lambda: 5.0,
+        JOB, state, registry, NOTHING, NOTHING, NOTHING, schedule=SYNCHRONOUS, clock=lambda: 5.0,
         members=members,
     )  # fmt: skip
 
