@@ -58,20 +58,6 @@ class AsynchronousCoordinator(Coordinator):
         state.opened_at = now
         return self._folds() + self._close_if_due(now)
 
-    # Devices come and go.
-
-    def _born(self, event: on.DeviceBorn, now: float) -> Commands:
-        state = self.state
-        before = state.devices.get(event.device)
-        if not self._admit(event):
-            return []
-        if state.phase is Phase.FINISHED:
-            return [do.TellFinished(event.device, state.model)]
-        if state.phase is Phase.WAITING:
-            return [] if event.more else self._open_if_able(now)
-        commands = self._resume_part(event.device, before)
-        return commands if event.more else commands + self._offers(now)
-
     # A round begins.
 
     def _go_on_again(self, now: float) -> Commands:

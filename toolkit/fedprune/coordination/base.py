@@ -153,10 +153,6 @@ class Coordinator(ABC):
     # What a coordinator's rounds are.
 
     @abstractmethod
-    def _born(self, event: on.DeviceBorn, now: float) -> Commands:
-        """A device has come: take it in, and give it what it has missed; with enough devices a job begins."""
-
-    @abstractmethod
     def _collect(self, now: float) -> Commands:
         """The round has its ranking: its parts begin."""
 
@@ -202,7 +198,7 @@ class Coordinator(ABC):
 
     @abstractmethod
     def _go_on_again(self, now: float) -> Commands:
-        """The job was paused and is not any more: begin what would have begun meanwhile."""
+        """The job was paused and is not any more, or devices have come: begin what can begin now."""
 
     # What they have in common.
 
@@ -241,6 +237,16 @@ class Coordinator(ABC):
         task.offer, task.progress = event.offer, Progress.OFFERED
         task.offered_at, task.deadline = now, deadline
         return do.SendOffer(event.device, event.round, event.attempt, event.offer)
+
+    def _born(self, event: on.DeviceBorn, now: float) -> Commands:
+        """A device has come: take it in, and give it what it has missed; with enough devices a job begins."""
+        before = self.state.devices.get(event.device)
+        if not self._admit(event):
+            return []
+        if self.state.phase is Phase.FINISHED:
+            return [do.TellFinished(event.device, self.state.model)]
+        commands = self._resume_part(event.device, before)
+        return commands if event.more else commands + self._go_on_again(now)
 
     def _paused(self, event: on.Paused, now: float) -> Commands:
         before, self.state.paused = self.state.paused, event.paused

@@ -76,18 +76,6 @@ class SynchronousCoordinator(Coordinator):
         self.state.phase = Phase.WAITING
         return self._begin(now) + self._look_again(now)
 
-    # Devices come and go.
-
-    def _born(self, event: on.DeviceBorn, now: float) -> Commands:
-        state = self.state
-        before = state.devices.get(event.device)
-        if not self._admit(event):
-            return []
-        commands = self._resume_part(event.device, before) if state.phase is Phase.TRAINING else []
-        if state.phase is Phase.FINISHED:
-            commands.append(do.TellFinished(event.device, state.model))
-        return commands if event.more else commands + self._begin(now)
-
     # A round begins.
 
     def _go_on_again(self, now: float) -> Commands:
