@@ -209,6 +209,8 @@ _ENDLESS = 2**31 - 1  # where slices end that go to the end of any axis
 _NEUTRAL = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0, "Pow": 1.0}
 """The neutral second operand of an operator; also the first, if the operator is commutative."""
 
+_SYMMETRIC = ("Mul", "Add")
+
 
 def _substitute(graph: Graph, old: str, new: str) -> None:
     """Let every reader of `old` read `new`; an output keeps its name, so its producer takes it over."""
@@ -332,43 +334,39 @@ def _keep_axes(graph: Graph, seen: Trace) -> None:
 
 
 def _drop_neutral(graph: Graph, seen: Trace, constants: Container[str]) -> None:
-    """Take out products with one, sums with zero and expansions to the shape that a value has."""
+    """Take out products with one, sums with zero, expansions to the shape that a value has, and whole slices."""
     outputs = {p.name for p in graph.outputs}
     for node in list(graph.nodes):
-        if node.op == "Slice" and not node.domain and _is_whole(graph, seen, node):
-            node.inputs = node.inputs[:1]
+        value = None if node.domain else _returned(graph, seen, constants, node)
+        if value is not None:
+            node.inputs = [value]
             bypass(graph, node, outputs)
+
+
+def _returned(graph: Graph, seen: Trace, constants: Container[str], node: Node) -> str | None:
+    """The input that a node returns as it is; None if it does something."""
+    if (node.op == "Slice" and _is_whole(graph, seen, node)) or (node.op == "Concat" and len(node.inputs) == 1):
+        return node.inputs[0]
+    if (node.op == "Where" and _takes_second(graph, seen, node)) or (
+        node.op == "ScatterND" and _overwrites(seen, node)
+    ):
+        return node.inputs[2]
+    if len(node.inputs) != 2 or node.outputs[0] not in seen.shapes:
+        return None
+    for x, other in (node.inputs, node.inputs[::-1]):
+        swapped = other != node.inputs[1]
+        if (
+            x not in seen.shapes
+            or seen.dims(x) != seen.dims(node.outputs[0])
+            or (swapped and node.op not in _SYMMETRIC)
+        ):
             continue
-        if node.op == "Concat" and not node.domain and len(node.inputs) == 1:
-            bypass(graph, node, outputs)
-            continue
-        if node.op == "Where" and not node.domain and _takes_second(graph, seen, node):
-            node.inputs = node.inputs[2:]
-            bypass(graph, node, outputs)
-            continue
-        if node.op == "ScatterND" and not node.domain and _overwrites(seen, node):
-            node.inputs = node.inputs[2:]
-            bypass(graph, node, outputs)
-            continue
-        if node.domain or len(node.inputs) != 2 or node.outputs[0] not in seen.shapes:
-            continue
-        for x, other in (node.inputs, node.inputs[::-1]):
-            if x not in seen.shapes or seen.dims(x) != seen.dims(node.outputs[0]):
-                continue
-            if other != node.inputs[1] and node.op not in ("Mul", "Add"):
-                continue
-            value = graph.initializers.get(other)
-            neutral = (
-                value is not None
-                and other in constants
-                and node.op in _NEUTRAL
-                and value.dtype == np.float32
-                and bool((value == _NEUTRAL[node.op]).all())
-            )
-            if neutral or node.op == "Expand":
-                node.inputs = [x]
-                bypass(graph, node, outputs)
-                break
+        value = graph.initializers.get(other) if other in constants and node.op in _NEUTRAL else None
+        if node.op == "Expand" or (
+            value is not None and value.dtype == np.float32 and bool((value == _NEUTRAL[node.op]).all())
+        ):
+            return x
+    return None
 
 
 def _is_whole(graph: Graph, seen: Trace, node: Node) -> bool:

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.torch
 FINE = {
     "CrossAttention": [12, 12, 6, 6],
     "DepthMultiplier": [8, 8],
-    "FusedAttention": [12, 4],
     "GroupNorms": [2, 4, 8],
     "GroupedConvs": [2, 3, 8],
     "TransposedConvs": [8, 2, 3, 8],
@@ -33,10 +32,7 @@ LONG = (
 )  # fmt: skip
 """Networks that take torch longest to export."""
 
-NAMES = marked(hard_nets.NETS, soak=(*LONG, "FusedAttention", "TiedWeights", "Unfolded"))
-"""The last ones have the wiring of others: of the vision transformer and the tied language model, and of Overlaps."""
-
-"""Sizes of groups where torch merges heads with the batch, or where layers begin with the same zeros."""
+NAMES = marked(hard_nets.NETS, soak=LONG)
 
 
 @cache

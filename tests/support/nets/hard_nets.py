@@ -159,21 +159,6 @@ class MultiheadAttention(Tokens):
 
 
 @hard(2)
-class FusedAttention(Tokens):
-    """Attention as timm writes it: one layer for q, k and v, split in three, heads and dims by a reshape."""
-
-    def build(self) -> None:
-        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
-        self.norm = nn.LayerNorm(12)
-
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
-        b, n, _ = x.shape
-        q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
-        weights = (q @ k.transpose(-2, -1) * 0.5).softmax(-1)
-        return x + self.out((weights @ v).transpose(1, 2).reshape(b, n, 12))
-
-
-@hard(2)
 class OneHead(Tokens):
     """One head: only its dims can be cut, those of q with k's, those of v alone."""
 
@@ -401,21 +386,6 @@ class StackedMax(Images):
 
 
 @hard(2)
-class Unfolded(Images):
-    """A convolution written as patches and a matrix."""
-
-    def build(self) -> None:
-        self.matrix, self.bias = nn.Parameter(torch.randn(8, 72) * 0.2), nn.Parameter(torch.randn(8))
-
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.matrix @ functional.unfold(x, 3, padding=1) + self.bias[:, None]
-        return torch.relu(y).reshape(-1, 8, 8, 8)
-
-
-# -- norms of activations and weights ---------------------------------------------------------------------------------
-
-
-@hard(2)
 class GroupNorms(Images):
     """Norm groups of several channels."""
 
@@ -516,17 +486,6 @@ class Activations(Images):
         x = self.slope(self.second(x))
         x = functional.softplus(x) + functional.elu(x) + functional.hardtanh(x) + functional.softsign(x)
         return x + x.erf() + x.sin() * x.cos() + x.floor() * 0.1 + x.sign() + torch.where(x > 0.3, x, x * x)
-
-
-@hard(1)
-class TiedWeights(Tokens):
-    """One matrix used twice, as it is and transposed."""
-
-    def build(self) -> None:
-        self.coder = nn.Linear(12, 9, bias=False)
-
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.relu(self.coder(x)) @ self.coder.weight + x
 
 
 @hard(2)
