@@ -57,6 +57,18 @@ def test_reserved_names_are_renamed(name: str) -> None:
     assert same(model, graph)
 
 
+@pytest.mark.parametrize(("op", "number"), [("Sub", 0), ("Div", 1)])
+@pytest.mark.parametrize("left", [False, True])
+def test_a_neutral_number_goes_from_its_own_side_alone(op: str, number: float, left: bool) -> None:
+    def build(graph: Graph) -> str:
+        operands = [graph.scalar(number), "image"] if left else ["image", graph.scalar(number)]
+        return linear(graph, graph.emit(op, *operands), 3, 2)
+
+    model, graph = model_of(build, 3)
+    assert [n.op for n in model.graph.nodes] == [*[op] * left, "MatMul"]
+    assert same(model, graph)
+
+
 @pytest.mark.parametrize("op", ["Softmax", "LogSoftmax"])
 def test_a_softmax_at_the_end_goes(op: str) -> None:
     model, graph = model_of(lambda g: g.emit(op, linear(g, "image", 3, 2), attrs={"axis": 1}), 3)
