@@ -87,6 +87,15 @@ def test_the_planner_cuts_until_a_round_fits(lenet_file: Path, tmp_path: Path) -
     assert report["parity"]["max_relative_error"] < 1e-5
 
 
+def test_what_is_compressed_may_be_wider(lenet_file: Path, tmp_path: Path) -> None:
+    densities = []
+    for number, codec in enumerate(("none", "int8", "top-k:0.1")):
+        options = ("--bytes-per-round", "100000", "--compression", codec)
+        assert export(lenet_file, tmp_path / str(number), *options) == ExitCode.OK
+        densities.append(json.loads((tmp_path / str(number) / "report.json").read_text())["plan"]["density"])
+    assert densities[0] < densities[2] < densities[1]  # top-k codes updates alone
+
+
 def small_board(folder: Path, memory: int) -> Path:
     """The file of a board whose training may take that many bytes."""
     board = profile_store.find("raspberry-pi-5")
@@ -127,6 +136,8 @@ def test_the_report_counts_what_is_on_disk(lenet_file: Path, tmp_path: Path) -> 
         ("none.onnx", (), ExitCode.MODEL, "No such file"),
         ("", ("--target", "toaster"), ExitCode.PROFILE, "toaster"),
         ("", ("--bytes-per-round", "10"), ExitCode.PLAN, "bytes"),
+        ("", ("--joules-per-round", "1e-6"), ExitCode.PLAN, "--joules-per-round "),
+        ("", ("--deadline", "1e-6"), ExitCode.PLAN, "--deadline "),
         ("", ("--input-shape", "3,28,28"), ExitCode.MODEL, "expected [1, 28, 28], got [3, 28, 28]"),
     ],
 )
