@@ -106,7 +106,7 @@ def build_agent(
     offline = RoundRunner(device, store.blobs, store.slots, data, trainer, lowering=lowering)
     offers = OfferHandler(
         store,
-        Downloader(store, connection, uplink, settings.max_packet, settings.web),
+        Downloader(store.blobs, connection, uplink, settings.max_packet, settings.web),
         uplink,
         runner,
         OfflineTraining(store, offline, settings.train_alone_s),

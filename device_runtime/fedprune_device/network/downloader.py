@@ -4,39 +4,48 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable
+from functools import partial
 
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit
 from fedprune.wire.link import tls_context
 from fedprune.wire.messages import BlobRequest, Offer
+from fedprune.wire.transfer import Pull
 from fedprune.wire.urls import BlobUrl
-from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.connection import Connection
 from fedprune_device.network.http_download import HttpFetch
+from fedprune_device.network.leaf_reuse import reuse_leaves
 from fedprune_device.network.uplink import Uplink
-from fedprune_device.storage.state_directory import DeviceStore
 
 
 class Downloader:
-    """Downloads the blobs of one offer at a time. No call waits for the network."""
+    """Downloads the blobs of one offer at a time, in parallel. No call waits for the network.
+
+    Weights that can be decoded from something shorter are downloaded in that form, and whole if the server no longer
+    has it; they are decoded where they are used.
+
+    Attributes:
+        offer: What is being downloaded; None if nothing is.
+    """
 
     def __init__(
         self,
-        store: DeviceStore,
+        store: BlobStore,
         connection: Connection,
         uplink: Uplink,
         max_packet: int = MAX_PACKET,
         context: Callable[[], ssl.SSLContext] = tls_context,
     ) -> None:
+        self.offer: Offer | None = None
         self._store, self._connection, self._uplink = store, connection, uplink
         self._limit, self._context = ChunkLimit(max_packet), context
         self._web: HttpFetch | None = None
         self._last_web: HttpFetch | None = None
-        self._downloads: BlobDownloads | None = None
+        self._pulls: dict[str, Pull] = {}
+        self._began = 0.0
         self._plainly = False
-
-    @property
-    def offer(self) -> Offer | None:
-        return None if self._downloads is None else self._downloads.offer
 
     @property
     def fetching(self) -> bool:
@@ -44,56 +53,68 @@ class Downloader:
 
     @property
     def progress(self) -> tuple[int, int]:
-        part = self._web or self._downloads
-        return (0, 0) if part is None else part.progress
+        rows = [self._web.progress] if self._web is not None else [pull.progress for pull in self._pulls.values()]
+        return sum(done for done, _ in rows), sum(total for _, total in rows)
 
     def begin(self, offer: Offer, now: float, *, plainly: bool = False, asks: bool = True) -> None:
-        """Begin with another offer; `plainly`: with weights as they are; `asks`: the server can be asked."""
-        self._plainly = plainly
-        downloads = self._downloads = self._to_pull(offer, now)
+        """Begin with another offer; `plainly`: with weights as they are; `asks`: the server can be asked. Raises
+        `StorageFullError` if there is no room, and `ProtocolError` if a reference contradicts itself."""
+        self._plainly, self._began = plainly, now
+        self._prepare(offer)
         self._stop_web()
-        if offer.blobs_at is not None and downloads.lacking:
+        lacking = tuple(pull.ref for pull in self._pulls.values())
+        if offer.blobs_at is not None and lacking:
             base = BlobUrl.parse(offer.blobs_at)
-            self._web = self._last_web = HttpFetch(self._store.blobs, base, downloads.lacking, self._context)
+            self._web = self._last_web = HttpFetch(self._store, base, lacking, self._context)
         elif asks:
-            self._ask(downloads, downloads.start(now))
+            self.connected(now)
 
     def renumber(self, offer: Offer) -> None:
         """Continue the download for another attempt at the same work."""
-        if self._downloads is not None:
-            self._downloads.offer = offer
+        if self.offer is not None:
+            self.offer = offer
 
     def connected(self, now: float) -> None:
-        if self._downloads is not None and self._web is None:
-            self._ask(self._downloads, self._downloads.start(now))
+        """Request everything: what was requested on another connection is lost."""
+        self._pull(lambda pull: pull.start(now))
 
     def remind(self, now: float) -> None:
         """Repeat all requests: the server has announced itself, and may be a new one."""
-        if self._downloads is not None and self._web is None:
-            self._ask(self._downloads, self._downloads.remind(now))
+        self._pull(lambda pull: pull.remind(now))
 
     def chunk(self, chunk: Chunk, now: float) -> None:
-        self._pull(lambda downloads: downloads.chunk(chunk, now))
+        """Take in a chunk. Raises `ProtocolError` if this server can't send the blob."""
+        self._pull(lambda pull: pull.on_chunk(chunk, now) if pull.ref.sha256 == chunk.sha256 else [])
 
     def gone(self, sha256: str, now: float) -> None:
-        self._pull(lambda downloads: downloads.gone(sha256, now))
+        """Note that the server lacks a blob: of encoded weights the plain ones are requested, else `ProtocolError` is
+        raised."""
+        pull = self._pulls.get(sha256)
+        if self.offer is None or self._web is not None or pull is None or pull.done:
+            return
+        if pull.ref != self.offer.coded:
+            raise ProtocolError(f"the server no longer has blob {sha256[:12]}")
+        del self._pulls[sha256]
+        weights = self._pulls[self.offer.weights.sha256] = self._pull_of(self.offer.weights)
+        self._uplink.ask(self.offer.job, weights.start(now))
 
     def turn(self, now: float) -> float | None:
         """Go on with what is being downloaded; returns the seconds that it took, once it is complete."""
-        took = None
-        if self._downloads is not None and self._web is not None and self._web.over():
+        if self.offer is None:
+            return None
+        if self._web is not None and self._web.over():
             self._web = None
-            self._pull_rest(self._downloads, now)
-        if self._downloads is not None and self._web is None:
-            if self._downloads.done:
-                took = now - self._downloads.began
-                self._downloads = None
-            else:
-                self._pull(lambda downloads: downloads.tick(now))
-        return took
+            self._prepare(self.offer)  # what the web server didn't give
+            self.connected(now)
+        if self._web is None and all(pull.done for pull in self._pulls.values()):
+            self.offer = None
+            return now - self._began
+        self._pull(lambda pull: pull.on_tick(now))
+        return None
 
     def stop(self) -> None:
-        self._downloads = None
+        self.offer = None
+        self._pulls = {}
         self._stop_web()
 
     def join(self, timeout: float) -> None:
@@ -106,21 +127,19 @@ class Downloader:
             self._web.stop()
             self._web = None
 
-    def _pull_rest(self, before: BlobDownloads, now: float) -> None:
-        """Pull over MQTT what the web server didn't give."""
-        downloads = self._downloads = self._to_pull(before.offer, now)
-        downloads.began = before.began
-        self._ask(downloads, downloads.start(now))
+    def _prepare(self, offer: Offer) -> None:
+        store = self._store
+        refs = offer.blobs() if self._plainly else offer.shorter(store.has)
+        self._pulls = {ref.sha256: self._pull_of(ref) for ref in refs if not store.has(ref.sha256)}
+        self.offer = offer
 
-    def _to_pull(self, offer: Offer, now: float) -> BlobDownloads:
-        return BlobDownloads(
-            self._store.blobs, offer, now, self._limit, self._connection.answers, plainly=self._plainly
-        )
+    def _pull_of(self, ref: BlobRef) -> Pull:
+        arriving = self._store.partial(ref, vouched=True)  # the server has named and signed both of its digests
+        lend = partial(reuse_leaves, self._store)
+        return Pull(ref, arriving, limit=self._limit, answers=self._connection.answers, lend=lend)
 
-    def _pull(self, step: Callable[[BlobDownloads], list[BlobRequest]]) -> None:
-        downloads = self._downloads
-        if downloads is not None and self._web is None:  # what comes meanwhile was asked for before
-            self._ask(downloads, step(downloads))
-
-    def _ask(self, downloads: BlobDownloads, wants: list[BlobRequest]) -> None:
-        self._uplink.ask(downloads.offer.job, wants)
+    def _pull(self, step: Callable[[Pull], list[BlobRequest]]) -> None:
+        """Go on over MQTT, unless the web server is at it: what comes meanwhile was requested before."""
+        if self.offer is not None and self._web is None:
+            pulls = [pull for pull in self._pulls.values() if not pull.done]
+            self._uplink.ask(self.offer.job, [request for pull in pulls for request in step(pull)])

@@ -18,8 +18,8 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.wire.transfer import LEAST_BYTES_PER_S
 from fedprune.wire.urls import BlobUrl
-from fedprune_device.network.blob_download import reuse_leaves
 from fedprune_device.network.http_transfer import HttpTransfer, HttpTransferError
+from fedprune_device.network.leaf_reuse import reuse_leaves
 
 _LOG = logging.getLogger("fedprune.device")
 

@@ -19,7 +19,7 @@ from fedprune.core.errors import StorageError
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Offer
 from fedprune.wire.transfer import BlobSender, Pull
-from fedprune_device.network.blob_download import reuse_leaves
+from fedprune_device.network.leaf_reuse import reuse_leaves
 from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board

@@ -246,7 +246,7 @@ def handler(store: DeviceStore, data: LocalData, every: float, wall: Callable[[]
     connection = Connection(Silent(), Channel("d", "site"))
     uplink, runner = Uplink(connection, store.blobs), RoundRunner("d", store.blobs, store.slots, data)
     offline = OfflineTraining(store, runner, every, wall)
-    downloader = Downloader(store, connection, uplink)
+    downloader = Downloader(store.blobs, connection, uplink)
     secure = SecureUpdate(connection, uplink, store.blobs)
     return OfferHandler(store, downloader, uplink, runner, offline, secure)
 

@@ -22,8 +22,8 @@ from fedprune.wire.messages import BlobRequest, Offer, Update, parse
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
-from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.connection import Channel, Connection
+from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
@@ -121,12 +121,14 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             registry,
             Downloads(BlobSender(here)),
         )
-        outbox = Uplink(Connection(board, Channel("pi", TOPICS.site)), there)
+        connection = Connection(board, Channel("pi", TOPICS.site))
+        outbox = Uplink(connection, there)
         uploads = Uploads(here)
-        pulls = BlobDownloads(there, offer, time.monotonic(), ChunkLimit())
+        pulls = Downloader(there, connection, outbox)
+        pulls.begin(offer, time.monotonic(), asks=False)
         arrived: list[Any] = []
         for _ in attempts("the pull", pause_s=0.0):
-            if pulls.done and arrived:
+            if pulls.offer is None and arrived:
                 break
             now = time.monotonic()
             item = server.get(0.01)
@@ -147,19 +149,19 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             item = board.get(0.01)
             if isinstance(item, ConnectionUp):
                 outbox.hurry(now)
-                outbox.ask("job", pulls.start(now))
+                pulls.connected(now)
             elif isinstance(item, ConnectionDown):
                 outbox.drop_chunks()
                 uploads.drop("pi")  # as at the board's death
             elif isinstance(item, tuple) and item[0].endswith("/blob"):
-                outbox.ask("job", pulls.chunk(Chunk.parse(item[1]), now))
+                pulls.chunk(Chunk.parse(item[1]), now)
             elif isinstance(item, tuple):
                 wanted = parse(item[1])
                 assert isinstance(wanted, BlobRequest)
                 outbox.answer(wanted, update, now)
-            outbox.ask("job", pulls.tick(now))
+            pulls.turn(now)
             outbox.send_chunks()
-            if pulls.done:
+            if pulls.offer is None:
                 outbox.announce(update, now)
 
     assert there.read(weights.sha256) == bytes(range(256)) * 8000

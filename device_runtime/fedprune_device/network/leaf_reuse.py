@@ -1,0 +1,46 @@
+"""Leaves of blobs that are here already, and need not travel."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+
+from fedprune.blobs.blob_ref import digests
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.partial_blob import PartialBlob
+from fedprune.core.errors import StorageError
+
+_LOG = logging.getLogger("fedprune.device")
+
+
+def reuse_leaves(store: BlobStore, partial: PartialBlob) -> int:
+    """Copy leaves that a blob lacks from stored blobs, instead of requesting them; returns their number.
+
+    The next round's weights with frozen tensors differ from the last round's in a part only, and where both files have
+    the same layout their leaves are equal. When a blob's leaf table comes, the tables of the stored blobs, 32 bytes for
+    every 32 KiB, are searched for what it lacks. What is copied is hashed like a leaf from the network, so that a donor
+    may be damaged, or deleted meanwhile. Only equal bytes at a leaf's borders are found.
+    """
+    missing = dict[bytes, list[int]]()
+    for index, digest in enumerate(digests(partial.table or b"")):
+        if not partial.present[index]:
+            missing.setdefault(digest, []).append(index)
+    before = partial.count
+    for name in store.names() if missing else ():
+        for digest, leaf in _leaves(store, name, missing):
+            if all(partial.write(index, leaf) for index in missing[digest]):  # all or none: their bytes are the same
+                del missing[digest]
+        if not missing:
+            break
+    if count := partial.count - before:
+        _LOG.info("%d of %d leaves of blob %s were here", count, partial.ref.leaf_count, partial.ref.sha256[:12])
+    return partial.count - before
+
+
+def _leaves(store: BlobStore, donor: str, missing: Collection[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """Leaves of a stored blob that are missing elsewhere, with their digests."""
+    with suppress(StorageError):  # deleted, or damaged
+        for number, digest in enumerate(digests(store.table(donor))):
+            if digest in missing:
+                yield digest, store.read_leaves(donor, number, 1)
