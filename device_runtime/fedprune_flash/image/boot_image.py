@@ -212,8 +212,6 @@ def customise(image: Path, contents: ImageContents, kit: Kit, wanted: FirstBoot,
     for name in files:
         if name != CMDLINE and fat.exists(name):
             _check_template(name, fat.read(name))
-    if fat.exists(KIT_FOLDER):
-        raise ImageError(f"there is a folder {KIT_FOLDER} on the boot partition", hint="Take an unchanged image.")
     paths = kit.paths
     needed = sum(fat.size_of((kit.folder / path).stat().st_size) for path in paths)
     needed += sum(fat.size_of(len(content)) for content in files.values()) + _MARGIN * fat.cluster

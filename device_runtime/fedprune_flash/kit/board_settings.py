@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedprune.core.errors import ConfigError, JoinError, shown
-from fedprune.core.validation import truth, whole
+from fedprune.core.validation import truth
 from fedprune.security.joining import Claim
 from fedprune.security.tls import insecure_allowed
 from fedprune.wire.topics import check_device, check_name
+from fedprune.wire.urls import BrokerUrl
 from fedprune_flash.kit.unit import HIDDEN
 
 SAMPLES = "/srv/fedprune/samples.npz"  # the default place of a board's samples
 
 MAX_AUTHORITIES = 256 * 1024
 
-_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
+_HOST = r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])"
+_URL = re.compile(rf"mqtts?://{_HOST}(?::[0-9]{{1,5}})?")
 _PATH = re.compile(r"/[A-Za-z0-9_.@/-]{1,200}")
 _FUNCTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,150}:[A-Za-z_][A-Za-z0-9_]{0,60}")
 _PRIVATE = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
@@ -96,32 +97,18 @@ def checked_authorities(raw: bytes) -> bytes:
 
 
 def _check_server(name: str, value: object) -> None:
-    expected = "mqtts://host[:port]"
-    if not isinstance(value, str):
-        raise ConfigError(name, expected=expected, got=shown(value))
-    try:
-        parts = urlsplit(value)
-    except ValueError as error:
-        raise ConfigError(name, expected=expected, got=shown(value)) from error
-    if "@" in parts.netloc:
+    # What a URL may be and an environment file may not, such as a line break, is refused, too.
+    if not isinstance(value, str) or "@" in value or not _URL.fullmatch(value):
         raise ConfigError(
             name,
-            expected=f"{expected}, without user and password",
-            got="a user",  # whose password is not shown
-            hint="A card can be read by anybody, and a board needs none: it has a certificate once it has joined.",
+            expected="mqtts://host[:port], without user and password",
+            got="a user" if isinstance(value, str) and "@" in value else shown(value),  # a password is not shown
+            hint="A card can be read by anybody, and a board needs no password: it has a certificate once it has "
+            "joined.",
         )
-    host, port = parts.netloc, ""
-    if found := re.fullmatch(r"(.*):(\d{1,5})", host):
-        host, port = found[1], found[2]
-    fits = (
-        parts.scheme in ("mqtt", "mqtts") and _HOST.fullmatch(host) and not (parts.path + parts.query + parts.fragment)
-    )
-    if not fits:
-        raise ConfigError(name, expected=expected, got=shown(value))
-    if parts.scheme == "mqtt":
-        insecure_allowed(host)
-    if port:
-        whole(f"port of {name}", int(port), 1, 65_535)
+    url = BrokerUrl.parse(value)
+    if not url.tls:
+        insecure_allowed(url.host)
 
 
 def _hidden(data: str) -> str:

@@ -57,17 +57,13 @@ JSON = "application/json"
         (NPY, npy(X[:, :5]), "shape of the input"),
         (NPY, npy(np.zeros((65, 6), np.float32)), "number of samples"),
         (NPY, npy(np.full((1, 6), np.nan, np.float32)), "not finite"),
-        (NPY, npy(np.zeros((1, 6), np.int64)), "type of the input"),
         (NPY, npy(X)[:-1], "bytes of float32 [5, 6]"),
         (NPY, npy(X).replace(b"(5, 6)", b"(5.,6)"), ".npy file"),
         (NPY, npy(X).replace(b"(5, 6)", b"(-5,6)"), "bytes of float32 [-5, 6]"),
-        (NPY, b"", ".npy file"),
-        (SAFETENSORS, safetensors.numpy.save({"y": X}), "tensors in the body"),
         (SAFETENSORS, safetensors.numpy.save({"x": X})[:-1], "safetensors file"),
         ("application/octet-stream", X.tobytes()[:-1], "bytes of raw numbers"),
         (JSON, b'{"x": [[1, 2, 3, 4, 5, 6], [1]]}', "x"),
         (JSON, b'{"x": [1e999, 2, 3, 4, 5, 6]}', "not finite"),
-        (JSON, b'{"x": 5}', "shape of the input"),
     ],
 )
 def test_an_input_that_does_not_fit_is_said_so(open_board: LocalBoard, kind: str, body: bytes, what: str) -> None:

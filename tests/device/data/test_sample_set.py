@@ -215,16 +215,6 @@ def test_samples_of_any_length_within_the_bounds_are_padded(tmp_path: Path, monk
         assert sorted(x.tobytes() for x in parts) == sorted(x.tobytes() for x in wanted)
 
 
-def test_what_a_model_takes_is_known_from_a_round_that_found_no_samples(tmp_path: Path) -> None:
-    with opened(tmp_path) as samples, pytest.raises(DataError, match="nothing to train on"):
-        samples.snapshot((3, "h", None), Targets("cross_entropy", 3))
-    with opened(tmp_path) as again:
-        assert again.input == (3, "h", None)
-    (tmp_path / "model.json").write_text("damaged")
-    with opened(tmp_path) as again:
-        assert again.input is None
-
-
 def test_samples_that_wait_are_listed_newest_first_and_can_be_read(tmp_path: Path) -> None:
     with opened(tmp_path) as samples:  # a quarter of 40
         names = [samples.add(x_of(n)).id for n in range(25)]
@@ -243,11 +233,6 @@ def test_samples_that_wait_are_listed_newest_first_and_can_be_read(tmp_path: Pat
     with opened(tmp_path) as again:
         assert again.unlabelled(100) == wanted
         assert again.counts()["unlabelled_dropped"] == 15
-
-
-def test_a_sample_beyond_a_segment_is_refused(samples: SampleStore) -> None:
-    with pytest.raises(DataError, match="--samples-bytes"):
-        samples.add(np.zeros(ROOM // 16, np.float32), 0)
 
 
 def test_a_damaged_sample_is_skipped_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

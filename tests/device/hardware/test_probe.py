@@ -123,11 +123,6 @@ def test_a_slow_board_measures_every_net_and_is_done_soon_after_its_time(seconds
     assert next(ticks) <= seconds + 8 * (1 + 2 * len(nets))
 
 
-def test_where_cuda_does_not_work_the_report_is_of_the_processor() -> None:
-    with RuntimeProcess() as runtime:
-        assert runtime.probe(seconds=0.05, layer_seconds=0, cuda=True).unit == "cpu"
-
-
 def test_a_table_is_measured_again_only_where_something_changed(tmp_path: Path) -> None:
     table, asked = typical_table(1e10), list[str]()
 

@@ -76,17 +76,6 @@ def test_a_release_stays_a_turn_after_the_broker_was_reached(board: ReleaseInsta
     assert trial_of(board) is None
 
 
-def test_a_broker_that_is_never_reached_keeps_no_release(board: ReleaseInstaller) -> None:
-    decide(board.home)
-    told: list[str] = []
-    heart = Watchdog(trial_of(board), tell=told.append, interval=1.0)
-    for _ in range(3):
-        heart.turn()
-        heart.lost("refused\nagain")
-    assert outcome(board.home) is None
-    assert "STATUS=waiting for the broker: refused again" in told
-
-
 def test_only_the_process_on_trial_may_end_it(board: ReleaseInstaller) -> None:
     assert trial_of(board, "a") is None
     assert ReleaseTrial.current({}) is None

@@ -429,6 +429,7 @@ def test_what_is_no_image_of_a_card_is_refused_and_nothing_is_left(
             "user-data on the boot partition has settings already",
         ),
         ({"scheme": "firstrun", "more": "start={start},size=2048,type=83\n"}, ExitCode.IMAGE, "two root partitions"),
+        ({"boot": {**BOOTS["firstrun"], "full": "x" * 41_200_000}}, ExitCode.IMAGE, "doesn't fit the boot partition"),
     ],
 )
 def test_images_that_would_not_become_the_board_are_refused(

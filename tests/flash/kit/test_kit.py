@@ -83,7 +83,7 @@ def test_nothing_is_left_of_a_kit_that_fails(tmp_path: Path, make_kit: MakeKit, 
     [
         ({"server": "mqtts://me:geheim@host"}, "without user and password"),
         ({"server": "http://host"}, "mqtts://"),
-        ({"server": "mqtts://host:0"}, "port of server"),
+        ({"server": "mqtts://host:0"}, "broker URL"),
         ({"server": "mqtts://host\nX=1"}, "mqtts://"),
         ({"server": "mqtt://host"}, "without TLS"),
         ({"join": "mqtts://host\nX=1"}, "join"),
