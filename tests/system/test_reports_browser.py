@@ -54,7 +54,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     runs = [replace(run(f"run {i}", 3), title=f"run {i}") for i in range(25)]
     return {
         "export": folder / "bundle" / "report.html",
-        "simulation": write_report(folder / "run", run("fedprune"), run("FedAvg")).html,
+        "simulation": write_report(folder / "run", run("fedprune"), run("FedAvg")),
         "comparison": write_comparison(folder / "all", runs, (0.5,)),
     }
 

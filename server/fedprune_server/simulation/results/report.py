@@ -181,7 +181,7 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
     verdicts = tuple(map(str, claims(run, reference))) if reference is not None and judged else ()
     sections: dict[str, Sequence[Block]] = {
         "": [intro],
-        "Summary": [table(final_rows(runs)), verdicts],
+        "Summary": [table(list(zip(*final_rows(runs), strict=True))), verdicts],  # as narrow as a phone
         "Learning": [
             Drawing(charts.curves(runs)),
             replace(table(round_table(run)), summary="Scores of each round"),
