@@ -96,7 +96,7 @@ def test_refused_parts_are_counted_by_kinds_that_are_few() -> None:
 
 def test_an_event_that_cannot_be_counted_takes_no_other_event_with_it(caplog: pytest.LogCaptureFixture) -> None:
     metrics = Metrics()
-    events = [
+    events: list[Any] = [
         RoundEnded({"round": 1}),
         Saved(0.01),
         RoundEnded({"round": 2, "model": "", "metrics": {}, "devices": {}}),
