@@ -7,13 +7,10 @@ from pathlib import Path
 
 from fedprune.core.errors import ConfigError, KeyPath, Subject, meant, shown
 from fedprune_server.config.alert_settings import OFF
+from fedprune_server.trackers.tracker import TOOLS, tracker_class
 
-TENSORBOARD, MLFLOW, WANDB = TOOLS = ("tensorboard", "mlflow", "wandb")
-
-TRACK_TEXT = (
-    "Experiment trackers that get every round: `tensorboard[:FOLDER]`, `mlflow[:ADDRESS]`, `wandb[:[ENTITY/]PROJECT]`, "
-    "several with commas; `off` for none."
-)
+_FORMS = ", ".join(f"`{tool}[:{tracker_class(tool).place}]`" for tool in TOOLS)
+TRACK_TEXT = f"Experiment trackers that get every round: {_FORMS}, several with commas; `off` for none."
 TRACK_METAVAR = "TOOL[:DESTINATION],..."
 
 
@@ -55,17 +52,17 @@ def track_targets(text: str, what: Subject) -> tuple[TrackTarget, ...]:
 
 
 def anchored_track(text: str, folder: Path, setting: KeyPath) -> str:
-    """The setting, whose path errors name, with the folders of event files counted from `folder`.
+    """The setting, whose path errors name, with trackers' folders counted from `folder`.
 
     Raises `ConfigError` if such a folder's path has a comma, which separates trackers.
     """
     found = []
     for tool, colon, place in (part.strip().partition(":") for part in text.split(",")):
-        if tool == TENSORBOARD and place:
+        if place and tool in TOOLS and tracker_class(tool).takes_folder:
             place = str(folder / place)
             if "," in place:
                 raise ConfigError(
-                    "the folder of event files",
+                    "a tracker's folder",
                     path=setting,
                     expected="a path without commas",
                     got=place,

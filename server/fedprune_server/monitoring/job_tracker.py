@@ -16,9 +16,10 @@ from fedprune_export.bundles.inference import write_model
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.track_targets import TrackTarget
 from fedprune_server.monitoring.round_rows import RoundNotes, WideRows, round_row
-from fedprune_server.monitoring.trackers import ENDS_S, MODEL, TrackedRun, Tracking, flat
+from fedprune_server.monitoring.tracking import ENDS_S, MODEL, Tracking, flat
 from fedprune_server.observation.observer import LoopWaits, RoundEnded, ServerEnds, TurnEvent, handle_each
 from fedprune_server.observation.snapshot import JobSnapshot
+from fedprune_server.trackers.tracker import TrackedRun
 
 _SIMULATED = ("training_macs", "active_macs", "limited")
 """Columns that only simulations can fill."""

@@ -54,7 +54,7 @@ def test_a_folder_with_a_comma_is_refused_by_name(tmp_path: Path) -> None:
     tables = {"server": {"track": f"mlflow,tensorboard:{tmp_path}/events"}}
     assert len(parse_config(tables, folder).tracked) == 2
     tables["server"]["track"] = "mlflow,tensorboard:events"
-    expected = "track: the folder of event files: expected a path without commas, got"
+    expected = "track: a tracker's folder: expected a path without commas, got"
     with pytest.raises(ConfigError, match=rf"^server\.{expected}"):
         parse_config(tables, folder)
     folder.mkdir()

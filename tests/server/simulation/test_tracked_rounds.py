@@ -25,15 +25,16 @@ from fedprune_server.app import StartOptions, build_app
 from fedprune_server.cli.simulate import main
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.track_targets import TrackTarget
-from fedprune_server.monitoring import trackers
+from fedprune_server.monitoring import tracking
 from fedprune_server.monitoring.job_tracker import JobTracker
-from fedprune_server.monitoring.trackers import TrackedRun, Tracker
 from fedprune_server.observation.observer import RoundEnded
 from fedprune_server.simulation.digits import digits_model, load_digits
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.rows import round_rows
 from fedprune_server.simulation.results.runs_progress import RunDisplay
 from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.trackers.tools.tensorboard import TensorBoardTracker
+from fedprune_server.trackers.tracker import TrackedRun, Tracker
 from support.fakes.fleet import Watcher
 from support.fakes.shown_jobs import show
 from support.fakes.stored_job import TO_THE_SECOND_ROUND
@@ -88,7 +89,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, Shown]:
     """Runs of `mlflow`, which is a fake."""
     runs: dict[str, Shown] = {}
     monkeypatch.setattr(FakeTracker, "shown", runs)
-    monkeypatch.setitem(trackers._TRACKERS, "mlflow", FakeTracker)
+    monkeypatch.setattr(tracking, "make_tracker", lambda tool, destination: FakeTracker(destination))
     return runs
 
 
@@ -246,7 +247,7 @@ def test_a_server_opens_its_trackers(tmp_path: Path, shown: dict[str, Shown]) ->
 
     assert only(shown).title == JOB.name
     assert only(shown).ends == [False]
-    assert (tmp_path / "state" / trackers.FILE).is_file()
+    assert (tmp_path / "state" / tracking.FILE).is_file()
 
 
 def test_files_that_cannot_be_written_leave_no_tracker_open(
@@ -255,11 +256,11 @@ def test_files_that_cannot_be_written_leave_no_tracker_open(
     def fail(folder: Path) -> None:
         raise ValueError("no such array")
 
-    tracking = trackers.Tracking([TrackTarget("mlflow")], TrackedRun("mine", tmp_path), tmp_path)
-    tracking.start()
-    tracking.write(1, {"loss": 1.0}, 1000.0)
-    tracking.finish(fail)
-    tracking.close()
+    writer = tracking.Tracking([TrackTarget("mlflow")], TrackedRun("mine", tmp_path), tmp_path)
+    writer.start()
+    writer.write(1, {"loss": 1.0}, 1000.0)
+    writer.finish(fail)
+    writer.close()
 
     assert only(shown).ends == [True]
     assert "can't write the run's files: ValueError: no such array" in caplog.text
@@ -267,7 +268,7 @@ def test_files_that_cannot_be_written_leave_no_tracker_open(
 
 def test_a_damaged_note_begins_a_new_run(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
     simulate(fleet, folder="out", rounds=1, track="mlflow")
-    Path("out/run", trackers.FILE).write_text(json.dumps({"mlflow": {"name": 5}}))
+    Path("out/run", tracking.FILE).write_text(json.dumps({"mlflow": {"name": 5}}))
 
     simulate(fleet, folder="out", rounds=1, track="mlflow")
 
@@ -303,7 +304,7 @@ def test_a_round_that_was_cut_off_is_shown_once(tmp_path: Path) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = TrackedRun("mine", tmp_path)
     for noted, rounds in ((0, (1, 2)), (1, (2, 3))):
-        tracker = trackers.TensorBoardTracker("")  # which nobody closes
+        tracker = TensorBoardTracker("")  # which nobody closes
         tracker.open(run, "0" * 32, noted)
         for number in rounds:
             tracker.write(number, {"loss": 1.0 / number}, 1000.0 + number)

@@ -6,8 +6,9 @@ A message is a record (`fedprune.core.records`): `session: Count`, `reason: Anno
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, TypeVar
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 import msgspec
 
@@ -51,28 +52,58 @@ def base64_text(most: int) -> msgspec.Meta:
 
 @dataclass(frozen=True)
 class CheckedMessage:
-    """A message whose fields are checked when it is written and when it is read. Its type on the wire is `kind`."""
+    """A message whose fields are checked when it is made, so that whatever is sent can be received. Its type on the
+    wire is `kind`."""
 
     kind: ClassVar[str]
 
     def __init_subclass__(cls, *, kind: str) -> None:
         cls.kind = kind
 
+    def __post_init__(self) -> None:
+        self._fill(records.convert(_form(type(self)), self._body(), self.kind, ProtocolError))
+
+    def check(self) -> None:
+        """What the types of fields can't say. Raises `ProtocolError`."""
+
     def to_bytes(self) -> bytes:
-        """Canonical JSON in UTF-8. Raises `ProtocolError` if a field is wrong, or if it is longer than a message may
-        be."""
-        body: dict[str, Any] = {"v": VERSION, "type": self.kind}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if value is not None or f.default is not None:
-                body[f.name] = value
-        raw = records.write(body)
+        """Canonical JSON in UTF-8. Raises `ProtocolError` if it is longer than a message may be."""
+        raw = records.write({"v": VERSION, "type": self.kind, **self._body()})
         if len(raw) > MAX_MESSAGE:
             raise ProtocolError(
                 f"{self.kind}: message is too long", expected=f"at most {MAX_MESSAGE} bytes", got=len(raw)
             )
-        records.read(type(self), raw, self.kind, ProtocolError)
         return raw
+
+    @classmethod
+    def read(cls: type[Sent], raw: bytes) -> Sent:
+        """Read its JSON, whose version and type are known."""
+        message = object.__new__(cls)
+        message._fill(records.read(_form(cls), raw, cls.kind, ProtocolError))
+        return message
+
+    def _body(self) -> dict[str, Any]:
+        """Its fields, without those that are None by default."""
+        rows = ((f, getattr(self, f.name)) for f in fields(self))
+        return {f.name: value for f, value in rows if value is not None or f.default is not None}
+
+    def _fill(self, checked: msgspec.Struct) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, getattr(checked, f.name))
+        self.check()
+
+
+@cache
+def _form(cls: Any) -> type[msgspec.Struct]:
+    """What JSON is read into: the fields of a message alone."""
+    hints = get_type_hints(cls, include_extras=True)
+    rows: list[Any] = []
+    for f in fields(cls):
+        default = msgspec.field(default=f.default) if f.default is not MISSING else None
+        if f.default_factory is not MISSING:
+            default = msgspec.field(default_factory=f.default_factory)
+        rows.append((f.name, hints[f.name]) if default is None else (f.name, hints[f.name], default))
+    return msgspec.defstruct(cls.__name__, rows)
 
 
 class _Header(msgspec.Struct):
@@ -104,4 +135,4 @@ def read_checked(raw: bytes, what: str, types: Mapping[str, type[Sent]]) -> Sent
     cls = types.get(header.type) if isinstance(header.type, str) else None
     if cls is None:
         raise UnknownMessageError(f"type of a {what}", expected=", ".join(types), got=shown(header.type))
-    return records.read(cls, raw, cls.kind, ProtocolError)
+    return cls.read(raw)

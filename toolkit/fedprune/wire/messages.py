@@ -149,7 +149,7 @@ class Offer(CheckedMessage, kind="offer"):
     blobs_at: WebAddress | None = None
     """A web server that has these blobs, too (`fedprune.wire.urls`); None for MQTT alone."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         check_free(self.recipe, "offer: recipe", ProtocolError)
         if self.secure is not None:
             check_free(self.secure, "offer: secure", ProtocolError)
@@ -231,7 +231,7 @@ class Birth(CheckedMessage, kind="birth"):
     """How many evenly shared classes its training labels are worth: exp of their entropy, rounded. None where samples
     have no class, where it isn't known before a round, and of a board with privacy."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         if self.probe is not None:
             check_free(self.probe, "birth: probe", ProtocolError)
 
@@ -433,7 +433,7 @@ class UploadRequest(CheckedMessage, kind="upload"):
     number: RequestNumber | None = field(default=None, compare=False)
     """As of `BlobRequest`."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         UploadUrl.parse(self.url, "upload: url")
 
     def __repr__(self) -> str:

@@ -13,12 +13,13 @@ from fedprune_export.bundles.inference import write_model
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.track_targets import TrackTarget
 from fedprune_server.monitoring.round_rows import RoundNotes, WideRows, round_row
-from fedprune_server.monitoring.trackers import ENDS_S, MODEL, TrackedRun, Tracking, flat
+from fedprune_server.monitoring.tracking import ENDS_S, MODEL, Tracking, flat
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import write_report
 from fedprune_server.simulation.results.run_folder import STATE
 from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.trackers.tracker import TrackedRun
 
 _LEFT_OUT = ("title", "fingerprint", "devices")
 """Settings that trackers have already, or that are as long as the fleet."""

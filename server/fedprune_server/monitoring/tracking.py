@@ -1,0 +1,180 @@
+"""The rounds of a run on their way to the user's experiment trackers.
+
+A thread writes, so that the run never waits for a disk or another server. A tracker that fails is logged once and left
+off; the next start of the same run writes what it lacks.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import queue
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.errors import reason
+from fedprune_server.config.track_targets import TrackTarget
+from fedprune_server.trackers.tracker import TrackedRun, Tracker, make_tracker
+
+log = logging.getLogger("fedprune.server")
+
+FILE = "tracking.json"
+"""In a run's state folder: what the run is called in each tracker, and how many rounds that has."""
+
+ENDS_S = 10.0
+"""Seconds for which the end of a server, or of an interrupted simulation, waits for trackers."""
+
+MODEL = "model"
+"""Folder of the model in a run's files."""
+
+Files = Callable[[Path], None]
+"""Writes a finished run's files into a folder."""
+
+
+@dataclass
+class _Target:
+    """A tracker of the run, with what is noted of it.
+
+    Attributes:
+        key: The tracker in the note.
+        name: The run's identifier there.
+        rounds: Rounds that it has.
+        kept: Rounds that the run had when its files were kept.
+    """
+
+    key: str
+    tracker: Tracker
+    name: str
+    rounds: int = 0
+    kept: int = 0
+
+
+class Tracking:
+    """Writes a run's rounds to trackers, on a thread of its own.
+
+    Args:
+        state: The folder of the note by which the next start continues; None keeps none.
+
+    Raises:
+        MissingExtraError: A tracker's library is not installed.
+    """
+
+    def __init__(self, targets: Sequence[TrackTarget], run: TrackedRun, state: Path | None) -> None:
+        self._run, self._state = run, state
+        trackers = [(str(target), make_tracker(target.tool, target.destination)) for target in targets]
+        self._targets = [_Target(key, tracker, uuid.uuid4().hex) for key, tracker in trackers]
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._last = 0
+        self._finished = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Open the trackers; only now, so that a start that is refused leaves no trace in them."""
+        if self._thread is None:
+            noted = {} if self._state is None else _noted(self._state / FILE)
+            for target in self._targets:
+                target.name, target.rounds, target.kept = noted.get(target.key, (target.name, 0, 0))
+            self._thread = threading.Thread(target=self._work, name="fedprune-tracking", daemon=True)
+            self._thread.start()
+
+    def write(self, number: int, values: Mapping[str, Any], at: float) -> None:
+        """Write a round, to those that haven't got it; `values` that are no finite numbers are left out."""
+        self._last = number
+        numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        self._queue.put(lambda: self._write(number, numbers, at))
+
+    def finish(self, files: Files) -> None:
+        """Mark the run as finished, and keep its files with those that haven't got them."""
+        self._finished = True
+        last = self._last
+        self._queue.put(lambda: self._keep(last, files))
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """End, once all is written or the time is over."""
+        if self._thread is None:
+            return
+        self._queue.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            log.warning("track: not everything was written within %.0f s; the next start writes the rest", timeout_s)
+
+    def _work(self) -> None:
+        for target in list(self._targets):
+            with self._left_off(target):
+                target.rounds = target.tracker.open(self._run, target.name, target.rounds)
+                self._note()
+        while (task := self._queue.get()) is not None:
+            task()
+        for target in list(self._targets):
+            with self._left_off(target):
+                target.tracker.close(finished=self._finished)
+
+    def _write(self, number: int, values: Mapping[str, float], at: float) -> None:
+        for target in list(self._targets):
+            if number > target.rounds:
+                with self._left_off(target):
+                    target.tracker.write(number, values, at)
+                    target.rounds = number
+                    self._note()
+
+    def _keep(self, last: int, files: Files) -> None:
+        lacking = [target for target in self._targets if target.kept < last]
+        if not lacking:
+            return
+        try:
+            with TemporaryDirectory(prefix="fedprune-tracked-") as scratch:
+                files(Path(scratch))
+                for target in lacking:
+                    with self._left_off(target):
+                        target.tracker.keep(Path(scratch))
+                        target.kept = last
+                        self._note()
+        except Exception as error:  # noqa: BLE001 - else the thread ends, and closes no tracker
+            log.warning("track: can't write the run's files: %s: %s", type(error).__name__, reason(error))
+
+    @contextmanager
+    def _left_off(self, target: _Target) -> Iterator[None]:
+        """Leave off a tracker that fails."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - a library of others, and no reason to end the run
+            self._targets.remove(target)
+            log.warning("track: %s fails and is left off: %s: %s", target.key, type(error).__name__, reason(error))
+
+    def _note(self) -> None:
+        if self._state is not None:
+            known = _noted(self._state / FILE) | {t.key: (t.name, t.rounds, t.kept) for t in self._targets}
+            body = {key: {"name": name, "rounds": rounds, "kept": kept} for key, (name, rounds, kept) in known.items()}
+            write_whole(self._state / FILE, json.dumps(body, indent=1).encode(), sync=False)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """Nested settings as parameters such as `job.recipe.lr`; lists as JSON, without what is None or empty."""
+    found: dict[str, str | int | float | bool] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (str, int, float, bool)):
+            found[f"{prefix}{key}"] = value
+        elif value:
+            found[f"{prefix}{key}"] = json.dumps(value, default=str)
+    return found
+
+
+def _noted(path: Path) -> dict[str, tuple[str, int, int]]:
+    """Identifier, rounds and kept rounds by tracker, as an earlier start has noted; empty if nothing can be read."""
+    try:
+        body = json.loads(path.read_bytes())
+        return {
+            str(key): (uuid.UUID(row["name"]).hex, int(row["rounds"]), int(row["kept"])) for key, row in body.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return {}
