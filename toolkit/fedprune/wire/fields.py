@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import cache
 from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 import msgspec
@@ -93,17 +92,21 @@ class CheckedMessage:
         self.check()
 
 
-@cache
-def _form(cls: Any) -> type[msgspec.Struct]:
+def _form(cls: type[CheckedMessage]) -> type[msgspec.Struct]:
     """What JSON is read into: the fields of a message alone."""
-    hints = get_type_hints(cls, include_extras=True)
-    rows: list[Any] = []
-    for f in fields(cls):
-        default = msgspec.field(default=f.default) if f.default is not MISSING else None
-        if f.default_factory is not MISSING:
-            default = msgspec.field(default_factory=f.default_factory)
-        rows.append((f.name, hints[f.name]) if default is None else (f.name, hints[f.name], default))
-    return msgspec.defstruct(cls.__name__, rows)
+    if cls not in _FORMS:
+        hints = get_type_hints(cls, include_extras=True)
+        rows: list[Any] = []
+        for f in fields(cls):
+            default = None if f.default is MISSING else msgspec.field(default=f.default)
+            if f.default_factory is not MISSING:
+                default = msgspec.field(default_factory=f.default_factory)
+            rows.append((f.name, hints[f.name]) if default is None else (f.name, hints[f.name], default))
+        _FORMS[cls] = msgspec.defstruct(cls.__name__, rows)
+    return _FORMS[cls]
+
+
+_FORMS: dict[type[CheckedMessage], type[msgspec.Struct]] = {}
 
 
 class _Header(msgspec.Struct):
