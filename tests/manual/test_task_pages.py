@@ -53,6 +53,6 @@ def test_a_job_on_a_page_is_that_of_the_figures(page: Path, benchmark: Any, tmp_
     config = parse_config(read_toml(tmp_path / "fleet.toml", ConfigError), tmp_path)
     task = benchmark.TASKS[tasks_on(page)[0]]
     assert (config.job.recipe, config.job.rounds, config.job.strategy) == (task.recipe, task.rounds, "fedprune")
-    named = re.findall(r'"(benchmarks\.\S+):(\w+)"', block)
+    named = re.findall(r'"((?:benchmarks|examples)\.\S+):(\w+)"', block)
     wanted = set() if page.name == OWN_MODEL else {task.net, *task.own.values()}
     assert {getattr(own_module(module), name) for module, name in named} == wanted

@@ -25,7 +25,7 @@ from typing import Any
 from fedprune.core import atomic_file
 from fedprune.core.disk import file_digest, locked, storage_errors
 from fedprune.core.errors import BusyError, EngineError, FedpruneError, StorageError
-from fedprune.core.records import convert
+from fedprune.core.records import Whole, convert
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -61,7 +61,7 @@ class CachedEngine:
     refit_s: float | None = None
     rebuild_s: float | None = None
     refits: bool = True
-    failures: int = 0
+    failures: Whole = 0
     reason: str = ""
 
 

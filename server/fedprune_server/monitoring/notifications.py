@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from email.utils import formatdate
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -171,8 +172,10 @@ def channels(settings: AlertSettings) -> list[Channel]:
         secret = _secret(settings.webhook_secret, "webhook_secret")
         ways.append(Webhook(settings.webhook, None if secret is None else secret.encode()))
     lines = (_secret(settings.services, "services") or "").splitlines()
-    ways += [Service(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
-    return ways
+    services = [Service(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+    if settings.services is not None and not services:
+        raise ConfigError(("alerts", "services"), expected="a file with an address in it", got="none")
+    return [*ways, *services]
 
 
 def _secret(path: Path | None, name: str) -> str | None:
@@ -266,7 +269,7 @@ class Outbox:
     def _deliver(self, message: Message) -> bool:
         """Send a message, again and again if need be; False at the end of the server."""
         pause = self._pause_s
-        for tried in range(MAX_TRIES):
+        for tried in count():
             try:
                 self._channel.send(message)
                 return True
@@ -274,10 +277,12 @@ class Outbox:
                 if not tried:
                     what = error if isinstance(error, NotificationError) else f"{type(error).__name__}: {error}"
                     log.warning("a notification by %s failed: %s", self._channel.name, what)
+                if tried >= MAX_TRIES - 1 and len(self._waiting) > 1:
+                    break
                 if self._over.wait(pause):
                     return False
                 pause = min(_LONGEST_S, 2 * pause)
-        log.warning("a notification by %s is given up after %d tries", self._channel.name, MAX_TRIES)
+        log.warning("a notification by %s is given up after %d tries: others wait", self._channel.name, tried + 1)
         return True
 
 

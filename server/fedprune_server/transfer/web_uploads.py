@@ -103,10 +103,10 @@ class HttpUploads(UploadPlace):
         return next((a for a in known if a is not None and a.ref.sha256 == sha256), None)
 
     def begin(self, awaited: Awaited, connection: Client) -> None:
-        """A connection begins to upload, from the beginning; an earlier one is cut."""
+        """A connection begins to upload, from the beginning; another that did is cut."""
         with self._lock:
             before, awaited.connection, awaited.arrived = awaited.connection, connection, 0
-        if before is not None:
+        if before is not None and before is not connection:
             before.cut()
 
     def note_progress(self, awaited: Awaited, connection: Client, arrived: int) -> bool:

@@ -118,11 +118,12 @@ class LiveStream(Response):
 
 async def watch(streams: Streams, view: FleetView, audit: Audit, every_s: float = LOOK_S) -> None:
     """Send topics of changes to all streams, until it is cancelled."""
-    failing = False
+    failing, topics = False, set[str]()
     while True:
         await asyncio.sleep(every_s)
         try:
-            topics = await run_in_threadpool(lambda: view.changes() | audit.changes())
+            for look in (view.changes, audit.changes):
+                topics |= await run_in_threadpool(look)
             failing = False
         except FedpruneError as error:
             if not failing:
@@ -131,6 +132,7 @@ async def watch(streams: Streams, view: FleetView, audit: Audit, every_s: float 
             continue
         if topics:
             streams.send(topics)
+            topics = set()
 
 
 def event(kind: str, what: Any) -> str:

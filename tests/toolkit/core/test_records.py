@@ -55,7 +55,6 @@ def test_what_was_written_is_what_is_read_and_unknown_keys_are_ignored(net: Net)
         ({"count": 101}, "net: count", "101"),
         ({"count": True}, "net: count", "True"),
         ({"count": 1.5}, "net: count", "1.5"),
-        ({"count": math.nan}, "net: count", "None"),
         ({"key": "00fg"}, "net: key", "'00fg'"),
         ({"key": "00ff\n"}, "net: key", "'00ff\\n'"),
         ({"kind": "cnn\n"}, "net: kind", "'cnn\\n'"),
@@ -85,6 +84,13 @@ def test_anything_else_is_refused_and_raises_nothing_else(value: object) -> None
 def test_what_is_no_json_is_refused(raw: bytes) -> None:
     with pytest.raises(ProtocolError):
         read(raw)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, {1, 2}, b"raw", "\ud800"])
+def test_what_json_lacks_is_refused(value: object) -> None:
+    layer = {"name": "a", "share": value} if not isinstance(value, str) else {"name": value}
+    with pytest.raises(ProtocolError):
+        records.convert(Layer, layer, "layer", ProtocolError)
 
 
 def test_free_values_have_limits() -> None:

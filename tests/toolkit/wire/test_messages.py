@@ -86,7 +86,7 @@ def test_numbers_that_are_not_finite_are_refused(number: str) -> None:
 
     with pytest.raises(ProtocolError):
         parse(raw.replace(b'"loss":0.5', b'"loss":' + number.encode()))
-    with pytest.raises(ProtocolError, match="metrics"):
+    with pytest.raises(ProtocolError):
         Update("pi-1", "j", 1, 0, REF.sha256, REF, 1, 1, {"loss": float(number.replace("1e999", "inf"))}).to_bytes()
 
 

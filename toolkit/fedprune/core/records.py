@@ -7,8 +7,10 @@ which names the field. Unknown keys are ignored.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cache
 from typing import Annotated, Any, TypeVar, cast
 
@@ -30,10 +32,18 @@ MAX_DEPTH = 8
 
 _LONGEST_TEXT = 65_536
 
-_PLACE = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$(?P<path>.*)`)?", re.DOTALL)
+_PLACE = re.compile(r"(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`")
-_PATTERN = re.compile(r"Expected `str` matching regex '(?P<pattern>.*)'", re.DOTALL)
-_KINDS = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "array": "a list"}
+_PATTERN = re.compile(r"Expected `str` matching regex ['\"](?P<pattern>.*)['\"]", re.DOTALL)
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "a text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "an object",
+    "null": "nothing",
+}
 
 _IN_WORDS: dict[str, str] = {}
 
@@ -114,9 +124,11 @@ def read(kind: type[Record], raw: bytes, what: str, error: type[FedpruneError]) 
 
 
 def convert(kind: type[Record], value: object, what: str, error: type[FedpruneError]) -> Record:
-    """A record from what JSON has, such as a row of a database, checked as `read` does."""
+    """A record from what JSON has, such as a row of a database, checked as `read` does; numbers that are not finite are
+    refused, too."""
     try:
-        raw = write(value)
+        # msgspec writes those as null.
+        raw = json.dumps(value, allow_nan=False, default=_plainly).encode()
     except (TypeError, ValueError, OverflowError, RecursionError) as cause:
         raise error(f"{what} is no JSON ({reason(cause)})", got=shown(value)) from cause
     return read(kind, raw, what, error)
@@ -137,10 +149,12 @@ def _refusal(refused: msgspec.ValidationError, raw: bytes, what: str, error: typ
     expected = reason_.partition(", got ")[0].removeprefix("Expected ")
     if pattern := _PATTERN.fullmatch(reason_):
         expected = _IN_WORDS.get(pattern["pattern"].replace("\\\\", "\\"), expected)
-    for name, word in _KINDS.items():
-        expected = expected.replace(f"`{name}`", word)
+    elif reason_ == "Number out of range":
+        expected = "a number of 64 bits"
+    else:
+        expected = re.sub(r"`([^`]*)`", lambda m: " or ".join(_KINDS.get(w, w) for w in m[1].split(" | ")), expected)
     where = ": ".join(part for part in (what, path.lstrip(".")) if part)
-    return error(where, expected=expected, got=_value_at(raw, path))
+    return error(where, expected=expected, got=None if found and found["key"] else _value_at(raw, path))
 
 
 def _value_at(raw: bytes, path: str) -> str | None:
@@ -159,7 +173,9 @@ def _plainly(value: object) -> object:
         return dict(value)
     if isinstance(value, float):  # of numpy
         return float(value)
-    raise TypeError(type(value).__name__)
+    if is_dataclass(value):
+        return msgspec.to_builtins(value)
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
 
 _ENCODER = msgspec.json.Encoder(enc_hook=_plainly, order="sorted")

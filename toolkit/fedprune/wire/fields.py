@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 from fedprune.core import records
 from fedprune.core.errors import ProtocolError, UnknownMessageError, shown
@@ -33,8 +34,11 @@ FreeObject = dict[str, Any]
 """An object whose content others check: of at most 8 levels, with printable text and whole numbers of 64 bits."""
 
 Metrics = Annotated[dict[MetricName, float], items(64)]
-WebAddress = Annotated[str, matching(URL_PATTERN, "https://host[:port][/path]", MAX_URL)]
-UploadAddress = Annotated[str, matching(UPLOAD_PATTERN, "https://host[:port]/path[?query]", MAX_UPLOAD_URL)]
+# Their classes check them: no error may show what an address hides.
+WebAddress = Annotated[str, Meta(extra_json_schema={"pattern": f"^(?:{URL_PATTERN}){END}", "maxLength": MAX_URL})]
+UploadAddress = Annotated[
+    str, Meta(extra_json_schema={"pattern": f"^(?:{UPLOAD_PATTERN}){END}", "maxLength": MAX_UPLOAD_URL})
+]
 
 VERSION = 1
 MAX_MESSAGE = 256 * 1024
@@ -43,7 +47,7 @@ MAX_MESSAGE = 256 * 1024
 Sent = TypeVar("Sent", bound="CheckedMessage")
 
 
-def base64_text(most: int) -> msgspec.Meta:
+def base64_text(most: int) -> Meta:
     """Up to `most` bytes as text in base64 (RFC 4648, with padding)."""
     pattern = "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
     return matching(pattern, f"base64 of at most {most} bytes", 4 * -(-most // 3))
@@ -128,7 +132,7 @@ def read_checked(raw: bytes, what: str, types: Mapping[str, type[Sent]]) -> Sent
         ProtocolError: It is not JSON, or a field is missing or wrong; the error names the field.
     """
     header = records.read(_Header, raw, what, ProtocolError)
-    if header.v != VERSION or isinstance(header.v, bool):
+    if type(header.v) is not int or header.v != VERSION:
         raise UnknownMessageError(
             f"version of a {what}",
             expected=VERSION,

@@ -468,8 +468,8 @@ class BucketStore(BlobStore):
                 self._objects.pop(digest, None)
 
     def close(self, patience_s: float = 5.0) -> None:
-        """Finish deletions, for this long at most; the next start does the rest."""
-        self._deletions.wait(patience_s)
+        """Finish deletions, for this long at most, and not while the bucket is away; the next start does the rest."""
+        self._deletions.wait(0.0 if self.away else patience_s)
         self.patience.stop()
 
     @property

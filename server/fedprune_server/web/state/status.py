@@ -336,11 +336,12 @@ class FleetView(Closing):
 
     def changes(self) -> set[str]:
         """Topics of what the server has written since the last call, for live pages (`fedprune_server.web.events`)."""
-        seen, self._seen = self._seen, self._latest()
+        seen, latest = self._seen, self._latest()
         topics: set[str] = set()
         for kind, scope in self._rows("SELECT DISTINCT kind, scope FROM records WHERE change > ?", seen):
             topics |= {kind, f"{kind}:{scope}"} if scope else {kind}
         names = self._rows("SELECT name FROM device_status WHERE change > ?", seen)
+        self._seen = latest  # not before all is read: what fails is read again
         return topics | ({"devices", *(f"{DEVICE_TOPIC}{name}" for (name,) in names)} if names else set())
 
     def _latest(self) -> int:
