@@ -102,7 +102,9 @@ def differences(record: dict[str, Any], tests: list[str]) -> list[str]:
             lines.append(f"{folder}: {count} tests, {recorded} recorded")
     lines += [f"{name}: no reason why it takes long" for name, row in record["long"].items() if not row["why"]]
     present = set(tests)
-    lines += [f"{name}: there is no such test at a push" for name in record["long"] if name not in present]
+    lines += [
+        f"{name}: there is no such test at a push" for name in (*record["long"], *record["slow"]) if name not in present
+    ]
     return lines
 
 

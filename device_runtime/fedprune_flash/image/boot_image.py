@@ -209,6 +209,8 @@ def customise(image: Path, contents: ImageContents, kit: Kit, wanted: FirstBoot,
     files = first_boot_files(
         contents.scheme, wanted, contents.system.mount, contents.cmdline, unsigned=not kit.signed_by
     )
+    if fat.exists(KIT_FOLDER):
+        raise ImageError(f"there is a folder {KIT_FOLDER} on the boot partition", hint="Take an unchanged image.")
     for name in files:
         if name != CMDLINE and fat.exists(name):
             _check_template(name, fat.read(name))

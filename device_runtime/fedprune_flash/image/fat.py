@@ -10,13 +10,20 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedprune.core.errors import ImageError
+from fedprune.core.errors import ImageError, MissingExtraError
 from fedprune_flash.image.partitions import Partition
 
-# A user's settings may name drives; and of an image's geometry, which no card has, nothing depends.
+# A user's settings may name drives. Cards have no geometry, which mtools would check.
 _ENVIRONMENT = {"MTOOLSRC": os.devnull, "MTOOLS_SKIP_CHECK": "1", "LC_ALL": "C.UTF-8"}
 _FREE = re.compile(r"([0-9][0-9 ]*) bytes free")
 _HEAD = 64  # bytes of a boot sector that tell the clusters' size
+
+
+def check_mtools() -> None:
+    """Raise `MissingExtraError` where mtools is not installed."""
+    for program in ("mdir", "mcopy", "mtype", "mmd"):
+        if shutil.which(program) is None:
+            raise MissingExtraError(f"{program} is missing", hint="Install mtools: sudo apt-get install mtools.")
 
 
 class Fat:
@@ -71,10 +78,7 @@ class Fat:
         return done.stdout
 
     def _call(self, program: str, *words: str) -> subprocess.CompletedProcess[bytes]:
-        found = shutil.which(program)
-        if found is None:
-            raise ImageError(f"{program} is missing", hint="Install mtools: sudo apt-get install mtools.")
-        command = [found, "-i", self._drive, *words]
+        command = [program, "-i", self._drive, *words]
         return subprocess.run(  # noqa: S603  # nosec B603  # a program of mtools, with an image's path
             command, stdin=subprocess.DEVNULL, capture_output=True, check=False, env={**os.environ, **_ENVIRONMENT}
         )

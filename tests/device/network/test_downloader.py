@@ -52,7 +52,7 @@ class Source:
 
     def offer(self, held: str | None = None) -> Offer:
         plain = Offer("job", 1, 1, 7, DIGEST, DIGEST, (1,), 3, self.weights, self.graph, self.graph, {})
-        return replace(plain, weights_codec="zlib", coded=self.less, held=held)
+        return replace(plain, weights_codec="int8", coded=self.less, held=held)
 
     def chunks(self) -> Iterator[Chunk]:
         """What answers all requests so far."""

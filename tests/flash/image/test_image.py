@@ -25,6 +25,7 @@ from fedprune_flash.image.ext4 import Ext4
 from fedprune_flash.image.partitions import Region
 from support.fakes.runtime_releases import CLAIM, KEY
 from support.processes.disk_images import SECTOR, fsck_fat, make_image, mlist, mtype, run, tool
+from support.processes.machine import confined
 
 pytestmark = pytest.mark.system
 
@@ -237,7 +238,7 @@ def test_the_first_boots_script_ends_whatever_fails_and_leaves_no_trace(
     (board / "etc/hosts").write_text("127.0.0.1\tlocalhost\n127.0.1.1\traspberrypi\n")
     (board / "boot/fedprune-install.sh").write_text(f'echo "$@" >{board}/started\nexit 9\n')
     script = mtype(out, "fedprune-firstrun.sh", at).decode()
-    for name in ("/etc/", "/var/"):
+    for name in ("/etc/", "/var/", "/usr/lib/"):
         script = script.replace(name, f"{board}{name}")
     (board / "boot/fedprune-firstrun.sh").write_text(script)
     cmdline = mtype(out, "cmdline.txt", at).decode().strip() + " cfg80211.ieee80211_regdom=DE\n"
@@ -248,7 +249,9 @@ def test_the_first_boots_script_ends_whatever_fails_and_leaves_no_trace(
         (programs / name).write_text("#!/bin/sh\nexit 1\n")
         (programs / name).chmod(0o755)
     done = subprocess.run(
-        ["sh", str(board / "boot/fedprune-firstrun.sh")], env={"PATH": f"{programs}:/usr/bin:/bin"}, check=False
+        [*confined(tmp_path), "/bin/sh", str(board / "boot/fedprune-firstrun.sh")],
+        env={"PATH": f"{programs}:/usr/bin:/bin"},
+        check=False,
     )
     assert done.returncode == 0
     assert (board / "started").read_text() == "--no-start\n"
@@ -339,7 +342,8 @@ def test_the_power_may_fail_while_the_first_boots_script_ends(
     if cut != "none":
         scripts[cut] = f"{log}; kill -9 $PPID; sleep 1"
     environment = programs_in(tmp_path / "programs", **scripts)
-    subprocess.run(["sh", str(boot / "fedprune-firstrun.sh")], env=environment, check=False)
+    first_boot = [*confined(tmp_path), "/bin/sh", str(boot / "fedprune-firstrun.sh")]
+    subprocess.run(first_boot, env=environment, check=False)
     left, done = (boot / "cmdline.txt").read_text(), calls.read_text().split()
     assert left.startswith(CMDLINE)
     assert ("systemd.run" not in left) == (cut in ("rm", "none"))

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.system
 SCRIPT = """\
 set -e
 mount --bind "$WORK/etc" /etc
-for folder in /opt /var/lib; do mount -t tmpfs tmpfs $folder; done
+for folder in /opt /var/lib /var/log /var/mail; do mount -t tmpfs tmpfs $folder; done
+[ -e /etc/of-the-test ] && mountpoint -q /opt && mountpoint -q /var/lib
 echo "== mounted"
 PATH="$WORK/usr/bin:$PATH"
 install() { /usr/bin/python3 -I "$WORK/kit/install.pyz" "$@"; }
@@ -78,6 +79,7 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     (tmp_path / "usr/bin/systemctl").write_text(SYSTEMCTL)
     (tmp_path / "usr/bin/systemctl").chmod(0o755)
     subprocess.run(["cp", "-a", "/etc", str(tmp_path / "etc")], check=True)
+    (tmp_path / "etc/of-the-test").touch()
     done = subprocess.run(
         ["unshare", "--mount", "--propagation", "private", "sh", "-c", SCRIPT],
         env={"PATH": path, "WORK": str(tmp_path), "LC_ALL": "C"}, capture_output=True, text=True, check=False,
