@@ -24,7 +24,12 @@ def add_kit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
     kit.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     kit.add_argument("--server", required=True, metavar="URL", help="mqtts://host[:port], no password")
     kit.add_argument("--join", default="", metavar="URL", help="where to join (default: the server's host, port 8884)")
-    kit.add_argument("--device", required=True, metavar="NAME", help="the board's name, unique in the site")
+    kit.add_argument(
+        "--device",
+        required=True,
+        metavar="NAME",
+        help="the board's name, unique in the site; `any` for one that Ansible names",
+    )
     kit.add_argument("--site", default="default", help="the fleet's site (default: default)")
     kit.add_argument("--data", default=SAMPLES, metavar="SRC", help="the board's samples (default: %(default)s)")
     kit.add_argument("--ca", type=Path, metavar="FILE", help="authority of the broker, as PEM (default: the fleet's)")

@@ -47,7 +47,10 @@ def build_wheel(out: Path) -> Path:
     """Build fedprune's own wheel from the checkout that runs."""
     source = checkout()
     if source is None:
-        raise KitError("there is no source code to build a wheel from", hint="Name one with --wheel.")
+        raise KitError(
+            "there is no source code to build a wheel from",
+            hint="Name fedprune's wheel with --wheel, or install fedprune from a clone with pip install -e.",
+        )
     _pip("wheel", "--no-deps", "--wheel-dir", str(out), str(source))
     return own_wheel(out)
 
