@@ -93,14 +93,13 @@ class CommandDispatcher:
 
     def offer(self, command: do.SendOffer, *, again: bool = False) -> list[on.Event]:
         """Offer a device its part of the round, `again` if it was offered before: its time counts from then."""
-        body, job = sent(command.offer), self._job.name
+        job = self._job.name
         if command.device in self.revoked:  # while its offer was made
             return [
                 on.OfferRefused(command.device, command.round, command.attempt, "it was revoked", FailureKind.REVOKED)
             ]
         try:
-            blobs = {k: BlobRef.from_dict(body[k]) for k in ("weights", "training", "inference")}
-            body |= {**blobs, "widths": tuple(body["widths"]), "blobs_at": self._blobs_at}
+            body = sent(command.offer) | {"blobs_at": self._blobs_at}
             self._outbox.send(command.device, Offer(job, command.round, command.attempt, **body), job)
         except ProtocolError as error:  # a model that fits no message: no device can take part with it
             return [on.OfferRefused(command.device, command.round, command.attempt, one_line(str(error)))]

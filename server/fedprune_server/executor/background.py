@@ -52,6 +52,11 @@ class BackgroundExecutor:
     def waiting(self) -> int:
         return self._pending
 
+    @property
+    def ready(self) -> bool:
+        """Whether `collect` has a result."""
+        return not self._results.empty()
+
     def expect(self, commands: Sequence[do.Command]) -> None:
         self._worker.expect(commands)
 

@@ -2,55 +2,61 @@
 
 from __future__ import annotations
 
-from collections import deque
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from fedprune.wire.queues import ConnectionUp
-from fedprune_server.engine.server import Server
-from fedprune_server.messaging.transport import DroppedMessage, Item
+from fedprune.coordination import commands as do
+from fedprune_server.messaging.transport import DroppedMessage
+from fedprune_server.observation.observer import TurnEvent
+from fedprune_server.observation.snapshot import JobSnapshot
 from support.fakes.fleet import Fleet
+from support.fakes.tiny_job import JOB
 
 
-class Waiting:
-    """A connection on which all of this has come."""
+class TurnWatcher:
+    """An observer that looks after each turn at the commands which were carried out in it."""
 
-    connected, room, unsent = True, True, 0
+    def __init__(self, on_turn: Callable[[list[object]], None]) -> None:
+        self.on_turn = on_turn
 
-    def __init__(self, items: list[Item | DroppedMessage]) -> None:
-        self.items = deque(items)
-
-    def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
-        return self.items.popleft() if self.items else None
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        self.on_turn([event.what for event in events])
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Any:
-    return Fleet(tmp_path).daemon()
-
-
-def test_what_is_dropped_neither_ends_a_turn_nor_counts_as_silence(server: Server, monkeypatch: Any) -> None:
+def test_what_is_dropped_does_not_end_a_turn(tmp_path: Path) -> None:
     """A flood that is dropped before others' answers must not make those seem silent."""
-    items: list[Item | DroppedMessage] = [
-        ConnectionUp(),
-        DroppedMessage(),
-        ("a", b"1"),
-        DroppedMessage(),
-        DroppedMessage(),
-        ("b", b"2"),
-    ]
-    taken: list[Item] = []
+    fleet = Fleet(tmp_path)
+    left: list[int] = []
+    fleet.air.inbox.extend([DroppedMessage(), DroppedMessage()])  # type: ignore[list-item]
+    for device in fleet.air.devices.values():
+        device.die()
 
-    def take(item: Item) -> None:
-        taken.append(item)
-        assert server._caught_up == 0.0
+    def on_turn(commands: list[object]) -> None:
+        left.append(len(fleet.air.inbox))
+        daemon.stop()
 
-    monkeypatch.setattr(server, "_link", Waiting(items))
-    monkeypatch.setattr(server, "_site", replace(server._site, monotonic=lambda: 5.0))
-    monkeypatch.setattr(server, "_take", take)
-    server._turn()
-    assert taken == [i for i in items if not isinstance(i, DroppedMessage)]
-    assert server._caught_up == 5.0
+    daemon = fleet.daemon(observers=(TurnWatcher(on_turn),))
+    fleet.run_daemon(daemon)
+    assert left[0] == 0
+
+
+def test_the_offers_of_a_large_round_are_made_over_several_turns(tmp_path: Path) -> None:
+    """So that messages are answered in between."""
+    boards = 120
+    fleet = Fleet(tmp_path, replace(JOB, devices=boards, rounds=1), tuple(f"b{i:03}" for i in range(boards)))
+    offers: list[int] = []
+
+    def on_turn(commands: list[object]) -> None:
+        offers.append(sum(isinstance(command, do.SendOffer) for command in commands))
+        if sum(offers) == boards:
+            daemon.stop()
+        if any(isinstance(command, do.Extract) for command in commands):
+            while sum(isinstance(command, do.Extract) for command in fleet.worker.executed) < boards:
+                time.sleep(0.001)  # until all of them wait for the loop
+
+    daemon = fleet.daemon(observers=(TurnWatcher(on_turn),))
+    fleet.run_daemon(daemon)
+    assert sum(offers) == boards
+    assert max(offers) <= 100
