@@ -27,7 +27,7 @@ from fedprune.model.recipe import Features
 from fedprune.planning.kernel_workload import workload
 from fedprune.planning.latency_model import LatencyTable, Measurement, fitted
 from fedprune.planning.plan import DENSITIES
-from fedprune.planning.width_candidates import equal_work, rungs
+from fedprune.planning.width_candidates import rungs
 from fedprune.runtime.session import Session
 from fedprune_device.hardware.layer_timing import measure
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
@@ -132,6 +132,13 @@ def errors(predicted: Sequence[float], seen: Sequence[float]) -> dict[str, float
     return {"quarter": quarter, "median": half, "three_quarters": three, "worst": worst, "bias": float(np.mean(off))}
 
 
+def equal_work(architecture: Architecture, widths: tuple[int, ...]) -> tuple[int, ...]:
+    """The narrowest uniform widths with at least as many MACs."""
+    uniform = [widths_at(architecture, k / 256) for k in range(1, 257)]
+    macs = workload(architecture).forward_macs([widths, *uniform])
+    return uniform[int(np.argmax(macs[1:] >= macs[0]))]
+
+
 def compare_plans(bench: Bench, table: LatencyTable) -> list[dict[str, Any]]:
     """Rungs of the planner's ladder next to uniform widths with at least as many MACs."""
     architecture, rows = bench.architecture, []
@@ -139,7 +146,7 @@ def compare_plans(bench: Bench, table: LatencyTable) -> list[dict[str, Any]]:
     for share in SHARES:
         rung = min(ladder, key=lambda r: abs(r.density - share))
         uniform = equal_work(architecture, rung.widths)
-        both = (rung.widths, uniform.widths)
+        both = (rung.widths, uniform)
         step_s = medians([bench.step(w) for w in both], STEPS + 2)
         latency_s = medians([bench.prediction(w) for w in both], 2 * PREDICTIONS)
         macs = workload(architecture).forward_macs(both)
@@ -149,7 +156,7 @@ def compare_plans(bench: Bench, table: LatencyTable) -> list[dict[str, Any]]:
                 "density": rung.density,
                 "multiple": rung.multiple,
                 "macs": float(macs[0] / macs[1]),
-                "same": rung.widths == uniform.widths,
+                "same": rung.widths == uniform,
                 "step_s": step_s,
                 "latency_s": latency_s,
                 "predicted_step_s": predicted[0],

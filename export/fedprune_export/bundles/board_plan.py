@@ -13,8 +13,7 @@ from fedprune.core.validation import instance, number, whole
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import TOO_LOW, Prediction, predict, trains_on
-from fedprune.planning.plan import BYTES, DENSITIES, ENERGY, MEMORY, TIME, Plan
-from fedprune.planning.plan import plan as plan_widths
+from fedprune.planning.plan import BYTES, DENSITIES, ENERGY, MEMORY, TIME, Plan, PlanSearch
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.updates import DOWN, NO_CODECS, PLAIN, Codec
@@ -130,7 +129,7 @@ def plan(
     codec = Codec.parse(compression, "compression")
     codecs = NO_CODECS if codec is None else (str(codec), str(codec) if codec.name in DOWN else None)
     architecture = model.architecture
-    chosen = plan_widths(
+    chosen = PlanSearch(
         architecture,
         profile,
         recipe,
@@ -144,7 +143,7 @@ def plan(
         codecs=codecs,
         margin=TOO_LOW if probe is None else 0.0,
         names=_SETTINGS,
-    )
+    ).plan()
     recipe = recipe.in_parts(chosen.accumulate)
     uncut = predict(
         architecture, architecture.sizes, profile, recipe, samples, probe=probe, frozen=model.frozen, codecs=codecs

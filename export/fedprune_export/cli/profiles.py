@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from fedprune.output.tables import Column, print_table
 from fedprune.planning import profile_store
 from fedprune.planning.identification import Facts, identify
 from fedprune.planning.latency_model import GPU_SHARE
-from fedprune.planning.profile import SECTIONS, HardwareProfile
+from fedprune.planning.profile import HardwareProfile
 
 
 def register(subparsers: Any) -> None:
@@ -169,7 +168,8 @@ def identify_profile(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_UNITS = {f"{s}.{f.name}": str(f.metadata["unit"]) for s, (kind, _) in SECTIONS.items() for f in fields(kind)}
+_UNITS = {"_hz": "Hz", "_flops": "FLOP/s", "_bytes_s": "bytes/s", "_s": "s", "_w": "W", "bytes": "bytes"}
+"""Units by how a figure's name ends; the first that fits."""
 
 
 def _figure(key: str, value: Any) -> str:
@@ -179,7 +179,8 @@ def _figure(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, str):
         return value
-    unit = _UNITS[key]
+    name = key.replace("bytes_per_round", "bytes")
+    unit = next((unit for end, unit in _UNITS.items() if name.endswith(end)), "")
     if unit == "bytes":
         return _bytes(value)
     for step, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):

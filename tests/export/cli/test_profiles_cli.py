@@ -82,7 +82,7 @@ def test_the_check_reports_good_files_and_names_every_bad_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = own(tmp_path), own(tmp_path, "bad", -4)
-    with pytest.raises(ProfileError, match=r"bad\.toml: cpu\.cores \(cores that Linux .*\): expected .*got -4"):
+    with pytest.raises(ProfileError, match=r"bad\.toml: cpu\.cores: .*-4"):
         run("check", str(bad), str(good))
     assert f"{good}: ok" in capsys.readouterr().out
     with pytest.raises(ProfileError):

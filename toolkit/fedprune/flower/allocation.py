@@ -14,7 +14,7 @@ from fedprune.jobs.state import Device, State
 from fedprune.model.architecture import Architecture, kept_share, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.plan import plan
+from fedprune.planning.plan import PlanSearch
 from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, check_density
 from fedprune.strategies.strategy import Strategy
 
@@ -121,7 +121,7 @@ class Allocation:
         """
         if isinstance(wish, str):
             recipe = partial(self._recipe, wish, samples)
-            made = plan(self._architecture, profile_store.find(wish), recipe, samples)
+            made = PlanSearch(self._architecture, profile_store.find(wish), recipe, samples).plan()
             return NodeShare(made.widths, kept_share(self._architecture, made.widths), made.accumulate)
         check_density("density of a node", wish)
         return NodeShare(widths_at(self._architecture, wish), float(wish))

@@ -13,19 +13,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ProfileError
-from fedprune.core.validation import is_number, is_whole
+from fedprune.core.records import convert, items, within
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import ACTIVATION_PASSES, FLOAT, WEIGHT_PASSES
 from fedprune.planning.kernel_workload import BLOCKS, FEATURES, KINDS, workload
 
 Numbers = npt.NDArray[np.float64]
-Rows = Mapping[str, tuple[float, ...]]
 
 TYPICAL_TRAINING = {"call": 2e-5, "part": 3e-7, "mac": 6e-11, "move": 1.2e-9, "weight": 4e-9}
 TYPICAL_INFERENCE = {"call": 2e-6, "part": 1e-6, "mac": 2e-11, "move": 3e-10, "weight": 1e-10}
@@ -58,6 +57,10 @@ _MAX_SECONDS = 1e3
 _LEAST_SECONDS = 1e-9
 """The least time, whatever a received table has for some kinds: times are divided by one another."""
 
+Row = Annotated[tuple[Annotated[float, within(0, _MAX_SECONDS)], ...], items(len(FEATURES), len(FEATURES))]
+Rows = Mapping[str, Row]
+"""Seconds per unit (`FEATURES`) by kind of kernel."""
+
 _DIGITS = 5
 _STEPS, _PREDICTIONS = "training", "inference"
 
@@ -79,7 +82,7 @@ class LatencyTable:
 
     Attributes:
         block: Channels that its blocked kernels compute at once; 1 if it has none.
-        training: Seconds per unit (`FEATURES`) by kind, for training steps.
+        training: Seconds per unit of training steps.
         inference: The same for predictions.
         error: Median relative error over what was measured; NaN where nothing was.
         points: How many graphs and widths were measured.
@@ -88,27 +91,15 @@ class LatencyTable:
     block: int
     training: Rows = field(hash=False)
     inference: Rows = field(hash=False)
-    error: float = math.nan
-    points: int = 0
+    error: Annotated[float, within(0)] = math.nan
+    points: Annotated[int, within(0, 10**6)] = 0
 
     def __post_init__(self) -> None:
         if self.block not in BLOCKS:
             raise ProfileError("latency table: block", expected=f"one of {BLOCKS}", got=repr(self.block)[:80])
         for name in (_STEPS, _PREDICTIONS):
-            rows = getattr(self, name)
-            if set(rows) != set(KINDS):
-                raise ProfileError(f"latency table: kinds of {name}", expected=", ".join(KINDS))
-            for kind, row in rows.items():
-                if len(row) != len(FEATURES) or not all(0 <= v <= _MAX_SECONDS for v in row):
-                    raise ProfileError(
-                        f"latency table: {name} of {kind}",
-                        expected=f"{len(FEATURES)} numbers of seconds",
-                        got=repr(row)[:80],
-                    )
-            if not any(row[0] > 0 for row in rows.values()):
+            if not any(row[0] > 0 for row in getattr(self, name).values()):
                 raise ProfileError(f"latency table: {name}", expected="a time of a call or run", got="none above 0")
-        if self.error < 0:
-            raise ProfileError("latency table: error", expected="0 or more", got=self.error)
 
     def step_seconds(self, architecture: Architecture, widths: npt.ArrayLike, batch: int) -> Numbers:
         """Times of training steps, [n]; `widths` are [n, groups] or [groups]."""
@@ -131,24 +122,15 @@ class LatencyTable:
     def from_dict(cls, body: object) -> LatencyTable:
         """Read and check; unknown kinds are ignored, missing ones are typical.
         Raises `ProfileError` if it is not what `to_dict` writes."""
-        try:
-            if not isinstance(body, Mapping):
-                raise TypeError(f"a {type(body).__name__}")
-            parts = {}
-            for name in (_STEPS, _PREDICTIONS):
-                given = body[name]
-                if not isinstance(given, Mapping):
-                    raise TypeError(f"{name} is a {type(given).__name__}")
-                typical = getattr(typical_table(), name)
-                parts[name] = {k: tuple(map(_number, given[k])) if k in given else typical[k] for k in KINDS}
-            return cls(
-                block=_whole(body["block"]),
-                error=_number(body["error"]) if "error" in body else math.nan,
-                points=_whole(body["points"]),
-                **parts,
-            )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ProfileError(f"this is not a latency table ({type(error).__name__}: {str(error)[:80]})") from error
+        if not isinstance(body, Mapping):
+            raise ProfileError("latency table", expected="a table", got=type(body).__name__)
+        parts = {}
+        for name in (_STEPS, _PREDICTIONS):
+            if not isinstance(rows := body.get(name), Mapping):
+                raise ProfileError(f"latency table: {name}", expected="a table", got=type(rows).__name__)
+            typical = getattr(typical_table(), name)
+            parts[name] = {kind: rows.get(kind, typical[kind]) for kind in KINDS}
+        return convert(cls, {**body, **parts}, "latency table", ProfileError)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
@@ -228,15 +210,3 @@ def _vector(rows: Rows) -> Numbers:
 def _rows(vector: Numbers) -> Rows:
     table = vector.reshape(len(KINDS), len(FEATURES))
     return {k: tuple(float(f"{v:.{_DIGITS}g}") for v in row) for k, row in zip(KINDS, table.tolist(), strict=True)}
-
-
-def _number(value: Any) -> float:
-    if not is_number(value):
-        raise ValueError(f"{str(value)[:40]!r} is not a number")
-    return float(value)
-
-
-def _whole(value: Any) -> int:
-    if not is_whole(value, 0, 10**6):
-        raise ValueError(f"{str(value)[:40]!r} is not a whole number")
-    return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from decimal import ROUND_CEILING, Context
 from typing import Any
 
@@ -26,7 +26,6 @@ from fedprune.planning.cost_prediction import (
     trains_on,
 )
 from fedprune.planning.costs import MemoryBreakdown, costs_at
-from fedprune.planning.latency_model import LatencyTable
 from fedprune.planning.probe_report import CPU, ProbeReport
 from fedprune.planning.profile import TIERS, HardwareProfile, Power
 from fedprune.planning.width_candidates import Rung, rungs
@@ -222,73 +221,6 @@ class Plan:
         return plan
 
 
-def plan(
-    architecture: Architecture,
-    profile: HardwareProfile,
-    recipe: Recipe | Callable[[tuple[int, ...]], Recipe],
-    samples: int,
-    *,
-    byte_budget: int | None = None,
-    deadline_s: float | None = None,
-    energy_budget: float | None = None,
-    probe: ProbeReport | None = None,
-    densities: Sequence[float] = DENSITIES,
-    correction: Correction = NO_CORRECTION,
-    frozen: Collection[str] = (),
-    margin: float = 0.0,
-    codecs: Codecs = NO_CODECS,
-    names: Mapping[str, str] = JOB_SETTINGS,
-    least_channels: int = 1,
-) -> Plan:
-    """The widest submodel of `architecture` that a board can train.
-
-    A batch that doesn't fit the board's memory at once is split into parts before the model gets narrower: at
-    every width the planner takes the fewest parts with which memory suffices. Where the planner is free to choose
-    (`DENSITIES`), widths are those that are cheap on the board (`fedprune.planning.width_candidates`); densities that a
-    user asks for are kept to in every group. Raises `PlanError` if not even the narrowest candidate fits; or there is
-    no candidate, or a limit isn't positive.
-
-    Args:
-        recipe: The local training of a round; or what makes it of a submodel's widths, where it depends on those.
-        byte_budget: Bytes per round, down plus up, that the job allows, as the codecs make them.
-        deadline_s: Seconds that a round may take on the board, transfers included.
-        energy_budget: Joules that a round's training may take beyond what the idle board takes. A board whose profile
-            has no power figures isn't limited, and its plan warns.
-        probe: What the board measured of itself; it takes precedence over the profile.
-        densities: Candidate shares of every group.
-        correction: What its earlier rounds taught. What they taught about memory never excludes the board: if nothing
-            fits for that reason alone, the plan is the narrowest candidate, with a warning.
-        frozen: Tensors that the model's author froze.
-        margin: Share of the memory that stays free; `TOO_LOW` where no round will correct the plan.
-        codecs: As in `predict`.
-        names: What the settings of `JOB_SETTINGS` are called where the user has them.
-        least_channels: How many channels every group keeps, or all where it has less.
-    """
-    given = {"samples": samples, "byte_budget": byte_budget, "deadline_s": deadline_s, "energy_budget": energy_budget}
-    for name, value in given.items():
-        if value is not None and (not math.isfinite(value) or value <= 0):
-            raise PlanError(name, expected="a number above 0", got=value)
-    room = round(training_memory(profile, probe) * (1 - margin))
-    search = _Search(
-        architecture,
-        profile,
-        recipe,
-        samples,
-        room,
-        byte_budget,
-        deadline_s,
-        energy_budget,
-        probe,
-        densities,
-        correction,
-        frozen,
-        codecs,
-        names,
-        least_channels,
-    )
-    return search.plan()
-
-
 @dataclass(frozen=True)
 class _Candidate:
     """A candidate's costs: the recipe as asked for, and with as many parts of a batch as memory needs."""
@@ -306,26 +238,61 @@ class _Candidate:
 
 
 @dataclass(frozen=True)
-class _Search:
-    """The search for a plan; arguments are those of `plan`, and the bytes that training may take."""
+class PlanSearch:
+    """The search for the widest submodel of `architecture` that a board can train.
+
+    A batch that doesn't fit the board's memory at once is split into parts before the model gets narrower: at
+    every width the planner takes the fewest parts with which memory suffices. Where the planner is free to choose
+    (`DENSITIES`), widths are those that are cheap on the board (`fedprune.planning.width_candidates`); densities that a
+    user asks for are kept to in every group. Raises `PlanError` if a limit isn't positive.
+
+    Attributes:
+        recipe: The local training of a round; or what makes it of a submodel's widths, where it depends on those.
+        byte_budget: Bytes per round, down plus up, that the job allows, as the codecs make them.
+        deadline_s: Seconds that a round may take on the board, transfers included.
+        energy_budget: Joules that a round's training may take beyond what the idle board takes. A board whose profile
+            has no power figures isn't limited, and its plan warns.
+        probe: What the board measured of itself; it takes precedence over the profile.
+        densities: Candidate shares of every group.
+        correction: What its earlier rounds taught. What they taught about memory never excludes the board: if nothing
+            fits for that reason alone, the plan is the narrowest candidate, with a warning.
+        frozen: Tensors that the model's author froze.
+        margin: Share of the memory that stays free; `TOO_LOW` where no round will correct the plan.
+        codecs: As in `predict`.
+        names: What the settings of `JOB_SETTINGS` are called where the user has them.
+        least_channels: How many channels every group keeps, or all where it has less.
+    """
 
     architecture: Architecture
     profile: HardwareProfile
     recipe: Recipe | Callable[[tuple[int, ...]], Recipe]
     samples: int
-    room: int
-    byte_budget: int | None
-    deadline_s: float | None
-    energy_budget: float | None
-    probe: ProbeReport | None
-    densities: Sequence[float]
-    correction: Correction
-    frozen: Collection[str]
-    codecs: Codecs
-    names: Mapping[str, str]
-    least_channels: int
+    _: KW_ONLY
+    byte_budget: int | None = None
+    deadline_s: float | None = None
+    energy_budget: float | None = None
+    probe: ProbeReport | None = None
+    densities: Sequence[float] = DENSITIES
+    correction: Correction = NO_CORRECTION
+    frozen: Collection[str] = ()
+    margin: float = 0.0
+    codecs: Codecs = NO_CODECS
+    names: Mapping[str, str] = field(default_factory=lambda: JOB_SETTINGS)
+    least_channels: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "byte_budget", "deadline_s", "energy_budget"):
+            value = getattr(self, name)
+            if value is not None and (not math.isfinite(value) or value <= 0):
+                raise PlanError(name, expected="a number above 0", got=value)
+
+    @property
+    def room(self) -> int:
+        """Bytes that training may take."""
+        return round(training_memory(self.profile, self.probe) * (1 - self.margin))
 
     def plan(self) -> Plan:
+        """The plan. Raises `PlanError` if not even the narrowest candidate fits, or there is no candidate."""
         first: Rung | None = None
         wider: tuple[int, ...] | None = None
         for rung in self._candidates():
@@ -383,7 +350,7 @@ class _Search:
         tier = f'software.tier = "{TIERS[0]}" in its profile, fedprune-device run --tier {TIERS[0]} on the board'
         return f" Or train on its processor, which fits (density {made.density:.3g}): {tier}."
 
-    def _on_processor(self) -> _Search:
+    def _on_processor(self) -> PlanSearch:
         """The same search for the board's processor, by the profile; rounds on the GPU taught its memory alone."""
         probe = self.probe and replace(self.probe, unit=CPU, latency=None, train_rate=None, infer_rate=None)
         profile = replace(self.profile, software=replace(self.profile.software, tier=TIERS[0]))
@@ -394,7 +361,8 @@ class _Search:
         if tuple(self.densities) == DENSITIES:
             yield Rung(1.0, self.architecture.sizes, 1)
             batch = min(self._asked(self.architecture.sizes).batch_size, self.samples)
-            narrower = rungs(self.architecture, self._table, batch, self.densities, self._bandwidth)[1:]
+            table, rate = latency_table(self.profile, self.probe), bandwidth(self.profile, self.probe)
+            narrower = rungs(self.architecture, table, batch, self.densities, rate)[1:]
             yield from dict.fromkeys(replace(rung, widths=self._with_least(rung.widths)) for rung in narrower)
             return
         found: dict[tuple[int, ...], Rung] = {}
@@ -407,16 +375,8 @@ class _Search:
         return widths_with_least(self.architecture, widths, self.least_channels)
 
     @property
-    def _table(self) -> LatencyTable:
-        return latency_table(self.profile, self.probe)
-
-    @property
     def _unit(self) -> str:
         return trains_on(self.profile, self.probe)
-
-    @property
-    def _bandwidth(self) -> float:
-        return bandwidth(self.profile, self.probe)
 
     def _asked(self, widths: tuple[int, ...]) -> Recipe:
         return self.recipe if isinstance(self.recipe, Recipe) else self.recipe(widths)

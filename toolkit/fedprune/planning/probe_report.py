@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from fedprune.core.errors import ProfileError
-from fedprune.core.settings import bounded, check_fields
+from fedprune.core.records import convert, one_of, text, within
 from fedprune.planning.latency_model import LatencyTable
 
 _MAX_TEXT = 200
 
 CPU, CUDA = UNITS = ("cpu", "cuda")
 """Units that compute, by the names that `Session.provider` has for them."""
+
+Rate = Annotated[float, within(1, 1e17)]
 
 
 @dataclass(frozen=True)
@@ -40,33 +42,22 @@ class ProbeReport:
         unit: What the rates and `latency` were measured on, one of `UNITS`.
     """
 
-    cores: int = bounded(MISSING, 1, 4096)
-    memory_total: int = bounded(MISSING, 2**20, 2**50)
-    memory_available: int = bounded(MISSING, 0, 2**50)
-    seconds: float = bounded(MISSING, 0, 1e6)
-    onnxruntime: str = ""
-    board: str = ""
-    clock_hz: int | None = bounded(None, 10**6, 10**11)
-    train_rate: float | None = bounded(None, 1, 1e17)
-    infer_rate: float | None = bounded(None, 1, 1e17)
-    temperature_c: float | None = bounded(None, -80, 200)
+    cores: Annotated[int, within(1, 4096)]
+    memory_total: Annotated[int, within(2**20, 2**50)]
+    memory_available: Annotated[int, within(0, 2**50)]
+    seconds: Annotated[float, within(0, 1e6)]
+    onnxruntime: Annotated[str, text(_MAX_TEXT)] = ""
+    board: Annotated[str, text(_MAX_TEXT)] = ""
+    clock_hz: Annotated[int, within(10**6, 10**11)] | None = None
+    train_rate: Rate | None = None
+    infer_rate: Rate | None = None
+    temperature_c: Annotated[float, within(-80, 200)] | None = None
     throttled: bool = False
     latency: LatencyTable | None = None
-    process_bytes: int | None = bounded(None, 2**20, 2**40)
-    unit: str = CPU
+    process_bytes: Annotated[int, within(2**20, 2**40)] | None = None
+    unit: Annotated[str, one_of(UNITS)] = CPU
 
     def __post_init__(self) -> None:
-        check_fields(self, ("probe",), ProfileError)
-        for name in ("onnxruntime", "board"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or len(value) > _MAX_TEXT:
-                raise ProfileError(
-                    f"probe report: {name}", expected=f"a text of up to {_MAX_TEXT} characters", got=repr(value)[:80]
-                )
-        if self.latency is not None and not isinstance(self.latency, LatencyTable):
-            raise ProfileError("probe report: latency", expected="a latency table", got=type(self.latency).__name__)
-        if self.unit not in UNITS:
-            raise ProfileError("probe report: unit", expected=" or ".join(UNITS), got=repr(self.unit)[:80])
         if self.memory_available > self.memory_total:
             raise ProfileError(
                 "probe report: memory_available",
@@ -75,19 +66,12 @@ class ProbeReport:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        body = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**body, "latency": None if self.latency is None else self.latency.to_dict()}
+        return {**vars(self), "latency": None if self.latency is None else self.latency.to_dict()}
 
     @classmethod
     def from_dict(cls, body: object) -> ProbeReport:
         """Read and check; unknown keys are ignored. Raises `ProfileError` if a measurement is missing, of
         the wrong type or out of range."""
-        if not isinstance(body, Mapping):
-            raise ProfileError("probe report", expected="a table of measurements", got=type(body).__name__)
-        for name in ("cores", "memory_total", "memory_available", "seconds"):
-            if name not in body:
-                raise ProfileError(f"probe report: {name} is missing")
-        values = {f.name: body[f.name] for f in fields(cls) if f.name in body}
-        if values.get("latency") is not None:
-            values["latency"] = LatencyTable.from_dict(values["latency"])
-        return cls(**values)
+        if isinstance(body, Mapping) and body.get("latency") is not None:
+            body = {**body, "latency": LatencyTable.from_dict(body["latency"])}
+        return convert(cls, body, "probe report", ProfileError)

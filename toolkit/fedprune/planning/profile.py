@@ -7,120 +7,127 @@ profile promises; what a board measures of itself (`probe_report`) beats it.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from fedprune.core import validation
 from fedprune.core.errors import ProfileError
+from fedprune.core.records import convert, matching, one_of, within, write
 from fedprune.core.toml_file import read_toml
-from fedprune.core.validation import is_number, is_whole
 
 TIERS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt")
 """The providers of a board, as far as they work there: with the first all on its processor, with the second all on its
 GPU, with the third predictions in TensorRT engines and the rest on the GPU; where it doesn't, on the processor."""
 
-
-def _figure(doc: str, unit: str, low: float, high: float, *, optional: bool = False) -> Any:
-    meta = {"doc": doc, "unit": unit, "low": low, "high": high, "kind": "number"}
-    return field(default=None, metadata=meta) if optional else field(metadata=meta)
-
-
-def _text(doc: str, *, choices: tuple[str, ...] = (), optional: bool = False, kind: str = "text") -> Any:
-    meta = {"doc": doc, "unit": "", "choices": choices, "kind": kind}
-    return field(default=None, metadata=meta) if optional else field(metadata=meta)
+Watts = Annotated[float, within(0, 10**5)]
+Text = Annotated[str, matching(r"\s*\S[\s\S]*", "a text")]
+Texts = tuple[Text, ...]
 
 
 @dataclass(frozen=True)
 class Cpu:
-    """The processor."""
+    """The processor: cores that Linux schedules on, highest sustained clock, instruction sets that kernels may use."""
 
-    cores: int = _figure("Cores that Linux schedules on.", "cores", 1, 4096)
-    clock_hz: int = _figure("Highest sustained clock.", "Hz", 10**7, 10**11)
-    isa: tuple[str, ...] = _text("Instruction sets that kernels may use.", kind="texts")
+    cores: Annotated[int, within(1, 4096)]
+    clock_hz: Annotated[int, within(10**7, 10**11)]
+    isa: Texts
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Main memory."""
+    """Main memory.
 
-    total_bytes: int = _figure("What Linux reports as MemTotal.", "bytes", 2**20, 2**50)
-    bandwidth_bytes_s: float = _figure(
-        "Sustained traffic of one large copy, read plus write.", "bytes/s", 10**6, 10**14
-    )
-    reserve_bytes: int = _figure("Kept for the system and the application.", "bytes", 0, 2**50)
-    training_share: float = _figure("Share of the rest that training may use.", "0 to 1", 0.01, 1)
+    Attributes:
+        total_bytes: What Linux reports as MemTotal.
+        bandwidth_bytes_s: Sustained traffic of one large copy, read plus write.
+        reserve_bytes: Kept for the system and the application.
+        training_share: Share of the rest that training may use.
+    """
+
+    total_bytes: Annotated[int, within(2**20, 2**50)]
+    bandwidth_bytes_s: Annotated[float, within(10**6, 10**14)]
+    reserve_bytes: Annotated[int, within(0, 2**50)]
+    training_share: Annotated[float, within(0.01, 1)]
 
 
 @dataclass(frozen=True)
 class Compute:
-    """Speed of the processor."""
+    """Speed of the processor: peak float32 rate of all cores in FLOP/s, and the share of it that the probe's training
+    step reaches."""
 
-    peak_flops: float = _figure("Peak float32 rate of all cores.", "FLOP/s", 10**6, 10**16)
-    efficiency: float = _figure("Share of the peak that the probe's training step reaches.", "0 to 1", 0.0001, 1)
+    peak_flops: Annotated[float, within(10**6, 10**16)]
+    efficiency: Annotated[float, within(0.0001, 1)]
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A graphics or neural unit in addition to the processor."""
+    """A graphics or neural unit in addition to the processor.
 
-    kind: str = _text("Programming interface.", choices=("cuda", "other"))
-    shared_memory: bool = _text("Whether it shares the main memory.", kind="flag")
-    sm: str | None = _text("CUDA compute capability, such as 8.7.", optional=True)
-    peak_flops: float | None = _figure("Peak float32 rate.", "FLOP/s", 10**6, 10**17, optional=True)
-    bandwidth_bytes_s: float | None = _figure(
-        "Rate at which it reads and writes its memory.", "bytes/s", 10**6, 10**14, optional=True
-    )
+    Attributes:
+        kind: Its programming interface.
+        shared_memory: Whether it shares the main memory.
+        sm: CUDA compute capability, such as 8.7.
+        peak_flops: Peak float32 rate.
+        bandwidth_bytes_s: Rate at which it reads and writes its memory.
+    """
+
+    kind: Annotated[str, one_of(("cuda", "other"))]
+    shared_memory: bool
+    sm: Text | None = None
+    peak_flops: Annotated[float, within(10**6, 10**17)] | None = None
+    bandwidth_bytes_s: Annotated[float, within(10**6, 10**14)] | None = None
 
 
 @dataclass(frozen=True)
 class Link:
-    """The way to the server."""
+    """The way to the server: rates, the round trip, and the bytes, down plus up, that one round may use."""
 
-    up_bytes_s: float = _figure("Rate from board to server.", "bytes/s", 1, 10**12)
-    down_bytes_s: float = _figure("Rate from server to board.", "bytes/s", 1, 10**12)
-    latency_s: float = _figure("Round trip to the server.", "s", 0, 3600)
-    bytes_per_round: int = _figure("Bytes, down plus up, that one round may use.", "bytes", 1, 2**50)
+    up_bytes_s: Annotated[float, within(1, 10**12)]
+    down_bytes_s: Annotated[float, within(1, 10**12)]
+    latency_s: Annotated[float, within(0, 3600)]
+    bytes_per_round: Annotated[int, within(1, 2**50)]
 
 
 @dataclass(frozen=True)
 class Power:
-    """Power at the wall."""
+    """Power at the wall, of the idle board and with all cores busy."""
 
-    idle_w: float | None = _figure("Power of the idle board.", "W", 0, 10**5, optional=True)
-    load_w: float | None = _figure("Power with all cores busy.", "W", 0, 10**5, optional=True)
+    idle_w: Watts | None = None
+    load_w: Watts | None = None
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Room on the board's disk or card."""
+    """Bytes that fedprune may take of the board's disk or card."""
 
-    budget_bytes: int = _figure("Bytes that fedprune may take.", "bytes", 2**20, 2**50)
+    budget_bytes: Annotated[int, within(2**20, 2**50)]
 
 
 @dataclass(frozen=True)
 class Software:
-    """The board's software."""
+    """The Python of the board's system, the newest onnxruntime that it loads, what computes, and its TensorRT."""
 
-    python: str = _text("Python of its system.")
-    onnxruntime: str = _text("Newest onnxruntime that it loads.")
-    tier: str = _text("What computes.", choices=TIERS)
-    tensorrt: str | None = _text("TensorRT of its system.", optional=True)
+    python: Text
+    onnxruntime: Text
+    tier: Annotated[str, one_of(TIERS)]
+    tensorrt: Text | None = None
 
 
-SECTIONS: dict[str, tuple[type, bool]] = {
-    "cpu": (Cpu, True),
-    "memory": (Memory, True),
-    "compute": (Compute, True),
-    "accelerator": (Accelerator, False),
-    "link": (Link, True),
-    "power": (Power, False),
-    "storage": (Storage, True),
-    "software": (Software, True),
+SECTIONS: dict[str, type] = {
+    "cpu": Cpu,
+    "memory": Memory,
+    "compute": Compute,
+    "accelerator": Accelerator,
+    "link": Link,
+    "power": Power,
+    "storage": Storage,
+    "software": Software,
 }
-"""Tables of a profile: their class and whether they are required."""
+"""Tables of a profile: their classes."""
 
 
 FORMAT = "fedprune.profile/1"
@@ -131,8 +138,6 @@ ARCHES = ("aarch64", "x86_64")
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 """The pattern of profile names."""
 _MIN_REASON = 8
-
-_TOP = ("name", "title", "family", "arch", "identify", "soc", "support", "advice")
 
 SUPPORT = ("full", "limited")
 """Full: the runtime runs on the software that the board ships with. Limited: it needs a newer Python of the user's."""
@@ -154,10 +159,10 @@ class HardwareProfile:
         sources: For every figure ("cpu.cores") where it comes from.
     """
 
-    name: str
-    title: str
-    family: str
-    arch: str
+    name: Annotated[str, matching(NAME.pattern, "up to 64 lower-case letters, digits, dots and dashes")]
+    title: Text
+    family: Text
+    arch: Annotated[str, one_of(ARCHES)]
     cpu: Cpu
     memory: Memory
     compute: Compute
@@ -166,9 +171,9 @@ class HardwareProfile:
     software: Software
     accelerator: Accelerator | None = None
     power: Power | None = None
-    identify: tuple[str, ...] = ()
+    identify: Texts = ()
     soc: str = ""
-    support: str = "full"
+    support: Annotated[str, one_of(SUPPORT)] = "full"
     advice: str = ""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
@@ -197,34 +202,21 @@ class HardwareProfile:
 
     def figures(self) -> dict[str, Any]:
         """Every figure that is set, by dotted name, in the order of the schema."""
-        out: dict[str, Any] = {}
-        for section, (kind, _) in SECTIONS.items():
-            part = getattr(self, section)
-            if part is not None:
-                values = ((f"{section}.{f.name}", getattr(part, f.name)) for f in fields(kind))
-                out.update((key, value) for key, value in values if value is not None)
-        return out
+        parts = ((section, getattr(self, section)) for section in SECTIONS)
+        return {
+            f"{section}.{f.name}": value
+            for section, part in parts
+            if part is not None
+            for f in fields(part)
+            if (value := getattr(part, f.name)) is not None
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; what is not set is left out."""
-        body: dict[str, Any] = {
-            "name": self.name,
-            "title": self.title,
-            "family": self.family,
-            "arch": self.arch,
-            "identify": list(self.identify),
-        }
-        if self.soc:
-            body["soc"] = self.soc
-        if self.support != "full":
-            body |= {"support": self.support, "advice": self.advice}
-        sources: dict[str, dict[str, str]] = {}
-        for key, value in self.figures().items():
-            section, figure = key.split(".", 1)
-            body.setdefault(section, {})[figure] = list(value) if isinstance(value, tuple) else value
-            sources.setdefault(section, {})[figure] = self.sources[key]
-        body["sources"] = sources
-        return body
+        body = json.loads(write(self))
+        for section in SECTIONS:
+            body[section] = {k: v for k, v in (body.get(section) or {}).items() if v is not None}
+        return {key: value for key, value in body.items() if value or key == "identify"}
 
     def to_json(self) -> str:
         """Canonical JSON: the same profile always gives the same text."""
@@ -236,35 +228,14 @@ class HardwareProfile:
     def from_dict(cls, body: Mapping[str, Any], where: str = "profile") -> HardwareProfile:
         """Read and check tables and keys as in TOML. Raises `ProfileError` for a key that is unknown, missing, of the
         wrong type, out of range or without source."""
-        validation.only((*_TOP, *SECTIONS, "sources", "format"), body, where, error=ProfileError)
+        validation.only((*(f.name for f in fields(cls)), "format"), body, where, error=ProfileError)
         if body.get("format", FORMAT) != FORMAT:
             raise ProfileError(f"{where}: format", expected=FORMAT, got=repr(body["format"]))
-        top = {key: _checked_text(body, key, where) for key in ("name", "title", "family")}
-        if not NAME.fullmatch(top["name"]):
-            raise ProfileError(
-                f"{where}: name",
-                expected="up to 64 lower-case letters, digits, dots and dashes",
-                got=repr(top["name"]),
-            )
-        arch = _checked_text(body, "arch", where, ARCHES)
-        parts: dict[str, Any] = {}
-        for section, (kind, required) in SECTIONS.items():
-            if section in body:
-                parts[section] = _section(kind, section, body[section], where)
-            elif required:
-                raise ProfileError(f"{where}: table [{section}] is missing", hint="See docs/add-a-board.md.")
-        profile = cls(
-            name=top["name"],
-            title=top["title"],
-            family=top["family"],
-            arch=arch,
-            **parts,
-            identify=_texts(body.get("identify", []), f"{where}: identify"),
-            soc=_checked_text(body, "soc", where) if "soc" in body else "",
-            advice=_checked_text(body, "advice", where) if "advice" in body else "",
-            support=_checked_text({"support": "full", **body}, "support", where, SUPPORT),
-            sources=_flat_sources(body.get("sources", {}), where),
-        )
+        for section, kind in SECTIONS.items():
+            if isinstance(part := body.get(section), Mapping):
+                validation.only([f.name for f in fields(kind)], part, f"{where}: {section}", error=ProfileError)
+        plain = {key: _plainly(value) for key, value in body.items()}
+        profile = convert(cls, {**plain, "sources": _flat_sources(body.get("sources", {}), where)}, where, ProfileError)
         profile._check(where)
         return profile
 
@@ -326,62 +297,14 @@ class HardwareProfile:
         return cls.from_dict(body, where)
 
 
-def _section(kind: type, section: str, body: object, where: str) -> Any:
-    if not isinstance(body, Mapping):
-        raise ProfileError(f"{where}: {section}", expected="a table", got=type(body).__name__)
-    known = {f.name: f for f in fields(kind)}
-    validation.only(known, body, f"{where}: {section}", error=ProfileError)
-    values: dict[str, Any] = {}
-    for name, spec in known.items():
-        key = f"{where}: {section}.{name}"
-        if name in body:
-            values[name] = _value(body[name], str(spec.type), spec.metadata, key)
-        elif spec.default is MISSING:
-            raise ProfileError(f"{key} is missing", expected=spec.metadata["doc"])
-    return kind(**values)
-
-
-def _value(value: object, annotation: str, meta: Mapping[str, Any], key: str) -> Any:
-    kind = meta["kind"]
-    if kind == "texts":
-        return _texts(value, key)
-    if kind == "flag":
-        return validation.truth(key, value, error=ProfileError)
-    if kind == "text":
-        choices = meta["choices"]
-        if not isinstance(value, str) or not value or (choices and value not in choices):
-            raise ProfileError(key, expected=", ".join(choices) or "a text", got=repr(value))
-        return value
-    low, high = meta["low"], meta["high"]
-    whole = annotation == "int"
-    # TOML writes 1.8e9 as a float; where it is a whole number, that is what was meant.
-    if whole and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if whole and is_whole(value, low, high):
-        return value
-    if not whole and is_number(value, low, high):
-        return float(value)
-    doc = meta["doc"].removesuffix(".")
-    raise ProfileError(
-        f"{key} ({doc[0].lower()}{doc[1:]})",
-        expected=f"{'a whole number' if whole else 'a number'} from {low:g} to {high:g} ({meta['unit']})",
-        got=repr(value),
-    )
-
-
-def _checked_text(body: Mapping[str, Any], key: str, where: str, choices: tuple[str, ...] = ()) -> str:
-    if key not in body:
-        raise ProfileError(f"{where}: {key} is missing")
-    value = body[key]
-    if not isinstance(value, str) or not value.strip() or (choices and value not in choices):
-        raise ProfileError(f"{where}: {key}", expected=", ".join(choices) or "a text", got=repr(value))
+def _plainly(value: object) -> object:
+    """TOML writes 1.8e9 as a float: where it is a whole number, that is what was meant. What isn't finite becomes text,
+    so that the check names its place."""
+    if isinstance(value, Mapping):
+        return {key: _plainly(inner) for key, inner in value.items()}
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value if math.isfinite(value) else str(value)
     return value
-
-
-def _texts(value: object, key: str) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) and v for v in value):
-        raise ProfileError(key, expected="a list of texts", got=repr(value))
-    return tuple(value)
 
 
 def _flat_sources(body: object, where: str) -> dict[str, str]:

@@ -79,12 +79,6 @@ def snapped(architecture: Architecture, density: float, multiple: int) -> tuple[
     return tuple(widths)
 
 
-def equal_work(architecture: Architecture, widths: Sequence[int]) -> Rung:
-    """The narrowest uniform widths with at least as many MACs as `widths` has."""
-    uniform = _uniform(ArchitectureKey(architecture))
-    return uniform.rungs[uniform.covering(float(workload(architecture).forward_macs(widths)[0]))]
-
-
 @dataclass(frozen=True)
 class _Uniform:
     """Uniform widths by rising MACs."""
