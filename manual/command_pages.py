@@ -7,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from fedprune.output.examples import EXAMPLES
+from fedprune.output.examples import examples_of
 from fedprune_device.cli import main as device
 from fedprune_export.cli import main as export
 from fedprune_flash.cli import main as flash
@@ -96,7 +96,8 @@ def _body(name: str, parser: argparse.ArgumentParser, shown: dict[str, str]) -> 
             for above, names in elsewhere.items()
         )
         rows.append(f"- As above: {', '.join(alike)}.")
-    parts = ["".join(f"    {line}\n" for line in EXAMPLES.get(parser.prog, ())), "".join(f"{row}\n" for row in rows)]
+    examples = [] if any(_commands(parser)) else examples_of(parser.prog)
+    parts = ["".join(f"    {line}\n" for line in examples), "".join(f"{row}\n" for row in rows)]
     return "\n".join(filter(None, parts))
 
 

@@ -1,4 +1,4 @@
-"""Every command's help ends with two examples or more, and these are command lines that parse."""
+"""Every command's help ends with examples, and these are command lines that parse."""
 
 from __future__ import annotations
 
@@ -25,16 +25,12 @@ TOPS = dict(_parsers())
 PARSERS = {inner.prog: inner for top in TOPS.values() for inner in walked(top)}
 
 
-def test_examples_are_of_commands_that_exist() -> None:
-    assert set(EXAMPLES) <= set(PARSERS)
+def test_every_command_has_examples() -> None:
+    assert [prog for prog, parser in PARSERS.items() if "examples:" not in parser.format_help()] == []
 
 
-@pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for line in lines])
+@pytest.mark.parametrize("line", EXAMPLES)
 def test_an_example_parses(line: str) -> None:
-    parses(line)
-
-
-def parses(line: str) -> None:
     prog, *words = shlex.split(re.split(" [<>]", line)[0])
     inner = f"{prog} {words[0]}" if words else prog
     parser = TOPS.get(inner)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedprune.core.cli import run_command
+from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import MissingExtraError
 
 SHELLS = ("bash", "zsh")
@@ -23,8 +23,8 @@ def main(modules: Mapping[str, str], argv: Sequence[str]) -> int:
     return run_command("fedprune completion", lambda: _parser(modules), argv)
 
 
-def _parser(modules: Mapping[str, str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser(modules: Mapping[str, str]) -> CommandParser:
+    parser = CommandParser(
         prog="fedprune completion",
         description="Print a script by which a shell completes all commands of fedprune that are installed.",
     )
@@ -40,7 +40,7 @@ def script(shell: str, modules: Mapping[str, str]) -> str:
         import shtab
     except ModuleNotFoundError as error:
         raise MissingExtraError("completion needs the package shtab", extra="completion") from error
-    umbrella = argparse.ArgumentParser(prog="fedprune")
+    umbrella = CommandParser(prog="fedprune")
     umbrella.add_argument("--version", action="version", version="")
     commands: Any = umbrella.add_subparsers()
     programs = {name: completed_parser(module, shtab.FILE) for name, module in modules.items()}
@@ -51,21 +51,19 @@ def script(shell: str, modules: Mapping[str, str]) -> str:
     return "\n".join(shtab.complete(parser, shell) for parser in (umbrella, *programs.values()))
 
 
-def completed_parser(module: str, files: object) -> argparse.ArgumentParser:
+def completed_parser(module: str, files: object) -> CommandParser:
     """A program's parser with all of its commands, in which arguments that are paths are completed with `files`."""
     cli = importlib.import_module(module)
-    parser: argparse.ArgumentParser = cli.build_parser()
+    parser: CommandParser = cli.build_parser()
     if hasattr(cli, "command_parsers"):  # a program that is no command by itself and has others
         parser = _with_commands(parser, cli.command_parsers())
     _mark_paths(parser, files)
     return parser
 
 
-def _with_commands(
-    alone: argparse.ArgumentParser, others: Mapping[str, argparse.ArgumentParser]
-) -> argparse.ArgumentParser:
+def _with_commands(alone: CommandParser, others: Mapping[str, CommandParser]) -> CommandParser:
     """One grammar of a program whose first word is a file, which bash completes by itself, or a command."""
-    parser = argparse.ArgumentParser(prog=alone.prog, description=alone.description, add_help=False)
+    parser = CommandParser(prog=alone.prog, description=alone.description, add_help=False)
     commands: Any = parser.add_subparsers()
     for name, other in others.items():
         commands.add_parser(name, help=other.description)
@@ -76,10 +74,9 @@ def _with_commands(
     return parser
 
 
-def _mark_paths(parser: argparse.ArgumentParser, files: object) -> None:
+def _mark_paths(parser: CommandParser, files: object) -> None:
     for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():
-                _mark_paths(inner, files)
-        elif action.type is Path and not action.choices:
+        if action.type is Path and not action.choices:
             action.complete = files  # type: ignore[attr-defined]
+    for inner in parser.commands().values():
+        _mark_paths(inner, files)

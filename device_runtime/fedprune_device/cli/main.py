@@ -13,6 +13,7 @@ from typing import Any
 from fedprune import __version__
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.core.cli import Command, add_json, options_of, rate, recipe_setting, run_command, whole_number
+from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ProtocolError
 from fedprune.model.recipe import LIST_SETTINGS
 from fedprune.runtime.precision_files import PRECISIONS, SERVE
@@ -42,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("fedprune-device", build_parser, argv)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="fedprune-device",
         description="Train on this board's own data as part of a fleet, and predict with what was learnt.",
         epilog="Exit codes are explained in docs/exit-codes.md.",

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from fedprune.core.cli import with_extra
+from fedprune.core.command_parser import CommandParser
 from fedprune.core.disk import is_there
 from fedprune.core.errors import ConfigError
 from fedprune.output.tables import byte_progress
@@ -16,7 +17,7 @@ from fedprune_flash.image.board_setup import FirstBoot, Wifi, ssh_keys
 _WIFI = "FEDPRUNE_WIFI_PASSWORD"
 
 
-def add_image_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_image_command(commands: argparse._SubParsersAction[CommandParser]) -> None:
     image = commands.add_parser("image", help="write a kit and a board's settings into an image of Raspberry Pi OS")
     image.add_argument("source", type=Path, metavar="SRC", help="the image: .img, .img.xz or .img.gz")
     image.add_argument("--out", type=Path, required=True, metavar="FILE", help="the image to make")

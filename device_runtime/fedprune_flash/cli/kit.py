@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from fedprune.core.cli import add_json, print_json, with_extra
+from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ConfigError, remedy
 from fedprune.core.text import decode_text, quantity
 from fedprune.output.tables import progress
@@ -19,7 +20,7 @@ NO_CLAIM = (
 )
 
 
-def add_kit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_kit_command(commands: argparse._SubParsersAction[CommandParser]) -> None:
     kit = commands.add_parser("kit", help="make a folder from which a board installs itself, without a network")
     kit.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     kit.add_argument("--server", required=True, metavar="URL", help="mqtts://host[:port], no password")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from fedprune import __version__
 from fedprune.core.cli import run_command
+from fedprune.core.command_parser import CommandParser
 from fedprune_flash.cli.image import add_image_command
 from fedprune_flash.cli.kit import add_kit_command
 
@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("fedprune-flash", build_parser, argv)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="fedprune-flash",
         description="Install the runtime on boards.",
         epilog="Exit codes are explained in docs/exit-codes.md.",

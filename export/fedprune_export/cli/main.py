@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from fedprune import __version__
 from fedprune.core.cli import Command, check_command, run_command, with_extra
+from fedprune.core.command_parser import CommandParser
 
 COMMANDS = {
     "groups": ("cli.groups", "the channel groups of a model, and what stays"),
@@ -29,18 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command("fedprune-export", lambda: _export_parser(words), words)
 
 
-def _export_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+def _export_parser(words: Sequence[str]) -> CommandParser:
     if words and not any(word.startswith("--target") for word in words):  # without it, it is no export
         check_command(words[0], COMMANDS, "See `fedprune-export --help`.")
     return build_parser()
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The grammar of an export."""
     from fedprune_export.cli.export import add_arguments, export
 
     width = max(map(len, COMMANDS))
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="fedprune-export",
         description="Cut a model to what a board can train, and write the board's bundle.",
         epilog="other commands (each has its own --help):\n"
@@ -53,23 +54,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command_parser(name: str) -> argparse.ArgumentParser:
+def _command_parser(name: str) -> CommandParser:
     """The grammar of one of the other commands; its module registers it, and may register further ones."""
-    parser = argparse.ArgumentParser(prog="fedprune-export")
+    parser = CommandParser(prog="fedprune-export")
     module = importlib.import_module(f"fedprune_export.{COMMANDS[name][0]}")
     module.register(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
     parser.set_defaults(run=_run if name == "profiles" else with_extra("export", _run))
     return parser
 
 
-def command_parsers() -> dict[str, argparse.ArgumentParser]:
+def command_parsers() -> dict[str, CommandParser]:
     """The grammar of each of the other commands."""
-    parsers = {}
-    for name, (_, what) in COMMANDS.items():
-        (commands,) = (a for a in _command_parser(name)._actions if isinstance(a, argparse._SubParsersAction))
-        parsers[name] = commands.choices[name]
-        parsers[name].description = parsers[name].description or what
-    return parsers
+    return {name: _command_parser(name).commands()[name] for name in COMMANDS}
 
 
 def _run(arguments: argparse.Namespace) -> int | None:

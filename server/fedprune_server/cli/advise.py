@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from fedprune.core.cli import add_json, print_json, whole_number, with_extra
+from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode
 from fedprune.core.text import quantity
 from fedprune.output.tables import progress
@@ -16,8 +17,8 @@ from fedprune_server.cli.sweep_runs import carry_out_variants, failure_rows, out
 ADVISED_ROUNDS, ADVISED_SEEDS = 10, 2
 
 
-def build_advise_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_advise_parser() -> CommandParser:
+    parser = CommandParser(
         prog="fedprune-simulate advise",
         description="Try the usual strategies, cores and codecs in short runs of your fleet, and say which to take.",
     )

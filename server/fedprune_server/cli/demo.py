@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from fedprune.core.cli import ended_by_signals, run_command, setting_of
+from fedprune.core.command_parser import CommandParser
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.core.imports import module_code, program_code
@@ -241,8 +242,8 @@ def run_reference() -> int:
             job = demo_reference_job(arguments.seed, arguments.rounds)
             run_job(REFERENCE, job, folder).save(folder.reference_record)
 
-    def build_parser() -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser()
+    def build_parser() -> CommandParser:
+        parser = CommandParser()
         parser.add_argument("root", type=Path)
         parser.add_argument("seed", type=int)
         parser.add_argument("rounds", type=int)

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 
 from fedprune import __version__
 from fedprune.core.cli import Command, run_command, with_extra
+from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode
 
 COMMANDS = {
@@ -72,9 +73,9 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
+def build_parser(words: Sequence[str] | None = None) -> CommandParser:
     """The parser, with the options of the commands among `words` alone: modules of others take a while to import."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="fedprune-server",
         description="Train one model on a fleet of unequal boards.",
         epilog="Exit codes are explained in docs/exit-codes.md.",

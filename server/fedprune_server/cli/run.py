@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.cli import setting_of
+from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode, KeyPath
 from fedprune.jobs.job import Job
 from fedprune.output.log_lines import logged_to_stdout
@@ -104,9 +105,9 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
     _add_settings(run)
 
 
-def run_options() -> argparse.ArgumentParser:
+def run_options() -> CommandParser:
     """The options of `run`, for commands that take the same."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = CommandParser(add_help=False)
     add_run_options(parser)
     return parser
 

@@ -18,6 +18,7 @@ from fedprune.core.cli import (
     whole_number,
     with_extra,
 )
+from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.output.tables import print_verdicts, progress
 from fedprune_server.cli.advise import build_advise_parser
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(PROG, lambda: _parser_of(given), given)
 
 
-def _builders() -> dict[str, Callable[[], argparse.ArgumentParser]]:
+def _builders() -> dict[str, Callable[[], CommandParser]]:
     return {
         COMPARE: build_compare_parser,
         SWEEP: build_sweep_parser,
@@ -53,19 +54,19 @@ def _builders() -> dict[str, Callable[[], argparse.ArgumentParser]]:
     }
 
 
-def command_parsers() -> dict[str, argparse.ArgumentParser]:
+def command_parsers() -> dict[str, CommandParser]:
     """The grammar of each command other than the simulation."""
     return {name: build() for name, build in _builders().items()}
 
 
-def _parser_of(given: Sequence[str]) -> argparse.ArgumentParser:
+def _parser_of(given: Sequence[str]) -> CommandParser:
     if given:
         check_command(given[0], (COMPARE, SWEEP, NEW, ADVISE), f"See `{PROG} --help`.")
     return build_parser()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog=PROG,
         description="Simulate a fleet on a virtual clock and write its report.",
         epilog=f"`{PROG} {COMPARE} DIR... --out DIR` puts several runs into one report; "
@@ -102,8 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_compare_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_compare_parser() -> CommandParser:
+    parser = CommandParser(
         prog=f"{PROG} {COMPARE}",
         description="Put runs side by side: curves, finals, scores at equal cost, and what a target cost.",
     )
@@ -122,8 +123,8 @@ def build_compare_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def build_sweep_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_sweep_parser() -> CommandParser:
+    parser = CommandParser(
         prog=f"{PROG} {SWEEP}", description="Simulate a fleet several times, with other settings each time."
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a TOML file: config, seeds, and [[runs]]")
@@ -144,8 +145,8 @@ def _add_csv(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def build_new_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_new_parser() -> CommandParser:
+    parser = CommandParser(
         prog=f"{PROG} {NEW}",
         description="Write a fleet to begin with: fleet.toml, a model, samples of digits, a hardware profile per "
         "board, and a strategy of your own.",

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from fedprune.core.cli import (
-    DEBUG,
     check_command,
     ended_by_signals,
     hours,
@@ -23,6 +22,7 @@ from fedprune.core.cli import (
     whole_number,
     with_extra,
 )
+from fedprune.core.command_parser import DEBUG, CommandParser
 from fedprune.core.errors import (
     ExitCode,
     ModelError,
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.board
 
 
 def command(action: Callable[[], Any]) -> int:
-    def build() -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser(prog="tool")
+    def build() -> CommandParser:
+        parser = CommandParser(prog="tool")
         parser.set_defaults(run=lambda arguments: action())
         return parser
 
@@ -117,8 +117,8 @@ def test_a_signal_ends_a_command_like_ctrl_c(number: signal.Signals) -> None:
     ],
 )
 def test_a_usage_error_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    def build() -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser(prog="tool")
+    def build() -> CommandParser:
+        parser = CommandParser(prog="tool")
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
         look = commands.add_parser("look")
         look.add_argument("--number", type=int, required=True)
@@ -142,7 +142,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypat
 
 
 def test_a_failing_parser_is_handled_too(capsys: pytest.CaptureFixture[str]) -> None:
-    def build() -> argparse.ArgumentParser:
+    def build() -> CommandParser:
         raise ModelError("early")
 
     assert run_command("tool", build, []) == ExitCode.MODEL
@@ -171,8 +171,8 @@ def test_numbers_in_range_are_read() -> None:
     assert (whole_number("12"), seconds("0.5")) == (12, 0.5)
 
 
-def parser() -> argparse.ArgumentParser:
-    out = argparse.ArgumentParser(prog="tool")
+def parser() -> CommandParser:
+    out = CommandParser(prog="tool")
     out.add_argument("--version", action="version", version="1")
     commands = out.add_subparsers(required=True)
     run = commands.add_parser("run")

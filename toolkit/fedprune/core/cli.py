@@ -15,33 +15,21 @@ import select
 import signal
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
+from fedprune.core.command_parser import DEBUG, CommandParser, print_error
 from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant, remedy
 from fedprune.core.text import sentences
 from fedprune.core.validation import MAX_INT
-from fedprune.output.examples import add_examples
-
-DEBUG = "FEDPRUNE_DEBUG"
-"""Environment variable that shows tracebacks, too."""
 
 Command = Callable[[argparse.Namespace], int | None]
 """Does what the parsed arguments ask for, and returns its exit code; None is 0."""
 
 Options = TypeVar("Options")
-
-_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from ([^()]*)\)$")
-"""argparse's message for an invalid choice."""
-
-_NUMBER = re.compile(r"invalid (int|float) value: (.*)$", re.DOTALL)
-"""argparse's message for what is no number."""
-
-_KINDS = {"int": "whole number", "float": "number"}
 
 _MAX_SECONDS = 1e6
 """Eleven days: poll(2) takes milliseconds in 32 bits."""
@@ -52,18 +40,11 @@ _MAX_HOURS = 100 * 365 * 24.0
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
-def run_command(
-    prog: str, build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None
-) -> int:
+def run_command(prog: str, build_parser: Callable[[], CommandParser], argv: Sequence[str] | None = None) -> int:
     """Parse the command line, run what it asks for and return the exit code; argparse may end the process with
     `SystemExit`."""
     try:
-        parser = build_parser()
-        _describe(parser)
-        add_examples(parser)
-        _shorten(parser)
-        _check_options(parser, sys.argv[1:] if argv is None else argv)
-        arguments = parser.parse_args(argv)
+        arguments = build_parser().parse_args(argv)
         code = int(arguments.run(arguments) or ExitCode.OK)
         sys.stdout.flush()
         return code
@@ -78,26 +59,26 @@ def run_command(
     except FedpruneError as error:
         if (stopped := _interruption(error)) is not None:
             return _interrupted(stopped)
-        _say(str(error))
+        print_error(str(error))
         return int(error.exit_code)
     except ImportError as error:
         if not (error.name or "").startswith("fedprune"):
             return _internal(prog, error)
-        _say(
+        print_error(
             f"fedprune's installation is incomplete ({error}). If pip is at work on it, run the command again when "
             "that is done; else install fedprune again."
         )
         return int(ExitCode.INTERNAL)
     except OSError as error:
         if error.errno in _NO_ROOM:
-            _say(f"no room left on the disk{_where(error)}. Free some and run the command again.")
+            print_error(f"no room left on the disk{_where(error)}. Free some and run the command again.")
             return int(ExitCode.STORAGE_FULL)
         if error.strerror is None:
             return _internal(prog, error)
-        _say(sentences(f"{error.strerror}{_where(error)}", remedy(error)))
+        print_error(sentences(f"{error.strerror}{_where(error)}", remedy(error)))
         return int(ExitCode.STORAGE)
     except MemoryError:
-        _say("not enough memory on this machine")
+        print_error("not enough memory on this machine")
         return int(ExitCode.INTERNAL)
     except Exception as error:  # noqa: BLE001  the last line of defence: a user never sees a bare traceback
         return _internal(prog, error)
@@ -170,20 +151,6 @@ def whole_number(text: str) -> int:
         value = 0
     if not 1 <= value <= MAX_INT:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, of at most 64 bits, got {text!r}")
-    return value
-
-
-def _bounded_int(text: str) -> int:
-    value = int(text)
-    if not -MAX_INT <= value <= MAX_INT:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at most 64 bits, got {text!r}")
-    return value
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
     return value
 
 
@@ -287,60 +254,6 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _describe(parser: argparse.ArgumentParser) -> None:
-    """Let the help of each subcommand begin with its line in the list of commands, unless it has a description."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            lines = {choice.dest: choice.help for choice in action._choices_actions}
-            for name, inner in action.choices.items():
-                if (line := lines.get(name)) and not inner.description:
-                    inner.description = f"{line[0].upper()}{line[1:]}."
-                _describe(inner)
-
-
-def _shorten(parser: argparse.ArgumentParser) -> None:
-    """Let a parser and those of its subcommands report errors in one line, without the usage, refuse numbers beyond 64
-    bits, and take words that may be missing also behind options, as in `devices revoke --state DIR NAME`."""
-
-    def error(message: str) -> NoReturn:
-        _say(f"{_reworded(message)}. See `{parser.prog} --help`.")
-        raise SystemExit(int(ExitCode.USAGE))
-
-    parser.error = error  # type: ignore[method-assign]
-    parser.register("type", int, _bounded_int)
-    parser.register("type", float, _finite_float)
-    parser.allow_abbrev = False  # --round is no --rounds
-    if any(not action.option_strings and action.nargs == "?" for action in parser._actions):
-        parse = parser.parse_known_args
-
-        def intermixed(args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-            if args is not None and "--" in args:  # which the other way of parsing loses
-                return parse(args, namespace)
-            parser.parse_known_args = parse  # type: ignore[method-assign]
-            try:
-                return parser.parse_known_intermixed_args(args, namespace)
-            finally:
-                parser.parse_known_args = intermixed  # type: ignore[method-assign]
-
-        parser.parse_known_args = intermixed  # type: ignore[method-assign]
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():
-                _shorten(inner)
-
-
-def _reworded(message: str) -> str:
-    """argparse's error, in our words for what is no number; for an unknown command or choice with a suggestion instead
-    of the list of all."""
-    if (number := _NUMBER.search(message)) is not None:
-        return f"{message[: number.start()]}expected a {_KINDS[number[1]]}, got {number[2]}"
-    found = _CHOICE.search(message)
-    if found is None:
-        return message
-    near = meant(found[1], [name.strip(" '") for name in found[2].split(",")])
-    return f"{message[: found.start()]}invalid choice: {found[1]!r}{near}" if near else message
-
-
 def check_command(word: str, commands: Iterable[str], hint: str) -> None:
     """Refuse a first word that is nearly a command's, unless it is a file's name. Raises `UsageError`."""
     near = meant(word, commands)
@@ -348,35 +261,9 @@ def check_command(word: str, commands: Iterable[str], hint: str) -> None:
         raise UsageError(f"there is no command {word[:60]}{near}", hint=hint)
 
 
-def _check_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Find a misspelt option before what it would have said is missed, and say what was meant. Raises `UsageError`
-    if there is no such option."""
-    known = option_names(parser)
-    for word in argv:
-        if word == "--":
-            return
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction) and not word.startswith("-"):
-                if word not in action.choices:
-                    return  # argparse reports it: without a command no option can be checked
-                parser = action.choices[word]
-                known = known | option_names(parser)
-                break
-        option = word.partition("=")[0]
-        if option.startswith("--") and option not in known:
-            raise UsageError(
-                f"there is no option {option[:60]}{meant(option, known)}", hint=f"See `{parser.prog} --help`."
-            )
-
-
-def option_names(parser: argparse.ArgumentParser) -> set[str]:
-    """Names of a parser's options, without those of its subcommands."""
-    return {name for action in parser._actions for name in action.option_strings}
-
-
 def _internal(prog: str, error: Exception) -> int:
     kind = type(error).__name__
-    _say(
+    print_error(
         f"{prog} failed with an unexpected error ({kind}: {error}). "
         f"Please report it, with the output of the same command under {DEBUG}=1."
     )
@@ -385,12 +272,3 @@ def _internal(prog: str, error: Exception) -> int:
 
 def _where(error: OSError) -> str:
     return f": {error.filename}" if error.filename else ""
-
-
-def _say(message: str) -> None:
-    """Write one line to stderr, after the traceback where that is enabled."""
-    if os.environ.get(DEBUG) == "1" and sys.exc_info()[0] is not None:
-        traceback.print_exc()
-    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
-    word = "\x1b[1;31merror:\x1b[0m" if colour else "error:"
-    print(word, " ".join(message.split()), file=sys.stderr)
