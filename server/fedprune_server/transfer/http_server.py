@@ -1,8 +1,8 @@
 """A web server for blobs, for boards with a certificate of the fleet: each gets what it is offered, and may upload the
 update that is awaited from it.
 
-uvicorn speaks HTTP, and Starlette gives out files. Connections and times are bounded at the sockets, because a client
-that has not passed its handshake holds a file descriptor, too.
+uvicorn speaks HTTP, and sends pieces of mapped files. Connections and times are bounded at the sockets, because a
+client that has not passed its handshake holds a file descriptor, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import uvicorn
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -55,6 +55,10 @@ UPLOAD_PIECE_S = 30.0
 
 POLL_S = 0.5
 """Seconds between checks for slow clients."""
+
+_PIECE = 8 * LEAF
+_RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
+"""Of the kinds of ranges the one that boards ask for; in answer to another one all comes, as HTTP allows."""
 
 _NAME = re.compile(r"(?:/[A-Za-z0-9._~-]{1,255}){0,32}/([0-9a-f]{2})/(\1[0-9a-f]{62})(\.leaves)?")
 
@@ -92,8 +96,25 @@ class _Listener(socket.socket):
         return connection, address
 
 
-class _BlobResponse(FileResponse):
-    chunk_size = 8 * LEAF  # by helper threads, which take as much time to wake as shorter pieces take to send
+class _BlobResponse(Response):
+    """A mapped blob, or the range of it that a request names, sent from memory: helper threads that read a file take as
+    much time to wake as a piece takes to send."""
+
+    def __init__(self, blob: memoryview, wanted: str) -> None:
+        size, status, headers = len(blob), HTTPStatus.OK, {"accept-ranges": "bytes"}
+        if part := _RANGE.fullmatch(wanted):
+            blob = blob[int(part[1]) : int(part[2] or size) + 1]
+            status = HTTPStatus.PARTIAL_CONTENT if blob else HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+            given = f"{part[1]}-{int(part[1]) + len(blob) - 1}" if blob else "*"
+            headers["content-range"] = f"bytes {given}/{size}"
+        self._blob = blob
+        super().__init__(None, status, headers | {"content-length": str(len(blob))}, "application/octet-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for at in range(0, len(self._blob) if scope["method"] == "GET" else 0, _PIECE):
+            await send({"type": "http.response.body", "body": self._blob[at : at + _PIECE], "more_body": True})
+        await send({"type": "http.response.body"})
 
 
 class BlobServer:
@@ -191,7 +212,7 @@ class BlobServer:
             request = Request(scope, receive)
             name = _NAME.fullmatch(scope["raw_path"].decode("ascii") + ("?" if scope["query_string"] else ""))
             if request.method in ("GET", "HEAD"):
-                response, giving = await run_in_threadpool(self._blob, client, name)
+                response, giving = await run_in_threadpool(self._blob, client, name, request.headers.get("range", ""))
             elif request.method == "PUT":
                 response = await self._upload(client, name, request)
             else:
@@ -204,8 +225,8 @@ class BlobServer:
             client.cut()
         client.expect(NEXT_S, waits=True)
 
-    def _blob(self, client: Client, name: re.Match[str] | None) -> tuple[Response, ServedJob | None]:
-        """A blob or its leaf table, and the job whose it is."""
+    def _blob(self, client: Client, name: re.Match[str] | None, wanted: str) -> tuple[Response, ServedJob | None]:
+        """A blob, its range `wanted` or its leaf table, and the job whose it is."""
         jobs = [] if name is None else [j for j in self.jobs if j.may_fetch(client.device, name[2])]
         if name is None or not jobs:
             return Response(status_code=HTTPStatus.NOT_FOUND), None
@@ -213,9 +234,7 @@ class BlobServer:
         try:
             if name[3]:
                 return Response(table_file(job.store.table(name[2]))), job
-            job.store.map(name[2])  # which verifies it
-            path = job.store.path(name[2])
-            return _BlobResponse(path, stat_result=path.stat()), job
+            return _BlobResponse(job.store.map(name[2]), wanted), job
         except (StorageError, OSError) as error:
             log.debug("the web server of blobs: %s", error)
             return Response(status_code=HTTPStatus.NOT_FOUND), None

@@ -253,6 +253,20 @@ def test_a_revoked_board_resumes_no_session(fleet: Fleet, store: BlobStore) -> N
         assert status(web, session)[0] == 0
 
 
+def test_an_earlier_tls_in_which_sessions_are_resumed_is_not_spoken(fleet: Fleet) -> None:
+    fleet.certify("attic")
+    files = fleet.root / "attic.pem", fleet.root / "attic.key"
+    context = pinned_context(fleet.identity.path / "authority.pem", *files, lambda: 0)
+    with web_blobs(ServerConfig(state=fleet.root / "state", serve_blobs="0"), fleet.identity) as web:
+        assert web.server is not None
+        for version in (ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_2):
+            context.minimum_version = context.maximum_version = version
+            with socket.create_connection(("127.0.0.1", web.server.port), 10) as plain, ExitStack() as refused:
+                if version is not ssl.TLSVersion.TLSv1_3:
+                    refused.enter_context(pytest.raises(ssl.SSLError))
+                context.wrap_socket(plain, server_hostname="127.0.0.1").close()
+
+
 def test_without_identities_anybody_on_this_machine_gets_what_is_offered(store: BlobStore) -> None:
     with web_blobs(ServerConfig(serve_blobs="127.0.0.1:0"), None) as web:
         web.serve([ServedJob(store, lambda device, sha256: device is None and sha256 == REF.sha256)])

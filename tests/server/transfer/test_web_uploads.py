@@ -153,7 +153,6 @@ def test_a_reference_that_contradicts_itself_ends_it(
         {"Content_Length": str(len(UPDATE) - 1)},
         {"Content_Length": "-1"},
         {"Content_Length": f"0{len(UPDATE)}"},
-        {"Transfer_Encoding": "chunked"},
     ],
     ids=str,
 )
@@ -165,6 +164,14 @@ def test_only_the_announced_length_is_taken(
     assert not store.has(REF.sha256)
     assert left_over(store) == []
     assert put(server) == 201  # nothing is lost by that
+
+
+def test_an_encoding_beside_the_length_is_refused(server: BlobServer, store: BlobStore, uploads: HttpUploads) -> None:
+    head = f"PUT {path_of(REF)} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(UPDATE)}\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as client:
+        client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        assert client.recv(12) == b"HTTP/1.1 400"  # a server that takes it waits for the body
+    assert not store.has(REF.sha256)
 
 
 @pytest.mark.parametrize(
