@@ -20,8 +20,8 @@ from fedprune.wire.messages import Accepted, Cancelled, Finished, Offer
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.executor.offers import misfit, sent
 from fedprune_server.messaging.outbox import Outbox
-from fedprune_server.transfer.s3_sync import BucketSync
-from fedprune_server.transfer.uploads import Arrived, Uploads
+from fedprune_server.transfer.upload_place import Arrived
+from fedprune_server.transfer.uploads import Uploads
 
 log = logging.getLogger("fedprune.server")
 
@@ -51,7 +51,6 @@ class CommandDispatcher:
     """Carries out a coordinator's commands that concern a device; what happens at once is returned as events.
 
     Args:
-        shipping: Copies updates to where they are kept.
         awaits: Whether the job's channel awaits an upload of a device by itself.
         blobs_at: URL under which boards find blobs over HTTP; None for none.
 
@@ -62,13 +61,12 @@ class CommandDispatcher:
     def __init__(
         self,
         traffic: DeviceTraffic,
-        shipping: BucketSync,
         awaits: Callable[[str], bool],
         blobs_at: str | None = None,
     ) -> None:
         self._job, self._state, self._registry = traffic.job, traffic.state, traffic.registry
         self._uploads, self._outbox, self._monotonic = traffic.uploads, traffic.outbox, traffic.monotonic
-        self._shipping, self._awaits, self._blobs_at = shipping, awaits, blobs_at
+        self._awaits, self._blobs_at = awaits, blobs_at
         self._changed = traffic.state.tasks.watch()
         self.revoked: set[str] = set()
 
@@ -140,12 +138,12 @@ class CommandDispatcher:
 
     def arriving(self) -> set[str]:
         """Digests of updates that are being received, or copied to where they are kept."""
-        return self._uploads.digests() | self._shipping.digests
+        return self._uploads.digests()
 
     def collect_uploads(self) -> list[on.Event]:
         """Events of updates that have arrived or failed."""
         events: list[on.Event] = []
-        for outcome in self._shipping.through(self._uploads.outcomes()):
+        for outcome in self._uploads.outcomes():
             device, round_, attempt = outcome.device, outcome.round, outcome.attempt
             if isinstance(outcome, Arrived):
                 self._registry.delivered(device, self._monotonic())

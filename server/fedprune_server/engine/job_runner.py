@@ -53,7 +53,6 @@ from fedprune_server.storage.storage import Storage
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.http import NO_BLOBS, WebBlobs
 from fedprune_server.transfer.s3_sync import BucketSync
-from fedprune_server.transfer.upload_place import UploadPlace
 from fedprune_server.transfer.uploads import Uploads
 from fedprune_server.transfer.web_uploads import ServedJob
 
@@ -144,11 +143,10 @@ class JobRunner:
             site.clock, prefix=f"{job.job.name}: " if job.beside_others else "",
         )  # fmt: skip
         self._shipping = BucketSync(job.store)
-        near = self._shipping.near
-        self._place = services.blobs.uploads(self._shipping)
-        self._uploads = Uploads(near, job.pulls, site.max_packet, self._place)
+        near, place = self._shipping.near, services.blobs.uploads(self._shipping)
+        self._uploads = Uploads(self._shipping, job.pulls, site.max_packet, place)
         # What isn't near comes over MQTT: a bucket that can't be used must not take all connections.
-        self.served = ServedJob(near, self.may_fetch, self._place, job.pulls)
+        self.served = ServedJob(near, self.may_fetch, place, job.pulls)
         """The blobs that devices may fetch and upload over HTTP."""
         stores = [near] if services.rollouts is None else [near, services.rollouts.blobs]
         self.outbox = Outbox(
@@ -167,7 +165,7 @@ class JobRunner:
         self._messages = MessageHandler(
             traffic, self._channel, site.quarantine, profiles, self._rollouts, services.crashes
         )
-        self._dispatcher = CommandDispatcher(traffic, self._shipping, self._channel.awaits, services.blobs.url)
+        self._dispatcher = CommandDispatcher(traffic, self._channel.awaits, services.blobs.url)
         self._database = job.storage.database
         self._journal = Journal(
             job.state,
@@ -242,8 +240,7 @@ class JobRunner:
         """Save what the turn's messages led to, and only then act on it. Raises `FedpruneError` if a heavy command
         failed for another reason than a device's update, or the disk fails."""
         with self._log_context():
-            if self._place is not None:
-                self._uploaded(self._place)
+            self._take_uploads()
             self._collect_uploads()
             for _ in range(_RESULTS_PER_TURN):
                 if (result := self._executor.collect()) is None:
@@ -493,9 +490,9 @@ class JobRunner:
             kinds = [task.kind for task in self.state.tasks.values()]
             divergence.warn(event, self.job, self.registry.prefix, kinds)
 
-    def _uploaded(self, place: UploadPlace) -> None:
+    def _take_uploads(self) -> None:
         """Take in what came over HTTP."""
-        for device, size in place.taken().items():
+        for device, size in self._uploads.taken().items():
             self.registry.received(device, size)
         self.outbox.ask(self._uploads.collect(self._monotonic()))
 

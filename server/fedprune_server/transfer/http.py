@@ -36,13 +36,13 @@ class WebBlobs:
     Attributes:
         url: Where boards find blobs; None where they are sent over MQTT alone.
         server: This server's own, if it has one.
-        uploads: Makes the place where a job's updates are uploaded; None for MQTT alone. Raises `ConfigError` if the
-            job has no such place.
+        uploads: Makes the place where a job's updates are uploaded; nowhere by default. Raises `ConfigError` if the job
+            has no such place.
     """
 
     url: str | None = None
     server: BlobServer | None = None
-    uploads: Callable[[BucketSync], UploadPlace | None] = lambda shipping: None
+    uploads: Callable[[BucketSync], UploadPlace] = lambda sync: UploadPlace()
 
     def serve(self, jobs: Sequence[ServedJob]) -> None:
         """Begin to serve these jobs."""
@@ -68,7 +68,7 @@ def web_blobs(
         IdentityError: The identity's files can't be used.
         StorageError: The disk fails or is full.
     """
-    uploads: Callable[[BucketSync], UploadPlace | None] = S3Uploads if config.uploads == S3 else lambda shipping: None
+    uploads: Callable[[BucketSync], UploadPlace] = S3Uploads if config.uploads == S3 else NO_BLOBS.uploads
     place = config.web_place
     if place is None:
         yield WebBlobs(config.blobs_at, None, uploads)

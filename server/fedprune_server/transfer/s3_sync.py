@@ -12,7 +12,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import StorageError, StorageFullError
 from fedprune_server.storage.s3.bucket import StoppedError
-from fedprune_server.transfer.uploads import Arrived, Outcome
+from fedprune_server.transfer.upload_place import Arrived, Outcome
 
 log = logging.getLogger("fedprune.server")
 

@@ -44,7 +44,7 @@ class S3Uploads(UploadPlace):
         ConfigError: The job has no bucket, or boards could not use its addresses.
     """
 
-    direct = True
+    takes = direct = True
 
     def __init__(self, shipping: BucketSync, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -96,9 +96,6 @@ class S3Uploads(UploadPlace):
         known = self._awaited.get(device)
         if known is not None:
             self._shipping.adopt(device, known.ref, known.keys)
-
-    def arrived(self, device: str) -> int:
-        return 0  # only the bucket knows
 
     def ended(self) -> list[UploadEnd]:
         found = super().ended()

@@ -1,15 +1,38 @@
-"""Where boards upload updates, its own web server or a bucket, as the server's loop sees it; bytes counted by board."""
+"""Where boards upload updates, as the server's loop sees it, and how updates end; bytes counted by board."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.wire.messages import UploadRequest
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """An update's weights are whole, verified and in the store."""
+
+    device: str
+    round: int
+    attempt: int
+    weights: str
+
+
+@dataclass(frozen=True)
+class FailedUpload:
+    """An update can't be had."""
+
+    device: str
+    round: int
+    attempt: int
+    reason: str
+    failure: str
+
+
+Outcome = Arrived | FailedUpload
 
 
 @dataclass(frozen=True)
@@ -39,35 +62,34 @@ class ByteCounter:
         return dict(found)
 
 
-class UploadPlace(ABC):
-    """Where boards upload updates; for the server's loop.
+class UploadPlace:
+    """Where boards upload updates; for the server's loop. This one is nowhere: all updates are pulled over MQTT.
 
     Attributes:
+        takes: Whether boards can upload there.
         direct: Whether uploads don't pass through this server, so that any number may be under way at a time.
     """
 
-    direct = False
+    takes = direct = False
 
     def __init__(self) -> None:
         self._received = ByteCounter()
         self._ends: queue.SimpleQueue[UploadEnd] = queue.SimpleQueue()
 
-    @abstractmethod
     def ask(self, device: str, ref: BlobRef) -> UploadRequest | None:
         """Await an update, and say where the device is to upload it; None if there is nothing to upload, and the end is
         near. An upload that is under way goes on."""
+        return None
 
-    @abstractmethod
     def drop(self, device: str) -> None:
         """Await a device's update no longer."""
 
-    @abstractmethod
     def reported(self, device: str) -> None:
         """The device reports that it has uploaded its update."""
 
-    @abstractmethod
     def arrived(self, device: str) -> int:
         """Bytes of an awaited update that have arrived, as far as is known."""
+        return 0
 
     def taken(self) -> dict[str, int]:
         """Bytes that came from devices since the last call."""

@@ -8,14 +8,14 @@ import logging
 from dataclasses import dataclass
 
 from fedprune.blobs.blob_ref import LEAF, BlobRef
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit
 from fedprune.wire.messages import BlobRequest, UploadRequest, UploadResult
 from fedprune.wire.transfer import LEAST_BYTES_PER_S, Pull, ResponseTime
-from fedprune_server.transfer.upload_place import UploadPlace
+from fedprune_server.transfer.s3_sync import BucketSync
+from fedprune_server.transfer.upload_place import Arrived, FailedUpload, Outcome, UploadPlace
 
 log = logging.getLogger("fedprune.server")
 
@@ -29,28 +29,6 @@ ASK_AGAIN_S = 5.0
 LOST = "the device no longer has the update that it announced"
 
 
-@dataclass(frozen=True)
-class Arrived:
-    """An update's weights are whole, verified and in the store."""
-
-    device: str
-    round: int
-    attempt: int
-    weights: str
-
-
-@dataclass(frozen=True)
-class FailedUpload:
-    """An update can't be had."""
-
-    device: str
-    round: int
-    attempt: int
-    reason: str
-    failure: str
-
-
-Outcome = Arrived | FailedUpload
 Wants = list[tuple[str, BlobRequest | UploadRequest]]
 
 
@@ -81,22 +59,23 @@ class Uploads:
     """Updates of all devices; one per device. Does no network I/O: it says what to ask whom for.
 
     Args:
+        sync: Where they are stored, and what brings them to where blobs are kept.
         concurrent: How many are pulled at a time, which bounds what the broker and the server's memory hold.
         max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
-        place: Where devices upload that can; None to pull everything. What can't be uploaded is pulled.
+        place: Where devices upload that can; nowhere by default. What can't be uploaded is pulled.
     """
 
     def __init__(
         self,
-        store: BlobStore,
+        sync: BucketSync,
         concurrent: int = 4,
         max_packet: int = MAX_PACKET,
         place: UploadPlace | None = None,
     ) -> None:
         self._limit = ChunkLimit(max_packet)
-        self._store = store
+        self._sync, self._store = sync, sync.near
         self._concurrent = concurrent
-        self._place = place
+        self._place = place or UploadPlace()
         self._can_put: set[str] = set()
         self._uploads: dict[str, _Upload] = {}
         self._answers: dict[str, ResponseTime] = {}
@@ -118,7 +97,7 @@ class Uploads:
                 # Who announces one update after another of the same part must not fill the disk with pieces of them.
                 self._drop_partial(before.ref.sha256)
             upload = self._uploads[device] = _Upload(round_, attempt, ref)
-            if self._place is not None and self._place.direct and device in self._can_put:
+            if self._place.direct and device in self._can_put:
                 return self._begin(device, upload, now) + self.heard(device, now)
             self._wait(device)
         return self.heard(device, now)
@@ -137,7 +116,7 @@ class Uploads:
         """A device reports the end of an upload; what failed is pulled."""
         wants = self.collect(now)
         upload = self._uploads.get(device)
-        if self._place is None or upload is None or not upload.put or upload.ref.sha256 != result.sha256:
+        if upload is None or not upload.put or upload.ref.sha256 != result.sha256:
             return wants
         if result.reason is None:
             self._place.reported(device)
@@ -148,7 +127,7 @@ class Uploads:
     def collect(self, now: float) -> Wants:
         """Take in uploads that have ended. Raises `StorageError` if the store fails."""
         wants: Wants = []
-        for end in [] if self._place is None else self._place.ended():
+        for end in self._place.ended():
             upload = self._uploads.get(end.device)
             if upload is None or upload.ref != end.ref:
                 continue
@@ -187,7 +166,7 @@ class Uploads:
         """Ask again for what is overdue, and let those that wait pass those that are stuck or slow."""
         for device in self._running:
             upload = self._uploads[device]
-            if self._place is not None and upload.put:
+            if upload.put:
                 leaves = self._place.arrived(device) // LEAF
                 if leaves != upload.leaves:
                     upload.leaves, upload.moved_at = leaves, now
@@ -238,6 +217,7 @@ class Uploads:
             uploads: Whether it can upload to a web server.
         """
         self._answers.setdefault(device, ResponseTime()).told(answer_s)
+        uploads = uploads and self._place.takes
         learnt = uploads and device not in self._can_put
         (self._can_put.add if uploads else self._can_put.discard)(device)
         before = self._there.get(device)
@@ -296,13 +276,18 @@ class Uploads:
         return list(self._uploads)
 
     def digests(self) -> set[str]:
-        """Uploads that run or wait."""
-        return {u.ref.sha256 for u in self._uploads.values()}
+        """Uploads that run or wait, or are brought to where blobs are kept."""
+        return {u.ref.sha256 for u in self._uploads.values()} | self._sync.digests
 
     def outcomes(self) -> list[Outcome]:
-        """Uploads that have ended since the last call."""
+        """Uploads that have ended since the last call, and are where blobs are kept. Raises `StorageError` if the
+        store fails."""
         ended, self._outcomes = self._outcomes, []
-        return ended
+        return self._sync.through(ended)
+
+    def taken(self) -> dict[str, int]:
+        """Bytes that devices have uploaded since the last call."""
+        return self._place.taken()
 
     def progress(self, device: str) -> tuple[int, int] | None:
         """Leaves that have arrived and leaves in all, or None where nothing is fetched from the device."""
@@ -314,21 +299,19 @@ class Uploads:
     def _stop(self, device: str, upload: _Upload) -> None:
         """Neither pull nor await an upload any more; what was pulled stays on the disk."""
         upload.pull = None
-        if upload.put and self._place is not None:
+        if upload.put:
             self._place.drop(device)
         upload.put = False
 
     def _ask(self, device: str, upload: _Upload, now: float) -> Wants:
         """Ask a device to upload its update."""
-        if self._place is None:
-            return []
         upload.put, upload.asked_at = True, now
         request = self._place.ask(device, upload.ref)
         return [] if request is None else [(device, request)]
 
     def _put_instead(self, device: str, upload: _Upload, now: float) -> Wants:
         """Have an update uploaded of which nothing has been pulled yet."""
-        if self._place is None or not (device in self._running or self._place.direct):
+        if not (device in self._running or self._place.direct):
             return []
         self._waiting.pop(device, None)
         self._stop(device, upload)
@@ -392,9 +375,7 @@ class Uploads:
         upload.moved_at = upload.began_at = now
         if device in self._can_put and not upload.mqtt and not self._store.has(upload.ref.sha256):
             upload.leaves = upload.began_with = 0
-            wants = self._ask(device, upload, now)
-            if upload.put:
-                return wants
+            return self._ask(device, upload, now)
         try:
             answers = self._answers.setdefault(device, ResponseTime())
             upload.pull = Pull(upload.ref, self._store.partial(upload.ref), limit=self._limit, answers=answers)

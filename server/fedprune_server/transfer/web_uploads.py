@@ -64,6 +64,8 @@ class HttpUploads(UploadPlace):
         wake: Lets the loop collect ends, from any thread.
     """
 
+    takes = True
+
     def __init__(self, store: BlobStore, url: str, wake: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self.store = store

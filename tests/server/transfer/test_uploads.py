@@ -15,8 +15,9 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobRequest, UploadRequest, UploadResult
 from fedprune.wire.transfer import BlobSender
-from fedprune_server.transfer.upload_place import UploadEnd, UploadPlace
-from fedprune_server.transfer.uploads import ASK_AGAIN_S, STALLED_S, Arrived, FailedUpload, Uploads
+from fedprune_server.transfer.s3_sync import BucketSync
+from fedprune_server.transfer.upload_place import Arrived, FailedUpload, UploadEnd, UploadPlace
+from fedprune_server.transfer.uploads import ASK_AGAIN_S, STALLED_S, Uploads
 
 
 class World:
@@ -25,7 +26,7 @@ class World:
     def __init__(self, folder: Path, concurrent: int = 2, leaves: int = 3) -> None:
         self.store = BlobStore(folder / "server", durable=False)
         self.device = BlobStore(folder / "device", durable=False)
-        self.uploads = Uploads(self.store, concurrent)
+        self.uploads = Uploads(BucketSync(self.store), concurrent)
         self.leaves = leaves
 
     def ref(self, name: str) -> BlobRef:
@@ -225,6 +226,8 @@ def test_whoever_is_there_and_waits_the_longest_is_next(steps: list[tuple[str, s
 class Place(UploadPlace):
     """A web server that takes what a test says."""
 
+    takes = True
+
     def __init__(self) -> None:
         super().__init__()
         self.awaited: dict[str, BlobRef] = {}
@@ -251,7 +254,7 @@ class Web(World):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.place = Place()
-        self.uploads = Uploads(self.store, 2, place=self.place)
+        self.uploads = Uploads(BucketSync(self.store), 2, place=self.place)
 
     def announce(self, name: str, now: float = 0.0) -> list[tuple[str, Any]]:
         wants = self.uploads.born(name, 1, 0.0, now, uploads=name.islower())

@@ -28,7 +28,9 @@ from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.uploads import Arrived, Uploads
+from fedprune_server.transfer.s3_sync import BucketSync
+from fedprune_server.transfer.upload_place import Arrived
+from fedprune_server.transfer.uploads import Uploads
 from support.waiting import attempts
 
 TOPICS = Topics("lab")
@@ -123,7 +125,7 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
         )
         connection = Connection(board, Channel("pi", TOPICS.site))
         outbox = Uplink(connection, there)
-        uploads = Uploads(here)
+        uploads = Uploads(BucketSync(here))
         pulls = Downloader(there, connection, outbox)
         pulls.begin(offer, time.monotonic(), asks=False)
         arrived: list[Any] = []
