@@ -155,6 +155,9 @@ def build_app(
         if identity is not None:
             instance = ServerInstance(config.state, folder.lease.shared, embedded=reached.broker is not None)
             guard = stack.enter_context(second_server_guard(reached.url, identity, config.ca, instance, stopping))
+            # Before a port of this machine is found to be taken: by that other server, perhaps. A copy that was started
+            # by mistake has changed nothing outside its own folder until here.
+            guard.enter()
             rollouts = RolloutStore(config.state, folder.storage.database)
         services = DeviceServices(
             rollouts,
@@ -177,9 +180,7 @@ def build_app(
         display = _display(jobs)  # before the first lines, which scroll by above a table
         for job in jobs:
             job.log_start()
-        if guard is not None and identity is not None:
-            # Until here a copy that was started by mistake has changed nothing outside its own folder.
-            guard.enter()
+        if identity is not None:
             stack.enter_context(delivering(config.on_revocation, config.state, identity.authority.crl_path))
         for line in chain.from_iterable(job.opened.changed for job in jobs):
             log.warning("setting changed since the last start: %s", line)

@@ -20,9 +20,10 @@ from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.host_names import names_of
 from fedprune_server.enrollment.pki import FOLDER, IdentityFolder
 from fedprune_server.messaging.authentication import AuthenticatedLink
-from fedprune_server.messaging.broker.embedded import EmbeddedBroker
+from fedprune_server.messaging.broker.embedded import EmbeddedBroker, PortTakenError
 from fedprune_server.messaging.broker.programs import TlsFiles
 from fedprune_server.messaging.rate_limit import RateLimitedLink
+from fedprune_server.messaging.second_server import ServerInstance, second_server_guard
 from fedprune_server.messaging.transport import Wire
 
 log = logging.getLogger("fedprune.server")
@@ -72,13 +73,22 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
     Raises:
         IdentityError: The identity's files or the authorities' can't be used.
         BrokerError: The embedded broker doesn't start.
+        OtherServerError: Another server of this identity has its port.
     """
     with ExitStack() as stack:
         site = config.site if identity is None else identity.site
         broker, url = None, config.broker
         if config.embedded:
-            broker = stack.enter_context(_embedded(config, identity))
+            broker = _embedded(config, identity)
             url = broker.url
+            try:
+                stack.enter_context(broker)
+            except PortTakenError:
+                if identity is not None:  # as a restored server's beside the one that was backed up
+                    this = ServerInstance(config.state, looks_only=True)
+                    with second_server_guard(url, identity, config.ca, this) as guard:
+                        guard.enter()
+                raise
         quarantine, joins = Quarantine(path=config.state / QUARANTINE), None
         if identity is None:
             link = Link(url, f"fedprune-server-{config.site}"[:64], ignores=quarantine.ignores, qos=0)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from fedprune.wire import link as link_module
 from fedprune.wire.link import Link
 from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.messaging.broker.embedded import EmbeddedBroker
+from fedprune_server.messaging.broker.embedded import EmbeddedBroker, PortTakenError
 from fedprune_server.messaging.broker.programs import (
     Amqtt,
     Command,
@@ -30,6 +32,8 @@ from fedprune_server.messaging.broker.programs import (
     find_mosquitto,
     programs,
 )
+from fedprune_server.messaging.connection import connection
+from fedprune_server.messaging.second_server import OtherServerError, ServerInstance, second_server_guard
 from support.processes import machine
 from support.processes.machine import free_port, listens
 from support.waiting import until
@@ -121,13 +125,17 @@ def test_a_port_that_is_just_becoming_free_is_waited_for() -> None:
             assert broker.port == port
 
 
-def test_a_taken_port_is_named(broker: EmbeddedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedprune_server.messaging.broker.embedded._PORT_PATIENCE_S", 0.0)
-    second = EmbeddedBroker(port=broker.port)
-
-    with pytest.raises(BrokerError, match=rf"port {broker.port} of 127\.0\.0\.1 is taken"):
-        second.start()
-    assert not second.alive
+def test_a_port_that_is_taken_is_named_and_so_is_a_server_of_this_identity_that_has_it(tmp_path: Path) -> None:
+    first, copy = (ServerConfig(state=tmp_path / name, port=free_port()) for name in ("first", "copy"))
+    copy = replace(copy, port=first.port)
+    with IdentityFolder.make(first.state, "lab") as identity, connection(first, identity) as reached:
+        with pytest.raises(PortTakenError, match=str(first.port)), connection(copy, identity):
+            pass
+        instance = ServerInstance(first.state, embedded=True)
+        with second_server_guard(reached.url, identity, None, instance) as guard:
+            guard.enter()
+            with pytest.raises(OtherServerError, match=str(first.state)), connection(copy, identity):
+                pass
 
 
 PARENT = """

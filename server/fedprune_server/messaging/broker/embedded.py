@@ -52,6 +52,10 @@ service manager may send the others to the whole group. This process handles the
 remaining messages, then ends the broker."""
 
 
+class PortTakenError(BrokerError):
+    """Something else listens where the embedded broker is to listen."""
+
+
 class EmbeddedBroker:
     """An MQTT 3.1.1 broker in a process of its own that ends with this one, even when this one is killed.
 
@@ -94,8 +98,8 @@ class EmbeddedBroker:
         return self._process is not None and self._process.poll() is None
 
     def start(self, timeout: float = 20.0) -> None:
-        """Start, and wait until it accepts MQTT connections; does nothing if it is running. Raises `BrokerError` if the
-        port is taken, or no program comes up in time."""
+        """Start, and wait until it accepts MQTT connections; does nothing if it is running. Raises `PortTakenError`, or
+        `BrokerError` if no program comes up in time."""
         if self.alive:
             return
         self.stop()
@@ -136,7 +140,7 @@ class EmbeddedBroker:
         self.stop()
 
     def _start(self, program: Program, timeout: float) -> str:
-        """Start a program on the port; returns what prevents it. Raises `BrokerError` if the port is taken."""
+        """Start a program on the port; returns what prevents it. Raises `PortTakenError`."""
         until = time.monotonic() + _PORT_PATIENCE_S
         for attempt in count(1):
             if self._any_port:
@@ -153,10 +157,9 @@ class EmbeddedBroker:
             if attempt == _TRIES if self._any_port else time.monotonic() > until:
                 break
             time.sleep(0.0 if self._any_port else _PAUSE_S)  # someone was faster than we, or is just going
-        raise BrokerError(
+        raise PortTakenError(
             f"embedded broker: port {self.port} of {self.host} is taken",
-            hint="If another server of this fleet runs there, stop it. Else use that broker (--broker URL) or "
-            "another port.",
+            hint="Use the broker that listens there (--broker URL), or another port.",
         )
 
     def _spawn(self, program: Program) -> None:
