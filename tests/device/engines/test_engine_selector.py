@@ -30,9 +30,6 @@ from support.waiting import until
 
 pytestmark = pytest.mark.board
 
-LONG = tuple(v for v in VERSIONS[1:-1] if v != "10.3.0" and not v.startswith("11.3."))
-"""Neither the oldest nor the newest, nor those that JetPack 6 has and that don't refit."""
-
 
 def agree(found: CheckedSession | None, wanted: EngineRequest) -> None:
     """An engine answers, and what onnxruntime answers."""
@@ -41,7 +38,7 @@ def agree(found: CheckedSession | None, wanted: EngineRequest) -> None:
     np.testing.assert_allclose(predicted, wanted.predictor.predict(X), rtol=1e-6)
 
 
-@pytest.mark.parametrize("board", marked(VERSIONS, soak=LONG), indirect=True)
+@pytest.mark.parametrize("board", VERSIONS, indirect=True)
 def test_an_engine_answers_what_onnxruntime_answers_with_every_tensorrt(board: EngineBoard) -> None:
     wanted, selector = board.model(1), board.selector()
     found = board.answering(selector, wanted)
@@ -51,7 +48,7 @@ def test_an_engine_answers_what_onnxruntime_answers_with_every_tensorrt(board: E
     before = len(board.calls())
     np.testing.assert_allclose(engine.predict(X), wanted.predictor.predict(X), rtol=1e-6)
     assert engine.predict(X[:0]).shape == (0, 3)
-    assert "IExecutionContext.execute_async_v3" in board.calls()[before:]
+    assert "executed" in board.calls()[before:]
     assert selector.status == f"TensorRT {board.version}, float32"
     # New weights come the same way with every version, refitted where that is right.
     again = board.model(2)
@@ -116,7 +113,7 @@ def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, se
         found = board.answering(selector, wanted)
         agree(found, wanted)
         assert selector.facts["way"] == REBUILD
-    tries = board.calls().count("OnnxParserRefitter.refit_from_file")
+    tries = board.calls().count("refit from a file")
     assert tries == (0 if setting == "no_refitter" else 1)
 
 
