@@ -217,7 +217,6 @@ def run(
         "machine": machine(),
         "wall_s": round(spent[0], 1),
         "cpu_s": round(spent[1], 1),
-        "fingerprint": experiment.fingerprint,
         "parameters": parameters(experiment.model),
         "devices": {d.name: [d.density, d.samples, d.parameters] for d in record.devices},
         "rounds": rounds_of(record),

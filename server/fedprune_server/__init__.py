@@ -3,7 +3,7 @@
     from fedprune_server import simulate
 
     run = simulate("fleet.toml", strategy="heterofl")
-    run.curves          # columns with an entry per round
+    run.rows()          # a row per round, for data frames
     run.plot()          # a page, which a notebook shows
     run.compare(other)  # a table
 

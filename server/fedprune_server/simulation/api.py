@@ -63,22 +63,6 @@ class Run:
     model: Model
     reference: Record | None = None
 
-    @property
-    def curves(self) -> dict[str, list[float | None]]:
-        """Columns with an entry per round, ready for pandas or pyarrow.
-
-        Columns: round, seconds and MB since the start, and what models are judged by (accuracy, loss
-        and the like): of the global model, and the mean of the devices' own models.
-        """
-        rounds, kind = self.record.rounds, self.record.measure
-        return {
-            "round": [r.round for r in rounds],
-            "seconds": [r.at for r in rounds],
-            "mb": [(r.down + r.up) / 1e6 for r in rounds],
-            f"global_{kind}": list(self.record.global_values()),
-            f"local_{kind}": list(self.record.mean_locals()),
-        }
-
     def rows(self, *, devices: bool = False) -> list[dict[str, Any]]:
         """A row per round, ready for pandas or pyarrow; docs/simulate.md has the columns and their units.
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune import __version__
+from fedprune.core.errors import shown
+from fedprune.core.text import some
 from fedprune.jobs.job import Job
 from fedprune.strategies import compose
 from fedprune.strategies.user_strategies import own_code
@@ -25,6 +26,14 @@ from fedprune_server.simulation.network_model import Availability, DropOuts, Wea
 
 REFERENCE = "FedAvg"
 """Title of the reference run, see `fedavg`."""
+
+_UNDECIDED = ("title", "checkpoints", "data")
+"""Settings that don't affect the result: what [data] has dealt is in the digests of the devices' samples."""
+
+_MOST_DIFFERENCES = 5
+"""Settings that a message names; with more of them another run is meant anyway."""
+
+_NOTHING = object()
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,68 +77,76 @@ class Experiment:
         schedule = compose(self.job).schedule
         return ":" not in self.job.strategy and not (schedule is not None and schedule.asynchronous)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Digest of everything that decides the run, except the number of rounds where it `extends`.
-
-        The model counts with its graph, fedprune's code by its version, a user's strategy by its files.
-        """
-        code = [__version__, own_code(self.job)]
-        job = self.job.to_dict()
-        if self.extends:
-            del job["rounds"]
-        settings = [job, asdict(self.dropouts), self._circumstances(), code]
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        digest.update(self.model.architecture.digest.encode())
-        digest.update(hashlib.sha256(self.model.graph.to_bytes()).digest())
-        for device in sorted(self.devices, key=lambda d: d.name):
-            data = [device.samples, device.fingerprint, *(["tampers"] if device.tamper else [])]
-            digest.update(json.dumps([device.name, device.profile.to_dict(), *data], sort_keys=True).encode())
-        _add(digest, self.evaluation or ())
-        _add(digest, () if self.calibration is None else (self.calibration,))
-        return digest.hexdigest()
-
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the run, as JSON; model and data by their digests."""
+        """Everything that decides the run, as JSON types: model, samples and code by their digests."""
         return {
             "fedprune": __version__,
+            "strategy_code": own_code(self.job),
             "title": self.title,
-            "fingerprint": self.fingerprint,
-            "job": asdict(self.job),
-            "model": {"name": self.model.architecture.name, "architecture": self.model.architecture.digest},
+            "job": self.job.to_dict(),
+            "model": {
+                "architecture": self.model.architecture.digest,
+                "graph": hashlib.sha256(self.model.graph.to_bytes()).hexdigest(),
+            },
             "dropouts": asdict(self.dropouts),
-            **self._circumstances(),
-            "checkpoints": self.checkpoints,
-            "data": self.partition.settings,
-            "evaluation": 0 if self.evaluation is None else len(self.evaluation[1]),
-            "calibration": 0 if self.calibration is None else len(self.calibration),
-            "devices": [
-                {
-                    "name": d.name,
-                    "profile": d.profile.name,
-                    "link": asdict(d.profile.link),
-                    "samples": d.samples,
-                    "data": d.fingerprint,
-                }
-                for d in self.devices
-            ],
-        }
-
-    def _circumstances(self) -> dict[str, Any]:
-        return {
             "weather": asdict(self.weather),
             "availability": asdict(self.availability),
             "measure": described(self.measure),
             "cuda": self.cuda,
+            "checkpoints": self.checkpoints,
+            "data": self.partition.settings,
+            "evaluation": _samples(*(self.evaluation or ())),
+            "calibration": _samples(*(() if self.calibration is None else (self.calibration,))),
+            "devices": [
+                {
+                    "name": d.name,
+                    "profile": d.profile.name,
+                    "profile_sha256": hashlib.sha256(json.dumps(d.profile.to_dict()).encode()).hexdigest(),
+                    "link": asdict(d.profile.link),
+                    "samples": d.samples,
+                    "data": d.fingerprint,
+                    "tampers": d.tamper is not None,
+                }
+                for d in sorted(self.devices, key=lambda d: d.name)
+            ],
         }
 
+    def differences(self, stored: Mapping[str, Any]) -> str:
+        """Where another run's settings differ, as `job.recipe.lr (stored 0.05, given 0.1)`; empty for the same run, of
+        any number of rounds if it `extends`."""
+        ignored = (*_UNDECIDED, *(["job.rounds"] if self.extends else []))
+        pairs = _pairs("", stored, json.loads(json.dumps(self.settings())))
+        found = [f"{name} (stored {_word(a)}, given {_word(b)})" for name, a, b in pairs if name not in ignored]
+        return some(found, most=_MOST_DIFFERENCES)
 
-def _add(digest: hashlib._Hash, arrays: Iterable[npt.NDArray[Any]]) -> None:
-    """Add arrays with types and shapes, so that different lists never add the same bytes."""
-    arrays = list(arrays)
-    digest.update(json.dumps([[a.dtype.str, a.shape] for a in arrays]).encode())
+
+def _samples(*arrays: npt.NDArray[Any]) -> dict[str, Any]:
+    """Number and digest of samples, with types and shapes."""
+    digest = hashlib.sha256(json.dumps([[a.dtype.str, a.shape] for a in arrays]).encode())
     for array in arrays:
         digest.update(array.tobytes())
+    return {"samples": len(arrays[0]) if arrays else 0, "sha256": digest.hexdigest()}
+
+
+def _pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Every place at which two values differ, as deep as both are tables."""
+    old, new = _table(old), _table(new)
+    if isinstance(old, Mapping) and isinstance(new, Mapping) and name not in _UNDECIDED:
+        for key in (*old, *(k for k in new if k not in old)):
+            yield from _pairs(f"{name}.{key}" if name else key, old.get(key, _NOTHING), new.get(key, _NOTHING))
+    elif old != new:
+        yield name, old, new
+
+
+def _table(value: Any) -> Any:
+    """A list of tables that have names, by those."""
+    if isinstance(value, list) and value and all(isinstance(v, Mapping) and "name" in v for v in value):
+        return {str(v["name"]): v for v in value}
+    return value
+
+
+def _word(value: Any) -> str:
+    return "nothing" if value is _NOTHING else shown(value)
 
 
 def fedavg(job: Job) -> Job:

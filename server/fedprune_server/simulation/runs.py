@@ -1,7 +1,8 @@
 """Many runs, each in a process of its own: on this machine or on a Ray cluster.
 
-A run has a name and settings, and writes its results into its own folder. A finished run is not repeated; a failed or
-killed one doesn't affect the others. Processes exchange nothing but files, so their number and place don't matter.
+A run has a name and settings, and writes its results into its own folder. What a run has done before is its function's
+business. A failed or killed one doesn't affect the others. Processes exchange nothing but files, so their number and
+place don't matter.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,14 +19,13 @@ from typing import Any
 
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors
-from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, StorageError, shown
-from fedprune.core.text import some
+from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, shown
 from fedprune.wire.topics import check_name
 from fedprune_server.executor.ray_driver import runtime_env
 from fedprune_server.process.pools import ProcessPerTask, R, TaskPool
 
-DONE, FAILED, PROGRESS = "done.json", "failed.txt", "progress.json"
-"""Files of a run's folder."""
+FAILED, PROGRESS = "failed.txt", "progress.json"
+"""Files of a run's folder: why it failed, and how far it is."""
 
 _LOCK = ".lock"
 _POLL_S = 0.2
@@ -97,7 +97,7 @@ def carry_out(
     Raises:
         ConfigError: Two runs have the same name.
         MissingExtraError: Ray is asked for and not installed.
-        StorageError: A folder holds another run, another process uses `out`, or the disk fails.
+        StorageError: Another process uses `out`, or the disk fails.
     """
     names = [r.name for r in runs]
     if len(set(names)) < len(names):
@@ -112,28 +112,28 @@ def carry_out(
 def _carried_out(
     work: RunFunction, runs: Sequence[RunSpec], out: Path, workers: int, ray: bool, watch: Watch | None
 ) -> list[RunEnd]:
-    open_runs = [r for r in runs if not _is_finished(r, out / r.name)]
-    for run in open_runs:
+    for run in runs:
         with storage_errors(f"can't write {out / run.name}"):
             (out / run.name).mkdir(parents=True, exist_ok=True)
             (out / run.name / FAILED).unlink(missing_ok=True)
             (out / run.name / PROGRESS).unlink(missing_ok=True)
-    pool: TaskPool[RunFunction] = RayTasks(workers, work) if ray and open_runs else ProcessPerTask(workers, work)
+    pool: TaskPool[RunFunction] = RayTasks(workers, work) if ray else ProcessPerTask(workers, work)
     with closing(pool):
-        under_way = {run.name: pool.submit(_do, run, out.resolve()) for run in open_runs}
+        tasks = {run.name: pool.submit(_do, run, out.resolve()) for run in runs}
+        under_way = set(tasks.values())
         while under_way:
-            wait(under_way.values(), _POLL_S)
-            for name in [name for name, future in under_way.items() if future.done()]:
-                _note_death(out / name, under_way.pop(name).exception())
+            under_way = wait(under_way, _POLL_S).not_done
             if watch is not None:
-                watch([_status(r, out, under_way.get(r.name)) for r in runs])
-    return [_ended(r, out) for r in runs]
+                watch([_status(out / name, task) for name, task in tasks.items()])
+    return [RunEnd(name, _failure(out / name, task)) for name, task in tasks.items()]
 
 
-def _note_death(folder: Path, error: BaseException | None) -> None:
-    """Note why a process ended, if it couldn't do so itself."""
-    if error is not None and not (folder / DONE).exists() and not (folder / FAILED).exists():
-        write_whole(folder / FAILED, (str(error).strip() or type(error).__name__).encode())
+def _failure(folder: Path, task: Future[None]) -> str:
+    """Why a run failed; empty if it didn't. Notes it, too, where its process couldn't do so itself."""
+    path, error = folder / FAILED, task.exception()
+    if error is not None and not path.exists():
+        write_whole(path, (str(error).strip() or type(error).__name__).encode())
+    return path.read_text().strip() if path.exists() else ""
 
 
 class RayTasks(TaskPool[RunFunction]):
@@ -170,7 +170,7 @@ class RayTasks(TaskPool[RunFunction]):
 
 
 def _do(work: RunFunction, run: RunSpec, out: Path) -> None:
-    """Do one run in a process of its own; write its result, or the reason of its failure."""
+    """Do one run in a process of its own; write the reason of its failure."""
     folder = out / run.name
     last = time.monotonic()
 
@@ -182,81 +182,17 @@ def _do(work: RunFunction, run: RunSpec, out: Path) -> None:
 
     try:
         work(run, folder, report)
-        body = {"settings": dict(run.settings)}
-        write_whole(folder / DONE, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not end other runs
         text = str(error) if isinstance(error, FedpruneError) else traceback.format_exc()
         write_whole(folder / FAILED, f"{type(error).__name__}: {text}\n".encode())
 
 
-def _is_finished(run: RunSpec, folder: Path) -> bool:
-    """Whether a run was done. Raises `StorageError` if it was one with other settings."""
-    path = folder / DONE
-    try:
-        stored = json.loads(path.read_bytes())["settings"]
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(f"{path} can't be read ({type(error).__name__}: {error})", hint="Delete it.") from error
-    given = json.loads(json.dumps(dict(run.settings)))
-    if stored != given:
-        raise StorageError(
-            f"{folder} holds a run with other settings",
-            got=differences(stored, given),
-            hint=f"Take another folder or another name, or delete {folder} to run it again.",
-        )
-    return True
-
-
-def _ended(run: RunSpec, out: Path) -> RunEnd:
-    if _is_finished(run, out / run.name):
-        return RunEnd(run.name)
-    failed = out / run.name / FAILED
-    return RunEnd(run.name, failed.read_text().strip() if failed.exists() else "it was not done")
-
-
-def _status(run: RunSpec, out: Path, task: Future[None] | None) -> RunStatus:
-    folder = out / run.name
-    if (folder / DONE).exists():
-        return RunStatus(run.name, "done", 1.0)
-    if (folder / FAILED).exists():
-        return RunStatus(run.name, "failed", note=folder.joinpath(FAILED).read_text().partition("\n")[0][:80])
+def _status(folder: Path, task: Future[None]) -> RunStatus:
+    if task.done():
+        error = _failure(folder, task)
+        return RunStatus(folder.name, "failed" if error else "done", 0.0 if error else 1.0, error)
     try:
         body = json.loads((folder / PROGRESS).read_bytes())
-        return RunStatus(run.name, "running", float(body["share"]), str(body["note"]))
+        return RunStatus(folder.name, "running", float(body["share"]), str(body["note"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return RunStatus(run.name, "running" if task is not None and task.running() else "waiting")
-
-
-_MOST = 5
-"""Settings that a message names; with more of them another one is meant anyway."""
-
-_NOTHING = object()
-
-
-def differences(stored: Mapping[str, Any], given: Mapping[str, Any], ignored: Sequence[str] = ()) -> str:
-    """The settings that differ, as `job.recipe.lr (stored 0.05, given 0.1)`; empty where none does."""
-    old, new = ({k: v for k, v in body.items() if k not in ignored} for body in (stored, given))
-    found = [f"{name} (stored {_word(a)}, given {_word(b)})" for name, a, b in _pairs("", old, new)]
-    return some(found, most=_MOST)
-
-
-def _pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Every place at which two values differ, as deep as both are tables."""
-    old, new = _table(old), _table(new)
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in (*old, *(k for k in new if k not in old)):
-            yield from _pairs(f"{name}.{key}" if name else key, old.get(key, _NOTHING), new.get(key, _NOTHING))
-    elif old != new:
-        yield name, old, new
-
-
-def _table(value: Any) -> Any:
-    """A list of tables that have names, by those."""
-    if isinstance(value, (list, tuple)) and value and all(isinstance(v, Mapping) and "name" in v for v in value):
-        return {str(v["name"]): v for v in value}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _word(value: Any) -> str:
-    return "nothing" if value is _NOTHING else shown(value)
+        return RunStatus(folder.name, "running" if task.running() else "waiting")

@@ -159,7 +159,7 @@ class Simulation:
         self._recorder = RoundRecorder(job, model, store, experiment.measure)
         self._profiles: dict[int, dict[str, Any]] = {}
         self._seconds: dict[tuple[int, int, tuple[int, ...], Recipe], float] = {}
-        self._folder = SavedRun(folder, experiment.fingerprint, job.rounds)
+        self._folder = SavedRun(folder, experiment)
         self._begun = self._take_up()
 
     @property

@@ -1,7 +1,7 @@
 """The state of a simulation apart from the coordinator's: queued events, connections, traffic.
 
 One JSON file holds the current state; finished rounds are appended to a second file, so the cost of saving doesn't grow
-with the run. A digest of everything that decides a run prevents resuming it with other settings, model or data.
+with the run. The settings beside them prevent resuming a run with other settings, model or data.
 """
 
 from __future__ import annotations
@@ -25,16 +25,14 @@ from fedprune.core.text import all_strings
 from fedprune_export.bundles.inference import write_model
 from fedprune_export.pruning.model import Model
 from fedprune_server.monitoring.round_rows import RoundNotes
+from fedprune_server.simulation.experiment import Experiment
 
-FORMAT = "fedprune.simulation/6"
+FORMAT = "fedprune.simulation/7"
+CONFIG = "config.json"
 FILE = "simulation.json"
 ROUNDS = "rounds.jsonl"
 
 _LOCK = ".lock"
-
-
-class OtherRunError(StorageError):
-    """A folder holds the state of a simulation with other settings, model or data."""
 
 
 @dataclass(frozen=True)
@@ -192,12 +190,11 @@ class SavedRun:
 
     Args:
         folder: The folder; None keeps nothing.
-        fingerprint: Digest of all that decides the run.
-        rounds: The round after which the run ends.
     """
 
-    def __init__(self, folder: Path | None, fingerprint: str, rounds: int) -> None:
-        self._folder, self._fingerprint, self._rounds = folder, fingerprint, rounds
+    def __init__(self, folder: Path | None, experiment: Experiment) -> None:
+        self._folder, self._experiment = folder, experiment
+        self._configured = False
         self._saved_at, self._save_s = time.monotonic(), 0.0
         self._stamp: tuple[int, ...] | None = None
         self._logged = (0, 0)
@@ -205,7 +202,7 @@ class SavedRun:
 
     def load(self) -> tuple[SimulationState, State] | None:
         """The saved state and the coordinator's, or None. Raises `StorageError` if it is damaged, of another format, of
-        a run with another fingerprint, or further than `rounds`."""
+        a run with other settings, or further than the job's rounds."""
         if self._folder is None:
             return None
         self._stamp = _stamp(self._folder)
@@ -219,8 +216,9 @@ class SavedRun:
         try:
             if body["format"] != FORMAT:
                 raise StorageError(f"{path} is of another version", expected=FORMAT, hint=hint)
-            if body["fingerprint"] != self._fingerprint:
-                raise OtherRunError(f"{path} belongs to a simulation with other settings, model or data", hint=hint)
+            if differences := self._experiment.differences(json.loads((self._folder / CONFIG).read_bytes())):
+                what = f"{path} belongs to a simulation with other settings, model or data"
+                raise StorageError(what, got=differences, hint=hint)
             count, size = map(int, body["rounds"])
             history, notes = _finished(self._folder / ROUNDS, count, size)
             down, up = map(int, body["bytes"])
@@ -238,11 +236,12 @@ class SavedRun:
             coordinator = State.from_json(body["coordinator"])
             coordinator.history = history
             reached = len(history) + (coordinator.phase is not Phase.FINISHED)
-            if self._rounds < reached:
-                raise OtherRunError(f"{path} belongs to a simulation that has come to round {reached}", hint=hint)
+            if (rounds := self._experiment.job.rounds) < reached:
+                what = f"{path} belongs to a simulation that has come to round {reached}"
+                raise StorageError(what, got=f"job.rounds = {rounds}", hint=hint)
         except StorageError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise StorageError(f"{path} is damaged ({type(error).__name__}: {error})", hint=hint) from error
         self._logged = count, size
         return state, coordinator
@@ -285,10 +284,12 @@ class SavedRun:
         if self._folder is None:
             return
         began = time.monotonic()
+        if not self._configured:
+            write_whole(self._folder / CONFIG, (json.dumps(self._experiment.settings(), indent=1) + "\n").encode())
+            self._configured = True
         logged = self._log(self._folder / ROUNDS, run, coordinator.history)
         body = {
             "format": FORMAT,
-            "fingerprint": self._fingerprint,
             "coordinator": replace(coordinator, history=[]).to_json(),
             "rounds": logged,
             **{name: getattr(run, name) for name in _PLAIN},

@@ -16,14 +16,13 @@ A sweep's file names the `fleet.toml` and has a table for each variant, whose ke
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedprune.core import validation
-from fedprune.core.disk import file_digest, is_there, storage_errors
+from fedprune.core.disk import is_there
 from fedprune.core.errors import ConfigError, FedpruneError, shown
 from fedprune.core.metrics import leading
 from fedprune.core.toml_file import read_toml
@@ -39,10 +38,6 @@ _RUN_KEYS = ("name", "seeds")
 """Keys of a variant that are not tables of `fleet.toml`."""
 
 _MOST_SEEDS = 1000
-_FOLDER_KEYS = ("source", "data", "path")
-"""Keys whose folders are a run's input."""
-
-_LONGEST_PATH = 1000
 
 
 def read_sweep(path: Path) -> list[RunSpec]:
@@ -71,15 +66,14 @@ def variant_runs(config: Path, rows: Sequence[object], seeds: Sequence[int], whe
     Raises:
         ConfigError: A key is missing, unknown or wrong, or two runs have the same name.
     """
-    inputs = _Inputs(config)
-    runs = [run for number, row in enumerate(rows, 1) for run in _variant_runs(number, row, seeds, inputs, where)]
+    runs = [run for number, row in enumerate(rows, 1) for run in _variant_runs(number, row, seeds, config, where)]
     names = [r.name for r in runs]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ConfigError(where, expected="another name or seed for each", got=f"{twice[0]!r} twice")
     return runs
 
 
-def _variant_runs(number: int, row: object, common: Sequence[int], inputs: _Inputs, where: str) -> list[RunSpec]:
+def _variant_runs(number: int, row: object, common: Sequence[int], config: Path, where: str) -> list[RunSpec]:
     """A variant's runs, one for each seed; errors call the variant by its name as soon as it has one."""
     if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
         raise ConfigError(f"{where} {number}: name", expected="a text", got=shown(row))
@@ -88,10 +82,9 @@ def _variant_runs(number: int, row: object, common: Sequence[int], inputs: _Inpu
     for key, value in changes.items():
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: {key}", expected="a table of fleet.toml, such as job", got=shown(value))
-    _check_changes(inputs.config, changes, where)
+    _check_changes(config, changes, where)
     seeds = _seeds(row["seeds"], f"{where}: seeds") if "seeds" in row else common
-    # The files' digest is a setting, too: results of files that were edited since are another run's.
-    settings = {"config": str(inputs.config), "files": inputs.digest(changes), "changes": changes}
+    settings = {"config": str(config), "changes": changes}
     return [RunSpec(f"{row['name']}-{s}", {**settings, "seed": s}) for s in seeds]
 
 
@@ -108,60 +101,6 @@ def _check_changes(config: Path, changes: Mapping[str, Any], where: str) -> None
         read_tables(config)
         what = error.what.removeprefix(f"{config}: ")
         raise error.named(f"{where}: {what}") from error
-
-
-class _Inputs:
-    """A `fleet.toml` and the files that it names, by digest."""
-
-    def __init__(self, config: Path) -> None:
-        self.config = config
-        self._tables = read_toml(config, ConfigError)
-        self._digests: dict[Path, str] = {}
-
-    def digest(self, changes: Mapping[str, Any]) -> str:
-        """Digest of the file, and of every file and folder that it or the changes name. Raises `StorageError` if one
-        can't be read."""
-        digest = hashlib.sha256(self._file_digest(self.config).encode())
-        for key, text in sorted({*_texts(self._tables), *_texts(changes)}):
-            for path in self._files_named(key, text):
-                digest.update(f"{text}\0{self._file_digest(path)}\0".encode())
-        return digest.hexdigest()
-
-    def _files_named(self, key: str, text: str) -> Iterator[Path]:
-        """Files that a text names: a path, or the module of `package.module:function`."""
-        if key == "name" or not 0 < len(text) < _LONGEST_PATH or "\0" in text:
-            return
-        path = self.config.parent / text
-        if is_there(path, file=True) or (is_there(path) and path.is_dir() and key in _FOLDER_KEYS):
-            yield path
-        module, colon, _ = text.partition(":")
-        for folder in (self.config.parent, Path()) if colon else ():
-            path = folder / (module.replace(".", "/") + ".py")
-            if is_there(path, file=True):
-                yield path
-
-    def _file_digest(self, path: Path) -> str:
-        if path not in self._digests:
-            with storage_errors(f"can't read {path}"):
-                if path.is_dir():
-                    files = sorted(p for p in path.rglob("*") if p.is_file())
-                    rows = "".join(f"{p.relative_to(path)}\0{file_digest(p)}\0" for p in files)
-                    self._digests[path] = hashlib.sha256(rows.encode()).hexdigest()
-                else:
-                    self._digests[path] = file_digest(path)
-        return self._digests[path]
-
-
-def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts of tables, each after its key."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _texts(inner, str(name))
-    elif isinstance(value, Sequence):
-        for inner in value:
-            yield from _texts(inner, key)
 
 
 def _seeds(value: object, where: str) -> list[int]:

@@ -259,7 +259,7 @@ def test_a_run_that_is_killed_outright_ends_as_one_that_is_not(tmp_path: Path) -
         done = subprocess.run(words, timeout=120, check=False)
         assert done.returncode == -signal.SIGKILL
     assert harsh(tmp_path / "killed") == whole
-    for name in ("metrics.json", "config.json"):
+    for name in ("metrics.json", "run/config.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     places = [tmp_path / run / "run" / "checkpoints" for run in ("killed", "whole")]
     files = [sorted((str(f.relative_to(p)), f.read_bytes()) for f in p.rglob("*.*") if f.is_file()) for p in places]
@@ -307,9 +307,9 @@ def test_a_finished_run_s_folder_goes_on_to_more_rounds(experiment: Experiment, 
     simulate(experiment, tmp_path / "whole")
     for rounds in (1, JOB.rounds):
         simulate(replace(experiment, job=replace(JOB, rounds=rounds)), tmp_path / "extended")
-    for name in ("config.json", "metrics.json"):
+    for name in ("run/config.json", "metrics.json"):
         assert (tmp_path / "extended" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    with pytest.raises(StorageError, match=r"has come to round 3.*job\.rounds \(stored 3, given 2\)"):
+    with pytest.raises(StorageError, match=r"round 3: got job\.rounds = 2"):
         simulate(replace(experiment, job=replace(JOB, rounds=2)), tmp_path / "extended")
 
 

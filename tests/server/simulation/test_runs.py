@@ -12,7 +12,7 @@ from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError, Stora
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.runs import DONE, RunSpec, RunStatus, carry_out
+from fedprune_server.simulation.runs import RunSpec, RunStatus, carry_out
 from fedprune_server.simulation.sweep import read_sweep
 from support.fakes.run_works import drawn
 
@@ -73,25 +73,12 @@ def test_runs_end_as_they_would_alone(tmp_path: Path) -> None:
     assert max(sum(s.state == "running" for s in row) for row in seen) <= 2
 
 
-def test_what_has_finished_is_not_done_again(tmp_path: Path) -> None:
-    first = carry_out(drawn, [RUNS[0], WRONG[0]], tmp_path)
-    again = carry_out(drawn, [RUNS[0], WRONG[0], RUNS[1]], tmp_path, workers=2)
-    assert again[0] == first[0]
-    assert [len((tmp_path / r.name / "calls").read_text()) for r in (RUNS[0], WRONG[0], RUNS[1])] == [1, 2, 1]
-    with pytest.raises(StorageError, match=r"other settings: got seed \(stored \d, given 9\)\. .* or delete "):
-        carry_out(drawn, [RunSpec(RUNS[0].name, {"seed": 9})], tmp_path)
-    (tmp_path / RUNS[0].name / DONE).write_text("{")
-    with pytest.raises(StorageError, match="can't be read"):
-        carry_out(drawn, [RUNS[0]], tmp_path)
-
-
 def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
     def watch(_: object) -> None:
         with pytest.raises(StorageError, match="another command"):
             carry_out(drawn, RUNS, tmp_path)
 
     assert not any(e.error for e in carry_out(drawn, RUNS[:1], tmp_path, watch=watch))
-    assert (tmp_path / RUNS[0].name / "calls").read_text() == "x"
 
 
 def test_ray_is_missed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,10 +161,10 @@ def moved_samples(experiment):
 
 
 @pytest.mark.parametrize("change", [changed_model, changed_evaluation, changed_shape, moved_samples])
-def test_whatever_decides_a_run_is_in_its_fingerprint(change):
+def test_whatever_decides_a_run_is_in_its_settings(change):
     experiment = digits_experiment(model=leaky(0.1))
-    assert replace(experiment).fingerprint == experiment.fingerprint
-    assert change(experiment).fingerprint != experiment.fingerprint
+    assert not replace(experiment, title="other", checkpoints=9).differences(experiment.settings())
+    assert change(experiment).differences(experiment.settings())
 
 
 def test_partial_participation_asks_the_share_of_the_devices(build):

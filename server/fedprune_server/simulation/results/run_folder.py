@@ -1,29 +1,21 @@
-"""The folder of a simulated run: its settings, its numbers, and the state from which it resumes after a kill."""
+"""The folder of a simulated run: its numbers, and the state from which it resumes after a kill."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.runs import differences
 from fedprune_server.simulation.scratch_store import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.state import OtherRunError
 
-CONFIG, RECORD, STATE = "config.json", "metrics.json", "run"
-"""Settings, numbers and saved state in a run's folder."""
-
-_UNDECIDED = ("fingerprint", "title", "checkpoints")
-"""Settings that don't affect the result, or mean nothing to a reader."""
+RECORD, STATE = "metrics.json", "run"
+"""Numbers and saved state in a run's folder."""
 
 
 def simulate(
@@ -36,7 +28,7 @@ def simulate(
     """Run an experiment to its end, from its last saved state, and write its numbers into a folder.
 
     Args:
-        folder: Folder of `config.json`, `metrics.json` and the saved state. None saves nothing.
+        folder: Folder of `metrics.json` and the saved state. None saves nothing.
         progress: Called after every training and every round.
         begun: Called once, before the first training.
 
@@ -64,14 +56,7 @@ def simulate_to_model(
             with storage_errors(f"can't make {place}"):
                 place.mkdir(parents=True, exist_ok=True)
         blobs = ScratchStore((place or Path(str(scratch))) / "blobs")
-        try:
-            simulation = Simulation(experiment, blobs, folder=place)
-        except OtherRunError as error:
-            differ = "" if folder is None else _differences(folder / CONFIG, experiment)
-            raise OtherRunError(error.what, got=differ or None, hint=error.hint) from error
-        if folder is not None:
-            text = json.dumps(experiment.settings(), indent=1) + "\n"
-            write_whole(folder / CONFIG, text.encode())
+        simulation = Simulation(experiment, blobs, folder=place)
         simulation.run(progress, begun)
         record = simulation.record()
         if folder is not None:
@@ -81,23 +66,4 @@ def simulate_to_model(
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run, also after its state was deleted to start again."""
-    return (folder / STATE).is_dir() or "fingerprint" in _settings(folder / CONFIG)
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """A run's settings; empty if they can't be read."""
-    try:
-        body = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return body if isinstance(body, dict) else {}
-
-
-def _differences(path: Path, experiment: Experiment) -> str:
-    stored = _settings(path)
-    if not stored:
-        return ""
-    found = differences(json.loads(json.dumps(stored)), json.loads(json.dumps(experiment.settings())), _UNDECIDED)
-    return (
-        found or "the same settings: what differs is the model's graph, the server's samples or a strategy's own code"
-    )
+    return (folder / STATE).is_dir() or (folder / RECORD).is_file()

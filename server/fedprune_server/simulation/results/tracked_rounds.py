@@ -21,7 +21,7 @@ from fedprune_server.simulation.results.run_folder import STATE
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.trackers.tracker import TrackedRun
 
-_LEFT_OUT = ("title", "fingerprint", "devices")
+_LEFT_OUT = ("title", "devices")
 """Settings that trackers have already, or that are as long as the fleet."""
 
 
