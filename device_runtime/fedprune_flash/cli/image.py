@@ -46,11 +46,11 @@ def add_image_command(commands: argparse._SubParsersAction[CommandParser]) -> No
 
 def _image(arguments: argparse.Namespace) -> None:
     from fedprune_flash.image import boot_image as image
-    from fedprune_flash.image.fat import check_mtools
     from fedprune_flash.image.first_boot import Scheme
+    from fedprune_flash.image.programs import check_programs
     from fedprune_flash.kit.kit import open_kit, server_signer
 
-    check_mtools()
+    check_programs()
     kit = open_kit(arguments.kit, server_signer(arguments.signing_key, unsigned=arguments.unsigned))
     wanted = _first_boot(arguments, kit.device)
     scheme = Scheme(arguments.scheme) if arguments.scheme else None

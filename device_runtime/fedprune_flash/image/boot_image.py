@@ -10,8 +10,9 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -161,7 +162,8 @@ def examine(image: Path, scheme: Scheme | None = None, name: str = "the image") 
         size = file.seek(0, os.SEEK_END)
         partitions = read_partitions(file, size, name)
         fat = Fat(image, partitions.boot)
-        root = _root(file, partitions)
+        roots = (Ext4(image, partition) for partition in partitions.roots)
+        root = next((root for root in roots if root.exists("/")), None)
         chosen = scheme or recognise(fat, lambda path: root is not None and root.exists(path))
         if not fat.exists(CMDLINE):
             raise ImageError("the boot partition has no cmdline.txt", expected="that of a Raspberry Pi")
@@ -242,10 +244,10 @@ def _verify(image: Path, fat: Fat, kit: Kit, paths: Sequence[str], files: Mappin
     with image.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    wrong = [name for name, content in files.items() if fat.read(name) != content]
-    wrong += [p for p in paths if fat.read(f"{KIT_FOLDER}/{p}") != (kit.folder / p).read_bytes()]
-    if wrong:
-        raise ImageError(f"{wrong[0]} reads back as something else than was written")
+    contents = chain(files.items(), ((f"{KIT_FOLDER}/{path}", (kit.folder / path).read_bytes()) for path in paths))
+    for name, content in contents:
+        if fat.read(name, len(content)) != content:
+            raise ImageError(f"{name} reads back as something else than was written")
 
 
 def _check_template(name: str, content: bytes) -> None:
@@ -261,25 +263,16 @@ def _check_template(name: str, content: bytes) -> None:
         )
 
 
-def _root(file: BinaryIO, partitions: Partitions) -> Ext4 | None:
-    for partition in partitions.roots:
-        with suppress(ImageError):
-            return Ext4(partition.region(file, "the root partition"))
-    return None
-
-
 def _system(root: Ext4 | None) -> ImageSystem:
     if root is None:
         return ImageSystem()
-    release = dict(re.findall(r'^([A-Z_]+)="?([^"\n]*)"?$', _text(root, "/etc/os-release"), re.MULTILINE))
+    release = dict(re.findall(r'^([A-Z_]+)="?([^"\n]*)"?$', _text(root, "/usr/lib/os-release"), re.MULTILINE))
     title = "".join(c for c in release.get("PRETTY_NAME", "") if c.isprintable())[:80]
     python = _PYTHONS.get(f"{release.get('ID', '')} {release.get('VERSION_ID', '')}", "")
     architecture = ""
-    with suppress(ImageError):
-        real = root.real("/usr/bin/python3")
-        if found := re.search(r"/python(3\.\d{1,2})$", real):
-            python = found[1]
-        head = root.read(real, 20)
+    if version := re.fullmatch(r"(?:/usr/bin/)?python(3\.\d{1,2})", root.link_target("/usr/bin/python3")):
+        python = version[1]
+        head = root.read(f"/usr/bin/python{python}", 20)
         if head[:4] == b"\x7fELF" and len(head) == 20:
             architecture = _MACHINES.get(struct.unpack_from("<H", head, 18)[0], "")
     table = [line.split() for line in _text(root, "/etc/fstab").splitlines() if not line.startswith("#")]
@@ -289,7 +282,4 @@ def _system(root: Ext4 | None) -> ImageSystem:
 
 
 def _text(root: Ext4, path: str) -> str:
-    try:
-        return root.read(path, 64 * 1024).decode("utf-8", "replace")
-    except ImageError:
-        return ""
+    return root.read(path, 64 * 1024).decode("utf-8", "replace")

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import subprocess  # nosec B404  # lists of words, never a shell
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedprune.core.errors import ImageError, MissingExtraError
+from fedprune.core.errors import ImageError
 from fedprune_flash.image.partitions import Partition
+from fedprune_flash.image.programs import ProgramOutput, run_program
 
 # A user's settings may name drives. Cards have no geometry, which mtools would check.
 _ENVIRONMENT = {"MTOOLSRC": os.devnull, "MTOOLS_SKIP_CHECK": "1", "LC_ALL": "C.UTF-8"}
 _FREE = re.compile(r"([0-9][0-9 ]*) bytes free")
 _HEAD = 64  # bytes of a boot sector that tell the clusters' size
-
-
-def check_mtools() -> None:
-    """Raise `MissingExtraError` where mtools is not installed."""
-    for program in ("mdir", "mcopy", "mtype", "mmd"):
-        if shutil.which(program) is None:
-            raise MissingExtraError(f"{program} is missing", hint="Install mtools: sudo apt-get install mtools.")
+_MAX_LISTING = 2**24  # bytes; a FAT's root folder of 65,536 names takes a third of that
 
 
 class Fat:
@@ -40,16 +33,17 @@ class Fat:
             head = file.read(_HEAD)
         self.cluster = int.from_bytes(head[11:13], "little") * head[13]
         listing = self._call("mdir", "::/")
-        free = _FREE.search(listing.stdout.decode("utf-8", "replace"))
-        if listing.returncode or free is None or not self.cluster:
+        free = _FREE.search(listing.output.decode("utf-8", "replace"))
+        if listing.status or free is None or not self.cluster:
             raise ImageError(f"{self._name} holds no FAT file system that mtools can read")
         self.free = int(free[1].replace(" ", ""))
 
     def exists(self, path: str) -> bool:
-        return self._call("mdir", "-b", f"::/{path}").returncode == 0
+        return self._call("mdir", "-b", f"::/{path}").status == 0
 
-    def read(self, path: str) -> bytes:
-        return self._run("mtype", f"::/{path}")
+    def read(self, path: str, limit: int = 2**20) -> bytes:
+        """A file's content, of at most `limit` bytes."""
+        return self._run("mtype", f"::/{path}", limit=limit)
 
     def write(self, files: Mapping[str, bytes]) -> None:
         """Write or replace files in the root folder."""
@@ -70,15 +64,13 @@ class Fat:
         """Bytes that a file of so many bytes takes."""
         return -(-count // self.cluster) * self.cluster
 
-    def _run(self, program: str, *words: str) -> bytes:
-        done = self._call(program, *words)
-        if done.returncode:
-            lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-            raise ImageError(f"{self._name}: {program}: {(lines or ['no message'])[0][:200]}")
-        return done.stdout
+    def _run(self, program: str, *words: str, limit: int = _MAX_LISTING) -> bytes:
+        done = self._call(program, *words, limit=limit)
+        if done.is_cut:
+            raise ImageError(f"{self._name}: {words[-1]}", expected=f"at most {limit} bytes", got="more")
+        if done.status:
+            raise ImageError(f"{self._name}: {program}: {(done.error.strip() or 'no message').splitlines()[0][:200]}")
+        return done.output
 
-    def _call(self, program: str, *words: str) -> subprocess.CompletedProcess[bytes]:
-        command = [program, "-i", self._drive, *words]
-        return subprocess.run(  # noqa: S603  # nosec B603  # a program of mtools, with an image's path
-            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, env={**os.environ, **_ENVIRONMENT}
-        )
+    def _call(self, program: str, *words: str, limit: int = _MAX_LISTING) -> ProgramOutput:
+        return run_program(program, ["-i", self._drive, *words], limit, environment=_ENVIRONMENT)

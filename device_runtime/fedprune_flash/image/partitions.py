@@ -19,26 +19,6 @@ _GPT = 0xEE
 _ENTRIES = 446
 
 
-class Region:
-    """A range of bytes of an open file, such as a partition. `name` is for error messages."""
-
-    def __init__(self, file: BinaryIO, start: int, size: int, name: str) -> None:
-        self._file, self._start = file, start
-        self.size, self.name = size, name
-
-    def read(self, at: int, count: int) -> bytes:
-        self._check(at, count)
-        self._file.seek(self._start + at)
-        found = self._file.read(count)
-        if len(found) != count:
-            raise ImageError(f"{self.name} is cut short", expected=f"{count} bytes at {at}", got=len(found))
-        return found
-
-    def _check(self, at: int, count: int) -> None:
-        if at < 0 or count < 0 or at + count > self.size:
-            raise ImageError(f"{self.name} points outside itself", expected=f"0 to {self.size}", got=f"{at} + {count}")
-
-
 @dataclass(frozen=True)
 class Partition:
     """A partition: number (from 1), type, and start and size in bytes."""
@@ -47,9 +27,6 @@ class Partition:
     kind: int
     start: int
     size: int
-
-    def region(self, file: BinaryIO, what: str) -> Region:
-        return Region(file, self.start, self.size, f"{what} (partition {self.number})")
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,10 @@ import pytest
 import tomllib
 import yaml
 
-from fedprune.core.errors import ExitCode, ImageError
+from fedprune.core.errors import ExitCode
 from fedprune.security.keys import SigningKey
 from fedprune_flash import Kit, Target
 from fedprune_flash.cli import main as cli
-from fedprune_flash.image.ext4 import Ext4
-from fedprune_flash.image.partitions import Region
 from support.fakes.runtime_releases import CLAIM, KEY
 from support.processes.disk_images import SECTOR, fsck_fat, make_image, mlist, mtype, run, tool
 from support.processes.machine import confined
@@ -427,6 +425,7 @@ def test_what_is_no_image_of_a_card_is_refused_and_nothing_is_left(
         ({"machine": "armhf"}, ExitCode.KIT, "64-bit image"),
         ({"boot": {"cmdline.txt": CMDLINE}}, ExitCode.IMAGE, "--scheme"),
         ({"boot": {"config.txt": ""}}, ExitCode.IMAGE, "no cmdline.txt"),
+        ({"boot": {"cmdline.txt": "x " * 2**20}}, ExitCode.IMAGE, "cmdline.txt: expected at most"),
         (
             {"boot": {**BOOTS["cloud-init"], "user-data": "#cloud-config\nhostname: mine\n"}},
             ExitCode.IMAGE,
@@ -484,35 +483,6 @@ def test_a_passphrase_is_never_shown(
     monkeypatch.setenv("FEDPRUNE_WIFI_PASSWORD", "geheim!")
     assert cli.main(command(tmp_path / "none.img", tmp_path / "out.img", kit, key)) == ExitCode.CONFIG
     assert "geheim" not in "".join(capsys.readouterr())
-
-
-@pytest.mark.parametrize("block", [1024, 4096])
-@pytest.mark.parametrize("features", ["", "^64bit,^metadata_csum,^extent"])
-def test_ext4_is_read_as_debugfs_reads_it(tmp_path: Path, block: int, features: str) -> None:
-    root = make_root(tmp_path / "root")
-    (root / "big").write_bytes(bytes(range(256)) * 2000)
-    (root / "far/a/b").mkdir(parents=True)
-    (root / "far/a/b/link").symlink_to("../../../usr/lib/" + "./" * 40 + "os-release")
-    (root / "far/loop").symlink_to("loop")
-    for number in range(300):
-        (root / "far/a" / f"file with a longer name {number}").write_text(str(number))
-    image = tmp_path / "ext4"
-    options = ["-O", features] if features else []
-    run("mke2fs", "-q", "-t", "ext4", "-b", str(block), *options, "-d", root, image, "12000k")
-    with image.open("rb") as file:
-        ext4 = Ext4(Region(file, 0, image.stat().st_size, "root"))
-        if "^extent" in features:
-            with pytest.raises(ImageError):
-                ext4.read("/big")
-            return
-        for name in ("/big", "/etc/fstab", "/far/a/file with a longer name 299"):
-            assert ext4.read(name) == run("debugfs", "-R", f'cat "{name}"', image)
-        assert ext4.read("/far/a/b/link") == (root / "usr/lib/os-release").read_bytes()
-        assert ext4.real("/usr/bin/python3") == f"/usr/bin/python{HERE}"
-        assert ext4.read("/big", 1000) == (root / "big").read_bytes()[:1000]
-        assert not ext4.exists("/far/loop")
-        assert not ext4.exists("/etc/fstab/x")
-        assert not ext4.exists("/nothing")
 
 
 def test_only_a_kit_of_the_server_goes_into_an_image(

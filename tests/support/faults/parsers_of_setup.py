@@ -6,17 +6,14 @@ import gzip
 import hashlib
 import io
 import lzma
-import shutil
 import struct
-import subprocess
 from functools import cache
 from pathlib import Path
 
 from fedprune.security.authority import Authority
 from fedprune.security.joining import Claim
 from fedprune_flash.image.boot_image import unpack
-from fedprune_flash.image.ext4 import Ext4
-from fedprune_flash.image.partitions import Region, read_partitions
+from fedprune_flash.image.partitions import read_partitions
 from fedprune_flash.kit.board_settings import checked_authorities
 from fedprune_flash.kit.kit import open_kit
 from fedprune_flash.on_board.kit_folder import KitFolder
@@ -92,31 +89,8 @@ def _images() -> tuple[Target, ...]:
         with out.open("wb") as file:
             return unpack(path, file)
 
-    def linux(raw: bytes) -> object:
-        found = Ext4(Region(io.BytesIO(raw), 0, len(raw), "root"))
-        return found.read("/etc/os-release"), found.real("/usr/link"), found.exists("/lib/x")
-
     packed = (gzip.compress(image, mtime=0), lzma.compress(image))
-    targets = [
+    return (
         Target("image.partitions", table, (image,), constant=_FILES),
         Target("image.packed", as_file(unpacked, "packed.img"), (*packed, image), constant=80 * 2**20, share=0.2),
-    ]
-    if ext4 := _ext4():
-        targets.append(Target("image.root partition", linux, (ext4,), constant=24 * 2**20, share=0.1))
-    return tuple(targets)
-
-
-def _ext4() -> bytes:
-    """An ext4 file system, where mke2fs can make one."""
-    program = shutil.which("mke2fs", path="/usr/sbin:/sbin:/usr/bin:/bin")
-    if program is None:
-        return b""
-    path, root = scratch() / "ext4", scratch() / "root"
-    (root / "etc").mkdir(parents=True, exist_ok=True)
-    (root / "usr").mkdir(exist_ok=True)
-    (root / "etc" / "os-release").write_text("ID=debian\n" * 50)
-    if not (root / "usr" / "link").is_symlink():
-        (root / "usr" / "link").symlink_to("../etc")
-    command = [program, "-q", "-t", "ext4", "-d", root, "-O", "^has_journal", "-b", "1024", path, "300k"]
-    subprocess.run(command, check=True, capture_output=True)
-    return path.read_bytes()
+    )
