@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated
 
-from fedprune.core import validation
+from fedprune.core import records, validation
 from fedprune.core.errors import ConfigError, ModelError, shown
+from fedprune.core.records import items, one_of, within
 
 MOST = 16
 """Augmentations of a recipe."""
@@ -108,12 +107,12 @@ class AugmentStep:
         axes: Axes that it moves or masks, from the last one: -1, -2, -3.
     """
 
-    name: str
+    name: Annotated[str, one_of(tuple(_FORMS))]
     values: tuple[float, ...]
-    begin: int
-    shape: tuple[int, ...]
-    first: int
-    axes: tuple[int, ...]
+    begin: Annotated[int, within(0, MAX_NUMBERS)]
+    shape: Annotated[tuple[Annotated[int, within(1, MAX_NUMBERS)], ...], items(_MAX_RANK)]
+    first: Annotated[int, within(0, MAX_NUMBERS)]
+    axes: Annotated[tuple[Annotated[int, within(-_MAX_RANK, -1)], ...], items(2, 1)]
 
     @property
     def moves(self) -> bool:
@@ -130,28 +129,18 @@ class AugmentStep:
         """Random numbers that it needs for a sample."""
         return {"flip": 1, "crop": 2, "noise": 2 * -(-self.size // 2), "specaugment": 4}.get(self.name, 1)
 
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> AugmentStep:
-        """Read a step. Raises `ModelError` if it isn't one."""
-        what = "an augmentation of the training graph"
-
-        def whole(value: object, low: int = 0, high: int = MAX_NUMBERS) -> int:
-            return validation.whole(what, value, low, high, error=ModelError)
-
-        try:
-            name = validation.word(what, body["name"], tuple(_FORMS), error=ModelError)
-            values = tuple(validation.number(what, value, error=ModelError) for value in body["values"])
-            shape = tuple(whole(size, 1) for size in body["shape"])
-            axes = tuple(whole(axis, -len(shape), -1) for axis in body["axes"])
-            step = cls(name, values, whole(body["begin"]), shape, whole(body["first"]), axes)
-        except (KeyError, TypeError) as error:
-            raise ModelError(what, expected="name, values, begin, shape, first, axes", got=shown(body)) from error
-        count, limits = 2 if name in ("crop", "specaugment") else 1, _LIMITS[name]
-        fits = len(limits) - _OPTIONAL.get(name, 0) <= len(values) <= len(limits)
-        fits = fits and all(low <= value <= high for value, (low, high) in zip(values, limits, strict=False))
-        if step.begin + step.size > MAX_NUMBERS or len(axes) != count or len(shape) > _MAX_RANK or not fits:
-            raise ModelError(what, expected=f"{_FORMS[name]} with {count} axes", got=shown(body))
-        return step
+    def check(self) -> None:
+        """Raise `ModelError` unless its numbers suit each other."""
+        count, limits = 2 if self.name in ("crop", "specaugment") else 1, _LIMITS[self.name]
+        fits = len(limits) - _OPTIONAL.get(self.name, 0) <= len(self.values) <= len(limits)
+        fits = fits and all(low <= value <= high for value, (low, high) in zip(self.values, limits, strict=False))
+        fits = fits and len(self.axes) == count and -min(self.axes) <= len(self.shape)
+        if self.begin + self.size > MAX_NUMBERS or not fits:
+            raise ModelError(
+                "an augmentation of the training graph",
+                expected=f"{_FORMS[self.name]} with {count} axes",
+                got=f"{self.values}, axes {self.axes} of {self.shape}",
+            )
 
 
 @dataclass(frozen=True)
@@ -162,8 +151,8 @@ class AugmentPlan:
         fill: The label of places that come in from outside; None where labels are of whole samples and don't move.
     """
 
-    steps: tuple[AugmentStep, ...]
-    fill: int | None = None
+    steps: Annotated[tuple[AugmentStep, ...], items(MOST)]
+    fill: Annotated[int, within(-(2**31), 2**31 - 1)] | None
 
     @property
     def numbers(self) -> int:
@@ -171,24 +160,15 @@ class AugmentPlan:
         return max((step.first + step.numbers for step in self.steps), default=0)
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return records.write(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> AugmentPlan:
         """Read a plan. Raises `ModelError` if it isn't one."""
-        try:
-            body = json.loads(text)
-            steps, fill = body["steps"], body["fill"]
-            validation.items("augmentations", steps, MOST, "steps", error=ModelError)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ModelError(
-                "augmentations of the training graph", expected="steps and fill", got=shown(text)
-            ) from error
-        if fill is not None:
-            validation.whole("label of places from outside", fill, -(2**31), 2**31 - 1, error=ModelError)
-        plan = cls(tuple(AugmentStep.from_dict(step) for step in steps), fill)
+        plan = records.read(cls, text.encode(), "augmentations of the training graph", ModelError)
         first = 0
         for step in plan.steps:
+            step.check()
             if step.first != first:
                 raise ModelError("the first random number of an augmentation", expected=first, got=step.first)
             first += step.numbers
