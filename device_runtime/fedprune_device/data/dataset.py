@@ -123,8 +123,8 @@ class LocalData:
 
     def moved_out(self, spool: Path) -> LocalData:
         """The same with large arrays in temporary files in `spool`, which are deleted with this process."""
-        x = {split: _moved_out(getattr(self, f"x_{split}"), spool) for split in SPLITS}
-        y = {split: _moved_out(getattr(self, f"y_{split}"), spool, any_type=True) for split in SPLITS}
+        x = {split: moved_out(getattr(self, f"x_{split}"), spool) for split in SPLITS}
+        y = {split: moved_out(getattr(self, f"y_{split}"), spool, any_type=True) for split in SPLITS}
         y = x if self.unlabelled else y
         arrays = x["train"], y["train"], x["test"], y["test"], x["val"], y["val"]
         return LocalData(*arrays, rows=self.rows, spool=spool)
@@ -262,13 +262,6 @@ def _check_finite(some: Array, what: str, first: int) -> None:
             got=f"sample {first + bad}, which has {held}",
             hint="Leave such samples out, or fill the gaps, as numpy.nan_to_num does.",
         )
-
-
-def _moved_out(x: Inputs, spool: Path, *, any_type: bool = False) -> Inputs:
-    if isinstance(x, StoredArray):
-        return x
-    stored = moved_out(x, spool, any_type=any_type)
-    return replace(stored, checked=True) if isinstance(stored, StoredArray) else stored
 
 
 def _type(array: Inputs) -> np.dtype[Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
@@ -35,10 +33,7 @@ class DecodedSamples:
         self._count = 0
         self._x = self._y = np.zeros(0, np.uint8)
         with storage_errors("can't make a file for decoded samples"):
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
-                self._file = Copy(os.dup(file.fileno()))
+            self._file = Copy.in_folder(folder)
 
     def serves(self, wanted: Collection[str]) -> bool:
         """Whether this cache is worth keeping for these files: at most half of what it holds is unwanted, and the
@@ -83,27 +78,17 @@ class DecodedSamples:
 
     def inputs(self, rows: npt.NDArray[np.int64], convert: Callable[[Array], Array]) -> StoredArray:
         """Samples of these rows, each turned by `convert` from what was decoded into what a model takes."""
-        sample = convert(np.zeros((1, *self._x.shape), self._x.dtype)).shape[1:]
-        return self._array(self._x, rows * self._record, convert, sample)
+        return StoredArray.at_places(self._file, rows * self._record, self._x.dtype, self._x.shape, convert)
 
     def labels(self, rows: npt.NDArray[np.int64]) -> Array | StoredArray:
         """The labels of these rows; scalar labels are held in memory."""
-        stored = self._array(self._y, rows * self._record + self._x.nbytes)
+        places = rows * self._record + self._x.nbytes
+        stored = StoredArray.at_places(self._file, places, self._y.dtype, self._y.shape)
         return replace(stored, in_range=True) if self._y.ndim else stored[:]
 
     @property
     def _record(self) -> int:
         return self._x.nbytes + self._y.nbytes
-
-    def _array(
-        self,
-        one: Array,
-        places: npt.NDArray[np.int64],
-        convert: Callable[[Array], Array] | None = None,
-        sample: tuple[int, ...] | None = None,
-    ) -> StoredArray:
-        whole = (len(places), *one.shape)
-        return StoredArray(self._file, None, 0, one.dtype, whole, None, True, convert, sample, places)
 
     def _full(self) -> RoomError:
         return RoomError("room for decoded samples", expected=f"at most {self._room} bytes", got="more")

@@ -39,6 +39,14 @@ class Copy:
     def __init__(self, *descriptors: int) -> None:
         self.descriptors = descriptors
 
+    @classmethod
+    def in_folder(cls, folder: Path | None) -> Copy:
+        """A new empty file in a folder, or in the system's folder for temporary ones. Raises `OSError`."""
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return cls(os.dup(file.fileno()))
+
     def __del__(self) -> None:
         for descriptor in self.descriptors:
             os.close(descriptor)
@@ -71,6 +79,20 @@ class StoredArray:
     places: Rows | None = None
     in_range: bool = False
     result: type[np.generic] = np.float32
+
+    @classmethod
+    def at_places(
+        cls,
+        file: Copy,
+        places: Rows,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        convert: Callable[[Array], Array] | None = None,
+    ) -> StoredArray:
+        """Checked samples [n, *shape], one at each of these places, each turned by `convert`."""
+        sample = None if convert is None else convert(np.zeros((1, *shape), dtype)).shape[1:]
+        whole = (len(places), *shape)
+        return cls(file, None, 0, dtype, whole, checked=True, convert=convert, sample=sample, places=places)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -223,11 +245,12 @@ def member(
     return StoredArray(path.absolute(), stamp, start + begin, dtype, shape)
 
 
-def moved_out(x: Array, spool: Path, *, any_type: bool = False) -> Inputs:
-    """Samples in a temporary file in `spool`, which is deleted with this process, if they are large."""
-    if not _usable(x.dtype, x.shape, any_type=any_type):
+def moved_out(x: Inputs, spool: Path, *, any_type: bool = False) -> Inputs:
+    """Checked samples in a temporary file in `spool`, which is deleted with this process, if they are large."""
+    if isinstance(x, StoredArray) or not _usable(x.dtype, x.shape, any_type=any_type):
         return x
-    return _spooled(spool, x.shape, x.dtype, lambda file: file.write(np.ascontiguousarray(x).data))
+    stored = _spooled(spool, x.shape, x.dtype, lambda file: file.write(np.ascontiguousarray(x).data))
+    return replace(stored, checked=True)
 
 
 def joined(arrays: Sequence[Inputs], dtype: np.dtype[Any], spool: Path | None) -> Inputs:
@@ -260,11 +283,9 @@ def _spooled(
     spool: Path, shape: tuple[int, ...], dtype: np.dtype[Any], write: Callable[[IO[bytes]], object]
 ) -> StoredArray:
     with storage_errors(f"can't write a copy of the samples to {spool}"):
-        spool.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=spool) as file:
+        copy = Copy.in_folder(spool)
+        with open(copy.fileno(), "wb", closefd=False) as file:
             write(file)
-            file.flush()
-            copy = Copy(os.dup(file.fileno()))
         return StoredArray(copy, _stamp(copy.fileno()), 0, dtype, shape)
 
 

@@ -109,4 +109,4 @@ def local_data(
 
 def _stored(files: Copy, like: Array, places: npt.NDArray[np.int64]) -> StoredArray:
     """Samples of a type and shape, at these places."""
-    return StoredArray(files, None, 0, like.dtype, (len(places), *like.shape), checked=True, places=places)
+    return StoredArray.at_places(files, places, like.dtype, like.shape)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -47,10 +45,7 @@ class _Numbers:
     def windows(self, first: npt.NDArray[np.int64], rows: int, convert: Callable[[Array], Array]) -> StoredArray:
         """Windows of `rows` rows [n, rows, columns], converted."""
         width = len(self.columns.all)
-        sample = convert(np.zeros((1, rows, width), np.float32)).shape[1:]
-        whole = (len(first), rows, width)
-        places = first * (4 * width)
-        return StoredArray(self.file, None, 0, np.dtype(np.float32), whole, None, True, convert, sample, places)
+        return StoredArray.at_places(self.file, first * (4 * width), np.dtype(np.float32), (rows, width), convert)
 
 
 @dataclass(frozen=True)
@@ -155,18 +150,16 @@ class TableFile:
     def _read(self) -> tuple[tuple[int, int, int], _Numbers]:
         stamp, count, labels = self._stamped(), 0, Counter[float]()
         with rows_of(self._path, self._names) as (columns, parts), storage_errors("can't write the numbers of a table"):
-            if self._spool is not None:
-                self._spool.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._spool) as file:
-                for some in parts:
-                    width = some.shape[1] * 4
-                    if (count + len(some)) * width > self._room:
-                        raise DataError("numbers", expected=f"at most {self._room // 4}", got="more")
-                    write_all(file.fileno(), some.tobytes(), count * width)
-                    count += len(some)
-                    if columns.classes:  # the last of the numbers that are kept
-                        labels.update(some[:, -1].tolist())
-                return stamp, _Numbers(Copy(os.dup(file.fileno())), columns, count, effective_classes(labels.values()))
+            file = Copy.in_folder(self._spool)
+            for some in parts:
+                width = some.shape[1] * 4
+                if (count + len(some)) * width > self._room:
+                    raise DataError("numbers", expected=f"at most {self._room // 4}", got="more")
+                write_all(file.fileno(), some.tobytes(), count * width)
+                count += len(some)
+                if columns.classes:  # the last of the numbers that are kept
+                    labels.update(some[:, -1].tolist())
+            return stamp, _Numbers(file, columns, count, effective_classes(labels.values()))
 
 
 def _planned(columns: Columns, shape: Shape, targets: Targets | None) -> _Plan:
