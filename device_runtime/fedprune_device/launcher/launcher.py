@@ -1,6 +1,6 @@
 """The launcher: starts one of two installed releases, and goes back to the other when a new one fails.
 
-`releases.installer.write_launcher` packs this module and those that it imports into one file next to the slots. It
+`releases.installer.launcher_archive` packs this module and those that it imports into one file next to the slots. It
 imports the standard library alone, so that no update can break it. A trial's attempt is counted on the disk before the
 release is started, so that a crash, a hang or a power cut uses it up.
 """

@@ -26,6 +26,8 @@ KEY = "server.pub"
 PURPOSE = b"fedprune release 1\n"
 """The beginning of what is signed of a release, as in `fedprune.releases.release`, which the launcher can't import."""
 
+Owner = tuple[int, int]  # numbers of a user and its group
+
 _KEY_BYTES = 32
 _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
@@ -222,11 +224,20 @@ def _read(path: Path) -> Any:
         raise DamagedError(f"{path.name} is missing or damaged") from error
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Replace a file's content; after a power cut it has the old content or the new one."""
+def write_file(path: Path, data: bytes, mode: int = 0o644, owner: Owner | None = None) -> None:
+    """Replace a file's content; after a power cut it has the old content or the new one.
+
+    It has the permissions from its first byte on, and by default this user as its owner. No link is followed: root may
+    write where others may, too.
+    """
     new = path.with_name(f".{path.name}.new")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    if os.path.lexists(new):
+        new.unlink()
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
+        os.fchmod(descriptor, mode)
+        if owner is not None:
+            os.fchown(descriptor, *owner)
         while data:
             data = data[os.write(descriptor, data) :]
         os.fsync(descriptor)

@@ -14,10 +14,11 @@ import shutil
 import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.disk import locked, read_file, storage_errors
@@ -25,9 +26,10 @@ from fedprune.core.errors import ReleaseError, StorageError, StorageFullError
 from fedprune.releases.release import FILES, MANIFEST, MAX_FILE, SIGNATURE, Release, ReleaseFile, opened
 from fedprune.security.keys import VerifyingKey
 from fedprune.wire.fleet_messages import MAX_MANIFEST
-from fedprune_device import launcher
+from fedprune_device.launcher import ed25519, launcher, sd_notify, slot_store
+from fedprune_device.launcher import state as launcher_state
 from fedprune_device.launcher.launcher import VERSION
-from fedprune_device.launcher.slot_store import SlotRecord, SlotStore, digest, files_digest, write_file
+from fedprune_device.launcher.slot_store import SlotRecord, SlotStore, digest, files_digest
 from fedprune_device.launcher.state import LONGEST_S, STABLE, STAGED, TRIAL, DamagedError, LauncherState
 from fedprune_device.releases.wheel import (
     InstalledWheel,
@@ -267,16 +269,23 @@ class ReleaseInstaller:
                 )
 
 
-def write_launcher(path: Path) -> None:
-    here, data = Path(str(launcher.__file__)).parent, io.BytesIO()
+def program_archive(modules: Iterable[ModuleType], main: str) -> bytes:
+    """One file that Python runs: these modules, and a call of `main` in the one of that name; the same bytes every
+    time."""
+    names = {module.__name__: Path(str(module.__file__)) for module in modules}
+    packages = {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
+    files = {f"{p.replace('.', '/')}/__init__.py": b"" for p in sorted(packages)}  # the packages' own import much more
+    files |= {f"{name.replace('.', '/')}.py": path.read_bytes() for name, path in names.items()}
+    files["__main__.py"] = f"import sys\nfrom {main} import main\nsys.exit(main())\n".encode()
+    data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
-        for package in ("fedprune_device", "fedprune_device/launcher"):
-            archive.writestr(zipfile.ZipInfo(f"{package}/__init__.py"), "")
-        for name in ("ed25519.py", "state.py", "slot_store.py", "sd_notify.py", "launcher.py"):
-            archive.writestr(zipfile.ZipInfo(f"fedprune_device/launcher/{name}"), (here / name).read_bytes())
-        main = "import sys\nfrom fedprune_device.launcher.launcher import main\nsys.exit(main())\n"
-        archive.writestr(zipfile.ZipInfo("__main__.py"), main)
-    write_file(path, data.getvalue())
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return data.getvalue()
+
+
+def launcher_archive() -> bytes:
+    return program_archive((ed25519, launcher_state, slot_store, sd_notify, launcher), launcher.__name__)
 
 
 _ANSWER_S = 120.0

@@ -13,11 +13,9 @@ wheelhouse/       fedprune and all its requirements for that board
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from fedprune.wire import topics
 from fedprune_device.launcher import ed25519, slot_store, state
 from fedprune_device.launcher.slot_store import PURPOSE
 from fedprune_device.releases import wheel
-from fedprune_device.releases.installer import write_launcher
+from fedprune_device.releases.installer import launcher_archive, program_archive
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_flash.kit import wheelhouse
 from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities, checked_claim
@@ -140,7 +138,7 @@ def build_kit(
             tell("checking wheels")
             wheelhouse.check(sorted(wheels.iterdir()), target)
             (new / INSTALLER).write_bytes(installer_archive())
-            write_launcher(new / LAUNCHER)
+            (new / LAUNCHER).write_bytes(launcher_archive())
             settings = {ENVIRONMENT: environment(board), SERVICE: unit(board, target)}
             for name, text in settings.items():
                 (new / name).write_text(text, encoding="utf-8")
@@ -230,18 +228,8 @@ _MODULES = (
     *(errors, text, extras, validation, topics, ed25519, slot_store, state, wheel),
     *(board_files, install, installation, kit_folder, runtime_slot, service_control),
 )
-_MAIN = "import sys\nfrom fedprune_flash.on_board.install import main\nsys.exit(main())\n"
 
 
 def installer_archive() -> bytes:
-    """The archive that `python3 install.pyz` runs; the same bytes every time."""
-    names = {m.__name__ for m in _MODULES}
-    packages = {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
-    files = {f"{p.replace('.', '/')}/__init__.py": b"" for p in sorted(packages)}  # the packages' own import much more
-    files |= {f"{m.__name__.replace('.', '/')}.py": Path(str(m.__file__)).read_bytes() for m in _MODULES}
-    files["__main__.py"] = _MAIN.encode()
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(zipfile.ZipInfo(name), content)
-    return data.getvalue()
+    """The archive that `python3 install.pyz` runs."""
+    return program_archive(_MODULES, install.__name__)

@@ -1,4 +1,4 @@
-"""Files that the installer writes on a board as root, atomically and only where something changes."""
+"""Files and folders of a board that the installer, as root, compares, deletes, and gives to the service's user."""
 
 from __future__ import annotations
 
@@ -10,29 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedprune.core.errors import StorageError
-from fedprune_device.launcher.slot_store import sync_folder
-
-Owner = tuple[int, int]  # numbers of a user and its group
-
-
-def write(path: Path, data: bytes, mode: int, owner: Owner | None = None) -> None:
-    """Replace a file's content, in missing folders, too; after a power cut it has the old content or the new one.
-
-    It has the permissions from its first byte on, and by default this user as its owner.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.partial")
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(descriptor, mode)
-        if owner is not None:
-            os.fchown(descriptor, *owner)
-        file.write(data)
-        file.flush()
-        os.fsync(descriptor)
-    new.replace(path)
-    sync_folder(path.parent)
+from fedprune_device.launcher.slot_store import Owner, sync_folder
 
 
 def holds(path: Path, data: bytes, mode: int) -> bool:

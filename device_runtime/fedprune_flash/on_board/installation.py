@@ -14,8 +14,8 @@ from pathlib import Path
 from fedprune.core.errors import BoardError, JoinError, KitError, UsageError, shown
 from fedprune.core.text import decode_text
 from fedprune.wire.topics import check_device
-from fedprune_device.launcher.slot_store import KEY, sync_folder
-from fedprune_flash.on_board.board_files import Owner, drop, give, holds, owned, write
+from fedprune_device.launcher.slot_store import KEY, Owner, sync_folder, write_file
+from fedprune_flash.on_board.board_files import drop, give, holds, owned
 from fedprune_flash.on_board.kit_folder import AUTHORITY, CLAIM, ENVIRONMENT, SERVICE, KitFolder
 from fedprune_flash.on_board.runtime_slot import RuntimeSlot
 from fedprune_flash.on_board.service_control import ServiceControl, call
@@ -228,7 +228,8 @@ class Installation:
             path = place.at(SETTINGS) / name
             if name in self.kit.names and not holds(path, self._setting(name), 0o644):
                 self._say(f"write {SETTINGS}/{name}")
-                write(path, self._setting(name), 0o644)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_file(path, self._setting(name))
         if not self._handed_over():
             self._say(f"hand the claim over to {STATE}/claim{', and delete it here' if self.claim is None else ''}")
             self._hand_over()
@@ -272,13 +273,13 @@ class Installation:
     def _hand_over(self) -> None:
         claim = self.kit.read(CLAIM) if self.kit.claimed else self.claim
         if claim is not None:
-            write(self._state / "claim", claim, 0o400, self.place.owner)
+            write_file(self._state / "claim", claim, 0o400, self.place.owner)
         self.kit.blacken_claim()
 
     def _enable(self) -> None:
         place = self.place
-        write(place.unit, self.kit.read(SERVICE), 0o644)
-        place.link.parent.mkdir(parents=True, exist_ok=True)
+        place.link.parent.mkdir(parents=True, exist_ok=True)  # and the unit's, in which it is
+        write_file(place.unit, self.kit.read(SERVICE))
         place.link.unlink(missing_ok=True)
         place.link.symlink_to(f"{_UNITS}/{SERVICE}")
         sync_folder(place.link.parent)

@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedprune.core.errors import KitError, RuntimeUnavailableError, StorageFullError
-from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, digest, write_file
+from fedprune_device.launcher.slot_store import KEY, Owner, SlotRecord, SlotStore, digest, write_file
 from fedprune_device.launcher.state import SLOTS, STABLE, DamagedError, LauncherState
 from fedprune_device.releases.wheel import Wheel, check_distinct, install_wheels
-from fedprune_flash.on_board.board_files import Owner, give
+from fedprune_flash.on_board.board_files import give
 from fedprune_flash.on_board.kit_folder import LAUNCHER, KitFolder
 
 ENTRY = "fedprune_start:device"

@@ -16,7 +16,7 @@ from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune_device.launcher.slot_store import KEY as KEY_FILE
 from fedprune_device.launcher.slot_store import write_file
 from fedprune_device.launcher.state import SLOTS, LauncherState
-from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller, ReleaseSource, write_launcher
+from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller, ReleaseSource, launcher_archive
 from fedprune_device.releases.release_trial import PACKAGES
 from fedprune_device.releases.wheel import Wheel, contents_digest
 
@@ -89,7 +89,7 @@ def set_up(root: Path, folder: Path, key: VerifyingKey = PUBLIC) -> ReleaseInsta
     for name in ("state", "incoming", *SLOTS):
         (root / name).mkdir(parents=True)
     write_file(root / KEY_FILE, key.hex.encode())
-    write_launcher(root / LAUNCHER)
+    write_file(root / LAUNCHER, launcher_archive())
     home.save(LauncherState(SLOTS[1]))
     release = installer.stage(source(folder))
     home.save(LauncherState(SLOTS[0], highest=release.number))
