@@ -263,6 +263,7 @@ class OfferHandler:
 
     def _start(self, offer: Offer, now: float) -> None:
         try:
+            self._secure.check(offer)
             check_offer(offer, self._store, self._profile)
             pending = self._store.pending
             if pending is not None and pending.job == offer.job and pending.round >= offer.round:

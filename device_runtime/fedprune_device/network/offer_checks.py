@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedprune.core.errors import PlanError, ProtocolError, StorageFullError
+from fedprune.core.errors import PlanError, StorageFullError
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.planning.costs import storage_bytes
 from fedprune.planning.profile import HardwareProfile
-from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.wire.messages import Accepted, Cancelled, Offer, SecureStep, Update
 from fedprune_device.storage.state_directory import DeviceStore
 
 
 def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | None) -> None:
-    """Check an offer; raises `ConfigError`, `ProtocolError`, `PrivacyError`, `StorageFullError`, or `PlanError` beyond
-    the profile."""
+    """Check an offer; raises `ConfigError`, `PrivacyError`, `StorageFullError`, or `PlanError` beyond the profile."""
     recipe = Recipe.from_dict(offer.recipe)
-    if recipe.secure_aggregation != (offer.secure is not None):
-        raise ProtocolError(
-            "offer: secure",
-            expected="present" if recipe.secure_aggregation else "absent, as the recipe has no secure_aggregation",
-            got="none" if offer.secure is None else "present",
-        )
-    if offer.secure is not None:
-        MaskedForm.from_json(offer.secure)
     store.privacy.check(recipe)
     full = _full_size(offer)
     lowered = offer.lowered or {}

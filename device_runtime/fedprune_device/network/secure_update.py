@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
+from fedprune.model.recipe import Recipe
 from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import decode_roster
@@ -46,6 +47,18 @@ class SecureUpdate:
     def sum(self) -> str:
         """The number of the sum that the board takes part in; empty for none."""
         return "" if self._part is None else self._part.sum
+
+    @staticmethod
+    def check(offer: Offer) -> None:
+        """Raise `ProtocolError` if an offer's form of the update can't be used, or its recipe says otherwise."""
+        if offer.secure is not None:
+            MaskedForm.from_json(offer.secure)
+        if (masked := Recipe.from_dict(offer.recipe).secure_aggregation) != (offer.secure is not None):
+            raise ProtocolError(
+                "offer: secure",
+                expected="present" if masked else "absent, as the recipe has no secure_aggregation",
+                got="none" if offer.secure is None else "present",
+            )
 
     def hold(self, offer: Offer, update: Update, now: float) -> None:
         """Keep a trained update, which is not masked yet, until the server has the sum. Raises `StorageError` if it

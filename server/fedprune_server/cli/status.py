@@ -23,7 +23,6 @@ from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.devices.plan_vs_actual import compared, described, planned, unit
 from fedprune_server.devices.quarantine import read_rows
-from fedprune_server.engine.secure_sums import secure_sum_line
 from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
 from fedprune_server.monitoring.alert_rules import evaluate_alerts
@@ -178,7 +177,7 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
         asked = quantity(len(row["devices"]), "device")
         figures = [f"{counted} of {asked}", *metrics, *board_texts(row, judging_metric(job))]
         lines.append(f"  round {row['round']}: {', '.join(figures)}")
-        lines += [f"    {secure_sum_line(report)}" for report in row.get("secure_sums", ())]
+        lines += [f"    {note}" for note in row.get("notes", ())]
         lines += [
             f"    {name}: {_outcome(part)}: {part['reason']}"
             for name, part in sorted(row["devices"].items())

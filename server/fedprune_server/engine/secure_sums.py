@@ -14,10 +14,11 @@ from typing import Any
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.masked import sum_line
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, SignatureError
-from fedprune.core.text import one_line, quantity, some
+from fedprune.core.text import one_line
 from fedprune.secure_aggregation.collector import Collector, FalseSharesError
-from fedprune.secure_aggregation.grid import MaskedForm
+from fedprune.secure_aggregation.grid import SECURE, MaskedForm
 from fedprune.secure_aggregation.messages import decode_roster
 from fedprune.secure_aggregation.session import MIN_BOARDS, Session, task_digest
 from fedprune.security.keys import KEY, VerifyingKey
@@ -80,8 +81,8 @@ class MaskedChannel(UpdateChannel):
         self._digests = {}
         for devices in command.cohorts:
             offer = self._state.tasks[devices[0]].offer or {}
-            form = MaskedForm.from_json(offer[do.SECURE])
-            task = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[do.SECURE])
+            form = MaskedForm.from_json(offer[SECURE])
+            task = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[SECURE])
             try:
                 session = _session(self._job.name, command.round, task, len(devices), form)
             except FedpruneError as error:
@@ -198,7 +199,7 @@ class MaskedChannel(UpdateChannel):
                 self._accepted |= {name: cohort.arrived[name] for name in devices}
             self._dropped |= cohort.dropped()
             report = cohort.report()
-            log.info("round %d: %s", self._round, secure_sum_line(report))
+            log.info("round %d: %s", self._round, sum_line(report))
             self._reports.append(report)
         false = [list(cohort.collector.boards) for cohort in self._cohorts if cohort.is_false]
         event = on.Unmasked(self._round, sums, dict(sorted(self._dropped.items())), self._reports, false)
@@ -403,9 +404,3 @@ def _session(job: str, round_: int, task: str, boards: int, form: MaskedForm) ->
     context = json.dumps([job, round_, secrets.token_hex(_RANDOM)]).encode()
     dropping = min(_DROPPING, (boards - MIN_BOARDS) // 2 / boards)
     return Session.choose(context, boards, form.narrow, form.wide, task=task, dropping=dropping)
-
-
-def secure_sum_line(report: Mapping[str, Any]) -> str:
-    """How the sum of a cohort went (`fedprune.coordination.events.Unmasked`), as one line."""
-    lost = "".join(f"; lost at the step of {step}: {some(names)}" for step, names in report["lost"].items())
-    return f"secure sum of {quantity(report['boards'], 'board')}: {report['summed']} summed{lost}"

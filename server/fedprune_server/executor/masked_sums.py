@@ -18,8 +18,9 @@ from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection, Tensors
-from fedprune.secure_aggregation.grid import Grid, MaskedForm, TensorGrid, step_exponent
+from fedprune.secure_aggregation.grid import SECURE, Grid, MaskedForm, TensorGrid, step_exponent
 from fedprune.secure_aggregation.masks import Vector
+from fedprune_server.executor.round_closer import RoundCloser
 from fedprune_server.executor.stored_updates import StoredUpdates
 
 _LARGEST_DELTAS = "masked_deltas"
@@ -30,25 +31,21 @@ _REACH = 4.0
 its next update. Larger steps would round more."""
 
 
-class MaskedSums:
-    """Describes the vectors of a round, and closes it with their sums.
-
-    Args:
-        round_of: The round that a command belongs to.
-    """
+class MaskedSums(RoundCloser):
+    """Describes the vectors of a round, and closes it with their sums."""
 
     def __init__(
         self, job: Job, updates: StoredUpdates, store: BlobStore, round_of: Callable[[do.Close | do.Basis], Round]
     ) -> None:
-        self._coded = job.compression == "int8"
-        self._updates, self._store, self._round_of = updates, store, round_of
+        super().__init__(updates, round_of)
+        self._coded, self._store = job.compression == "int8", store
 
-    def form(self, basis: do.Basis, part: do.Part, selection: Selection) -> MaskedForm:
-        """An offer's description of the vector to mask."""
+    def offer_fields(self, basis: do.Basis, part: do.Part, selection: Selection) -> dict[str, Any]:
+        """The description of the vector to mask."""
         grid = self._grid(self._round_of(basis), basis, part, selection)
-        return MaskedForm(grid.form, grid.narrow, grid.wide)
+        return {SECURE: MaskedForm(grid.form, grid.narrow, grid.wide).to_json()}
 
-    def closed(self, command: do.Close) -> RoundResult:
+    def close(self, command: do.Close) -> RoundResult:
         """The result of a round. If a cohort's sum can't be that of boards which follow the protocol, none of its
         updates counts: sums of masked updates don't show which board is at fault."""
         parts = {found.part.device: found for found in command.contributions}
@@ -63,7 +60,8 @@ class MaskedSums:
         if rejected and not sums:
             return RoundResult(rejected=rejected)
         try:
-            result = replace(round_.close_sums(sums, command.participants), rejected=rejected)
+            counted = tuple(self._updates.update(c) for device, c in parts.items() if device not in rejected)
+            result = replace(round_.close_sums(sums, command.participants), updates=counted, rejected=rejected)
         except (ProtocolError, BundleError) as error:
             failure = Failure(FailureKind.OTHER, one_line(f"the sums of masked updates don't fit the round: {error}"))
             return RoundResult(rejected=dict.fromkeys(parts, failure) | rejected)

@@ -39,6 +39,7 @@ from fedprune_server.executor.distillation import Distiller
 from fedprune_server.executor.evaluator import Evaluation, Evaluator, Sessions
 from fedprune_server.executor.masked_sums import MaskedSums
 from fedprune_server.executor.offers import Offers, blobs_of, graphs_of
+from fedprune_server.executor.round_closer import RoundCloser
 from fedprune_server.executor.stored_updates import StoredUpdates
 
 log = logging.getLogger("fedprune.server")
@@ -91,7 +92,9 @@ class Worker:
         self.updates = StoredUpdates(job, model.architecture, self.strategy, store, self._offers.withheld, model.ranks)
         self.limits = UpdateLimits(job, uniform=self.strategy.aggregator.weighting == "uniform")
         self._round: tuple[object, Round] | None = None
-        self._masked_sums = MaskedSums(job, self.updates, store, self.round_of) if job.secure_aggregation else None
+        self._closer = RoundCloser(self.updates, self.round_of)
+        if job.secure_aggregation:
+            self._closer = MaskedSums(job, self.updates, store, self.round_of)
         self._shared: dict[Hashable, dict[Hashable, dict[str, Any]]] = {}
         self._told: set[str] = set()
 
@@ -206,11 +209,8 @@ class Worker:
         held = command.coding.held
         known = held is not None and self.store.has(held.ranking)
         before = self.updates.archive.selection(held.ranking, held.widths) if known and held is not None else None
-        secure: dict[str, Any] = {}
-        if self._masked_sums is not None:
-            secure[do.SECURE] = self._masked_sums.form(command.basis, command.part, submodel.selection).to_json()
         return {
-            **secure,
+            **self._closer.offer_fields(command.basis, command.part, submodel.selection),
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
             "selection": submodel.selection.digest,
@@ -251,11 +251,7 @@ class Worker:
         return on.Folded(found.part.device, found.basis.round, found.part.attempt)
 
     def _close(self, command: do.Close) -> on.Closed:
-        if self._masked_sums is None:
-            updates = [self.updates.update(c) for c in command.contributions]
-            result = self.round_of(command).close(updates, command.rate, command.participants)
-        else:
-            result = self._masked_sums.closed(command)
+        result = self._closer.close(command)
         self._round = None
         self._log(command.round, result)
         model = self._put_model(command, result)
@@ -278,8 +274,7 @@ class Worker:
         if result.model is None:
             return command.model
         before, kept = self.updates.archive.model(command.model), set[str]()
-        summed = {device for found in command.sums for device in found.devices} - result.rejected.keys()
-        counted = {u.device for u in result.updates} | summed
+        counted = {u.device for u in result.updates}
         for found in command.contributions:
             if found.part.device in counted:
                 kept |= self.updates.withheld(found.basis, found.part)

@@ -74,7 +74,7 @@ def test_a_sum_is_logged_and_in_status_with_the_boards_that_it_lost(
     state = fleet.run()
     line = f"secure sum of 5 boards: 4 summed; lost at the step of {step}: c"
     assert f"round 1: {line}" in caplog.messages
-    assert state.history[0]["secure_sums"] == [{"boards": 5, "summed": 4, "lost": {step: ["c"]}}]
+    assert state.history[0]["notes"] == [line]
     with Storage.at(tmp_path / "secure") as storage:
         storage.put_settings({"job": Job(rounds=1, devices=5, secure_aggregation=True, move_limit=0.0).to_dict()})
     text = describe(status(tmp_path / "secure"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.coordination import State
+from fedprune.coordination import State, coordinate
 from fedprune.coordination.grants import Grant, Grants
 from fedprune.jobs.job import Job
 from fedprune.jobs.packed_json import PackedJson
@@ -45,7 +45,7 @@ def granted(state: State, number: int, options: dict[str, Any] | None = None, **
 
 def begun(job: Job, state: State, number: int = 1, architecture: Architecture = NET) -> Grants:
     """The grants of a job whose round of this number has just begun."""
-    grants = Grants(job, compose(job), architecture, state)
+    grants = coordinate(job, architecture, state).grants
     state.round = number
     grants.begin_round()
     return grants

@@ -20,7 +20,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, Task
 from fedprune.model.selection import Selection
-from fedprune.secure_aggregation.grid import MaskedForm, TensorGrid, VectorForm
+from fedprune.secure_aggregation.grid import SECURE, MaskedForm, TensorGrid, VectorForm
 from fedprune.updates.privacy import Privacy, epsilon
 from support.fakes import tiny_job as toy
 from support.fakes.coordinator_shell import Shell
@@ -109,7 +109,7 @@ class Cohorts(Fleet):
         if isinstance(command, do.Extract):
             event = super().answer(command)
             assert isinstance(event, on.Extracted)
-            return replace(event, offer=event.offer | {"selection": "s", do.SECURE: FORM})
+            return replace(event, offer=event.offer | {"selection": "s", SECURE: FORM})
         if isinstance(command, do.SendOffer) and self.job.secure_aggregation:
             return on.Trained(command.device, command.round, command.attempt, "0", 10, 1)
         return super().answer(command)

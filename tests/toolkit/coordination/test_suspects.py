@@ -15,7 +15,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.suspects import divide_into_cohorts, narrow_suspects
 from fedprune.jobs.failure_kind import FailureKind
-from fedprune.secure_aggregation.grid import MaskedForm, TensorGrid, VectorForm
+from fedprune.secure_aggregation.grid import SECURE, MaskedForm, TensorGrid, VectorForm
 from fedprune.secure_aggregation.session import MIN_BOARDS
 from support.fakes import tiny_job
 from support.fakes.coordinator_shell import Shell
@@ -98,7 +98,7 @@ class SpoiltSums(Shell):
             return on.Trained(command.device, command.round, command.attempt, "0", 10, 1)
         event = super().answer(command)
         if isinstance(event, on.Extracted):
-            return replace(event, offer=event.offer | {"selection": "s", do.SECURE: SECURE_FORM})
+            return replace(event, offer=event.offer | {"selection": "s", SECURE: SECURE_FORM})
         return event
 
     def left_out(self) -> set[str]:

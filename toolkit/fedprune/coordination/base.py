@@ -46,8 +46,8 @@ class Coordinator(ABC):
         frozen: Tensors that the model's author froze.
     """
 
-    masks = False
-    """Whether updates are masked, so that no single one is ever known."""
+    sums_alone = False
+    """Whether sums of updates are all that is ever known of them."""
 
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
         self.job = job
@@ -59,7 +59,7 @@ class Coordinator(ABC):
             WidthPlanner(job, self.strategy, architecture, frozen)
         )
         self.fleet = Fleet(job, architecture, state, self.strategy.least_channels)
-        self.grants = Grants(job, self.strategy, architecture, state)
+        self.grants = Grants(job, self.strategy, architecture, state, asks_alike=self.sums_alone)
         self.privacy_budget = PrivacyBudget(state, job.privacy)
         self._codecs: dict[tuple[str, ...], list[str]] = {}  # as devices share them
         self._ready = ReadyDevices(state, self.privacy_budget.may)
@@ -125,7 +125,7 @@ class Coordinator(ABC):
         more rounds.
         """
         state = self.state
-        state.keep_to(asynchronous=self.schedule.asynchronous, masked=self.masks)
+        state.keep_to(asynchronous=self.schedule.asynchronous, masked=self.sums_alone)
         self._mark_all_offline()
         if state.phase is Phase.FINISHED and not self._last():
             state.phase = Phase.WAITING
@@ -147,8 +147,8 @@ class Coordinator(ABC):
     @property
     def uniform(self) -> bool:
         """Whether devices count alike, whatever their samples: under privacy no board may weigh more than another, and
-        with masks weights would tell of single updates (`secure_aggregation.grid`)."""
-        return self.job.privacy.on or self.masks or self.strategy.aggregator.weighting == "uniform"
+        in sums weights would tell of single updates."""
+        return self.job.privacy.on or self.sums_alone or self.strategy.aggregator.weighting == "uniform"
 
     # What a coordinator's rounds are.
 

@@ -6,10 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SECURE = "secure"
-"""Entry of an offer that says how the update becomes a vector to be masked: its `tensors`
-(`fedprune.secure_aggregation.grid.VectorForm`), and its numbers of 32 (`narrow`) and 64 bits (`wide`)."""
-
 
 @dataclass(frozen=True)
 class Past:
@@ -301,7 +297,7 @@ class Close:
         memory: Digests of what the job remembers, by name.
         participants: The devices of the round, sorted.
         rate: Share of the way to the sums' mean that is gone.
-        sums: With secure aggregation, the sums of all contributions, none of which is known by itself.
+        sums: The sums of all contributions, where none is known by itself.
     """
 
     round: int

@@ -57,9 +57,16 @@ class Grant(NamedTuple):
 
 
 class Grants:
-    """Decides what devices train, once per round for the fleet; what devices can hold is the allocator's to say."""
+    """Decides what devices train, once per round for the fleet; what devices can hold is the allocator's to say.
 
-    def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, state: State) -> None:
+    Args:
+        asks_alike: Whether devices of the same widths must be asked for the same.
+    """
+
+    def __init__(
+        self, job: Job, strategy: Strategy, architecture: Architecture, state: State, *, asks_alike: bool = False
+    ) -> None:
+        self._asks_alike = asks_alike
         self._job, self._strategy, self._architecture, self._state = job, strategy, architecture, state
         self._core = strategy.core
         self._recipe = job.training  # made anew whenever a job is asked, and needed for every device of a round
@@ -149,7 +156,7 @@ class Grants:
         wide as each other, or labels are even. They are where, of all classes or of as many as a board has samples, the
         median board's labels are worth the core's `evenness`. Boards that don't say count as worth none."""
         devices = self._devices
-        if self._job.privacy.on or self._job.secure_aggregation or not self._sees_fleet:
+        if self._job.privacy.on or self._asks_alike or not self._sees_fleet:
             return False
         kinds = Counter((d.density, d.widths) for d in devices)
         if len(kinds) < 2 or not self._fit_whole_steps(devices):
@@ -174,8 +181,7 @@ class Grants:
         return least, self._state.core_density if least == core else kept_share(self._architecture, least)
 
     def _work(self, device: Device, widths: Widths) -> int:
-        # What boards are to train is part of what those of a secure sum agree on.
-        if self._core is None or not self._has_core or not widths or self._job.secure_aggregation:
+        if self._core is None or not self._has_core or not widths or self._asks_alike:
             return 1
         whole_steps = WHOLE_STEPS if self._core.evenness else 1.0
         wanted = round(WORK_SHARE * self._training_macs(self._architecture.sizes) / self._training_macs(widths))

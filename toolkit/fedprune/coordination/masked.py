@@ -18,9 +18,10 @@ from fedprune.coordination.suspects import divide_into_cohorts, narrow_suspects
 from fedprune.coordination.synchronous import SynchronousCoordinator
 from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
+from fedprune.core.text import quantity, some
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Phase, Progress
-from fedprune.secure_aggregation.grid import MaskedForm
+from fedprune.secure_aggregation.grid import SECURE, MaskedForm
 from fedprune.secure_aggregation.session import task_digest
 
 _LEFT_OUT = "it was left out of this round's sums, to find out which board has spoilt one"
@@ -29,7 +30,7 @@ _LEFT_OUT = "it was left out of this round's sums, to find out which board has s
 class MaskedCoordinator(SynchronousCoordinator):
     """Synchronous rounds that close with the sums of cohorts instead of with single updates."""
 
-    masks = True
+    sums_alone = True
 
     def handle(self, event: on.Event, now: float) -> Commands:
         match event:
@@ -53,7 +54,7 @@ class MaskedCoordinator(SynchronousCoordinator):
         return max(1, super()._least - len(self.state.at_fault))
 
     def _is_continued(self, offer: Mapping[str, Any]) -> bool:
-        return super()._is_continued(offer) or MaskedForm.from_json(offer[do.SECURE]).coded
+        return super()._is_continued(offer) or MaskedForm.from_json(offer[SECURE]).coded
 
     def _trained(self, event: on.Trained, now: float) -> Commands:
         """A device has an update to mask: it is part of the round's sum from now on."""
@@ -88,7 +89,7 @@ class MaskedCoordinator(SynchronousCoordinator):
         groups: dict[str, list[str]] = {}
         for name in names:
             offer = state.tasks[name].offer or {}
-            digest = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[do.SECURE])
+            digest = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[SECURE])
             groups.setdefault(digest, []).append(name)
         cohorts: list[list[str]] = []
         for digest, members in sorted(groups.items()):
@@ -126,6 +127,10 @@ class MaskedCoordinator(SynchronousCoordinator):
         self.state.closing = {"cohorts": closing["cohorts"]} if closing.get("cohorts") else None  # for the summary
         return true_cohorts, self._suspect(true_cohorts, false_cohorts)
 
+    def _summary(self, metrics: dict[str, float], now: float) -> dict[str, Any]:
+        reports = (self.state.closing or {}).get("cohorts", ())
+        return {**super()._summary(metrics, now), "notes": [sum_line(report) for report in reports]}
+
     def _suspect(self, true_cohorts: Collection[Sequence[str]], false_cohorts: Collection[Sequence[str]]) -> bool:
         """Learn from a round's sums which devices may have spoilt one. Returns whether less are suspected than before,
         so that the next attempt needs no pause."""
@@ -142,3 +147,9 @@ class MaskedCoordinator(SynchronousCoordinator):
         device.excluded = (
             "it has spoilt sums of masked updates: each sum with it was false, and those of others were not"
         )
+
+
+def sum_line(report: Mapping[str, Any]) -> str:
+    """How the sum of a cohort went (`events.Unmasked`), as one line."""
+    lost = "".join(f"; lost at the step of {step}: {some(names)}" for step, names in report["lost"].items())
+    return f"secure sum of {quantity(report['boards'], 'board')}: {report['summed']} summed{lost}"

@@ -176,6 +176,12 @@ class Job:
         rounds = self.recipe.lr_rounds if own else self.rounds
         return replace(self.recipe, lr_rounds=rounds, secure_aggregation=self.secure_aggregation)
 
+    @property
+    def sums_alone(self) -> bool:
+        """Whether nothing is made of single updates: they are masked, or the noise is shared by all. Codecs of single
+        updates are none of that; those of masked ones have a step for all boards."""
+        return self.secure_aggregation or (self.privacy.on and not self.privacy.local)
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
         own = {"recipe": self.recipe.to_dict(), "privacy": self.privacy.to_dict(), "precision": list(self.precision)}

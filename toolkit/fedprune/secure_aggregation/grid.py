@@ -35,6 +35,9 @@ from fedprune.core.validation import whole
 from fedprune.model.selection import Selection, Tensors
 from fedprune.secure_aggregation.masks import Vector
 
+SECURE = "secure"
+"""The field of an offer that says how the update becomes a vector to be masked (`MaskedForm`)."""
+
 CODES = 127
 """The largest code of a difference."""
 

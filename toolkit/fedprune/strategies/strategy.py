@@ -142,11 +142,11 @@ class Strategy:
             profile: The name of its hardware profile.
             known: The codecs that it knows.
         """
-        plain = self.masks or job.secure_aggregation or (job.privacy.on and not job.privacy.local)
+        plain = self.masks or job.sums_alone
         own = PLAIN if plain else self.compression
         asked = job.compression_of.get(str(profile), job.compression), job.compression_down
         up, down = (agreed(own if setting == AUTO else setting, known) for setting in asked)
-        return (None if job.secure_aggregation else up), down  # codes of masked updates have a step for all boards
+        return (None if job.sums_alone else up), down
 
     def planned_recipe(self, job: Job, device: str, widths: tuple[int, ...], density: float, samples: int) -> Recipe:
         """The recipe by which a device's costs are predicted.

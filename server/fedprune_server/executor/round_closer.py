@@ -1,0 +1,30 @@
+"""How updates become the sums of their round: each read by itself. Other ways override what they do differently."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fedprune.coordination import commands as do
+from fedprune.coordination.round import Round, RoundResult
+from fedprune.model.selection import Selection
+from fedprune_server.executor.stored_updates import StoredUpdates
+
+
+class RoundCloser:
+    """Closes rounds with the updates of single devices.
+
+    Args:
+        round_of: The round that a command belongs to.
+    """
+
+    def __init__(self, updates: StoredUpdates, round_of: Callable[[do.Close | do.Basis], Round]) -> None:
+        self._updates, self._round_of = updates, round_of
+
+    def offer_fields(self, basis: do.Basis, part: do.Part, selection: Selection) -> dict[str, Any]:
+        """Fields of an offer that ask for the update in a form of its own."""
+        return {}
+
+    def close(self, command: do.Close) -> RoundResult:
+        updates = [self._updates.update(c) for c in command.contributions]
+        return self._round_of(command).close(updates, command.rate, command.participants)
