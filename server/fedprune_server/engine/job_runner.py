@@ -67,6 +67,10 @@ _RESULTS_PER_TURN = 100
 """Results of heavy commands that a turn takes in. Each offer of a large round is one, and takes about 0.3 ms to save
 and send: what boards ask while 10,000 are made is answered after some of them."""
 
+_RESULTS_AMID_MESSAGES = 10
+"""The same while messages wait: boards ask for their files as soon as they have an offer, and what others ask would wait
+behind all of that."""
+
 
 @dataclass(frozen=True)
 class RunnableJob:
@@ -236,13 +240,13 @@ class JobRunner:
             if event is not None:
                 self._handle(event)
 
-    def end_turn(self) -> None:
+    def end_turn(self, *, messages_wait: bool = False) -> None:
         """Save what the turn's messages led to, and only then act on it. Raises `FedpruneError` if a heavy command
         failed for another reason than a device's update, or the disk fails."""
         with self._log_context():
             self._take_uploads()
             self._collect_uploads()
-            for _ in range(_RESULTS_PER_TURN):
+            for _ in range(_RESULTS_AMID_MESSAGES if messages_wait else _RESULTS_PER_TURN):
                 if (result := self._executor.collect()) is None:
                     break
                 self._handle(result)

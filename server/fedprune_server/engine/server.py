@@ -188,7 +188,7 @@ class Server:
         # The first job's transaction comes first: it stores which epochs the turn's messages have begun, no later than
         # what any job has made of them.
         for runner in runners:
-            runner.end_turn()
+            runner.end_turn(messages_wait=item is not None)
         if self._needs_assignment or any(r.needs_assignment for r in runners):
             self._needs_assignment = False
             self._share(now)
