@@ -20,10 +20,12 @@ def summary(thing: Any) -> str:
 
 
 def attributes(cls: type[Any]) -> dict[str, str]:
-    """What a class's docstring says of each attribute, in the order in which it does."""
-    _, _, section = (inspect.getdoc(cls) or "").partition("\nAttributes:\n")
-    section = _SECTION.split(section)[0]
-    return {name: _flat(text) for name, text in _ENTRY.findall(section)}
+    """What the docstrings of a class and its bases say of each attribute, in the order of the fields."""
+    texts: dict[str, str] = {}
+    for kind in reversed(cls.__mro__):
+        _, _, section = (inspect.cleandoc(kind.__doc__ or "")).partition("\nAttributes:\n")
+        texts |= {name: _flat(text) for name, text in _ENTRY.findall(_SECTION.split(section)[0])}
+    return texts
 
 
 def field_docstrings(cls: type[Any]) -> dict[str, str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -76,35 +75,3 @@ def even_parts(order: Rows, most: int) -> list[Rows]:
     """Rows in parts as equal as possible, of at most `most` and at least two rows."""
     count = -(-len(order) // most)
     return np.array_split(order, max(1, min(count, len(order) // 2)))
-
-
-def mixed(parts: Sequence[Part], alpha: float, rng: np.random.Generator) -> tuple[list[Part], npt.NDArray[np.float32]]:
-    """Mix the samples of a batch (mixup), within each of its parts, when the part's samples are requested.
-
-    Zhang, Cisse, Dauphin and Lopez-Paz 2018, "mixup: Beyond Empirical Risk Minimization" (arXiv:1710.09412), eq. 1 and
-    2, as in the authors' code: one λ ~ Beta(α, α) per batch, whose samples are paired with a permutation of themselves.
-    Numbers to predict, and labels from 0 to 1, are mixed like samples; classes stay, and have partners. Returns the
-    mixed batch and λ (float32, shape []), the share of each sample itself.
-    """
-    share = np.float32(rng.beta(alpha, alpha))
-    out = []
-    for part in parts:
-        y, order = part.y, rng.permutation(len(part.y))
-        make = partial(_made, part.make, order, share)
-        if y.dtype.kind == "i":
-            out.append(Part(make, y, y[order]))
-        else:
-            out.append(Part(make, _mix(y, order, share)))
-    return out, np.asarray(share)
-
-
-def _made(make: Callable[[], Array], order: npt.NDArray[np.int64], share: np.float32) -> Array:
-    return _mix(make(), order, share)
-
-
-def _mix(value: Array, order: npt.NDArray[np.int64], share: np.float32) -> Array:
-    """λ·v + (1 − λ)·v in another order, in float32."""
-    out = np.asarray(value[order], np.float32)
-    out *= np.float32(1) - share
-    out += share * value
-    return out

@@ -22,7 +22,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.onnx_subgraph import GraphParts
 from fedprune.runtime.placed_runs import GpuLostError
-from fedprune_device.data.batches import Batches, Part, Rows, even_parts, mixed
+from fedprune_device.data.batches import Batches, Part, Rows, even_parts
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.stored_array import Inputs
 from fedprune_device.serving.predictor import Predictor
@@ -207,9 +207,10 @@ class Trainer(StepGraph):
             if augmentation is not None:
                 key = (round_, device, "augment", number)
                 parts = [augmentation(part, seed, *key, place) for place, part in enumerate(parts)]
-            if recipe.mixup and not self.token_ids and free_axis(self.input_shape) is None:
-                parts, share = mixed(parts, recipe.mixup, keyed(seed, round_, device, "mixup", number))
-                fed |= {step_contract.Y_SHARE: share} if recipe.features.mixup else {}
+            if recipe.mixes_samples and not self.token_ids and free_axis(self.input_shape) is None:
+                mixed, share = recipe.mixed([(part.make, part.y) for part in parts], seed, round_, device, number)
+                parts = [Part(*part) for part in mixed]
+                fed |= {step_contract.Y_SHARE: share} if recipe.features.label_pairs else {}
             if len(plans) > 1:
                 plan = plans[int(keyed(seed, round_, device, "widths", number).integers(len(plans)))]
             narrower = None if plan == plans[0] else self.axes

@@ -13,6 +13,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ModelError, TrainingError, shape_text
 from fedprune.core.text import quantity
 from fedprune.model import step_contract as step
+from fedprune.model.losses import LOSSES
 from fedprune.runtime.bundle import BASE, FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.onnx_subgraph import part_for
 from fedprune.runtime.precision import lowered_weights
@@ -20,7 +21,7 @@ from fedprune.runtime.precision_files import files_of, graph_file, prepare_file,
 from fedprune.runtime.session import Session
 from fedprune_export.bundles.inference import check_origin, inference_graph
 from fedprune_export.checks.parity import LIMIT, STEP_SAMPLES, TRIAL_RATE, distance, moved_tensors, parity
-from fedprune_export.checks.step_feeds import COMPUTED, Array, loss, random_labels, step_feeds
+from fedprune_export.checks.step_feeds import Array, random_labels, step_feeds
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import sample_feeds
 from fedprune_export.pruning.model import Model
@@ -179,8 +180,9 @@ class _Trial:
 
     def _loss_of(self, logits: Array) -> float:
         """The loss of these outputs: computed with numpy, or by the training graph's own loss if that is a graph."""
-        if self.bundle.recipe.loss in COMPUTED:
-            return loss(self.bundle.recipe, logits, self.feeds())
+        value = LOSSES[self.bundle.recipe.loss].value
+        if value is not None:
+            return value(logits.astype(np.float64), self.feeds())
         objective = Session(part_for(self.bundle.path(TRAINING).read_bytes(), [step.LOSS], given=[step.LOGITS]))
         feeds = {n: v for n, v in self.feeds().items() if n in objective.inputs}
         return float(objective.run({**feeds, step.LOGITS: logits})[step.LOSS])

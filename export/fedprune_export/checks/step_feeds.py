@@ -1,4 +1,4 @@
-"""A training step on trial: random labels, all its inputs, and what its loss should be."""
+"""A training step on trial: random labels and all its inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from fedprune.model.recipe import CUSTOM, MULTI, Recipe, labels_of
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]
 
-COMPUTED = ("cross_entropy", "bce", "mse", "huber")  # losses that `loss` knows
 _SHARE = 0.7  # λ on trial: a step that ignores it, or the partners, has another loss
 
 
@@ -68,28 +67,3 @@ def step_feeds(
             hint="Export the bundle again with this version.",
         )
     return feeds
-
-
-def loss(recipe: Recipe, logits: Array, feeds: Mapping[str, Array]) -> float:
-    """The data loss of a recipe, of the model's outputs, in float64; all classes weigh the same.
-
-    Args:
-        logits: [n, ...], with classes on axis 1.
-        feeds: What the step was fed, as `step_feeds` makes it: labels and, with mixup, those of the partners.
-    """
-    y = feeds[step_contract.Y]
-    z = logits.astype(np.float64)
-    if recipe.loss == "cross_entropy":
-        z = z - z.max(axis=1, keepdims=True)
-        logs = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-        share, partner = float(feeds.get(step_contract.Y_SHARE, 1.0)), feeds.get(step_contract.Y_PARTNER, y)
-        chosen = [np.take_along_axis(logs, labels[:, None], axis=1)[:, 0] for labels in (y, partner)]
-        own = share * chosen[0] + (1 - share) * chosen[1]
-        return float(-np.mean((1 - recipe.label_smoothing) * own + recipe.label_smoothing * logs.mean(axis=1)))
-    if recipe.loss == "bce":
-        return float(np.mean(np.maximum(z, 0) - z * y + np.log1p(np.exp(-np.abs(z)))))
-    error = np.abs(z - y)
-    if recipe.loss == "mse":
-        return float(np.mean(error**2))
-    delta = recipe.huber_delta
-    return float(np.mean(np.where(error <= delta, 0.5 * error**2, delta * (error - 0.5 * delta))))

@@ -12,7 +12,8 @@ from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, meant, remedy
 from fedprune.core.json_file import read_json
-from fedprune.model.recipe import CUSTOM, LIST_SETTINGS, LOSSES, METRICS_OF, Recipe, labels_of
+from fedprune.model.losses import LOSSES
+from fedprune.model.recipe import CUSTOM, LIST_SETTINGS, METRICS_OF, Recipe, labels_of
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
 from fedprune.updates import Codec

@@ -98,6 +98,14 @@ class Draft:
     _counter: int = field(default=0, repr=False)
     _constants: dict[tuple[Any, ...], str] = field(default_factory=dict, repr=False)
 
+    def add_input(self, name: str, shape: tuple[Dim, ...] = (), dtype: npt.DTypeLike = np.float32) -> None:
+        """Append an input; its shape has names for free dimensions."""
+        self.inputs.append(Port(name, np.dtype(dtype), shape))
+
+    def add_output(self, name: str, shape: tuple[Dim, ...] = (), dtype: npt.DTypeLike = np.float32) -> None:
+        """Append an output; its shape has names for free dimensions."""
+        self.outputs.append(Port(name, np.dtype(dtype), shape))
+
     def fresh(self, stem: str) -> str:
         """A value name that nothing else in this graph has."""
         self._counter += 1

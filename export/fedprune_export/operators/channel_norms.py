@@ -16,7 +16,7 @@ import numpy as np
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.planning.probe_report import CPU
-from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule, port
+from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, gradient_rule
 from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.channels.rule import GROUPS, POSITIONS, Channels, channel_rule
 from fedprune_export.ir.graph import Graph, Node
@@ -245,7 +245,7 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
             made = g.producers()[following]
             made.name, made.outputs = before, [before]
         else:
-            g.outputs.append(port(following, tape.shape(statistic)))
+            g.add_output(following, tape.shape(statistic))
         old = g.emit("Mul", before, g.scalar(keep))
         new = g.emit("Mul", value, g.scalar(1 - keep))
         g.emit("Add", old, new, out=following)

@@ -6,7 +6,7 @@ import json
 
 from fedprune.core.errors import ModelError
 from fedprune.model.step_contract import DROPOUT, dropout_mask
-from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule, port
+from fedprune_export.autodiff.tape import Pull, Tape, describe, gradient_rule
 from fedprune_export.ir.dropout import mask_axes, ratio_of
 from fedprune_export.ir.graph import Node
 
@@ -25,7 +25,7 @@ def dropout(tape: Tape, node: Node) -> Pull:
     if strange:
         raise ModelError(f"{describe(node)}: its size depends on the samples", got=strange[0])
     mask = dropout_mask(node.name or node.outputs[0])
-    graph.inputs.append(port(mask, dims))
+    graph.add_input(mask, dims)
     graph.metadata[DROPOUT] = json.dumps({**json.loads(graph.metadata.get(DROPOUT, "{}")), mask: ratio})
     tape.written[mask] = dims
     tape.enter(node.outputs[0], graph.emit("Mul", x, mask), shape)

@@ -120,7 +120,7 @@ def _objective(g: Graph, tape: Tape, tensor: Trained, features: Features, fit: _
     if features.accumulate:
         so_far = step_contract.following(step_contract.total(name))
         gradient = g.emit("Add", step_contract.total(name), gradient, out=so_far)
-        g.outputs.append(port(so_far, shape))
+        g.add_output(so_far, shape)
     if features.proximal:
         moved = g.emit("Sub", name, step_contract.anchor(name))
         pull = g.emit("Mul", moved, fit(step_contract.strength(name), tensor))
@@ -129,7 +129,7 @@ def _objective(g: Graph, tape: Tape, tensor: Trained, features: Features, fit: _
         gradient = g.emit("Mul", gradient, step_contract.mask(name))
     if features.gradients:
         gradient = g.emit("Identity", gradient, out=step_contract.gradient(name))
-        g.outputs.append(port(step_contract.gradient(name), shape))
+        g.add_output(step_contract.gradient(name), shape)
     return gradient
 
 

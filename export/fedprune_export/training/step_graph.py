@@ -5,8 +5,9 @@ from __future__ import annotations
 from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model import step_contract
 from fedprune.model.lengths import LENGTH
+from fedprune.model.losses import LOSSES
 from fedprune.model.nested_widths import axes_json
-from fedprune.model.recipe import CUSTOM, LOSSES, Features
+from fedprune.model.recipe import CUSTOM, Features
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.probe_report import CPU
 from fedprune_export.autodiff.tape import BATCH, Tape, port, sample_shape
@@ -60,10 +61,10 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     constant = {} if model.base is None else {n: model.graph.initializers[n] for n in model.base.axes}
     tape = Tape(model, graph, {*frozen, *constant}, scaled=scaled)
     if features.scale:
-        graph.inputs.append(port(step_contract.OUTPUT_SCALE, ()))
+        graph.add_input(step_contract.OUTPUT_SCALE)
         tape.written[step_contract.OUTPUT_SCALE] = ()
     input_shape = sample_shape(model.graph)
-    graph.inputs.append(port(step_contract.X, input_shape, model.graph.inputs[0].dtype))
+    graph.add_input(step_contract.X, input_shape, model.graph.inputs[0].dtype)
     _check_logits(model, features)
     own = _own_loss(model, features)
     graph.inputs.append(_labels(model, features, own))
@@ -72,7 +73,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     trained: list[Trained] = []
     for spec in architecture.tensors:
         shape, value = tape.tensor_shape(spec), spec.name
-        graph.inputs.append(port(spec.name, shape))
+        graph.add_input(spec.name, shape)
         wanted = spec.kind.trainable and spec.name not in frozen
         if wanted:
             trained.append(Trained(spec.name, shape))
@@ -82,7 +83,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
         graph.initializers[name] = numbers
         tape.enter(name, name, numbers.shape)
     add_inputs(graph, trained, features)
-    graph.outputs.append(port(step_contract.LOSS, ()))
+    graph.add_output(step_contract.LOSS)
 
     tape.forward()
     logits = model.graph.outputs[0].name

@@ -155,24 +155,6 @@ def fedavg(job: Job) -> Job:
     It keeps the job's seed, rounds, totals, devices, participation and deadline, and of its recipe the steps, batch,
     loss, optimiser, augmentation, frozen parts and measurement interval.
     """
-    plain = replace(
-        job.recipe,
-        proximal=0.0,
-        logit_adjustment=False,
-        mask_absent_classes=False,
-        balance_classes=False,
-        ordered_dropout=(),
-        average=0.0,
-        blend=0.0,
-        mixup=0.0,
-        calibrate=False,
-        personal=(),
-        scale=1.0,
-        mask="none",
-        mask_threshold=0.0,
-        patience=0,
-        report_squares=False,
-    )
     return replace(
         job,
         name="fedavg",
@@ -185,5 +167,5 @@ def fedavg(job: Job) -> Job:
         rule="coverage",
         server_momentum=0.0,
         warmup_rounds=0,
-        recipe=plain,
+        recipe=job.recipe.plain,
     )

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core.rng import keyed
-from fedprune_device.data.batches import Part, mixed
+from fedprune.model.mixup import Mixup
+from fedprune_device.data.batches import Part
 
 pytestmark = pytest.mark.board
 
@@ -21,6 +21,11 @@ alphas = st.floats(1e-3, 10)
 
 def part_of(x: npt.NDArray[Any], y: npt.NDArray[Any]) -> Part:
     return Part.of(x, y, np.arange(len(y)))
+
+
+def mixed(parts: list[Part], alpha: float, seed: int, step: int = 1) -> tuple[list[Part], npt.NDArray[np.float32]]:
+    made, share = Mixup(alpha).mixed([(p.make, p.y) for p in parts], seed, 1, "d", step)
+    return [Part(*part) for part in made], share
 
 
 def batch(sizes: list[int], loss: str, seed: int) -> list[Part]:
@@ -38,7 +43,7 @@ def test_classes_have_partners_and_samples_are_mixed_with_theirs(sizes: list[int
     parts = batch(sizes, "cross_entropy", seed)
     # A sample that says of which class it is: what is mixed into it must say the same of its partner.
     parts = [part_of(np.repeat(p.y[:, None], 2, 1).astype(np.float32), p.y) for p in parts]
-    got, share = mixed(parts, alpha, keyed(seed))
+    got, share = mixed(parts, alpha, seed)
     assert (share.dtype, share.shape) == (np.float32, ())
     assert 0 <= share <= 1
     for part, new in zip(parts, got, strict=True):
@@ -56,7 +61,7 @@ def test_labels_that_are_numbers_are_mixed_as_samples_are(loss: str, sizes: list
     parts = batch(sizes, loss, seed)
     before = [(p.x.copy(), p.y.copy()) for p in parts]
     same = [part_of(p.y, p.y) for p in parts]
-    got, again = mixed(parts, alpha, keyed(seed))[0], mixed(same, alpha, keyed(seed))[0]
+    got, again = mixed(parts, alpha, seed)[0], mixed(same, alpha, seed)[0]
     for part, new, twin, (x, y) in zip(parts, got, again, before, strict=True):
         assert new.partner is None
         assert new.y.dtype == np.float32
@@ -70,7 +75,7 @@ def test_labels_that_are_numbers_are_mixed_as_samples_are(loss: str, sizes: list
 @pytest.mark.parametrize("alpha", [1e-3, 0.2, 1.0, 10.0])
 def test_shares_are_drawn_from_a_beta_distribution(alpha: float) -> None:
     one = batch([2], "mse", 0)
-    shares = np.array([mixed(one, alpha, keyed(1, "mixup", n))[1] for n in range(3000)], np.float64)
+    shares = np.array([mixed(one, alpha, 1, n)[1] for n in range(3000)], np.float64)
     assert np.isfinite(shares).all()
     assert shares.mean() == pytest.approx(0.5, abs=0.03)
     assert shares.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.1)

@@ -35,8 +35,8 @@ LOSSES = {
     "weights": Features(class_weight=True),
     "smooth": Features(label_smoothing=True),
     "all of cross-entropy": Features(True, True, True, label_smoothing=True),
-    "mixup": Features(mixup=True),
-    "all of cross-entropy with mixup": Features(True, True, True, label_smoothing=True, mixup=True),
+    "mixup": Features(label_pairs=True),
+    "all of cross-entropy with mixup": Features(True, True, True, label_smoothing=True, label_pairs=True),
     "ignore": Features(ignore_label=IGNORED),
     "ignore one that is a class": Features(ignore_label=2),
     "ignore with all": Features(True, True, True, label_smoothing=True, ignore_label=IGNORED),
@@ -106,8 +106,8 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
         x = torch.where(get[step_contract.CLASS_MASK].reshape(along) > 0, x, torch.zeros_like(x))
     ignored = -100 if features.ignore_label is None else features.ignore_label
     target = torch.tensor(y) if y.dtype == np.int64 else torch.tensor(y, dtype=dtype)
-    share = get[step_contract.Y_SHARE] if features.mixup else torch.ones((), dtype=dtype)
-    partner = torch.tensor(extra[step_contract.Y_PARTNER]) if features.mixup else target
+    share = get[step_contract.Y_SHARE] if features.label_pairs else torch.ones((), dtype=dtype)
+    partner = torch.tensor(extra[step_contract.Y_PARTNER]) if features.label_pairs else target
     if features.loss == "cross_entropy":
         smooth = float(extra[step_contract.LABEL_SMOOTHING]) if features.label_smoothing else 0.0
         own, other = (

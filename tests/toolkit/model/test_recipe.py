@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
-from fedprune.model.recipe import LEAST_MIXUP, OPTIMIZERS, SCHEDULES, Features, Recipe
+from fedprune.model.mixup import LEAST_MIXUP
+from fedprune.model.recipe import OPTIMIZERS, SCHEDULES, Features, Recipe
 
 pytestmark = pytest.mark.board
 
@@ -145,7 +146,7 @@ def test_labels_that_are_numbers_are_mixed_without_the_graph(loss: str) -> None:
 
 def test_a_blend_needs_an_average() -> None:
     assert Recipe(average=0.5, blend=1.0).features == Recipe(average=0.5).features
-    with pytest.raises(ConfigError, match=r"recipe.blend: without average: expected average above 0, got 0.5"):
+    with pytest.raises(ConfigError, match=r"recipe\.blend: with average"):
         Recipe(blend=0.5)
 
 

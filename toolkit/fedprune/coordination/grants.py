@@ -113,7 +113,7 @@ class Grants:
             most, share = f"{self._state.core_density:.3g} of the model's channels", f"{self._core.board_share:.0%}"
             return f"boards share a core: they train at most {most}, which {share} of them can hold"
         if not self._state.mixed:
-            return "all boards train the same width: no ordered dropout and no mixup by default"
+            return "all boards train the same width: no ordered dropout and no mixed samples by default"
         return "each board trains all that it can hold" if self._has_core else ""
 
     @property

@@ -17,7 +17,9 @@ from fedprune.core.errors import ConfigError, shown
 from fedprune.core.metrics import ACCURACY, LOSS, METRICS, SCORE
 from fedprune.core.settings import bounded, check_fields, one_of
 from fedprune.core.validation import is_number
-from fedprune.model import augmentation
+from fedprune.model import augmentation, mixup
+from fedprune.model.losses import LOSSES
+from fedprune.model.rule import Rule, check_rules
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ class Features:
         threshold: Per trained tensor a number θ: elements below it in size are 0 in the forward pass, and what is above
             it learns what its size is worth (FIARSE).
         scale: The outputs of every layer with weights, but the last, are multiplied by a number (HeteroFL's scaler).
-        mixup: Every sample has a second label, that of the sample that was mixed into it, and a number λ says how much
-            the first counts (cross-entropy).
+        label_pairs: Every sample has a second label, that of the sample that was mixed into it, and a number λ says how
+            much the first counts (cross-entropy).
         frozen: Patterns of tensors that stay as they are.
         trainable: Patterns of the only tensors that are trained, if there are any.
         augment: The graph's metadata has the graphs of these augmentations.
@@ -68,7 +70,7 @@ class Features:
     axes: bool = False
     threshold: bool = False
     scale: bool = False
-    mixup: bool = False
+    label_pairs: bool = False
     frozen: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
     augment: tuple[str, ...] = ()
@@ -114,35 +116,6 @@ JUDGED = ("classes", MULTI)
 """Labels that outputs are right or wrong about."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """All that is known of a loss besides its graph (`fedprune_export.training.losses`).
-
-    Attributes:
-        labels: What it compares with: `classes` (the number of one), `multi`, `values`, or its `own`.
-        copies: Arrays of the size of a model's output that it needs in addition, where outputs are of places; one row
-            of outputs per sample is too small to count. Counted in training graphs of U-Nets with 2 to 40 classes.
-        reads_logits: It applies a sigmoid or softmax itself.
-        setting: The number of the recipe that its graph reads, by the same name.
-    """
-
-    labels: str
-    copies: float = 0.0
-    reads_logits: bool = False
-    setting: str = ""
-
-
-LOSSES = {
-    "cross_entropy": Loss(labels="classes", copies=1.5, reads_logits=True),
-    "bce": Loss(labels=MULTI, copies=5.5, reads_logits=True),
-    "mse": Loss(labels="values"),
-    "l1": Loss(labels="values"),
-    "huber": Loss(labels="values", copies=2.5, setting="huber_delta"),
-    DISTILL: Loss(labels="values", copies=6.0, reads_logits=True, setting="distill_temperature"),
-    CUSTOM: Loss(labels="own", copies=8.0),  # as many as a focal loss needs
-}
-
-
 def labels_of(loss: str) -> str:
     """The labels that a loss compares with. Raises `ConfigError` if there is no such loss."""
     validation.word(("recipe", "loss"), loss, tuple(LOSSES))
@@ -163,9 +136,6 @@ SCHEDULES = ("constant", "cosine")
 
 MASKS = ("none", "hard", "threshold")
 
-LEAST_MIXUP = 1e-3
-"""With a smaller α hardly a draw would mix anything; with the smallest, 1/α is no number and there is no draw."""
-
 _MOST = 1000
 _LONGEST = 1000
 """Entries of a list of patterns or densities, and letters of a pattern."""
@@ -176,8 +146,8 @@ _MOST_CHECKED = 256
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Local training of one round.
+class PlainTraining:
+    """Local training as FedAvg has it, and what it keeps from others.
 
     Attributes:
         epochs: Passes over the local data.
@@ -186,12 +156,6 @@ class Recipe:
         momentum: Momentum of SGD, below 1.
         weight_decay: Added to gradients as weight_decay · w; with AdamW and Lion it shrinks the weights by
             lr · weight_decay.
-        proximal: Strength µ of the pull towards the weights that were received; 0 leaves it out.
-        logit_adjustment: Add the log of the device's own (smoothed) label shares to the logits in the loss and in
-            personal predictions: log((n_c + 0.1) / (n + 0.1·C)).
-        mask_absent_classes: Take classes that the device has no sample of out of the loss (HeteroFL's masked loss).
-        balance_classes: Weigh classes by the inverse of their local share; with `bce`, each class's positive labels by
-            its negatives over its positives.
         max_steps: Upper limit of steps, 0 for none.
         loss: `cross_entropy` (one class per sample, or per place of it), `bce` (labels 0 or 1 of every class, from
             logits), `mse`, `l1` or `huber` (numbers to predict), `distill` (Hinton et al. 2015: labels are a teacher's
@@ -215,34 +179,10 @@ class Recipe:
         frozen: Patterns of tensors (such as `layer1.*`) that are not trained and come back as they were. A batch norm
             whose statistics are frozen normalises by them.
         trainable: Patterns of the only tensors that are trained; empty for all but those that the model itself froze.
-        ordered_dropout: Densities: every step trains the model at one of these, or at the device's own width (FjORD);
-            empty for the device's own width in every step.
-        average: Share of the old average that the board's own moving average of trained weights keeps every round; it
-            is what serves, and its accuracy is reported. 0 for none: the last weights serve.
-        blend: Share of the received weights in the model that serves where the board keeps an average: it is
-            (1 − blend) · average + blend · received, but for tensors that are personal or frozen. The average that
-            is kept has none of it.
-        validate_blend: With `blend` the board compares its average with and without the received weights on its
-            validation samples, and serves the average alone where that is clearly better.
-        mixup: α of mixup (Zhang et al. 2018, eq. 1 and 2): every step trains on λ·x + (1 − λ)·x', λ ~ Beta(α, α), where
-            x' are its samples in another order, and on labels that are mixed alike; 0 for samples as they are. Token
-            ids can't be mixed: where a model reads them, training continues without.
-        calibrate: After training, one pass over the local training samples measures batch-norm statistics again, for
-            what is evaluated, serves and is sent.
-        personal: Patterns of tensors that stay on the board: they are not part of its updates, and its own last ones
-            take the place of those received.
-        scale: The outputs of every layer with weights, but the last, are multiplied by this in training alone
-            (HeteroFL's scaler: 1 / the device's share of channels).
-        mask: `none`; `hard`: elements that the offer's mask leaves out are 0 and stay so; `threshold`: so are, step by
-            step, those of masked tensors that are smaller than `mask_threshold` (FIARSE).
-        mask_threshold: FIARSE's θ.
-        patience: Training ends when the loss of the device's validation samples hasn't fallen below its lowest for so
-            many epochs; 0 trains all epochs.
         best_epoch: With `patience` the weights of the epoch with the lowest validation loss count; if not, those that
             training ended with.
         evaluate_every: The board measures its models (offered, trained, averaged) on its own test and validation
             samples in one of this many rounds; in the others it trains and serves without, which costs it less.
-        report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
         distill_temperature: What outputs of model and teacher are divided by in the loss `distill`.
         keep_optimizer_state: The board keeps the optimiser's state (momentum, means, the number of steps) between
             rounds; it stays on the board. Channels that are new in its submodel begin without.
@@ -265,10 +205,6 @@ class Recipe:
     lr: float = bounded(0.05, 0, 1_000)
     momentum: float = bounded(0.9, 0, 1, below=True)
     weight_decay: float = bounded(0.0, 0, 1_000)
-    proximal: float = bounded(0.0, 0, 1e6)
-    logit_adjustment: bool = False
-    mask_absent_classes: bool = False
-    balance_classes: bool = False
     max_steps: int = bounded(0, 0, 10**9)
     loss: str = one_of("cross_entropy", tuple(LOSSES))
     label_smoothing: float = bounded(0.0, 0, 1)
@@ -281,20 +217,8 @@ class Recipe:
     accumulate: int = bounded(1, 1, 65_536)
     frozen: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
-    ordered_dropout: tuple[float, ...] = ()
-    average: float = bounded(0.0, 0, 1, below=True)
-    calibrate: bool = False
-    personal: tuple[str, ...] = ()
-    scale: float = bounded(1.0, 1e-3, 1e3)
-    mask: str = one_of("none", MASKS)
-    mask_threshold: float = bounded(0.0, 0, 1e6)
-    patience: int = bounded(0, 0, 10_000)
-    report_squares: bool = False
     evaluate_every: int = bounded(1, 1, 10**6)
     best_epoch: bool = True
-    blend: float = bounded(0.0, 0, 1)
-    validate_blend: bool = False
-    mixup: float = bounded(0.0, LEAST_MIXUP, 10, or_zero=True)
     ignore_label: int | None = bounded(None, -(2**31), 2**31 - 1)
     metric: str = ""
     distill_temperature: float = bounded(2.0, 0.01, 1_000)
@@ -306,6 +230,62 @@ class Recipe:
     update_clip: float = bounded(0.0, 0, 1e6)
     update_noise: float = bounded(0.0, 0, 1e10)
     secure_aggregation: bool = False
+
+
+@dataclass(frozen=True)
+class LocalMethod(mixup.Mixup):
+    """What a strategy adds to plain local training; FedAvg has none of it.
+
+    Attributes:
+        proximal: Strength µ of the pull towards the weights that were received; 0 leaves it out.
+        logit_adjustment: Add the log of the device's own (smoothed) label shares to the logits in the loss and in
+            personal predictions: log((n_c + 0.1) / (n + 0.1·C)).
+        mask_absent_classes: Take classes that the device has no sample of out of the loss (HeteroFL's masked loss).
+        balance_classes: Weigh classes by the inverse of their local share; with `bce`, each class's positive labels by
+            its negatives over its positives.
+        ordered_dropout: Densities: every step trains the model at one of these, or at the device's own width (FjORD);
+            empty for the device's own width in every step.
+        average: Share of the old average that the board's own moving average of trained weights keeps every round; it
+            is what serves, and its accuracy is reported. 0 for none: the last weights serve.
+        blend: Share of the received weights in the model that serves where the board keeps an average: it is
+            (1 − blend) · average + blend · received, but for tensors that are personal or frozen. The average that
+            is kept has none of it.
+        validate_blend: With `blend` the board compares its average with and without the received weights on its
+            validation samples, and serves the average alone where that is clearly better.
+        calibrate: After training, one pass over the local training samples measures batch-norm statistics again, for
+            what is evaluated, serves and is sent.
+        personal: Patterns of tensors that stay on the board: they are not part of its updates, and its own last ones
+            take the place of those received.
+        scale: The outputs of every layer with weights, but the last, are multiplied by this in training alone
+            (HeteroFL's scaler: 1 / the device's share of channels).
+        mask: `none`; `hard`: elements that the offer's mask leaves out are 0 and stay so; `threshold`: so are, step by
+            step, those of masked tensors that are smaller than `mask_threshold` (FIARSE).
+        mask_threshold: FIARSE's θ.
+        patience: Training ends when the loss of the device's validation samples hasn't fallen below its lowest for so
+            many epochs; 0 trains all epochs.
+        report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
+    """
+
+    proximal: float = bounded(0.0, 0, 1e6)
+    logit_adjustment: bool = False
+    mask_absent_classes: bool = False
+    balance_classes: bool = False
+    ordered_dropout: tuple[float, ...] = ()
+    average: float = bounded(0.0, 0, 1, below=True)
+    blend: float = bounded(0.0, 0, 1)
+    validate_blend: bool = False
+    calibrate: bool = False
+    personal: tuple[str, ...] = ()
+    scale: float = bounded(1.0, 1e-3, 1e3)
+    mask: str = one_of("none", MASKS)
+    mask_threshold: float = bounded(0.0, 0, 1e6)
+    patience: int = bounded(0, 0, 10_000)
+    report_squares: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe(LocalMethod, PlainTraining):
+    """Local training of one round."""
 
     def __post_init__(self) -> None:
         # Types count: 1 and numpy's 1 may have the same text, True and 1 are equal.
@@ -326,81 +306,7 @@ class Recipe:
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         object.__setattr__(self, "ordered_dropout", _densities(self.ordered_dropout))
         object.__setattr__(self, "augment", augmentation.checked(self.augment))
-        self._check_together()
-
-    def _check_together(self) -> None:
-        """Refuse settings that have no meaning together."""
-        fitting = {
-            "logit_adjustment": ("cross_entropy",),
-            "mask_absent_classes": ("cross_entropy",),
-            "label_smoothing": ("cross_entropy",),
-            "ignore_label": ("cross_entropy",),
-            "balance_classes": ("cross_entropy", "bce"),
-        }
-        for name, losses in fitting.items():
-            if getattr(self, name) != getattr(Recipe, name) and self.loss not in losses:
-                raise ConfigError(
-                    f"with loss {self.loss!r}",
-                    path=("recipe", name),
-                    expected=f"loss {' or '.join(losses)}",
-                    got=repr(getattr(self, name)),
-                )
-        if self.mixup and not self.mixes:
-            raise ConfigError(
-                "with ignore_label" if self.ignore_label is not None else f"with loss {self.loss!r}",
-                path=("recipe", "mixup"),
-                expected="one of the two",
-                hint="Only labels that all count, and are classes or values but not a teacher's outputs, can be mixed.",
-            )
-        if self.lr_rounds and self.lr_schedule == "constant":
-            raise ConfigError(
-                "with a constant learning rate", path=("recipe", "lr_rounds"), expected="lr_schedule 'cosine'"
-            )
-        if self.lr_rounds and self.lr_warmup >= self.lr_rounds:
-            raise ConfigError(
-                ("recipe", "lr_warmup"),
-                expected=f"fewer rounds than the schedule's {self.lr_rounds}",
-                got=self.lr_warmup,
-            )
-        if self.accumulate > self.batch_size:
-            raise ConfigError(("recipe", "accumulate"), expected="at most batch_size parts", got=self.accumulate)
-        if self.mask_threshold and self.mask != "threshold":
-            raise ConfigError(
-                f"with mask {self.mask!r}", path=("recipe", "mask_threshold"), expected="mask 'threshold'"
-            )
-        if self.blend and not self.average:
-            raise ConfigError(
-                "without average",
-                path=("recipe", "blend"),
-                expected="average above 0",
-                got=repr(self.blend),
-                hint="What the received weights are blended with is the board's own moving average.",
-            )
-        if self.validate_blend and not self.blend:
-            raise ConfigError(
-                "without blend", path=("recipe", "validate_blend"), expected="blend above 0", got=repr(self.blend)
-            )
-        if self.update_noise and not self.update_clip:
-            raise ConfigError("without update_clip", path=("recipe", "update_noise"), expected="update_clip above 0")
-        for name, tells in (
-            ("report_squares", "squared gradients"),
-            ("patience", "when the validation loss was lowest"),
-        ):
-            if self.update_clip and getattr(self, name):
-                raise ConfigError(
-                    "under privacy",
-                    path=("recipe", name),
-                    expected="none",
-                    got=repr(getattr(self, name)),
-                    hint=f"A board would tell {tells}, which no noise covers.",
-                )
-        if self.ordered_dropout and self.mask != "none":
-            raise ConfigError(
-                f"with mask {self.mask!r}",
-                path=("recipe", "ordered_dropout"),
-                expected="one of the two",
-                hint="A narrower step of a masked model is a model that nothing has chosen.",
-            )
+        check_rules(self, RULES, ("recipe",))
 
     def rate(self, round_: int, done: float) -> float:
         """The learning rate at a point of a job: `done`, a share from 0 to 1, of round `round_`, from 1.
@@ -416,9 +322,14 @@ class Recipe:
         return self.lr * (1 + math.cos(math.pi * passed)) / 2
 
     @property
-    def mixes(self) -> bool:
-        """Whether labels of this task can be mixed (mixup)."""
-        return self.loss not in (CUSTOM, DISTILL) and self.ignore_label is None
+    def can_mix(self) -> bool:
+        """Whether labels of this task can be mixed: those that all count, and are classes or values."""
+        return LOSSES[self.loss].can_mix and self.ignore_label is None
+
+    @property
+    def plain(self) -> Recipe:
+        """The same training without what strategies add to it."""
+        return replace(self, **vars(LocalMethod()))
 
     @property
     def judged_by(self) -> str:
@@ -445,7 +356,7 @@ class Recipe:
             element_mask=self.mask == "hard",
             threshold=self.mask == "threshold",
             scale=self.scale != 1,
-            mixup=self.mixup > 0 and self.loss == "cross_entropy",
+            label_pairs=self.mixes_samples and labels_of(self.loss) == "classes",
             gradients=self.report_squares,
             frozen=self.frozen,
             trainable=self.trainable,
@@ -523,6 +434,37 @@ class Recipe:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+
+def _of_losses(setting: str) -> Rule:
+    """The rule of a setting that only some losses have a term for."""
+    losses = [name for name, loss in LOSSES.items() if setting in loss.terms]
+    return Rule(setting, "loss", lambda r: r.loss in losses, f"loss {' or '.join(losses)}")
+
+
+_TOLD = "A board would tell {}, which no noise covers."
+
+RULES = (
+    *map(_of_losses, sorted(frozenset().union(*(loss.terms for loss in LOSSES.values())))),
+    *mixup.RULES,
+    Rule("lr_rounds", "lr_schedule", lambda r: r.lr_schedule != "constant", "lr_schedule 'cosine'"),
+    Rule("lr_warmup", "lr_rounds", lambda r: not r.lr_rounds or r.lr_warmup < r.lr_rounds, "fewer rounds than that"),
+    Rule("accumulate", "batch_size", lambda r: r.accumulate <= r.batch_size, "at most batch_size parts"),
+    Rule("mask_threshold", "mask", lambda r: r.mask == "threshold", "mask 'threshold'"),
+    Rule("blend", "average", lambda r: r.average > 0, "average above 0", "Received weights are blended into it."),
+    Rule("validate_blend", "blend", lambda r: r.blend > 0, "blend above 0"),
+    Rule("update_noise", "update_clip", lambda r: r.update_clip > 0, "update_clip above 0"),
+    Rule("report_squares", "update_clip", lambda r: not r.update_clip, "none", _TOLD.format("squared gradients")),
+    Rule("patience", "update_clip", lambda r: not r.update_clip, "none", _TOLD.format("when its loss was lowest")),
+    Rule(
+        "ordered_dropout",
+        "mask",
+        lambda r: r.mask == "none",
+        "one of the two",
+        "A narrower step of a masked model is a model that nothing has chosen.",
+    ),
+)
+"""Settings that have no meaning together."""
 
 
 def judged_by(recipe: Mapping[str, Any]) -> str:

@@ -12,8 +12,9 @@ Inputs:
         `distill`: float32 of the outputs' shape, a teacher's outputs;
         `custom`: the form that the model's own loss takes;
         other losses: float32 of the outputs' shape.
-    `y_partner` (with mixup): int64 [N, ...], the labels of the sample that was mixed into each: `y` in another order;
-        `y_share` (shape []): λ, how much `y` counts next to it. Where nothing is mixed, `y_partner` is `y` and λ is 1.
+    `y_partner` (with pairs of labels): int64 [N, ...], those of the sample that was mixed into each: `y` in another
+        order; `y_share` (shape []): λ, how much `y` counts next to it. Where nothing is mixed, `y_partner` is `y` and λ
+        is 1.
     Scalars (shape []): `lr`, `weight_decay`; with SGD `momentum`; with Adam, AdamW and Lion `beta1` and `beta2`
         (float64); with Adam and AdamW `epsilon` and `step_number` (int64, counting optimiser steps from 1);
         `label_smoothing`, `huber_delta`, `distill_temperature`, `clip_norm` as asked for. float32 where nothing
@@ -33,7 +34,7 @@ Inputs:
 Outputs:
     `loss` (float32 []): the data loss, without the proximal term. With accumulation it is this part's share: shares
         add up to the batch's loss.
-    `hits` (int64 []): with cross-entropy, labels whose logit is the largest of its place (with mixup, the label that
+    `hits` (int64 []): with cross-entropy, labels whose logit is the largest of its place (of a pair, the label that
         counts more); with `bce`, entries of [N, K, ...] whose logit is on the label's side of 0 (labels above 0.5 count
         as 1). With `mse` and `huber` there is none.
     Per trained tensor its next value and its next state; per statistic that isn't frozen its next value. A frozen
@@ -57,12 +58,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.model.recipe import LOSSES, OPTIMIZERS, Features, Recipe
+from fedprune.model.loss import CLASS_WEIGHT as CLASS_WEIGHT
+from fedprune.model.loss import HITS as HITS
+from fedprune.model.loss import LABEL_SMOOTHING as LABEL_SMOOTHING
+from fedprune.model.loss import Y_PARTNER as Y_PARTNER
+from fedprune.model.loss import Y_SHARE as Y_SHARE
+from fedprune.model.loss import Y as Y
+from fedprune.model.losses import LOSSES
+from fedprune.model.recipe import OPTIMIZERS, Features, Recipe
 
 X = "x"
-Y = "y"
-Y_PARTNER = "y_partner"
-Y_SHARE = "y_share"
 LR = "lr"
 MOMENTUM = "momentum"
 WEIGHT_DECAY = "weight_decay"
@@ -70,17 +75,14 @@ BETA1 = "beta1"
 BETA2 = "beta2"
 EPSILON = "epsilon"
 STEP_NUMBER = "step_number"
-LABEL_SMOOTHING = "label_smoothing"
 LOSS_SETTINGS = frozenset(loss.setting for loss in LOSSES.values() if loss.setting)
 """Numbers that single losses read, named as in recipes."""
 CLIP_NORM = "clip_norm"
 DIVISOR = "divisor"
 LOGIT_OFFSET = "logit_offset"
-CLASS_WEIGHT = "class_weight"
 CLASS_MASK = "class_mask"
 OUTPUT_SCALE = "output_scale"
 LOSS = "loss"
-HITS = "hits"
 LOGITS = "logits"
 """The output of an inference graph (its input is `x`), and the value of a training graph that the loss is made of."""
 
@@ -239,7 +241,7 @@ def numbers(recipe: Recipe) -> dict[str, Array]:
     """The numbers that a recipe sets, the same in every step except for the share of labels where samples are mixed."""
     read = {name: n for name, n in NUMBERS.items() if n.setting and n.is_read(recipe.features)}
     out: dict[str, Array] = {name: np.array(getattr(recipe, n.setting), n.dtype) for name, n in read.items()}
-    return out | ({Y_SHARE: np.array(1, np.float32)} if recipe.features.mixup else {})
+    return out | ({Y_SHARE: np.array(1, np.float32)} if recipe.features.label_pairs else {})
 
 
 def anchors(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[str]) -> dict[str, Array]:

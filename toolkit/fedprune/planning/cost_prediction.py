@@ -11,8 +11,9 @@ import numpy as np
 
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
+from fedprune.model.losses import LOSSES
 from fedprune.model.nested_widths import TensorAxes
-from fedprune.model.recipe import LOSSES, Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.model.trainable import trained_tensors
 from fedprune.planning.costs import (
     AUGMENT_COPIES,

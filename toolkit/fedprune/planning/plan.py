@@ -439,7 +439,7 @@ class PlanSearch:
         """Fewest samples of a part of a batch that don't harm training."""
         if normalises(self.architecture, recipe, self.frozen):
             return NORMALISED_SAMPLES
-        return 2 if recipe.mixup else 1
+        return 2 if recipe.mixes_samples else 1
 
     def _made(self, found: _Candidate, density: float, bound: str, notes: tuple[str, ...], warning: str) -> Plan:
         return Plan(

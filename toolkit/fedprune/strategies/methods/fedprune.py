@@ -38,8 +38,9 @@ from fedprune.core.settings import bounded, one_of
 from fedprune.jobs.job import SCORERS, Job
 from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.mixup import LEAST_MIXUP
 from fedprune.model.nested_widths import just_made, nested
-from fedprune.model.recipe import LEAST_MIXUP, Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies.aggregators import DeltaMean, Mean
 from fedprune.strategies.allocation import dealt
@@ -180,7 +181,7 @@ class FedPrune(Strategy):
             validate_blend=recipe.validate_blend or (options.validate_blend and blend > 0),
             calibrate=recipe.calibrate or options.calibrate,
             clip_norm=recipe.clip_norm or options.clip_norm,
-            mixup=recipe.mixup or (mixup if recipe.mixes else 0.0),
+            mixup=recipe.mixup or (mixup if recipe.can_mix else 0.0),
         )
 
     @property

@@ -1,0 +1,13 @@
+"""The loss that a model itself brings: a graph of outputs and labels, which the compiler writes in its place."""
+
+from __future__ import annotations
+
+from fedprune.core.errors import ModelError
+from fedprune.model.loss import GraphWriter, Loss, LossParts, LossTerms, Shape
+
+
+def _write(g: GraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
+    raise ModelError("the model brings no loss of its own", expected="one, or a built-in loss")
+
+
+LOSS = Loss(labels="own", write=_write, copies=8.0, can_mix=False)  # as many copies as a focal loss needs

@@ -1,0 +1,19 @@
+"""Squared error of every output: d², slope 2·d."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedprune.model.loss import Feeds, GraphWriter, Loss, LossParts, LossTerms, Outputs, Shape, Y, sample_means
+
+
+def _write(g: GraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
+    d = g.emit("Sub", logits, Y)
+    return sample_means(g, g.emit("Mul", d, d), g.emit("Mul", d, g.scalar(2)), outputs)
+
+
+def _value(outputs: Outputs, feeds: Feeds) -> float:
+    return float(np.mean((outputs - feeds[Y]) ** 2))
+
+
+LOSS = Loss(labels="values", write=_write, value=_value)

@@ -1,0 +1,82 @@
+"""Mixup (Zhang, Cisse, Dauphin and Lopez-Paz 2018, "mixup: Beyond Empirical Risk Minimization", arXiv:1710.09412): its
+setting, and the mixing of a batch. Graphs of recipes with classes take the pairs of labels that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.rng import keyed
+from fedprune.core.settings import bounded
+from fedprune.model.loss import Array
+from fedprune.model.rule import Rule
+
+LEAST_MIXUP = 1e-3
+"""With a smaller α hardly a draw would mix anything; with the smallest, 1/α is no number and there is no draw."""
+
+_HINT = "Only labels that all count, and are classes or values but not a teacher's outputs, can be mixed."
+
+RULES = (
+    Rule("mixup", "ignore_label", lambda recipe: recipe.ignore_label is None, "one of the two", _HINT),
+    Rule("mixup", "loss", lambda recipe: recipe.can_mix, "one of the two", _HINT),
+)
+
+Make = Callable[[], Array]
+
+
+@dataclass(frozen=True)
+class Mixup:
+    """The setting of mixup.
+
+    Attributes:
+        mixup: α of mixup (Zhang et al. 2018, eq. 1 and 2): every step trains on λ·x + (1 − λ)·x', λ ~ Beta(α, α), where
+            x' are its samples in another order, and on labels that are mixed alike; 0 for samples as they are. Token
+            ids can't be mixed: where a model reads them, training continues without.
+    """
+
+    mixup: float = bounded(0.0, LEAST_MIXUP, 10, or_zero=True)
+
+    @property
+    def mixes_samples(self) -> bool:
+        """Whether a step's samples are mixed with each other."""
+        return self.mixup > 0
+
+    def mixed(
+        self, parts: Sequence[tuple[Make, Array]], seed: int, round_: int, device: str, step: int
+    ) -> tuple[list[tuple[Make, Array, Array | None]], npt.NDArray[np.float32]]:
+        """Mix the samples of a batch, within each of its parts, when the part's samples are requested.
+
+        As in the authors' code: one λ per batch, whose samples are paired with a permutation of themselves. Numbers to
+        predict, and labels from 0 to 1, are mixed like samples; classes stay, and have partners.
+
+        Args:
+            parts: What makes the samples of each part, and their labels.
+
+        Returns:
+            The same of the mixed batch with the partners' classes, and λ (float32, shape []), the share of each sample
+            itself.
+        """
+        rng = keyed(seed, round_, device, "mixup", step)
+        share = np.float32(rng.beta(self.mixup, self.mixup))
+        out: list[tuple[Make, Array, Array | None]] = []
+        for make, y in parts:
+            order = rng.permutation(len(y))
+            labels = (y, y[order]) if y.dtype.kind == "i" else (_mix(y, order, share), None)
+            out.append((partial(_mix_made, make, order, share), *labels))
+        return out, np.asarray(share)
+
+
+def _mix_made(make: Make, order: npt.NDArray[np.int64], share: np.float32) -> Array:
+    return _mix(make(), order, share)
+
+
+def _mix(value: Array, order: npt.NDArray[np.int64], share: np.float32) -> Array:
+    """λ·v + (1 − λ)·v in another order, in float32."""
+    out = np.asarray(value[order], np.float32)
+    out *= np.float32(1) - share
+    out += share * value
+    return out

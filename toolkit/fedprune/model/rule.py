@@ -1,0 +1,36 @@
+"""Rules on settings that mean something only beside certain values of others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from fedprune.core.errors import ConfigError, KeyPath, shown
+
+
+class Rule(NamedTuple):
+    """A setting that, unless it is as by default, needs another one to be of certain values.
+
+    Attributes:
+        holds: Whether settings keep the rule.
+    """
+
+    setting: str
+    other: str
+    holds: Callable[[Any], bool]
+    expected: str
+    hint: str = ""
+
+
+def check_rules(settings: Any, rules: Iterable[Rule], path: KeyPath) -> None:
+    """Raise `ConfigError` for the first rule that settings break; `path` is their table's."""
+    for rule in rules:
+        value, other = getattr(settings, rule.setting), getattr(settings, rule.other)
+        if value != getattr(type(settings), rule.setting) and not rule.holds(settings):
+            raise ConfigError(
+                f"with {rule.other} {shown(other)}",
+                path=(*path, rule.setting),
+                expected=rule.expected,
+                got=shown(value),
+                hint=rule.hint,
+            )
