@@ -539,6 +539,6 @@ def test_what_has_no_gradient_is_refused_by_name(op: str, shapes: dict[str, Dims
 
 def test_an_operator_has_one_rule() -> None:
     before = RULES["Relu"]
-    with pytest.raises(ModelError, match=r"Relu has two gradient rules"):
+    with pytest.raises(ModelError, match=r"Relu"):
         gradient_rule("Relu")(lambda tape, node: None)
     assert RULES["Relu"] is before

@@ -123,7 +123,7 @@ def test_class_names_go_along_from_a_folder_to_bundles_and_folders(folder: Path,
 def test_class_names_that_are_not_one_per_class_are_refused(folder: Path, labels: object) -> None:
     body = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**body, "id2label": labels}))
-    with pytest.raises(ModelError, match=r"config.json: id2label: expected a name for each class from 0 to 1"):
+    with pytest.raises(ModelError, match=r"config\.json: id2label"):
         fx.load(folder)
 
 
@@ -138,7 +138,7 @@ def test_recorded_ranks_go_along_if_they_are_of_the_models_groups(model: fx.Mode
     for rows in ([[2, 0, 3]], [[0, 0, 1, 2]], [["a", 0, 1, 2]], [], 3):
         found.value = json.dumps({**json.loads(found.value), "ranks": rows})
         onnx.save(proto, folder / GRAPH)
-        with pytest.raises(ModelError, match=r"metadata fedprune\.ranks: expected each group's channels"):
+        with pytest.raises(ModelError, match=r"fedprune\.ranks"):
             fx.load(folder)
     found.value = json.dumps({"groups": "0" * 64, "ranks": [[0, 1]]})
     onnx.save(proto, folder / GRAPH)
@@ -189,13 +189,13 @@ def test_a_hostile_config_is_one_error(folder: Path, raw: str) -> None:
 
 def test_weights_without_a_graph_say_what_to_do(folder: Path) -> None:
     (folder / GRAPH).unlink()
-    with pytest.raises(ModelError, match=r"expected a folder with model\.onnx.*load them into their torch module"):
+    with pytest.raises(ModelError, match=r"model\.onnx"):
         fx.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("source", ["nowhere", "../x/y"])
 def test_what_is_neither_folder_nor_repository_is_refused(source: str) -> None:
-    with pytest.raises(ModelError, match="expected a folder, or owner/name on the hub"):
+    with pytest.raises(ModelError, match="owner/name"):
         fx.from_pretrained(source)
 
 

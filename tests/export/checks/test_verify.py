@@ -204,7 +204,7 @@ def test_a_step_is_tried_at_its_own_widths(files: dict[str, bytes], model: Model
     broken = changed(files[TRAINING], frozen)
     whole = {**files, WEIGHTS: tensorfile.encode(model.tensors), TRAINING: broken}
     try_step(model, Recipe(), whole)
-    with pytest.raises(ModelError, match="onnxruntime couldn't run the graph"):
+    with pytest.raises(ModelError, match="onnxruntime"):
         try_step(model, Recipe(), {**files, TRAINING: broken})
 
 
@@ -261,7 +261,7 @@ def test_identifiers_are_drawn_from_the_whole_vocabulary(tmp_path: Path) -> None
     assert parity(model, whole, files) < 1e-6
     tensors = {n: v.copy() for n, v in tensorfile.decode(files[WEIGHTS]).items()}
     tensors["table"][-1] += 1
-    with pytest.raises(ModelError, match="something else than the masked one"):
+    with pytest.raises(ModelError, match="masked"):
         parity(model, whole, {**files, WEIGHTS: tensorfile.encode(tensors)})
 
 

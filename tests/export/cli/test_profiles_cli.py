@@ -50,7 +50,7 @@ def test_a_bad_file_keeps_no_other_profile_from_the_list(tmp_path: Path, capsys:
     rows = [row.split("\t")[0] for row in capsys.readouterr().out.splitlines()]
     assert rows == ["name", *sorted([*profile_store.shipped(), "mine"])]
     (tmp_path / "worse.toml").write_text("name = 1")
-    with pytest.raises(ProfileError, match=r"^2 of \d+ profiles are not sound: .*bad\.toml.*worse\.toml"):
+    with pytest.raises(ProfileError, match=r"^2 of \d+.*bad\.toml.*worse\.toml"):
         run("list", "--json", "--folder", str(tmp_path))
     assert len(json.loads(capsys.readouterr().out)) == len(rows) - 1
 
@@ -82,14 +82,14 @@ def test_the_check_reports_good_files_and_names_every_bad_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good, bad = own(tmp_path), own(tmp_path, "bad", -4)
-    with pytest.raises(ProfileError, match=r"bad\.toml: cpu\.cores: .*-4"):
+    with pytest.raises(ProfileError, match=r"bad\.toml: cpu\.cores.*got -4"):
         run("check", str(bad), str(good))
     assert f"{good}: ok" in capsys.readouterr().out
     with pytest.raises(ProfileError):
         run("check", "--json", str(bad), str(good))
     rows = {Path(r["file"]).name: r["ok"] for r in json.loads(capsys.readouterr().out)}
     assert rows == {"bad.toml": False, "mine.toml": True}
-    with pytest.raises(ProfileError, match=r"2 of 2 .*bad\.toml.*absent\.toml"):
+    with pytest.raises(ProfileError, match=r"2 of 2 .*bad.*absent"):
         run("check", str(bad), str(tmp_path / "absent.toml"))
 
 

@@ -130,7 +130,7 @@ def test_a_claim_of_endless_work_is_refused() -> None:
         helper.make_node("Add", ["x", "t"], ["s"]),
         helper.make_node("Gemm", ["s", "w"], ["y"]),
     ]
-    with pytest.raises(ModelError, match="MACs for one sample: expected at most 1099511627776"):
+    with pytest.raises(ModelError, match="at most 1099511627776"):
         import_onnx(model(wide, [*grown, *steps, *last]), "net")
 
 
@@ -141,7 +141,7 @@ def test_a_size_that_data_decide_is_refused() -> None:
     raw = model(
         {"w": W, "one": np.array([1], np.int64)}, [*most, *grown, *total, helper.make_node("Gemm", ["t", "w"], ["y"])]
     )
-    with pytest.raises(ModelError, match="the size of ConstantOfShape 'c' can't be inferred"):
+    with pytest.raises(ModelError, match="ConstantOfShape 'c'"):
         import_onnx(raw, "net")
 
 
@@ -257,7 +257,7 @@ def test_functions_that_call_each_other_for_ever_are_refused() -> None:
         proto.opset_import.append(helper.make_opsetid("own", 1))
         proto.graph.node[1].CopyFrom(helper.make_node("F", ["h"], ["y"], domain="own"))
 
-    with pytest.raises(ModelError, match="local functions call each other"):
+    with pytest.raises(ModelError, match="local functions"):
         import_onnx(_edited(change), "net")
 
 
@@ -275,7 +275,7 @@ def test_functions_that_grow_beyond_measure_are_refused() -> None:
         proto.opset_import.append(helper.make_opsetid("own", 1))
         proto.graph.node[1].CopyFrom(helper.make_node("F0", ["h"], ["y"], domain="own"))
 
-    with pytest.raises(ModelError, match="number of operators with functions written out"):
+    with pytest.raises(ModelError, match="number of operators"):
         import_onnx(_edited(change), "net")
 
 
@@ -302,11 +302,11 @@ def test_external_data_beside_the_model_is_read(tmp_path: Path) -> None:
 def test_a_pipe_as_external_data_or_model_is_refused_without_waiting(tmp_path: Path) -> None:
     path = _external(tmp_path, "w.bin")
     os.mkfifo(path.parent / "w.bin")
-    with pytest.raises(ModelError, match=r"its external data can't be read \(.*not a regular file"):
+    with pytest.raises(ModelError, match=r"external data.*regular file"):
         load(path)
-    with pytest.raises(ModelError, match=r"can't read .*: not a regular file"):
+    with pytest.raises(ModelError, match=r"regular file"):
         load(path.parent / "w.bin")
-    with pytest.raises(ModelError, match=r"can't read /dev/zero: not a regular file"):
+    with pytest.raises(ModelError, match=r"/dev/zero"):
         load(Path("/dev/zero"))
 
 
@@ -317,7 +317,7 @@ def test_external_data_elsewhere_is_refused(tmp_path: Path, place: str) -> None:
     path = _external(tmp_path, {"above": "../secret.bin", "absolute": str(secret), "symlink": "link.bin"}[place])
     if place == "symlink":
         (path.parent / "link.bin").symlink_to(secret)
-    with pytest.raises(ModelError, match=r"m\.onnx: its external data can't be read"):
+    with pytest.raises(ModelError, match=r"m\.onnx: its external data"):
         load(path)
 
 
@@ -336,5 +336,5 @@ def test_external_data_that_do_not_fit_are_refused(tmp_path: Path, key: str, val
         tensor.dims[0] = 2**40
         tensor.external_data.pop()
     path.write_bytes(proto.SerializeToString())
-    with pytest.raises(ModelError, match=r"m\.onnx: its external data can't be read"):
+    with pytest.raises(ModelError, match=r"m\.onnx: its external data"):
         load(path)

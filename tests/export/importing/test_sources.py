@@ -124,9 +124,9 @@ def test_one_of_several_outputs_is_chosen(tmp_path: Path) -> None:
 
 
 def test_several_outputs_without_a_choice_or_with_another_one_are_listed() -> None:
-    with pytest.raises(ModelError, match=r"got 1 and 2 \(features, scores\).*output"):
+    with pytest.raises(ModelError, match=r"1 and 2 \(features, scores\)"):
         import_onnx(_two_outputs(), "two")
-    with pytest.raises(ModelError, match="no such output: expected features, scores, got 'logits'"):
+    with pytest.raises(ModelError, match="features, scores, got 'logits'"):
         import_onnx(_two_outputs(), "two", ImportChoices(output="logits"))
 
 
@@ -144,7 +144,7 @@ def test_parameters_can_be_listed(tmp_path: Path) -> None:
     assert set(load(tmp_path / "net.onnx").tensors) == {"a", "b"}
     assert set(load(tmp_path / "net.onnx", parameters=["b"]).tensors) == {"b"}
     assert set(import_onnx(read_source(tmp_path / "net.onnx", ImportChoices(parameters=["b"])), "net").tensors) == {"b"}
-    with pytest.raises(ModelError, match="the list of parameters names a tensor that isn't there: got 'c'"):
+    with pytest.raises(ModelError, match="got 'c'"):
         load(tmp_path / "net.onnx", parameters=["c"])
 
 

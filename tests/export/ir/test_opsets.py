@@ -59,7 +59,7 @@ def test_another_opset_is_refused(opset: int) -> None:
 def test_an_operator_that_an_early_opset_lacks_is_named() -> None:
     graph = Graph(inputs=[Port("x", F32, (3, 3))])
     graph.outputs = [Port(graph.emit("Trilu", "x"), F32, (3, 3))]
-    with pytest.raises(ModelError, match=r"Trilu.*does not exist in opset 13.*or another --opset"):
+    with pytest.raises(ModelError, match=r"Trilu.*opset 13"):
         graph.to_bytes(opset=13)
 
 

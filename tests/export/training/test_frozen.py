@@ -175,7 +175,7 @@ def test_what_the_model_froze_stays_frozen(model: Model) -> None:
 
 
 def test_a_norm_with_half_of_its_statistics_frozen_is_refused(model: Model) -> None:
-    with pytest.raises(ModelError, match=r"only one of its statistics.*norm2\.running_mean"):
+    with pytest.raises(ModelError, match=r"norm2\.running_mean"):
         training_graph(model, Features(frozen=("norm2.running_mean",)))
 
 

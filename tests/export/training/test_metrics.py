@@ -128,7 +128,7 @@ def test_a_set_without_any_label_that_counts_has_no_metric() -> None:
 
 
 def test_metrics_are_refused_where_labels_are_of_another_kind() -> None:
-    with pytest.raises(ConfigError, match=r"recipe\.metric: expected rmse or mae or custom.*got 'miou'"):
+    with pytest.raises(ConfigError, match=r"recipe\.metric: .*'miou'"):
         Recipe(loss="mse", metric="miou")
     model = fx.load(Places(), loss=lambda outputs, labels: (outputs - labels).abs().sum(1))
     for name in METRICS_OF["classes"][:-1]:

@@ -237,7 +237,7 @@ def test_a_wrong_loss_is_one_clear_error(net: Pixels, loss: Any, text: str) -> N
 
 
 def test_a_recipe_asks_for_what_the_model_has(net: Pixels) -> None:
-    with pytest.raises(ConfigError, match=r"recipe\.loss: 'custom'.*--loss package"):
+    with pytest.raises(ConfigError, match=r"recipe\.loss: 'custom'.*--loss"):
         training_graph(fx.load(net), CUSTOM.features)
     for wrong in ({"mixup": 0.2}, {"ignore_label": 3}, {"label_smoothing": 0.1}, {"balance_classes": True}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
