@@ -177,7 +177,7 @@ def test_a_listed_tensor_of_another_type_is_refused() -> None:
     graph.nodes[1].inputs[1] = "cast"
     proto = graph.to_proto()
     proto.metadata_props.add(key=PARAMETERS_KEY, value='["odd", "w"]')
-    with pytest.raises(ModelError, match="odd: .*int64"):
+    with pytest.raises(ModelError, match=r"odd: .*int64"):
         import_onnx(proto.SerializeToString(), "net")
 
 

@@ -416,7 +416,7 @@ def test_transforms_that_are_no_constant_product_are_named(
 
 
 def test_a_transform_back_from_other_frequencies_is_named() -> None:
-    with pytest.raises(ModelError, match="9 samples: .*5 frequencies, got 7"):
+    with pytest.raises(ModelError, match=r"9 samples: .*5 frequencies, got 7"):
         imported(dft(20, 1, length=9, inverse=1, onesided=1), (7, 2), 9, 20)
 
 
