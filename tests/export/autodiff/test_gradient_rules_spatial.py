@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.runtime.session import Session
-from fedprune_export.autodiff import conv_geometry, dense_convolution, depthwise_convolution
-from fedprune_export.autodiff.dense_convolution import Formulation
 from fedprune_export.autodiff.tape import Tape
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
@@ -95,12 +93,13 @@ def _batch_norm(data: Arrays, shape: tuple[int | str, ...]) -> Session:
 def convolution_cases(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 2)) -> dict[str, Any]:
     rank = draw(st.sampled_from(ranks))
     each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(rank))  # noqa: E731
+    largest = {1: 40, 2: 9, 3: 6}[rank]  # maps of few and of many places, which are differentiated in different ways
     kernel = each(1, 4 if rank < 3 else 3)
     case = {
         "batch": draw(st.integers(2, 4)),
         "inputs": draw(st.integers(1, 5)),
         "outputs": draw(st.integers(1, 5)),
-        "size": each(4, 9 if rank < 3 else 6),
+        "size": each(4, largest),
         "kernel": kernel,
         "strides": each(1, 3) if draw(st.booleans()) else (1,) * rank,
         "dilations": each(1, 2),
@@ -111,6 +110,12 @@ def convolution_cases(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 2)) -> di
     assume(all(s + sum(p) >= n for s, p, n in zip(case["size"], case["pads"], spans, strict=True)))
     return case
 
+
+LARGE_KERNEL = {
+    "batch": 2, "inputs": 3, "outputs": 4, "size": (12, 11), "kernel": (5, 5), "strides": (2, 1), "dilations": (1, 2),
+    "pads": ((2, 1), (0, 3)), "bias": True,
+}  # fmt: skip
+"""Of few channels: its kernel's gradient is a convolution over the batch."""
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -158,52 +163,20 @@ def check_convolution(
 
 @settings(max_examples=100, deadline=None)
 @given(case=convolution_cases((1, 2, 2, 2, 3)))
+@example(case=LARGE_KERNEL)
+@example(case={**LARGE_KERNEL, "inputs": 5})
+@example(case={**LARGE_KERNEL, "strides": (1, 1)})
 def test_convolution(case: dict[str, Any]) -> None:
     check_convolution(case)
 
 
-@pytest.mark.parametrize("weight_gradient", ["taps", "columns", "convolution"])
-@settings(max_examples=25, deadline=None)
-@given(case=convolution_cases())
-def test_every_formulation_of_a_convolution(weight_gradient: Any, case: dict[str, Any]) -> None:
-    plain = all(s == 1 for s in case["strides"])
-    fits = all(
-        p <= d * (k - 1) for pad, d, k in zip(case["pads"], case["dilations"], case["kernel"], strict=True) for p in pad
-    )
-    kinds: list[Any] = ["flipped", "transposed"] if plain and fits else ["transposed"]
-    for input_gradient in kinds:
-        chosen = Formulation(input_gradient, weight_gradient)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(conv_geometry, "SMALL_MAP", 0)
-            patch.setattr(dense_convolution, "formulation", lambda *_, chosen=chosen: chosen)
-            check_convolution(case)
-
-
-@settings(max_examples=40, deadline=None)
-@given(case=convolution_cases((1, 2, 2, 3)))
-def test_convolution_of_a_small_map(case: dict[str, Any]) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv_geometry, "SMALL_MAP", 1000)
-        check_convolution(case)
-
-
-@pytest.mark.parametrize("lines", [(16, 64), (0, 64), (0, 3)])
-@settings(max_examples=20, deadline=None)
-@given(case=convolution_cases((1, 2, 2, 3)))
-def test_depthwise_convolution_of_any_width(lines: tuple[int, int], case: dict[str, Any]) -> None:
-    channels = case["inputs"] + 1
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(depthwise_convolution, "_TINY_MAP", lines[0])
-        patch.setattr(depthwise_convolution, "_WHOLE_LINE", lines[1])
-        patch.setattr(depthwise_convolution, "_BLOCK", 4)
-        check_convolution({**case, "inputs": channels, "outputs": channels}, channels, "c", "c", 1)
-
-
-def test_depthwise_convolution_of_a_long_signal() -> None:
-    data = {"x": normal(2, 5, 131), "w": normal(5, 1, 7, seed=1)}
-    oracle = lambda x, w: F.conv1d(x, w, None, 2, 4, 3, x.shape[1])  # noqa: E731
-    conv = node("Conv", "x", "w", group=5, kernel_shape=[7], strides=[2], dilations=[3], pads=[4, 4])
-    check([conv], oracle, data, {"x": ("N", "c", 131), "w": ("c", 1, 7)}, sums=True, narrow={"c": 3})
+@settings(max_examples=50, deadline=None)
+@given(case=convolution_cases((1, 2, 2, 3)), longer=st.sampled_from([0, 66]))
+def test_depthwise_convolution_of_any_width(longer: int, case: dict[str, Any]) -> None:
+    """Of small maps, of lines, and of lines that are so long that they are cut into blocks."""
+    channels, (*sizes, last) = case["inputs"] + 1, case["size"]
+    case = {**case, "size": (*sizes, last + longer), "inputs": channels, "outputs": channels}
+    check_convolution(case, channels, "c", "c", 1)
 
 
 @pytest.mark.parametrize("cut", ["groups", "positions", "nothing"])
@@ -211,14 +184,12 @@ def test_depthwise_convolution_of_a_long_signal() -> None:
 @given(case=convolution_cases((1, 2, 2, 3)), groups=st.integers(2, 4), taken=st.integers(1, 3), made=st.integers(1, 3))
 def test_convolution_in_groups(cut: str, case: dict[str, Any], groups: int, taken: int, made: int) -> None:
     case = {**case, "inputs": groups * taken, "outputs": groups * made}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv_geometry, "SMALL_MAP", 8)  # so that both ways occur
-        if cut == "groups":
-            check_convolution(case, groups, f"g*{taken}", f"g*{made}", taken)
-        elif cut == "positions":
-            check_convolution(case, groups, f"{groups}*i", f"{groups}*o", "i")
-        else:
-            check_convolution(case, groups, groups * taken, groups * made, taken)
+    if cut == "groups":
+        check_convolution(case, groups, f"g*{taken}", f"g*{made}", taken)
+    elif cut == "positions":
+        check_convolution(case, groups, f"{groups}*i", f"{groups}*o", "i")
+    else:
+        check_convolution(case, groups, groups * taken, groups * made, taken)
 
 
 @pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])

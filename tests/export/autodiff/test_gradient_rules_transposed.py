@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
 from fedprune.runtime.session import Session
-from fedprune_export.autodiff import depthwise_convolution
 from fedprune_export.ir.graph import Graph, Port
 from support.oracles.differentiation import Symbols, check, differentiated, node, normal
 
@@ -95,15 +94,12 @@ def test_transposed_convolution(case: dict[str, Any], inputs: int, outputs: int)
     check_transposed(case, 1, drawn(case, inputs, outputs, 1), ("i", "o", "o"))
 
 
-@pytest.mark.parametrize("lines", [(16, 64), (0, 64), (0, 3)])
-@settings(max_examples=20, deadline=None)
-@given(case=cases(), channels=st.integers(2, 5))
-def test_depthwise_transposed_convolution(lines: tuple[int, int], case: dict[str, Any], channels: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(depthwise_convolution, "_TINY_MAP", lines[0])
-        patch.setattr(depthwise_convolution, "_WHOLE_LINE", lines[1])
-        patch.setattr(depthwise_convolution, "_BLOCK", 4)
-        check_transposed(case, channels, drawn(case, channels, 1, channels), ("c", 1, "c"))
+@settings(max_examples=50, deadline=None)
+@given(case=cases(), channels=st.integers(2, 5), longer=st.sampled_from([0, 66]))
+def test_depthwise_transposed_convolution(case: dict[str, Any], channels: int, longer: int) -> None:
+    *sizes, last = case["size"]
+    case = {**case, "size": (*sizes, last + longer)}
+    check_transposed(case, channels, drawn(case, channels, 1, channels), ("c", 1, "c"))
 
 
 @pytest.mark.parametrize("cut", ["groups", "positions"])
