@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from fedprune.core import records
-from fedprune.wire.fields import MAX_MESSAGE, VERSION, CheckedMessage
+from fedprune.wire.fields import MAX_MESSAGE, CheckedMessage
 from fedprune.wire.messages import BetweenServers, FromDevice, FromServer
 from manual.docstring import field_docstrings, summary
 
@@ -51,10 +51,8 @@ def schema(cls: type[CheckedMessage]) -> Schema:
     _, definitions = records.schemas([cls])
     record = definitions.pop(cls.__name__)
     said = field_docstrings(cls)
-    properties: dict[str, Schema] = {
-        "v": {"const": VERSION, "description": "Version of the protocol."},
-        "type": {"const": cls.kind},
-    }
+    properties: dict[str, Schema] = {"type": {"const": cls.kind}}
+    del record["properties"]["type"]
     for name, declared in record["properties"].items():
         description = said.get(name) or declared["description"]
         properties[name] = {**declared, "description": _NONE.sub("null", description)}
@@ -64,7 +62,7 @@ def schema(cls: type[CheckedMessage]) -> Schema:
         "description": summary(cls),
         "$comment": LIMITS,
         "type": "object",
-        "required": ["v", "type", *record.get("required", ())],
+        "required": record["required"],
         "properties": properties,
     }
     if used := _used(properties, definitions):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
-from dataclasses import fields
 from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import fields
 
 from fedprune.core.errors import ProtocolError
 from fedprune.wire.messages import Message, parse
@@ -79,6 +79,7 @@ def test_every_valid_message_is_valid_by_its_schema(message: Message) -> None:
 @settings(max_examples=120, deadline=None)
 def test_a_damaged_message_is_taken_by_the_parser_where_it_is_valid_and_only_there(message: Message, data: Any) -> None:
     body = json.loads(message.to_bytes())
+    assume(len(body) > 1)
     path = data.draw(st.sampled_from([*_places(body)]))
     inner = body
     for key in path[:-1]:
@@ -97,7 +98,7 @@ def test_every_field_is_judged_alike(example: Message) -> None:
     schema = message_schemas.schema(type(example))
     body = json.loads(example.to_bytes())
     assert valid(body)
-    for name in (*(f.name for f in fields(example)), "v"):
+    for name in (f.name for f in fields(example)):
         field = validator_class()({**schema["properties"][name], "$defs": schema.get("$defs", {})})
         for value in ODD:
             assert takes({**body, name: value}) == field.is_valid(value), (name, str(value)[:80])

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from fedprune.core.errors import FedpruneError, TrainingError
 from fedprune.model.recipe import Recipe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from fedprune.core.errors import PlanError, StorageFullError
 from fedprune.model import step_contract

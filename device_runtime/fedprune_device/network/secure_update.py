@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError

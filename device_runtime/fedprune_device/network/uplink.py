@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from secrets import SystemRandom
 from typing import Any
 
+from msgspec.structs import replace
+
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.core.metrics import BLEND, all_served
@@ -161,6 +163,7 @@ class Uplink:
         if self._answered.note(want, now):
             what = broker_drops("what this board sends")
             _LOG.warning("the server asks for the same piece of the update again and again: %s", what)
+        want = replace(want, number=None)  # the same pieces may be asked for again
         if (pending, want) not in self._wanted and len(self._wanted) < _MOST_WANTS:
             self._wanted.append((pending, want))
         self.send_chunks()

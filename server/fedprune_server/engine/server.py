@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from fedprune.core.errors import BusyError, ConfigError, ProtocolError, UnknownMessageError
 from fedprune.core.lock_wait import wait_hook

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.wire.chunk import HEADER, MAX_PACKET
@@ -62,6 +64,7 @@ class Downloads:
     def add(self, device: str, want: BlobRequest) -> None:
         """Queue a request, unless it is queued already. A device asks again while an answer waits for a slow
         connection, too: what is still to be sent of that answer isn't queued a second time."""
+        want = replace(want, number=None)  # the same pieces, asked for again
         running = self._running.get(device)
         wanted = want if running is None else running.without_rest(want)
         if wanted is None:

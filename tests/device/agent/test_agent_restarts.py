@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from fedprune.aggregation.fixed_point import Range
 from fedprune.blobs.blob_ref import BlobRef

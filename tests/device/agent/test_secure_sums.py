@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from fedprune.aggregation.fixed_point import Range
 from fedprune.core.errors import ExitCode
@@ -126,7 +127,7 @@ def test_an_agent_masks_its_update_again_for_each_attempt_and_trains_once(
     def announced(update: Update) -> bool:
         if update.attempt + 1 == attempts:
             return True
-        server.plan = [replace(offer, attempt=update.attempt + 1)]
+        server.plan = [structs.replace(offer, attempt=update.attempt + 1)]
         server.say(server.plan[0])
         return False
 
@@ -170,7 +171,7 @@ def test_an_offer_whose_recipe_and_vector_disagree_is_refused(
 @pytest.mark.parametrize("weight", [0, 2**20, -1, "1"])
 def test_a_board_refuses_a_weight_of_the_server_s_choice(bench: Bench, weights: Tensors, weight: object) -> None:
     offer = masked_offer(bench, weights)
-    bench.server.plan = [replace(offer, secure={**offer.secure, "weight": weight})]
+    bench.server.plan = [structs.replace(offer, secure={**offer.secure, "weight": weight})]
     bench.stop_on(Refusal)
     bench.run(until_finished=False)
     refusal = bench.server.of(Refusal)[0]
@@ -181,16 +182,16 @@ def test_a_board_refuses_a_weight_of_the_server_s_choice(bench: Bench, weights: 
 
 def coarser(offer: Offer) -> Offer:
     tensors = [[name, exponent + 1, limbs, step] for name, exponent, limbs, step in offer.secure["tensors"]]
-    return replace(offer, secure={**offer.secure, "tensors": tensors})
+    return structs.replace(offer, secure={**offer.secure, "tensors": tensors})
 
 
 @pytest.mark.parametrize(
     "others",
     [
         coarser,
-        lambda offer: replace(offer, recipe={**offer.recipe, "lr": 1e-12}),
-        lambda offer: replace(offer, weights=replace(offer.weights, sha256="0" * 64)),
-        lambda offer: replace(offer, selection="0" * 64),
+        lambda offer: structs.replace(offer, recipe={**offer.recipe, "lr": 1e-12}),
+        lambda offer: structs.replace(offer, weights=replace(offer.weights, sha256="0" * 64)),
+        lambda offer: structs.replace(offer, selection="0" * 64),
     ],
 )
 def test_a_board_leaves_a_sum_whose_other_boards_are_asked_for_something_else(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
@@ -52,7 +53,7 @@ class Source:
 
     def offer(self, held: str | None = None) -> Offer:
         plain = Offer("job", 1, 1, 7, DIGEST, DIGEST, (1,), 3, self.weights, self.graph, self.graph, {})
-        return replace(plain, weights_codec="int8", coded=self.less, held=held)
+        return structs.replace(plain, weights_codec="int8", coded=self.less, held=held)
 
     def chunks(self) -> Iterator[Chunk]:
         """What answers all requests so far."""
@@ -131,7 +132,7 @@ def test_what_a_server_names_wrongly_is_found_out_where_it_is_read(
     data = source.store.read(source.weights.sha256)
     wrong = replace(source.weights, sha256="ab" * 32)
     downloader.begin(
-        replace(source.offer(), weights=wrong, training=source.less, inference=source.less), 0.0, plainly=True
+        structs.replace(source.offer(), weights=wrong, training=source.less, inference=source.less), 0.0, plainly=True
     )
     while downloader.turn(1.0) is None:
         want = source.new.pop(0)
@@ -161,7 +162,7 @@ def test_the_web_server_is_asked_first_and_what_it_gave_is_not_requested_again(
 
     with WebPlace(source.store) as web:
         web.behave = cut
-        offer = replace(source.offer(), weights=weights, blobs_at=web.url)
+        offer = structs.replace(source.offer(), weights=weights, blobs_at=web.url)
         downloader.begin(offer, 0.0, plainly=True)
         assert started.wait(60)
         downloader.connected(0.5)

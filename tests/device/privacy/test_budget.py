@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.errors import ConfigError, DataError, DivergedError, ExitCode, PlanError, PrivacyError
@@ -126,7 +127,7 @@ def test_at_the_floor_it_takes_part_until_its_budget_is_spent(board: HiddenBoard
     def part(number: int) -> None:
         with DeviceStore(board.root) as store:
             store.hold_to(floor)
-            check_offer(replace(offer, job=f"job-{number % 2}"), store, None)
+            check_offer(structs.replace(offer, job=f"job-{number % 2}"), store, None)
             store.privacy.draw(offer)  # of either job
 
     while rounds < 9 and epsilon(count(board).cost + 0.25, 1e-5) <= 4.0:

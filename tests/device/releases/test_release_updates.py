@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from fedprune.core.errors import RuntimeUnavailableError
 from fedprune.security.keys import SigningKey
@@ -218,7 +219,7 @@ def test_what_does_not_fit_is_refused_with_one_reason_before_anything_is_pulled(
 def test_an_offer_that_contradicts_its_manifest_is_refused(board: Make, releases: dict[int, Path]) -> None:
     for at, change in enumerate(({"number": 3}, {"leaves": ("ab" * 32,)}, {"signature": "ab" * 64})):
         it = board(releases[2], name=str(at))
-        it.server.offers = [replace(it.server.offers[0], **change)]  # type: ignore[arg-type]
+        it.server.offers = [structs.replace(it.server.offers[0], **change)]  # type: ignore[arg-type]
         assert refused(it)
         assert it.server.wants == 0
 
@@ -229,7 +230,7 @@ def test_files_that_are_not_what_was_signed_are_refused(board: Make, tmp_path: P
     it.server.mangle = lambda raw: [raw[:-1] + bytes([raw[-1] ^ 1])] if raw.startswith(b"FPC") else [raw]
     assert "arrived damaged" in refused(it)
     it = board(big, name="table")
-    it.server.offers = [replace(it.server.offers[0], leaves=("ab" * 32,) * 2)]
+    it.server.offers = [structs.replace(it.server.offers[0], leaves=("ab" * 32,) * 2)]
     assert "contradicts itself" in refused(it) or "damaged" in refused(it)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
@@ -82,7 +83,7 @@ def test_what_is_left_out_is_sent_with_the_next_update(board: HiddenBoard) -> No
 def test_a_round_that_is_done_twice_gives_the_same_update(board: HiddenBoard) -> None:
     carry_out(board, board.offer(1, PLAIN, hidden_weights(seed=1), graph="kept", codec="top-k:0.25"))
     again = board.offer(2, PLAIN, hidden_weights(seed=2), graph="kept", codec="top-k:0.25")
-    assert carry_out(board, again)[0] == carry_out(board, replace(again, attempt=1))[0]
+    assert carry_out(board, again)[0] == carry_out(board, structs.replace(again, attempt=1))[0]
 
 
 def test_a_masked_update_leaves_out_of_active_elements_alone(board: HiddenBoard) -> None:
@@ -147,7 +148,7 @@ def coded(board: HiddenBoard, text: str, held: Tensors | None, **other: Any) -> 
     with DeviceStore(board.root) as store:
         store.blobs.delete(offer.weights.sha256)
         base = None if held is None else store.blobs.put(tensorfile.encode(held)).sha256
-        return replace(offer, coded=store.blobs.put(other.get("raw", raw)), held=base), there
+        return structs.replace(offer, coded=store.blobs.put(other.get("raw", raw)), held=base), there
 
 
 @pytest.mark.parametrize(("text", "based"), [("int8", False), ("int8", True), ("int4", True)])
@@ -170,7 +171,7 @@ def test_weights_that_are_not_the_offered_ones_are_asked_for_as_they_are(board: 
             carry_out(board, offer)
         assert caught.value.sha256 == offer.coded.sha256
     with pytest.raises(DamagedBlobError) as caught:
-        carry_out(board, replace(right, held="f" * 64))
+        carry_out(board, structs.replace(right, held="f" * 64))
     assert caught.value.sha256 == "f" * 64
 
 
@@ -182,6 +183,6 @@ def test_what_is_left_out_needs_room(board: HiddenBoard, monkeypatch: pytest.Mon
         check_offer(plain, store, None)
         room = 5 * plain.weights.size - 1
         with pytest.raises(StorageFullError):
-            check_offer(replace(plain, codec="int8"), store, None)
+            check_offer(structs.replace(plain, codec="int8"), store, None)
         room += 1
-        check_offer(replace(plain, codec="int8"), store, None)
+        check_offer(structs.replace(plain, codec="int8"), store, None)

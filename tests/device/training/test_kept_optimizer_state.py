@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
@@ -58,7 +59,7 @@ def test_a_round_that_is_done_twice_gives_the_same_update(board: HiddenBoard) ->
     again = board.offer(2, KEEPS, hidden_weights(seed=2), graph="kept")
     one = board.carry_out(again)[1]
     board.carry_out(board.offer(2, KEEPS, hidden_weights(seed=3), graph="kept"))
-    assert equal(board.carry_out(replace(again, attempt=1))[1], one)
+    assert equal(board.carry_out(structs.replace(again, attempt=1))[1], one)
 
 
 BEFORE = Selection.of(ARCHITECTURE, (6,), [[4, 1, 7, 0, 3, 2, 5, 6]])

@@ -8,12 +8,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import FedpruneError, StorageFullError

@@ -6,11 +6,11 @@ import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from msgspec.structs import replace
 
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError
 from fedprune.security.certificates import (

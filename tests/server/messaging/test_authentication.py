@@ -7,10 +7,10 @@ import logging
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from fedprune.core.errors import SignatureError, StorageError
 from fedprune.security.device_identity import DeviceIdentity

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import fields, replace
 
 from fedprune.core.errors import FedpruneError, JoinError, ProtocolError, SignatureError
 from fedprune.security.authority import Authority

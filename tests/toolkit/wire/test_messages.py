@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, fields, replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import fields, replace
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core.errors import ProtocolError
@@ -64,7 +64,7 @@ def test_a_missing_field_is_named_unless_it_has_a_default(message: Message) -> N
         body = json.loads(message.to_bytes())
         body.pop(field.name, None)  # what is optional isn't there where there is nothing to say
         read, error = attempt(json.dumps(body).encode())
-        if field.default is MISSING and field.default_factory is MISSING:
+        if field.required:
             assert error.startswith(f"{message.kind}: {field.name}: expected")
         else:
             assert read is not None
@@ -87,6 +87,8 @@ def test_numbers_that_are_not_finite_are_refused(number: str) -> None:
     with pytest.raises(ProtocolError):
         parse(raw.replace(b'"loss":0.5', b'"loss":' + number.encode()))
     with pytest.raises(ProtocolError):
+        Birth("pi-1", 1, "p", 1, "s", {"cpu": [float("nan")]})
+    with pytest.raises(ProtocolError):
         Update("pi-1", "j", 1, 0, REF.sha256, REF, 1, 1, {"loss": float(number.replace("1e999", "inf"))}).to_bytes()
 
 
@@ -98,12 +100,10 @@ def test_numbers_that_are_not_finite_are_refused(number: str) -> None:
         b"null",
         b"{",
         b"[" * 100_000,
-        b'{"v":2,"type":"hello"}',
-        b'{"v":true,"type":"hello"}',
-        b'{"type":"hello"}',
-        b'{"v":1,"type":"eval"}',
-        b'{"v":1,"type":["hello"]}',
-        b'{"v":1,"type":"hello","pad":"' + b"x" * MAX_MESSAGE + b'"}',
+        b'{"time":1}',
+        b'{"type":"eval"}',
+        b'{"type":["hello"]}',
+        b'{"type":"hello","pad":"' + b"x" * MAX_MESSAGE + b'"}',
     ],
     ids=lambda raw: repr(raw[:30]),
 )
@@ -135,7 +135,7 @@ def test_damaged_messages_raise_nothing_but_protocol_errors(message: Message, da
 @settings(max_examples=100, deadline=None)
 def test_any_json_raises_nothing_but_protocol_errors(body: object) -> None:
     kinds = [m.kind for m in EXAMPLES if m.kind != Hello.kind]  # which is complete without any field
-    for raw in (body, *({**body, "v": 1, "type": kind} for kind in kinds if isinstance(body, dict))):
+    for raw in (body, *({**body, "type": kind} for kind in kinds if isinstance(body, dict))):
         with pytest.raises(ProtocolError):
             parse(json.dumps(raw).encode())
 

@@ -8,6 +8,7 @@ which names the field. Unknown keys are ignored.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -86,12 +87,14 @@ Digest = Annotated[str, matching("[0-9a-f]{64}", "64 hex digits")]
 
 
 def check_free(value: object, what: str, error: type[FedpruneError], depth: int = MAX_DEPTH) -> None:
-    """Refuse a free-form value of more than `depth` levels, with whole numbers beyond 64 bits or with text that isn't
-    printable."""
+    """Refuse a free-form value of more than `depth` levels, with numbers that are not finite, whole ones beyond 64 bits
+    or text that isn't printable."""
     if isinstance(value, str):
         validation.text(what, value, _LONGEST_TEXT, error=error)
     elif isinstance(value, int) and not isinstance(value, bool):
         validation.whole(what, value, -MAX_INT, error=error)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise error(what, expected="finite numbers", got=value)
     elif isinstance(value, (Mapping, list, tuple)):
         if not depth:
             raise error(what, expected=f"at most {MAX_DEPTH} levels", got="more")

@@ -7,7 +7,6 @@ never reach devices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, TypedDict
 
 from fedprune.core.records import Digest, hexadecimal, items, one_of, text, within
@@ -19,8 +18,7 @@ APPROVED, WAITING, REFUSED = "approved", "waiting", "refused"
 Pem = Annotated[str, text(8192)]
 
 
-@dataclass(frozen=True)
-class JoinRequest(CheckedMessage, kind="join"):
+class JoinRequest(CheckedMessage, frozen=True, tag="join"):
     """A request to join as a device, or, by a member, for a new certificate."""
 
     site: Name
@@ -41,8 +39,7 @@ class JoinRequest(CheckedMessage, kind="join"):
     """Over all of the above, by `key`."""
 
 
-@dataclass(frozen=True)
-class JoinAnswer(CheckedMessage, kind="joined"):
+class JoinAnswer(CheckedMessage, frozen=True, tag="joined"):
     """A server's answer to a `JoinRequest`."""
 
     request: Digest
@@ -79,8 +76,7 @@ MAX_ATTEMPTS, MAX_SECONDS = 100, 3600.0
 ReleaseNumber = Annotated[int, within(0, MAX_NUMBER)]
 
 
-@dataclass(frozen=True)
-class ReleaseOffer(CheckedMessage, kind="release"):
+class ReleaseOffer(CheckedMessage, frozen=True, tag="release"):
     """An offer of a release, which a board installs."""
 
     number: ReleaseNumber
@@ -98,8 +94,7 @@ class ReleaseOffer(CheckedMessage, kind="release"):
     """How long each attempt may take."""
 
 
-@dataclass(frozen=True)
-class ReleaseWithdrawn(CheckedMessage, kind="release_withdrawn"):
+class ReleaseWithdrawn(CheckedMessage, frozen=True, tag="release_withdrawn"):
     """A release must no longer be installed; boards that try or run it continue."""
 
     number: ReleaseNumber
@@ -108,8 +103,7 @@ class ReleaseWithdrawn(CheckedMessage, kind="release_withdrawn"):
     """Why, in words."""
 
 
-@dataclass(frozen=True)
-class ReleaseReport(CheckedMessage, kind="release_report"):
+class ReleaseReport(CheckedMessage, frozen=True, tag="release_report"):
     """Progress of a release on a board; sent after every birth and at every change."""
 
     device: Device
@@ -145,8 +139,7 @@ class Frame(TypedDict):
     function: Annotated[str, text(128)]
 
 
-@dataclass(frozen=True)
-class CrashReport(CheckedMessage, kind="crash"):
+class CrashReport(CheckedMessage, frozen=True, tag="crash"):
     """An unexpected end of a board's last run."""
 
     device: Device
@@ -174,8 +167,7 @@ class CrashReport(CheckedMessage, kind="crash"):
     """Bytes of memory, or None."""
 
 
-@dataclass(frozen=True)
-class CrashStored(CheckedMessage, kind="crash_stored"):
+class CrashStored(CheckedMessage, frozen=True, tag="crash_stored"):
     """A crash is on the server's disk: the board sends it no more."""
 
     number: Count
@@ -189,8 +181,7 @@ LONGEST_AWAY_S = 7 * 86_400.0
 """The longest time for which a board is sent away."""
 
 
-@dataclass(frozen=True)
-class Reconnect(CheckedMessage, kind="reconnect"):
+class Reconnect(CheckedMessage, frozen=True, tag="reconnect"):
     """How a board connects again. Only for boards with the ability `RECONNECT`."""
 
     spread_s: Annotated[float, within(0.0, 3600.0)]
@@ -202,8 +193,7 @@ class Reconnect(CheckedMessage, kind="reconnect"):
 Random = Annotated[str, hexadecimal(32)]
 
 
-@dataclass(frozen=True)
-class ServerQuery(CheckedMessage, kind="server-query"):
+class ServerQuery(CheckedMessage, frozen=True, tag="server-query"):
     """A query for the servers that serve a site."""
 
     instance: Random
@@ -216,8 +206,7 @@ class ServerQuery(CheckedMessage, kind="server-query"):
     """As in `ServerPresence`."""
 
 
-@dataclass(frozen=True)
-class ServerPresence(CheckedMessage, kind="server-presence"):
+class ServerPresence(CheckedMessage, frozen=True, tag="server-presence"):
     """A server's answer to a `ServerQuery`: it serves this site, or begins to."""
 
     nonce: Random

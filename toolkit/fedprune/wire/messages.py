@@ -1,8 +1,7 @@
-"""Messages between devices and server: small JSON objects with a version, a type and strictly checked fields.
+"""Messages between devices and server: small JSON objects with a type and strictly checked fields.
 
-Messages are checked when they are made as well as when they are read, so that whatever was sent can be received.
-Unknown keys are ignored; an unknown type or version is an error. Any message may arrive
-twice, late or never.
+Messages are checked when they are written as well as when they are read, so that whatever was sent can be received.
+Unknown keys are ignored; an unknown type is an error. Any message may arrive twice, late or never.
 """
 
 from __future__ import annotations
@@ -12,11 +11,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Annotated, Any, TypedDict, get_args
+from typing import Annotated, TypedDict, get_args
+
+import msgspec
+from msgspec.structs import force_setattr
 
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.core.errors import FedpruneError, ProtocolError
+from fedprune.core import records
+from fedprune.core.errors import FedpruneError, ProtocolError, UnknownMessageError, shown
 from fedprune.core.records import Digest, check_free, hexadecimal, items, one_of, text, within
 from fedprune.core.text import one_line
 from fedprune.wire.fields import (
@@ -26,6 +28,7 @@ from fedprune.wire.fields import (
     Count,
     Device,
     FreeObject,
+    Header,
     Job,
     Metrics,
     Name,
@@ -33,7 +36,6 @@ from fedprune.wire.fields import (
     UploadAddress,
     WebAddress,
     base64_text,
-    read_checked,
 )
 from fedprune.wire.fleet_messages import (
     CrashReport,
@@ -92,8 +94,7 @@ class RejectedMessageLog:
 _MOST_PRECISIONS = 8
 
 
-@dataclass(frozen=True)
-class Offer(CheckedMessage, kind="offer"):
+class Offer(CheckedMessage, frozen=True, tag="offer"):
     """An offer of a round to a device."""
 
     job: Job
@@ -154,7 +155,7 @@ class Offer(CheckedMessage, kind="offer"):
         if self.secure is not None:
             check_free(self.secure, "offer: secure", ProtocolError)
         if self.blobs_at is not None:
-            object.__setattr__(self, "blobs_at", str(BlobUrl.parse(self.blobs_at, "offer: blobs_at")))
+            force_setattr(self, "blobs_at", str(BlobUrl.parse(self.blobs_at, "offer: blobs_at")))
 
     @property
     def graphs(self) -> tuple[BlobRef, ...]:
@@ -202,8 +203,7 @@ class Assignment(TypedDict):
 MAX_TROUBLE = 500
 
 
-@dataclass(frozen=True)
-class Birth(CheckedMessage, kind="birth"):
+class Birth(CheckedMessage, frozen=True, tag="birth"):
     """A device is online."""
 
     device: Device
@@ -221,7 +221,7 @@ class Birth(CheckedMessage, kind="birth"):
     """The job, round and attempt that it works on or whose update it still has to deliver."""
     codecs: Annotated[tuple[Name, ...], items(_MOST_CODECS)] = ()
     """Names of the codecs in which it can send updates (`fedprune.updates`)."""
-    answer_s: Annotated[float, within(0.0, 3600.0)] | None = field(default=None, compare=False)
+    answer_s: Annotated[float, within(0.0, 3600.0)] | None = None
     """Its estimate of response times on its link, in seconds."""
     abilities: Annotated[tuple[Name, ...], items(_MOST_ABILITIES)] = ()
     """Optional parts of the protocol that it supports, such as `PUT`."""
@@ -236,8 +236,7 @@ class Birth(CheckedMessage, kind="birth"):
             check_free(self.probe, "birth: probe", ProtocolError)
 
 
-@dataclass(frozen=True)
-class Death(CheckedMessage, kind="death"):
+class Death(CheckedMessage, frozen=True, tag="death"):
     """A device is offline: sent by the broker as its will, or by the device itself as it disconnects."""
 
     device: Device
@@ -245,8 +244,7 @@ class Death(CheckedMessage, kind="death"):
     """The connection that ended; a death of an older connection than the last birth's is ignored."""
 
 
-@dataclass(frozen=True)
-class Alive(CheckedMessage, kind="alive"):
+class Alive(CheckedMessage, frozen=True, tag="alive"):
     """A device is still online, after minutes without another message."""
 
     device: Device
@@ -254,8 +252,7 @@ class Alive(CheckedMessage, kind="alive"):
     """Its connection."""
 
 
-@dataclass(frozen=True)
-class Progress(CheckedMessage, kind="progress"):
+class Progress(CheckedMessage, frozen=True, tag="progress"):
     """Progress of a device in a round."""
 
     device: Device
@@ -272,8 +269,7 @@ class Progress(CheckedMessage, kind="progress"):
     """The board's temperature, if it can be read."""
 
 
-@dataclass(frozen=True)
-class Refusal(CheckedMessage, kind="refusal"):
+class Refusal(CheckedMessage, frozen=True, tag="refusal"):
     """A device can't or won't accept an offer."""
 
     device: Device
@@ -286,8 +282,7 @@ class Refusal(CheckedMessage, kind="refusal"):
     """Exit code of the underlying error (`fedprune.core.errors.ExitCode`)."""
 
 
-@dataclass(frozen=True)
-class Update(CheckedMessage, kind="update"):
+class Update(CheckedMessage, frozen=True, tag="update"):
     """A device has trained; the server pulls the weights."""
 
     device: Device
@@ -303,12 +298,11 @@ class Update(CheckedMessage, kind="update"):
     """Local samples that they were trained on."""
     steps: Count
     """Optimiser steps taken."""
-    metrics: Metrics = field(default_factory=dict)
+    metrics: Metrics = msgspec.field(default_factory=dict)
     """Measurements by name; finite numbers, at most 64."""
 
 
-@dataclass(frozen=True)
-class Trained(CheckedMessage, kind="trained"):
+class Trained(CheckedMessage, frozen=True, tag="trained"):
     """A device has trained, and waits to mask its update."""
 
     device: Device
@@ -321,7 +315,7 @@ class Trained(CheckedMessage, kind="trained"):
     """Local samples that it was trained on."""
     steps: Count
     """Optimiser steps taken."""
-    metrics: Metrics = field(default_factory=dict)
+    metrics: Metrics = msgspec.field(default_factory=dict)
     """As of `Update`."""
 
 
@@ -332,8 +326,7 @@ STEPS = ("session", "keys", "roster", "shares", "delivery", "survivors", "unmask
 MOST_PAYLOAD = 128 * 1024
 
 
-@dataclass(frozen=True)
-class SecureStep(CheckedMessage, kind="secure"):
+class SecureStep(CheckedMessage, frozen=True, tag="secure"):
     """A step of a secure sum (`fedprune.secure_aggregation`). `keys`, `shares` and `unmasking` are a device's, the
     others the server's."""
 
@@ -358,16 +351,14 @@ class SecureStep(CheckedMessage, kind="secure"):
         return base64.b64decode(self.payload)
 
 
-@dataclass(frozen=True)
-class Hello(CheckedMessage, kind="hello"):
+class Hello(CheckedMessage, frozen=True, tag="hello"):
     """The server is online: devices answer with a birth and repeat an update that is not yet accepted."""
 
     time: Count | None = None
     """The server's time in seconds since 1970, by which boards with a wrong clock recognise expired certificates."""
 
 
-@dataclass(frozen=True)
-class Accepted(CheckedMessage, kind="accepted"):
+class Accepted(CheckedMessage, frozen=True, tag="accepted"):
     """An update is durable at the server; the device may delete it."""
 
     job: Job
@@ -377,8 +368,7 @@ class Accepted(CheckedMessage, kind="accepted"):
     """sha256 of the update's weights."""
 
 
-@dataclass(frozen=True)
-class Cancelled(CheckedMessage, kind="cancelled"):
+class Cancelled(CheckedMessage, frozen=True, tag="cancelled"):
     """A device's part in a round is cancelled."""
 
     job: Job
@@ -389,15 +379,13 @@ class Cancelled(CheckedMessage, kind="cancelled"):
     """The reason, for people."""
 
 
-@dataclass(frozen=True)
-class Finished(CheckedMessage, kind="finished"):
+class Finished(CheckedMessage, frozen=True, tag="finished"):
     """A job has ended."""
 
     job: Job
 
 
-@dataclass(frozen=True)
-class BlobRequest(CheckedMessage, kind="want"):
+class BlobRequest(CheckedMessage, frozen=True, tag="want"):
     """A request for leaves of a blob, or for pieces of its leaf table."""
 
     sha256: Digest
@@ -410,27 +398,25 @@ class BlobRequest(CheckedMessage, kind="want"):
     """How many."""
     most: Annotated[int, within(1, MAX_REQUEST)] | None = None
     """Leaves or pieces that a chunk may hold; None for the sender's own limit."""
-    number: RequestNumber | None = field(default=None, compare=False)
+    number: RequestNumber | None = None
     """Random number of the request: another delivery with the same number is a duplicate."""
 
 
-@dataclass(frozen=True)
-class BlobNotFound(CheckedMessage, kind="gone"):
+class BlobNotFound(CheckedMessage, frozen=True, tag="gone"):
     """The requested blob is not, or no longer, available."""
 
     sha256: Digest
     """The blob."""
 
 
-@dataclass(frozen=True)
-class UploadRequest(CheckedMessage, kind="upload"):
+class UploadRequest(CheckedMessage, frozen=True, tag="upload"):
     """A request to PUT an update's weights to a web address. Only for boards whose births name the ability `PUT`."""
 
     sha256: Digest
     """The weights."""
     url: UploadAddress
     """Where to, for this upload alone."""
-    number: RequestNumber | None = field(default=None, compare=False)
+    number: RequestNumber | None = None
     """As of `BlobRequest`."""
 
     def check(self) -> None:
@@ -440,8 +426,7 @@ class UploadRequest(CheckedMessage, kind="upload"):
         return f"UploadRequest({self.sha256}, {UploadUrl.parse(self.url)})"
 
 
-@dataclass(frozen=True)
-class UploadResult(CheckedMessage, kind="uploaded"):
+class UploadResult(CheckedMessage, frozen=True, tag="uploaded"):
     """An upload has ended. The server requests in chunks what could not be uploaded."""
 
     sha256: Digest
@@ -484,12 +469,25 @@ FromServer = (
 BetweenServers = ServerQuery | ServerPresence
 Message = FromDevice | FromServer | BetweenServers
 
-_TYPES: dict[str, type[Any]] = {c.kind: c for c in get_args(Message)}
+_TYPES: dict[str, type[Message]] = {c.kind: c for c in get_args(Message)}
 
 
 def parse(raw: bytes) -> Message:
-    """Read and check a message. Raises `ProtocolError`, which names a missing or wrong field."""
+    """Read and check a message; keys that it doesn't know are ignored.
+
+    Raises:
+        UnknownMessageError: It is of an unknown type.
+        ProtocolError: It is too long or no JSON, or a field is missing or wrong; the error names the field.
+    """
     if len(raw) > MAX_MESSAGE:
         raise ProtocolError("message is too long", expected=f"at most {MAX_MESSAGE} bytes", got=len(raw))
-    message: Message = read_checked(raw, "message", _TYPES)
-    return message
+    kind = records.read(Header, raw, "message", ProtocolError).type
+    cls = _TYPES.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise UnknownMessageError(
+            "type of a message",
+            expected=", ".join(_TYPES),
+            got=shown(kind),
+            hint="Run the same version of fedprune on server and devices.",
+        )
+    return records.read(cls, raw, cls.kind, ProtocolError)

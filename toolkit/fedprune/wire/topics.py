@@ -25,7 +25,9 @@ JOIN, JOINED = "join", "joined"
 SERVERS = "servers"
 
 _NONCE = re.compile(r"[0-9a-f]{32}")
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+NAME_PATTERN = r"(?!\.{1,2}(?![\s\S]))[A-Za-z0-9_.-]{1,64}"
+NAME_IN_WORDS = "a name of 1 to 64 letters, digits, _ . or -"
+_NAME = re.compile(NAME_PATTERN)
 
 
 class Address(NamedTuple):
@@ -119,8 +121,8 @@ def check_nonce(value: object) -> str:
 def check_name(value: object, what: Subject, *, error: Error = ProtocolError) -> str:
     """`value`, if it is a name: 1 to 64 letters, digits, `_`, `.` or `-`, but neither `.` nor `..`. Raises `error`,
     which names `what`."""
-    if not isinstance(value, str) or not _NAME.fullmatch(value) or value in (".", ".."):
-        raise error(what, expected="a name of 1 to 64 letters, digits, _ . or -", got=repr(value)[:80])
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise error(what, expected=NAME_IN_WORDS, got=repr(value)[:80])
     return value
 
 
@@ -139,5 +141,5 @@ def check_device(value: object, what: Subject = "device", *, error: Error = Prot
 def check_job(value: object, what: Subject = "job", *, error: Error = ProtocolError) -> str:
     """`value`, if it is a name that a job may have: any but `-`. Raises `error` if it is not."""
     if value == NO_JOB:
-        raise error(what, expected="a name of 1 to 64 letters, digits, _ . or -, other than '-'", got=repr(value))
+        raise error(what, expected=f"{NAME_IN_WORDS}, other than '{NO_JOB}'", got=repr(value))
     return check_name(value, what, error=error)

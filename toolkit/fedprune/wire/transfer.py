@@ -12,8 +12,9 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from typing import TypeVar
+
+from msgspec.structs import replace
 
 from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore

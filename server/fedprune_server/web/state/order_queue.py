@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple
 from fedprune.core.errors import ProtocolError
 from fedprune.core.records import convert, items, one_of, text, within
 from fedprune.core.text import one_line
-from fedprune.wire.fields import CheckedMessage, Device, Job, Name
+from fedprune.wire.fields import Device, Job, Name
 from fedprune_server.web.auth.roles import LOOKS, NEEDED
 from fedprune_server.web.database import ConsoleDatabase
 
@@ -38,7 +38,9 @@ _NOTED = (
 
 
 @dataclass(frozen=True)
-class Order(CheckedMessage, kind="order"):
+class Order:
+    """What an operator asks the server to do."""
+
     number: Annotated[int, within(1)]
     operator: Name
     order: Annotated[str, one_of(tuple(NEEDED))]
