@@ -22,6 +22,7 @@ from benchmarks.accuracy.protocols import EIGHT, PROTOCOLS
 from benchmarks.accuracy.shares import shares
 from fedprune.core.tensorfile import encode
 from fedprune.model.architecture import widths_at
+from fedprune.model.element_mask import pack, to_bits
 from fedprune.model.selection import Selection
 from fedprune.strategies import compose
 from fedprune.strategies.importance.element_ranking import magnitudes, prunable, top
@@ -208,7 +209,7 @@ def test_shares_of_elements_weigh_what_submodels_weigh(accuracy):
     for density, share in zip(densities[1:], found[1:], strict=True):
         submodel = Selection.of(architecture, widths_at(architecture, density)).gather(tensors)
         mask = top(order, share)
-        masked = 2 * len(encode(mask.pack(tensors))) + len(encode(mask.to_tensors()))
+        masked = 2 * len(encode(pack(mask, tensors))) + len(encode(to_bits(mask)))
         assert masked == pytest.approx(2 * len(encode(submodel)), rel=0.01)
     with pytest.raises(ValueError, match="weighs less"):
         shares(architecture, (0.05,))

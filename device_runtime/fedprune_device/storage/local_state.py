@@ -22,8 +22,8 @@ import numpy.typing as npt
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BundleError, StorageError
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Tensors
+from fedprune.model.element_mask import from_bits, to_bits
+from fedprune.model.selection import Active, Tensors
 from fedprune.wire.messages import Offer
 
 _LOG = logging.getLogger("fedprune.device")
@@ -43,8 +43,8 @@ class LocalState:
     """The state after a round, in the coordinates of a selection.
 
     `ranking` is the digest of the order of channels that the selection begins, None where that is unknown; `widths` are
-    kept channels per group. `average` is empty without one; `mask` tells which of its elements are active, None for
-    all. `residual` is what the encoded update left out of its tensors. `moments` is the state of `optimizer`, by the
+    kept channels per group. `average` is empty without one; `mask` tells which of its elements are active.
+    `residual` is what the encoded update left out of its tensors. `moments` is the state of `optimizer`, by the
     names of `fedprune.model.step_contract`, after `steps` steps since it was zero. `alone`: the average
     serves without the received weights that the recipe blends in.
     """
@@ -58,7 +58,7 @@ class LocalState:
     round: int
     average: Tensors = field(default_factory=dict)
     personal: Tensors = field(default_factory=dict)
-    mask: ElementMask | None = None
+    mask: Active = field(default_factory=dict)
     residual: Tensors = field(default_factory=dict)
     moments: Tensors = field(default_factory=dict)
     optimizer: str = ""
@@ -66,9 +66,7 @@ class LocalState:
     alone: bool = False
 
     @classmethod
-    def of(
-        cls, offer: Offer, average: Tensors, personal: Tensors, mask: ElementMask | None, **further: Any
-    ) -> LocalState:
+    def of(cls, offer: Offer, average: Tensors, personal: Tensors, mask: Active, **further: Any) -> LocalState:
         """The state after an offer's round; `further` are attributes by their names."""
         place = (offer.job, offer.seed, offer.architecture, offer.selection, offer.ranking, offer.widths, offer.round)
         return cls(*place, average, personal, mask, **further)
@@ -90,9 +88,8 @@ class LocalState:
 
     def to_bytes(self) -> bytes:
         arrays: dict[str, npt.NDArray[Any]] = {f"{p}/{n}": v for p in _PARTS for n, v in getattr(self, p).items()}
-        if self.mask is not None:
-            arrays |= {f"mask/{n}": v for n, v in self.mask.to_tensors().items() if n in self.average}
-        head = {n: getattr(self, n) for n in _FIELDS} | {"format": _FORMAT, "masked": self.mask is not None}
+        arrays |= {f"mask/{n}": v for n, v in to_bits(self.mask).items() if n in self.average}
+        head = {n: getattr(self, n) for n in _FIELDS} | {"format": _FORMAT}
         text = json.dumps(head, sort_keys=True).encode()
         digest = np.frombuffer(_digest(text, arrays), np.uint8)
         return tensorfile.encode({_HEAD: np.frombuffer(text, np.uint8), _DIGEST: digest, **arrays})
@@ -112,7 +109,7 @@ class LocalState:
                 kind, _, tensor = name.partition("/")
                 parts[kind][tensor] = value
             shapes = {n: v.shape for n, v in parts["average"].items()}
-            mask = ElementMask.from_tensors(parts["mask"], shapes) if head.pop("masked") else None
+            mask = from_bits(parts["mask"], shapes)
             head["widths"] = tuple(head["widths"])
             return cls(**{**head, **{p: parts[p] for p in _PARTS}, "mask": mask})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BundleError) as error:

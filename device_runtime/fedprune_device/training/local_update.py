@@ -15,10 +15,10 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ConfigError, ProtocolError
 from fedprune.model import step_contract
-from fedprune.model.element_mask import ElementMask
+from fedprune.model.element_mask import applied, from_bits, pack, unpack
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Tensors
+from fedprune.model.selection import ALL, Active, Tensors
 from fedprune.secure_aggregation.grid import MaskedForm
 from fedprune.updates import Codec, encode, weights
 from fedprune.updates.privacy import GaussianNoise, noised
@@ -140,13 +140,13 @@ class LocalUpdate:
         if self.kept is not None and self.kept.base is not None:
             mine = {n: v for n, v in received.items() if n in self._personal}
             mine = self.kept.base.personalised(offer, mine)
-            self.tensors = received | (mine if self.mask is None else self.mask.applied(mine))
+            self.tensors = received | applied(self.mask, mine)
         trainer.check(self.tensors)
 
     def before(self) -> bytes | None:
         """The file of the offered model as it predicts here; None where it is the one that was received."""
         own = self.kept is not None and self.kept.base is not None and bool(self._personal)
-        changed = own or self.mask is not None or self._calibrates
+        changed = own or bool(self.mask) or self._calibrates
         return tensorfile.encode(self._predicting(self.tensors)) if changed else None
 
     def optimizer_state(self, read: Callable[[BlobRef], bytes]) -> tuple[Tensors, int]:
@@ -176,7 +176,7 @@ class LocalUpdate:
         trained, recipe, trainer = result.tensors, self._recipe, self._trainer
         other = trainer.frozen or self._personal or recipe.report_squares or self._codec is not None
         other = other or recipe.update_clip > 0 or self._form is not None
-        whole = self.mask is None and not other
+        whole = not self.mask and not other
         after = trained if whole and not self._calibrates else self._predicting(trained)
         private = self._private(self._sent(result, after), read)
         if self._form is None:
@@ -197,7 +197,7 @@ class LocalUpdate:
         if self.kept is not None:
             personal = {n: np.array(v) for n, v in trained.items() if n in self._personal}
             own = LocalState.of(
-                self._offer, average, personal, self.mask if average else None, residual=residual, **self._left(result)
+                self._offer, average, personal, self.mask if average else ALL, residual=residual, **self._left(result)
             )
             self.kept.release()
         averages = tuple(self._average(average, share, compares=compares) for share in shares)
@@ -241,8 +241,7 @@ class LocalUpdate:
             tensors = {n: v if n in trainer.trainable else after[n] for n, v in tensors.items()}
         sent = {n: v for n, v in tensors.items() if n not in self._personal and n not in trainer.frozen}
         squares = {n: result.last_squares[n] for n in sent if n in result.last_squares}
-        if self.mask is not None:
-            sent, squares = self.mask.pack(sent), self.mask.pack(squares)
+        sent, squares = pack(self.mask, sent), pack(self.mask, squares)
         return sent | {step_contract.squares(n): v for n, v in squares.items()}
 
     def _private(self, update: Tensors, read: Callable[[BlobRef], bytes]) -> Tensors:
@@ -259,13 +258,13 @@ class LocalUpdate:
             return tensorfile.encode(update), {}
         received: Tensors = tensorfile.decode(read(self._offer.weights))
         missed = self._missed(trained, read)
-        packed = missed if self.mask is None else self.mask.pack(missed)
+        packed = pack(self.mask, missed)
         try:
             raw, left = encode(self._codec, update, received, self._trainer.trainable, packed)
         except ProtocolError as error:
             _LOG.warning("the update is sent plainly: %s", error)
             return tensorfile.encode(update), {}
-        return raw, left if self.mask is None else self.mask.unpack(left)
+        return raw, unpack(self.mask, left)
 
     def _vector(
         self, form: MaskedForm, update: Tensors, trained: Tensors, read: Callable[[BlobRef], bytes]
@@ -291,9 +290,9 @@ class LocalUpdate:
     def _effective(self, tensors: Tensors) -> Tensors:
         """The weights that a forward pass sees: with FIARSE's threshold, small elements of masked tensors are 0."""
         out = dict(tensors)
-        if self._recipe.mask == "threshold" and self.mask is not None:
+        if self._recipe.mask == "threshold":
             theta = np.float32(self._recipe.mask_threshold)
-            for name in self.mask.active.keys() & set(self._trainer.trainable):
+            for name in self.mask.keys() & set(self._trainer.trainable):
                 out[name] = np.where(np.abs(out[name]) >= theta, out[name], np.float32(0))
         return out
 
@@ -308,7 +307,7 @@ def averaged(
     decay: float,
     *,
     axes: TensorAxes | None = None,
-    mask: ElementMask | None = None,
+    mask: Active = ALL,
 ) -> Tensors:
     """The average after a round, a ← decay · a + (1 − decay) · w, in arrays of their own.
 
@@ -334,7 +333,7 @@ def blended(
     received: Mapping[str, npt.NDArray[np.float32]],
     share: float,
     *,
-    mask: ElementMask | None = None,
+    mask: Active = ALL,
 ) -> Tensors:
     """The model that serves with an average: (1 − share) · average + share · received; 0 where masked.
 
@@ -344,22 +343,21 @@ def blended(
     for name, value in received.items():
         mixed = np.float32(share) * value
         mixed += np.float32(1 - share) * average[name]
-        if mask is not None and name in mask.active:
-            mixed[~mask.active[name]] = 0
+        if name in mask:
+            mixed[~mask[name]] = 0
         out[name] = mixed
     return out
 
 
-def _mix(value: npt.NDArray[np.float32], base: LocalState, name: str, decay: float, mask: ElementMask | None) -> None:
+def _mix(value: npt.NDArray[np.float32], base: LocalState, name: str, decay: float, mask: Active) -> None:
     """Mix the old average into new weights, in their place: boards have no memory to waste."""
-    fresh = None
-    if base.mask is not None and name in base.mask.active:
-        fresh = value[~base.mask.active[name]]
+    known = base.mask.get(name)
+    fresh = None if known is None else value[~known]
     _mean(base.average[name], value, decay)
-    if fresh is not None and base.mask is not None:
-        value[~base.mask.active[name]] = fresh
-    if mask is not None and name in mask.active:
-        value[~mask.active[name]] = 0
+    if known is not None:
+        value[~known] = fresh
+    if name in mask:
+        value[~mask[name]] = 0
 
 
 def _carry(base: LocalState, offer: Offer, out: Tensors, decay: float, axes: TensorAxes) -> None:
@@ -395,8 +393,8 @@ def unpacked(
     axes: TensorAxes | None,
     widths: Sequence[int],
     maskable: Collection[str],
-) -> tuple[Tensors, ElementMask | None]:
-    """All tensors in full, 0 where masked, and which elements are active (None for all).
+) -> tuple[Tensors, Active]:
+    """All tensors in full, 0 where masked, and which elements are active.
 
     `axes`, the channel groups of the tensors' axes, are needed with a mask; only `maskable` tensors may have one.
     Raises `BundleError` if the files are invalid or don't fit each other or the model.
@@ -406,7 +404,7 @@ def unpacked(
     if not weights.startswith(tensorfile.header_of(tensors)):
         raise BundleError("the weights are not a canonical tensor file", hint="The server must write them again.")
     if mask is None:
-        return tensors, None
+        return tensors, ALL
     if recipe.mask == "none":
         raise BundleError("the offer has a mask", expected="recipe.mask 'hard' or 'threshold'", got="'none'")
     if axes is None:
@@ -419,8 +417,8 @@ def unpacked(
         for name, value in tensors.items():
             if value.dtype != np.float32:
                 raise BundleError(f"type of {name}", expected="float32", got=value.dtype)
-        known = ElementMask.from_tensors(bits, axes.shapes(widths))
-        return known.unpack(tensors), known
+        known = from_bits(bits, axes.shapes(widths))
+        return unpack(known, tensors), known
     except BundleError as error:
         raise BundleError(f"mask and weights of the offer don't fit each other: {error}") from error
 

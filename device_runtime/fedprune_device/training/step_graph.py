@@ -14,10 +14,10 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model import step_contract
 from fedprune.model.dropout import DropoutMasks
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.lengths import with_lengths
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import CUSTOM, Features, Recipe
+from fedprune.model.selection import ALL, Active
 from fedprune.model.step_contract import anchors, weight_of
 from fedprune.runtime.onnx_subgraph import GraphParts
 from fedprune.runtime.session import Session
@@ -156,7 +156,7 @@ class StepGraph:
         return bool(self._sums)
 
     def constants(
-        self, tensors: Mapping[str, Array], y: Inputs, recipe: Recipe, classes: int, mask: ElementMask | None = None
+        self, tensors: Mapping[str, Array], y: Inputs, recipe: Recipe, classes: int, mask: Active = ALL
     ) -> dict[str, Array]:
         """The inputs that are the same in every step; `y` are all training labels, as `targets` gives them.
 
@@ -208,18 +208,17 @@ class StepGraph:
         """A batch part's share of the loss's divisor."""
         return weight_of(y, self._ignored, feeds.get(step_contract.CLASS_WEIGHT)) if self.scores else float(len(y))
 
-    def masking(self, tensors: Mapping[str, Array], recipe: Recipe, mask: ElementMask | None) -> dict[str, Array]:
+    def masking(self, tensors: Mapping[str, Array], recipe: Recipe, mask: Active) -> dict[str, Array]:
         """Masks, thresholds and the scaler; those that the graph has and the recipe doesn't ask for change nothing."""
-        active = {} if mask is None else mask.active
         feeds: dict[str, Array] = {}
         if recipe.features.scale or step_contract.OUTPUT_SCALE in self._session.inputs:
             feeds[step_contract.OUTPUT_SCALE] = np.array(recipe.scale, np.float32)
         for name in self.trainable:
             if recipe.features.element_mask or step_contract.mask(name) in self._session.inputs:
-                on = active.get(name)
+                on = mask.get(name)
                 feeds[step_contract.mask(name)] = np.ones_like(tensors[name]) if on is None else on.astype(np.float32)
             if recipe.features.threshold or step_contract.threshold(name) in self._session.inputs:
-                theta = recipe.mask_threshold if name in active else 0.0
+                theta = recipe.mask_threshold if name in mask else 0.0
                 feeds[step_contract.threshold(name)] = np.array(theta, np.float32)
         return feeds
 

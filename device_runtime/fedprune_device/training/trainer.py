@@ -15,11 +15,10 @@ import numpy.typing as npt
 from fedprune.core.errors import BundleError, DivergedError, ExitCode, FedpruneError, TrainingError
 from fedprune.core.rng import keyed
 from fedprune.model import step_contract
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.lengths import free_axis
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Tensors
+from fedprune.model.selection import ALL, Active, Tensors
 from fedprune.runtime.onnx_subgraph import GraphParts
 from fedprune.runtime.placed_runs import GpuLostError
 from fedprune_device.data.batches import Batches, Part, Rows, even_parts
@@ -119,7 +118,7 @@ class TrainingTask:
     device: str
     round: int
     widths: Sequence[int] = ()
-    mask: ElementMask | None = None
+    mask: Active = field(default_factory=dict)
     moments: Tensors = field(default_factory=dict)
     taken: int = 0
 
@@ -287,7 +286,7 @@ class Trainer(StepGraph):
         order = keyed(seed, "calibration", device).permutation(data.samples)
         batches = even_parts(order, recipe.micro_batch)
         feeds = {n: np.asarray(v, order="C") for n, v in tensors.items() if n not in names}
-        feeds |= self.masking(tensors, replace(recipe, scale=1.0, mask_threshold=0.0), None)
+        feeds |= self.masking(tensors, replace(recipe, scale=1.0, mask_threshold=0.0), ALL)
         return dict(tensors) | batch_norm_statistics(self.run_forward, names, feeds, data.x_train, batches, tensors)
 
     def loss(

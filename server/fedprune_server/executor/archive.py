@@ -15,8 +15,8 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, shown
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.element_mask import from_bits, unpack
+from fedprune.model.selection import ALL, Active, Selection, Tensors
 from fedprune.strategies.values import Past
 from fedprune.updates import Codec, decode, is_packed
 
@@ -89,9 +89,9 @@ class Archive:
         whole = Selection.from_json(self._store.read(digest), self._architecture)
         return {self._architecture.sizes: whole.narrowed(self._architecture.sizes)}
 
-    def mask(self, digest: str | None, selection: Selection) -> ElementMask | None:
+    def mask(self, digest: str | None, selection: Selection) -> Active:
         """An element mask of a submodel; errors are those of `model`."""
-        return None if digest is None else ElementMask.from_tensors(self.tensors(digest), selection.shapes())
+        return ALL if digest is None else from_bits(self.tensors(digest), selection.shapes())
 
     def past(self, past: do.Past | None, withheld: Callable[[Selection], Tensors]) -> Past | None:
         """A device's last counted update.
@@ -111,18 +111,18 @@ class Archive:
         return _Memory(self, digests)
 
 
-def parts(update: Mapping[str, npt.NDArray[Any]], mask: ElementMask | None) -> tuple[Tensors, Tensors]:
+def parts(update: Mapping[str, npt.NDArray[Any]], mask: Active) -> tuple[Tensors, Tensors]:
     """The trained tensors of an update, and its squared gradients, both as large as the submodel. Raises `BundleError`
     if an update of a masked submodel has another number of values than the mask has active elements, or values of
     another type than float32."""
     trained = {n: v for n, v in update.items() if not n.endswith(_SQUARES)}
     squares = {n.removesuffix(_SQUARES): v for n, v in update.items() if n.endswith(_SQUARES)}
-    if mask is None:
+    if not mask:
         return trained, squares  # as they came: `fedprune.aggregation.client_update` checks them
     for name, value in update.items():
         if value.dtype != np.float32:
             raise BundleError(f"type of {shown(name)}", expected="float32", got=value.dtype)
-    return mask.unpack(trained), mask.unpack(squares)
+    return unpack(mask, trained), unpack(mask, squares)
 
 
 class _Memory(Mapping[str, Mapping[str, npt.NDArray[Any]]]):

@@ -14,6 +14,7 @@ from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
 from fedprune.core.errors import ProtocolError
 from fedprune.model import step_contract
+from fedprune.model.element_mask import pack, to_bits
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import frozen_tensors, matching
@@ -142,8 +143,7 @@ class Offers:
             StorageError: The disk fails or is full.
         """
         mask = submodel.mask
-        packed = submodel.tensors if mask is None else mask.pack(submodel.tensors)
-        packed, coded = self._coded(packed, coding, submodel, before)
+        packed, coded = self._coded(pack(mask, submodel.tensors), coding, submodel, before)
         body: dict[str, Any] = {
             **coded,
             "weights": self._store.put(tensorfile.encode(packed)).to_dict(),
@@ -160,8 +160,8 @@ class Offers:
             body["base"] = self._graph("base", round_, lambda: self._model.base_file or b"")
         if self._precisions:
             body["lowered"] = self.lowered(submodel.selection.widths, round_)
-        if mask is not None:
-            body["mask"] = self._store.put(tensorfile.encode(mask.to_tensors())).to_dict()
+        if mask:
+            body["mask"] = self._store.put(tensorfile.encode(to_bits(mask))).to_dict()
         return body
 
     def training(self, recipe: Recipe, round_: int, unit: str = CPU) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class Offers:
         if chosen is None:
             return packed, says
         held, base = None, None
-        if before is not None and coding.held is not None and submodel.mask is None:
+        if before is not None and coding.held is not None and not submodel.mask:
             found = self._held(coding.held.weights or "")
             found = relocated(found, moved, 2**40) if moved else found
             if {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in packed.items()}:

@@ -318,10 +318,10 @@ def _parts_of(command: do.Fold | do.Close | do.Basis) -> tuple[do.Part, ...]:
 
 def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:
     """The recipe for a submodel's mask: kept as it is or, by the objective, by a threshold of magnitudes."""
-    if submodel.mask is None:
+    if not submodel.mask:
         return recipe
     if recipe.mask == "threshold":
-        least = threshold(magnitudes(submodel.tensors, submodel.mask.active), submodel.mask)
+        least = threshold(magnitudes(submodel.tensors, submodel.mask), submodel.mask)
         return replace(recipe, mask_threshold=least)
     return replace(recipe, mask="hard")
 

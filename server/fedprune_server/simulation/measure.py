@@ -23,7 +23,7 @@ from fedprune.core.metrics import LOSS, leading
 from fedprune.core.rng import keyed
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, widths_at
-from fedprune.model.element_mask import ElementMask
+from fedprune.model.element_mask import applied, from_bits
 from fedprune.model.nested_widths import TensorAxes, axes_json
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
@@ -167,7 +167,7 @@ class Measure:
         self._of = (model, recipe)
 
     def _measured(self, name: str, submodel: Submodel) -> dict[str, float]:
-        tensors = submodel.tensors if submodel.mask is None else submodel.mask.applied(submodel.tensors)
+        tensors = applied(submodel.mask, submodel.tensors)
         if self._calibrate is not None:
             tensors = self._calibrate(tensors)
         found: dict[str, float] = {}
@@ -261,7 +261,7 @@ class RoundRecorder:
         key = offer["mask"]["sha256"], widths
         if key not in self._shares:
             bits = tensorfile.decode(self._store.read(key[0]))
-            mask = ElementMask.from_tensors(bits, architecture.shapes(widths))
+            mask = from_bits(bits, architecture.shapes(widths))
             self._shares = {key: active_macs_share(architecture, widths, mask)}  # a round's masks are mostly alike
         return self._shares[key]
 

@@ -11,9 +11,9 @@ import pytest
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode
-from fedprune.model.element_mask import ElementMask
+from fedprune.model.element_mask import pack, to_bits
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Tensors
+from fedprune.model.selection import Active, Tensors
 from fedprune.planning.costs import WEIGHT_FILES, storage_bytes
 from fedprune.wire.messages import Birth, Offer, Refusal
 from fedprune_device.serving.model_slots import ModelSlots
@@ -78,14 +78,14 @@ def test_the_disk_never_holds_more_than_the_planner_counts(bench: Bench, monkeyp
     assert max(total for total, _ in seen) <= storage_bytes(server.weights.size, *graphs) + documents
 
 
-def hidden_offer(bench: Bench, number: int, recipe: Recipe, mask: ElementMask) -> Offer:
+def hidden_offer(bench: Bench, number: int, recipe: Recipe, mask: Active) -> Offer:
     """An offer of a masked model; what belongs to it lies at the server."""
     graphs, put = GRAPHS, bench.server.blobs.put
     blobs = {
         "training": put((graphs / "masked.onnx").read_bytes()),
         "inference": put((graphs / "hidden.onnx").read_bytes()),
-        "weights": put(tensorfile.encode(mask.pack(hidden_weights(seed=number)))),
-        "mask": put(tensorfile.encode(mask.to_tensors())),
+        "weights": put(tensorfile.encode(pack(mask, hidden_weights(seed=number)))),
+        "mask": put(tensorfile.encode(to_bits(mask))),
     }
     return bench.server.offer(number, recipe, widths=(HIDDEN,), **blobs)
 
@@ -120,7 +120,7 @@ def test_what_a_board_keeps_of_its_own_is_counted(
     watched(ModelSlots, "install")
     watched(FolderStateStore, "stage")
     watched(FolderStateStore, "commit")
-    mask = ElementMask({"w1": np.ones((8, 6), np.bool_)})
+    mask = {"w1": np.ones((8, 6), np.bool_)}
     offers = [hidden_offer(bench, n, recipe, mask) for n in (1, 2, 3, 4)]
     weights, graphs = offers[0].weights.size, {offers[0].training.size, offers[0].inference.size}
     bench.server.plan = offers

@@ -13,7 +13,7 @@ from msgspec import structs
 from fedprune.aggregation.fixed_point import Range
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
-from fedprune.model.element_mask import ElementMask
+from fedprune.model.element_mask import pack
 from fedprune.model.recipe import Recipe
 from fedprune.secure_aggregation.grid import TensorGrid, VectorForm
 from fedprune.updates import Codec, decode
@@ -62,15 +62,15 @@ def test_an_update_is_as_long_as_it_may_be(board: HiddenBoard) -> None:
 
 def test_of_masked_tensors_the_active_elements_are_clipped_and_noised(board: HiddenBoard) -> None:
     random = np.random.default_rng(3)
-    mask = ElementMask({n: random.random(SENT[n].shape) < 0.5 for n in ("w1", "w2")})
-    packed = mask.pack(SENT)
+    mask = {n: random.random(SENT[n].shape) < 0.5 for n in ("w1", "w2")}
+    packed = pack(mask, SENT)
     for clip, noise in ((1e6, 0.0), (0.01, 0.0), (1e-6, 0.5)):
         recipe = replace(PLAIN, mask="hard", update_clip=clip, update_noise=noise)
         _, sent, serves = board.carry_out(board.offer(1, recipe, SENT, graph="masked", mask=mask))
         assert {n: v.shape for n, v in sent.items()} == {n: v.shape for n, v in packed.items()}
         moved = np.concatenate([(sent[n] - packed[n]).ravel() for n in sent if n not in STATISTICS])
         if clip > 1:
-            trained = mask.pack(serves)
+            trained = pack(mask, serves)
             assert all(np.array_equal(sent[n], trained[n]) for n in sent if n not in STATISTICS)
         elif not noise:
             assert np.linalg.norm(moved) == pytest.approx(clip, rel=1e-3)

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from fedprune.core import atomic_file
 from fedprune.core.errors import StorageError
 from fedprune.model.architecture import Axis, Segment
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
@@ -152,7 +151,7 @@ def test_where_only_ranks_would_tell_which_channels_are_the_same_the_average_beg
 def test_elements_that_were_masked_begin_anew_and_those_that_are_stay_zero() -> None:
     ref = {"sha256": "a" * 64, "size": 1, "leaves": "a" * 64}
     offer = Offer("j", 2, 0, 1, "a" * 64, "b" * 64, (3,), 3, ref, ref, ref, {})  # type: ignore[arg-type]
-    before, now = (ElementMask({"w": np.array(bits, np.bool_)}) for bits in ([1, 1, 0, 0], [1, 0, 1, 0]))
+    before, now = ({"w": np.array(bits, np.bool_)} for bits in ([1, 1, 0, 0], [1, 0, 1, 0]))
     base = LocalState("j", 1, "a" * 64, "b" * 64, None, (3,), 1, {"w": np.float32([4, 4, 0, 0])}, {}, before)
     got = averaged(base, offer, {"w": np.float32([8, 0, 8, 0])}, 0.75, mask=now)["w"]
     np.testing.assert_array_equal(got, [5, 0, 8, 0])
@@ -162,7 +161,7 @@ def test_elements_that_were_masked_begin_anew_and_those_that_are_stay_zero() -> 
 
 
 def record(number: int, fill: float = 1.0) -> LocalState:
-    mask = ElementMask({"w": np.arange(6).reshape(2, 3) % 2 == 0})
+    mask = {"w": np.arange(6).reshape(2, 3) % 2 == 0}
     tensors = {"w": np.full((2, 3), fill, np.float32)}
     return LocalState("job", 7, "a" * 64, "b" * 64, "c" * 64, (3,), number, tensors, {"head": np.float32([fill])}, mask)
 

@@ -14,7 +14,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import StorageFullError
-from fedprune.model.element_mask import ElementMask
+from fedprune.model.element_mask import applied, pack, unpack
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.updates import Codec, decode, is_packed, weights
@@ -89,15 +89,15 @@ def test_a_round_that_is_done_twice_gives_the_same_update(board: HiddenBoard) ->
 def test_a_masked_update_leaves_out_of_active_elements_alone(board: HiddenBoard) -> None:
     rng = np.random.default_rng(0)
     sent = hidden_weights(seed=1)
-    mask = ElementMask({"w1": rng.random(sent["w1"].shape) < 0.5, "w2": rng.random(sent["w2"].shape) < 0.5})
-    masked = mask.applied(sent)
+    mask = {"w1": rng.random(sent["w1"].shape) < 0.5, "w2": rng.random(sent["w2"].shape) < 0.5}
+    masked = applied(mask, sent)
     recipe = replace(PLAIN, mask="hard")
     offer = board.offer(1, recipe, masked, graph="masked", mask=mask, codec="int8")
     raw, serves, own = carry_out(board, offer)
-    found = mask.unpack(read(raw, "int8", mask.pack(masked)))
+    found = unpack(mask, read(raw, "int8", pack(mask, masked)))
     for name in set(sent) - STATISTICS:
         assert found[name] + own.residual[name] == pytest.approx(serves[name], abs=1e-6)
-    for name, active in mask.active.items():
+    for name, active in mask.items():
         assert not own.residual[name][~active].any()
 
 

@@ -15,10 +15,10 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, FedpruneError, TrainingError
 from fedprune.core.rng import keyed
 from fedprune.model import step_contract
-from fedprune.model.element_mask import ElementMask
+from fedprune.model.element_mask import applied, pack, to_bits, unpack
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Tensors
+from fedprune.model.selection import Active, Tensors
 from fedprune.runtime.session import Session
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import FolderStateStore, LocalState
@@ -42,9 +42,9 @@ HARD = Recipe(epochs=2, batch_size=16, mask="hard", weight_decay=0.1)
 NAMES = ("w1", "gamma", "beta", "mean", "var", "w2", "b2")
 
 
-def half(weights: Tensors, *names: str, seed: int = 0) -> ElementMask:
+def half(weights: Tensors, *names: str, seed: int = 0) -> Active:
     rng = np.random.default_rng(seed)
-    return ElementMask({n: rng.random(weights[n].shape) < 0.5 for n in names or ("w1", "w2")})
+    return {n: rng.random(weights[n].shape) < 0.5 for n in names or ("w1", "w2")}
 
 
 def train(graph: Path, weights: Tensors, data: LocalData, recipe: Recipe, **other: Any) -> TrainingResult:
@@ -57,14 +57,14 @@ def train(graph: Path, weights: Tensors, data: LocalData, recipe: Recipe, **othe
 def test_masked_elements_stay_zero_and_travel_neither_down_nor_up(board: HiddenBoard) -> None:
     weights = hidden_weights()
     mask = half(weights)
-    dense = mask.applied(weights)
+    dense = applied(mask, weights)
     update, sent, serves = board.carry_out(board.offer(1, HARD, weights, graph="masked", mask=mask))
     wanted = train(board.graphs / "masked.onnx", dense, board.data, HARD, mask=mask).tensors
-    assert {n: v.shape for n, v in sent.items()} == {n: v.shape for n, v in mask.pack(weights).items()}
-    for name, value in mask.unpack(sent).items():
+    assert {n: v.shape for n, v in sent.items()} == {n: v.shape for n, v in pack(mask, weights).items()}
+    for name, value in unpack(mask, sent).items():
         np.testing.assert_array_equal(value, wanted[name])
         np.testing.assert_array_equal(value, serves[name])
-    for name, active in mask.active.items():
+    for name, active in mask.items():
         assert not serves[name][~active].any()
         assert (serves[name][active] != dense[name][active]).all()
     x, y = board.data.x_test, board.data.y_test
@@ -74,7 +74,7 @@ def test_masked_elements_stay_zero_and_travel_neither_down_nor_up(board: HiddenB
 
 def test_a_mask_of_nothing_but_ones_changes_nothing(board: HiddenBoard) -> None:
     weights = hidden_weights()
-    ones = ElementMask({"w1": np.ones_like(weights["w1"], np.bool_)})
+    ones = {"w1": np.ones_like(weights["w1"], np.bool_)}
     recipe = replace(HARD, weight_decay=0.0)
     masked = train(board.graphs / "masked.onnx", weights, board.data, recipe, mask=ones).tensors
     without = train(board.graphs / "masked.onnx", weights, board.data, recipe).tensors
@@ -91,10 +91,10 @@ def test_an_average_of_masked_weights_is_masked_and_follows_the_mask(board: Hidd
         weights = hidden_weights(seed=number)
         mask = half(weights, seed=number)
         _, sent, serves = board.carry_out(board.offer(number, recipe, weights, graph="masked", mask=mask))
-        new = mask.unpack(sent)
-        for name, active in mask.active.items():
+        new = unpack(mask, sent)
+        for name, active in mask.items():
             assert not serves[name][~active].any()
-            kept = active & before.active[name] if before is not None else np.zeros_like(active)
+            kept = active & before[name] if before is not None else np.zeros_like(active)
             wanted = np.where(kept, 0.75 * old.get(name, new[name]) + 0.25 * new[name], new[name])
             np.testing.assert_allclose(serves[name], wanted, rtol=1e-6)
         old, before = serves, mask
@@ -112,10 +112,10 @@ def test_what_is_blended_into_an_average_keeps_to_the_mask(board: HiddenBoard, m
             (LocalState.from_bytes(r) for r in FolderStateStore(board.root / "own").read().values()),
             key=lambda o: o.round,
         )
-        for name, value in active.applied(weights).items():
+        for name, value in applied(active, weights).items():
             wanted = (own.average[name] + value) / 2
-            if name in active.active:
-                assert not serves[name][~active.active[name]].any()
+            if name in active:
+                assert not serves[name][~active[name]].any()
                 wanted = np.where(np.abs(wanted) >= np.float32(theta), wanted, 0)
             np.testing.assert_allclose(serves[name], wanted, rtol=1e-5, atol=1e-7)
 
@@ -143,8 +143,8 @@ def test_a_mask_that_does_not_fit_is_refused(graphs: Path, change: dict[str, Any
     weights = hidden_weights()
     mask = half(weights, "w1")
     arguments: dict[str, Any] = {
-        "weights": tensorfile.encode(mask.pack(weights)),
-        "mask": tensorfile.encode(mask.to_tensors()),
+        "weights": tensorfile.encode(pack(mask, weights)),
+        "mask": tensorfile.encode(to_bits(mask)),
         "recipe": HARD,
         "axes": axes(graphs),
         "widths": (HIDDEN,),
@@ -164,16 +164,16 @@ def test_whatever_comes_for_a_mask_costs_nothing_but_the_offer(seed: int, change
     rng = np.random.default_rng(seed)
     weights = hidden_weights()
     mask = half(weights)
-    raw = bytearray(tensorfile.encode(mask.to_tensors()))
+    raw = bytearray(tensorfile.encode(to_bits(mask)))
     for at in rng.integers(0, len(raw), changes):
         raw[at] = rng.integers(256)
     try:
         tensors, got = unpacked(
-            tensorfile.encode(mask.pack(weights)), bytes(raw), HARD, axes(graphs), (HIDDEN,), ("w1", "w2", "b2")
+            tensorfile.encode(pack(mask, weights)), bytes(raw), HARD, axes(graphs), (HIDDEN,), ("w1", "w2", "b2")
         )
     except FedpruneError:
         return
-    assert all(tensors[n].shape == weights[n].shape and not tensors[n][~m].any() for n, m in got.active.items())
+    assert all(tensors[n].shape == weights[n].shape and not tensors[n][~m].any() for n, m in got.items())
 
 
 def test_a_recipe_with_masks_needs_a_graph_with_masks(board: HiddenBoard) -> None:
@@ -212,11 +212,11 @@ def test_the_last_steps_squared_gradients_follow_the_weights(board: HiddenBoard,
     recipe = Recipe(epochs=2, batch_size=16, lr=0.05, momentum=0.0, report_squares=True)
     recipe = replace(recipe, mask="hard") if masked else recipe
     graph, weights = "masked" if masked else "scaled", hidden_weights()
-    mask = half(weights) if masked else None
+    mask = half(weights) if masked else {}
     _, sent, _ = board.carry_out(board.offer(1, recipe, weights, graph=graph, mask=mask))
     names = [n for n in NAMES if n not in ("mean", "var")]
     assert list(sent) == [*NAMES, *(step_contract.squares(n) for n in names)]
-    dense = weights if mask is None else mask.applied(weights)
+    dense = applied(mask, weights)
     steps = recipe.steps(board.data.samples)
     one, two = (
         train(board.graphs / f"{graph}.onnx", dense, board.data, replace(recipe, max_steps=s), mask=mask).tensors
@@ -224,7 +224,7 @@ def test_the_last_steps_squared_gradients_follow_the_weights(board: HiddenBoard,
     )
     for name in names:
         square = ((one[name].astype(np.float64) - two[name]) / recipe.lr) ** 2
-        square = square[mask.active[name]] if mask is not None and name in mask.active else square
+        square = square[mask[name]] if name in mask else square
         assert sent[step_contract.squares(name)].shape == sent[name].shape
         np.testing.assert_allclose(sent[step_contract.squares(name)], square, rtol=1e-2, atol=1e-7)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fedprune.model import step_contract
-from fedprune.model.element_mask import ElementMask
+from fedprune.model.element_mask import applied, gathered
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import Active, Selection, Tensors
 from fedprune.model.step_contract import first_step
 from fedprune.runtime.session import Session
 from fedprune.strategies.importance.element_ranking import prunable
@@ -30,7 +30,7 @@ def model() -> Model:
     return import_onnx(export_torch(seeded(LeNet())), "lenet")
 
 
-def masked(model: Model, seed: int) -> tuple[ElementMask, Tensors]:
+def masked(model: Model, seed: int) -> tuple[Active, Tensors]:
     """A mask of single weights, whole filters and whole inputs, and the model's weights under it, without biases."""
     random, architecture = np.random.default_rng(seed), model.architecture
     active = {}
@@ -40,9 +40,9 @@ def masked(model: Model, seed: int) -> tuple[ElementMask, Tensors]:
         bits = random.random(shape) < 0.7
         bits &= random.random((shape[0], 1, *rest)) < 0.7
         active[name] = bits & (random.random((1, shape[1], *rest)) < 0.9)
-    mask = ElementMask(active)
+    mask = active
     weights = {n: np.zeros_like(v) if n.endswith("bias") else v for n, v in model.tensors.items()}
-    return mask, mask.applied(weights)
+    return mask, applied(mask, weights)
 
 
 def with_weights(model: Model, weights: Tensors) -> Model:
@@ -67,16 +67,16 @@ def test_a_step_of_the_cut_net_is_that_of_the_masked_one(model: Model) -> None:
     session = Session(training_graph(model, recipe.features).to_bytes(), training=True)
     x, y = inputs(model, 6), np.arange(6)
 
-    def after(tensors: Tensors, bits: ElementMask) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+    def after(tensors: Tensors, bits: Active) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
         fed = {step_contract.X: x, step_contract.Y: y, **first_step(recipe, tensors, session.inputs, y, 10)}
-        fed |= {step_contract.mask(n): m.astype(np.float32) for n, m in bits.active.items()}
+        fed |= {step_contract.mask(n): m.astype(np.float32) for n, m in bits.items()}
         got = session.run(fed)
         return {n: got[step_contract.following(n)] for n in tensors} | {"loss": got[step_contract.LOSS]}
 
     whole = after(weights, mask)
-    small = after(selection.gather(weights), mask.gathered(selection))
+    small = after(selection.gather(weights), gathered(mask, selection))
     assert small.pop("loss") == pytest.approx(float(whole.pop("loss")), rel=1e-5)
     for name, value in selection.gather(whole).items():
         np.testing.assert_allclose(small[name], value, atol=1e-6, err_msg=name)
-    for name, bits in mask.active.items():
+    for name, bits in mask.items():
         assert not whole[name][~bits].any()

@@ -13,7 +13,7 @@ from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
 from fedprune.jobs.schedule import Schedule
 from fedprune.model.architecture import TensorKind
-from fedprune.model.element_mask import ElementMask
+from fedprune.model.element_mask import from_bits, unpack
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner
@@ -140,10 +140,10 @@ def masked_mean(found: Run, close: do.Close, before: Tensors, schedule: Schedule
     shapes = {n: v.shape for n, v in before.items()}
     for c in close.contributions:
         share = schedule.staleness(close.round - c.basis.round)
-        bits = ElementMask({}) if c.mask is None else ElementMask.from_tensors(found.tensors(c.mask), shapes)
+        bits = {} if c.mask is None else from_bits(found.tensors(c.mask), shapes)
         new = {n: v for n, v in found.tensors(c.weights).items() if "::" not in n}
-        for name, value in bits.unpack(new).items():
-            held = bits.active.get(name, np.ones(shapes[name], bool))
+        for name, value in unpack(bits, new).items():
+            held = bits.get(name, np.ones(shapes[name], bool))
             sums[name] += share * held * value.astype(float)
             mass[name] += share * held
     return {n: np.where(mass[n] > 0, sums[n] / np.maximum(mass[n], 1e-300), before[n]) for n in before}

@@ -20,7 +20,6 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, DataError
 from fedprune.model.architecture import widths_at
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.profile_store import find
@@ -132,8 +131,8 @@ def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, na
     runner, saved = DeviceRunner(store, tmp_path / "scratch"), {}
     for number, width in ((1, 8), (2, 8), (3, 4), (5, 8), (5, 8)):
         weights = hidden_weights(width, number)
-        mask = ElementMask({"w1": weights["w1"] > 0}) if recipe.mask != "none" else None
-        offer = board.offer(number, recipe, weights, graph="masked" if mask is not None else "kept", mask=mask)
+        mask = {"w1": weights["w1"] > 0} if recipe.mask != "none" else {}
+        offer = board.offer(number, recipe, weights, graph="masked" if mask else "kept", mask=mask)
         real, sent, _ = board.carry_out(offer)
         with DeviceStore(board.root) as there:
             for ref in offer.blobs():

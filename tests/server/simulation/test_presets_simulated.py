@@ -13,7 +13,7 @@ import pytest
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State
 from fedprune.core import tensorfile
-from fedprune.model.element_mask import ElementMask
+from fedprune.model.element_mask import from_bits
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.cost_prediction import predict
@@ -207,10 +207,8 @@ def test_what_is_measured_is_masked_as_what_is_sent_whoever_takes_part(elements:
     assert len(found) == 3
     for submodel in found:
         assert submodel.selection.widths == run.model.architecture.sizes
-        assert submodel.mask is not None
-        assert sum(int(a.sum()) for a in submodel.mask.active.values()) < 0.25 * sum(
-            a.size for a in submodel.mask.active.values()
-        )
+        assert submodel.mask
+        assert sum(int(a.sum()) for a in submodel.mask.values()) < 0.25 * sum(a.size for a in submodel.mask.values())
 
 
 @pytest.mark.parametrize(
@@ -243,11 +241,12 @@ def test_a_masked_submodel_travels_without_what_is_masked(elements: Build) -> No
     whole, sparse = (offers(run)[n] for n in sorted(KINDS[1:]))
     assert "mask" not in whole
     bits = tensorfile.decode(run.store.read(sparse["mask"]["sha256"]))
-    mask = ElementMask.from_tensors(bits, Selection.full(run.model.architecture).shapes())
-    assert mask.count == int(0.2 * mask.size)
+    mask = from_bits(bits, Selection.full(run.model.architecture).shapes())
+    kept = sum(int(bits.sum()) for bits in mask.values())
+    assert kept == int(0.2 * sum(bits.size for bits in mask.values()))
     weights = tensorfile.decode(run.store.read(sparse["weights"]["sha256"]))
-    active = np.concatenate([np.abs(weights[n]) for n in mask.active])
-    assert active.size == mask.count
+    active = np.concatenate([np.abs(weights[n]) for n in mask])
+    assert active.size == kept
     assert sparse["recipe"]["mask_threshold"] == pytest.approx(float(active.min()))
     assert sparse["weights"]["size"] < 0.3 * whole["weights"]["size"]
     assert whole["recipe"]["mask"] == "threshold"

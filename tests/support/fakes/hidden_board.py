@@ -10,9 +10,9 @@ import numpy as np
 from fedprune.core import tensorfile
 from fedprune.core.rng import keyed
 from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.model.element_mask import ElementMask
+from fedprune.model.element_mask import pack, to_bits
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Tensors
+from fedprune.model.selection import ALL, Active, Tensors
 from fedprune.wire.messages import Offer, Update
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.state_directory import DeviceStore
@@ -72,19 +72,18 @@ class HiddenBoard:
 
     def offer(self, number: int, recipe: Recipe, weights: Tensors, **other: Any) -> Offer:
         graph, width = other.pop("graph", "narrow"), len(weights["gamma"])
-        mask: ElementMask | None = other.pop("mask", None)
-        packed = weights if mask is None else mask.pack(weights)
+        mask: Active = other.pop("mask", ALL)
         inference = "hidden" if width == HIDDEN else "hidden_half"
         with DeviceStore(self.root) as store:
             put = store.blobs.put
             values: dict[str, Any] = {
                 "job": "job", "round": number, "attempt": 0, "seed": SEED, "architecture": "a" * 64,
                 "selection": f"{width:064x}", "widths": (width,), "classes": CLASSES, "ranking": "c" * 64,
-                "weights": put(tensorfile.encode(packed)),
+                "weights": put(tensorfile.encode(pack(mask, weights))),
                 "training": put((self.graphs / f"{graph}.onnx").read_bytes()),
                 "inference": put((self.graphs / f"{inference}.onnx").read_bytes()),
                 "recipe": recipe.to_offer(),
-                "mask": None if mask is None else put(tensorfile.encode(mask.to_tensors())),
+                "mask": put(tensorfile.encode(to_bits(mask))) if mask else None,
             }  # fmt: skip
         return Offer(**{**values, **other})
 

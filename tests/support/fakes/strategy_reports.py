@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from fedprune.aggregation.fold import Fold
 from fedprune.model.architecture import Architecture
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import ALL, Active, Selection, Tensors
 from fedprune.strategies.aggregators import Aggregator
 from fedprune.strategies.values import Closing, Cut, Memory, Report, Scene, Submodel, Turn
 
@@ -33,7 +32,7 @@ def report(
     *,
     steps: int = 1,
     sent: Tensors | None = None,
-    mask: ElementMask | None = None,
+    mask: Active = ALL,
     device: str = "d",
 ) -> Report:
     """An update; sent was what the round's model holds, unless said otherwise."""

@@ -151,8 +151,8 @@ def moved(submodel: Submodel, device: str, round_: int, scale: float = 0.1) -> T
         value = submodel.tensors[spec.name]
         by = keyed(1, device, round_, spec.name).standard_normal(spec.shape)[mesh(submodel.selection.maps(spec.name))]
         after = (value + scale * by).astype(np.float32)
-        if submodel.mask is not None and spec.name in submodel.mask.active:
-            after = np.where(submodel.mask.active[spec.name], after, value)
+        if spec.name in submodel.mask:
+            after = np.where(submodel.mask[spec.name], after, value)
         out[spec.name] = np.abs(after) if spec.kind is TensorKind.STAT_VAR else after
     return out
 

@@ -17,7 +17,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.core import tensorfile
 from fedprune.core.tensorfile import float32_array
-from fedprune.model.element_mask import ElementMask
+from fedprune.model.element_mask import from_bits, pack, to_bits
 from fedprune.model.recipe import Recipe
 from fedprune.planning.latency_model import LatencyTable, typical_table
 from fedprune.planning.probe_report import ProbeReport
@@ -348,12 +348,12 @@ def _joining() -> tuple[Target, ...]:
 def _blobs() -> tuple[Target, ...]:
     """Blobs that are whole, as their digests say, and still anything at all."""
     tensors = {"w": np.ones((8, 4), np.float32), "head": np.ones((3, 8), np.float32)}
-    mask = ElementMask({"w": np.arange(32).reshape(8, 4) % 3 == 0})
-    bits = tensorfile.encode(mask.to_tensors())
+    mask = {"w": np.arange(32).reshape(8, 4) % 3 == 0}
+    bits = tensorfile.encode(to_bits(mask))
     weights = tensorfile.encode(tensors)
     graphs = packed(dict.fromkeys(graphs_of(INT8), b"graph"))
     shapes = {n: v.shape for n, v in tensors.items()}
-    masked = tensorfile.encode(mask.pack(tensors))
+    masked = tensorfile.encode(pack(mask, tensors))
 
     def header(text: bytes) -> bytes:
         """A header that says how long it is, before sound data."""
@@ -367,7 +367,7 @@ def _blobs() -> tuple[Target, ...]:
         Target("blob.tensors by header", tensorfile.decode, (table,), text=True, share=4, frame=header),
         Target("blob.some tensors", _some, (weights, bits), share=0.2),
         Target("blob.lowered graphs", lambda raw: unpacked(raw, INT8), (graphs,)),
-        Target("blob.mask", lambda raw: ElementMask.from_tensors(tensorfile.decode(raw), shapes), (bits,)),
+        Target("blob.mask", lambda raw: from_bits(tensorfile.decode(raw), shapes), (bits,)),
         Target("blob.weights of an offer", lambda raw: _offered(raw, recipe), (weights, masked)),
         *map(_coded, ("int8", "int4", "top-k:0.25")),
     )

@@ -16,8 +16,7 @@ from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import BundleError, FedpruneError, ProtocolError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import Active, Selection, Tensors
 from support.nets.drawn_models import Update, architectures, model, ranks, rounds, seeds, selections, trained, widths
 
 pytestmark = pytest.mark.board
@@ -37,13 +36,13 @@ NORM = Architecture(
     (2,),
 )
 
-Masked = tuple[Selection, Tensors, int, int, ElementMask | None]
+Masked = tuple[Selection, Tensors, int, int, Active]
 
 
 def folded(architecture: Architecture, base: Tensors, updates: Sequence[Update | Masked], **options: Any) -> Fold:
     fold = Fold(architecture, base, **options)
     for selection, part, weight, steps, *mask in updates:
-        fold.add(selection, part, weight, steps, mask=mask[0] if mask else None)
+        fold.add(selection, part, weight, steps, mask=mask[0] if mask else {})
     return fold
 
 
@@ -283,12 +282,12 @@ def test_filling_is_folding_what_was_reconstructed(data: st.DataObject, seed: in
         assert got[spec.name][held].tobytes() == expected[spec.name][held].tobytes()
 
 
-def random_mask(selection: Selection, seed: int) -> ElementMask:
+def random_mask(selection: Selection, seed: int) -> Active:
     """A mask of about half of some trained tensors, and of nothing of the others."""
     dice = np.random.default_rng(seed)
     shapes = selection.shapes()
     chosen = [t.name for t in selection.architecture.trainable if dice.random() < 0.7]
-    return ElementMask({n: np.asarray(dice.random(shapes[n]) < 0.5) for n in chosen})
+    return {n: np.asarray(dice.random(shapes[n]) < 0.5) for n in chosen}
 
 
 @st.composite
@@ -301,7 +300,7 @@ def masked_rounds(draw: st.DrawFn) -> tuple[Architecture, Tensors, list[Masked]]
     for _ in range(draw(st.integers(1, 4))):
         order = draw(ranks(architecture)) if draw(st.booleans()) else common
         selection = Selection.of(architecture, draw(widths(architecture)), order)
-        mask = random_mask(selection, draw(seeds)) if draw(st.booleans()) else None
+        mask = random_mask(selection, draw(seeds)) if draw(st.booleans()) else {}
         weight, steps = draw(st.integers(1, 1000)), draw(st.integers(1, 50))
         updates.append((selection, trained(selection, base, draw(seeds)), weight, steps, mask))
     return architecture, base, updates
@@ -313,7 +312,7 @@ def plain_sums(name: str, architecture: Architecture, updates: list[Masked]) -> 
     total, mass = np.zeros(spec.shape), np.zeros(spec.shape)
     for selection, part, weight, _, mask in updates:
         at = np.ix_(*selection.maps(name)) if spec.axes else ...
-        active = np.ones(part[name].shape) if mask is None or name not in mask.active else mask.active[name]
+        active = np.ones(part[name].shape) if name not in mask else mask[name]
         total[at] += weight * active * part[name].astype(np.float64)
         mass[at] += weight * active
     return total, mass
@@ -348,7 +347,7 @@ def test_a_mask_of_whole_channels_is_a_narrower_submodel(data: st.DataObject, se
     narrow = data.draw(selections(architecture))
     other = data.draw(selections(architecture))
     full = trained(Selection.full(architecture), base, seed + 1)
-    mask = ElementMask({t.name: narrow.covered(t.name) for t in architecture.trainable})
+    mask = {t.name: narrow.covered(t.name) for t in architecture.trainable}
     for rule in ("coverage", "fill"):
         one, two = (Fold(architecture, base, rule=rule, evidence=True) for _ in range(2))
         one.add(Selection.full(architecture), full, 3, 2, mask=mask)
@@ -463,7 +462,7 @@ def test_masks_that_do_not_fit_are_refused_and_leave_nothing_behind(active: dict
     selection = Selection.of(NORM, (3,))
     fold = Fold(NORM, base)
     with pytest.raises(ProtocolError, match="mask of"):
-        fold.add(selection, trained(selection, base, 1), 1, mask=ElementMask(active))
+        fold.add(selection, trained(selection, base, 1), 1, mask=active)
     assert fold.weight == 0
     assert identical(fold.close()[0], base)
 

@@ -18,7 +18,6 @@ from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, FedpruneError, StorageError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from support.nets.drawn_models import architectures, model, ranks, seeds, trained, widths
 
@@ -107,7 +106,7 @@ def test_masked_elements_are_not_split() -> None:
     name = fold.shared[0].name
     mask = np.ones(base[name].shape, np.bool_)
     mask.reshape(-1)[0] = False
-    fold.add(selection, base, 1, mask=ElementMask({name: mask}))
+    fold.add(selection, base, 1, mask={name: mask})
     with pytest.raises(BundleError, match="masked"):
         fold.partial()
 

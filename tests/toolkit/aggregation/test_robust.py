@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from fedprune.aggregation.client_update import ClientUpdate, norm
 from fedprune.aggregation.robust import Direction, centre, clipped, standing_out
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import DeltaMean, Mean
 from fedprune.strategies.methods.robust import Robust, Robustness
@@ -41,10 +40,10 @@ def rounds(draw: st.DrawFn, least: int = 1) -> tuple[Scene, list[Report]]:
     reports = []
     for k in range(draw(st.integers(least, 5))):
         selection = Selection.of(architecture, draw(widths(architecture)), order)
-        mask = None
+        mask = {}
         if draw(st.booleans()):
             dice, shapes = np.random.default_rng(k), selection.shapes()
-            mask = ElementMask({t.name: np.asarray(dice.random(shapes[t.name]) < 0.6) for t in architecture.trainable})
+            mask = {t.name: np.asarray(dice.random(shapes[t.name]) < 0.6) for t in architecture.trainable}
         part = trained(selection, base, draw(seeds))
         weight = draw(st.integers(1, 100))
         reports.append(report(at, selection, part, weight, mask=mask, device=f"d{k}", steps=k + 1))
@@ -59,7 +58,7 @@ def stacks(name: str, at: Scene, reports: list[Report]) -> tuple[Any, Any]:
         index = np.ix_(*each.trained.selection.maps(name)) if spec.axes else ...
         values[k, ...][index] = each.trained.tensors[name]
         mask = each.trained.mask
-        held[k, ...][index] = mask.active[name] if mask is not None and name in mask.active else True
+        held[k, ...][index] = mask.get(name, True)
     return values, held
 
 

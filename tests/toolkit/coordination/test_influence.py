@@ -23,8 +23,7 @@ from fedprune.coordination.limits import (
     weight_limit,
 )
 from fedprune.model.architecture import widths_at
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import ALL, Active, Selection, Tensors
 from fedprune.strategies.values import Cut, Report, Scene, Submodel, Turn
 from support.nets.two_groups import ARCHITECTURE as NET
 from support.nets.two_groups import TRAINED
@@ -33,7 +32,7 @@ DICE = np.random.default_rng(0)
 BASE: Tensors = {t.name: np.abs(DICE.standard_normal(t.shape)).astype(np.float32) for t in NET.tensors}
 
 
-def report(moved: float = 0.0, density: float = 1.0, mask: ElementMask | None = None, **changes: Any) -> Report:
+def report(moved: float = 0.0, density: float = 1.0, mask: Active = ALL, **changes: Any) -> Report:
     """An update whose every element moved so far; `changes` are further moves of single tensors."""
     selection = Selection.full(NET).narrowed(widths_at(NET, density))
     sent = Submodel(selection, selection.gather(BASE), mask)
@@ -68,7 +67,7 @@ def test_a_mask_leaves_elements_out_of_the_mean(density: float) -> None:
     name = NET.trainable[0].name
     active = np.zeros(report(0.0, density).trained.tensors[name].shape, np.bool_)
     active.reshape(-1)[0] = True
-    masked = lengths(report(0.5, density, ElementMask({name: active})))
+    masked = lengths(report(0.5, density, {name: active}))
     assert masked[name] == pytest.approx(lengths(report(0.5, density))[name], rel=1e-4)
 
 

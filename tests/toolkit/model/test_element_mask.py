@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, TensorKind
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.element_mask import applied, from_bits, gathered, pack, to_bits, unpack
+from fedprune.model.selection import Active, Selection, Tensors, check_mask
+from fedprune.strategies.aggregators import intersection
 from fedprune.strategies.importance.element_ranking import magnitudes, prunable, quantile, threshold, top, with_floors
 from support.nets.drawn_models import architectures, model, seeds, selections
 
@@ -19,9 +20,9 @@ pytestmark = pytest.mark.board
 densities = st.floats(0.001, 1.0)
 
 
-def random_mask(architecture: Architecture, seed: int, share: float = 0.5) -> ElementMask:
+def random_mask(architecture: Architecture, seed: int, share: float = 0.5) -> Active:
     random = np.random.default_rng(seed)
-    return ElementMask({n: random.random(architecture.by_name[n].shape) < share for n in prunable(architecture)})
+    return {n: random.random(architecture.by_name[n].shape) < share for n in prunable(architecture)}
 
 
 def coarse(architecture: Architecture, seed: int) -> Tensors:
@@ -30,14 +31,16 @@ def coarse(architecture: Architecture, seed: int) -> Tensors:
     return {n: np.round(np.abs(weights[n]), 0).astype(np.float32) for n in prunable(architecture)}
 
 
-def same(one: ElementMask, other: ElementMask) -> bool:
-    return one.active.keys() == other.active.keys() and all(
-        np.array_equal(m, other.active[n]) for n, m in one.active.items()
-    )
+def count(mask: Active) -> int:
+    return sum(int(np.count_nonzero(bits)) for bits in mask.values())
 
 
-def within(one: ElementMask, other: ElementMask) -> bool:
-    return all(not (bits & ~other.active[n]).any() for n, bits in one.active.items())
+def same(one: Active, other: Active) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(m, other[n]) for n, m in one.items())
+
+
+def within(one: Active, other: Active) -> bool:
+    return all(not (bits & ~other[n]).any() for n, bits in one.items())
 
 
 @given(architectures(), seeds, densities, densities)
@@ -49,9 +52,9 @@ def test_masks_are_nested_and_as_large_as_asked_for(
     sparse, dense = (top(order, d) for d in sorted((one, other)))
     assert within(sparse, dense)
     for mask, density in ((sparse, min(one, other)), (dense, max(one, other))):
-        assert mask.count == max(1, int(density * size + 1e-6))
-        kept = np.concatenate([order[n][m] for n, m in mask.active.items()])
-        lost = np.concatenate([order[n][~m] for n, m in mask.active.items()])
+        assert count(mask) == max(1, int(density * size + 1e-6))
+        kept = np.concatenate([order[n][m] for n, m in mask.items()])
+        lost = np.concatenate([order[n][~m] for n, m in mask.items()])
         assert not lost.size or kept.min() >= lost.max()
 
 
@@ -64,15 +67,15 @@ def test_floors_hold_in_every_tensor_and_masks_stay_nested(
     floored = with_floors(order, weights, share)
     sparse, dense = (top(floored, d) for d in sorted((one, other)))
     assert within(sparse, dense)
-    for name, mask in sparse.active.items():
+    for name, mask in sparse.items():
         if not share or not mask.size:
             continue
-        count = max(1, int(share * mask.size + 1e-6))
-        assert np.count_nonzero(mask) >= count
-        largest = np.sort(np.abs(weights[name]).reshape(-1))[::-1][count - 1]
+        least = max(1, int(share * mask.size + 1e-6))
+        assert np.count_nonzero(mask) >= least
+        largest = np.sort(np.abs(weights[name]).reshape(-1))[::-1][least - 1]
         assert mask[np.abs(weights[name]) > largest].all()
     least = sum(int(np.count_nonzero(np.isinf(v))) for v in floored.values())
-    assert sparse.count == max(least, max(1, int(min(one, other) * sparse.size + 1e-6)))
+    assert count(sparse) == max(least, max(1, int(min(one, other) * sum(m.size for m in sparse.values()) + 1e-6)))
     for name, value in order.items():
         np.testing.assert_array_equal(value[np.isfinite(floored[name])], floored[name][np.isfinite(floored[name])])
 
@@ -106,7 +109,7 @@ def test_the_threshold_parts_what_is_active_from_what_is_not(
     mask = top(order, density)
     theta = threshold(order, mask)
     for name, value in order.items():  # normal numbers: no two are equal
-        np.testing.assert_array_equal(value >= np.float32(theta), mask.active[name])
+        np.testing.assert_array_equal(value >= np.float32(theta), mask[name])
 
 
 @given(st.data(), architectures(), seeds)
@@ -115,54 +118,54 @@ def test_a_submodels_mask_is_the_global_one_where_its_elements_live(
 ) -> None:
     selection: Selection = data.draw(selections(architecture))
     mask, weights = random_mask(architecture, seed), model(architecture, seed)
-    inside = mask.gathered(selection)
-    inside.check(selection.shapes())
-    masked = mask.applied(weights)
+    inside = gathered(mask, selection)
+    check_mask(inside, selection.shapes())
+    masked = applied(mask, weights)
     for name, value in selection.gather(masked).items():
-        np.testing.assert_array_equal(value, inside.applied(selection.gather(weights))[name])
+        np.testing.assert_array_equal(value, applied(inside, selection.gather(weights))[name])
 
 
 @given(architectures(), seeds)
 def test_packing_loses_nothing_but_what_is_masked(architecture: Architecture, seed: int) -> None:
     mask, weights = random_mask(architecture, seed), model(architecture, seed)
-    packed = mask.pack(weights)
-    assert sum(packed[n].size for n in mask.active) == mask.count
-    for name, value in mask.unpack(packed).items():
-        np.testing.assert_array_equal(value, mask.applied(weights)[name])
-    again = ElementMask.from_tensors(mask.to_tensors(), {t.name: t.shape for t in architecture.tensors})
+    packed = pack(mask, weights)
+    assert sum(packed[n].size for n in mask) == count(mask)
+    for name, value in unpack(mask, packed).items():
+        np.testing.assert_array_equal(value, applied(mask, weights)[name])
+    again = from_bits(to_bits(mask), {t.name: t.shape for t in architecture.tensors})
     assert same(again, mask)
-    assert sum(b.size for b in mask.to_tensors().values()) == sum(-(-m.size // 8) for m in mask.active.values())
+    assert sum(b.size for b in to_bits(mask).values()) == sum(-(-m.size // 8) for m in mask.values())
 
 
 @given(architectures(), seeds)
 def test_an_intersection_is_that_of_active_elements(architecture: Architecture, seed: int) -> None:
     one, other = random_mask(architecture, seed), random_mask(architecture, seed + 1)
-    other = ElementMask(dict(list(other.active.items())[1:]))  # a tensor that is active as a whole
+    other = dict(list(other.items())[1:])  # a tensor that is active as a whole
     shapes = {t.name: t.shape for t in architecture.tensors}
 
-    def whole(mask: ElementMask, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-        return mask.active.get(name, np.ones(shapes[name], np.bool_))
+    def whole(mask: Active, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+        return mask.get(name, np.ones(shapes[name], np.bool_))
 
-    both = one.intersection(other)
+    both = intersection(one, other)
     for name in shapes:
         np.testing.assert_array_equal(whole(both, name), whole(one, name) & whole(other, name))
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:
-    mask = ElementMask({"w": np.ones((8, 4), np.bool_)})
+    mask = {"w": np.ones((8, 4), np.bool_)}
     with pytest.raises(BundleError, match="mask of w"):
-        mask.check({"w": (4, 8)})
+        check_mask(mask, {"w": (4, 8)})
     with pytest.raises(BundleError, match="active values of w"):
-        mask.unpack({"w": np.ones(31, np.float32)})
+        unpack(mask, {"w": np.ones(31, np.float32)})
     with pytest.raises(BundleError, match="type of w"):
-        mask.unpack({"w": np.ones(32, np.int64)})  # type: ignore[dict-item]
+        unpack(mask, {"w": np.ones(32, np.int64)})  # type: ignore[dict-item]
     for bits in (np.zeros(3, np.uint8), np.zeros(4, np.int8), np.zeros((4, 1), np.uint8)):
         with pytest.raises(BundleError, match="mask of w"):
-            ElementMask.from_tensors({"w": bits}, {"w": (8, 4)})
+            from_bits({"w": bits}, {"w": (8, 4)})
     with pytest.raises(BundleError, match="behind"):
-        ElementMask.from_tensors({"w": np.array([0b1010_0001], np.uint8)}, {"w": (7,)})
+        from_bits({"w": np.array([0b1010_0001], np.uint8)}, {"w": (7,)})
     with pytest.raises(BundleError, match="mask of v"):
-        ElementMask.from_tensors({"v": np.zeros(4, np.uint8)}, {"w": (8, 4)})
+        from_bits({"v": np.zeros(4, np.uint8)}, {"w": (8, 4)})
 
 
 @given(seeds, st.lists(st.integers(0, 9), min_size=1, max_size=4), st.floats(0, 1))
@@ -183,7 +186,7 @@ def test_more_than_sixteen_million_elements_are_counted_exactly() -> None:
     size = 2**24 + 5
     values = np.random.default_rng(0).permutation(size).astype(np.float32) / np.float32(size)
     mask = top({"a": values[: 2**23], "b": values[2**23 :]}, 0.5)
-    assert mask.count == size // 2
+    assert count(mask) == size // 2
     assert quantile([values], 0.75) == pytest.approx(
         float(np.partition(values, 3 * 2**22 + 3)[3 * 2**22 + 3]), abs=1e-7
     )

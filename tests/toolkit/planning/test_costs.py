@@ -23,7 +23,6 @@ from fedprune.model.architecture import (
     TensorSpec,
     widths_at,
 )
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
 from fedprune.planning.costs import (
@@ -181,9 +180,9 @@ def test_masking_all_weights_of_some_channels_leaves_the_macs_of_the_narrower_mo
 ) -> None:
     widths = [data.draw(st.integers(1, n)) for n in net.sizes]
     held = Selection.of(net, widths)
-    mask = ElementMask({layer.weight: held.covered(layer.weight) for layer in net.layers})
+    mask = {layer.weight: held.covered(layer.weight) for layer in net.layers}
     whole, narrow = costs_at(net, net.sizes).training_macs, costs_at(net, widths).training_macs
     assert active_macs_share(net, net.sizes, mask) == pytest.approx(narrow / whole)
-    assert active_macs_share(net, net.sizes, ElementMask({})) == 1
+    assert active_macs_share(net, net.sizes, {}) == 1
     with pytest.raises(BundleError):
-        active_macs_share(net, net.sizes, ElementMask({"fc.weight": np.ones((1, 1), np.bool_)}))
+        active_macs_share(net, net.sizes, {"fc.weight": np.ones((1, 1), np.bool_)})

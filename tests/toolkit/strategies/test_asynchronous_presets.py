@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
@@ -58,10 +57,10 @@ def masked_mean(previous: float, values: list[float | None], weights: list[int],
     whole = Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, ranks(ordered(ARCHITECTURE)))
     fold = Fold(ARCHITECTURE, model_of(previous), rule=aggregator.rule)
     for value, weight in zip(values, weights, strict=True):
-        mask = None
+        mask = {}
         tensors = model_of(0.0 if value is None else value)
         if value is None:
-            mask = ElementMask({"w": np.zeros((8, 4), np.bool_)})
+            mask = {"w": np.zeros((8, 4), np.bool_)}
             tensors["w"] = np.zeros((8, 4), np.float32)
         fold.add(whole, tensors, weight, mask=mask)
     model, _ = fold.close(rate=rate)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
+from fedprune.model.element_mask import gathered
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies import compose
@@ -45,8 +46,8 @@ def guidance(play: Play, devices: tuple[str, ...], start: Tensors) -> dict[str, 
 
 def masks(play: Play, device: str) -> dict[str, np.ndarray[Any, np.dtype[np.bool_]]]:
     mask = play.sent[device].mask
-    assert mask is not None
-    return mask.active
+    assert mask
+    return mask
 
 
 def test_an_explorer_that_stands_out_says_nothing_of_what_is_masked() -> None:
@@ -141,7 +142,7 @@ def test_where_nothing_moved_nothing_is_masked() -> None:
     start = model(NET, 1)
     play = Play(autoflip(pruned_share=0.5), start, {"a": Device()}, move=lambda sent, *_: dict(sent.tensors))
     assert identical(play.play(2), start)
-    assert play.sent["a"].mask is None
+    assert not play.sent["a"].mask
 
 
 def test_exploring_is_long_and_the_learning_rate_decays_afterwards() -> None:
@@ -183,10 +184,10 @@ def test_channels_without_weights_are_cut_by_default_and_come_back_as_they_were_
     assert sent.selection.widths[0] <= 4
     assert sent.selection.widths[1] <= 3
     assert not set(sent.selection.ranks[0][: sent.selection.widths[0]]) & {1, 4}
-    assert sent.mask is not None
+    assert sent.mask
     mask = global_mask(whole.reports["a"].cut)
-    assert mask is not None
-    for name, bits in mask.gathered(sent.selection).active.items():
-        np.testing.assert_array_equal(sent.mask.active[name], bits)
+    assert mask
+    for name, bits in gathered(mask, sent.selection).items():
+        np.testing.assert_array_equal(sent.mask[name], bits)
     assert full.selection.whole
     assert identical(cut.model, whole.model)

@@ -37,10 +37,10 @@ def test_a_device_gets_the_largest_weights_of_the_whole_model(seed: int, density
     sizes = np.sort(np.concatenate([np.abs(weights[n]).ravel() for n in NAMES]))[::-1]
     theta = sizes[max(1, int(density * sizes.size + 1e-6)) - 1]
     sent = play.sent["a"]
-    assert sent.mask is not None
-    assert set(sent.mask.active) == set(NAMES)
+    assert sent.mask
+    assert set(sent.mask) == set(NAMES)
     for name in NAMES:
-        np.testing.assert_array_equal(sent.mask.active[name], np.abs(weights[name]) >= theta)
+        np.testing.assert_array_equal(sent.mask[name], np.abs(weights[name]) >= theta)
         np.testing.assert_array_equal(sent.tensors[name], np.where(np.abs(weights[name]) >= theta, weights[name], 0))
     for name in set(weights) - set(NAMES):
         np.testing.assert_array_equal(sent.tensors[name], weights[name])

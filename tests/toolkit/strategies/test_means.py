@@ -13,7 +13,6 @@ from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.schedule import Arrival, Schedule, Staleness
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import head_axes
@@ -202,10 +201,10 @@ def test_masks_of_reports_are_counted(data: st.DataObject, seed: int) -> None:
     base = model(architecture, seed)
     at, whole = scene(architecture, base), Selection.full(architecture)
     dice: Any = np.random.default_rng(seed)
-    mask = ElementMask({t.name: np.asarray(dice.random(t.shape) < 0.5) for t in architecture.trainable})
+    mask = {t.name: np.asarray(dice.random(t.shape) < 0.5) for t in architecture.trainable}
     part = trained(whole, base, seed + 1)
     got = close(Mean(), at, [report(at, whole, part, mask=mask)]).model
     for spec in architecture.trainable:
-        active = mask.active[spec.name]
+        active = mask[spec.name]
         assert np.allclose(got[spec.name][active], part[spec.name][active], atol=1e-6)
         assert got[spec.name][~active].tobytes() == base[spec.name][~active].tobytes()

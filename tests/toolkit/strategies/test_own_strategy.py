@@ -139,7 +139,7 @@ WRONG = [
     ("Made.rank", "Ranking((np.arange(6), np.arange(4)), {'nobody': np.ones(3)})"),
     ("Made.learn", "{'velocity': {'x': 3}}"),
     ("Made.extract", "Submodel(a[0].selection, {'head.bias': np.ones(3)})"),
-    ("Made.extract", "Submodel(a[0].selection, a[0].scene.model, {})"),
+    ("Made.extract", "Submodel(a[0].selection, a[0].scene.model, [])"),
     ("Aggregator.close", "Closing({})"),
     ("Aggregator.close", "Closing(a[1].model, {'x': 1})"),
 ]

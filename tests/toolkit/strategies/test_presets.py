@@ -14,7 +14,7 @@ from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
-from fedprune.model.element_mask import ElementMask
+from fedprune.model.element_mask import applied
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.strategies.allocation import Fixed, Tiers
@@ -152,14 +152,14 @@ def test_of_masked_elements_a_history_knows_nothing(data: st.DataObject, seed: i
     selection, now = data.draw(selections(architecture)), model(architecture, seed)
     bits = np.random.default_rng(seed)
     shapes = {t.name: selection.shapes()[t.name] for t in architecture.trainable}
-    mask = ElementMask({n: bits.random(shape) < 0.5 for n, shape in shapes.items()})
-    past = Past(selection, mask.applied(selection.gather(model(architecture, seed + 1))), mask)
+    mask = {n: bits.random(shape) < 0.5 for n, shape in shapes.items()}
+    past = Past(selection, applied(mask, selection.gather(model(architecture, seed + 1))), mask)
     cut = Cut(scene(architecture, now), turn(), selection, past=past)
     offered = Submodel(selection, selection.gather(now))
     subflot, history = SubFlot(inputs="updates"), History(alpha=0.0, inputs="updates")
     got = subflot.resized(past, cut) if transported else history.extract(cut).tensors
     for name, value in got.items():
-        own = mask.active.get(name, np.ones(value.shape, np.bool_))
+        own = mask.get(name, np.ones(value.shape, np.bool_))
         np.testing.assert_allclose(value, np.where(own, past.tensors[name], offered.tensors[name]), atol=1e-6)
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.element_mask import applied, gathered
+from fedprune.model.selection import Active, Selection, Tensors
 from fedprune.strategies.importance.element_ranking import prunable
 from fedprune.strategies.importance.structured_from_mask import surviving, survivors
 from support.nets.drawn_models import architectures, model, seeds, selections
@@ -47,7 +47,7 @@ def run(
     return np.repeat(h, 2, axis=1) @ weights["head"].T
 
 
-def drawn(seed: int, share: float, *, rows: float = 0.3, columns: float = 0.3) -> ElementMask:
+def drawn(seed: int, share: float, *, rows: float = 0.3, columns: float = 0.3) -> Active:
     """A random mask in which some whole rows and columns are masked as well."""
     random = np.random.default_rng(seed)
     active = {}
@@ -57,7 +57,7 @@ def drawn(seed: int, share: float, *, rows: float = 0.3, columns: float = 0.3) -
         bits &= random.random((shape[0], 1)) >= rows
         bits &= random.random((1, shape[1])) >= columns
         active[name] = bits
-    return ElementMask(active)
+    return active
 
 
 @given(seeds, st.floats(0.05, 1), st.booleans())
@@ -69,8 +69,8 @@ def test_the_cut_masked_net_is_the_masked_net(seed: int, share: float, reading: 
     selection = surviving(Selection.full(NET), alive)
     assert selection.widths == tuple(int(a.sum()) for a in alive)
     x = np.random.default_rng(seed).standard_normal((6, 3))
-    whole = run(mask.applied(weights), x)
-    cut = run(mask.gathered(selection).applied(selection.gather(weights)), x)
+    whole = run(applied(mask, weights), x)
+    cut = run(applied(gathered(mask, selection), selection.gather(weights)), x)
     np.testing.assert_allclose(cut, whole, atol=1e-12)
 
 
@@ -78,22 +78,22 @@ def test_the_cut_masked_net_is_the_masked_net(seed: int, share: float, reading: 
 def test_what_nothing_reads_is_lost_without_a_trace_in_spite_of_its_bias(seed: int, share: float) -> None:
     mask, weights = drawn(seed, share, rows=0), model(NET, seed)
     for name in ("first", "branch", "second"):  # no channel is made of nothing
-        mask.active[name][:, 0] = True
+        mask[name][:, 0] = True
     alive = survivors(NET, mask)
-    unread = ~mask.active["head"].reshape(2, 4, 2).any(axis=(0, 2))
+    unread = ~mask["head"].reshape(2, 4, 2).any(axis=(0, 2))
     if not unread.all():
         np.testing.assert_array_equal(alive[1], ~unread)
     selection = surviving(Selection.full(NET), alive)
     x = np.random.default_rng(seed).standard_normal((6, 3))
-    cut = run(mask.gathered(selection).applied(selection.gather(weights)), x)
-    np.testing.assert_allclose(cut, run(mask.applied(weights), x), atol=1e-12)
+    cut = run(applied(gathered(mask, selection), selection.gather(weights)), x)
+    np.testing.assert_allclose(cut, run(applied(mask, weights), x), atol=1e-12)
 
 
 def test_a_channel_is_lost_when_all_layers_that_make_it_are_masked() -> None:
-    mask = ElementMask({n: np.ones(NET.by_name[n].shape, np.bool_) for n in prunable(NET)})
-    mask.active["first"][2] = False
+    mask = {n: np.ones(NET.by_name[n].shape, np.bool_) for n in prunable(NET)}
+    mask["first"][2] = False
     assert all(a.all() for a in survivors(NET, mask))  # the branch still writes to it
-    mask.active["branch"][2] = False
+    mask["branch"][2] = False
     assert survivors(NET, mask)[0].tolist() == [True, True, False, True, True]
 
 
@@ -103,9 +103,9 @@ def test_every_group_keeps_a_channel_and_more_masked_means_fewer(
 ) -> None:
     random = np.random.default_rng(seed)
     active = {n: random.random(architecture.by_name[n].shape) < share for n in prunable(architecture)}
-    alive = survivors(architecture, ElementMask(active), share=lost)
+    alive = survivors(architecture, active, share=lost)
     assert all(a.any() for a in alive)
-    strict = survivors(architecture, ElementMask(active))
+    strict = survivors(architecture, active)
     assert all(s[a].all() or a.sum() == 1 for s, a in zip(strict, alive, strict=True))
     selection: Selection = data.draw(selections(architecture))
     left = surviving(selection, alive)
@@ -117,19 +117,19 @@ def test_every_group_keeps_a_channel_and_more_masked_means_fewer(
 
 
 def test_a_mask_of_everything_loses_nothing_and_one_of_nothing_all_but_one() -> None:
-    full = ElementMask({n: np.ones(NET.by_name[n].shape, np.bool_) for n in prunable(NET)})
+    full = {n: np.ones(NET.by_name[n].shape, np.bool_) for n in prunable(NET)}
     assert surviving(Selection.full(NET), survivors(NET, full)).whole
-    assert all(a.all() for a in survivors(NET, ElementMask({})))
-    empty = ElementMask({n: np.zeros(NET.by_name[n].shape, np.bool_) for n in prunable(NET)})
+    assert all(a.all() for a in survivors(NET, {}))
+    empty = {n: np.zeros(NET.by_name[n].shape, np.bool_) for n in prunable(NET)}
     assert surviving(Selection.full(NET), survivors(NET, empty)).widths == (1, 1)
 
 
 @pytest.mark.parametrize("share", [0, 1.1, float("nan")])
 def test_shares_out_of_range_are_refused(share: float) -> None:
     with pytest.raises(BundleError, match="masked share"):
-        survivors(NET, ElementMask({}), share=share)
+        survivors(NET, {}, share=share)
 
 
 def test_a_mask_of_another_model_is_refused() -> None:
     with pytest.raises(BundleError, match="mask of second"):
-        survivors(NET, ElementMask({"second": np.ones((5, 4), np.bool_)}))
+        survivors(NET, {"second": np.ones((5, 4), np.bool_)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,7 @@ from fedprune.aggregation.fixed_point import MAX_WEIGHT, check_range, magnitude
 from fedprune.core.errors import BundleError, ProtocolError, shown
 from fedprune.core.validation import is_whole, whole
 from fedprune.model.architecture import Architecture, TensorKind
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Selection, Tensors, mesh
+from fedprune.model.selection import Active, Selection, Tensors, mesh
 
 MAX_STEPS = 2**31 - 1
 
@@ -127,7 +126,7 @@ class ClientUpdate:
     Attributes:
         weight: n_k.
         steps: Optimiser steps behind it.
-        mask: Which elements count; None for all.
+        mask: Which elements count.
         sent: What the device began with, where that is not the fold's base.
     """
 
@@ -135,7 +134,7 @@ class ClientUpdate:
     tensors: Mapping[str, npt.NDArray[np.float32]]
     weight: int
     steps: int = 1
-    mask: ElementMask | None = None
+    mask: Active = field(default_factory=dict)
     sent: Mapping[str, npt.NDArray[np.float32]] | None = None
 
     def began(self, name: str, base: Tensors) -> npt.NDArray[np.float32]:
@@ -151,8 +150,8 @@ class ClientUpdate:
             if spec.name in left_out:
                 continue
             moved = self.tensors[spec.name].astype(np.float64) - self.began(spec.name, base)
-            if self.mask is not None and spec.name in self.mask.active:
-                moved *= self.mask.active[spec.name]
+            if spec.name in self.mask:
+                moved *= self.mask[spec.name]
             out[spec.name] = moved
         return out
 
@@ -161,7 +160,7 @@ class ClientUpdate:
         total = 0
         for spec in self.selection.architecture.trainable:
             if spec.name not in left_out:
-                mask = None if self.mask is None else self.mask.active.get(spec.name)
+                mask = self.mask.get(spec.name)
                 total += self.tensors[spec.name].size if mask is None else int(mask.sum())
         return total
 

@@ -36,8 +36,7 @@ from fedprune.aggregation.round_means import ServerStep
 from fedprune.aggregation.update_sums import PartialSums, UpdateSums, check_parts
 from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.model.architecture import Architecture, TensorSpec
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import ALL, Active, Selection, Tensors
 
 Rule = Literal["coverage", "fill", "zero"]
 
@@ -183,7 +182,7 @@ class Fold:
         weight: int,
         steps: int = 1,
         *,
-        mask: ElementMask | None = None,
+        mask: Active = ALL,
         sent: Mapping[str, npt.NDArray[np.float32]] | None = None,
         checked: bool = False,
     ) -> None:
@@ -196,7 +195,7 @@ class Fold:
             submodel: The tensors after training.
             weight: n_k, the device's number of samples.
             steps: Optimiser steps that it took; only evidence needs them.
-            mask: Which elements of the submodel count; None for all. The others are ignored.
+            mask: Which elements of the submodel count. The others are ignored.
             sent: The submodel that the device began with, where that is not the base's: w_t + (w_k − w_sent) counts
                 instead of w_k (FedBuff, Nguyen et al. 2022, Alg. 1), except in batch-norm statistics.
             checked: `check` has passed these tensors.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +21,7 @@ import numpy.typing as npt
 from fedprune.aggregation.fixed_point import Index
 from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.model.architecture import FIXED, Architecture, Axis, TensorSpec
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Indices, Selection, mesh
+from fedprune.model.selection import Active, Indices, Selection, mesh
 
 _CHUNK = 65_536
 
@@ -250,7 +249,6 @@ def _identity(order: npt.NDArray[np.int64]) -> bool:
 
 
 Mass = npt.NDArray[np.int64]
-Active = Mapping[str, npt.NDArray[np.bool_]]
 
 
 class Coverage:
@@ -319,15 +317,15 @@ class Coverage:
 
 
 def partly_active(
-    architecture: Architecture, selection: Selection, mask: ElementMask | None, left_out: Collection[str] = ()
-) -> dict[str, npt.NDArray[np.bool_]]:
+    architecture: Architecture, selection: Selection, mask: Active, left_out: Collection[str] = ()
+) -> Active:
     """The tensors of which a mask, in the submodel's coordinates, leaves something out; what it leaves whole goes the
     cheap way.
 
     Raises `ProtocolError` if a mask is of an unknown tensor, of batch-norm statistics, or of another shape or type.
     """
     out = {}
-    for name, active in ({} if mask is None else mask.active).items():
+    for name, active in mask.items():
         spec = architecture.by_name.get(name)
         if spec is None or not spec.kind.trainable:
             raise ProtocolError(f"mask of {name}", expected="masks of tensors that are trained")

@@ -145,8 +145,8 @@ def rows_of(slab: Slab, addition: ClientUpdate, base: Tensors, whole: Selection)
         if addition.sent is not None:
             now = base[spec.name][mesh(selection.maps(spec.name))]
             value = (value.astype(np.float64) - addition.sent[spec.name] + now).astype(np.float32)
-        if addition.mask is not None and spec.name in addition.mask.active:
-            value = np.where(addition.mask.active[spec.name], value, np.float32(np.inf))
+        if spec.name in addition.mask:
+            value = np.where(addition.mask[spec.name], value, np.float32(np.inf))
     if not spec.axes:
         return value
     return Expansion(whole, spec, selection, value, np.inf).rows(slab.start, slab.stop)

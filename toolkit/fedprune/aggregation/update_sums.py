@@ -24,7 +24,6 @@ from fedprune.aggregation import compiled_kernels
 from fedprune.aggregation.compiled_kernels import Scattered
 from fedprune.aggregation.fixed_point import FixedSum, Range
 from fedprune.aggregation.layout import (
-    Active,
     Coverage,
     Expansion,
     in_order,
@@ -37,7 +36,7 @@ from fedprune.aggregation.layout import (
 from fedprune.aggregation.round_means import RoundMeans
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, TensorSpec
-from fedprune.model.selection import Selection, mesh
+from fedprune.model.selection import Active, Selection, mesh
 
 Whole = npt.NDArray[np.int64]
 

@@ -79,14 +79,13 @@ Elements of channels that the board doesn't hold count as unchanged; a mask's in
 
 def lengths(report: Report) -> Lengths:
     sent, trained = report.sent.tensors, report.trained
-    active = {} if trained.mask is None else trained.mask.active
     found: dict[str, float] = {}
     squares, count = 0.0, 0.0
     for spec in trained.selection.architecture.tensors:
         size, square = float(math.prod(spec.shape)), 0.0
         now, before = trained.tensors.get(spec.name), sent.get(spec.name)
         if now is not None and before is not None and now.shape == before.shape and now.size:
-            mask = active.get(spec.name)
+            mask = trained.mask.get(spec.name)
             if mask is not None:
                 size *= max(1, int(np.count_nonzero(mask))) / now.size
             square = _squared(now.reshape(-1), before.reshape(-1), None if mask is None else mask.reshape(-1))

@@ -23,6 +23,20 @@ Tensors = dict[str, npt.NDArray[np.float32]]
 """Named tensors of a model or submodel."""
 
 Indices = npt.NDArray[np.int64]
+Bits = npt.NDArray[np.bool_]
+
+Active = Mapping[str, Bits]
+"""Single elements that are active, by tensor and of its shape; a tensor that isn't named is active as a whole."""
+
+ALL: Active = {}
+"""Every element of every tensor."""
+
+
+def check_mask(mask: Active, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise `BundleError` if a mask names a tensor that isn't among these, or has another shape."""
+    for name, bits in mask.items():
+        if shapes.get(name) != bits.shape:
+            raise BundleError(f"mask of {name}", expected=shapes.get(name, "no such tensor"), got=bits.shape)
 
 
 class _Piece(NamedTuple):

@@ -17,8 +17,8 @@ import numpy.typing as npt
 from fedprune.core import tensorfile
 from fedprune.model import step_contract as step
 from fedprune.model.architecture import Architecture, Layer
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Features
+from fedprune.model.selection import Active, check_mask
 from fedprune.planning.kernel_workload import ArchitectureKey, workload
 
 Numbers = npt.NDArray[np.float64]
@@ -280,18 +280,18 @@ def _costs_at(key: ArchitectureKey, checked: tuple[int, ...]) -> Costs:
     )
 
 
-def active_macs_share(architecture: Architecture, widths: Sequence[int], mask: ElementMask) -> float:
+def active_macs_share(architecture: Architecture, widths: Sequence[int], mask: Active) -> float:
     """Share of a training step's MACs whose weight is active: what kernels that skip masked weights would compute.
 
     A board's kernels skip none. Raises `BundleError` if widths or mask don't fit the architecture.
     """
     checked = architecture.check_widths(widths)
     shapes = architecture.shapes(checked)
-    mask.check(shapes)
+    check_mask(mask, shapes)
     whole, left = (np.zeros(len(architecture.layers)) for _ in range(2))
     for i, layer in enumerate(architecture.layers):
         whole[i] = layer_macs(architecture, layer, checked, shapes)
-        bits = mask.active.get(layer.weight)
+        bits = mask.get(layer.weight)
         left[i] = whole[i] if bits is None or not bits.size else whole[i] * bits.mean()
     first = int(np.argmax(whole > 0))  # the gradient of the model's input isn't needed
     return float((3 * left.sum() - left[first]) / max(3 * whole.sum() - whole[first], 1))

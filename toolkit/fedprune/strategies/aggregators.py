@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from fedprune.aggregation.compiled_kernels import load
 from fedprune.aggregation.fold import Fold, Rule
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import Active, Selection, Tensors
 from fedprune.model.trainable import head_axes, matching
 from fedprune.strategies.values import Closing, Report, Scene, Submodel
 
@@ -112,7 +111,7 @@ class Mean(Aggregator):
         model, velocity = fold.close(self.server_momentum, before, rate=rate, damped=self.damped)
         return Closing(model, {} if velocity is None else {VELOCITY: velocity})
 
-    def _counted(self, report: Report, lifted: Submodel) -> ElementMask | None:
+    def _counted(self, report: Report, lifted: Submodel) -> Active:
         if not self.changed:
             return lifted.mask
         before = origin(report, lifted)
@@ -121,7 +120,7 @@ class Mean(Aggregator):
         else:
             names = [t.name for t in lifted.selection.architecture.trainable]
             found = {n: np.asarray(lifted.tensors[n] != before[n]) for n in names}
-        return both(lifted.mask, ElementMask(found))
+        return intersection(lifted.mask, found)
 
 
 @dataclass(frozen=True)
@@ -174,9 +173,9 @@ def same_coordinates(one: Selection, other: Selection) -> bool:
     )
 
 
-def both(one: ElementMask | None, other: ElementMask) -> ElementMask:
+def intersection(one: Active, other: Active) -> Active:
     """Elements that are active in two masks."""
-    return other if one is None else one.intersection(other)
+    return {**one, **{name: bits & one[name] if name in one else bits for name, bits in other.items()}}
 
 
 def changed_rows(submodel: Submodel, before: Tensors, *, decays: bool) -> dict[str, npt.NDArray[np.bool_]]:

@@ -10,7 +10,6 @@ import numpy as np
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import FedpruneError, shape_text, shown
 from fedprune.model.architecture import Architecture
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.strategies.aggregators import Aggregator
@@ -79,10 +78,8 @@ def _submodel(answer: Any, architecture: Architecture, *, missing: bool) -> None
         raise UnfitError(".selection", "one of the job's model", "one of another model")
     shapes = answer.selection.shapes()
     _tensors(answer.tensors, shapes, ".tensors", missing=missing)
-    if answer.mask is None:
-        return
-    _of(ElementMask, answer.mask, ".mask", "an ElementMask or None")
-    for name, active in answer.mask.active.items():
+    _of(Mapping, answer.mask, ".mask", "arrays of bool by tensor")
+    for name, active in answer.mask.items():
         if not isinstance(active, np.ndarray) or active.dtype != np.bool_ or active.shape != shapes.get(name):
             expected = f"an array of bool {shape_text(*shapes[name])}" if name in shapes else "no such tensor"
             raise UnfitError(f".mask of {shown(name)}", expected, _kind(active))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Selection
+from fedprune.model.element_mask import applied, gathered
+from fedprune.model.selection import ALL, Active, Selection
 from fedprune.strategies.importance.element_ranking import top
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Cut, Submodel
@@ -29,20 +29,17 @@ class Masked(Strategy):
         return masked(cut, cut.selection, global_mask(cut))
 
 
-def global_mask(cut: Cut) -> ElementMask | None:
-    """The mask of the whole model that a turn's density makes at full width; None where it masks nothing."""
+def global_mask(cut: Cut) -> Active:
+    """The mask of the whole model that a turn's density makes at full width."""
     if cut.order is None:
-        return None
+        return ALL
     # A device of fewer channels has its density in them already.
     whole = cut.turn.widths == cut.scene.architecture.sizes
     mask = top(cut.order, cut.turn.density if whole else 1.0)
-    return None if mask.count == mask.size else mask
+    return ALL if all(bits.all() for bits in mask.values()) else mask
 
 
-def masked(cut: Cut, selection: Selection, mask: ElementMask | None) -> Submodel:
+def masked(cut: Cut, selection: Selection, mask: Active) -> Submodel:
     """A slice of the global model under a mask of the whole model."""
-    tensors = selection.gather(cut.scene.model)
-    if mask is None:
-        return Submodel(selection, tensors)
-    inside = mask.gathered(selection)
-    return Submodel(selection, inside.applied(tensors), inside)
+    inside = gathered(mask, selection)
+    return Submodel(selection, applied(inside, selection.gather(cut.scene.model)), inside)

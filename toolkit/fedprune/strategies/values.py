@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.model.architecture import Architecture
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import Active, Selection, Tensors
 from fedprune.strategies.importance.scoring import Ranks
 
 Memory = Mapping[str, Mapping[str, npt.NDArray[Any]]]
@@ -62,12 +61,12 @@ class Submodel:
     Attributes:
         selection: Where its channels live.
         tensors: In the selection's coordinates.
-        mask: Which of its elements are active, in the same coordinates; None for all.
+        mask: Which of its elements are active, in the same coordinates.
     """
 
     selection: Selection
     tensors: Tensors
-    mask: ElementMask | None = None
+    mask: Active = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,10 +77,10 @@ class Past(Submodel):
 
     def over(self, model: Tensors) -> Tensors:
         """Its tensors with a global model's values where it was masked, of which the device knows nothing."""
-        if self.mask is None:
+        if not self.mask:
             return self.tensors
-        active, below = self.mask.active, self.selection.gather(model)
-        return {n: np.where(active[n], v, below[n]) if n in active else v for n, v in self.tensors.items()}
+        below = self.selection.gather(model)
+        return {n: np.where(self.mask[n], v, below[n]) if n in self.mask else v for n, v in self.tensors.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, TensorKind
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Tensors
+from fedprune.model.selection import Active, Tensors
 
 Floats = npt.NDArray[np.float32]
 
@@ -61,7 +60,7 @@ def with_floors(order: Mapping[str, Floats], weights: Mapping[str, Floats], shar
     return out
 
 
-def top(order: Mapping[str, Floats], density: float) -> ElementMask:
+def top(order: Mapping[str, Floats], density: float) -> Active:
     """The mask that keeps the most important elements of all tensors together.
 
     It has floor(density · n) of the n elements of the order, and at least one; fewer only where more than the rest is
@@ -86,17 +85,17 @@ def top(order: Mapping[str, Floats], density: float) -> ElementMask:
         size = order[name].size
         active[name] = bits[at : at + size].reshape(order[name].shape)
         at += size
-    return ElementMask(active)
+    return active
 
 
-def threshold(order: Mapping[str, Floats], mask: ElementMask) -> float:
+def threshold(order: Mapping[str, Floats], mask: Active) -> float:
     """The least importance of an active element; 0 where none is, or where all are.
 
     For |w| and `top`, it is FIARSE's θ: the k-th largest |w| of the model (`docs/strategies/fiarse.md`).
     """
-    if mask.density == 1.0:
+    if all(bits.all() for bits in mask.values()):
         return 0.0
-    least = [float(order[n][m].min()) for n, m in mask.active.items() if m.any()]
+    least = [float(order[n][m].min()) for n, m in mask.items() if m.any()]
     return min(least, default=0.0)
 
 

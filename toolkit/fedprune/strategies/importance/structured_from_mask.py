@@ -18,8 +18,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import FIXED, Architecture, Axis, TensorKind, TensorSpec
-from fedprune.model.element_mask import Bits, ElementMask
-from fedprune.model.selection import Selection
+from fedprune.model.selection import Active, Bits, Selection, check_mask
 
 Alive = tuple[Bits, ...]
 """Per group, whether each channel is left."""
@@ -29,7 +28,7 @@ _HAIR = 1e-9
 Counts = tuple[npt.NDArray[np.int64], ...]
 
 
-def survivors(architecture: Architecture, mask: ElementMask, *, share: float = 1.0, reading: bool = True) -> Alive:
+def survivors(architecture: Architecture, mask: Active, *, share: float = 1.0, reading: bool = True) -> Alive:
     """Which channels are left.
 
     Raises `BundleError` if the share is not above 0 and at most 1, or the mask doesn't fit the architecture.
@@ -41,7 +40,7 @@ def survivors(architecture: Architecture, mask: ElementMask, *, share: float = 1
     """
     if not 0 < share <= 1:
         raise BundleError("masked share of a lost channel", expected="above 0 and at most 1", got=share)
-    mask.check({t.name: t.shape for t in architecture.tensors})
+    check_mask(mask, {t.name: t.shape for t in architecture.tensors})
     layers = {n.weight for n in architecture.layers if n.weight}
     weights = [t for t in architecture.tensors if t.kind is TensorKind.WEIGHT and t.name in layers]
     alive = tuple(np.ones(n, np.bool_) for n in architecture.sizes)
@@ -76,7 +75,7 @@ def surviving(selection: Selection, alive: Alive) -> Selection:
 
 
 def _counts(
-    architecture: Architecture, weights: Sequence[TensorSpec], mask: ElementMask, alive: Alive
+    architecture: Architecture, weights: Sequence[TensorSpec], mask: Active, alive: Alive
 ) -> tuple[tuple[Counts, Counts], tuple[Counts, Counts]]:
     """Per channel the active weights and all weights that make it, and those that read it, of what is alive."""
     out = [tuple(np.zeros(n, np.int64) for n in architecture.sizes) for _ in range(4)]
@@ -88,7 +87,7 @@ def _counts(
                 continue
             others = math.prod(int(h.sum()) for j, h in enumerate(held) if j != i)
             whole = np.full(axis.length, others, np.int64)
-            active = whole if spec.name not in mask.active else _active(mask.active[spec.name], held, i)
+            active = whole if spec.name not in mask else _active(mask[spec.name], held, i)
             into = out[:2] if i in made else out[2:]
             for counts, row in zip(into, (active, whole), strict=True):
                 _collect(counts, axis, row)

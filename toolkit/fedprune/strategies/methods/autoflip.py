@@ -16,9 +16,9 @@ from fedprune.aggregation.fold import Fold
 from fedprune.core.settings import bounded
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, TensorKind
-from fedprune.model.element_mask import ElementMask
+from fedprune.model.element_mask import applied
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Selection, mesh
+from fedprune.model.selection import ALL, Active, Selection, mesh
 from fedprune.strategies.aggregators import VELOCITY, Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.element_masks import Masked, global_mask, masked
@@ -70,10 +70,10 @@ class AutoFlip(Masked):
     def rank(self, scene: Scene) -> Ranking:
         """+∞ for elements that stay, −∞ for masked ones; channels in their own order, those that are left first."""
         own = ranks(ordered(scene.architecture))
-        mask = None if scene.round == 1 else self._mask(scene)
-        if mask is None:
+        mask = ALL if scene.round == 1 else self._mask(scene)
+        if not mask:
             return Ranking(own)
-        order = {n: np.where(m, np.inf, -np.inf).astype(np.float32) for n, m in mask.active.items()}
+        order = {n: np.where(m, np.inf, -np.inf).astype(np.float32) for n, m in mask.items()}
         if not self.options.structured:
             return Ranking(own, order)
         alive = survivors(scene.architecture, mask, share=self.options.masked_share)
@@ -95,7 +95,7 @@ class AutoFlip(Masked):
         """The submodel with all its channels, of which those that were cut are as they were sent, and what was masked
         counts as 0."""
         cut, trained = report.cut, report.trained
-        if not self.options.structured or trained.mask is None:
+        if not self.options.structured or not trained.mask:
             return Submodel(trained.selection, trained.tensors)
         whole = masked(cut, cut.selection, global_mask(cut)).tensors
         onto = cut.selection.scatter(whole, cut.scene.model)
@@ -114,18 +114,18 @@ class AutoFlip(Masked):
             recipe, epochs=options.exploration_epochs, patience=options.patience, best_epoch=False, max_steps=0
         )
 
-    def _mask(self, scene: Scene) -> ElementMask | None:
+    def _mask(self, scene: Scene) -> Active:
         explorers = sorted(n.removeprefix(_GUIDANCE) for n in scene.memory if n.startswith(_GUIDANCE))
         if not explorers or not self.options.pruned_share:
-            return None
+            return ALL
         present = [d for d in scene.participants if d in set(explorers)]
         guidance = _mean(scene, present or explorers, self._names(scene.architecture))
         scaled = {n: _scaled(v) for n, v in guidance.items()}
         ranked = [v[np.isfinite(v)] for v in scaled.values()]
         if not any(v.size for v in ranked):
-            return None
+            return ALL
         limit = quantile(ranked, self.options.pruned_share)
-        return ElementMask({n: v > limit for n, v in scaled.items()})
+        return {n: v > limit for n, v in scaled.items()}
 
     def _names(self, architecture: Architecture) -> tuple[str, ...]:
         return prunable(architecture, (TensorKind.BIAS,))
@@ -145,11 +145,9 @@ class Damped(Mean):
         if scene.round != 2:
             return closing
         report = next((r for r, _ in reports()), None)
-        mask = None if report is None else global_mask(report.cut)
-        if mask is None:
-            return closing
-        memories = {n: mask.applied(v) if n == VELOCITY else v for n, v in closing.memories.items()}
-        return Closing(mask.applied(closing.model), dict(memories))
+        mask = ALL if report is None else global_mask(report.cut)
+        memories = {n: applied(mask, v) if n == VELOCITY else v for n, v in closing.memories.items()}
+        return Closing(applied(mask, closing.model), dict(memories))
 
 
 def autoflip(job: Job) -> Strategy:
@@ -174,9 +172,8 @@ def without_empty_channels(cut: Cut, share: float) -> Submodel:
         share: As `survivors`.
     """
     mask = global_mask(cut)
-    if mask is None:
-        return masked(cut, cut.selection, None)
-    return masked(cut, surviving(cut.selection, survivors(cut.scene.architecture, mask, share=share)), mask)
+    left = surviving(cut.selection, survivors(cut.scene.architecture, mask, share=share)) if mask else cut.selection
+    return masked(cut, left, mask)
 
 
 def _guidance(report: Report, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:

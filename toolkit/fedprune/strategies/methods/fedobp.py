@@ -101,17 +101,17 @@ def _own(cut: Cut, submodel: Submodel, name: str) -> tuple[npt.NDArray[np.float3
         local, known = initial[name][mesh(selection.maps(name))], np.ones(now.shape, np.bool_)
     elif same_coordinates(cut.past.selection, selection):
         local, known = cut.past.tensors[name], np.ones(now.shape, np.bool_)
-        if cut.past.mask is not None and name in cut.past.mask.active:
-            known = cut.past.mask.active[name].copy()
+        if name in cut.past.mask:
+            known = cut.past.mask[name].copy()
     else:
         past = cut.past
         full = np.zeros(cut.scene.architecture.by_name[name].shape, np.float32)
         held = np.zeros(full.shape, np.bool_)
         at = mesh(past.selection.maps(name))
         full[at] = past.tensors[name]
-        held[at] = True if past.mask is None else past.mask.active.get(name, True)
+        held[at] = past.mask.get(name, True)
         into = mesh(selection.maps(name))
         local, known = full[into], held[into]
-    if submodel.mask is not None and name in submodel.mask.active:
-        known = known & submodel.mask.active[name]
+    if name in submodel.mask:
+        known = known & submodel.mask[name]
     return local, known

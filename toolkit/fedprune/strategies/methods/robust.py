@@ -17,7 +17,6 @@ from fedprune.aggregation.robust import Centre, Direction, Slab, centre, clipped
 from fedprune.core import validation
 from fedprune.core.errors import BundleError, ConfigError, shown
 from fedprune.core.settings import bounded, check_fields, one_of
-from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import Aggregator
 from fedprune.strategies.values import Closing, Report, Scene, Submodel
@@ -184,7 +183,7 @@ class Robust(Aggregator):
             tensors,
             min(sum(weights), MAX_WEIGHT),
             max(1, round(float(np.median(steps)))),
-            mask=ElementMask(active),
+            mask=active,
         )
         closing = self.inner.close(fold, scene, rate, reports)
         model = dict(closing.model)
