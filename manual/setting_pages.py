@@ -16,7 +16,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.main import build_parser
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.server_config import PLACES, SERVER, ServerConfig
 from manual.docstring import attributes
 
 _HEAD = """# Settings
@@ -30,23 +30,17 @@ _SCHEDULE = """`kind`, also `--schedule`, is `sync`, `semi-async` or `async`
 ([when to take which](../rounds.md#schedules)).
 Left out, the strategy's own schedule holds. Further keys:
 """
-_MODEL = ("input_shape", "loss", "metric", "lora", "base")
-"""Keys of `[model]` beside its path."""
 _RENAMED = {"deadline_s": "deadline"}
 
 
 def page() -> str:
     """The page, in Markdown."""
     options = _options()
-    server = {f.name for f in fields(ServerConfig)} - {"job", "alerts", "model", "evaluation", "calibration", *_MODEL}
     said = _descriptions(ServerConfig)
-    other = [
-        ("`[model] path`", "model", options),
-        *((f"`[model] {key}`", key, set() if key == "input_shape" else options) for key in _MODEL),
-        ("`[evaluation] data`", "evaluation", options),
-        ("`[calibration] data`", "calibration", options),
+    rows = [
+        f"| `[{table}] {key}` | {_option(name, options)} | {_cell(said[name])} |"
+        for name, (table, key) in PLACES.items()
     ]
-    rows = [f"| {key} | {_option(name, known)} | {_cell(said[name])} |" for key, name, known in other]
     parts = [
         _HEAD,
         "## The model and its data\n",
@@ -67,7 +61,7 @@ def page() -> str:
         'A table within: `staleness = { decay = "polynomial", a = 0.5 }`.\n',
         _table(Staleness, set()),
         "## `[server]`\n",
-        _table(ServerConfig, options, only=server),
+        _table(ServerConfig, options, only=SERVER),
         "## `[alerts]`\n",
         "Who is [notified of alerts](../observe.md#notifications). `--alert-webhook` sets `webhook`.\n",
         _table(AlertSettings, set()),

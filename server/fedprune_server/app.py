@@ -24,7 +24,7 @@ from fedprune.planning.profile_store import find as find_profile
 from fedprune.planning.profile_store import names as names_of_profiles
 from fedprune.wire.topics import Topics
 from fedprune_server.config.alert_settings import OFF
-from fedprune_server.config.server_config import ServerConfig, without_password
+from fedprune_server.config.server_config import ReportSettings, ServerConfig, without_password
 from fedprune_server.devices.crash_store import CrashStore
 from fedprune_server.engine.further_jobs import further
 from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
@@ -307,7 +307,7 @@ def _metrics(stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts
         yield metrics
 
 
-def _traces(stack: ExitStack, config: ServerConfig) -> Iterator[Observer]:
+def _traces(stack: ExitStack, config: ReportSettings) -> Iterator[Observer]:
     if config.traces != OFF or any(os.environ.get(name) for name in _TRACES):
         with _extra("traces", "tracing"):
             from fedprune_server.monitoring.traces import Traces, traced

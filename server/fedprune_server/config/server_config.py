@@ -1,4 +1,8 @@
-"""The settings of a server: one declaration each, from which checks, options, variables and documentation derive."""
+"""The settings of a server: one declaration each, from which checks, options, variables and documentation derive.
+
+They are groups that check themselves. What builds a feature takes its group alone, and a server's configuration is all
+of them.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +43,8 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
 
 
 @dataclass(frozen=True)
-class ServerConfig:
-    """Settings of a server and its job."""
+class JobSettings:
+    """A job, its model and samples, and what each job of a server has of its own."""
 
     job: Job = field(default_factory=Job)
     model: str | None = setting(
@@ -82,7 +86,6 @@ class ServerConfig:
         "can distil the global model.",
         "DATA",
     )
-    state: Path = setting(Path("fedprune-state"), "The folder of everything that must survive a crash.", "DIR")
     database: str | None = setting(
         None,
         "A PostgreSQL database, as `postgresql+psycopg://user@host/name`; without it, SQLite in the state folder.",
@@ -90,6 +93,34 @@ class ServerConfig:
     )
     blobs: str = setting(FOLDER, "Where blobs are stored: `folder`, the state folder, or `s3://bucket/prefix`.", "URL")
     cache_mib: int = setting(10240, "MiB of a bucket's blobs that the state folder caches.", within=(1, 10**9))
+    pulls: int = setting(4, "Devices from which updates are pulled at the same time.", within=(1, 1000))
+    workers: int = setting(1, "Processes that make submodels, more than one if that is slow.", "N", within=(1, 1000))
+    keep: int = setting(
+        3, "How many of the latest global models are kept, beside the best by evaluation.", "N", within=(1, 10**6)
+    )
+    weight: float = setting(
+        1.0,
+        "The job's share of the boards, relative to the server's other jobs; 0 pauses it next to them.",
+        "W",
+        within=(0, 1000),
+    )
+
+    def check_job(self) -> None:
+        """Raise `ConfigError` if settings don't fit together."""
+        for name in ("loss", "metric"):
+            if getattr(self, name) is not None and (said := getattr(self.job.recipe, name)) != CUSTOM:
+                raise ConfigError(
+                    ("model", name), expected=f"recipe.{name} = {CUSTOM!r} with it", got=repr(said),
+                    hint=f"Say so in [job.recipe], or leave the {name} of your own out.",
+                )  # fmt: skip
+        if self.blobs != FOLDER:
+            parse(self.blobs)
+
+
+@dataclass(frozen=True)
+class BrokerSettings:
+    """The broker, and the fleet at it."""
+
     broker: str = setting(
         EMBEDDED, "`embedded`, or a broker's address: `mqtts://host[:port]` or `mqtt://host[:port]`.", "URL"
     )
@@ -104,12 +135,98 @@ class ServerConfig:
         None, "The embedded broker's port, 0 for a free one; without it 8883, or 1883 without TLS.", "PORT",
         within=(0, 65_535),
     )  # fmt: skip
+    site: str = setting("default", "First part of the topics: a server and its devices are of one site.", "NAME")
+    max_packet: int = setting(
+        MAX_PACKET,
+        "Bytes of the largest MQTT packet that the broker accepts.",
+        within=(LEAF + PACKET_OVERHEAD, MAX_PAYLOAD + PACKET_OVERHEAD),
+    )
+    on_revocation: str = setting(
+        OFF,
+        "A command that runs, without a shell, when the list of revoked certificates has changed; the variable "
+        "`FEDPRUNE_CRL` names the list. `off` for none.",
+    )
+
+    @property
+    def embedded(self) -> bool:
+        return self.broker == EMBEDDED
+
+    def check_broker(self) -> None:
+        """Raise `ConfigError` if settings are invalid, or don't fit together."""
+        if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
+            raise ConfigError(
+                ("server", "broker"),
+                expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...",
+                got=repr(without_password(self.broker)),
+            )
+        if self.ca not in (None, SYSTEM) and not Path(self.ca or "").is_file():
+            raise ConfigError(("server", "ca"), expected=f"a file that exists, or {str(SYSTEM)!r}", got=str(self.ca))
+        if self.ca is not None and not self.broker.startswith("mqtts://"):
+            raise ConfigError(
+                ("server", "ca"), expected="a broker at mqtts://", got=repr(without_password(self.broker))
+            )
+        try:
+            words = shlex.split(self.on_revocation)
+        except ValueError:
+            words = []
+        if not words or not self.on_revocation.isprintable():
+            raise ConfigError(
+                ("server", "on_revocation"), expected=f"a command, or {OFF!r}", got=shown(self.on_revocation)
+            )
+        check_name(self.site, ("server", "site"), error=ConfigError)
+
+
+@dataclass(frozen=True)
+class WebSettings(BrokerSettings, JobSettings):
+    """How blobs travel: boards find this server's web server on the broker's host by default."""
+
     blob_url: str = setting(
         OFF, "A web address where boards find blobs, such as `https://models.example`; `off` for none.", "URL"
     )
     serve_blobs: str = setting(
         OFF, "Where this server itself serves blobs over HTTPS, by default on `host`; `off` for nowhere.", PLACE
     )
+    uploads: str = setting(
+        MQTT,
+        "How boards send updates, where they can: `mqtt`, `https` to this server's `serve_blobs`, or `s3` to the "
+        "bucket of `blobs`. MQTT does the rest.",
+        "WAY",
+        choices=(MQTT, HTTPS, S3),
+    )
+
+    @property
+    def blobs_at(self) -> str | None:
+        """Where boards find blobs on the web; None for nowhere."""
+        return None if self.blob_url == OFF else str(BlobUrl.parse(self.blob_url))
+
+    @property
+    def web_place(self) -> tuple[str, int] | None:
+        """Address and port on which this server serves blobs; None if it does not."""
+        return _place(self.serve_blobs, self.host)
+
+    def check_web(self) -> None:
+        """Raise `ConfigError` if settings are invalid, or don't fit together."""
+        if self.blob_url != OFF:
+            try:
+                BlobUrl.parse(self.blob_url)
+            except FedpruneError as error:
+                raise ConfigError(("server", "blob_url"), expected=error.expected, got=error.got) from error
+        if _place(self.serve_blobs, self.host) is None and self.uploads == HTTPS:
+            raise ConfigError(
+                ("server", "uploads"), expected=f"{MQTT!r}, or serve_blobs with it", got=repr(HTTPS),
+                hint="Boards upload to the server's own web server: --serve-blobs [ADDRESS:]PORT.",
+            )  # fmt: skip
+        if self.uploads == S3 and self.blobs == FOLDER:
+            raise ConfigError(
+                ("server", "uploads"), expected=f"{MQTT!r}, or blobs = 's3://...' with it", got=repr(S3),
+                hint="Boards upload to the bucket of each job: --blobs s3://bucket/prefix.",
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WebConsoleSettings:
+    """The console of operators."""
+
     console: str = setting(
         OFF, "Where operators see the fleet in a browser, by default on 127.0.0.1; `off` for nowhere.", PLACE
     )
@@ -128,120 +245,6 @@ class ServerConfig:
         choices=("none", "look", "all"),
     )
     console_releases: Path | None = setting(None, "A folder of releases that operators may roll out.")
-    site: str = setting("default", "First part of the topics: a server and its devices are of one site.", "NAME")
-    profiles: Path | None = setting(None, "A folder of further hardware profiles.", "DIR")
-    max_devices: int = setting(
-        1000, "Devices that may ever take part; announcements of further ones are ignored.", within=(1, 10**6)
-    )
-    connected: int = setting(
-        0,
-        "Boards that are connected on average: others disconnect and come back in turn. 0: all stay connected.",
-        "N",
-        within=(0, 10**6),
-    )
-    pulls: int = setting(4, "Devices from which updates are pulled at the same time.", within=(1, 1000))
-    uploads: str = setting(
-        MQTT,
-        "How boards send updates, where they can: `mqtt`, `https` to this server's `serve_blobs`, or `s3` to the "
-        "bucket of `blobs`. MQTT does the rest.",
-        "WAY",
-        choices=(MQTT, HTTPS, S3),
-    )
-    workers: int = setting(1, "Processes that make submodels, more than one if that is slow.", "N", within=(1, 1000))
-    workers_url: str = setting(
-        PROCESSES, "Where workers run: `processes`, or a Ray cluster as `ray:auto` or `ray://host:10001`.", "URL"
-    )
-    keep: int = setting(
-        3, "How many of the latest global models are kept, beside the best by evaluation.", "N", within=(1, 10**6)
-    )
-    weight: float = setting(
-        1.0,
-        "The job's share of the boards, relative to the server's other jobs; 0 pauses it next to them.",
-        "W",
-        within=(0, 1000),
-    )
-    max_packet: int = setting(
-        MAX_PACKET,
-        "Bytes of the largest MQTT packet that the broker accepts.",
-        within=(LEAF + PACKET_OVERHEAD, MAX_PAYLOAD + PACKET_OVERHEAD),
-    )
-    on_revocation: str = setting(
-        OFF,
-        "A command that runs, without a shell, when the list of revoked certificates has changed; the variable "
-        "`FEDPRUNE_CRL` names the list. `off` for none.",
-    )
-    log_format: str = setting(
-        "text", "The format of the server's log: `text`, or `json` for one object per line.", "FORMAT",
-        choices=("text", "json"),
-    )  # fmt: skip
-    metrics: str = setting(OFF, "Where Prometheus reads metrics, by default on 127.0.0.1; `off` for nowhere.", PLACE)
-    traces: str = setting(
-        OFF,
-        "Where spans go by OTLP, as `http://host:4318`; `off` for nowhere unless OpenTelemetry's variables name a "
-        "collector.",
-        "URL",
-    )
-    track: str = setting(OFF, TRACK_TEXT, TRACK_METAVAR)
-    alerts: AlertSettings = field(default_factory=AlertSettings)
-
-    def __post_init__(self) -> None:
-        check_settings(self, ("server",))
-        if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
-            raise ConfigError(
-                ("server", "broker"),
-                expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...",
-                got=repr(without_password(self.broker)),
-            )
-        for name in ("loss", "metric"):
-            if getattr(self, name) is not None and (said := getattr(self.job.recipe, name)) != CUSTOM:
-                raise ConfigError(
-                    ("model", name), expected=f"recipe.{name} = {CUSTOM!r} with it", got=repr(said),
-                    hint=f"Say so in [job.recipe], or leave the {name} of your own out.",
-                )  # fmt: skip
-        if self.blobs != FOLDER:
-            parse(self.blobs)
-        check_url(self.workers_url)
-        if self.profiles is not None and not self.profiles.is_dir():
-            raise ConfigError(("server", "profiles"), expected="a folder that exists", got=str(self.profiles))
-        if self.ca not in (None, SYSTEM) and not Path(self.ca or "").is_file():
-            raise ConfigError(("server", "ca"), expected=f"a file that exists, or {str(SYSTEM)!r}", got=str(self.ca))
-        if self.ca is not None and not self.broker.startswith("mqtts://"):
-            raise ConfigError(
-                ("server", "ca"), expected="a broker at mqtts://", got=repr(without_password(self.broker))
-            )
-        if self.blob_url != OFF:
-            try:
-                BlobUrl.parse(self.blob_url)
-            except FedpruneError as error:
-                raise ConfigError(("server", "blob_url"), expected=error.expected, got=error.got) from error
-        if _place(self.serve_blobs, self.host) is None and self.uploads == HTTPS:
-            raise ConfigError(
-                ("server", "uploads"), expected=f"{MQTT!r}, or serve_blobs with it", got=repr(HTTPS),
-                hint="Boards upload to the server's own web server: --serve-blobs [ADDRESS:]PORT.",
-            )  # fmt: skip
-        if self.uploads == S3 and self.blobs == FOLDER:
-            raise ConfigError(
-                ("server", "uploads"), expected=f"{MQTT!r}, or blobs = 's3://...' with it", got=repr(S3),
-                hint="Boards upload to the bucket of each job: --blobs s3://bucket/prefix.",
-            )  # fmt: skip
-        _place(self.metrics, LOCAL[0], "metrics")
-        if self.traces != OFF and not _WEB.fullmatch(self.traces):
-            raise ConfigError(
-                ("server", "traces"),
-                expected=f"http://host[:port] or https://..., without a user, or {OFF!r}",
-                got=shown(self.traces.rpartition("@")[2]),
-            )
-        track_targets(self.track, ("server", "track"))
-        self._check_console()
-        try:
-            words = shlex.split(self.on_revocation)
-        except ValueError:
-            words = []
-        if not words or not self.on_revocation.isprintable():
-            raise ConfigError(
-                ("server", "on_revocation"), expected=f"a command, or {OFF!r}", got=shown(self.on_revocation)
-            )
-        check_name(self.site, ("server", "site"), error=ConfigError)
 
     @property
     def own_hosts(self) -> tuple[str, ...]:
@@ -249,35 +252,12 @@ class ServerConfig:
         return tuple(host.strip().lower() for host in self.console_hosts.split(",") if host.strip())
 
     @property
-    def embedded(self) -> bool:
-        return self.broker == EMBEDDED
-
-    @property
-    def blobs_at(self) -> str | None:
-        """Where boards find blobs on the web; None for nowhere."""
-        return None if self.blob_url == OFF else str(BlobUrl.parse(self.blob_url))
-
-    @property
-    def web_place(self) -> tuple[str, int] | None:
-        """Address and port on which this server serves blobs; None if it does not."""
-        return _place(self.serve_blobs, self.host)
-
-    @property
-    def metrics_place(self) -> tuple[str, int] | None:
-        """Address and port of the metrics; None for none."""
-        return _place(self.metrics, LOCAL[0], "metrics")
-
-    @property
     def console_place(self) -> tuple[str, int] | None:
         """Address and port of the console; None for none."""
         return _place(self.console, LOCAL[0], "console")
 
-    @property
-    def tracked(self) -> tuple[TrackTarget, ...]:
-        """The experiment trackers that get every round."""
-        return track_targets(self.track, ("server", "track"))
-
-    def _check_console(self) -> None:
+    def check_console(self) -> None:
+        """Raise `ConfigError` if settings are invalid, or passwords would travel in the open."""
         place = self.console_place
         if not all(_HOST.fullmatch(h.strip()) for h in self.console_hosts.split(",")):
             raise ConfigError(
@@ -300,6 +280,77 @@ class ServerConfig:
                 "proxy in front of it, or, in a network of your own, set console_insecure.",
             )  # fmt: skip
 
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """Logs, metrics, traces, experiment trackers and alerts."""
+
+    log_format: str = setting(
+        "text", "The format of the server's log: `text`, or `json` for one object per line.", "FORMAT",
+        choices=("text", "json"),
+    )  # fmt: skip
+    metrics: str = setting(OFF, "Where Prometheus reads metrics, by default on 127.0.0.1; `off` for nowhere.", PLACE)
+    traces: str = setting(
+        OFF,
+        "Where spans go by OTLP, as `http://host:4318`; `off` for nowhere unless OpenTelemetry's variables name a "
+        "collector.",
+        "URL",
+    )
+    track: str = setting(OFF, TRACK_TEXT, TRACK_METAVAR)
+    alerts: AlertSettings = field(default_factory=AlertSettings)
+
+    @property
+    def metrics_place(self) -> tuple[str, int] | None:
+        """Address and port of the metrics; None for none."""
+        return _place(self.metrics, LOCAL[0], "metrics")
+
+    @property
+    def tracked(self) -> tuple[TrackTarget, ...]:
+        """The experiment trackers that get every round."""
+        return track_targets(self.track, ("server", "track"))
+
+    def check_reports(self) -> None:
+        """Raise `ConfigError` if settings are invalid."""
+        _place(self.metrics, LOCAL[0], "metrics")
+        if self.traces != OFF and not _WEB.fullmatch(self.traces):
+            raise ConfigError(
+                ("server", "traces"),
+                expected=f"http://host[:port] or https://..., without a user, or {OFF!r}",
+                got=shown(self.traces.rpartition("@")[2]),
+            )
+        track_targets(self.track, ("server", "track"))
+
+
+@dataclass(frozen=True)
+class ServerConfig(ReportSettings, WebConsoleSettings, WebSettings):
+    """Settings of a server and its job."""
+
+    state: Path = setting(Path("fedprune-state"), "The folder of everything that must survive a crash.", "DIR")
+    profiles: Path | None = setting(None, "A folder of further hardware profiles.", "DIR")
+    max_devices: int = setting(
+        1000, "Devices that may ever take part; announcements of further ones are ignored.", within=(1, 10**6)
+    )
+    connected: int = setting(
+        0,
+        "Boards that are connected on average: others disconnect and come back in turn. 0: all stay connected.",
+        "N",
+        within=(0, 10**6),
+    )
+    workers_url: str = setting(
+        PROCESSES, "Where workers run: `processes`, or a Ray cluster as `ray:auto` or `ray://host:10001`.", "URL"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, ("server",))
+        self.check_broker()
+        self.check_job()
+        self.check_web()
+        self.check_console()
+        self.check_reports()
+        check_url(self.workers_url)
+        if self.profiles is not None and not self.profiles.is_dir():
+            raise ConfigError(("server", "profiles"), expected="a folder that exists", got=str(self.profiles))
+
     def server_settings(self) -> dict[str, Any]:
         """The table [server] as JSON, with absolute paths, except for `ELSEWHERE`."""
         values = {k: getattr(self, k) for k in SERVER if k not in ELSEWHERE}
@@ -307,13 +358,11 @@ class ServerConfig:
         return {k: str(v if v == SYSTEM else v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
 
 
-PLACES = {
+PER_JOB = tuple(f.name for f in fields(JobSettings))
+"""Settings that each job of a server has of its own."""
+
+PLACES = {name: ("model", name) for name in ("input_shape", "loss", "metric", "lora", "base")} | {
     "model": ("model", "path"),
-    "input_shape": ("model", "input_shape"),
-    "loss": ("model", "loss"),
-    "metric": ("model", "metric"),
-    "lora": ("model", "lora"),
-    "base": ("model", "base"),
     "evaluation": ("evaluation", "data"),
     "calibration": ("calibration", "data"),
 }

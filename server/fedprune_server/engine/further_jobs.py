@@ -14,14 +14,11 @@ from typing import Any
 from fedprune.core.errors import ConfigError
 from fedprune.core.validation import only
 from fedprune_server.config.layers import Layer, file_layer, located
-from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.server_config import PER_JOB, SERVER, ServerConfig
 from fedprune_server.config.stored_code import code_names, stored_code_error
 from fedprune_server.config.tables import TABLES, parse_config
 from fedprune_server.engine.state_directory import stored_tables
 from fedprune_server.storage.state_folder import FOLDER, folders
-
-_OWN = ("blobs", "cache_mib", "database", "keep", "pulls", "weight", "workers")
-"""Keys of [server] that a further job has of its own."""
 
 
 def further(first: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
@@ -53,7 +50,7 @@ def _read(first: ServerConfig, path: Path) -> ServerConfig:
     with located([layer]):
         only([t for t in TABLES if t != "alerts"], layer.tables, (), "table of a further job")
         if isinstance(layer.tables.get("server"), dict):
-            only(_OWN, layer.tables["server"], ("server",), "key of a further job")
+            only([k for k in PER_JOB if k in SERVER], layer.tables["server"], ("server",), "key of a further job")
         config = parse_config(layer.tables, path.parent)
     return _placed(first, config, config.job.name)
 
@@ -65,8 +62,5 @@ def _stored(path: Path, tables: dict[str, Any]) -> ServerConfig:
 
 def _placed(first: ServerConfig, config: ServerConfig, name: str) -> ServerConfig:
     """A further job's configuration, with all that concerns the server as the first one's has it."""
-    own = {
-        k: getattr(config, k)
-        for k in (*_OWN, "job", "model", "input_shape", "loss", "metric", "lora", "base", "evaluation", "calibration")
-    }
+    own = {name: getattr(config, name) for name in PER_JOB}
     return replace(first, **own, state=first.state / FOLDER / name)

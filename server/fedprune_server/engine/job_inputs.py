@@ -22,7 +22,7 @@ from fedprune.planning.profile_store import find as find_profile
 from fedprune.planning.profile_store import names as profile_names
 from fedprune.strategies.user_strategies import own_code
 from fedprune_export.importing import ImportChoices, compare_models, drawn_tensors, is_called, read_source, with_choices
-from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.server_config import JobSettings, ServerConfig
 from fedprune_server.executor.evaluator import Evaluation
 
 log = logging.getLogger("fedprune.server")
@@ -35,7 +35,7 @@ _CONTENTS = {
 }
 
 
-def read_model(config: ServerConfig) -> bytes:
+def read_model(config: JobSettings) -> bytes:
     """The configured model with its loss, metric and adapters, without advice that only `fedprune-export` can follow.
 
     Raises:
@@ -60,7 +60,7 @@ def read_model(config: ServerConfig) -> bytes:
         raise ModelError(error.what, expected=error.expected, got=error.got, hint=hint) from error
 
 
-def check_model(config: ServerConfig, raw: bytes, where: str) -> None:
+def check_model(config: JobSettings, raw: bytes, where: str) -> None:
     """Compare the configured model, loss and metric with those that a job began with; what is left out is not compared.
 
     A source that isn't there any more is no difference: the job has a copy.
@@ -105,7 +105,7 @@ def check_model(config: ServerConfig, raw: bytes, where: str) -> None:
         )
 
 
-def _read_again(config: ServerConfig, raw: bytes) -> bytes | None:
+def _read_again(config: JobSettings, raw: bytes) -> bytes | None:
     """The model as the configuration gives it now; None if it gives none, or its source isn't there."""
     if config.model is None:
         if config.loss is config.metric is config.base is None:

@@ -14,7 +14,7 @@ from fedprune.wire.link import Link
 from fedprune.wire.queues import Inbox
 from fedprune.wire.topics import Topics
 from fedprune.wire.urls import BrokerUrl
-from fedprune_server.config.server_config import LOCAL, ServerConfig
+from fedprune_server.config.server_config import LOCAL, BrokerSettings, ServerConfig
 from fedprune_server.devices.quarantine import FILE as QUARANTINE
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.host_names import names_of
@@ -150,7 +150,7 @@ def identity_of(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFol
         yield identity
 
 
-def _embedded(config: ServerConfig, identity: IdentityFolder | None) -> EmbeddedBroker:
+def _embedded(config: BrokerSettings, identity: IdentityFolder | None) -> EmbeddedBroker:
     if identity is None:
         return EmbeddedBroker(config.host, _PLAIN_PORT if config.port is None else config.port)
     hosts = names_of(config.host)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from fedprune.core.errors import IdentityError
 from fedprune.security.tls import insecure_allowed
 from fedprune.wire.urls import BlobUrl
-from fedprune_server.config.server_config import HTTPS, S3, ServerConfig
+from fedprune_server.config.server_config import HTTPS, S3, WebSettings
 from fedprune_server.enrollment.host_names import addresses_of, names_of
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.transfer.s3_sync import BucketSync
@@ -55,7 +55,7 @@ NO_BLOBS = WebBlobs()
 
 @contextmanager
 def web_blobs(
-    config: ServerConfig, identity: IdentityFolder | None, wake: Callable[[], None] = lambda: None
+    config: WebSettings, identity: IdentityFolder | None, wake: Callable[[], None] = lambda: None
 ) -> Iterator[WebBlobs]:
     """Blobs over HTTP as configured, with a web server that runs until the end if one is configured.
 

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from cryptography.x509 import load_pem_x509_certificate
 
 from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, reason
-from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.server_config import WebConsoleSettings
 from fedprune_server.observation.observer import LoopWaits, ServerEnds, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.web.process import ConsoleProcess
@@ -64,7 +64,7 @@ class ConsoleObserver:
             log.error("answers to the console's last orders are lost: %s", error)
 
 
-def check_console(config: ServerConfig) -> None:
+def check_console(config: WebConsoleSettings) -> None:
     """Check the console's settings; its port may still be in use. Raises `MissingExtraError` if the packages of the
     extra `console` are missing; and `ConfigError` if the address is not this machine's, or a certificate can't be
     used."""
@@ -90,7 +90,7 @@ def check_free(address: str, port: int) -> None:
         ) from error
 
 
-def check_tls(config: ServerConfig) -> None:
+def check_tls(config: WebConsoleSettings) -> None:
     """Check that browsers accept the console's certificate now.
 
     One that isn't valid yet is only logged: after a power cut a machine's clock may be set once the server runs.
