@@ -53,8 +53,8 @@ PIECE_S = 60.0
 UPLOAD_PIECE_S = 30.0
 """How long a leaf of an upload may take to come."""
 
-POLL_S = 0.5
-"""Seconds between checks for slow clients."""
+_POLL_S = 0.1
+"""Seconds between checks for slow clients; for as long a server that ends waits for them."""
 
 _PIECE = 8 * LEAF
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
@@ -192,7 +192,7 @@ class BlobServer:
             for client in self._listener.clients.values():
                 if client.until < now:
                     client.cut()
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(_POLL_S)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request: the application that uvicorn calls."""

@@ -187,21 +187,21 @@ def test_a_state_that_is_no_state_is_an_error(storage: Storage) -> None:
 
 
 def test_looking_at_a_folder_without_a_database_makes_none(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="no server's state folder"):
+    with pytest.raises(StorageError, match=FILE):
         Storage.existing(tmp_path)
     assert not list(tmp_path.iterdir())
     (tmp_path / "identity").mkdir()
-    with pytest.raises(StorageError, match="no job has begun"):
+    with pytest.raises(StorageError, match="identity"):
         Storage.existing(tmp_path)
     DirectoryOwner("attic", "default").claim(tmp_path)
-    with pytest.raises(StorageError, match="is the state directory of a device"):
+    with pytest.raises(StorageError, match="device"):
         Storage.existing(tmp_path)
 
 
 def test_a_database_of_another_user_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Storage.at(tmp_path).close()
     monkeypatch.setattr("os.access", lambda *_, **__: False)
-    with pytest.raises(StorageError, match=r"server\.db: permission denied.*as the server's user"):
+    with pytest.raises(StorageError, match=FILE):
         Storage.existing(tmp_path)
 
 
@@ -218,20 +218,12 @@ def test_events_are_kept_in_order_with_their_time(storage: Storage) -> None:
     ]
 
 
-def test_the_log_is_read_page_by_page(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_of_several_pages_is_read_to_its_end(storage: Storage) -> None:
     state = State(model="m" * 64)
-    for number in range(1, 8):
-        state.round = number
-        storage.save(state, [on.Scored(number, "r" * 64)], float(number))
-    whole = list(storage.log.events())
-    asked: list[int] = []
-    reading = storage.database.reading
-    monkeypatch.setattr(storage.database, "reading", lambda: asked.append(1) or reading())
-    for page in (1, 3, 7):
-        monkeypatch.setattr("fedprune_server.storage.storage._PAGE", page)
-        asked.clear()
-        assert list(storage.log.events()) == whole
-        assert len(asked) == 7 // page + 1 + (7 % page > 0)
+    storage.save(state, (), 0.0)
+    state.round = 1
+    storage.save(state, [on.Scored(number, "r" * 64) for number in range(2500)], 1.0)
+    assert [body["round"] for _, _, _, body in storage.log.events()] == list(range(2500))
 
 
 def test_the_log_keeps_only_the_latest_events(url: str) -> None:

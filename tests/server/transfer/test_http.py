@@ -36,11 +36,6 @@ REF = BlobRef.of(BLOB)
 SECRET = BlobRef.of(b"an update of another board")
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "POLL_S", 0.01)
-
-
 @pytest.fixture
 def store(tmp_path: Path) -> BlobStore:
     store = BlobStore(tmp_path / "blobs", durable=False)
@@ -158,7 +153,7 @@ def _ended(client: socket.socket) -> bool:
 
 
 def test_a_port_that_is_taken_is_one_clear_error(server: BlobServer) -> None:
-    with pytest.raises(ConfigError, match=r"can't listen on 127\.0\.0\.1"):
+    with pytest.raises(ConfigError, match=str(server.port)):
         BlobServer("127.0.0.1", server.port, None)
 
 
@@ -276,7 +271,7 @@ def test_without_identities_anybody_on_this_machine_gets_what_is_offered(store: 
         assert ask(web.server, place(REF))[:2] == (200, BLOB)
         assert ask(web.server, place(SECRET))[0] == 404
     with (
-        pytest.raises(ConfigError, match="without TLS and identity"),
+        pytest.raises(ConfigError, match="serve_blobs"),
         web_blobs(ServerConfig(serve_blobs="0.0.0.0:0"), None),
     ):
         pass

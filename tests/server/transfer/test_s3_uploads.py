@@ -25,8 +25,7 @@ from fedprune.wire.urls import UploadUrl
 from fedprune_device.network.http_upload import HttpUpload
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.server import Server
-from fedprune_server.storage.s3 import bucket as patience
-from fedprune_server.storage.s3.bucket import BLOBS, BucketError, parse
+from fedprune_server.storage.s3.bucket import BLOBS, Bucket, BucketError, parse
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.transfer import s3_uploads
 from fedprune_server.transfer.http import WebBlobs
@@ -232,45 +231,49 @@ def test_what_an_earlier_process_let_be_put_is_not_wanted_again(
     assert len(objects(at_s3, url)) == right
 
 
-def test_a_bucket_that_is_away_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PAUSE_S", 0.01)
-    put(bench.asked())
-    away, streamed = True, bench.store.bucket.stream
+class Away(Bucket):
+    """A bucket that can't be used for now, but tells one address: this one, or none."""
 
-    def streaming(key: str) -> Iterator[bytes]:
-        if away:
+    away, address = True, ""
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        if self.away:
             raise BucketError("the bucket is away")
-        return streamed(key)
+        return super().stream(key)
 
-    monkeypatch.setattr(bench.store.bucket, "stream", streaming)
+    def upload_url(self, key: str, sha256: str, size: int, seconds: int) -> str:
+        if not self.address:
+            raise BucketError("no credentials")
+        return self.address
+
+
+def test_a_bucket_that_is_away_is_waited_for(url: str, bench: Bench) -> None:
+    put(bench.asked())
+    bench.store.bucket = bucket = Away(url)
     bench.uploads.reported("pi")
     until(lambda: bench.shipping.stuck)
     assert bench.shipping.waiting
     assert bench.shipping.digests == {REF.sha256}
     assert bench.uploads.ask("pi", REF) is None  # it is there, as far as is known
-    away = False
+    bucket.away = False
     assert bench.end()
     assert not bench.shipping.waiting
     assert not bench.shipping.stuck
 
 
-def test_without_credentials_updates_are_pulled(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unsigned(*_: object) -> str:
-        raise BucketError("no credentials")
-
-    monkeypatch.setattr(bench.store.bucket, "upload_url", unsigned)
+def test_without_credentials_updates_are_pulled(url: str, bench: Bench) -> None:
+    bench.store.bucket = Away(url)
     assert bench.uploads.ask("pi", REF) is None
     assert bench.uploads.ended() == [UploadEnd("pi", REF, stored=False)]
 
 
-def test_a_bucket_that_boards_may_not_reach_is_one_clear_error(
-    store: BucketStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bucket_that_boards_may_not_reach_is_one_clear_error(url: str, store: BucketStore, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="uploads"):
         ServerConfig(uploads="s3")
-    with pytest.raises(ConfigError, match="for every job"):
+    with pytest.raises(ConfigError, match="s3://"):
         S3Uploads(BucketSync(BlobStore(tmp_path / "folder")))
-    monkeypatch.setattr(store.bucket, "upload_url", lambda *_: "http://minio.example:9000/b/x?X-Amz-Signature=1")
+    store.bucket = bucket = Away(url)
+    bucket.address = "http://minio.example:9000/b/x?X-Amz-Signature=1"
     with pytest.raises(ConfigError, match="https://") as caught:
         S3Uploads(BucketSync(store))
     assert "Signature" not in str(caught.value)
