@@ -1,24 +1,19 @@
 """Tables of `benchmarks/accuracy`: every row's settings hold, and every table runs, here for a round on noise."""
 
-import json
 import math
 import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import nets, report, sets
-from benchmarks.accuracy import protocol as protocol_module
 from benchmarks.accuracy import run as run_module
-from benchmarks.accuracy.protocol import CALIBRATION, FULL, SAME_LOSS
-from benchmarks.accuracy.protocols import EIGHT, PROTOCOLS
+from benchmarks.accuracy.protocol import FULL, SAME_LOSS
+from benchmarks.accuracy.protocols import PROTOCOLS
 from benchmarks.accuracy.shares import shares
 from fedprune.core.tensorfile import encode
 from fedprune.model.architecture import widths_at
@@ -99,101 +94,11 @@ def check(run, protocol, folder, rounds=1):
     return result
 
 
-QUICK = ("ca-hfp-scores", "pr-fl-time")
-
-
-@pytest.mark.parametrize("table", QUICK)
+@pytest.mark.parametrize("table", TABLES)
 @pytest.mark.soak
 def test_a_table_runs(accuracy, table, tmp_path):
     run = accuracy
     check(run, small(TABLES[table]), tmp_path / "runs")
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("table", sorted(TABLES.keys() - set(QUICK)))
-@pytest.mark.soak
-def test_every_other_table_runs(accuracy, table, tmp_path):
-    run = accuracy
-    check(run, small(TABLES[table]), tmp_path / "runs")
-
-
-# At every push `test_presets_simulated.py` runs each preset twice.
-@pytest.mark.soak
-def test_the_same_run_gives_the_same_numbers(accuracy, tmp_path):
-    run = accuracy
-    protocol = small(TABLES["fedprune-ablation"])
-    first, second = (check(run, protocol, tmp_path / name) for name in "ab")
-    for result in (first, second):
-        result.pop("wall_s"), result.pop("cpu_s")
-    assert json.dumps(first) == json.dumps(second)
-
-
-class KilledError(Exception):
-    pass
-
-
-@pytest.mark.soak
-def test_the_result_is_there_before_the_state_goes_and_what_is_run_again_begins_anew(accuracy, tmp_path, monkeypatch):
-    run = accuracy
-    protocol = small(TABLES["fedprune-ablation"])
-    method, folder = protocol.method("slices"), tmp_path / "runs" / protocol.name
-
-    def killed(_):
-        raise KilledError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "shutil", SimpleNamespace(rmtree=killed))
-        with pytest.raises(KilledError):
-            run.run(protocol, method, 0, folder, quiet=True)
-    path = run.result_path(method, 0, folder)
-    result = json.loads(path.read_text())
-    assert run.state_path(protocol, method, 0, folder).is_dir()
-
-    options = SimpleNamespace(runs=folder.parent, cuda=False)
-    assert command.finished(protocol, method, 0, options)
-    command.forget(protocol, method, 0, options)
-    assert not list(folder.iterdir())
-    clock = iter(range(10**6))
-    monkeypatch.setattr(run, "cpu_seconds", lambda: next(clock))
-    first, second = (run.run(protocol, method, 0, folder, quiet=True) for _ in range(2))
-    assert first["cpu_s"] == second["cpu_s"]  # not those of both
-    assert first["rounds"] == second["rounds"] == result["rounds"]
-
-
-@pytest.mark.soak
-def test_a_run_s_key_holds_its_constants_and_its_network(accuracy, monkeypatch):
-    table = TABLES["cifar10-dirichlet"]
-    key = table.key(table.methods[0], 0)
-    assert key == table.key(table.methods[0], 0)
-    assert key != table.key(table.methods[0], 0, cuda=True)
-    for name in ("AVERAGE", "CALIBRATION"):
-        with monkeypatch.context() as patch:
-            patch.setattr(protocol_module, name, 1)
-            assert key != table.key(table.methods[0], 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(protocol_module, "definition", lambda *_, **__: "another")
-        assert key != table.key(table.methods[0], 0)
-    assert len({nets.definition(n) for n in nets.NETS}) == len(nets.NETS)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "changed"),
-    [
-        ("(48, 9), (96, 7), (96, 5)", "(48, 9), (96, 7), (96, 3)", {"motion_net"}),
-        ("self.bn2(self.conv2(", "self.bn1(self.conv2(", {"resnet8", "resnet32"}),  # by name, and by what it calls
-        ("_VGG11 = (64, 0,", "_VGG11 = (64,", {"vgg11", "vgg11_plain"}),
-        ('"""VGG for 32×32 images', '"""Nets for 32×32 images', set()),
-        ("# The last pool", "# This pool", set()),
-    ],
-)
-@pytest.mark.soak
-def test_a_network_s_definition_is_its_code(accuracy, tmp_path, monkeypatch, old, new, changed):
-    text = Path(nets.__file__).read_text()
-    assert text.count(old) == 1
-    before = {n: nets.definition.__wrapped__(n) for n in nets.NETS}
-    (tmp_path / "nets.py").write_text(text.replace(old, new))
-    monkeypatch.setattr(nets, "__file__", str(tmp_path / "nets.py"))
-    assert {n for n in nets.NETS if nets.definition.__wrapped__(n) != before[n]} == changed
 
 
 @pytest.mark.soak
@@ -233,53 +138,6 @@ def by_hand(method, sent, found, step=1.0):
         for i, v in enumerate(found, 1)
     ]
     return {"method": method, "seed": 0, "devices": {"a": [1.0, 1, 1]}, "rounds": rows}
-
-
-@pytest.mark.soak
-def test_a_run_ends_at_its_target(accuracy, tmp_path):
-    run = accuracy
-    protocol = replace(small(TABLES["pr-fl-time"]), rounds=9, every_s=0, target=1e-9)
-    result = check(run, protocol, tmp_path / "reached")
-    assert result["rounds"][0]["density"] == 1
-    assert len(run.run(replace(protocol, target=1.1, rounds=2), protocol.method("fedasync"), 0, tmp_path)["rounds"]) > 1
-    assert protocol.key(protocol.methods[0], 0) != replace(protocol, ends_at_target=False).key(protocol.methods[0], 0)
-
-
-@pytest.mark.soak
-def test_a_run_by_simulated_time_that_is_killed_is_measured_in_the_same_rounds(accuracy, tmp_path, monkeypatch):
-    run = accuracy
-    protocol = replace(small(TABLES["pr-fl-time"]), rounds=9, every_s=20, until_s=0, ends_at_target=False)
-    whole = check(run, protocol, tmp_path / "whole", rounds=None)
-    simulate = run.simulate
-    for rounds in (2, 5):
-
-        def killed(experiment, place, progress, rounds=rounds):
-            def stop(simulation):
-                progress(simulation)
-                if len(simulation.state.history) == rounds:
-                    raise KilledError
-
-            return simulate(experiment, place, stop)
-
-        monkeypatch.setattr(run, "simulate", killed)
-        with pytest.raises(KilledError):
-            check(run, protocol, tmp_path / "killed")
-    monkeypatch.setattr(run, "simulate", simulate)
-    resumed = check(run, protocol, tmp_path / "killed", rounds=None)
-    assert resumed["rounds"] == whole["rounds"]
-    times = [r["at"] // 20 for r in whole["rounds"] if r["measured"]]
-    assert 3 < len(times) < 9
-    assert len(set(times[:-1])) == len(times) - 1
-
-
-@pytest.mark.soak
-def test_a_row_that_sends_more_is_measured_in_every_round(accuracy):
-    for protocol in TABLES.values():
-        if protocol.recipe.evaluate_every > 1:
-            costly = [m for m in protocol.methods if not m.densities]
-            assert all(m.recipe.get("evaluate_every") == 1 for m in costly), protocol.name
-            for share in protocol.reads:
-                assert round(share * protocol.rounds) % protocol.recipe.evaluate_every == 0, protocol.name
 
 
 def started(*arguments, **environment):
@@ -333,19 +191,6 @@ def test_figures_of_runs_made_by_hand():
     assert [row["mb"] for row in equal] == pytest.approx([80e-6, 80e-6])
 
 
-def test_runs_that_end_by_time_are_read_by_time():
-    table = replace(TABLES["pr-fl-time"], until_s=100.0, every_s=100, reads=(0.5, 1.0), ends_at_target=False)
-
-    def figure(*times, last=0):
-        rows = [{"round": i + 1, "at": at, "measured": {"global": at / 1000}} for i, at in enumerate(times)]
-        return report.figure(table, {"rounds": rows}, report.measured("global"), last)
-
-    # Many rounds at first, and few later: half of the rounds is not half of the time.
-    assert figure(10, 20, 30, 40, 49, 60, 101) == pytest.approx((4.9 + 10.1) / 2)
-    assert figure(10, 40, 60) == pytest.approx((4 + 6) / 2)  # one that ended by itself
-    assert figure(10, 40, 60, last=2) == pytest.approx((1 + 4) / 2)
-
-
 def test_an_interval_is_students():
     gaps = [1.5, -0.25, 3.0]
     oracle = ttest_1samp(gaps, 0).confidence_interval(0.95)
@@ -382,44 +227,3 @@ def test_verdicts_are_computed_from_paired_runs():
     assert summary["tables"][0]["best"] == "52.0, heterofl's trained model 42.0: +10.0 ± 0.0"
     assert summary["tables"][0]["unseen"]["served, published"]["found"] == "53.0, heterofl 43.0: +10.0 ± 0.0"
     assert report.verdicts(TABLES["ca-hfp-scores"], []) == []
-
-
-def test_a_run_gives_a_page(accuracy, tmp_path, monkeypatch):
-    table = small(TABLES["fedprune-ablation"])
-    run = check(accuracy, table, tmp_path / "runs" / table.name) | {"machine": "here"}
-    assert report.figures(table, command.whole(command.slim([run]))) == report.figures(table, [run])
-    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
-    (tmp_path / "results").mkdir()
-    committed = {"machine": "theirs", "runs": command.slim([run, {**run, "key": "of other settings", "seed": 1}])}
-    (tmp_path / f"results/{table.name}.json").write_text(json.dumps(committed))
-    options = SimpleNamespace(runs=tmp_path / "elsewhere", cuda=False)
-    command.restore(table, options)
-    restored = command.results(table, options)
-    assert [r.get("stale", False) for r in restored] == [False, True], "what was run elsewhere counts; others are shown"
-
-
-@pytest.mark.soak
-def test_a_changed_protocol_is_no_result():
-    options = command.parser().parse_args(["har", "--rounds", "3", "--steps", "2"])
-    table = command.changed(TABLES["har"], options)
-    assert (table.rounds, table.recipe.max_steps, table.recipe.evaluate_every) == (3, 2, 1)
-    assert not any("rounds" in m.job for m in table.methods), "a row of more rounds has as many, too"
-    assert table.changes == "--rounds 3 --steps 2"
-    assert not command.changed(TABLES["har"], command.parser().parse_args(["har", "--seeds", "0"])).changes
-
-
-@pytest.mark.soak
-def test_tables_of_the_summary_have_what_verdicts_need(accuracy):
-    for table in EIGHT:
-        assert len(table.seeds) == 3
-        jobs = {m.name: accuracy.job_of(table, m, 20, 0, table.densities) for m in table.methods}
-        for name, job in jobs.items():
-            longer = job.strategy == "fedprune" and name != SAME_LOSS
-            codecs = ("int4", "int4") if longer else ("int8", "int8")
-            assert (job.compression, job.compression_down) == (("none", "none") if name == FULL else codecs), name
-            assert job.rounds == table.rounds * (2.5 if longer else 1)
-        assert compose(jobs[SAME_LOSS]).widths == ()
-    har = TABLES["har"]
-    found = {n: accuracy.experiment_of(har, har.method(n), 0).calibration for n in ("fedprune", "fedavg")}
-    assert len(found["fedprune"]) == CALIBRATION
-    assert found["fedavg"] is None

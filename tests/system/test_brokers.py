@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +14,10 @@ from typing import Any
 
 import pytest
 
-from fedprune.coordination import Phase, State
+from fedprune.coordination import State
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import models
 from support.faults.relay import Relay
-from support.faults.will_broker import WillBroker
 from support.processes.machine import find_mosquitto, free_port, listens
 from support.processes.rabbitmq import RabbitMQ
 from support.processes.real_site import Site, write_material
@@ -44,16 +42,6 @@ epochs = 1
 max_steps = 3
 frozen = {}
 """
-IMPATIENT = """\
-import runpy, sys
-from fedprune_device.network import uplink as outbox
-from fedprune_server.devices.presence import Presence
-outbox.ALIVE_S = 1.0
-Presence.__init__.__defaults__ = 4.0, 3.0
-sys.argv[:2] = sys.argv[1:2]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=False)
-"""
-"""Runs a module that bears silence for seconds instead of minutes."""
 
 
 @pytest.fixture(scope="module")
@@ -108,45 +96,6 @@ def test_boards_pull_what_changes_alone(make: Callable[..., Site]) -> None:
 @pytest.mark.parametrize("limit", ["message_size_limit 65536", "max_packet_size 65536"])
 def test_bodies_of_64_kb_and_no_retained_messages_are_enough(make: Callable[..., Site], limit: str) -> None:
     complete(make(settings=f"{limit}\nretain_available false\n"))
-
-
-class Impatient(Site):
-    """A site that bears silence for seconds."""
-
-    def command(self, name: str) -> list[str]:
-        command = super().command(name)
-        return command if name == "broker" else [sys.executable, "-c", IMPATIENT, *command[2:]]
-
-
-@pytest.mark.soak
-def test_a_board_that_vanishes_without_its_will_is_found_out_by_silence(material: Path, tmp_path: Path) -> None:
-    site = Impatient(material, tmp_path, CONFIG.format(2, "[]"), DEVICES, 60, mosquitto=True)
-
-    def online(name: str) -> bool:
-        state = site.saved()
-        return state is not None and name in state.devices and state.devices[name].online
-
-    with closing(WillBroker(site.port)) as broker:
-        site.board_ports = {"south": broker.port}
-        try:
-            site.start("broker")
-            site.start("server")
-            site.start("south")  # the job waits for two, so that nothing but its silence tells
-            site.wait_for(lambda: online("south"), "south is there")
-            time.sleep(10)
-            assert online("south"), site.logs()  # it says that it is there
-            site.processes["south"].kill()
-            site.processes["south"].wait()
-            began = time.monotonic()
-            site.wait_for(lambda: not online("south"), "south is gone")
-            assert time.monotonic() - began < 15
-            assert broker.wills
-            assert all(broker.wills)
-            site.start("south")
-            site.start("north")
-            assert site.finish().phase is Phase.FINISHED
-        finally:
-            site.stop_all()
 
 
 @pytest.mark.soak

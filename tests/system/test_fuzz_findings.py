@@ -121,7 +121,7 @@ def test_what_zipfile_unpacks_without_bound_is_refused(name: str, method: int) -
     with zipfile.ZipFile(file, "w", method) as archive:
         archive.writestr("x.npy", array.getvalue())
         archive.writestr("y.npy", array.getvalue())
-    with pytest.raises(FedpruneError, match="deflate, or not at all"):
+    with pytest.raises(FedpruneError, match="deflate"):
         TARGETS[name].parse(file.getvalue())
 
 

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-import warnings
 from collections.abc import Iterator
-from contextlib import suppress
-from functools import cache
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from support.faults.parser_fuzzer import fuzz
 from support.faults.parser_target import Target
@@ -61,39 +54,3 @@ def test_whatever_else_happens_is_a_finding() -> None:
 
     assert any(what.startswith("KeyError") for what in found)
     assert "memory beyond the bound: toy" in found
-
-
-KEYS = {
-    name: {k.decode() for s in target.seeds for k in re.findall(rb'"([a-z_0-9]{1,20})":', s)}
-    for name, target in TARGETS.items()
-}
-"""What the keys of each parser's sound inputs are called."""
-
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.sampled_from(["..", "a"])
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4)
-)
-
-
-@cache
-def near(name: str) -> st.SearchStrategy[bytes]:
-    """Any bytes, any JSON, and sound inputs of which a part is exchanged for any bytes."""
-    target = TARGETS[name]
-    seed = st.sampled_from(target.seeds)
-    places = (st.integers(0, 600), st.integers(0, 600))
-    exchanged = st.builds(
-        lambda s, a, b, raw: s[: min(a, b)] + raw + s[max(a, b) :], seed, *places, st.binary(max_size=8)
-    )
-    objects = st.sampled_from(sorted(KEYS[name])) if KEYS[name] else st.text(max_size=8)
-    tables = st.dictionaries(objects, VALUES, max_size=8).map(lambda body: json.dumps(body).encode())
-    return st.binary(max_size=200) | exchanged | tables | VALUES.map(lambda body: json.dumps(body).encode())
-
-
-@pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(drawn=st.data())
-def test_anything_is_taken_or_refused(name: str, drawn: st.DataObject) -> None:
-    target, raw = TARGETS[name], drawn.draw(near(name))
-    with warnings.catch_warnings(), suppress(*target.errors):
-        warnings.simplefilter("ignore")
-        target.parse(target.frame(raw))

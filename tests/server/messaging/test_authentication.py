@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import shutil
+import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,8 @@ from fedprune_server.devices.quarantine import BURST, Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging import authentication as server_side
 from fedprune_server.messaging.transport import DeviceRevoked, DuplicateIdentity
+from fedprune_server.storage.state_folder import FILE
+from support.faults.failing_disk import fault
 
 DAY = 24 * 3600
 TOPICS = Topics("lab")
@@ -383,7 +388,7 @@ def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are
     assert answer.status == APPROVED
 
 
-def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab) -> None:
     joining, server = Joining(), lab.new_server()
     server.link = server_side.AuthenticatedLink(server.end, lab.identity, lambda: lab.now, joins=joining)
     server.link.get()
@@ -393,14 +398,14 @@ def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab, monkey
 
     def soon(timeout: float | None = 0.0) -> Sent | None:
         """While the server waits for a message, its answer reaches the board, and the board announces itself."""
-        monkeypatch.undo()
+        server.end.get = waits  # type: ignore[method-assign]
         answer = parse(server.end.sent[-1][1])
         assert isinstance(answer, JoinAnswer)
         device.admit(answer, claim.pin)
         return Board(device, lambda: lab.now).say(birth("pi-9"))
 
     joining.inbox.append(asking(request))
-    monkeypatch.setattr(server.end, "get", soon)
+    waits, server.end.get = server.end.get, soon  # type: ignore[method-assign]
     heard = server.link.get()
     assert isinstance(heard, tuple)
     assert parse(heard[1]) == birth("pi-9")
@@ -489,22 +494,22 @@ def test_a_board_learns_the_time_from_its_server_alone(lab: Lab) -> None:
     assert pi.identity.times.floor == BUILT + 60 * DAY
 
 
-def test_a_message_doesn_t_count_whose_epoch_can_t_be_written_down(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def full(*_: object) -> None:
-        raise StorageError("the disk is full")
-
+def test_a_message_doesn_t_count_whose_epoch_can_t_be_written_down(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
     pi = lab.boards["pi-1"]
     up, down = pi.say(birth("pi-1")), lab.server.say("pi-1", Finished("job"))
-    with monkeypatch.context() as patch:
-        patch.setattr(lab.identity.store, "hear", full)
-        patch.setattr(pi.identity, "hear", full)
-        fresh_server, fresh_pi = lab.new_server(), Board(pi.identity, lambda: lab.now)
+    fresh_server, fresh_pi = lab.new_server(), Board(pi.identity, lambda: lab.now)
+    with closing(sqlite3.connect(lab.folder / "state" / FILE)) as database:
+        for what in ("INSERT", "UPDATE"):
+            database.execute(
+                f"CREATE TRIGGER full_{what} BEFORE {what} ON epochs BEGIN SELECT RAISE(FAIL, 'full'); END"
+            )
         with pytest.raises(StorageError):  # a server that can't write ends, and continues where it was
             fresh_server.hears(up)
+        for what in ("INSERT", "UPDATE"):
+            database.execute(f"DROP TRIGGER full_{what}")
+    with fault(1, OSError(errno.ENOSPC, "the card is full")):
         assert fresh_pi.hears(down) == []  # a board continues with what it has
-        assert "the disk is full" in caplog.text
+    assert "the card is full" in caplog.text
     assert lab.new_server().hears(up) != []
     assert Board(pi.identity, lambda: lab.now).hears(down) != []
 

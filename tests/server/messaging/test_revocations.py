@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
-import time
+import signal
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,7 @@ def crl(tmp_path: Path) -> Path:
     return path
 
 
-def test_each_list_is_given_once_also_after_a_restart(
-    crl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(revocations, "POLL_S", 0.05)
+def test_each_list_is_given_once_also_after_a_restart(crl: Path, tmp_path: Path) -> None:
     told = tmp_path / "told"
     append = command(f'cat "$FEDPRUNE_CRL" >> {told}; echo >> {told}')
     with delivering(append, tmp_path, crl):
@@ -43,7 +41,6 @@ def test_each_list_is_given_once_also_after_a_restart(
     for _ in range(2):
         with delivering(append, tmp_path, crl):
             until(lambda: delivered(tmp_path, crl))
-            time.sleep(0.2)
     assert told.read_text().split() == ["first", "second", "third"]
 
 
@@ -51,7 +48,6 @@ def test_a_command_that_fails_is_told_and_tried_again(
     crl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(revocations, "POLL_S", 0.05)
     monkeypatch.setattr(revocations, "RETRY_S", 0.05)
     ready = tmp_path / "ready"
     with delivering(command(f"echo no way there; test -e {ready}"), tmp_path, crl):
@@ -72,11 +68,9 @@ def test_a_command_that_is_missing_or_hangs_is_an_error(
     assert not delivered(tmp_path, crl)
 
 
-def test_a_command_that_leaves_a_process_behind_has_succeeded(
-    crl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(revocations, "TIMEOUT_S", 3.0)
-    deliver(command("sleep 6 &"), tmp_path, crl)  # it holds the command's standard output
+def test_a_command_that_leaves_a_process_behind_has_succeeded(crl: Path, tmp_path: Path) -> None:
+    deliver(command(f"sleep 600 & echo $! > {tmp_path}/pid"), tmp_path, crl)  # it holds the command's standard output
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     assert delivered(tmp_path, crl)
 
 
