@@ -43,7 +43,7 @@ from fedprune_server.simulation.fleet.virtual_device import VirtualDevice, pulls
 from fedprune_server.simulation.measure import RoundRecorder
 from fedprune_server.simulation.network_model import ALWAYS
 from fedprune_server.simulation.results.record import Record, record_of
-from fedprune_server.simulation.state import Item, Left, SavedRun, SimulationState, Trained
+from fedprune_server.simulation.state import SAVE_PACE, Item, Left, SavedRun, SavePace, SimulationState, Trained
 
 MAX_ATTEMPTS = 20
 """Attempts after which a round that no device has finished is given up."""
@@ -128,7 +128,9 @@ class Simulation:
         StorageError: The folder's state is damaged or belongs to another simulation.
     """
 
-    def __init__(self, experiment: Experiment, store: BlobStore, *, folder: Path | None = None) -> None:
+    def __init__(
+        self, experiment: Experiment, store: BlobStore, *, folder: Path | None = None, pace: SavePace = SAVE_PACE
+    ) -> None:
         self.experiment = experiment
         self.job = job = experiment.job
         self.model = model = experiment.model
@@ -159,7 +161,7 @@ class Simulation:
         self._recorder = RoundRecorder(job, model, store, experiment.measure)
         self._profiles: dict[int, dict[str, Any]] = {}
         self._seconds: dict[tuple[int, int, tuple[int, ...], Recipe], float] = {}
-        self._folder = SavedRun(folder, experiment)
+        self._folder = SavedRun(folder, experiment, pace)
         self._begun = self._take_up()
 
     @property

@@ -175,14 +175,23 @@ class SimulationState:
 
 _CHECKPOINTS = "checkpoints"
 
-_INTERVAL_S = 5.0
-"""Seconds between two saves within a round."""
 
-_SHARE = 20.0
-"""Saving takes at most 1 / `_SHARE` of the time, except at the ends of short rounds."""
+@dataclass(frozen=True)
+class SavePace:
+    """How often a state is saved.
 
-_EXPENSIVE_S = 0.25
-"""Duration of a save above which the ends of rounds are skipped, too."""
+    Attributes:
+        interval_s: Seconds between two saves within a round.
+        share: Saving takes at most 1 / `share` of the time, except at the ends of short rounds.
+        expensive_s: Duration of a save above which the ends of rounds are skipped, too.
+    """
+
+    interval_s: float = 5.0
+    share: float = 20.0
+    expensive_s: float = 0.25
+
+
+SAVE_PACE = SavePace()
 
 
 class SavedRun:
@@ -192,8 +201,8 @@ class SavedRun:
         folder: The folder; None keeps nothing.
     """
 
-    def __init__(self, folder: Path | None, experiment: Experiment) -> None:
-        self._folder, self._experiment = folder, experiment
+    def __init__(self, folder: Path | None, experiment: Experiment, pace: SavePace) -> None:
+        self._folder, self._experiment, self._pace = folder, experiment, pace
         self._configured = False
         self._saved_at, self._save_s = time.monotonic(), 0.0
         self._stamp: tuple[int, ...] | None = None
@@ -275,8 +284,8 @@ class SavedRun:
             return round_ended
         since = time.monotonic() - self._saved_at
         if round_ended:
-            return self._save_s <= _EXPENSIVE_S or since >= _SHARE * self._save_s
-        return since >= max(_INTERVAL_S, _SHARE * self._save_s)
+            return self._save_s <= self._pace.expensive_s or since >= self._pace.share * self._save_s
+        return since >= max(self._pace.interval_s, self._pace.share * self._save_s)
 
     def save(self, run: SimulationState, coordinator: State) -> None:
         """Save the state together with the coordinator's. Raises `StorageFullError` if the disk is full, and

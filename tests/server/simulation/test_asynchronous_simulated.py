@@ -16,11 +16,9 @@ from fedprune.model.architecture import TensorKind
 from fedprune.model.element_mask import from_bits, unpack
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune_server.simulation.fleet.device_runner import DeviceRunner
 from fedprune_server.simulation.network_model import Weather
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.state import Trained
-from support.fakes.digits_simulation import KINDS, boards, boards_that_validate, digits_simulation
+from support.fakes.digits_simulation import KINDS, boards, boards_that_validate, digits_simulation, noting
 
 
 class Run:
@@ -199,28 +197,25 @@ def scheduled(tmp_path: Path) -> Simulate:
         options = {"schedule": {"kind": "asynchronous", **schedule}}
         settings = {"rounds": 9, "devices": 2, "density": 0.25, "deadline_s": 20.0, "options": options, **settings}
         strategy = "support.fakes.tiny_job:scheduled"
-        return digits_simulation(
-            tmp_path, fleet=boards(FIVE), strategy=strategy, recipe=Recipe(max_steps=2), **settings
-        )
+        settings = {"fleet": boards(FIVE), "recipe": Recipe(max_steps=2), **settings}
+        return digits_simulation(tmp_path, strategy=strategy, **settings)
 
     return build
 
 
-def test_devices_work_on_several_rounds_at_a_time(scheduled: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
-    rounds: list[set[int]] = []
-    pushed: list[tuple[str, int]] = []
-    carry_out = DeviceRunner.carry_out
+def test_devices_work_on_several_rounds_at_a_time(scheduled: Simulate) -> None:
+    rounds: list[int] = []
+    pushed: list[tuple[str, str]] = []
+    fleet = [
+        noting(board, lambda name, offer: pushed.append((name, offer["weights"]["sha256"]))) for board in boards(FIVE)
+    ]
 
-    def watched(bench: Any, device: Any, offer: Any, number: int) -> Any:
-        run = simulation._run
-        rounds.append({item.round for _, item in run.queue.values() if isinstance(item, Trained)} | {number})
-        pushed.append((device.name, number))
-        return carry_out(bench, device, offer, number)
+    def note(run: Simulation) -> None:
+        rounds.append(len({task.basis["round"] for task in run.state.tasks.values() if task.basis is not None}))
 
-    monkeypatch.setattr(DeviceRunner, "carry_out", watched)
-    simulation = scheduled(ONE_AT_A_TIME, weather=Weather(compute_spread=1.0), rounds=12)
-    history = simulation.run()
-    assert max(map(len, rounds)) > 1
+    simulation = scheduled(ONE_AT_A_TIME, weather=Weather(compute_spread=1.0), rounds=12, fleet=fleet)
+    history = simulation.run(note)
+    assert max(rounds) > 1
     assert len(set(pushed)) == len(pushed)  # nobody trains a model twice
     stale = [d["staleness"] for row in history for d in row["devices"].values()]
     assert max(stale) > 1

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
+import multiprocessing
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,7 @@ from fedprune_export.training.step_graph import training_graph
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome, Work, WorkerKilledError
 from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice, pulls
 from fedprune_server.simulation.results.run_folder import simulate
+from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import boards, boards_that_validate, digits_experiment, digits_net
 from support.fakes.hidden_board import HiddenBoard, hidden_weights
 from support.paths import GRAPHS
@@ -240,17 +239,13 @@ def test_other_processes_give_the_same_bits(store: BlobStore, tmp_path: Path) ->
         pooled.close()
 
 
-def test_a_killed_process_is_said(store: BlobStore, tmp_path: Path) -> None:
-    pooled = DeviceRunner(store, tmp_path / "scratch", workers=2)
-    work = offers(store, Recipe(), boards()[:1])
-    try:
-        carried_out(pooled, work)
-        for process in pooled._pool._processes._processes.values():
-            os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(WorkerKilledError, match="killed"):  # as soon as the pool has noticed
-            carried_out(pooled, offers(store, Recipe(), boards()[:1], 2))
-    finally:
-        pooled.close()
+def test_a_killed_process_ends_a_simulation_and_is_no_boards_refusal() -> None:
+    def kill(_: Simulation) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(WorkerKilledError):
+        simulate(digits_experiment(rounds=3, workers=2), progress=kill)
 
 
 class Slow:
@@ -296,19 +291,6 @@ def test_cancelled_trainings_are_dropped(slow: tuple[DeviceRunner, Slow, list[Wo
     assert runner.carry_out(*work[2]).samples == 1
     assert not pool.futures.keys() & {"d04", "d05"}
     assert "d06" in pool.futures
-
-
-def test_a_killed_process_ends_a_simulation_and_is_no_boards_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = Future[Any]()
-    broken.set_exception(BrokenProcessPool("killed"))
-
-    def begin(runner: DeviceRunner, work: Work) -> None:
-        runner._begun[work[0].name] = work[2], broken
-        runner._running.append(broken)
-
-    monkeypatch.setattr(DeviceRunner, "_begin", begin)
-    with pytest.raises(WorkerKilledError, match="killed"):
-        simulate(digits_experiment(rounds=1, workers=2))
 
 
 def test_samples_that_cannot_be_read_are_the_boards_refusal(slow: tuple[DeviceRunner, Slow, list[Work]]) -> None:

@@ -4,7 +4,7 @@ coordinates of the whole model."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingResult, TrainingTask
 from fedprune_server.simulation.simulation import Simulation
-from support.fakes.digits_simulation import assert_resumes, digits_net, digits_simulation
+from support.fakes.digits_simulation import assert_resumes, boards, digits_net, digits_simulation, noting
 
 ADAM = Recipe(epochs=1, batch_size=64, lr=1e-3, optimizer="adam", keep_optimizer_state=True)
 FLEETS: dict[str, dict[str, Any]] = {
@@ -79,23 +79,16 @@ def build(tmp_path: Path) -> Callable[..., Simulation]:
 
 @pytest.mark.parametrize("name", FLEETS)
 def test_states_stay_with_their_channels(
-    build: Callable[..., Simulation], rounds: dict[str, list[Trained]], name: str, monkeypatch: pytest.MonkeyPatch
+    build: Callable[..., Simulation], rounds: dict[str, list[Trained]], name: str
 ) -> None:
-    simulation = build(**FLEETS[name])
     selections: dict[str, list[Selection]] = defaultdict(list)
 
-    def note(device: Any, offer: dict[str, Any], number: int) -> Any:
+    def note(device: str, offer: Mapping[str, Any]) -> None:
         ranks = Selection.from_json(simulation.store.read(offer["ranking"]).decode(), simulation.model.architecture)
-        selections[device.name].append(ranks.narrowed(tuple(offer["widths"])))
-        return carry_out(device, offer, number)
+        selections[device].append(ranks.narrowed(tuple(offer["widths"])))
 
-    def begun(run: Simulation) -> None:
-        nonlocal carry_out
-        carry_out = run._runner.carry_out
-        monkeypatch.setattr(run._runner, "carry_out", note)
-
-    carry_out: Any = None
-    simulation.run(begun=begun)
+    simulation = build(fleet=[noting(board, note) for board in boards()], **FLEETS[name])
+    simulation.run()
 
     changed = 0
     for device, trained in rounds.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core import tensorfile
 from fedprune.model.element_mask import from_bits
@@ -19,8 +20,7 @@ from fedprune.model.selection import Selection
 from fedprune.planning.cost_prediction import predict
 from fedprune.strategies.values import Submodel
 from fedprune_device.data.dataset import LocalData
-from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
 from fedprune_server.simulation.measure import Hook, Moment
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, boards, digits_net, digits_simulation, final_weights
@@ -253,17 +253,15 @@ def test_a_masked_submodel_travels_without_what_is_masked(elements: Build) -> No
 
 
 @pytest.mark.parametrize("strategy", ["others", "emergent"])
-def test_whichever_channels_an_extractor_chose_are_put_back_where_they_came_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
-) -> None:
-    """Boards that train nothing leave the model as it is."""
+def test_whichever_channels_an_extractor_chose_are_put_back_where_they_came_from(tmp_path: Path, strategy: str) -> None:
+    """Boards that hand back what they were sent leave the model as it is."""
 
-    def hand_back(_: DeviceRunner, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
-        return Outcome(BlobRef.from_dict(offer["weights"]), device.samples, 1, {})
+    def hand_back(outcome: Outcome, offer: Mapping[str, Any], store: BlobStore) -> Outcome:
+        return replace(outcome, weights=BlobRef.from_dict(offer["weights"]), metrics={})
 
-    monkeypatch.setattr(DeviceRunner, "carry_out", hand_back)
+    fleet = [replace(board, tamper=hand_back) for board in boards(KINDS[1:])]
     strategy = f"support.fakes.picking_strategies:{strategy}"
-    run = digits_simulation(tmp_path, fleet=boards(KINDS[1:]), strategy=strategy, rounds=3, density=0.4)
+    run = digits_simulation(tmp_path, fleet=fleet, strategy=strategy, rounds=3, density=0.4)
     before = final_weights(run)
     history = run.run()
     assert [d["progress"] for row in history for d in row["devices"].values()] == ["folded"] * 6

@@ -9,10 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.model.recipe import Recipe
-from fedprune_server.simulation.fleet.device_runner import DeviceRunner
 from fedprune_server.simulation.fleet.virtual_device import with_link
 from fedprune_server.simulation.network_model import PR_FL, PR_FL_LINKS, Availability, Weather, transfer
-from support.fakes.digits_simulation import boards, digits_simulation
+from support.fakes.digits_simulation import boards, digits_simulation, noting
 
 DEVICES = [f"d{i}" for i in range(400)]
 
@@ -138,16 +137,9 @@ def test_a_device_s_own_link_takes_the_profile_s_place(build):
     assert simulation.clock > simulation.record().last.up / 3 / 1000
 
 
-def test_devices_train_in_their_windows_only(build, monkeypatch):
+def test_devices_train_in_their_windows_only(build):
     availability, seen = Availability(40.0, 0.3, 0.6), []
-    carry_out = DeviceRunner.carry_out
-
-    def watched(bench, device, offer, number):
-        seen.append((device.name, simulation.clock))
-        return carry_out(bench, device, offer, number)
-
-    monkeypatch.setattr(DeviceRunner, "carry_out", watched)
-    far = [on_link(d, latency_s=4) for d in boards()]
+    far = [noting(on_link(d, latency_s=4), lambda name, _: seen.append((name, simulation.clock))) for d in boards()]
     simulation = build(fleet=far, rounds=6, devices=1, deadline_s=90.0, availability=availability)
     history = simulation.run()
     assert len(history) == 6
@@ -157,11 +149,10 @@ def test_devices_train_in_their_windows_only(build, monkeypatch):
     assert simulation.clock > 40
 
 
-def test_an_update_that_a_window_cut_off_is_sent_when_the_device_is_back(build, monkeypatch):
+def test_an_update_that_a_window_cut_off_is_sent_when_the_device_is_back(build):
     trained = []
-    carry_out = DeviceRunner.carry_out
-    monkeypatch.setattr(DeviceRunner, "carry_out", lambda *a: trained.append(a[1].name) or carry_out(*a))
     device = on_link(boards()[2], down_mb_s=1e3, up_mb_s=1e3, latency_s=0)
+    device = noting(device, lambda name, _: trained.append(name))
     quick = build("quick", fleet=[device], rounds=1)
     quick.run()
     size = quick.record().last.up

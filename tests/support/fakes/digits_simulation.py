@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Tensors
@@ -19,9 +20,10 @@ from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import Digits, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
 from fedprune_server.simulation.scratch_store import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.state import SAVE_PACE, SavePace
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
 """Boards of different speed, each called like its kind."""
@@ -44,6 +46,16 @@ def boards(names: Sequence[str] = KINDS, kind: str = "") -> list[VirtualDevice]:
     return [VirtualDevice(name, find(kind or name), data) for name, data in digits(names).devices.items()]
 
 
+def noting(board: VirtualDevice, note: Callable[[str, Mapping[str, Any]], object]) -> VirtualDevice:
+    """The board, which notes its name and the offer whenever it has trained."""
+
+    def noted(outcome: Outcome, offer: Mapping[str, Any], store: BlobStore) -> Outcome:
+        note(board.name, offer)
+        return outcome
+
+    return replace(board, tamper=noted)
+
+
 def boards_that_validate() -> list[VirtualDevice]:
     """Boards whose last 40 training samples are for validation."""
     return [replace(board, data=_with_validation(digits().devices[board.name])) for board in boards()]
@@ -63,10 +75,17 @@ def digits_experiment(fleet: Sequence[VirtualDevice] | None = None, **settings: 
     return Experiment(job=Job(**job), devices=fleet, **given)
 
 
-def digits_simulation(folder: Path, *, kept: bool = True, **settings: Any) -> Simulation:
+def digits_simulation(
+    folder: Path,
+    *,
+    kept: bool = True,
+    store: type[BlobStore] = ScratchStore,
+    pace: SavePace = SAVE_PACE,
+    **settings: Any,
+) -> Simulation:
     """A simulation with its blobs, and if `kept` its state, in a folder."""
-    store = ScratchStore(folder / "blobs")
-    return Simulation(digits_experiment(**settings), store, folder=folder if kept else None)
+    place = folder if kept else None
+    return Simulation(digits_experiment(**settings), store(folder / "blobs"), folder=place, pace=pace)
 
 
 def final_weights(simulation: Simulation) -> Tensors:
