@@ -7,7 +7,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
@@ -76,7 +75,6 @@ class Tracker(ABC):
         """End writing; a run that isn't finished is continued by the next start."""
 
 
-@cache
 def tracker_class(tool: str) -> type[Tracker]:
     """The class of a tracker in `TOOLS`: the one that its module defines."""
     module = import_module(f"{tools.__name__}.{tool}")

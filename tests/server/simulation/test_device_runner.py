@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import fedprune_export as fx
-from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, DataError
@@ -230,9 +228,9 @@ def test_other_processes_give_the_same_bits(store: BlobStore, tmp_path: Path) ->
             assert carried_out(pooled, work) == carried_out(alone, work)
             assert pooled.boards == alone.boards
         work[0][1]["classes"] = 3
-        with pytest.raises(Exception, match="out of range") as mine:
+        with pytest.raises(Exception, match="range") as mine:
             alone.carry_out(*work[0])
-        with pytest.raises(type(mine.value), match="out of range") as theirs:
+        with pytest.raises(type(mine.value), match="range") as theirs:
             pooled.carry_out(*work[0])
         assert str(theirs.value) == str(mine.value)
     finally:
@@ -248,60 +246,26 @@ def test_a_killed_process_ends_a_simulation_and_is_no_boards_refusal() -> None:
         simulate(digits_experiment(rounds=3, workers=2), progress=kill)
 
 
-class Slow:
-    """A pool whose tasks end when the test says so."""
-
-    def __init__(self) -> None:
-        self.futures: dict[str, Future[Any]] = {}
-        self.ends = False
-
-    def submit(self, _: object, device: VirtualDevice, *more: object) -> Future[Any]:
-        self.futures[device.name] = Future()
-        if self.ends:
-            self.end(device.name)
-        return self.futures[device.name]
-
-    def end(self, device: str) -> None:
-        self.futures[device].set_result((Outcome(BlobRef("a" * 64, 1, "a" * 64), 1, 1, {}), device))
+def test_cancelled_trainings_are_dropped(store: BlobStore, tmp_path: Path) -> None:
+    work = offers(store, Recipe(), boards())
+    cancelled, other, _ = work
+    with closing(DeviceRunner(store, tmp_path / "scratch", workers=2)) as runner:
+        for item in work:
+            runner.prepare(*item)
+        runner.cancel(cancelled[0].name)
+        runner.cancel(other[0].name, number=7)  # of another round
+        made = runner.settle()
+        assert runner.carry_out(*other).weights.sha256 in made
+        assert runner.carry_out(*cancelled).weights.sha256 not in made
 
 
-@pytest.fixture
-def slow(store: BlobStore, tmp_path: Path) -> tuple[DeviceRunner, Slow, list[Work]]:
-    """A runner of two processes that are slow, and trainings of twelve devices, which it has been told of."""
-    runner, pool = DeviceRunner(store, tmp_path / "scratch", workers=2), Slow()
-    runner.close()
-    runner._pool = pool  # type: ignore[assignment]
-    work = offers(store, Recipe(), boards(tuple(f"d{i:02}" for i in range(12)), "raspberry-pi-4b"))
-    for item in work:
-        runner.prepare(*item)
-    return runner, pool, work
-
-
-def test_cancelled_trainings_are_dropped(slow: tuple[DeviceRunner, Slow, list[Work]]) -> None:
-    runner, pool, work = slow
-    runner.cancel("d04")
-    runner.cancel("d05", number=1)
-    runner.cancel("d06", number=7)  # of another round
-    for device in ("d00", "d01", "d02"):
-        pool.end(device)
-    runner.cancel("d00")
-    runner.cancel("d03")
-    assert pool.futures["d03"].cancelled()
-    assert runner.settle() == {"a" * 64, "d01", "d02"}
-    assert runner.carry_out(*work[2]).samples == 1
-    assert not pool.futures.keys() & {"d04", "d05"}
-    assert "d06" in pool.futures
-
-
-def test_samples_that_cannot_be_read_are_the_boards_refusal(slow: tuple[DeviceRunner, Slow, list[Work]]) -> None:
-    runner, pool, work = slow
-    for device in list(pool.futures):
-        pool.end(device)
-
+def test_samples_that_cannot_be_read_are_the_boards_refusal(store: BlobStore, tmp_path: Path) -> None:
     def missing() -> LocalData:
         raise DataError("the samples are gone")
 
-    broken = VirtualDevice("broken", work[0][0].profile, StoredData(20, "f" * 64, missing))
-    runner.prepare(broken, *work[0][1:])
-    with pytest.raises(DataError, match="gone"):
-        runner.carry_out(broken, *work[0][1:])
+    [(device, offer, number)] = offers(store, Recipe(), boards()[:1])
+    broken = replace(device, data=StoredData(20, "f" * 64, missing))
+    with closing(DeviceRunner(store, tmp_path / "scratch", workers=2)) as runner:
+        runner.prepare(broken, offer, number)
+        with pytest.raises(DataError, match="gone"):
+            runner.carry_out(broken, offer, number)

@@ -110,5 +110,5 @@ def test_devices_whose_labels_do_not_fit_refuse_with_a_reason(tmp_path: Path) ->
     run = simulation(tmp_path, {"loss": "mse"})
     for device in run._devices.values():
         object.__setattr__(device, "data", digits(NAMES).devices[device.name])
-    with pytest.raises(PlanError, match=r"labels for loss mse: expected numbers \[n, 10\]"):
+    with pytest.raises(PlanError, match=r"mse: expected numbers \[n, 10\]"):
         run.run()

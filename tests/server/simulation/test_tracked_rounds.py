@@ -9,8 +9,8 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,9 +29,11 @@ from fedprune_server.monitoring import tracking
 from fedprune_server.monitoring.job_tracker import JobTracker
 from fedprune_server.observation.observer import RoundEnded
 from fedprune_server.simulation.digits import digits_model, load_digits
+from fedprune_server.simulation.fleet.simulated_fleet import read_plan
+from fedprune_server.simulation.results import run_folder
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.rows import round_rows
-from fedprune_server.simulation.results.runs_progress import RunDisplay
+from fedprune_server.simulation.results.tracked_rounds import tracked
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.trackers.tools.tensorboard import TensorBoardTracker
 from fedprune_server.trackers.tracker import TrackedRun, Tracker
@@ -59,38 +61,52 @@ class Shown:
     ends: list[bool] = field(default_factory=list)
 
 
-class FakeTracker(Tracker):
-    """A tracker whose runs are kept in memory; it fails from `fails_at` on."""
+@dataclass
+class FakeTool:
+    """A tool whose runs are kept in memory; its trackers fail from `fails_at` on."""
 
-    shown: ClassVar[dict[str, Shown]] = {}
-    fails_at = 1_000
+    runs: dict[str, Shown] = field(default_factory=dict)
+    fails_at: int = 1_000
 
-    def __init__(self, destination: str) -> None:
-        self._destination = destination
+    @property
+    def only(self) -> Shown:
+        [run] = self.runs.values()
+        return run
 
-    def open(self, run: TrackedRun, name: str, rounds: int) -> int:
-        self._run = self.shown.setdefault(name, Shown(run.title, run.parameters))
-        return rounds
+    def module(self, name: str) -> ModuleType:
+        tool, module = self, ModuleType(name)
 
-    def write(self, number: int, values: Mapping[str, float], at: float) -> None:
-        if number >= self.fails_at:
-            raise ConnectionError("no route to the tracker")
-        self._run.rounds.append((number, dict(values)))
+        class FakeTracker(Tracker):
+            __module__ = name
 
-    def keep(self, folder: Path) -> None:
-        self._run.files |= {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+            def __init__(self, destination: str) -> None:
+                self._destination = destination
 
-    def close(self, *, finished: bool) -> None:
-        self._run.ends.append(finished)
+            def open(self, run: TrackedRun, name: str, rounds: int) -> int:
+                self._run = tool.runs.setdefault(name, Shown(run.title, run.parameters))
+                return rounds
+
+            def write(self, number: int, values: Mapping[str, float], at: float) -> None:
+                if number >= tool.fails_at:
+                    raise ConnectionError("no route to the tracker")
+                self._run.rounds.append((number, dict(values)))
+
+            def keep(self, folder: Path) -> None:
+                self._run.files |= {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+            def close(self, *, finished: bool) -> None:
+                self._run.ends.append(finished)
+
+        module.FakeTracker = FakeTracker  # type: ignore[attr-defined]
+        return module
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> dict[str, Shown]:
-    """Runs of `mlflow`, which is a fake."""
-    runs: dict[str, Shown] = {}
-    monkeypatch.setattr(FakeTracker, "shown", runs)
-    monkeypatch.setattr(tracking, "make_tracker", lambda tool, destination: FakeTracker(destination))
-    return runs
+def shown(monkeypatch: pytest.MonkeyPatch) -> FakeTool:
+    """`mlflow`, which is a fake."""
+    tool, name = FakeTool(), "fedprune_server.trackers.tools.mlflow"
+    monkeypatch.setitem(sys.modules, name, tool.module(name))
+    return tool
 
 
 @pytest.fixture
@@ -103,11 +119,6 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return FLEET
 
 
-def only(shown: dict[str, Shown]) -> Shown:
-    [run] = shown.values()
-    return run
-
-
 def rows_in(folder: str) -> list[dict[str, Any]]:
     return round_rows(Record.load(Path(folder) / "metrics.json"))
 
@@ -116,10 +127,10 @@ def numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {k: v for k, v in row.items() if isinstance(v, (int, float))}
 
 
-def test_a_tracker_has_the_rows_of_the_table_and_the_files(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
+def test_a_tracker_has_the_rows_of_the_table_and_the_files(fleet: dict[str, Any], shown: FakeTool) -> None:
     run = simulate({**fleet, "simulation": {"track": "mlflow"}}, folder="out", title="mine")
 
-    found = only(shown)
+    found = shown.only
     rows = run.rows()
     assert [number for number, _ in found.rounds] == [1, 2, 3]
     assert [values for _, values in found.rounds] == [numbers(row) for row in rows]
@@ -131,7 +142,7 @@ def test_a_tracker_has_the_rows_of_the_table_and_the_files(fleet: dict[str, Any]
     assert found.ends == [True]
 
 
-def test_a_run_that_goes_on_writes_each_round_once(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
+def test_a_run_that_goes_on_writes_each_round_once(fleet: dict[str, Any], shown: FakeTool) -> None:
     def start(rounds: int) -> None:
         simulate(fleet, folder="out", rounds=rounds, track="mlflow")
 
@@ -139,69 +150,63 @@ def test_a_run_that_goes_on_writes_each_round_once(fleet: dict[str, Any], shown:
     start(3)
     start(3)
 
-    found = only(shown)
+    found = shown.only
     assert [number for number, _ in found.rounds] == [1, 2, 3]
     assert [values for _, values in found.rounds] == list(map(numbers, rows_in("out")))
     assert found.ends == [True] * 3
 
 
 def test_a_tracker_that_fails_ends_no_run_and_catches_up(
-    fleet: dict[str, Any], shown: dict[str, Shown], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fleet: dict[str, Any], shown: FakeTool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(FakeTracker, "fails_at", 2)
+    shown.fails_at = 2
     run = simulate(fleet, folder="out", track="mlflow")
 
     assert len(run.record.rounds) == 3
-    assert [number for number, _ in only(shown).rounds] == [1]
-    lines = [r.getMessage() for r in caplog.records if "track" in r.getMessage()]
-    assert lines == ["track: mlflow fails and is left off: ConnectionError: no route to the tracker"]
+    assert [number for number, _ in shown.only.rounds] == [1]
+    assert len([r for r in caplog.records if "no route" in r.getMessage()]) == 1
 
-    monkeypatch.setattr(FakeTracker, "fails_at", 1_000)
+    shown.fails_at = 1_000
     simulate(fleet, folder="out", track="mlflow")
-    assert [number for number, _ in only(shown).rounds] == [1, 2, 3]
-    assert "report.html" in only(shown).files
+    assert [number for number, _ in shown.only.rounds] == [1, 2, 3]
+    assert "report.html" in shown.only.files
 
 
-def test_an_interrupted_run_writes_each_round_once(
-    fleet: dict[str, Any], shown: dict[str, Shown], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(display: RunDisplay, simulation: Simulation) -> None:
+def test_an_interrupted_run_writes_each_round_once(fleet: dict[str, Any], shown: FakeTool) -> None:
+    plan = read_plan(Path("settings"), tables=fleet)
+
+    def interrupt(simulation: Simulation) -> None:
+        track(simulation)
         if len(simulation.state.history) == 2:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(RunDisplay, "show", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            simulate(fleet, folder="out", track="mlflow", progress=True)
-    assert [number for number, _ in only(shown).rounds] == [1, 2]
+    with (
+        pytest.raises(KeyboardInterrupt),
+        tracked([TrackTarget("mlflow")], plan, Path("out")) as track,
+    ):
+        run_folder.simulate(plan, Path("out"), interrupt)
+    assert [number for number, _ in shown.only.rounds] == [1, 2]
 
     simulate(fleet, folder="out", track="mlflow")
-    assert [number for number, _ in only(shown).rounds] == [1, 2, 3]
-    assert only(shown).ends == [False, True]
+    assert [number for number, _ in shown.only.rounds] == [1, 2, 3]
+    assert shown.only.ends == [False, True]
 
 
-@pytest.mark.parametrize("tool", ["mlflow"])
 def test_a_missing_library_is_named_with_its_extra(
     fleet: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    tool: str,
 ) -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == tool]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, tool, None)
+    monkeypatch.delitem(sys.modules, "fedprune_server.trackers.tools.mlflow", raising=False)
+    monkeypatch.setitem(sys.modules, "mlflow", None)
 
-    assert main(["--demo", "--rounds", "1", "--out", "out", "--track", tool]) == ExitCode.MISSING_EXTRA
+    assert main(["--demo", "--rounds", "1", "--out", "out", "--track", "mlflow"]) == ExitCode.MISSING_EXTRA
 
-    line = capsys.readouterr().err
-    assert f"track = {tool} needs {tool}, which is not installed" in line
-    assert f"[{tool}]" in line
+    assert "[mlflow]" in capsys.readouterr().err
     assert not (Path("out") / "run").exists()
 
 
-def test_a_server_writes_rounds_with_its_bytes_and_continues(
-    tmp_path: Path, shown: dict[str, Shown], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_writes_rounds_with_its_bytes_and_continues(tmp_path: Path, shown: FakeTool) -> None:
     state = State(model="m" * 64)
     coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
     for i, event in enumerate(TO_THE_SECOND_ROUND):
@@ -212,14 +217,14 @@ def test_a_server_writes_rounds_with_its_bytes_and_continues(
 
     def serve(history: list[dict[str, Any]], summary: dict[str, Any], *, finished: bool) -> None:
         tracker = JobTracker([TrackTarget("mlflow")], JOB, model, tmp_path, store, history)
-        assert not shown or history
+        assert not shown.runs or history
         show(tracker, RoundEnded(summary, 700, 300), *([Finish("m" * 64)] if finished else []), at=summary["at"])
         tracker.close()
 
     serve([], first, finished=False)
     serve([first], second, finished=True)
 
-    found = only(shown)
+    found = shown.only
     assert [number for number, _ in found.rounds] == [1, 2]
     assert [values["time_s"] for _, values in found.rounds] == [0.0, 50.0]
     assert found.rounds[0][1] == {
@@ -236,22 +241,22 @@ def test_a_server_writes_rounds_with_its_bytes_and_continues(
     assert found.ends == [False, True]
 
 
-def test_a_server_opens_its_trackers(tmp_path: Path, shown: dict[str, Shown]) -> None:
+def test_a_server_opens_its_trackers(tmp_path: Path, shown: FakeTool) -> None:
     (tmp_path / "model.onnx").write_bytes(digits_model())
     config = ServerConfig(job=JOB, model=str(tmp_path / "model.onnx"), state=tmp_path / "state", port=0, track="mlflow")
     stopping = threading.Event()
     stopper = Watcher(lambda seen, what: stopping.set())
     with build_app(config, StartOptions(insecure=True), stopping, observers=[stopper]) as app:
-        assert not shown
+        assert not shown.runs
         app.run()
 
-    assert only(shown).title == JOB.name
-    assert only(shown).ends == [False]
+    assert shown.only.title == JOB.name
+    assert shown.only.ends == [False]
     assert (tmp_path / "state" / tracking.FILE).is_file()
 
 
 def test_files_that_cannot_be_written_leave_no_tracker_open(
-    tmp_path: Path, shown: dict[str, Shown], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, shown: FakeTool, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(folder: Path) -> None:
         raise ValueError("no such array")
@@ -262,17 +267,17 @@ def test_files_that_cannot_be_written_leave_no_tracker_open(
     writer.finish(fail)
     writer.close()
 
-    assert only(shown).ends == [True]
+    assert shown.only.ends == [True]
     assert "can't write the run's files: ValueError: no such array" in caplog.text
 
 
-def test_a_damaged_note_begins_a_new_run(fleet: dict[str, Any], shown: dict[str, Shown]) -> None:
+def test_a_damaged_note_begins_a_new_run(fleet: dict[str, Any], shown: FakeTool) -> None:
     simulate(fleet, folder="out", rounds=1, track="mlflow")
     Path("out/run", tracking.FILE).write_text(json.dumps({"mlflow": {"name": 5}}))
 
     simulate(fleet, folder="out", rounds=1, track="mlflow")
 
-    assert [[number for number, _ in run.rounds] for run in shown.values()] == [[1], [1]]
+    assert [[number for number, _ in run.rounds] for run in shown.runs.values()] == [[1], [1]]
 
 
 OTHERS_WARNINGS = pytest.mark.filterwarnings("ignore::Warning")
