@@ -68,8 +68,8 @@ _RESULTS_PER_TURN = 100
 and send: what boards ask while 10,000 are made is answered after some of them."""
 
 _RESULTS_AMID_MESSAGES = 10
-"""The same while messages wait: boards ask for their files as soon as they have an offer, and what others ask would wait
-behind all of that."""
+"""The same while messages wait: boards ask for their files as soon as they have an offer, and what others ask would
+wait behind all of that."""
 
 
 @dataclass(frozen=True)
