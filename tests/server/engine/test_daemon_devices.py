@@ -152,15 +152,6 @@ def test_profiles_of_a_folder_of_ones_own_are_found(fleet: Fleet, tmp_path: Path
     assert state.devices["a"].profile["name"] == "greenhouse-pi"
 
 
-@pytest.mark.parametrize(
-    ("channel", "payload"),
-    [("up", b"{"), ("up", b'{"type":"birth"}'), ("up/blob", b"FPC"), ("down", b"{}"), ("up", b"\xff" * 300_000)],
-)
-def test_nonsense_is_ignored(fleet: Fleet, expected: str, channel: str, payload: bytes) -> None:
-    fleet.air.inbox.append((f"fedprune/1/default/x/-/{channel}", payload))
-    assert fleet.run().model == expected
-
-
 def test_a_message_in_the_name_of_another_device_is_ignored(fleet: Fleet) -> None:
     other = ToyDevice("ghost", fleet.folder / "devices", fleet.air)
     other.topics = Topics("default")

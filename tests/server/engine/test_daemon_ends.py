@@ -12,7 +12,7 @@ import pytest
 from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core.errors import BusyError, ModelError, StorageFullError
-from fedprune.wire.messages import Finished, Offer
+from fedprune.wire.messages import Finished
 from fedprune_server.observation.observer import LoopWaits, TurnEnded, TurnEvent
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.storage import database
@@ -33,16 +33,6 @@ def test_old_weights_are_deleted_and_the_last_models_and_the_best_kept(fleet: Fl
     assert len(updates) == 3
     # Three models, the last round's ranking, three parts and updates, the graph; what the last round needed stays.
     assert len(fleet.store.names()) <= 3 + 1 + 3 + 3 + 1
-
-
-def test_counted_bytes_survive_a_crash(fleet: Fleet) -> None:
-    kill_at(fleet, "after saving", 19)
-    with pytest.raises(KilledError):
-        fleet.run()
-    before = Storage.at(fleet.folder).traffic()
-    fleet.restart()
-    fleet.run()
-    assert all(fleet.storage.traffic()[n][1] > before[n][1] > 100_000 for n in "abc")
 
 
 def test_a_total_of_bytes_ends_a_job_with_what_was_counted_before_a_crash(
@@ -172,14 +162,6 @@ def test_a_server_killed_anywhere_goes_on_to_the_same_model(
     state = fleet.run()
     assert state.model == expected
     assert folded(state) == [["a", "b", "c"]] * 3
-
-
-def test_a_command_that_was_saved_but_not_done_is_repeated(fleet: Fleet) -> None:
-    killed_once_saved(fleet, lambda e: isinstance(e, on.Extracted) and e.device == "b")
-    assert not any(isinstance(m, Offer) for m in fleet.air.devices["b"].heard)
-    fleet.restart()
-    fleet.run()
-    assert any(isinstance(m, Offer) and m.round == 1 for m in fleet.air.devices["b"].heard)
 
 
 class LockedDatabase:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.coordination import Phase, State
+from fedprune.coordination import Phase
 from fedprune.coordination.commands import Finish
 from fedprune.core.errors import ConfigError
 from fedprune.wire.messages import Cancelled, Finished, Offer, Update
@@ -17,14 +17,9 @@ from fedprune_server.engine.further_jobs import further
 from fedprune_server.engine.server import Server
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.storage.storage import Storage
-from support.fakes.fleet import Fleet, Watcher, fill
+from support.fakes.fleet import Fleet, Watcher, fill, folded
 from support.fakes.several_jobs import KilledError, SeveralJobs, named
 from support.fakes.tiny_job import JOB
-
-
-def folded(state: State) -> list[list[str]]:
-    """Per round the devices that counted."""
-    return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
 
 
 def test_two_jobs_that_need_all_devices_take_turns_and_end_as_if_alone(tmp_path: Path) -> None:

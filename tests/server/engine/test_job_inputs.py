@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +64,20 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     del sys.modules["own_inputs"]
 
 
+@pytest.fixture
+def edit(own: ModuleType) -> Iterator[Callable[[str, object], None]]:
+    """Changes the user's module, which is as it was after the test."""
+    path = Path(str(own.__file__))
+
+    def write(name: str, value: object) -> None:
+        path.write_text(f"{OWN}\n{name} = {value!r}\n")
+        importlib.reload(own)
+
+    yield write
+    path.write_text(OWN)
+    importlib.reload(own)
+
+
 def torch_config(**changes: Any) -> ServerConfig:
     settings = {"model": "own_inputs:Net", "loss": "own_inputs:loss", "metric": "own_inputs:metric"} | changes
     return ServerConfig(job=Job(recipe=Recipe(loss="custom", metric="custom")), **settings)
@@ -98,19 +112,19 @@ def test_a_factory_that_draws_other_weights_gives_the_same_model(began: Path) ->
     ],
 )
 def test_other_code_of_a_torch_model_loss_or_metric_is_refused(
-    name: str, value: object, what: str, began: Path, own: ModuleType, monkeypatch: pytest.MonkeyPatch
+    name: str, value: object, what: str, began: Path, edit: Callable[[str, object], None]
 ) -> None:
-    monkeypatch.setattr(own, name, value)
+    edit(name, value)
     with StateFolder(began) as folder, pytest.raises(ConfigError, match=what) as error:
         folder.read_job(torch_config())
     assert error.value.hint
 
 
 @pytest.mark.torch
-def test_a_loss_without_its_model_is_compared(began: Path, own: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_without_its_model_is_compared(began: Path, edit: Callable[[str, object], None]) -> None:
     with StateFolder(began) as folder:
         assert open_job(folder, torch_config(model=None)).changed == []
-        monkeypatch.setattr(own, "WEIGHT", 100.0)
+        edit("WEIGHT", 100.0)
         with pytest.raises(ConfigError, match="is not the loss"):
             folder.read_job(torch_config(model=None))
 
@@ -187,7 +201,7 @@ def test_other_code_of_a_strategy_is_taken_and_said(tmp_path: Path, monkeypatch:
         "import own_helper\n\n\ndef plain(job):\n    return PRESETS['plain'](job)\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.syspath_prepend(tmp_path)
     config = ServerConfig(model=str(tmp_path / "model.onnx"), job=Job(strategy="own_plan:plain"))
     try:
         with StateFolder(tmp_path / "state") as folder:

@@ -7,21 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_server.engine.steady_clock import SteadyClock
 from support.fakes.fleet import Fleet, folded
 from support.fakes.tiny_job import JOB
 
 DAY = 24 * 3600.0
-
-
-def test_it_passes_evenly_and_follows_when_asked() -> None:
-    wall, monotonic = [1000.0], [5.0]
-    clock = SteadyClock(lambda: wall[0], lambda: monotonic[0])
-    assert clock() == 1000.0
-    wall[0], monotonic[0] = 1000.0 + DAY, 6.0
-    assert clock() == 1001.0
-    clock.follow()
-    assert clock() == 1000.0 + DAY
 
 
 @pytest.mark.parametrize("jump", [DAY, -DAY])

@@ -60,7 +60,7 @@ def test_without_noise_nobody_counts(privacy: Privacy) -> None:
 
 
 def test_a_budget_that_is_not_enough_for_one_round_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"epsilon_budget: expected at least \d+.* what the first round costs"):
+    with pytest.raises(ConfigError, match="epsilon_budget"):
         Accountant(Privacy(clip=1.0, noise_multiplier=0.5, epsilon_budget=1.0))
 
 

@@ -101,15 +101,24 @@ def test_a_profile_may_have_a_codec_of_its_own(simulate: Callable[..., Simulatio
     assert {name: offer.get("codec") for name, offer in offers.items()} == {KINDS[0]: None, KINDS[1]: "int8"}
 
 
-@pytest.mark.parametrize(("known", "codec"), [(CODECS, "top-k:0.1"), (("int8", "newer"), None), ((), None)])
-def test_a_board_gets_no_codec_that_it_does_not_know(model: Model, known: tuple[str, ...], codec: str | None) -> None:
+@pytest.mark.parametrize(
+    ("known", "coding"),
+    [
+        (CODECS, do.Coding("top-k:0.1", "int8")),
+        (("int8", "newer"), do.Coding(None, "int8")),
+        ((), do.Coding()),
+    ],
+)
+def test_a_board_gets_no_codec_that_it_does_not_know(model: Model, known: tuple[str, ...], coding: do.Coding) -> None:
     birth = Birth("pi", 1, KINDS[1], 10, "test", codecs=known)
     said = parse(birth.to_bytes())
     assert isinstance(said, Birth)
-    coordinator = coordinate(Job(compression="top-k:0.1"), model.architecture, State("0" * 64))
+    coordinator = coordinate(Job(compression="top-k:0.1", compression_down="int8"), model.architecture, State("0" * 64))
     coordinator.handle(on.DeviceBorn("pi", 1, find(KINDS[1]).to_dict(), 10, None, said.codecs or ()), 0.0)
     extract = coordinator.handle(on.Scored(1, "1" * 64), 0.0)
-    assert [c.coding.update for c in extract if isinstance(c, do.Extract)] == [codec]
+    assert [c.coding for c in extract if isinstance(c, do.Extract)] == [coding]
+    with pytest.raises(ConfigError, match="compression_down"):
+        Job(compression_down="top-k:0.1")
 
 
 # -- weights that devices are sent ------------------------------------------------------------------------------------
@@ -154,7 +163,7 @@ def test_a_board_decodes_what_the_server_goes_on_from(simulate: Callable[..., Si
         for task in run.state.tasks.values():
             if run.state.round == 1 or task.progress is not Progress.OFFERED:
                 continue
-            offer = Offer("x", 3, 1, **_message(sent(task.offer or {})))
+            offer = Offer("x", 3, 1, **sent(task.offer or {}))
             store = BlobStore(tmp_path / str(len(checked)))
             assert offer.coded is not None
             assert offer.moved is not None
@@ -166,20 +175,6 @@ def test_a_board_decodes_what_the_server_goes_on_from(simulate: Callable[..., Si
 
     run.run(check)
     assert checked
-
-
-def _message(body: dict[str, Any]) -> dict[str, Any]:
-    blobs = ("weights", "training", "inference", "coded", "moved")
-    return {k: BlobRef.from_dict(v) if k in blobs else v for k, v in body.items()}
-
-
-def test_an_older_board_is_sent_its_weights_plainly(model: Model, tmp_path: Path) -> None:
-    coordinator = coordinate(Job(compression_down="int8"), model.architecture, State("0" * 64))
-    coordinator.handle(on.DeviceBorn("pi", 1, find(KINDS[1]).to_dict(), 10), 0.0)
-    extract = coordinator.handle(on.Scored(1, "1" * 64), 0.0)
-    assert [c.coding for c in extract if isinstance(c, do.Extract)] == [do.Coding()]
-    with pytest.raises(ConfigError, match="compression_down"):
-        Job(compression_down="top-k:0.1")
 
 
 # -- what is fetched and folded ---------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import StorageError, StrategyError
 from fedprune.jobs.job import Job
 from fedprune.model import step_contract
-from fedprune.strategies import compose
+from fedprune.strategies import Strategy
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.values import Report, Submodel
 from fedprune_export.importing import import_onnx
@@ -184,19 +184,30 @@ def test_a_round_in_which_nobody_is_left_moves_nothing(model: Model, tmp_path: P
     assert (closed.model, closed.memory, set(closed.rejected)) == (second, {"x": first}, {"old"})
 
 
-def test_an_update_that_a_scorer_trips_over_costs_only_itself(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    w = worker(model, tmp_path, masks="channels")
-    parts = tuple(contribution(w, name, nothing) for name in "abc")
+Reports = Callable[[], Iterator[Report]]
+Learn = Callable[[object, object, object, Reports], dict[str, Any]]
 
-    def learn(self: object, scene: object, fold: object, reports: Callable[[], Any]) -> dict[str, Any]:
+
+def own_worker(model: Model, folder: Path, learn: Learn | None = None, **roles: Any) -> Worker:
+    """A worker of somebody's strategy, which may have roles of its own, or a scorer that learns."""
+    own = type("Own", (Strategy,), {} if learn is None else {"learn": learn})
+    sys.modules["subject"] = module = types.ModuleType("subject")
+    module.__dict__["made"] = lambda job: own(inputs="updates", **roles)
+    try:
+        return Worker(Job(strategy="subject:made"), model, BlobStore(folder, durable=False))
+    finally:
+        del sys.modules["subject"]
+
+
+def test_an_update_that_a_scorer_trips_over_costs_only_itself(model: Model, tmp_path: Path) -> None:
+    def learn(self: object, scene: object, fold: object, reports: Reports) -> dict[str, Any]:
         seen = 0
         for report in reports():
             seen += 1 // (report.cut.turn.device != "b")
         return {"seen": {"n": np.array([seen])}}
 
-    monkeypatch.setattr(type(w.strategy), "learn", learn)
+    w = own_worker(model, tmp_path, learn)
+    parts = tuple(contribution(w, name, nothing) for name in "abc")
     closed = w.execute(do.Close(1, w.initial(), {}, ("a", "b", "c"), parts))
     assert isinstance(closed, on.Closed)
     assert set(closed.rejected) == {"b"}
@@ -208,7 +219,7 @@ def test_our_own_failures_are_nobodys_fault(model: Model, tmp_path: Path, monkey
     w = worker(model, tmp_path, masks="channels")
     found = contribution(w, "a", largest(0.9))
 
-    def learn(self: object, scene: object, fold: object, reports: Callable[[], Any]) -> dict[str, Any]:
+    def learn(self: object, scene: object, fold: object, reports: Reports) -> dict[str, Any]:
         list(reports())
         raise ZeroDivisionError
 
@@ -220,29 +231,15 @@ def test_our_own_failures_are_nobodys_fault(model: Model, tmp_path: Path, monkey
         worker(model, tmp_path, masks="channels").execute(do.Close(1, w.initial(), {}, ("a",), (found,)))
 
 
-def test_a_strategy_that_fails_after_its_first_update_is_blamed_itself(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    w = worker(model, tmp_path, masks="channels")
-    parts = tuple(contribution(w, name, nothing) for name in "abc")
-
-    def learn(self: object, scene: object, fold: object, reports: Callable[[], Any]) -> dict[str, Any]:
+def test_a_strategy_that_fails_after_its_first_update_is_blamed_itself(model: Model, tmp_path: Path) -> None:
+    def learn(self: object, scene: object, fold: object, reports: Reports) -> dict[str, Any]:
         next(reports())
         raise KeyError("lr")
 
-    monkeypatch.setattr(type(w.strategy), "learn", learn)
+    w = own_worker(model, tmp_path, learn)
+    parts = tuple(contribution(w, name, nothing) for name in "abc")
     with pytest.raises(StrategyError, match="lr"):
         w.execute(do.Close(1, w.initial(), {}, ("a", "b", "c"), parts))
-
-
-def own_worker(model: Model, folder: Path, **roles: Any) -> Worker:
-    """A worker of somebody's strategy: the plain one with other roles."""
-    sys.modules["subject"] = module = types.ModuleType("subject")
-    module.__dict__["made"] = lambda job: replace(compose(Job()), **roles)
-    try:
-        return Worker(Job(strategy="subject:made"), model, BlobStore(folder, durable=False))
-    finally:
-        del sys.modules["subject"]
 
 
 class Half(Mean):

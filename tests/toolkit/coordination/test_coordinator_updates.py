@@ -90,19 +90,6 @@ def test_a_device_that_keeps_refusing_is_left_out_until_it_connects_again() -> N
     assert shell.state.devices["c"].widths
 
 
-def test_participation_asks_a_keyed_share() -> None:
-    chosen = []
-    for _ in range(2):
-        shell = Shell(replace(JOB, participation=0.5, rounds=5))
-        shell.arrive()
-        shell.run()
-        chosen.append([tuple(h["devices"]) for h in shell.state.history])
-
-    assert chosen[0] == chosen[1]
-    assert all(len(c) == 2 for c in chosen[0])
-    assert len(set(chosen[0])) > 1
-
-
 def test_a_device_without_a_plan_is_left_out() -> None:
     shell = Shell(replace(JOB, density=0.0, devices=1))
     shell.feed(on.DeviceBorn("a", 1, {"name": "no such thing"}, 10))

@@ -20,7 +20,7 @@ def test_an_asynchronous_job_offers_nothing_while_it_is_paused(kind: str, after:
     shell.arrive()
     for _ in range(after):
         if shell.inbox:
-            shell.feed(shell.inbox.popleft() if hasattr(shell.inbox, "popleft") else shell.inbox.pop(0))
+            shell.feed(shell.inbox.pop(0))
     if shell.state.phase is Phase.FINISHED:
         return
     shell.feed(on.Paused(True))
@@ -28,7 +28,7 @@ def test_an_asynchronous_job_offers_nothing_while_it_is_paused(kind: str, after:
     for _ in range(400):
         if not shell.inbox:
             break
-        commands = shell.feed(shell.inbox.popleft() if hasattr(shell.inbox, "popleft") else shell.inbox.pop(0))
+        commands = shell.feed(shell.inbox.pop(0))
         new = {(c.part.device, c.part.attempt, c.basis.round) for c in commands if isinstance(c, do.Extract)}
         assert new <= begun
     assert not shell.inbox

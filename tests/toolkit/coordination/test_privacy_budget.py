@@ -207,7 +207,7 @@ def test_a_crash_counts_nothing_twice_and_forgets_nothing(privacy: Privacy) -> N
 def test_a_job_is_private_from_its_first_round_to_its_last(before: Privacy, after: Privacy) -> None:
     fleet = Fleet(replace(toy.JOB, privacy=before))
     fleet.run()
-    with pytest.raises(ConfigError, match="noise_multiplier: expected above 0 from a job's first round"):
+    with pytest.raises(ConfigError, match="noise_multiplier"):
         coordinate(replace(toy.JOB, privacy=after), toy.ARCHITECTURE, State.from_json(fleet.state.to_json()))
 
 
@@ -259,8 +259,6 @@ def rebirths(job: Job, times: int) -> Fleet:
 
 @pytest.mark.parametrize("kind", ["synchronous", "async"])
 def test_a_round_that_begins_again_and_again_overdraws_no_budget(kind: str) -> None:
-    from fedprune.updates.privacy import epsilon
-
     privacy = replace(LOCAL, epsilon_budget=4.0)
     schedule: dict[str, Any] = {} if kind == "synchronous" else {"schedule": {"kind": kind}}
     fleet = rebirths(replace(toy.JOB, privacy=privacy, rounds=50, **schedule), 2000)

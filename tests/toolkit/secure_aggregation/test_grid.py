@@ -230,14 +230,14 @@ def test_sums_that_can_be_no_cohort_s_are_refused() -> None:
 def test_grids_that_could_overflow_or_round_are_refused() -> None:
     span = Range(3)
     for step in (3 - 38, 3 - 7):
-        with pytest.raises(ProtocolError, match="exponent of a tensor's step: expected from -34 to -5"):
+        with pytest.raises(ProtocolError, match="from -34 to -5"):
             TensorGrid(span, step)
     with pytest.raises(ProtocolError, match="several limbs"):
         TensorGrid(Range(24, 2), 0)
     selection = Selection.full(ARCHITECTURE)
     with pytest.raises(ProtocolError, match="none for statistics"):
         Grid(selection, {"a.mean": TensorGrid(span, -8)}, 2)
-    with pytest.raises(ProtocolError, match="some of the model's, got x"):
+    with pytest.raises(ProtocolError, match="got x"):
         Grid(selection, {"x": TensorGrid(span)}, 2)
     with pytest.raises(ProtocolError, match="boards of a cohort"):
         Grid(selection, {"a": TensorGrid(span)}, MAX_WEIGHT + 1)

@@ -211,7 +211,7 @@ def test_no_board_hands_out_both_shares_of_another() -> None:
         assert board.unmask(asked) == answer
         assert len(answer) == SHARE * len(around)  # one share for each neighbour
         for dropped in around:
-            with pytest.raises(ProtocolError, match="survivors of a secure sum: expected the same as before"):
+            with pytest.raises(ProtocolError, match="the same as before"):
                 board.unmask(encode_bits(around, set(around) - {dropped}))
 
 
@@ -310,7 +310,7 @@ def test_another_roster_a_second_vector_and_steps_out_of_order_are_refused() -> 
     with pytest.raises(ProtocolError, match="bytes of a vector"):
         board.mask(deliveries[name], Vector.zeros(Session(b"x", 4, 3, 1, 1)))
     board.mask(deliveries[name], Vector.zeros(SMALL))
-    with pytest.raises(ProtocolError, match="after the roster, got another"):
+    with pytest.raises(ProtocolError, match="after the roster"):
         board.mask(deliveries[name], Vector.zeros(SMALL))
     fresh = Participant(SMALL, name, IDENTITIES[name], DIRECTORY)
     with pytest.raises(ProtocolError, match="after the roster"):
@@ -350,7 +350,7 @@ def test_a_sum_of_too_few_survivors_or_of_boards_that_never_shared_is_refused() 
             cohort.collector.add_shares(other, message)
     board = cohort.boards[name]
     board.mask(cohort.collector.deliveries()[name], Vector.zeros(SMALL))
-    with pytest.raises(ProtocolError, match=r"survived: expected 3 or more, got 2\. A sum of fewer updates"):
+    with pytest.raises(ProtocolError, match="expected 3 or more, got 2"):
         board.unmask(encode_bits(view, view[2:]))
     with pytest.raises(ProtocolError, match=f"boards that had shared, got {absent}"):
         board.unmask(encode_bits(view, view))
@@ -371,7 +371,7 @@ def test_messages_of_other_steps_and_other_boards_are_refused_and_repeated_ones_
     with pytest.raises(ProtocolError, match="the same as before"):
         collector.add_shares(SIX[0], shares[SIX[1]])
     deliveries = collector.deliveries()
-    with pytest.raises(ProtocolError, match="end of the step of the shares"):
+    with pytest.raises(ProtocolError, match="step of the shares"):
         collector.deliveries()
     masked = {n: cohort.boards[n].mask(raw, drawn(SMALL, i)) for i, (n, raw) in enumerate(sorted(deliveries.items()))}
     with pytest.raises(ProtocolError, match="bytes of a masked vector"):

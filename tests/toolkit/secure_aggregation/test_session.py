@@ -63,7 +63,7 @@ def test_a_chosen_degree_grows_slowly_and_holds_what_it_promises() -> None:
 
 
 def test_no_degree_is_enough_where_half_may_drop_out() -> None:
-    with pytest.raises(ConfigError, match="50 may drop out and 10 collude"):
+    with pytest.raises(ConfigError, match="50 may drop out"):
         Session.choose(b"x", 100, 1, 0, dropping=0.5)
     with pytest.raises(ConfigError, match="collude"):
         Session.choose(b"x", 100, 1, 0, colluding=0.6)
