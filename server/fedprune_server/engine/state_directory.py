@@ -21,7 +21,6 @@ from fedprune.core.errors import ConfigError, StorageError
 from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import judging_metric
-from fedprune.model.selection import Selection
 from fedprune.strategies.importance.scoring import Ranks
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_export.importing import check_input, import_onnx, is_called
@@ -279,13 +278,9 @@ class StateFolder(Closing):
     def _fit(self, state: State, model: Model) -> None:
         """Let go of rankings of channels that another version of the compiler found in the model."""
         digest = model.architecture.digest
-        known = {state.architecture or digest}
-        if state.ranking is not None and self.store.has(state.ranking):
-            known.add(Selection.owner(self.store.read(state.ranking)))
-        if known != {digest}:
+        if state.architecture != digest:
             log.warning("this version describes the model differently: channels are ranked again")
             state.rank_again()
-        if known != {digest} or not state.architecture:
             state.architecture = digest
             self.storage.save(state, (), time.time())
 

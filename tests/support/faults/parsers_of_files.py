@@ -115,7 +115,6 @@ def _descriptions() -> tuple[Target, ...]:
             text=True,
             share=2,
         ),
-        Target("file.selection's owner", Selection.owner, (selection.to_json().encode(),), text=True),
         Target("file.tensor axes", as_text(TensorAxes.from_json), (axes,), text=True),
         Target("file.engine plan", EnginePlan.from_json, (EnginePlan().to_json().encode(),), text=True, share=2),
         Target("file.bundle manifest", bundled, (manifest,), text=True, constant=_FILES, share=0.2),

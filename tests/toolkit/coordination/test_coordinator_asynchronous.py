@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import convert
 
 from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
@@ -238,7 +239,7 @@ def test_kept_updates_keep_their_blobs() -> None:
     shell.run()
     for device in shell.state.devices.values():
         assert device.buffer is not None
-        kept = do.Contribution.from_dict(device.buffer["contribution"])
+        kept = convert(device.buffer["contribution"], do.Contribution)
         assert shell.state.references() >= {kept.weights, kept.sent, kept.basis.model, kept.basis.ranking}
     assert len(shell.closes[-1].contributions) == 3
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from msgspec import convert
+
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.availability import Availability
@@ -230,7 +232,7 @@ class AsynchronousCoordinator(Coordinator):
                 parts.append(self._contribution(name, state.tasks[name], weight))
             else:
                 buffer = state.devices[name].buffer or {}
-                parts.append(replace(do.Contribution.from_dict(buffer["contribution"]), weight=weight))
+                parts.append(replace(convert(buffer["contribution"], do.Contribution), weight=weight))
         fresh = tuple(closing["fresh"])  # those whose updates have not been seen before
         return do.Close(state.round, state.model, dict(state.memory), fresh, tuple(parts), closing["rate"])
 

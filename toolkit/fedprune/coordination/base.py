@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from msgspec import convert
+
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.grants import Grants
@@ -404,13 +406,13 @@ class Coordinator(ABC):
 
     def _extract(self, name: str, task: Task) -> do.Extract:
         device = self.state.devices[name]
-        held = None if device.held is None else do.Held.from_dict(device.held)
+        held = convert(device.held, do.Held | None)
         coding = do.Coding(*self.strategy.codecs(self.job, device.profile.get("name"), device.codecs), held)
         part = part_of(name, task)
         return do.Extract(self._basis_of(task), part, coding, task.accumulate, (device.probe or {}).get("unit", ""))
 
     def _basis_of(self, task: Task) -> do.Basis:
-        return self._basis() if task.basis is None else do.Basis.from_dict(task.basis)
+        return self._basis() if task.basis is None else convert(task.basis, do.Basis)
 
     def _contribution(self, name: str, task: Task, weight: int) -> do.Contribution:
         offer = task.offer or {}
@@ -501,14 +503,13 @@ class Coordinator(ABC):
 
 def part_of(name: str, task: Task) -> do.Part:
     """A part as the worker needs to know it."""
-    past = None if task.past is None else do.Past.from_dict(task.past)
     return do.Part(
         name,
         task.attempt,
         task.widths,
         task.density,
         task.samples,
-        past,
+        convert(task.past, do.Past | None),
         task.last_counted_round,
         work=task.work,
         mixed=task.mixed,

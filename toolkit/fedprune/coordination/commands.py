@@ -28,10 +28,6 @@ class Past:
     codec: str | None = None
     sent: str | None = None
 
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Past:
-        return cls(**{**body, "widths": tuple(body["widths"])})
-
 
 @dataclass(frozen=True)
 class Basis:
@@ -49,10 +45,6 @@ class Basis:
     ranking: str
     order: str | None = None
     memory: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Basis:
-        return cls(**body)
 
 
 @dataclass(frozen=True)
@@ -97,11 +89,6 @@ class Part:
     mixed: bool = True
     core: bool = False
 
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Part:
-        past = None if body["past"] is None else Past.from_dict(body["past"])
-        return cls(**{**body, "widths": tuple(body["widths"]), "past": past})
-
 
 @dataclass(frozen=True)
 class Held:
@@ -117,10 +104,6 @@ class Held:
     ranking: str
     widths: tuple[int, ...]
     weights: str | None = None
-
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Held:
-        return cls(**{**body, "widths": tuple(body["widths"])})
 
 
 @dataclass(frozen=True)
@@ -234,13 +217,6 @@ class Contribution:
     codec: str | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
 
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> Contribution:
-        """From JSON, as `dataclasses.asdict` writes it."""
-        widths = None if body["widths"] is None else tuple(body["widths"])
-        part = {"basis": Basis.from_dict(body["basis"]), "part": Part.from_dict(body["part"])}
-        return cls(**{**body, **part, "widths": widths})
-
 
 @dataclass(frozen=True)
 class Fold:
@@ -271,10 +247,6 @@ class CohortSum:
     total: str
     narrow: int
     devices: tuple[str, ...]
-
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any]) -> CohortSum:
-        return cls(**{**body, "devices": tuple(body["devices"])})
 
 
 @dataclass(frozen=True)

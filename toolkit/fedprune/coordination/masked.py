@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from msgspec import convert
+
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.base import Commands, based, steps_of
@@ -77,7 +79,7 @@ class MaskedCoordinator(SynchronousCoordinator):
         """Have updates summed; with their sums, close the round."""
         closing = self.state.closing or {}
         if "sums" in closing:
-            return self._close_with(tuple(do.CohortSum.from_dict(body) for body in closing["sums"]))
+            return self._close_with(convert(closing["sums"], tuple[do.CohortSum, ...]))
         # Divided once and stored: a second division, after a restart, would leave out more boards, since those that
         # the first has left out are no longer among the done.
         self.state.closing = closing or {"division": self._cohorts(self._done())}

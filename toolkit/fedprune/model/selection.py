@@ -178,14 +178,6 @@ class Selection:
         }
         return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
-    @staticmethod
-    def owner(text: str | bytes) -> str:
-        """Digest of the architecture that a selection's JSON belongs to; empty where it isn't one."""
-        try:
-            return str(json.loads(text)["architecture"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return ""
-
     @classmethod
     def from_json(cls, text: str | bytes, architecture: Architecture) -> Selection:
         """Read and check a selection of `architecture`. Raises `BundleError` if it is not what `to_json` writes, or
