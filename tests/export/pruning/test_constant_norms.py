@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 from fedprune.model.recipe import Features
-from fedprune.runtime.session import Session
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.cut import at_widths
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 from support.oracles.cutting import cut_error, random_selection
-from support.oracles.one_step import distances, feeds, oracle, parts
+from support.oracles.gradient_distance import Trained
 
 pytestmark = pytest.mark.torch
 
@@ -65,16 +64,10 @@ def test_channels_can_be_cut(model: Model, density: float) -> None:
     assert cut_error(model, random_selection(model, density, seed=1)) < 1e-5
 
 
-@pytest.mark.parametrize("density", [1.0, 0.5])
-def test_one_step_equals_torchs(module: Plain, model: Model, density: float) -> None:
-    arch = model.architecture
-    session = Session(training_graph(model, Features(gradients=True)).to_bytes(), training=True)
-    weights = random_selection(model, density, seed=3).gather(model.tensors)
+def test_gradients_are_as_exact_as_torchs(module: Plain, model: Model) -> None:
     rng = np.random.default_rng(2)
     x, y = rng.standard_normal((6, 3, 8, 8)).astype(np.float32), rng.integers(0, 4, 6)
-    got = session.run(feeds(arch, weights, x, y))
-    exact = oracle(module.train(), model, weights, x, y, torch.float64)
-    assert max(distances(got, exact, parts(arch)).values()) < 1e-5
+    assert Trained(model).distances(module, model.tensors, [(x, y)]).near
 
 
 def _scaled(scale: list[float], shift: list[float]) -> Model:

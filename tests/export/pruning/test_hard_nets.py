@@ -27,8 +27,8 @@ FINE = {
 """Networks in which positions can be cut as well as heads or groups, and the sizes of the groups then."""
 
 LONG = (
-    "Activations", "ChannelsAsPlaces", "CrossAttention", "Focus", "FoldedPatches", "GroupShuffle", "LRNNet",
-    "MultiheadAttention", "SKNet", "SegmentSums", "SpatialTransformer", "TwoLSTMs",
+    "Activations", "ChannelsAsPlaces", "CrossAttention", "FoldedPatches", "GroupShuffle", "LRNNet",
+    "SegmentSums", "SpatialTransformer",
 )  # fmt: skip
 """Networks that take torch longest to export."""
 

@@ -29,15 +29,10 @@ def module(name: str) -> torch.nn.Module:
             adapters.trained_base = trained
 
 
-def imported(name: str, **changes: Any) -> Model:
-    """A task's model, imported once for its own settings with these changes; None is a setting's default."""
-    settings = {**TASKS[name].own, **changes}
-    return _imported(name, **{key: value for key, value in settings.items() if value is not None})
-
-
 @functools.cache
-def _imported(name: str, **settings: Any) -> Model:
-    return fx.load(module(name), **settings)
+def imported(name: str) -> Model:
+    """A task's model for its own settings."""
+    return fx.load(module(name), **TASKS[name].own)
 
 
 def samples(name: str, count: int, seed: int) -> tuple[Array, Array]:

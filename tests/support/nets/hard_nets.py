@@ -116,26 +116,6 @@ class ECA(Images):
         return self.last(x * torch.sigmoid(y)[:, :, None, None])
 
 
-@hard(3)
-class SKNet(Images):
-    """Two branches weighted by a softmax over the branches."""
-
-    def build(self) -> None:
-        self.a, self.b = conv(8, 6), conv(8, 6, 5)
-        self.down, self.up = nn.Linear(6, 4), nn.Linear(4, 12)
-        self.head_channels = 6
-
-    def __init__(self) -> None:
-        self.__class__.head_channels = 6
-        super().__init__()
-
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
-        both = torch.stack([self.a(x), self.b(x)], 1)
-        means = both.sum(1).mean((2, 3))
-        weights = self.up(torch.relu(self.down(means))).view(-1, 2, 6).softmax(1)
-        return (both * weights[:, :, :, None, None]).sum(1)
-
-
 @hard(1)
 class ChannelSoftmax(Images):
     """A softmax over channels: these stay, those after it don't."""
@@ -145,17 +125,6 @@ class ChannelSoftmax(Images):
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(x.softmax(1))
-
-
-@hard(1)
-class MultiheadAttention(Tokens):
-    """torch's own attention."""
-
-    def build(self) -> None:
-        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
-
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.attention(x, x, x, need_weights=False)[0]
 
 
 @hard(2)
@@ -349,21 +318,6 @@ class PixelShuffles(Images):
 
 
 @hard(2)
-class Focus(nn.Module):
-    """YOLO's stem: four strided slices of the image side by side."""
-
-    input_shape = (3, 8, 8)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.head = conv(12, 8), conv(8, 6), nn.Linear(6, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([x[..., i::2, j::2] for j in (0, 1) for i in (0, 1)], 1)
-        return self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))
-
-
-@hard(2)
 class Maxout(Images):
     """The larger of every two channels."""
 
@@ -461,19 +415,6 @@ class UnitLength(Images):
 # -- recurrent layers, tied and computed weights, less common operators -----------------------------------------------
 
 
-@hard(3)
-class TwoLSTMs(Tokens):
-    """Two layers, both directions."""
-
-    head_channels = 14
-
-    def build(self) -> None:
-        self.lstm = nn.LSTM(12, 7, 2, batch_first=True, bidirectional=True)
-
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
-        return self.lstm(x)[0]
-
-
 @hard(2)
 class Activations(Images):
     """Mish, SiLU, GELU in both forms, softplus, ELU, a slope per channel, hard and soft."""
@@ -502,18 +443,6 @@ class BilinearPair(Tokens):
 
 
 @hard(2)
-class LowRank(Images):
-    """A weight that is the product of two others, and scaled."""
-
-    def build(self) -> None:
-        self.left, self.right = nn.Parameter(torch.randn(8, 5) * 0.5), nn.Parameter(torch.randn(5, 8) * 0.5)
-
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
-        weight = (self.left @ self.right * 0.5)[:, :, None, None]
-        return torch.relu(functional.conv2d(x, weight))
-
-
-@hard(2)
 class SecondMoments(Images):
     """Products of channels with channels, flattened: one of the two axes stays."""
 
@@ -526,21 +455,6 @@ class SecondMoments(Images):
         x = torch.relu(self.stem(x))
         products = self.a(x).flatten(2) @ self.b(x).flatten(2).transpose(1, 2)
         return self.head(products.flatten(1) / 64)
-
-
-@hard(2)
-class Distances(Tokens):
-    """Squared distances to learnt prototypes: sums over channels."""
-
-    def build(self) -> None:
-        self.coder = nn.Linear(12, 8)
-        self.prototypes = nn.Parameter(torch.randn(7, 8))
-
-    head_channels = 7
-
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
-        apart = torch.relu(self.coder(x))[:, :, None, :] - self.prototypes
-        return torch.exp(-apart.square().sum(-1) * 0.1)
 
 
 @hard(2)

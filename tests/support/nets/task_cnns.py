@@ -5,8 +5,6 @@ Every module says its `input_shape` (one sample).
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -116,70 +114,6 @@ class Ssd(nn.Module):
         return torch.cat(boxes, 1), torch.cat(classes, 1)
 
 
-class Fcos(nn.Module):
-    """A pyramid whose levels share one head, with a gain of each level's own: classes, distances, centredness."""
-
-    input_shape, kinds = (3, 32, 32), 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = conv_bn(3, 8, 3, 2)
-        self.stages = nn.ModuleList(conv_bn(a, b, 3, 2) for a, b in pairwise((8, 12, 16, 24)))
-        self.beside = nn.ModuleList(nn.Conv2d(n, 16, 1) for n in (12, 16, 24))
-        self.smooth = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
-        self.classes, self.boxes = self._tower(), self._tower()
-        self.kind, self.box = nn.Conv2d(16, self.kinds, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)
-        self.centre, self.gains = nn.Conv2d(16, 1, 3, padding=1), nn.Parameter(torch.ones(3))
-
-    @staticmethod
-    def _tower() -> nn.Sequential:
-        parts = [(nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU()) for _ in range(2)]
-        return nn.Sequential(*(layer for part in parts for layer in part))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        value, found = torch.relu(self.stem(x)), []
-        for stage in self.stages:
-            value = torch.relu(stage(value))
-            found.append(value)
-        levels = [f(v) for f, v in zip(self.beside, found, strict=True)]
-        for i in (1, 0):
-            levels[i] = levels[i] + functional.interpolate(levels[i + 1], size=levels[i].shape[2:], mode="nearest")
-        out: tuple[list[Tensor], ...] = ([], [], [])
-        for i, level in enumerate(levels):
-            level = self.smooth[i](level)
-            kinds, boxes = self.classes(level), self.boxes(level)
-            sizes = torch.exp(self.gains[i] * self.box(boxes) / 4)
-            for into, value in zip(out, (self.kind(kinds), sizes, self.centre(boxes)), strict=True):
-                into.append(value.flatten(2).transpose(1, 2))
-        return torch.cat(out[0], 1), torch.cat(out[1], 1), torch.cat(out[2], 1)
-
-
-class CenterNet(nn.Module):
-    """Deconvolutions up to a map, and three heads of two layers: heat, size, offset."""
-
-    input_shape = (3, 32, 32)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down = nn.ModuleList(conv_bn(a, b, 3, 2) for a, b in pairwise((3, 8, 16, 24)))
-        self.up = nn.ModuleList()
-        for before, after in ((24, 20), (20, 16)):
-            self.up.append(
-                nn.Sequential(nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
-            )
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(16, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, k, 1)) for k in (4, 2, 2)
-        )
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        for layer in self.down:
-            x = torch.relu(layer(x))
-        for layer in self.up:
-            x = layer(x)
-        heat, size, offset = (head(x) for head in self.heads)
-        return {"heat": torch.sigmoid(heat), "size": size, "offset": offset}
-
-
 class AttentionUNet(nn.Module):
     """A U-Net whose shortcuts pass gates: of one channel each, from the shortcut and what is below."""
 
@@ -234,95 +168,6 @@ class DeepLab(nn.Module):
         both = torch.cat([far, torch.relu(self.early(early))], 1)
         out = self.head(torch.relu(self.last(both)))
         return functional.interpolate(out, scale_factor=2.0, mode="bilinear", align_corners=True)
-
-
-class PanopticFpn(nn.Module):
-    """A pyramid, every level of which is led up to the finest with group normalisations, and all are added."""
-
-    input_shape = (3, 32, 32)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList(conv_bn(a, b, 3, 2) for a, b in pairwise((3, 8, 12, 16)))
-        self.beside = nn.ModuleList(nn.Conv2d(n, 12, 1) for n in (8, 12, 16))
-        self.lead = nn.ModuleList(nn.ModuleList(self._step(i == 0) for i in range(max(1, n))) for n in range(3))
-        self.head = nn.Conv2d(8, 4, 1)
-
-    @staticmethod
-    def _step(first: bool) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(12 if first else 8, 8, 3, padding=1, bias=False), nn.GroupNorm(2, 8), nn.ReLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        found = []
-        for stage in self.stages:
-            x = torch.relu(stage(x))
-            found.append(x)
-        above, parts = None, []
-        for i in (2, 1, 0):
-            level = self.beside[i](found[i])
-            above = level if above is None else level + functional.interpolate(above, scale_factor=2.0)
-            value = above
-            for step in self.lead[i]:
-                value = step(value)
-                if i:
-                    value = functional.interpolate(value, scale_factor=2.0, mode="bilinear", align_corners=False)
-            parts.append(value)
-        out = self.head(torch.stack(parts).sum(0))
-        return functional.interpolate(out, scale_factor=2.0, mode="bilinear", align_corners=False)
-
-
-class ReducedAttention(nn.Module):
-    """SegFormer's block: keys and values of a smaller map, and a depthwise convolution between dense layers."""
-
-    def __init__(self, width: int, heads: int, reduction: int) -> None:
-        super().__init__()
-        self.heads, self.reduction = heads, reduction
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
-        if reduction > 1:
-            self.smaller, self.norm = nn.Conv2d(width, width, reduction, reduction), nn.LayerNorm(width)
-        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self.depth = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
-
-    def forward(self, x: Tensor, size: int) -> Tensor:
-        n, places, width = x.shape
-        y = self.norm1(x)
-        q = self.q(y).reshape(n, places, self.heads, -1).transpose(1, 2)
-        if self.reduction > 1:
-            y = self.smaller(y.transpose(1, 2).reshape(n, width, size, size)).flatten(2).transpose(1, 2)
-            y = self.norm(y)
-        k, v = self.kv(y).reshape(n, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        weights = (q @ k.transpose(2, 3) * (width // self.heads) ** -0.5).softmax(-1)
-        x = x + self.out((weights @ v).transpose(1, 2).reshape(n, places, width))
-        y = self.fc1(self.norm2(x))
-        y = self.depth(y.transpose(1, 2).unflatten(2, (size, size))).flatten(2).transpose(1, 2)
-        return x + self.fc2(functional.gelu(y))
-
-
-class SegFormer(nn.Module):
-    """Overlapping patches, attention at two scales, and dense layers that join the scales to a map of classes."""
-
-    input_shape = (3, 32, 32)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch1, self.norm1 = nn.Conv2d(3, 12, 7, 4, 3), nn.LayerNorm(12)
-        self.block1, self.last1 = ReducedAttention(12, 2, 2), nn.LayerNorm(12)
-        self.patch2, self.norm2 = nn.Conv2d(12, 24, 3, 2, 1), nn.LayerNorm(24)
-        self.block2, self.last2 = ReducedAttention(24, 4, 1), nn.LayerNorm(24)
-        self.lead1, self.lead2 = nn.Linear(12, 16), nn.Linear(24, 16)
-        self.fuse, self.head = conv_bn(32, 16, 1), nn.Conv2d(16, 5, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(self.patch1(x).flatten(2).transpose(1, 2))
-        one = self.last1(self.block1(x, 8))
-        x = self.patch2(one.transpose(1, 2).reshape(-1, 12, 8, 8))
-        x = self.norm2(x.flatten(2).transpose(1, 2))
-        two = self.last2(self.block2(x, 4))
-        near = self.lead1(one).transpose(1, 2).unflatten(2, (8, 8))
-        far = self.lead2(two).transpose(1, 2).unflatten(2, (4, 4))
-        far = functional.interpolate(far, size=(8, 8), mode="bilinear", align_corners=False)
-        return self.head(torch.relu(self.fuse(torch.cat([far, near], 1))))
 
 
 class PooledVideo(nn.Module):

@@ -39,29 +39,6 @@ class Crnn(nn.Module):
         return self.head(self.rnn(x)[0].mean(1))
 
 
-class TcResNet(nn.Module):
-    """Bands as channels of a sequence: wide convolutions over time with shortcuts."""
-
-    input_shape = (10, 24)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.blocks, self.shortcuts = nn.Conv1d(10, 8, 3, bias=False), nn.ModuleList(), nn.ModuleList()
-        for before, after in ((8, 12), (12, 16)):
-            self.blocks.append(nn.Sequential(
-                nn.Conv1d(before, after, 9, 2, 4, bias=False), nn.BatchNorm1d(after), nn.ReLU(),
-                nn.Conv1d(after, after, 9, 1, 4, bias=False), nn.BatchNorm1d(after),
-            ))  # fmt: skip
-            self.shortcuts.append(nn.Sequential(nn.Conv1d(before, after, 1, 2, bias=False), nn.BatchNorm1d(after)))
-        self.head = nn.Conv1d(16, 5, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x))
-        for part, shortcut in zip(self.blocks, self.shortcuts, strict=True):
-            x = torch.relu(part(x) + torch.relu(shortcut(x)))
-        return self.head(functional.adaptive_avg_pool1d(x, 1)).squeeze(2)
-
-
 class Conformer(nn.Module):
     """A block of two half-steps, attention by relative places, and a gated convolution; a class for each step."""
 
@@ -425,24 +402,3 @@ class Fusion(nn.Module):
         gate = torch.sigmoid(self.gate(torch.cat([both, self.kinds(kind)], 1)))
         joint = gate * both + (1 - gate) * seen.mean(1)
         return self.what(joint), self.where(joint)
-
-
-class GraphOfSensors(nn.Module):
-    """Convolutions over a fixed and a learnt graph of joints, and over time (ST-GCN)."""
-
-    input_shape = (3, 10, 6)
-
-    def __init__(self) -> None:
-        super().__init__()
-        ring = torch.eye(6) + torch.eye(6).roll(1, 0) + torch.eye(6).roll(-1, 0)
-        self.register_buffer("edges", torch.stack([torch.eye(6), ring / 3]))
-        self.weights = nn.Parameter(torch.ones(2, 6, 6))
-        self.spread, self.norm = nn.Conv2d(3, 2 * 12, 1), nn.BatchNorm2d(12)
-        self.time, self.norm2 = nn.Conv2d(12, 16, (5, 1), (2, 1), (2, 0)), nn.BatchNorm2d(16)
-        self.head = nn.Linear(16, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.spread(x).unflatten(1, (2, 12))
-        x = torch.einsum("nkctv,kvw->nctw", x, self.edges * self.weights)
-        x = torch.relu(self.norm2(self.time(torch.relu(self.norm(x)))))
-        return self.head(x.mean((2, 3)))

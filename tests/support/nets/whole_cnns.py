@@ -37,26 +37,6 @@ class UNet(nn.Module):
         return self.head(x).mean((2, 3))
 
 
-class SensorNet(nn.Module):
-    """A 1-D network for windows of a motion sensor: strided, depthwise and dilated convolutions."""
-
-    input_shape = (9, 64)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm1 = nn.Conv1d(9, 16, 7, 2, 3), nn.BatchNorm1d(16)
-        self.depth, self.point = nn.Conv1d(16, 16, 5, 1, 2, groups=16), nn.Conv1d(16, 24, 1)
-        self.norm2 = nn.BatchNorm1d(24)
-        self.wide = nn.Conv1d(24, 24, 3, 1, 4, dilation=4)
-        self.fc1, self.fc2 = nn.Linear(24 * 4, 32), nn.Linear(32, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = functional.max_pool1d(torch.relu(self.norm1(self.stem(x))), 2)
-        x = functional.silu(self.norm2(self.point(self.depth(x))))
-        x = functional.avg_pool1d(x + self.wide(x), 4)
-        return self.fc2(torch.relu(self.fc1(torch.flatten(x, 1))))
-
-
 class GroupNormBlock(nn.Module):
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -82,38 +62,6 @@ class GroupNormResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.blocks(torch.relu(self.norm(self.stem(x)))).mean((2, 3)))
-
-
-class ShuffleUnit(nn.Module):
-    """ShuffleNetV2's unit: half of the channels pass, the other half is convolved, then both are shuffled."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        half = channels // 2
-        self.branch = nn.Sequential(
-            conv_bn(half, half, 1), nn.ReLU(), conv_bn(half, half, 3, groups=half), conv_bn(half, half, 1), nn.ReLU()
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        left, right = x.chunk(2, 1)
-        x = torch.cat([left, self.branch(right)], 1)
-        n, c, h, w = x.shape
-        return x.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
-
-
-class ShuffleNetV2(nn.Module):
-    """A stem, three units that shuffle channels, a last convolution."""
-
-    input_shape = (3, 16, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = conv_bn(3, 16, 3, 2)
-        self.units = nn.Sequential(ShuffleUnit(16), ShuffleUnit(16), ShuffleUnit(16))
-        self.last, self.fc = conv_bn(16, 32, 1), nn.Linear(32, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(torch.relu(self.last(self.units(torch.relu(self.stem(x))))).mean((2, 3)))
 
 
 class GatedLinearUnits(nn.Module):
@@ -222,23 +170,6 @@ class Inception(nn.Module):
         return self.fc(x.flatten(1))
 
 
-class Grouped(nn.Module):
-    """A ResNeXt: grouped convolutions of several channels each, between 1×1 ones, with shortcuts."""
-
-    input_shape = (3, 16, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = conv_bn(3, 16)
-        self.reduce, self.grouped, self.expand = conv_bn(16, 24, 1), conv_bn(24, 24, 3, groups=4), conv_bn(24, 16, 1)
-        self.fc = nn.Linear(16, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.stem(x))
-        x = torch.relu(x + self.expand(torch.relu(self.grouped(torch.relu(self.reduce(x))))))
-        return self.fc(functional.adaptive_max_pool2d(x, 1).flatten(1))
-
-
 class StandardisedConv(nn.Conv2d):
     """A convolution whose kernels are normalised, as a batch normalisation does it, in every forward pass."""
 
@@ -269,45 +200,6 @@ class NormalizerFree(nn.Module):
         return self.fc(functional.silu(self.last(x)).mean((2, 3)))
 
 
-class Ghost(nn.Module):
-    """GhostNet's module: half of the channels are a depthwise convolution of the other half."""
-
-    input_shape = (3, 16, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = conv_bn(3, 12)
-        self.primary, self.cheap = conv_bn(12, 10, 1), conv_bn(10, 10, 3, groups=10)
-        self.last, self.fc = conv_bn(20, 16, 3, 2), nn.Linear(16, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.primary(torch.relu(self.stem(x))))
-        x = torch.cat([x, torch.relu(self.cheap(x))], 1)
-        return self.fc(torch.relu(self.last(x)).mean((2, 3)))
-
-
-class FeaturePyramid(nn.Module):
-    """Three scales that are resized and added, then pixel-shuffled, with leaky units and PReLU."""
-
-    input_shape = (3, 16, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = conv_bn(3, 8), conv_bn(8, 12, 3, 2), conv_bn(12, 16, 3, 2)
-        self.side_a, self.side_b, self.side_c = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 12, 1), nn.Conv2d(16, 12, 1)
-        self.smooth, self.slope = conv_bn(12, 16), nn.PReLU(16)
-        self.last = nn.Conv2d(4, 10, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a = functional.leaky_relu(self.a(x))
-        b = functional.elu(self.b(a))
-        c = functional.gelu(self.c(b))
-        x = self.side_b(b) + functional.interpolate(self.side_c(c), scale_factor=2)
-        x = self.side_a(a) + functional.interpolate(x, scale_factor=2, mode="bilinear")
-        x = functional.pixel_shuffle(self.slope(self.smooth(x)), 2)
-        return self.last(x).mean((2, 3))
-
-
 class ConvMixer(nn.Module):
     """Patches, then depthwise convolutions with shortcuts and 1×1 ones."""
 
@@ -325,18 +217,3 @@ class ConvMixer(nn.Module):
         for depth, point in zip(self.depth, self.point, strict=True):
             x = functional.gelu(point(x + functional.gelu(depth(x))))
         return self.fc(x.mean((2, 3)))
-
-
-class Video(nn.Module):
-    """3-D convolutions over a few frames."""
-
-    input_shape = (3, 4, 8, 8)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.norm = nn.Conv3d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm3d(8)
-        self.b, self.fc = nn.Conv3d(8, 12, (1, 3, 3), (1, 2, 2), (0, 1, 1)), nn.Linear(12, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = functional.max_pool3d(torch.relu(self.norm(self.a(x))), (2, 1, 1))
-        return self.fc(torch.relu(self.b(x)).mean((2, 3, 4)))

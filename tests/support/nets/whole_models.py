@@ -116,30 +116,19 @@ OURS: dict[str, Whole] = {
     "resnet20_bn": Whole(nets.resnet20_bn, 12, 0.26),
     "concat_net": Whole(nets.concat_net, 4, 0.43),
     "unet": Whole(_ours(whole_cnns.UNet), 7, 0.28),
-    "sensor_net": Whole(_ours(whole_cnns.SensorNet), 3, 0.32),
     "group_norm_resnet": Whole(_ours(whole_cnns.GroupNormResNet), 5, 0.27),
-    "shufflenet_v2": Whole(_ours(whole_cnns.ShuffleNetV2), 8, 0.42),
     "glu": Whole(_ours(whole_cnns.GatedLinearUnits), 3, 0.29),
     "gate": Whole(_ours(whole_cnns.GateOfOneChannel), 2, 0.31),
     "chunk_and_concat": Whole(_ours(whole_cnns.ChunkAndConcat), 6, 0.3),
     "squeeze_and_excite": Whole(_ours(whole_cnns.SqueezeAndExcite), 4, 0.41),
     "padded_shortcuts": Whole(_ours(whole_cnns.PaddedShortcuts), 3, 0.36),
     "inception": Whole(_ours(whole_cnns.Inception), 5, 0.41),
-    "grouped": Whole(_ours(whole_cnns.Grouped), 2, 0.45),
     "normalizer_free": Whole(_ours(whole_cnns.NormalizerFree), 3, 0.29),
-    "ghost": Whole(_ours(whole_cnns.Ghost), 3, 0.31),
-    "feature_pyramid": Whole(_ours(whole_cnns.FeaturePyramid), 5, 0.3),
     "conv_mixer": Whole(_ours(whole_cnns.ConvMixer), 3, 0.43),
-    "video": Whole(_ours(whole_cnns.Video), 2, 0.39),
     "vision_transformer": Whole(_ours(whole_sequences.VisionTransformer), 5, 0.35),
     "encoder": Whole(_ours(whole_sequences.Encoder), 5, 0.29),
-    "swin": Whole(_ours(whole_sequences.Swin), 6, 0.33),
-    "mlp_mixer": Whole(_ours(whole_sequences.MLPMixer), 3, 0.42, places=("token2.weight",)),
     "lstm": Whole(_ours(whole_sequences.LSTMClassifier), 1, 0.35),
-    "gru": Whole(_ours(whole_sequences.GRUClassifier), 3, 0.31),
-    "embedded": Whole(_ours(whole_sequences.Embedded), 3, 0.35, vocabulary=50),
     "tied_language_model": Whole(_ours(whole_sequences.TiedLanguageModel), 3, 0.32, vocabulary=40),
-    "token_norms": Whole(_ours(whole_sequences.TokenNorms), 2, 0.41),
     "perceptron": Whole(_ours(whole_sequences.Perceptron), 2, 0.4),
 }
 TASKS: dict[str, Whole] = {
@@ -148,14 +137,8 @@ TASKS: dict[str, Whole] = {
         _ours(task_cnns.BoxDistributions), 3, 0.4, values=True, places=("box.1.weight", "kind.2.weight", "mean.weight")
     ),
     "ssd": Whole(_ours(task_cnns.Ssd), 6, 0.38, values=True),
-    "fcos": Whole(_ours(task_cnns.Fcos), 10, 0.28, values=True, places=("box.weight", "kind.weight")),
-    "center_net": Whole(
-        _ours(task_cnns.CenterNet), 8, 0.27, values=True, places=("heads.0.2.weight", "heads.1.2.weight")
-    ),
     "attention_unet": Whole(_ours(task_cnns.AttentionUNet), 9, 0.28),
     "deep_lab": Whole(_ours(task_cnns.DeepLab), 9, 0.29),
-    "panoptic_fpn": Whole(_ours(task_cnns.PanopticFpn), 6, 0.28),
-    "seg_former": Whole(_ours(task_cnns.SegFormer), 10, 0.32),
     "pooled_video": Whole(_ours(task_cnns.PooledVideo), 3, 0.3),
     "voxel_unet": Whole(_ours(task_cnns.VoxelUNet), 4, 0.28, places=("fine.weight",)),
     "auto_encoder": Whole(_ours(task_cnns.AutoEncoder), 5, 0.28, values=True),
@@ -165,7 +148,6 @@ TASKS: dict[str, Whole] = {
     "twins": Whole(_ours(task_cnns.Twins), 3, 0.3, values=True),
     "power_means": Whole(_ours(task_cnns.PowerMeans), 3, 0.31),
     "crnn": Whole(_ours(task_sequences.Crnn), 3, 0.29),
-    "tc_resnet": Whole(_ours(task_sequences.TcResNet), 5, 0.28),
     "conformer": Whole(_ours(task_sequences.Conformer), 6, 0.32),
     "wave_net": Whole(_ours(task_sequences.WaveNet), 7, 0.29),
     "sinc_net": Whole(_ours(task_sequences.SincNet), 2, 0.44),
@@ -186,23 +168,14 @@ TASKS: dict[str, Whole] = {
     "adapted_encoder": Whole(_ours(task_sequences.AdaptedEncoder), 4, 0.35),
     "two_towers": Whole(_ours(task_sequences.TwoTowers), 5, 0.38, vocabulary=20, values=True),
     "fusion": Whole(_ours(task_sequences.Fusion), 4, 0.4, vocabulary=20, values=True, places=("what.weight",)),
-    "graph_of_sensors": Whole(_ours(task_sequences.GraphOfSensors), 2, 0.36),
 }
 """Small ones of tasks other than classifying images."""
 
 PUBLISHED: dict[str, Whole] = {
     "resnet18": Whole(_timm("resnet18"), 12, 0.26),
-    "resnet50": Whole(_timm("resnet50"), 37, 0.26),
-    "mobilenetv2_100": Whole(_timm("mobilenetv2_100"), 25, 0.28),
     "mobilenetv3_small_100": Whole(_timm("mobilenetv3_small_100"), 27, 0.28),
-    "efficientnet_b0": Whole(_timm("efficientnet_b0"), 40, 0.28),
     "convnext_atto": Whole(_timm("convnext_atto"), 16, 0.27),
-    "regnetx_002": Whole(_timm("regnetx_002"), 18, 0.29),
-    "densenet121": Whole(_timm("densenet121"), 120, 0.27),
     "vit_tiny_patch16_224": Whole(_timm("vit_tiny_patch16_224", img_size=64), 25, 0.3),
-    "ghostnet_050": Whole(_timm("ghostnet_050"), 31, 0.27),
-    "repvgg_a0": Whole(_timm("repvgg_a0"), 5, 0.26),
-    "mobilevit_xxs": Whole(_timm("mobilevit_xxs"), 40, 0.41, stays=("mixes channels",)),
 }
 """timm's, for images of 64 pixels."""
 

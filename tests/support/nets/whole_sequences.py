@@ -71,71 +71,6 @@ class Encoder(nn.Module):
         return self.head(self.encoder(self.enter(x)).mean(1))
 
 
-class WindowAttention(nn.Module):
-    """Swin's: windows, shifted by a roll, with a learnt bias for every pair of places."""
-
-    def __init__(self, width: int, heads: int, shift: int) -> None:
-        super().__init__()
-        self.heads, self.shift = heads, shift
-        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.bias = nn.Parameter(torch.randn(heads, 16, 16) * 0.1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        n, h, w, c = x.shape
-        y = self.norm(x)
-        if self.shift:
-            y = torch.roll(y, (-self.shift, -self.shift), (1, 2))
-        y = y.reshape(n, h // 4, 4, w // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
-        q, k, v = self.qkv(y).reshape(-1, 16, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        scores = q * (c // self.heads) ** -0.5 @ k.transpose(-2, -1) + self.bias
-        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(-1, 16, c)
-        y = self.proj(y).reshape(n, h // 4, w // 4, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, c)
-        if self.shift:
-            y = torch.roll(y, (self.shift, self.shift), (1, 2))
-        return x + y
-
-
-class Swin(nn.Module):
-    """Two window blocks, patch merging, another one."""
-
-    input_shape = (3, 16, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 12, 2, 2)
-        self.one, self.two = WindowAttention(12, 2, 0), WindowAttention(12, 2, 2)
-        self.norm, self.merge = nn.LayerNorm(48), nn.Linear(48, 24, bias=False)
-        self.three, self.fc1, self.fc2 = WindowAttention(24, 4, 0), nn.Linear(24, 48), nn.Linear(48, 24)
-        self.head = nn.Linear(24, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.two(self.one(self.patches(x).permute(0, 2, 3, 1)))
-        x = torch.cat([x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], -1)
-        x = self.three(self.merge(self.norm(x)))
-        x = x + self.fc2(functional.gelu(self.fc1(x)))
-        return self.head(x.mean((1, 2)))
-
-
-class MLPMixer(nn.Module):
-    """Dense layers over places and over channels in turn."""
-
-    input_shape = (3, 16, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, 20, 4, 4)
-        self.norm1, self.token1, self.token2 = nn.LayerNorm(20), nn.Linear(16, 24), nn.Linear(24, 16)
-        self.norm2, self.channel1, self.channel2 = nn.LayerNorm(20), nn.Linear(20, 32), nn.Linear(32, 20)
-        self.norm, self.head = nn.LayerNorm(20), nn.Linear(20, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        y = self.token2(functional.gelu(self.token1(self.norm1(x).transpose(1, 2))))
-        x = x + y.transpose(1, 2)
-        x = x + self.channel2(functional.gelu(self.channel1(self.norm2(x))))
-        return self.head(self.norm(x).mean(1))
-
-
 class LSTMClassifier(nn.Module):
     """A recurrent layer over a sensor's steps; the last state is classified."""
 
@@ -147,37 +82,6 @@ class LSTMClassifier(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.lstm(x)[0][:, -1])
-
-
-class GRUClassifier(nn.Module):
-    """Convolutions, then two bidirectional recurrent layers, averaged over time."""
-
-    input_shape = (6, 20)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(6, 12, 5, 2, 2)
-        self.gru = nn.GRU(12, 10, 2, batch_first=True, bidirectional=True)
-        self.fc = nn.Linear(20, 5)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.conv(x)).transpose(1, 2)
-        return self.fc(self.gru(x)[0].mean(1))
-
-
-class Embedded(nn.Module):
-    """Words: an embedding, a convolution over time, dense layers."""
-
-    input_shape = (12,)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(50, 16)
-        self.conv, self.fc1, self.fc2 = nn.Conv1d(16, 24, 3, padding=1), nn.Linear(24, 20), nn.Linear(20, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.conv(self.embedding(x).transpose(1, 2)))
-        return self.fc2(torch.relu(self.fc1(x.amax(-1))))
 
 
 class TiedLanguageModel(nn.Module):
@@ -202,24 +106,6 @@ class TiedLanguageModel(nn.Module):
         y = self.norm2(x)
         x = x + self.down(functional.silu(self.gate(y)) * self.up(y))
         return functional.linear(self.norm(x)[:, -1], self.embedding.weight)
-
-
-class TokenNorms(nn.Module):
-    """Batch normalisation of all places' tokens at once, as LeViT has it: places are folded into the batch."""
-
-    input_shape = (3, 16, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patches, self.fc1, self.norm1 = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 24), nn.BatchNorm1d(24)
-        self.fc2, self.norm2, self.head = nn.Linear(24, 16), nn.BatchNorm1d(16), nn.Linear(16, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        y = self.fc1(x)
-        y = functional.hardswish(self.norm1(y.flatten(0, 1)).reshape_as(y))
-        y = self.fc2(y)
-        return self.head((x + self.norm2(y.flatten(0, 1)).reshape_as(y)).mean(1))
 
 
 class Perceptron(nn.Module):

@@ -19,11 +19,10 @@ import torch
 from fedprune.model import step_contract
 from fedprune.model.recipe import Features
 from fedprune.runtime.session import Session
-from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 from support.oracles.torch_graph import run
-from support.oracles.unit_sides import UNITS, sides
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -152,20 +151,16 @@ class Trained:
         self.names = [t.name for t in model.architecture.trainable if t.name not in model.frozen]
         self.graph = training_graph(model, replace(features or Features(), gradients=True))
         self._session = Session(self.graph.to_bytes(), training=True)
-        self._units: list[str] = []
 
     def gradients(self, tensors: Arrays, x: Any, y: Any) -> Arrays:
         """Our gradients of the loss at these tensors, of any width."""
-        got = self._run(tensors, x, y)
-        return {n: got[step_contract.gradient(n)] for n in self.names}
-
-    def _run(self, tensors: Arrays, x: Any, y: Any) -> Arrays:
         feeds: Arrays = {**tensors, step_contract.X: x, step_contract.Y: y}
         for name in self._session.inputs:
             if name not in feeds:  # momentum and learning rate, which gradients don't depend on
                 owner = name.rpartition("::")[0]
                 feeds[name] = np.zeros_like(tensors[owner]) if owner in tensors else np.array(0, np.float32)
-        return self._session.run(feeds, [*map(step_contract.gradient, self.names), *self._units])
+        got = self._session.run(feeds, [*map(step_contract.gradient, self.names)])
+        return {n: got[step_contract.gradient(n)] for n in self.names}
 
     def distances(self, net: torch.nn.Module | Graph, tensors: Arrays, samples: Iterable[tuple[Any, Any]]) -> Distances:
         """Distances from float64 over some batches of samples and labels."""
@@ -174,35 +169,6 @@ class Trained:
             exact = torchs_gradients(net, tensors, self.names, x, y, torch.float64, self.loss)
             usual = torchs_gradients(net, tensors, self.names, x, y, torch.float32, self.loss)
             self._add(found, (self.gradients(tensors, x, y), exact), (usual, exact), len(x))
-        return found
-
-    def distances_on_own_sides(self, graph: Graph, tensors: Arrays, samples: Iterable[tuple[Any, Any]]) -> Distances:
-        """Distances from float64 whose ReLUs are on the sides on which the measured engine's are: nothing flips.
-
-        Args:
-            graph: The inference graph of the whole model, or of a submodel.
-            tensors: Its weights and statistics.
-            samples: Batches of samples and labels.
-        """
-        if not self._units:
-            self._units = [n.inputs[0] for n in self.graph.nodes if n.op in UNITS]
-            port = self.graph.inputs[0]
-            self.graph.outputs.extend(Port(n, port.dtype, (None,) * len(port.shape)) for n in self._units)
-            self._session = Session(self.graph.to_bytes(), training=True)
-        found = Distances()
-        for x, y in samples:
-            got = self._run(tensors, x, y)
-            with sides() as seen:
-                usual = torchs_gradients(graph, tensors, self.names, x, y, torch.float32, self.loss)
-            pairs = []
-            for result, own in (
-                ({n: got[step_contract.gradient(n)] for n in self.names}, [torch.tensor(got[n]) for n in self._units]),
-                (usual, seen),
-            ):
-                with sides(own):
-                    exact = torchs_gradients(graph, tensors, self.names, x, y, torch.float64, self.loss)
-                pairs.append((result, exact))
-            self._add(found, *pairs, len(x))
         return found
 
     def _add(self, found: Distances, ours: tuple[Arrays, Arrays], torchs: tuple[Arrays, Arrays], size: int) -> None:
