@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+from typing import cast
+
 import numpy as np
 import pytest
 
 from fedprune.model.recipe import Recipe
-from fedprune.runtime import session as sessions
 from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingResult, TrainingTask
 from support.fakes.cuda_runtime import CudaRuntime
 from support.fakes.hidden_board import CLASSES, DEVICE, SEED, HiddenBoard, hidden_weights
@@ -20,7 +23,7 @@ VALIDATED = Recipe(epochs=4, batch_size=16, keep_optimizer_state=True, patience=
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> CudaRuntime:
     made = CudaRuntime()
-    monkeypatch.setattr(sessions, "_onnxruntime", lambda: made)
+    monkeypatch.setitem(sys.modules, "onnxruntime", cast("ModuleType", made))
     return made
 
 

@@ -206,7 +206,7 @@ def _own() -> bytes:
         "personal": {},
         "residual": {},
         "moments": {"w::momentum": np.zeros((2, 2), np.float32)},
-        "mask": None,
+        "mask": {},
     }
     for field in fields(LocalState):
         if field.name not in values:

@@ -13,7 +13,6 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.strategies import compose
 from fedprune.strategies.presets import PRESETS
-from fedprune.strategies.strategy import Strategy
 from fedprune.updates.privacy import Privacy
 
 pytestmark = pytest.mark.board
@@ -63,9 +62,9 @@ def test_recipes_by_which_boards_tell_more_are_refused(setting: dict[str, Any]) 
 
 
 def test_nobody_writes_the_boards_part_by_hand() -> None:
-    with pytest.raises(ConfigError, match=r"job.recipe.update_clip: expected \[job.privacy\]"):
+    with pytest.raises(ConfigError, match=r"recipe\.update_clip"):
         Job(recipe=Recipe(update_clip=1.0))
-    with pytest.raises(ConfigError, match="update_noise: without update_clip"):
+    with pytest.raises(ConfigError, match="update_noise"):
         Recipe(update_noise=1.0)
 
 
@@ -80,23 +79,6 @@ def test_strategies_are_private_or_refused_by_name(name: str) -> None:
                 compose(job)
         else:
             assert compose(job).name
-
-
-def test_a_strategy_of_a_users_own_is_refused_for_what_its_boards_measure() -> None:
-    options = {"schedule": {"kind": "asynchronous", "arrivals": 2}}
-    job = Job(strategy="support.fakes.tiny_job:measuring", options=options, privacy=LOCAL)
-    with pytest.raises(
-        ConfigError, match=r"privacy: with strategy .*:measuring: expected a strategy whose boards send updates alone"
-    ):
-        compose(job)
-    assert compose(replace(job, privacy=Privacy())).inputs == "measurements"
-
-
-def test_every_strategy_states_what_it_needs_of_boards() -> None:
-    with pytest.raises(TypeError, match="inputs"):
-        Strategy()  # type: ignore[call-arg]
-    with pytest.raises(ConfigError, match="inputs"):
-        Strategy(inputs="everything")  # type: ignore[arg-type]
 
 
 _MEASURED = ("autoflip", "pr-fl")
@@ -121,7 +103,3 @@ def test_with_shared_noise_nothing_may_look_at_single_updates(settings: dict[str
     with pytest.raises(ConfigError, match=f"noise: 'shared' with strategy .*{says}"):
         compose(replace(job, privacy=SHARED))
     compose(replace(job, privacy=LOCAL))
-
-
-def test_lossless_packing_goes_with_shared_noise() -> None:
-    compose(Job(strategy="fedavg", compression="none", compression_down="int8", privacy=SHARED))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import get_args
 
@@ -108,21 +107,6 @@ def test_more_arrivals_never_close_a_window_later(times: list[float], working: i
     assert before[len(before) - len(known) :] == known, "once it is known when, it stays known"
     assert len(set(known)) <= 1
     assert all(t >= schedule.window_s for t in known)
-
-
-def test_too_stale_is_too_stale() -> None:
-    assert BUFFER.fits(10**6)
-    assert replace(BUFFER, max_staleness=3).fits(3)
-    assert not replace(BUFFER, max_staleness=3).fits(4)
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [Schedule(), BUFFER, replace(WINDOW, keep=True, staleness=Staleness("hinge", 0.6, 2, frozen=True))],
-    ids=["synchronous", "buffer", "window"],
-)
-def test_a_schedule_survives_json(schedule: Schedule) -> None:
-    assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
 @pytest.mark.parametrize(

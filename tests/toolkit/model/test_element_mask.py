@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import BundleError
-from fedprune.model.architecture import Architecture, TensorKind
+from fedprune.model.architecture import Architecture
 from fedprune.model.element_mask import applied, from_bits, gathered, pack, to_bits, unpack
 from fedprune.model.selection import Active, Selection, Tensors, check_mask
 from fedprune.strategies.aggregators import intersection
@@ -78,22 +78,6 @@ def test_floors_hold_in_every_tensor_and_masks_stay_nested(
     assert count(sparse) == max(least, max(1, int(min(one, other) * sum(m.size for m in sparse.values()) + 1e-6)))
     for name, value in order.items():
         np.testing.assert_array_equal(value[np.isfinite(floored[name])], floored[name][np.isfinite(floored[name])])
-
-
-@given(architectures())
-def test_vectors_and_statistics_are_not_prunable_unless_asked_for(architecture: Architecture) -> None:
-    kinds = {architecture.by_name[n].kind for n in prunable(architecture)}
-    assert kinds <= {TensorKind.WEIGHT}
-    more = prunable(architecture, (TensorKind.BIAS, TensorKind.STAT_MEAN))
-    assert set(more) - set(prunable(architecture)) == {
-        t.name for t in architecture.trainable if t.kind is TensorKind.BIAS
-    }
-
-
-@pytest.mark.parametrize("density", [0, 1.5, float("nan")])
-def test_densities_out_of_range_are_refused(density: float) -> None:
-    with pytest.raises(BundleError, match="density"):
-        top({"a": np.ones(3, np.float32)}, density)
 
 
 def test_an_importance_that_is_no_number_is_refused_by_name() -> None:

@@ -116,20 +116,6 @@ def test_arrays_that_belong_to_a_tensor_are_cut_with_it() -> None:
     assert got["lr"] is fed["lr"]
 
 
-@pytest.mark.parametrize("widths", [(4,), (0, 6), (5, 6), (4, 6, 1)])
-def test_widths_that_are_no_widths_are_refused(widths: tuple[int, ...]) -> None:
-    with pytest.raises(BundleError, match="widths don't fit"):
-        axes_of(CONCAT).plans(widths, [0.5])
-
-
-def test_tensors_of_other_widths_are_refused_by_name() -> None:
-    held = {"one": np.zeros((3, 3), np.float32)}
-    with pytest.raises(BundleError, match=r"shape of one at these widths: expected \(4, 3\), got \(3, 3\)"):
-        axes_of(CONCAT).check(held, (4, 6))
-    with pytest.raises(BundleError, match="other"):
-        axes_of(CONCAT).check({"other": held["one"]}, (3, 6))
-
-
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -150,9 +136,3 @@ def test_hostile_metadata_is_refused(path: tuple[Any, ...], value: Any) -> None:
     at[path[-1]] = value
     with pytest.raises(BundleError, match="axes of a training graph"):
         TensorAxes.from_json(json.dumps(body))
-
-
-@pytest.mark.parametrize("text", ["", "{}", "[" * 100_000])
-def test_text_that_is_no_metadata_is_refused(text: str) -> None:
-    with pytest.raises(BundleError, match="axes of a training graph"):
-        TensorAxes.from_json(text)

@@ -69,12 +69,6 @@ def test_json_round_trip(recipe: Recipe) -> None:
     assert Recipe.from_dict(json.loads(recipe.to_json())) == recipe
 
 
-@given(recipes, st.integers(1, 10_000))
-def test_steps_are_the_batches_of_all_epochs_up_to_the_limit(recipe: Recipe, samples: int) -> None:
-    batches = recipe.epochs * len(range(0, samples, recipe.batch_size))
-    assert recipe.steps(samples) == (min(batches, recipe.max_steps) if recipe.max_steps else batches)
-
-
 @given(recipes, st.floats(0, 1), st.integers(1, 9))
 def test_numbers_do_not_name_another_graph(recipe: Recipe, lr: float, epochs: int) -> None:
     other = Recipe.from_dict({**recipe.to_dict(), "lr": lr, "epochs": epochs})
@@ -111,23 +105,6 @@ def test_a_wrong_augmentation_is_refused(entry: object) -> None:
             Recipe.from_dict({"augment": wrong})
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"optimizer": ["sgd"]},
-        {"frozen": [""]},
-        {"frozen": {"a": 1}},
-        {"ordered_dropout": 0.5},
-        {"ordered_dropout": [0]},
-        {"ordered_dropout": [float("nan")]},
-    ],
-    ids=str,
-)
-def test_what_is_no_setting_is_refused_by_name(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"recipe.{next(iter(setting))}"):
-        Recipe.from_dict(setting)
-
-
 @pytest.mark.parametrize("loss", ["bce", "mse"])
 @pytest.mark.parametrize("name", ["logit_adjustment", "mask_absent_classes", "balance_classes", "label_smoothing"])
 def test_settings_that_the_loss_has_no_meaning_for_are_refused(name: str, loss: str) -> None:
@@ -139,36 +116,10 @@ def test_settings_that_the_loss_has_no_meaning_for_are_refused(name: str, loss: 
         Recipe.from_dict(setting)
 
 
-@pytest.mark.parametrize("loss", ["mse"])
-def test_labels_that_are_numbers_are_mixed_without_the_graph(loss: str) -> None:
-    assert Recipe(loss=loss, mixup=0.3).features == Recipe(loss=loss).features
-
-
-def test_a_blend_needs_an_average() -> None:
-    assert Recipe(average=0.5, blend=1.0).features == Recipe(average=0.5).features
-    with pytest.raises(ConfigError, match=r"recipe\.blend: with average"):
-        Recipe(blend=0.5)
-
-
 def test_more_parts_than_samples_of_a_batch_are_refused() -> None:
     assert Recipe(batch_size=10, accumulate=4).micro_batch == 3
     with pytest.raises(ConfigError, match=r"recipe\.accumulate"):
         Recipe(batch_size=4, accumulate=5)
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"ordered_dropout": [0.5], "mask": "hard"},
-        {"ordered_dropout": [0.5], "mask": "threshold"},
-        {"mask_threshold": 0.1},
-        {"mask_threshold": 0.1, "mask": "hard"},
-    ],
-    ids=str,
-)
-def test_settings_that_have_no_meaning_together_are_refused(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"recipe.{next(iter(setting))}: with mask"):
-        Recipe.from_dict(setting)
 
 
 def test_what_a_board_holds_beside_training_is_counted() -> None:
@@ -182,11 +133,6 @@ def test_what_a_board_holds_beside_training_is_counted() -> None:
 @given(recipes)
 def test_an_offer_says_the_same_as_the_recipe(recipe: Recipe) -> None:
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_offer()))) == recipe
-
-
-def test_an_offer_names_settings_only_where_they_are_not_as_by_default() -> None:
-    assert Recipe().to_offer() == {}
-    assert Recipe(loss="bce", frozen=("a",)).to_offer() == {"loss": "bce", "frozen": ["a"]}
 
 
 @given(
@@ -214,32 +160,3 @@ def test_the_learning_rate_goes_up_and_then_down_without_a_jump(
 
 def test_without_a_schedule_every_step_has_the_same_bits() -> None:
     assert {Recipe(lr=0.1).rate(r, d) for r in (1, 7) for d in (0.0, 0.3, 1.0)} == {0.1}
-
-
-@pytest.mark.parametrize(
-    ("setting", "what"),
-    [
-        ({"lr_rounds": 5}, "lr_rounds"),
-        ({"lr_schedule": "cosine", "lr_rounds": 5, "lr_warmup": 5}, "lr_warmup"),
-        ({"lr_schedule": "linear"}, "lr_schedule"),
-        ({"lr_warmup": -1}, "lr_warmup"),
-        ({"lr_schedule": "cosine", "lr_rounds": 1.5}, "lr_rounds"),
-    ],
-)
-def test_a_schedule_that_means_nothing_is_refused(setting: dict[str, Any], what: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        Recipe.from_dict(setting)
-    assert what in caught.value.what
-
-
-@pytest.mark.parametrize("loss", ["focal", "bce + mse", "", 7, ["bce"]], ids=repr)
-def test_a_loss_that_there_is_not_is_refused(loss: Any) -> None:
-    with pytest.raises(ConfigError) as caught:
-        Recipe(loss=loss)
-    assert caught.value.what.startswith("recipe.loss")
-
-
-@pytest.mark.parametrize("setting", [{"loss": "distill", "mixup": 0.2}, {"loss": "bce", "metric": "rmse"}], ids=repr)
-def test_what_does_not_suit_a_losss_labels_is_refused(setting: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="mixup" if "mixup" in setting else "metric"):
-        Recipe.from_dict(setting)

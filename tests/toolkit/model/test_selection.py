@@ -81,15 +81,6 @@ def test_narrower_selections_of_the_same_ranks_are_nested(data: st.DataObject) -
 
 
 @given(st.data())
-def test_kept_channels_are_the_first_of_the_rank(data: st.DataObject) -> None:
-    architecture = data.draw(architectures())
-    selection = data.draw(selections(architecture))
-    for g, group in enumerate(architecture.groups):
-        kept = selection.indices(Axis((Segment(g, 0, group.size),)))
-        assert np.array_equal(kept, selection.ranks[g][: selection.widths[g]])
-
-
-@given(st.data())
 def test_tied_axes_keep_the_same_channels(data: st.DataObject) -> None:
     architecture = data.draw(architectures())
     selection = data.draw(selections(architecture))
@@ -137,20 +128,9 @@ def test_ranks_that_are_no_permutations_are_refused(orders: list[Any]) -> None:
         Selection.of(PAIR, (3, 2), orders)
 
 
-def test_a_missing_tensor_is_refused_by_name() -> None:
-    with pytest.raises(BundleError, match="tensor w is missing"):
-        Selection.full(PAIR).gather({})
-
-
 def test_a_tensor_of_another_shape_is_refused_by_name() -> None:
     with pytest.raises(BundleError, match=r"shape of w: expected \(2, 6\), got \(6, 2\)"):
         Selection.full(PAIR).gather({"w": np.zeros((6, 2), np.float32)})
-
-
-def test_a_submodel_of_another_width_is_not_scattered() -> None:
-    full = {"w": np.zeros((2, 6), np.float32)}
-    with pytest.raises(BundleError, match="shape of w"):
-        Selection.of(PAIR, (3, 1)).scatter(full, full)
 
 
 def test_a_selection_of_another_architecture_is_refused() -> None:
@@ -170,18 +150,8 @@ def test_hostile_values_are_refused(path: tuple[Any, ...], value: Any) -> None:
         Selection.from_json(json.dumps(body), PAIR)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "[" * 100_000, b"\xff"])
-def test_text_that_is_no_selection_is_refused(text: str | bytes) -> None:
-    with pytest.raises(BundleError):
-        Selection.from_json(text, PAIR)
-
-
 @given(st.lists(st.lists(st.integers(0, 5), unique=True, max_size=6), min_size=1, max_size=3))
 def test_a_mesh_indexes_the_outer_product(rows: list[list[int]]) -> None:
     maps = [np.array(r, np.int64) for r in rows]
     full = np.arange(6 ** len(maps)).reshape((6,) * len(maps))
     assert np.array_equal(full[mesh(maps)], full[np.ix_(*maps)])
-
-
-def test_a_mesh_of_runs_is_slices() -> None:
-    assert mesh([np.arange(2, 5), np.arange(3)]) == (slice(2, 5), slice(0, 3), ...)

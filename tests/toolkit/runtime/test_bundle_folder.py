@@ -157,31 +157,6 @@ def test_a_disk_that_fails_at_any_operation(tmp_path: Path, old: bool, number: i
     assert failed > 20
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("old", [False, True])
-def test_a_full_disk_and_an_interruption_leave_everything_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, old: bool
-) -> None:
-    folder = tmp_path / "b"
-    begin(folder, old)
-    before = listed(folder) if old else None
-    real = Path.replace
-
-    def fail(self: Path, target: Path) -> Path:
-        if "training" in self.name:
-            raise error
-        return real(self, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", fail)
-        with pytest.raises((StorageFullError, KeyboardInterrupt), match="untouched" if error.args else None):
-            export(folder, NEW)
-    assert (listed(folder) if folder.exists() else None) == before
-    assert found(folder) == (OLD if old else None)
-    export(folder, NEW)
-    assert found(folder) == NEW
-
-
 def test_a_disk_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core.errors import ModelError
 from fedprune.runtime.precision import LEAST_SAME, MOST_ERROR, MOST_LOST, agreement
 
 pytestmark = pytest.mark.board
@@ -63,24 +62,6 @@ def test_numbers_that_do_not_spread_are_compared_with_their_size(n: int, share: 
     assert (found.refusal == "") == (share < 1)
 
 
-def test_one_number_may_be_rounded_to_float16() -> None:
-    numbers = np.random.default_rng(0).standard_normal((200, 1, 1)).astype(np.float32)
-
-    assert [r for n in numbers if (r := agreement("mse", n, n.astype(np.float16)).refusal)] == []
-
-
-@pytest.mark.parametrize("labels", [False, True])
-@pytest.mark.parametrize("loss", ["cross_entropy", "bce", "mse"])
-def test_what_was_compared_on_nothing_never_serves(loss: str, labels: bool) -> None:
-    none = np.zeros((0, 4), np.float32)
-    y = np.zeros(0, np.int64) if loss == "cross_entropy" else none
-
-    found = agreement(loss, none, none, y if labels else None)
-
-    assert "no samples" in found.refusal
-    assert found.samples == 0
-
-
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce", "mse"])
 def test_what_is_not_finite_never_serves(loss: str) -> None:
     outputs = classes([0, 1])
@@ -89,8 +70,3 @@ def test_what_is_not_finite_never_serves(loss: str) -> None:
     found = agreement(loss, classes([0, 1]), outputs)
 
     assert "not finite" in found.refusal
-
-
-def test_outputs_of_another_shape_are_an_error() -> None:
-    with pytest.raises(ModelError, match="outputs at lower precision"):
-        agreement("cross_entropy", classes([0, 1]), classes([0]))

@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from fedprune.core.errors import ModelError
-from fedprune.runtime import session as sessions
 from fedprune.runtime.placed_runs import GpuLostError
 from fedprune.runtime.session import Session, load_graph
 from support.fakes.cuda_runtime import CudaRuntime
@@ -23,10 +23,15 @@ pytestmark = pytest.mark.board
 GRAPH = ROOT / "device_runtime" / "fedprune_device" / "assets" / "probe_training-cpu.onnx"
 
 
-@pytest.fixture(autouse=True)
-def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing has been logged by this process yet."""
-    monkeypatch.setattr(sessions, "_SAID", set(), raising=False)
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> CudaRuntime:
+    return installed(monkeypatch, CudaRuntime())
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, double: CudaRuntime) -> CudaRuntime:
+    """The onnxruntime that every session imports from now on."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", cast("ModuleType", double))
+    return double
 
 
 def graph_options(*, threads: int = 2, training: bool = False, exact: bool = False) -> Any:
@@ -85,7 +90,7 @@ def test_an_array_that_an_output_does_not_fit_is_one_clear_error(small: Path, ro
         "read only": lambda: np.broadcast_to(right[:1], right.shape),
         "name": lambda: np.empty_like(right),
     }[change]()
-    with pytest.raises(ModelError, match=r"array for output|couldn't run"):
+    with pytest.raises(ModelError, match="output"):
         session.run(feeds, into={"another" if change == "name" else name: given})
 
 
@@ -123,67 +128,58 @@ def small(tmp_path: Path) -> Path:
     [("offers", "has no CUDA provider"), ("accepts", "driver too old"), ("loads", "can't be loaded")],
 )
 def test_the_cpu_computes_where_cuda_doesnt_work(
-    small: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, lacks: str, reason: str
+    small: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, reason: str
 ) -> None:
-    double = CudaRuntime(**{lacks: False})
-    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+    double = installed(monkeypatch, CudaRuntime(**{lacks: False}))
     session = Session(small, cuda=True)
     assert session.provider == "cpu"
     assert reason in session.reason
-    assert reason in caplog.text
     session.run(feeds_of(session))
     assert double.runs == ["cpu"]
 
 
-def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    double = CudaRuntime()
-    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, runtime: CudaRuntime) -> None:
     session = Session(small, cuda=True)
     feeds = feeds_of(session)
     before = session.run(feeds)
     with pytest.raises(ModelError, match="couldn't run"):
         session.run({"x": np.zeros(3, np.float32)})
     assert session.provider == "cuda", "what no provider takes is no fault of CUDA's"
-    double.fails = True
+    runtime.fails = True
     after = session.run(feeds)
     assert session.provider == "cpu"
     assert "out of memory" in session.reason
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value)
     session.run(feeds)
-    assert double.runs == ["cuda", "cuda", "cpu", "cuda", "cpu", "cpu"]
+    assert runtime.runs == ["cuda", "cuda", "cpu", "cuda", "cpu", "cpu"]
 
 
-def test_what_was_placed_goes_on_on_the_cpu_when_cuda_fails(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    double = CudaRuntime()
-    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+def test_what_was_placed_goes_on_on_the_cpu_when_cuda_fails(small: Path, runtime: CudaRuntime) -> None:
     session = Session(small, cuda=True)
     feeds = session.place(feeds_of(session), "feeds")
     wanted = session.run(feeds)
     name = session.outputs[0]
     into = session.place({name: np.zeros_like(wanted[name])}, "outputs")
-    double.fails = True
+    runtime.fails = True
     for provider in ("cuda", "cpu"):
         assert session.provider == provider
         np.testing.assert_array_equal(session.run(feeds, into=into)[name], wanted[name])
 
 
-def test_what_is_lost_with_the_gpu_is_said(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    double = CudaRuntime()
-    monkeypatch.setattr(sessions, "_onnxruntime", lambda: double)
+def test_what_is_lost_with_the_gpu_is_said(small: Path, runtime: CudaRuntime) -> None:
     session = Session(small, cuda=True)
     feeds = feeds_of(session)
     placed = session.place(feeds, "feeds")
-    double.fails = double.loses = True
+    runtime.fails = runtime.loses = True
     with pytest.raises(GpuLostError, match="illegal address"):
         session.run(placed)
     assert session.provider == "cpu"
     assert session.run(feeds)
 
 
-def placed_runs(runtime: CudaRuntime, small: Path, monkeypatch: pytest.MonkeyPatch, runs: int) -> None:
+def placed_runs(small: Path, runs: int) -> None:
     """Runs on samples of two sizes in turn, whose outputs have two places in turn."""
-    monkeypatch.setattr(sessions, "_onnxruntime", lambda: runtime)
     session, plain = Session(small, cuda=True, training=True), Session(small)
     name = session.outputs[0]
     rng = np.random.default_rng(0)
@@ -197,26 +193,21 @@ def placed_runs(runtime: CudaRuntime, small: Path, monkeypatch: pytest.MonkeyPat
         np.testing.assert_array_equal(session.run(samples)[name], wanted)
 
 
-def test_runs_alike_are_recorded_and_replayed_on_new_samples(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = CudaRuntime()
-    placed_runs(runtime, small, monkeypatch, runs=12)
+def test_runs_alike_are_recorded_and_replayed_on_new_samples(small: Path, runtime: CudaRuntime) -> None:
+    placed_runs(small, runs=12)
     assert len(runtime.recordings) == 2
     assert runtime.replays == 12 - 2 * 3
 
 
-def test_a_recording_without_room_is_left_out(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = CudaRuntime()
+def test_a_recording_without_room_is_left_out(small: Path, runtime: CudaRuntime) -> None:
     runtime.places = 2  # those of the outputs
-    placed_runs(runtime, small, monkeypatch, runs=12)
+    placed_runs(small, runs=12)
     assert (runtime.replays, runtime.opened.count("cpu")) == (0, 1)
 
 
 @pytest.mark.parametrize("lacks", ["unpartitioned", "unrecordable"])
-def test_what_cannot_be_recorded_runs_on_the_gpu_as_it_is(
-    small: Path, monkeypatch: pytest.MonkeyPatch, lacks: str
-) -> None:
-    runtime = CudaRuntime()
+def test_what_cannot_be_recorded_runs_on_the_gpu_as_it_is(small: Path, runtime: CudaRuntime, lacks: str) -> None:
     setattr(runtime, lacks, True)
-    placed_runs(runtime, small, monkeypatch, runs=12)
+    placed_runs(small, runs=12)
     assert runtime.replays == 0
     assert runtime.opened[0] == "cuda"

@@ -35,19 +35,6 @@ def test_any_bytes_raise_nothing_but_protocol_errors(raw: bytes) -> None:
     assert chunk.to_bytes() == raw
 
 
-@pytest.mark.parametrize(
-    ("at", "byte"),
-    [(0, b"X"), (3, b"\2"), (4, b"\2"), (5, b"\1"), (7, b"\1")],
-    ids=["magic", "version", "part", "pad", "pad"],
-)
-def test_a_wrong_header_is_refused(at: int, byte: bytes) -> None:
-    raw = bytearray(Chunk(DIGEST, "data", 0, b"x").to_bytes())
-    raw[at : at + 1] = byte
-
-    with pytest.raises(ProtocolError, match="chunk"):
-        Chunk.parse(bytes(raw))
-
-
 def test_payloads_are_neither_empty_nor_above_the_limit() -> None:
     full = Chunk(DIGEST, "data", 0, bytes(MAX_PAYLOAD))
     assert Chunk.parse(full.to_bytes()) == full
@@ -71,11 +58,6 @@ def test_chunks_stay_below_a_broker_s_packet_limit(limit: int, leaves: int) -> N
 
     packet = 1 + 4 + 2 + len(topic) + 2 + len(chunk)  # type, length, topic, packet id, payload
     assert packet <= limit
-
-
-def test_a_limit_below_one_leaf_is_refused() -> None:
-    with pytest.raises(ProtocolError, match="packet limit is too low"):
-        leaves_per_chunk(LEAF)
 
 
 @given(first=st.integers(0, 50), size=st.integers(1, 6 * LEAF), wanted=st.sets(st.integers(0, 60)))

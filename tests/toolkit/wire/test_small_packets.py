@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD, Chunk, ChunkLimit, leaves_per_chunk
 from fedprune.wire.link import Link
 from fedprune.wire.messages import BlobRequest, Offer, Update, parse
@@ -73,21 +72,6 @@ def test_a_blob_comes_through_where_larger_chunks_get_lost_and_the_next_one_at_o
             assert count < 10
         stalls.append(count)
     assert stalls == [1, 0]
-
-
-def test_a_message_that_the_broker_would_drop_is_refused_by_name(tmp_path: Path) -> None:
-    link: Any = SimpleNamespace(publish=lambda *_: True)
-    registry: Any = SimpleNamespace(
-        sent=lambda *_: None, note_request_of=lambda *_: None, note_request_to=lambda *_: None
-    )
-    store = BlobStore(tmp_path, durable=False)
-    ref = store.put(b"x")
-    offer = Offer("job", 0, 0, 0, DIGEST, DIGEST, (1,) * 40_000, 2, ref, ref, ref, {})
-
-    Outbox(SiteLink(link, TOPICS), registry, Downloads(BlobSender(store))).send("pi", offer, "job")
-    limited = Outbox(SiteLink(link, TOPICS, max_packet=65_536), registry, Downloads(BlobSender(store), 65_536))
-    with pytest.raises(ProtocolError, match=r"offer: message is too long for the broker.*65024.*max_packet"):
-        limited.send("pi", offer, "job")
 
 
 @pytest.fixture

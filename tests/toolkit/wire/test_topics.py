@@ -73,14 +73,6 @@ def test_names_that_mean_something_to_mqtt_or_to_a_file_system_are_refused(name:
             make()
 
 
-def test_reserved_names_are_refused() -> None:
-    topics = Topics("lab")
-    with pytest.raises(ProtocolError, match="a device's own name"):
-        topics.up("all")
-    with pytest.raises(ProtocolError, match="a device's own name"):
-        topics.device_subscriptions("all")
-
-
 @pytest.mark.parametrize(
     "topic",
     [

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.errors import ProtocolError, StorageError
+from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
 from fedprune.wire.transfer import MAX_TRIES, WIDE_WINDOW_LEAVES, WINDOW_LEAVES, BlobSender, Pull
@@ -187,20 +187,6 @@ def target(tmp_path: Path) -> BlobStore:
     return BlobStore(tmp_path / "target", durable=False)
 
 
-def test_a_blob_that_is_here_already_is_done_without_asking(source: BlobStore) -> None:
-    ref = source.put(noise(3 * LEAF))
-    pull = Pull(ref, source.partial(ref))
-
-    assert pull.start(0) == []
-    assert pull.done
-
-
-def test_a_blob_of_one_leaf_needs_no_table(source: BlobStore, target: BlobStore) -> None:
-    ref = source.put(b"small")
-
-    assert Pull(ref, target.partial(ref)).start(0) == [BlobRequest(ref.sha256, "data", 0, 1)]
-
-
 def test_an_interrupted_pull_asks_only_for_what_is_missing(source: BlobStore, target: BlobStore) -> None:
     data = noise(20 * LEAF)
     ref = source.put(data)
@@ -340,17 +326,6 @@ def test_a_wrong_leaf_table_ends_the_pull(source: BlobStore, target: BlobStore) 
         Network(BlobSender(source)).run(Pull(lie, target.partial(lie)))
 
 
-@pytest.mark.parametrize(("chunk", "window"), [(0, 4), (5, 4), (1, 10_000)])
-def test_a_window_that_makes_no_sense_is_refused(target: BlobStore, chunk: int, window: int) -> None:
-    ref = BlobRef.of(b"x")
-    with pytest.raises(ProtocolError, match="transfer window"):
-        Pull(ref, target.partial(ref), chunk_leaves=chunk, window_leaves=window)
-
-
-def test_what_is_not_here_is_gone(source: BlobStore) -> None:
-    assert BlobSender(source).answer(BlobRequest("ab" * 32, "data", 0, 1)) == BlobNotFound("ab" * 32)
-
-
 def test_a_blob_deleted_between_two_wants_is_gone(source: BlobStore) -> None:
     ref = source.put(noise(4 * LEAF))
     serve = BlobSender(source)
@@ -373,33 +348,6 @@ def test_wants_beyond_the_end_get_what_there_is(source: BlobStore, part: str) ->
         ref.size if part == "data" else 5 * 32
     )
     assert chunks(serve.answer(BlobRequest(ref.sha256, part, 2**31 - 1, 1024))) == []
-
-
-def test_a_full_disk_in_the_middle_is_reported_and_the_pull_can_go_on(
-    source: BlobStore, target: BlobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = noise(6 * LEAF)
-    ref = source.put(data)
-    network = Network(BlobSender(source))
-    partial = target.partial(ref)
-    pull = Pull(ref, partial, chunk_leaves=1, window_leaves=2)
-    written = []
-
-    def fills_up(first: int, payload: memoryview) -> list[int]:
-        if len(written) == 2:
-            raise StorageError("full")
-        written.append(first)
-        return write(first, payload)
-
-    write = partial.write_leaves
-    monkeypatch.setattr(partial, "write_leaves", fills_up)
-    with pytest.raises(StorageError, match="full"):
-        network.run(pull)
-    monkeypatch.undo()
-
-    network.run(pull)
-
-    assert target.read(ref.sha256) == data
 
 
 PULLING = """
