@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.wire.fleet_messages import RECONNECT, Reconnect
+from fedprune.wire.fleet_messages import Reconnect
 from fedprune.wire.messages import Birth, Progress, Update
 from support.fakes.agent_fleet import TOPICS
 from support.fakes.agent_harness import LONG, Bench
@@ -53,14 +53,6 @@ def test_a_board_that_trains_stays_and_delivers(bench: Bench) -> None:
     assert server.link.left == []
     assert len(server.of(Birth)) == told[0] + 1
     assert server.of(Update)
-
-
-@pytest.mark.parametrize(("most", "able"), [(0.0, False), (60.0, True)])
-def test_a_board_that_must_stay_says_so(bench: Bench, most: float, able: bool) -> None:
-    bench.stop_on(Birth)
-    bench.run(until_finished=False, most_away_s=most)
-    (birth,) = bench.server.of(Birth)
-    assert (RECONNECT in birth.abilities) == able
 
 
 def test_only_a_message_to_this_board_counts(bench: Bench) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.core.errors import ExitCode
 from support.fakes.engine_board import EngineBoard
 from support.paths import ROOT
 
@@ -52,17 +51,3 @@ def test_an_engine_that_computes_something_else_is_no_success(board: EngineBoard
     board.set(wrong=True)
     lines = run(bundle).stdout.splitlines()
     assert any(line.startswith("FAIL  build: the engine contradicts onnxruntime") for line in lines)
-
-
-def test_a_machine_without_tensorrt_is_one_line(board: EngineBoard, bundle: Path) -> None:
-    (board.site / "tensorrt.py").unlink()
-    done = run(bundle)
-    assert done.returncode == ExitCode.ENGINE
-    assert done.stdout == ""
-    assert done.stderr.count("\n") == 1
-
-
-def test_the_bundle_is_looked_at_before_the_machine(tmp_path: Path) -> None:
-    done = run(tmp_path)
-    assert done.returncode == ExitCode.BUNDLE
-    assert done.stderr.count("\n") == 1

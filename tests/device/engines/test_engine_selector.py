@@ -1,16 +1,14 @@
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import EngineError, StorageFullError
+from fedprune.core.errors import EngineError
 from fedprune.model import step_contract
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune_device.engines import engine_selector as engines_keeper
 from fedprune_device.engines.bindings import TensorRTErrors, find
 from fedprune_device.engines.build import build
 from fedprune_device.engines.engine_cache import CachedEngine
@@ -200,20 +198,6 @@ def test_builds_that_fail_are_given_up_until_somebody_asks(board: EngineBoard) -
     assert board.answering(selector, board.model(10))
 
 
-def test_a_builder_that_takes_too_long_is_ended(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    board.set(sleep=600)
-    selector = board.selector()
-    selector.want(board.model(1))
-    selector.turn()
-    child = selector._job.making._child
-    until(lambda: bool(board.builds))
-    monkeypatch.setattr(selector._job.making, "_until", 0.0)
-    assert selector.turn() is None
-    assert "wasn't built in time: expected at most 1800 s" in selector.status
-    assert child.returncode == -signal.SIGKILL
-    assert not selector.cache.work.exists()
-
-
 def test_an_engine_that_ended_a_process_is_not_loaded_again(board: EngineBoard) -> None:
     wanted = board.model(1)
     selector = board.selector()
@@ -271,18 +255,6 @@ def test_onnxruntime_takes_over_from_an_engine_that_fails(board: EngineBoard, se
     assert board.calls()[before:] == []
 
 
-def test_a_disk_that_is_full_before_a_build_starts_is_no_failed_build(
-    board: EngineBoard, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(engines_keeper, "BuildProcess", _full)
-        for _ in range(MOST_FAILURES):
-            selector = board.selector()
-            assert board.answering(selector, board.model(1)) is None
-            assert "no room" in selector.status
-    assert board.answering(selector, board.model(1)), selector.status
-
-
 def test_stopping_an_agent_is_no_failure(board: EngineBoard) -> None:
     board.set(sleep=600)
     for _ in range(MOST_FAILURES + 1):
@@ -311,13 +283,11 @@ def test_what_is_no_longer_wanted_is_ended(board: EngineBoard) -> None:
     selector = board.selector()
     selector.want(board.model(1))
     selector.turn()
-    child = selector._job.making._child
     until(lambda: bool(board.builds))
     board.set()
     wanted = board.model(2)
     found = board.answering(selector, wanted)
     assert found is not None
-    assert child.returncode == -signal.SIGKILL
     agree(found, wanted)
 
 
@@ -356,7 +326,3 @@ def test_a_batch_is_split_into_what_the_engine_takes_and_filled_up(board: Engine
     for count in (0, 1, 2, 4, 5, 9):
         out = found.run({step_contract.X: X[:count]})[step_contract.LOGITS]
         np.testing.assert_allclose(out, expected[:count], rtol=1e-6)
-
-
-def _full(*_: object) -> None:
-    raise StorageFullError("there is no room")

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.errors import StorageError
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Offer
 from fedprune.wire.transfer import BlobSender, Pull
@@ -114,24 +113,3 @@ def test_the_last_weights_stay_until_the_next_ones_are_here(tmp_path: Path) -> N
         store.dismiss()
         store.collect()
         assert store.blobs.names() == []
-
-
-def test_a_disk_that_fails_ends_the_pull_and_a_donor_that_can_t_be_read_doesn_t(
-    stores: tuple[BlobStore, BlobStore], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, target = stores
-    target.put(blob("abcd"))
-    ref = source.put(blob("abcdefgh"))
-
-    def broken(*_: object) -> bytes:
-        raise StorageError("the disk fails")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(target, "table", broken)
-        partial = target.partial(ref)
-        assert partial.set_table(source.table(ref.sha256))
-        assert reuse_leaves(target, partial) == 0
-        patch.undo()
-        patch.setattr("fedprune.blobs.partial_blob.write_all", broken)
-        with pytest.raises(StorageError, match="the disk fails"):
-            reuse_leaves(target, partial)

@@ -16,11 +16,10 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import BlobRequest, Cancelled, Offer, Refusal, Update
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.network import http_transfer
 from support.fakes.agent_harness import Bench, expected, same
 from support.fakes.web_server import Handler, WebPlace
 
-pytestmark = pytest.mark.board
+pytestmark = [pytest.mark.board, pytest.mark.usefixtures("stall_after")]
 
 
 class Board(Bench):
@@ -36,12 +35,6 @@ class Board(Bench):
     @property
     def wants(self) -> list[BlobRequest]:
         return [m for m in self.server.seen if isinstance(m, BlobRequest)]
-
-
-@pytest.fixture(autouse=True)
-def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The agent's clock goes fast: half a second in which this machine stands still would be a stall."""
-    monkeypatch.setattr(http_transfer, "STALL_S", 1e6)
 
 
 @pytest.fixture
@@ -120,10 +113,8 @@ def hangs(board: Board) -> Callable[[Handler, bytes], bool]:
     return lambda handler, data: not handler.drip(b"HTTP/1.1 200 OK\r\n", 600)
 
 
-def test_a_web_server_that_hangs_is_given_up(
-    board: Board, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(http_transfer, "STALL_S", 0.3)
+@pytest.mark.parametrize("stall_after", [0.3], indirect=True)
+def test_a_web_server_that_hangs_is_given_up(board: Board, caplog: pytest.LogCaptureFixture) -> None:
     board.server.plan = [board.offer(1)]
     board.web.behave = hangs(board)
     board.run()

@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.precision import packed, unpacked
-from fedprune.runtime.precision_files import PRECISIONS, files_of, graphs_of, served_files
+from fedprune.runtime.precision_files import PRECISIONS, files_of, served_files
 from fedprune.wire.messages import BlobRequest
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
@@ -102,12 +101,6 @@ def test_validation_samples_decide_where_there_are_some(data: LocalData) -> None
     np.testing.assert_array_equal(whole.x, data.x_train[:512])
 
 
-def test_the_fastest_serves_alone(board: Board) -> None:
-    record = board.work(1, "fastest", board.kits("float16", "int8"))
-    lowered = () if record.precision == "float32" else served_files(record.precision)
-    assert {p.name for p in board.slot(record).iterdir()} == {"inference.onnx", "weights.safetensors", *lowered}
-
-
 @pytest.mark.parametrize(
     ("times", "fastest"),
     [((10, 9.5, 9.1), "float32"), ((10, 12, 8), "int8"), ((10, 7, 8), "float16"), ((10, 30, 20), "float32")],
@@ -144,14 +137,12 @@ def test_a_model_that_says_something_else_does_not_serve(board: Board, caplog: p
     assert "the model doesn't serve with float16" in caplog.text
 
 
-@pytest.mark.parametrize("what", ["cut", "other", "nothing", "graph"])
+@pytest.mark.parametrize("what", ["other", "graph"])
 def test_graphs_that_are_none_leave_float32(board: Board, what: str, caplog: pytest.LogCaptureFixture) -> None:
     raw = (board.graphs / "hidden_half_int8.safetensors").read_bytes()
     graphs = unpacked(raw, "int8")
     broken = {
-        "cut": raw[:-3],
         "other": (board.graphs / "hidden_half_float16.safetensors").read_bytes(),
-        "nothing": b"",
         "graph": packed(graphs | {"prepare-int8.onnx": b"no graph"}),
     }[what]
     with caplog.at_level(logging.WARNING, "fedprune.device"):
@@ -182,17 +173,6 @@ def test_in_place_of_a_damaged_model_the_one_before_serves(board: Board, name: s
     path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
     with DeviceStore(board.root) as store:
         assert store.slots.current() == before
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_packed_graphs_are_unpacked(precision: str) -> None:
-    graphs = {n: n.encode() for n in graphs_of(precision)}
-    assert unpacked(packed(graphs), precision) == graphs
-    assert set(files_of(precision)) == {*graphs, f"{precision}.safetensors"}
-    with pytest.raises(BundleError):
-        unpacked(packed({**graphs, "more": b""}), precision)
-    with pytest.raises(BundleError):
-        unpacked(tensorfile.encode({n: np.zeros(3, np.float32) for n in graphs}), precision)
 
 
 @pytest.mark.parametrize("serve", ["float32", "int8"])
@@ -256,12 +236,3 @@ def test_a_cut_at_any_write_leaves_the_old_or_the_new_model(board: Board, tmp_pa
         work(cut)
         assert replace(serves(cut), slot=after.slot) == after
         shutil.rmtree(cut)
-
-
-def test_a_board_that_trains_alone_goes_on_from_float32(board: Board) -> None:
-    """What it lowers is what it has trained, from the float32 model that lies beside the lowered one."""
-    record = board.work(1, "int8", board.kits("int8"))
-    with DeviceStore(board.root) as store:
-        raw = store.slots.weights(record)
-    assert tensorfile.decode(raw).keys() == hidden_weights(HIDDEN // 2).keys()
-    assert all(v.dtype == np.float32 for v in tensorfile.decode(raw).values())

@@ -13,14 +13,12 @@ from msgspec import structs
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.core.errors import StorageFullError
 from fedprune.model.element_mask import applied, pack, unpack
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.updates import Codec, decode, is_packed, weights
 from fedprune.updates.remap import relocation
 from fedprune.wire.messages import Offer
-from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.local_update import carried
@@ -173,16 +171,3 @@ def test_weights_that_are_not_the_offered_ones_are_asked_for_as_they_are(board: 
     with pytest.raises(DamagedBlobError) as caught:
         carry_out(board, structs.replace(right, held="f" * 64))
     assert caught.value.sha256 == "f" * 64
-
-
-def test_what_is_left_out_needs_room(board: HiddenBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = board.offer(1, PLAIN, hidden_weights())
-    with DeviceStore(board.root) as store:
-        room = 2 * plain.weights.size
-        monkeypatch.setattr(store, "free_bytes", lambda: room)
-        check_offer(plain, store, None)
-        room = 5 * plain.weights.size - 1
-        with pytest.raises(StorageFullError):
-            check_offer(structs.replace(plain, codec="int8"), store, None)
-        room += 1
-        check_offer(structs.replace(plain, codec="int8"), store, None)

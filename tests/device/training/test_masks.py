@@ -72,18 +72,6 @@ def test_masked_elements_stay_zero_and_travel_neither_down_nor_up(board: HiddenB
     assert update.metrics["accuracy_after"] == np.mean(logits(serves, x).argmax(1) == y)
 
 
-def test_a_mask_of_nothing_but_ones_changes_nothing(board: HiddenBoard) -> None:
-    weights = hidden_weights()
-    ones = {"w1": np.ones_like(weights["w1"], np.bool_)}
-    recipe = replace(HARD, weight_decay=0.0)
-    masked = train(board.graphs / "masked.onnx", weights, board.data, recipe, mask=ones).tensors
-    without = train(board.graphs / "masked.onnx", weights, board.data, recipe).tensors
-    plain = train(board.graphs / "kept.onnx", weights, board.data, replace(recipe, mask="none")).tensors
-    for name in weights:
-        np.testing.assert_array_equal(masked[name], without[name])
-        np.testing.assert_allclose(masked[name], plain[name], rtol=1e-5, atol=1e-6)
-
-
 def test_an_average_of_masked_weights_is_masked_and_follows_the_mask(board: HiddenBoard) -> None:
     recipe, old = replace(HARD, average=0.75), Tensors()
     before = None
@@ -180,9 +168,6 @@ def test_a_recipe_with_masks_needs_a_graph_with_masks(board: HiddenBoard) -> Non
     for recipe in (HARD, Recipe(mask="threshold"), Recipe(scale=2.0), Recipe(report_squares=True)):
         with pytest.raises(TrainingError, match="don't fit each other"):
             train(board.graphs / "kept.onnx", hidden_weights(), board.data, recipe)
-
-
-# -- thresholds -------------------------------------------------------------------------------------------------------
 
 
 # -- the scaler -------------------------------------------------------------------------------------------------------

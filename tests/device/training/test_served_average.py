@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +13,6 @@ from fedprune.core.metrics import BLEND
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.labels import LogitAdjustment
-from fedprune_device.training.evaluation import Evaluation
-from fedprune_device.training.objective import Objective
 from support.fakes.hidden_board import FEATURES, HiddenBoard, hidden_weights, logits
 
 pytestmark = pytest.mark.board
@@ -108,22 +105,3 @@ def test_a_choice_stays_until_the_other_is_clearly_better(board: HiddenBoard, tm
     assert served(4, 0.0, 0.5, 0.5, 0.5) == 0.0
     assert served(5, 0.5, 0.5) == 0.5
     assert served(6) == 0.5
-
-
-def evaluation(recipe: Recipe, values: list[dict[str, float]]) -> Evaluation:
-    """With an objective that gives these metrics of the samples, in turn."""
-    left = iter(values)
-
-    class Fake:
-        targets = staticmethod(lambda y: y)
-
-        def __call__(self, outputs: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> int:
-            return len(y)
-
-        def metrics(self, samples: int) -> dict[str, float]:
-            assert samples == 1
-            return next(left)
-
-    x, y = np.zeros((len(values), 2), np.float32), np.zeros((len(values), 2), np.float32)
-    own = cast(LogitAdjustment, lambda outputs: outputs)
-    return Evaluation(LocalData(x, y, x, y, x, y), recipe, 2, own, cast(Objective, Fake()))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
@@ -74,8 +73,3 @@ def test_the_training_step_takes_the_weights_file(half: Selection, files: dict[s
     out = session.run({**tensors, **feeds, **scalars, "x": x, "y": y})
     assert np.isfinite(out["loss"])
     assert {n: out[f"{n}::next"].shape for n in tensors} == half.shapes()
-
-
-def test_class_names_must_fit(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="expected 10 names, got 2"):
-        write_bundle(tmp_path / "b", files, half, Recipe(), "raspberry-pi-5", ("a", "b"))

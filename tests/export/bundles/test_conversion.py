@@ -159,13 +159,6 @@ def test_a_file_that_computes_something_else_is_not_written(
     assert not (tmp_path / "s.safetensors").exists()
 
 
-def test_another_model_takes_no_submodel(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["to-onnx", str(bundle), str(tmp_path / "small.onnx")])
-    code = main(["to-torch", str(bundle), str(tmp_path / "s.safetensors"), "--into", str(tmp_path / "small.onnx")])
-    assert code == ExitCode.BUNDLE
-    assert "was not cut from the given model as it was imported here: expected architecture " in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [

@@ -204,7 +204,7 @@ def test_another_board_s_bundle_that_is_not_in_its_place_yet_is_not_replaced(tmp
     with power(supply.names.index("rename") + 3), pytest.raises(CutError):
         export(tmp_path / "b", OLD)
     assert (tmp_path / "b" / COMPLETE).exists()
-    with pytest.raises(BundleError, match="holds the bundle of another board"):
+    with pytest.raises(BundleError, match="jetson"):
         export(tmp_path / "b", NEW, "jetson-orin-nano")
     assert found(tmp_path / "b") == OLD
 
@@ -214,7 +214,7 @@ def test_a_folder_with_files_but_no_bundle_is_left_as_it_is(tmp_path: Path, name
     folder = tmp_path / "b"
     folder.mkdir()
     (folder / name).write_bytes(b"mine")
-    with pytest.raises(BundleError, match="not empty and holds no bundle"):
+    with pytest.raises(BundleError, match="no bundle"):
         export(folder, NEW)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {name: b"mine"}
 
