@@ -175,14 +175,6 @@ def test_what_is_in_order_is_no_alert(calm: Situation) -> None:
     assert evaluate_alerts(calm, NOW) == []
 
 
-def test_a_revoked_board_is_not_one_to_start() -> None:
-    for away, do in (((), "let more boards in"), (("b",), "start the boards that are away")):
-        situation = with_job(1, phase=Phase.WAITING, revoked=["c"], counted={"away": away})
-        (alert,) = evaluate_alerts(situation, NOW)
-        assert "revoked: c" in alert.what
-        assert alert.todo.startswith(do)
-
-
 def watching(folder: Path, *open_: Alert, now: Callable[[], float] = lambda: NOW, **options: Any) -> Monitor:
     """A monitor of one job, whose state folder this is."""
     book = AlertBook(open_) if open_ else None
@@ -298,9 +290,7 @@ def test_a_flood_of_joins_is_one_alert_after_a_while(tmp_path: Path, named: bool
     (alert,) = monitor.book.open
     assert alert.key == "joins-flooded"
     assert len(alert.what) < 250
-    assert "revoke" not in alert.todo
-    assert ("eve [2J-1180" if named else "from many MQTT clients") in alert.what
-    assert ("wait for the others" in alert.todo) is not named
+    assert ("eve [2J-1180" in alert.what) is named
     if not named:
         quarantine.crowded("eve")
         quarantine.crowded("")
@@ -466,17 +456,6 @@ def test_a_board_far_off_its_plan_is_found() -> None:
     assert excess({"a": "memory", "gone": "memory"}) == {"a": "memory"}, "it has measured nothing since"
     assert excess(off, peak_memory_bytes=(100e6, 113e6)).keys() == {"a"}, "more than half of the excess"
     assert excess(off, peak_memory_bytes=(100e6, 112e6)) == {}
-
-
-def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(tmp_path: Path, disk: Disk) -> None:
-    now, told = [0.0], []
-    monitor = watching(tmp_path, now=lambda: now[0])
-    for disk.free in (0.5, 0.09, 0.02, 0.034, 0.04, 0.11, 0.13):
-        now[0] += 1
-        monitor.read_site()
-        show(monitor)
-        told.append(sorted(a.severity for a in monitor.book.open if a.kind == "disk"))
-    assert told == [[], ["warning"], ["critical"], ["critical"], ["warning"], ["warning"], []]
 
 
 def test_the_file_is_written_at_once_when_an_alert_opens_and_otherwise_waits(

@@ -60,26 +60,6 @@ def test_the_line_of_a_round_has_what_boards_measured_before_and_after_training(
     assert ", accuracy 75.0%, local accuracy 37.5% as received and 62.5% as trained, " in line
 
 
-@pytest.mark.parametrize(("width", "left_out"), [(110, set()), (100, {"12,345"}), (80, {"pi-zero-2w"})])
-def test_at_any_width_what_is_shown_is_whole(width: int, left_out: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", str(width))
-    stream = Terminal()
-    display = make_display(stream)
-    profile = "raspberry-pi-zero-2w-metered-modem"
-    device = replace(
-        ROW, name="attic-zero", profile=profile, density=0.609, bytes_down=26_380_000, bytes_up=26_150_000,
-        metrics={"accuracy": 0.4333}, activity="upload 0/7",
-    )  # fmt: skip
-    show(display, seen=SNAPSHOT, devices={"attic-zero": device})
-    show(display, ServerEnds(), seen=SNAPSHOT, devices={"attic-zero": device})
-    lines = [line for line in stream.getvalue().splitlines() if "attic-zero" in line]
-    for line in lines:
-        assert "…" not in line
-        for text in ("pi-zero-2w", "0.609", "12,345", "26.38", "26.15", "12.3", "43.3%", "upload 0/7"):
-            assert (text in line) == (text not in left_out)
-    assert lines
-
-
 def test_rounds_that_were_seen_tell_how_long_the_rest_takes(caplog: pytest.LogCaptureFixture) -> None:
     lines = RoundLines()
     with caplog.at_level(logging.INFO, "fedprune.server"):
@@ -87,18 +67,6 @@ def test_rounds_that_were_seen_tell_how_long_the_rest_takes(caplog: pytest.LogCa
             show(lines, RoundEnded({**SUMMARY, "round": number}), at=now, seen=SNAPSHOT, paused=number == 5)
     ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
     assert ends == ["", ", about 4 min left", ", about 3 min left", "", ""]
-
-
-def test_a_round_that_stalls_until_its_deadline_changes_little_of_what_is_left(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    lines, now, number = RoundLines(), 1000.0, 0
-    with caplog.at_level(logging.INFO, "fedprune.server"):
-        for seconds in (2.0, 2.0, 2.0, 600.0, 2.0):
-            now, number = now + seconds, number + 1
-            show(lines, RoundEnded({**SUMMARY, "round": number}), at=now, seen=SNAPSHOT, rounds=700)
-    ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
-    assert ends == ["", *[", about 23 min left"] * 4]
 
 
 def test_on_a_terminal_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,12 +59,12 @@ def test_systemd_hears_it_through_its_socket(tmp_path: Path, monkeypatch: pytest
 def test_a_file_tells_a_probe(tmp_path: Path) -> None:
     path = tmp_path / "pulse"
     ear = Ear(FEDPRUNE_PULSE=str(path))
-    with pytest.raises(StorageError, match="no server reports that it lives"):
+    with pytest.raises(StorageError, match=str(path)):
         check_pulse(path, 60)
     ear.beat()
     assert check_pulse(path, 60, running=True) == RUNNING
     os.utime(path, (1, 1))
-    with pytest.raises(StorageError, match="loop hasn't turned"):
+    with pytest.raises(StorageError, match="at most 60 s"):
         check_pulse(path, 60)
     ear.now += 1
     ear.beat()
@@ -87,12 +87,6 @@ def test_who_stands_by_is_well_but_doesnt_run(tmp_path: Path) -> None:
     assert "pulse" not in {t.name for t in threading.enumerate()}
     show(pulse, TurnEnded(0.0))
     assert check_pulse(path, 60, running=True) == RUNNING
-
-
-def test_what_is_no_pulse_is_none(tmp_path: Path) -> None:
-    (tmp_path / "pulse").write_bytes(b"\xff\xfe")
-    with pytest.raises(StorageError, match="is not what a server writes"):
-        check_pulse(tmp_path / "pulse", 60)
 
 
 def test_a_pulse_that_cant_be_written_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -209,12 +209,11 @@ def test_the_alerts_ask_for_figures_that_there_are() -> None:
         assert {"summary", "description"} <= rule["annotations"].keys()
 
 
-def test_who_only_connects_takes_no_more_threads_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http, "MOST", 2)
+def test_who_only_connects_takes_no_more_threads_than_there_are() -> None:
     metrics = Metrics()
     metrics.turned_at = metrics.clock()
     with served(("127.0.0.1", 0), metrics, {}) as port, ExitStack() as stack:
-        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 30)) for _ in range(2)]
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 30)) for _ in range(http.MOST)]
         third = stack.enter_context(socket.create_connection(("127.0.0.1", port), 30))
         assert third.recv(1) == b""  # hung up on
         silent[0].sendall(b"GET /healthz HTTP/1.0\r\n\r\n")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fedprune_server.web.state.membership_poller import Member, MembershipPoller
 from fedprune_server.web.state.order_queue import EXPIRED, Answer, Order
 from support.fakes.members import certified, serials_of
 from support.fakes.runtime_releases import make_release
+from support.waiting import until
 
 ANSWERS: queue.Queue[Answer] = queue.Queue()
 """What executors answer; each test takes all."""
@@ -157,64 +159,64 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, executor:
 # The thread: no order ends it, and none waits forever.
 
 
-def test_whatever_comes_of_an_order_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor, outcomes = (
-        AdminExecutor(tmp_path, None, ANSWERS.put),
-        iter(["a" + "x" * 5000, ValueError("a bug"), "well"]),
-    )
+class Scripted(AdminExecutor):
+    """An executor whose orders come to what it is told."""
 
-    def carry_out(order: Order) -> str:
-        outcome = next(outcomes)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+    def __init__(self, folder: Path, outcome: Callable[[Order], str], clock: Callable[[], float] = time.time) -> None:
+        super().__init__(folder, None, ANSWERS.put, clock)
+        self._come_to = outcome
 
-    monkeypatch.setattr(executor, "carry_out", carry_out)
-    for number in (1, 2, 3):
-        executor.submit(Order(number, "ann", "deny", device="a"))
-    first, second, third = (ANSWERS.get(timeout=30) for _ in range(3))
-    assert first == Answer(1, True, "a" + "x" * 5000)
-    assert (second.ok, third) == (False, Answer(3, True, "well"))
-    executor.close()
+    def carry_out(self, order: Order) -> str:
+        return self._come_to(order)
 
 
-def test_an_order_that_waited_too_long_behind_others_is_not_carried_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now, done = [5.0], list[int]()
+def test_whatever_comes_of_an_order_is_answered(tmp_path: Path) -> None:
+    def outcome(order: Order) -> str:
+        if order.number == 2:
+            raise ValueError("a bug")
+        return f"{order.number}" + "x" * 5000
 
-    def carry_out(order: Order) -> str:
-        done.append(order.number)
+    with closing(Scripted(tmp_path, outcome)) as executor:
+        for number in (1, 2, 3):
+            executor.submit(Order(number, "ann", "deny", device="a"))
+        first, second, third = (ANSWERS.get(timeout=30) for _ in range(3))
+    assert (first, second.ok, third) == (Answer(1, True, "1" + "x" * 5000), False, Answer(3, True, "3" + "x" * 5000))
+
+
+def test_an_order_that_waited_too_long_behind_others_is_not_carried_out(tmp_path: Path) -> None:
+    now = [5.0]
+
+    def outcome(order: Order) -> str:
         now[0] += 600.0
         return "well"
 
-    executor = AdminExecutor(tmp_path, None, ANSWERS.put, lambda: now[0])
-    monkeypatch.setattr(executor, "carry_out", carry_out)
-    for number in (1, 2):
-        executor.submit(Order(number, "ann", "revoke", device="a", until=600.0))
-    assert [ANSWERS.get(timeout=30), ANSWERS.get(timeout=30)] == [Answer(1, True, "well"), Answer(2, False, EXPIRED)]
-    assert done == [1]
-    executor.close()
+    with closing(Scripted(tmp_path, outcome, lambda: now[0])) as executor:
+        for number in (1, 2):
+            executor.submit(Order(number, "ann", "revoke", device="a", until=600.0))
+        answers = [ANSWERS.get(timeout=30), ANSWERS.get(timeout=30)]
+    assert answers == [Answer(1, True, "well"), Answer(2, False, EXPIRED)]
+    assert now == [605.0]
 
 
-def test_no_more_orders_wait_than_can_be_carried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor, begun, go_on = AdminExecutor(tmp_path, None, ANSWERS.put), threading.Event(), threading.Event()
+def test_no_more_orders_wait_than_can_be_carried_out(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
 
-    def carry_out(order: Order) -> str:
+    def outcome(order: Order) -> str:
         begun.set()
         go_on.wait(30)
         return "well"
 
-    monkeypatch.setattr(executor, "carry_out", carry_out)
-    order = Order(1, "ann", "deny", device="a")
+    executor, order = Scripted(tmp_path, outcome), Order(1, "ann", "deny", device="a")
     executor.submit(order)
     assert begun.wait(30)
     for _ in range(MOST):
         executor.submit(order)
-    with pytest.raises(ProtocolError, match="orders are waiting"):
+    with pytest.raises(ProtocolError, match=str(MOST)):
         executor.submit(order)
-    executor._closed = True
+    ending = threading.Thread(target=executor.close)
+    ending.start()
+    until(lambda: executor._closed)
     go_on.set()
-    executor.close()
+    ending.join(30)
     assert ANSWERS.get(timeout=30).ok
     assert ANSWERS.empty()  # those that waited are not begun any more

@@ -114,15 +114,16 @@ def test_it_looks_again_and_again_for_orders_that_the_server_has_not_taken(
     monkeypatch.setattr(child, "SWEEP_S", 0.001)
     here = trial(tmp_path)
 
-    def expire() -> None:
-        looks.append(time.monotonic())
-        raise StorageError("the audit log can't be written")
+    class Orders:
+        def expire(self) -> None:
+            looks.append(time.monotonic())
+            raise StorageError("the audit log can't be written")
 
     async def serve(sockets: Any) -> None:
         while len(looks) < 3:
             await asyncio.sleep(0.001)
 
-    monkeypatch.setattr(here.console.orders, "expire", expire)
+    here.console.orders = Orders()  # type: ignore[assignment]
     server: Any = SimpleNamespace(serve=serve)
     with socket.socket() as listening:
         served = child._serve(server, Connections(1, 1.0), listening, here.console, lambda: signs.append(0.0))

@@ -111,18 +111,16 @@ def test_a_server_refuses_a_key_that_is_none_and_a_certificate_that_has_ended(
             said = [f"console_certificate: {certificate} counts from" in message for message in caplog.messages]
             assert said == [True] * (since > 0)  # the clock may be wrong: it is said, and fleets train
             continue
-        with pytest.raises(
-            ConfigError, match=r"certificate that counts today, .* got one from .* clock is right"
-        ) as no:
+        with pytest.raises(ConfigError, match=str(certificate)) as no:
             check_tls(config)
-        assert (str(certificate) in str(no.value), no.value.exit_code) == (True, 14)
+        assert (no.value.path, no.value.exit_code) == (("server", "console_certificate"), 14)
     key.write_text("no key")
-    with pytest.raises(ConfigError, match="the key without a password"):
+    with pytest.raises(ConfigError, match=str(key)):
         check_tls(config)
     key.unlink()
     with pytest.raises(ConfigError, match="No such file"):
         check_tls(config)
     certificate.write_text("none")
-    with pytest.raises(ConfigError, match="a certificate and its key as PEM"):
+    with pytest.raises(ConfigError, match=str(certificate)):
         check_tls(config)
     assert seen() == [("certificate", "critical")]

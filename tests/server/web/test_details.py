@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import sqlite3
@@ -23,7 +22,7 @@ from fedprune_server.web.state.details import details, held
 from fedprune_server.web.state.rows import running
 from fedprune_server.web.state.status import FILE, FleetView, StatusWriter, encoded
 from fedprune_server.web.views.presentation import channels
-from support.fakes.console_fleet import ConsoleFleet, write
+from support.fakes.console_fleet import write
 from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB
 
@@ -124,35 +123,13 @@ def test_crashes_that_cannot_be_read_cost_no_page(tmp_path: Path) -> None:
 
 def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
     pytest.importorskip("starlette", reason="the extra console is not installed")
-    httpx, argon2 = pytest.importorskip("httpx"), pytest.importorskip("argon2")
-    from fedprune_server.web.app import make_app
-    from fedprune_server.web.context import make_console
-    from fedprune_server.web.database import ConsoleDatabase
+    from support.fakes.console_browser import trial
 
-    fleet, writer = ConsoleFleet(10), StatusWriter(tmp_path / FILE)
-    fleet.publish(writer)
-    write(writer, fleet.details("board-0006"), fleet.crashes("board-0006"))
-
-    async def shown(*paths: str) -> list[str]:
-        transport = httpx.ASGITransport(make_app(console))
-        cookies = {console.around.cookie: token}
-        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", cookies=cookies) as client:
-            answers = [await client.get(path) for path in paths]
-        assert [a.status_code for a in answers] == [200] * len(paths)
-        return [a.text for a in answers]
-
-    with ConsoleDatabase(tmp_path / "console.db") as database:
-        console = make_console(FleetView(tmp_path / FILE), database, hasher=argon2.PasswordHasher(1, 8, 1))
-        console.accounts.add("viewer", "viewer", "correct horse battery")
-        operator = console.accounts.get("viewer")
-        assert operator is not None
-        token = console.sessions.begin(operator, "127.0.0.1")
-        page, table = asyncio.run(shown("/devices/board-0006", "/fleet"))
+    here = trial(tmp_path)
+    write(here.writer, here.fleet.details("board-0006"), here.fleet.crashes("board-0006"))
+    page, table = (here.browser("viewer").get(path).body.decode() for path in ("/devices/board-0006", "/fleet"))
     assert "MemoryError: &lt;i&gt;no room&lt;/i&gt; for 12 MB" in page
     assert "<i>no room" not in page
-    assert "release 5 in slot a" in page
-    assert "21.0 MB of 512 MB of memory free" in page
-    assert (
-        channels("g", **{k: v for k, v in fleet.details("board-0006").widths[0].items() if k != "group"}).words in page
-    )
+    held = {k: v for k, v in here.fleet.details("board-0006").widths[0].items() if k != "group"}
+    assert channels("g", **held).words in page
     assert '5/a <span class="mark work">trial</span>' in table

@@ -10,6 +10,7 @@ import pytest
 from fedprune.jobs.state import Progress
 from fedprune_server.web.auth.roles import NEEDED, ROLES
 from fedprune_server.web.auth.sessions import Session
+from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.state.order_queue import EXPIRED, EXPIRES_S, OrderQueue
 from fedprune_server.web.state.orders import OrderService
 from fedprune_server.web.state.records import DEVICE_STATES, STATUSES
@@ -78,16 +79,13 @@ def test_an_order_that_is_none_goes_nowhere(tmp_path: Path, body: dict[str, Any]
 
 def test_a_filter_with_a_value_that_it_cant_have_is_refused_with_those_that_it_can(tmp_path: Path) -> None:
     browser = trial(tmp_path).browser("viewer")
-    for path, said in (
-        ("/devices?state=nonsense", "state: expected ready or queued or"),
-        ("/devices?status=ready", "status: expected member or waiting or revoked, got 'ready'"),
-        ("/devices?online=maybe", "online: expected yes or no, got 'maybe'"),
-        ("/alerts?gone=1", "gone: expected yes or no, got '1'"),
-        ("/logs?level=loud", "level: expected debug or info or warning or error, got 'loud'"),
-    ):
+    for path in (
+        "/devices?state=nonsense", "/devices?online=maybe", "/devices?sort=colour", "/alerts?gone=1",
+        "/logs?level=loud", "/rounds?page=first", "/devices?size=0",
+    ):  # fmt: skip
         reply = browser.get(f"/api/v1{path}")
-        assert reply.status == 422, path
-        assert reply.json["error"].startswith(said)
+        subject = path.partition("?")[2].partition("=")[0]
+        assert (reply.status, reply.json["error"].partition(":")[0]) == (422, subject)
     for row in browser.get("/api/v1/devices?state=&size=500").json["items"]:
         assert row["state"] in DEVICE_STATES
         assert row["status"] in STATUSES
@@ -111,19 +109,11 @@ def test_a_number_in_an_address_that_is_none_is_refused(tmp_path: Path, number: 
     assert browser.ask("POST", "/api/v1/orders", body, headers).status == 422
 
 
-def test_an_error_of_the_framework_is_said_in_the_apis_own_form(tmp_path: Path) -> None:
-    browser = trial(tmp_path).browser("admin")
-    assert browser.get("/logout").json == {"error": "method not allowed"}
-
-
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({"order": "pause", "job": "trail"}, "no job trail: there is trial"),
-        ({"order": "coverage", "job": "x"}, "no job x: there is trial"),
-        ({"order": "look", "device": "board-001"}, "no device board-001 (did you mean 'board-0"),
-        ({"order": "revoke", "device": "nobody"}, "no device nobody: there are board-0000, board-0001, "),
-        ({"order": "release_quarantine", "device": "nobody"}, "no device nobody: there are "),
+        ({"order": "pause", "job": "trail"}, "no job trail"),
+        ({"order": "look", "device": "board-001"}, "no device board-001"),
         ({"order": "rollout_start", "release": "release-5", "devices": ["board-0001", "nobody"]}, "no device nobody"),
     ],
 )
@@ -132,8 +122,6 @@ def test_an_order_about_what_is_not_there_is_refused_by_name(tmp_path: Path, bod
     reply = here.browser("admin").order(**body)
     assert (reply.status, here.orders) == (404, [])
     assert reply.json["error"].startswith(said)
-    if body.get("device") == "nobody":
-        assert reply.json["error"].endswith(" and 12 more")
 
 
 def test_the_server_answers_for_boards_that_may_not_be_published_yet(tmp_path: Path) -> None:
@@ -167,23 +155,23 @@ def test_the_answer_to_an_order_is_shown_and_noted(tmp_path: Path) -> None:
     assert page.total == len(page.items)
 
 
-def test_an_order_that_was_answered_as_the_server_looked_is_not_carried_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_order_that_was_answered_as_the_server_looked_is_not_carried_out(tmp_path: Path) -> None:
     now = [1e9]
     here = trial(tmp_path, clock=lambda: now[0])
     number = here.browser("operator", address="192.0.2.8").order(order="pause", job="trial").json["order"]
-    queue, look = OrderQueue(here.database, lambda: 1e9), here.database.rows
 
-    def late(query: str, *values: object) -> list[dict[str, Any]]:
-        found = look(query, *values)
-        monkeypatch.undo()
-        now[0] += EXPIRES_S + 60
-        here.console.orders.expire()
-        return found
+    class Late(ConsoleDatabase):
+        """Its first answer comes after the orders in it have expired."""
 
-    monkeypatch.setattr(here.database, "rows", late)
-    assert queue.take(9) == []
+        def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
+            found = super().rows(query, *values)
+            if "'waiting'" in query:
+                now[0] += EXPIRES_S + 60
+                here.console.orders.expire()
+            return found
+
+    with Late(here.database.path) as late:
+        assert OrderQueue(late, lambda: 1e9).take(9) == []
     shown = here.console.orders.get(number)
     assert shown is not None
     assert (shown["state"], shown["ok"], shown["text"]) == ("done", False, EXPIRED)
@@ -238,19 +226,3 @@ def test_a_server_that_says_nothing_gets_no_orders(tmp_path: Path) -> None:
     assert browser.order(order="pause", job="trial").status == 503
     assert browser.get("/readyz").status == 503
     assert browser.get("/healthz").status == 200
-
-
-def test_parameters_that_are_none_are_refused_before_anything_is_looked_up(tmp_path: Path) -> None:
-    here = trial(tmp_path)
-    browser = here.browser("viewer")
-    for path, subject in (
-        ("/devices?sort=colour", "sort"),
-        ("/devices?size=0", "size"),
-        ("/rounds?page=first", "page"),
-        ("/orders/one", "number"),
-    ):
-        reply = browser.get(f"/api/v1{path}")
-        assert (reply.status, reply.json["error"].partition(":")[0]) == (422, subject)
-    form = "&".join(f"field{n}=x" for n in range(21)).encode()
-    reply = here.browser().ask("POST", "/login", form, {"content-type": "application/x-www-form-urlencoded"})
-    assert (reply.status, reply.json["error"].partition(":")[0]) == (422, "form")

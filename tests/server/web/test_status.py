@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune_server.web.events import MAX_DEVICES, Pending, event
-from fedprune_server.web.state import status
 from fedprune_server.web.state.records import AlertStatus, LogLine
 from fedprune_server.web.state.status import COLUMNS, FILE, FleetView, StatusWriter, encoded
 from support.fakes.console_fleet import ConsoleFleet, write
@@ -102,17 +102,17 @@ def test_counts_are_those_of_the_rows_after_any_changes(changes: list[tuple[int,
         view.close()
 
 
-def test_old_records_go_and_closed_alerts_before_open_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status, "_KEPT", {"log": 3, "alert": 3})
-    monkeypatch.setattr(status, "_KEPT_ROUNDS", 4)
+def test_old_records_go_and_closed_alerts_before_open_ones(tmp_path: Path) -> None:
     writer, fleet = StatusWriter(tmp_path / FILE), ConsoleFleet(1, 0)
-    view = FleetView(tmp_path / FILE)
-    for i in range(9):
-        alert = AlertStatus(f"a{i}", float(i), "disk", "warning", None, None, "full", float(i) if i % 2 else None)
-        write(writer, alert, LogLine(float(i), "info", f"line {i}"), fleet.round("one", i + 1), fleet.round("two", 1))
-    assert [x["text"] for x in view.lines().items] == ["line 8", "line 7", "line 6"]
-    assert [x["id"] for x in view.alerts().items] == ["a8", "a6", "a4"]
-    assert ([x["round"] for x in view.rounds("one").items], view.rounds("two").total) == ([9, 8, 7, 6], 1)
+    write(writer, *(LogLine(float(i), "info", f"line {i}") for i in range(5002)))
+    alerts = [AlertStatus(f"a{i}", float(i), "disk", "warning", None, None, "full") for i in range(1003)]
+    write(writer, *(replace(alert, gone_at=1.0) if i % 500 == 499 else alert for i, alert in enumerate(alerts)))
+    write(writer, *(fleet.round("one", number) for number in range(1, 2003)), fleet.round("two", 1))
+    with FleetView(tmp_path / FILE) as view:
+        assert (view.lines().total, view.lines(page=11, size=500).items[-1]["text"]) == (5000, "line 2")
+        assert view.alerts().total == 1000
+        assert view.alerts(gone=False).total == 1000
+        assert (view.rounds("one").total, view.rounds("two").total) == (2000, 1)
 
 
 def test_notes_are_alerts_that_can_be_left_out(tmp_path: Path) -> None:

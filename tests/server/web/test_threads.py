@@ -61,29 +61,6 @@ def test_no_request_runs_a_query_on_the_event_loop(console: tuple[Trial, set[int
     assert threading.get_ident() not in threads
 
 
-def test_a_slow_query_delays_no_other_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = trial(tmp_path)
-    browser, other = here.browser("viewer"), here.browser()
-    begun, end = threading.Event(), threading.Event()
-    devices = here.console.view.devices
-
-    def slow(**asked: Any) -> Any:
-        begun.set()
-        assert end.wait(30)
-        return devices(**asked)
-
-    monkeypatch.setattr(here.console.view, "devices", slow)
-
-    async def run() -> tuple[int, int]:
-        waiting = asyncio.create_task(browser.answer("GET", "/api/v1/devices"))
-        assert await asyncio.to_thread(begun.wait, 30)
-        quick = await other.answer("GET", "/healthz")
-        end.set()
-        return quick.status, (await waiting).status
-
-    assert asyncio.run(run()) == (200, 200)
-
-
 class Stand:
     """Requests for streams that are under way at the same time."""
 

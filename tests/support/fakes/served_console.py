@@ -51,8 +51,10 @@ class ServedConsole:
         self._look_s = look_s
         self._database = ConsoleDatabase(folder / "console.db")
         self._queue = OrderQueue(self._database)
+        # Of a clock that stands: else, in a slow test, the server seems to be silent.
+        view = FleetView(folder / FILE, clock=lambda: 0.0)
         # Quick hashes: what is shown here is no secret.
-        self.console = make_console(FleetView(folder / FILE), self._database, hasher=PasswordHasher(1, 8, 1))
+        self.console = make_console(view, self._database, hasher=PasswordHasher(1, 8, 1))
         for role in ROLES:
             self.console.accounts.add(role, role, PASSWORD)
         config = uvicorn.Config(make_app(self.console), "127.0.0.1", 0, log_level="critical", lifespan="off")
