@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -197,14 +196,6 @@ def test_tensors_of_no_numbers_are_folded_like_others(quick: bool) -> None:
         found, _ = fold.close()
     assert {name: value.shape for name, value in found.items()} == shapes
     assert found["e"][1, 1] == 1
-
-
-def test_loops_are_for_large_models_where_numba_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_kernels, "_tried", False)
-    with Numpy():
-        assert not compiled_kernels.load(compiled_kernels.WORTH - 1)
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert not compiled_kernels.load()
 
 
 def test_numpy_does_the_work_where_numba_fails(

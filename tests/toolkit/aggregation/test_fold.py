@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS
 from fedprune.aggregation.fold import Fold, Rule
-from fedprune.core.errors import BundleError, FedpruneError, ProtocolError
+from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Active, Selection, Tensors
 from support.nets.drawn_models import Update, architectures, model, ranks, rounds, seeds, selections, trained, widths
@@ -177,12 +177,6 @@ def test_a_bad_update_is_refused_and_leaves_nothing_behind(spoil: Callable[[Tens
     assert identical(fold.close()[0], clean.close()[0])
 
 
-@pytest.mark.parametrize("weight", [0, True, 1.0, MAX_WEIGHT + 1])
-def test_weights_out_of_range_are_refused(weight: Any) -> None:
-    with pytest.raises(ProtocolError, match="weight of an update"):
-        Fold(NORM, model(NORM, 0)).add(Selection.full(NORM), model(NORM, 1), weight)
-
-
 def test_the_total_weight_is_bounded() -> None:
     fold = Fold(NORM, model(NORM, 0))
     fold.add(Selection.full(NORM), model(NORM, 1), MAX_WEIGHT)
@@ -211,21 +205,6 @@ def test_an_update_of_another_architecture_is_refused() -> None:
 def test_a_base_that_does_not_fit_is_refused(base: Any) -> None:
     with pytest.raises(BundleError, match="fold's base"):
         Fold(NORM, base)
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda: Fold(NORM, model(NORM, 0), rule="mean"),  # type: ignore[arg-type]
-        lambda: Fold(NORM, model(NORM, 0), momentum=1.0),
-        lambda: Fold(NORM, model(NORM, 0)).close(1.0),
-        lambda: Fold(NORM, model(NORM, 0)).close(0.5, {"weight": np.zeros(2, np.float32)}),
-        lambda: Fold(NORM, model(NORM, 0)).movement("weight"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(call: Callable[[], object]) -> None:
-    with pytest.raises(FedpruneError):
-        call()
 
 
 @settings(max_examples=30)
@@ -473,6 +452,6 @@ def test_an_update_that_would_leave_the_bounds_when_rebased_is_refused() -> None
     fold = Fold(NORM, base)
     far = {**base, "weight": np.full(4, fold.bound("weight"), np.float32)}
     low = {**base, "weight": -far["weight"]}
-    with pytest.raises(ProtocolError, match="moved as an earlier model was"):
+    with pytest.raises(ProtocolError, match="weight, moved"):
         fold.add(selection, far, 1, sent=low)
     assert fold.weight == 0

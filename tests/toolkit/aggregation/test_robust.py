@@ -119,16 +119,6 @@ def test_order_changes_no_bit(
     assert one.rejected == two.rejected
 
 
-@settings(max_examples=20)
-@given(rounds(), st.sampled_from(CENTRES), st.integers(1, 3000))
-def test_memory_for_medians_changes_no_bit(case: tuple[Scene, list[Report]], kind: str, budget: int) -> None:
-    at, reports = case
-    how = Robustness(centre=kind)
-    assert identical(
-        close(Robust(Mean(), how, budget=budget), at, reports).model, close(Robust(Mean(), how), at, reports).model
-    )
-
-
 @pytest.mark.parametrize("how", [Robustness(centre="median"), Robustness(clip=1e-3)])
 def test_memory_does_not_grow_with_the_fleet(how: Robustness) -> None:
     channels = Axis((Segment(0, 0, 64),))

@@ -11,16 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError
-from fedprune.model.selection import Selection
 from fedprune.strategies import compose
-from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Tiers
 from fedprune.strategies.channel_ranking import Ranked
 from fedprune.strategies.element_masks import Masked
 from fedprune.strategies.growth import TimeDriven
-from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Turn
 from support.fakes.tiny_job import ARCHITECTURE, JOB
@@ -30,10 +26,6 @@ pytestmark = pytest.mark.board
 
 def strategy_of(name: str, **options: Any) -> Strategy:
     return compose(replace(JOB, density=0.0, strategy=name, options=options))
-
-
-def model_of(value: float) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
-    return {t.name: np.full(t.shape, value, np.float32) for t in ARCHITECTURE.tensors}
 
 
 def turn_in(number: int, last: int = 0) -> Turn:
@@ -48,36 +40,6 @@ def asked(strategy: Strategy, offers: Iterable[int]) -> list[int]:
             found.append(number)
         last = number
     return found
-
-
-def masked_mean(previous: float, values: list[float | None], weights: list[int], rate: float = 1.0) -> float:
-    """MaskFedAvg of one weight; None where a device's model has it pruned."""
-    aggregator = strategy_of("pr-fl").aggregator
-    assert isinstance(aggregator, Mean)
-    whole = Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, ranks(ordered(ARCHITECTURE)))
-    fold = Fold(ARCHITECTURE, model_of(previous), rule=aggregator.rule)
-    for value, weight in zip(values, weights, strict=True):
-        mask = {}
-        tensors = model_of(0.0 if value is None else value)
-        if value is None:
-            mask = {"w": np.zeros((8, 4), np.bool_)}
-            tensors["w"] = np.zeros((8, 4), np.float32)
-        fold.add(whole, tensors, weight, mask=mask)
-    model, _ = fold.close(rate=rate)
-    assert len(np.unique(model["w"])) == 1
-    return float(model["w"][0, 0])
-
-
-@pytest.mark.parametrize(
-    ("values", "expected"), [([1.0, 3.0, 2.0], 2.0), ([None, None, 1.0], 1.0), ([None, None, None], 3.0)]
-)
-def test_the_worked_examples_of_mask_fed_avg(values: list[float | None], expected: float) -> None:
-    assert masked_mean(3.0, values, [7, 7, 7]) == expected
-
-
-def test_staleness_weighs_only_those_that_hold_a_weight() -> None:
-    assert masked_mean(9.0, [1.0, None, 2.0], [3, 100, 1]) == 1.25
-    assert masked_mean(9.0, [1.0, None, 2.0], [3, 100, 1], rate=0.5) == pytest.approx(9 + 0.5 * (1.25 - 9))
 
 
 def test_pr_fl_by_elements_and_by_channels() -> None:

@@ -150,37 +150,6 @@ def test_a_gradient_is_a_step_s_move_over_the_rate_that_momentum_makes_of_lr(job
     assert all(np.allclose(v, 24 * slope**2, rtol=1e-4) for v in got.curvature.values())
 
 
-@given(st.data(), seeds)
-def test_curvature_is_one_rule_by_whichever_name(data: st.DataObject, seed: int) -> None:
-    architecture = data.draw(architectures())
-    base, memories = model(architecture, seed), ({}, {})
-    scorers = (strategy(), compose(Job(scorer="curvature")))
-    for t in range(1, 5):
-        found = []
-        for scorer, memory in zip(scorers, memories, strict=True):
-            at = scene(architecture, base, memory, round=t)
-            found.append(scorer.rank(at).ranks)
-            memory |= a_round(at, scorer, 0.7, seed + t)[0]
-        assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
-    assert identical(*(m[EVIDENCE] for m in memories))
-
-
-@pytest.mark.parametrize("reconstruction", ["fill", "zero", "coverage"])
-def test_reconstruction_says_what_a_missing_channel_counts_as(reconstruction: str) -> None:
-    architecture = ARCHITECTURE
-    base = model(architecture, 0)
-    at = scene(architecture, base)
-    wide, narrow = Selection.full(architecture), Selection.of(architecture, (2,))
-    parts = [trained(wide, base, 1), trained(narrow, base, 2)]
-    reports = [report(at, wide, parts[0], 1), report(at, narrow, parts[1], 3)]
-    closing, _ = close_fold(strategy(reconstruction=reconstruction).aggregator, at, reports)
-    for name, got in closing.model.items():
-        out = ~narrow.covered(name)
-        missing = {"fill": base[name], "zero": 0 * base[name], "coverage": parts[0][name]}[reconstruction]
-        expected = parts[0][name] / 4 + 3 * missing / 4
-        assert np.allclose(got[out], expected[out], atol=1e-6)
-
-
 def test_scores_that_learn_need_sgd() -> None:
     recipe = Recipe(optimizer="adam")
     for score in ("curvature", "delta_w"):

@@ -160,18 +160,6 @@ def test_with_a_core_narrower_submodels_take_larger_steps() -> None:
     assert rates(Recipe(lr=0.1)) == [0.1] * 3
 
 
-def test_gradients_are_clipped_and_received_weights_are_blended_in_where_there_is_an_average() -> None:
-    def made(recipe: Recipe, **options: Any) -> Recipe:
-        return compose(job(options)).recipe(recipe, Turn(0, 1, "a", (3,)))
-
-    assert (made(Recipe()).clip_norm, made(Recipe()).blend) == (1.0, 0.5)
-    assert made(Recipe(clip_norm=3.0)).clip_norm == 3.0
-    assert made(Recipe(), clip_norm=0.5, blend=0.2) == replace(made(Recipe()), clip_norm=0.5, blend=0.2)
-    assert made(Recipe(average=0.5, blend=0.3), blend=0.2).blend == 0.3
-    assert made(Recipe(), average=0.0, blend=0.2).blend == 0.0
-    assert made(Recipe(average=0.5), average=0.0, blend=0.2).blend == 0.2
-
-
 def test_the_server_is_asked_to_distil_at_the_widths_of_steps_or_those_of_boards() -> None:
     def asked(recipe: Recipe | None = None, **options: Any) -> SelfDistillation | None:
         return compose(job(options, recipe=recipe or Recipe())).distillation

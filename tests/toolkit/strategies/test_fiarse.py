@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.jobs.job import Job
-from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.importance.element_ranking import prunable
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Submodel, Turn
+from fedprune.strategies.values import Submodel
 from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
 from support.nets.drawn_models import model, seeds
 
@@ -75,7 +74,3 @@ def test_whole_devices_give_fedavg_of_equal_weights_bit_for_bit() -> None:
     whole = {n: Device(weight=4) for n in "abc"}
     want = Play(compose(Job(scorer="ordered")), model(NET, 2), whole).play(3)
     assert identical(Play(fiarse(), model(NET, 2), whole).play(3), want)
-
-
-def test_boards_train_through_the_threshold() -> None:
-    assert fiarse().recipe(Recipe(), Turn(0, 1, "a", NET.sizes)) == Recipe(mask="threshold")

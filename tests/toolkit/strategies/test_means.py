@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -144,7 +142,7 @@ def test_elements_count_only_where_they_changed() -> None:
 
 
 def test_patterns_that_match_nothing_are_refused() -> None:
-    with pytest.raises(ConfigError, match="no tensor is called 'tail"):
+    with pytest.raises(ConfigError, match="'tail"):
         Mean(excluded=("tail.*",)).fold(scene(NET, model(NET, 0)), evidence=False)
 
 
@@ -193,18 +191,3 @@ def test_staleness_scales_what_enters_the_velocity_alone(rule: Rule, damped: boo
             assert np.allclose(closing.model[n], expected[n], rtol=0, atol=1e-5), (t, n)
         past.append(closing.model)
         memory = {**memory, **closing.memories}
-
-
-@given(st.data(), seeds)
-def test_masks_of_reports_are_counted(data: st.DataObject, seed: int) -> None:
-    architecture = data.draw(architectures())
-    base = model(architecture, seed)
-    at, whole = scene(architecture, base), Selection.full(architecture)
-    dice: Any = np.random.default_rng(seed)
-    mask = {t.name: np.asarray(dice.random(t.shape) < 0.5) for t in architecture.trainable}
-    part = trained(whole, base, seed + 1)
-    got = close(Mean(), at, [report(at, whole, part, mask=mask)]).model
-    for spec in architecture.trainable:
-        active = mask[spec.name]
-        assert np.allclose(got[spec.name][active], part[spec.name][active], atol=1e-6)
-        assert got[spec.name][~active].tobytes() == base[spec.name][~active].tobytes()

@@ -93,7 +93,7 @@ def test_heterofl_s_aids_follow_the_width() -> None:
 def test_a_weighting_that_nobody_knows_is_refused_before_it_counts() -> None:
     """An aggregator of one's own says by what devices count; a misspelt word would silently mean samples."""
     strategy = Job(strategy="support.fakes.tiny_job:scheduled", options={"schedule": {}, "weighting": "sample"})
-    with pytest.raises(ConfigError, match=r"weighting of its aggregator.*'sample'"):
+    with pytest.raises(ConfigError, match="'sample'"):
         SynchronousCoordinator(strategy, ARCHITECTURE, State(model="m"))
 
 
@@ -161,10 +161,3 @@ def test_of_masked_elements_a_history_knows_nothing(data: st.DataObject, seed: i
     for name, value in got.items():
         own = mask.get(name, np.ones(value.shape, np.bool_))
         np.testing.assert_allclose(value, np.where(own, past.tensors[name], offered.tensors[name]), atol=1e-6)
-
-
-def test_own_parts_are_named_to_the_boards_and_kept_from_the_sums() -> None:
-    fedper = compose(job("fedper", personal=["head*"]))
-    assert fedper.recipe(Recipe(), turn()).personal == ("head*",)
-    assert fedper.aggregator.excluded == ("head*",)  # type: ignore[attr-defined]
-    assert compose(job("local")).recipe(Recipe(), turn()).personal == ("*",)

@@ -40,8 +40,8 @@ def test_every_preset_takes_it_or_says_why_not(name: str, kind: str) -> None:
     ("schedule", "said"),
     [
         ({"kind": "often"}, "kind"),
-        ({"window_s": 3}, r"schedule\.kind: expected sync or semi-async or async, got nothing"),
-        ({"knid": "async"}, r"schedule\.knid: unknown key \(did you mean 'kind'\?\)"),
+        ({"window_s": 3}, r"schedule\.kind"),
+        ({"knid": "async"}, r"schedule\.knid.*'kind'"),
         ({"kind": "sync", "window_s": 3}, "window_s"),
         ({"kind": "semi-async", "arrivals": 3}, "arrivals"),
         ({"kind": "semi-async", "window_s": -3}, "window_s"),
@@ -69,34 +69,6 @@ def test_settings_of_rounds_in_step_are_refused_elsewhere(setting: dict[str, Any
 def test_asking_more_than_all_is_refused() -> None:
     with pytest.raises(ConfigError, match="over_selection"):
         compose(Job(over_selection=0.2))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_late_update_counts_for_less_in_a_later_round(kind: str) -> None:
-    more: dict[str, Any] = {"window_s": 10} if kind == "semi-async" else {"arrivals": 2}
-    job = replace(JOB, rounds=3, deadline_s=1000, schedule={"kind": kind, **more})
-    shell = Shell(job)
-    shell.come()
-    held = []
-    for _ in range(400):
-        if shell.state.round >= 2 and held:
-            shell.inbox += held
-            held = []
-        if shell.inbox:
-            event = shell.inbox.pop(0)
-            late = shell.state.round == 1 and getattr(event, "device", "") == "c"
-            if late and type(event).__name__ == "UpdateAnnounced":
-                held.append(event)
-            else:
-                shell.feed(event)
-        elif shell.wakes and shell.state.phase is not Phase.FINISHED:
-            shell.tick()
-    assert shell.state.phase is Phase.FINISHED
-    sums = [{(c.part.device, c.basis.round): c.weight for c in close.contributions} for close in shell.closes]
-    assert ("c", 1) not in sums[0]
-    number, found = next((n, s) for n, s in enumerate(sums, 1) if ("c", 1) in s)
-    fresh = next(w for (_, round_), w in found.items() if round_ == number)
-    assert found["c", 1] == pytest.approx(fresh / number**0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("to", ["sync", "async"])

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.model.element_mask import applied, gathered
 from fedprune.model.selection import Active, Selection, Tensors
@@ -122,14 +121,3 @@ def test_a_mask_of_everything_loses_nothing_and_one_of_nothing_all_but_one() -> 
     assert all(a.all() for a in survivors(NET, {}))
     empty = {n: np.zeros(NET.by_name[n].shape, np.bool_) for n in prunable(NET)}
     assert surviving(Selection.full(NET), survivors(NET, empty)).widths == (1, 1)
-
-
-@pytest.mark.parametrize("share", [0, 1.1, float("nan")])
-def test_shares_out_of_range_are_refused(share: float) -> None:
-    with pytest.raises(BundleError, match="masked share"):
-        survivors(NET, {}, share=share)
-
-
-def test_a_mask_of_another_model_is_refused() -> None:
-    with pytest.raises(BundleError, match="mask of second"):
-        survivors(NET, {"second": np.ones((5, 4), np.bool_)})

@@ -78,13 +78,6 @@ def test_plans_are_exact_where_potentials_to_begin_with_are_poor(kind: str, shap
     assert np.array_equal(plan.dense, again.dense)
 
 
-@given(st.integers(1, 9), st.integers(1, 4), seeds, st.booleans())
-def test_whole_ratios_give_whole_shares(k: int, ratio: int, seed: int, back: bool) -> None:
-    shape = (k * ratio, k) if not back else (k, k * ratio)
-    plan = exact_plan(costs("far", *shape, seed))
-    assert set(plan.shares.tolist()) == {1.0 if back else 1 / ratio}
-
-
 @given(st.integers(1, 12), seeds)
 def test_equal_widths_give_the_permutation_that_rows_were_moved_by(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -125,15 +125,6 @@ def test_models_that_were_aligned_stay_as_they_are_while_others_are(data: st.Dat
     assert {n: v.tobytes() for n, v in first.items()} == given
 
 
-@given(seeds, st.permutations(range(3)))
-def test_inputs_keep_their_order(seed: int, order: list[int]) -> None:
-    """T₀ = I: whatever the other model makes of its inputs, rows come back in another order, and are the same rows."""
-    whole, full = model(NET, seed), Selection.full(NET)
-    other = whole | {"first.weight": whole["first.weight"][:, order].copy()}
-    got = align(whole, full, other, full)
-    assert sorted(map(tuple, got["first.weight"])) == sorted(map(tuple, whole["first.weight"]))
-
-
 def doubled() -> Architecture:
     """A residual net with a flattened head: all groups have even sizes, and all segments whole groups."""
     a, b = Axis((Segment(0, 0, 6),)), Axis((Segment(1, 0, 4),))
@@ -242,9 +233,7 @@ def test_models_that_don_t_fit_are_refused() -> None:
         prune({n: v for n, v in whole.items() if n != "norm.mean"}, small.gather(whole), small)
     with pytest.raises(BundleError, match=r"first\.weight"):
         aggregate(whole, small, whole)
-    with pytest.raises(BundleError, match=r"second\.bias"):
-        prune(whole, whole | {"second.bias": whole["second.bias"].astype(np.float64)}, full, alpha=0)
-    with pytest.raises(BundleError, match="different architectures"):
+    with pytest.raises(BundleError, match="architectures"):
         align(whole, full, whole, Selection.full(doubled()))
     with pytest.raises(BundleError, match="finite"):
         prune(whole | {"first.weight": np.full((6, 3), np.nan, np.float32)}, whole, full)
