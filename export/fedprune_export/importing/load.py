@@ -195,15 +195,26 @@ def with_choices(raw: bytes, choices: ImportChoices) -> bytes:
         outputs = model.architecture.output_shape
         parts = pieces(model.graph.metadata, OUTPUTS_KEY)
         if loss is not None:
-            raw = embed(raw, LOSS_KEY, read_loss(loss, outputs, parts))
+            with _naming("loss"):
+                raw = embed(raw, LOSS_KEY, read_loss(loss, outputs, parts))
         if metric is not None:
-            raw = embed(raw, METRIC_KEY, read_metric(metric, outputs, parts))
+            with _naming("metric"):
+                raw = embed(raw, METRIC_KEY, read_metric(metric, outputs, parts))
     if lora is not None:
         raw = with_adapters(_imported(raw, "model"), Lora.parse(lora) if isinstance(lora, str) else lora)
     if base is not None:
         check_precision(base)
         raw = _edited(raw, lambda proto: metadata.write(proto, {metadata.BASE_KEY: base}))
     return raw
+
+
+@contextmanager
+def _naming(setting: str) -> Iterator[None]:
+    """Let errors about a function of the user's name its setting: the model's own file may be fine."""
+    try:
+        yield
+    except ModelError as error:
+        raise error.named(error.what, ("model", setting)) from error.__cause__
 
 
 def _edited(raw: bytes, edit: Callable[[onnx.ModelProto], None]) -> bytes:
@@ -309,9 +320,11 @@ def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     own = {key: embedded(key, texts[key]) for key in (LOSS_KEY, METRIC_KEY) if key in texts}
     normal.graph.metadata |= {key: texts[key] for key in own}
     outputs = found.architecture.output_shape
-    loss = import_loss(own[LOSS_KEY], outputs) if LOSS_KEY in own else None
-    metric = import_metric(own[METRIC_KEY], outputs) if METRIC_KEY in own else None
-    check_labels(loss, metric)
+    with _naming("loss"):
+        loss = import_loss(own[LOSS_KEY], outputs) if LOSS_KEY in own else None
+    with _naming("metric"):
+        metric = import_metric(own[METRIC_KEY], outputs) if METRIC_KEY in own else None
+        check_labels(loss, metric)
     model = Model(normal.graph, architecture, notes, found.values, still, base, loss, metric, ranks=ranks)
     vars(model)["trace"] = normal.trace  # the cached property: nothing is traced twice
     return model

@@ -12,7 +12,7 @@ from fedprune.model.recipe import Recipe
 from fedprune_server.cli.demo import DemoFolder, run_demo, verdict
 from fedprune_server.monitoring.round_rows import RoundRow
 from fedprune_server.simulation.experiment import fedavg
-from fedprune_server.simulation.fleet.simulated_fleet import DEMO_ROUNDS, demo_job, demo_reference_job, too_few_rounds
+from fedprune_server.simulation.fleet.simulated_fleet import DEMO_ROUNDS, too_few_rounds
 from fedprune_server.simulation.results.record import DeviceRow, Record
 
 KEPT = ("seed", "rounds", "total_bytes", "total_macs", "total_hours", "devices", "participation", "deadline_s")
@@ -38,13 +38,6 @@ def run(accuracy=0.9, sent=100, rounds=DEMO_ROUNDS):
 def test_a_claim_that_fails_is_the_exit_code_if_there_are_rounds_enough(accuracy, sent, rounds, code):
     assert verdict(run(accuracy, sent, rounds), run(rounds=rounds)) is code
     assert bool(too_few_rounds(rounds)) is (rounds < DEMO_ROUNDS)
-
-
-def test_reference_differs_only_in_what_makes_it_fedavg():
-    mine, theirs = demo_job(3, 5), demo_reference_job(3, 5)
-    assert all(getattr(mine, n) == getattr(theirs, n) for n in KEPT)
-    assert theirs.recipe == mine.recipe
-    assert (mine.strategy, theirs.strategy) == ("fedprune", "plain")
 
 
 def test_fedavg_is_the_whole_model_a_plain_loss_and_a_plain_mean():

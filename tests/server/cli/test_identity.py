@@ -6,7 +6,6 @@ import errno
 import json
 import ssl
 import stat
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -102,15 +101,6 @@ def test_a_file_of_claims_is_whole_or_not_there(
     assert not out.exists()
     monkeypatch.undo()
     assert main(["claim", "--state", state, "--count", "2", "--out", str(out)]) == ExitCode.OK
-
-
-def test_a_claim_may_last_for_minutes(state: str, tmp_path: Path) -> None:
-    out = tmp_path / "claim"
-    assert main(["claim", "--state", state, "--hours", "0.001", "--out", str(out)]) == ExitCode.OK
-    with IdentityFolder(Path(state), clock=lambda: time.time() + 5) as identity:
-        board = DeviceIdentity(tmp_path / "board", "lab", "pi-1")
-        answer = EnrollmentService(identity).answer(board.request(Claim.parse(out.read_text().strip())))
-    assert answer.status == "refused"
 
 
 def test_the_console_gets_a_certificate_for_the_names_that_are_given(state: str, capsys: Captured) -> None:
@@ -244,13 +234,6 @@ def test_what_makes_no_sense_is_one_clear_line(
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
-
-
-@pytest.mark.parametrize("words", [["claim"], ["identity", "replace"]])
-def test_a_state_folder_without_identity_says_what_to_do(tmp_path: Path, capsys: Captured, words: list[str]) -> None:
-    assert main([*words, "--state", str(tmp_path)]) == ExitCode.IDENTITY
-    assert "fedprune-server init" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_identity_is_shown_as_json(state: str, tmp_path: Path, capsys: Captured) -> None:

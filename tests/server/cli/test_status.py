@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -130,15 +129,6 @@ def test_a_free_board_of_two_jobs_is_told_from_a_dead_one(
     assert [(d["online"], d["job"]) for d in other] == [(True, "other"), (True, None), (False, None)]
 
 
-def test_without_a_broker_no_board_is_said_to_be_online(fleet_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lost = Alert("broker", "critical", 1.0, "there is no connection to the broker", "why", "do")
-    (fleet_state / "alerts.json").write_text(json.dumps({"turned_at": time.time(), "alerts": [asdict(lost)]}))
-    main(["status", "--state", str(fleet_state)])
-    devices = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  device")]
-    assert len(devices) == 5
-    assert all(": connection not known, " in line for line in devices)
-
-
 def test_while_a_server_starts_nothing_is_said_that_only_its_last_run_knew(
     stopped_state: Path,
 ) -> None:
@@ -164,18 +154,6 @@ def test_while_a_server_starts_nothing_is_said_that_only_its_last_run_knew(
         second.start()
         second.close()
         assert kinds() == ["server-hangs"]
-
-
-@pytest.mark.parametrize("running", [True, False])
-def test_status_as_json_says_whether_a_server_runs(
-    request: pytest.FixtureRequest, running: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    state = request.getfixturevalue("fleet_state" if running else "stopped_state")
-    main(["status", "--json", "--state", str(state)])
-    body = json.loads(capsys.readouterr().out)
-    assert body["running"] is running
-    assert any(row["online"] for row in body["devices"]) is running
-    assert not any(p.name == "lock" for p in state.iterdir()) or running
 
 
 def test_a_device_that_was_shut_out_is_revoked_and_not_online(

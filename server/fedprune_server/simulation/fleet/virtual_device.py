@@ -199,10 +199,12 @@ def read_devices(
 
 @contextmanager
 def named(source: Subject) -> Iterator[None]:
-    """Let errors name the setting or the file that is read."""
+    """Let errors that name no setting name the setting or the file that is read."""
     try:
         yield
     except FedpruneError as error:
+        if error.path and not isinstance(source, str):
+            raise
         what, path = (f"{source}: {error.what}", ()) if isinstance(source, str) else (error.what, source)
         raise error.named(what, path) from error
 
