@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from fedprune.coordination import State
-from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import models
 from support.faults.relay import Relay
 from support.processes.machine import find_mosquitto, free_port, listens
@@ -73,29 +72,6 @@ def complete(site: Site) -> State:
     """Run the job to its end; everything that was trained counts."""
     site.start_all()
     return site.complete()
-
-
-def traffic(site: Site) -> dict[str, tuple[int, int]]:
-    """Bytes to and from each board."""
-    with Storage.existing(site.state) as storage:
-        return storage.traffic()
-
-
-# At every push `test_leaf_reuse.py` pulls only what changes.
-@pytest.mark.soak
-def test_boards_pull_what_changes_alone(make: Callable[..., Site]) -> None:
-    """Of three rounds' weights, two thirds are frozen."""
-    site = make(rounds=3, frozen='["w1", "b1"]')
-    complete(site)
-    for down, up in traffic(site).values():
-        assert WEIGHTS < down < 1.9 * WEIGHTS, site.logs()  # it would be three times as much
-        assert up < WEIGHTS
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("limit", ["message_size_limit 65536", "max_packet_size 65536"])
-def test_bodies_of_64_kb_and_no_retained_messages_are_enough(make: Callable[..., Site], limit: str) -> None:
-    complete(make(settings=f"{limit}\nretain_available false\n"))
 
 
 @pytest.mark.soak

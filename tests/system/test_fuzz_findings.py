@@ -63,6 +63,7 @@ FOUND: list[tuple[str, bytes]] = [
     ("samples.to predict", bad_header()),
     ("wheel.unpacked", changed_zip(42, b"\xff\xff\xff\xff")),
     ("wheel.unpacked", changed_zip(6, b"\x80\x00")),
+    ("wheel.unpacked", zipped({"app": b"x", "app/x.py": b"x"})),
     ("wheel.metadata", changed_zip(6, b"\x80\x00")),
     ("wheel.file name", b"a-" + b"1" * 5000 + b"-py3-none-any.whl"),
     ("kept.serving", damaged(TARGETS["kept.serving"], offset=[HUGE, 0])),
@@ -81,6 +82,10 @@ def test_a_slots_record_with_an_infinite_number_is_damaged() -> None:
     target = TARGETS["kept.slot's record"]
     with pytest.raises(target.errors):
         target.parse(target.frame(damaged(target, version=float("inf"))))
+
+
+def test_a_line_of_an_index_with_an_infinite_number_is_left_out() -> None:
+    TARGETS["samples.index"].parse(b'["a", Infinity, 17, "%s"]\n' % (b"0" * 64))
 
 
 @pytest.mark.parametrize(

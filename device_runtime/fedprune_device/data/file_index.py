@@ -69,7 +69,7 @@ class FileIndex:
             for line in file:
                 self._lines += 1
                 self._ends = line.endswith("\n")
-                with suppress(ValueError, TypeError, RecursionError):
+                with suppress(ValueError, TypeError, OverflowError, RecursionError):
                     key, size, changed, digest = json.loads(line)
                     if isinstance(key, str) and isinstance(digest, str) and len(digest) == 64:
                         self._entries[key] = (int(size), int(changed), digest)

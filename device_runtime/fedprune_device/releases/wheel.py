@@ -17,7 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
 
 from fedprune.core.errors import ReleaseError, StorageError, shown
@@ -130,6 +130,9 @@ class Wheel(WheelFiles):
             self._targets[entry.filename] = target
             self.size += entry.file_size
         self.paths = frozenset(taken)
+        folders = {str(folder) for target in taken for folder in PurePosixPath(target).parents}
+        for target in sorted(taken & folders):
+            raise ReleaseError(f"{name}: {shown(target)} is a file and a folder")
 
     def unpack(self, folder: Path | None) -> Iterator[tuple[str, str, int]]:
         with zipfile.ZipFile(self._path) as archive:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-Mutation = Callable[[bytes, random.Random], bytes]
 
 DEEP = 3000  # levels of nesting, which is more than Python's recursion takes
 
@@ -46,12 +44,7 @@ def mutated(seeds: Sequence[bytes], rng: random.Random, *, text: bool = False) -
         except (ValueError, RecursionError):  # no JSON after all
             pass
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
-        if text and rng.random() < 0.5:
-            raw = rng.choice(_TEXT)(raw, rng)
-        elif rng.random() < 0.1:
-            raw = _splice(raw, rng.choice(seeds), rng)
-        else:
-            raw = rng.choice(_BYTES)(raw, rng)
+        raw = _damaged_text(raw, rng) if text and rng.random() < 0.5 else _damaged_bytes(raw, rng.choice(seeds), rng)
     return raw
 
 
@@ -63,78 +56,37 @@ def _at(raw: bytes, rng: random.Random) -> int:
     return len(raw) - rng.randrange(min(len(raw), 128) + 1) if near < 0.55 else rng.randrange(len(raw) + 1)
 
 
-def _flip(raw: bytes, rng: random.Random) -> bytes:
-    out = bytearray(raw or b"\0")
-    out[min(_at(raw, rng), len(out) - 1)] ^= 1 << rng.randrange(8)
-    return bytes(out)
+def _damaged_bytes(raw: bytes, other: bytes, rng: random.Random) -> bytes:
+    """Bytes changed, added, left out, repeated or moved, a number at its extreme, or the end of another input."""
+    at, elsewhere, size = _at(raw, rng), _at(raw, rng), rng.choice((1, 1, 2, 4, 8, 64, 1000))
+    before, piece, after = raw[:at], raw[at : at + size], raw[at + size :]
+    first, width = (raw[at : at + 1] or b"\0")[0], min(size, 8)
+    number = rng.choice(_EXTREMES) % (1 << 8 * width)
+    return rng.choice(
+        (
+            before + bytes([first ^ 1 << rng.randrange(8)]) + raw[at + 1 :],
+            before + bytes([rng.choice((0, 1, 0x7F, 0x80, 0xFF))]) + raw[at + 1 :],
+            before + rng.randbytes(size) + raw[at:],
+            before + after,
+            before,
+            before + piece * rng.choice((2, 3, 50)) + after,
+            before + number.to_bytes(width, rng.choice(("little", "big"))) + raw[at + width :],
+            raw[:elsewhere] + piece + raw[elsewhere + len(piece) :],
+            before + other[_at(other, rng) :],
+        )
+    )
 
 
-def _byte(raw: bytes, rng: random.Random) -> bytes:
-    out = bytearray(raw or b"\0")
-    out[min(_at(raw, rng), len(out) - 1)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
-    return bytes(out)
-
-
-def _insert(raw: bytes, rng: random.Random) -> bytes:
+def _damaged_text(raw: bytes, rng: random.Random) -> bytes:
+    """A number or a word replaced, or what a parser knows put in between."""
     at = _at(raw, rng)
-    return raw[:at] + rng.randbytes(rng.choice((1, 1, 2, 4, 8, 64, 1000))) + raw[at:]
-
-
-def _delete(raw: bytes, rng: random.Random) -> bytes:
-    at = _at(raw, rng)
-    return raw[:at] + raw[at + rng.choice((1, 1, 2, 4, 8, 64, 1000)) :]
-
-
-def _cut(raw: bytes, rng: random.Random) -> bytes:
-    return raw[: _at(raw, rng)]
-
-
-def _repeat(raw: bytes, rng: random.Random) -> bytes:
-    at = _at(raw, rng)
-    piece = raw[at : at + rng.choice((1, 4, 32, 500))]
-    return raw[:at] + piece * rng.choice((2, 3, 50)) + raw[at + len(piece) :]
-
-
-def _number(raw: bytes, rng: random.Random) -> bytes:
-    """A length or an offset, perhaps, at its extreme."""
-    size, at = rng.choice((1, 2, 4, 8)), _at(raw, rng)
-    value = rng.choice(_EXTREMES) % (1 << 8 * size)
-    return raw[:at] + value.to_bytes(size, rng.choice(("little", "big"))) + raw[at + size :]
-
-
-def _swap(raw: bytes, rng: random.Random) -> bytes:
-    one, other, size = _at(raw, rng), _at(raw, rng), rng.choice((1, 4, 16))
-    piece = raw[one : one + size]
-    return raw[:other] + piece + raw[other + len(piece) :]
-
-
-def _splice(raw: bytes, other: bytes, rng: random.Random) -> bytes:
-    return raw[: _at(raw, rng)] + other[_at(other, rng) :]
-
-
-def _token(raw: bytes, rng: random.Random) -> bytes:
-    at = _at(raw, rng)
-    return raw[:at] + rng.choice(_TOKENS) + raw[at:]
-
-
-def _digits(raw: bytes, rng: random.Random) -> bytes:
-    found = list(re.finditer(rb"-?[0-9]+", raw[:50_000]))
-    if not found:
-        return _token(raw, rng)
-    place, value = rng.choice(found), rng.choice(_NUMBERS)
-    return raw[: place.start()] + (str(value) if value != 10**400 else "1" + "0" * 400).encode() + raw[place.end() :]
-
-
-def _word(raw: bytes, rng: random.Random) -> bytes:
-    found = list(re.finditer(rb"[A-Za-z_./-]+", raw[:50_000]))
-    if not found:
-        return _token(raw, rng)
-    place = rng.choice(found)
-    return raw[: place.start()] + rng.choice(_NAMES).encode("utf-8", "surrogatepass") + raw[place.end() :]
-
-
-_BYTES: tuple[Mutation, ...] = (_flip, _byte, _insert, _delete, _cut, _repeat, _number, _number, _swap)
-_TEXT: tuple[Mutation, ...] = (_token, _digits, _word)
+    kind, value = rng.choice(((b"-?[0-9]+", rng.choice(_NUMBERS)), (b"[A-Za-z_./-]+", rng.choice(_NAMES)), (b"", None)))
+    places = list(re.finditer(kind, raw[:50_000])) if kind else []
+    if not places:
+        return raw[:at] + rng.choice(_TOKENS) + raw[at:]
+    place = rng.choice(places)
+    text = "1" + "0" * 400 if value == 10**400 else str(value)
+    return raw[: place.start()] + text.encode("utf-8", "surrogatepass") + raw[place.end() :]
 
 
 class Pairs(list[tuple[str, Any]]):
