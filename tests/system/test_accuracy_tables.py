@@ -10,17 +10,11 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from benchmarks.accuracy import nets, report, sets
+from benchmarks.accuracy import report, sets
 from benchmarks.accuracy import run as run_module
 from benchmarks.accuracy.protocol import FULL, SAME_LOSS
 from benchmarks.accuracy.protocols import PROTOCOLS
-from benchmarks.accuracy.shares import shares
-from fedprune.core.tensorfile import encode
-from fedprune.model.architecture import widths_at
-from fedprune.model.element_mask import pack, to_bits
-from fedprune.model.selection import Selection
 from fedprune.strategies import compose
-from fedprune.strategies.importance.element_ranking import magnitudes, prunable, top
 from fedprune_server.simulation.datasets.samples import assembled
 from support.paths import ROOT
 
@@ -99,25 +93,6 @@ def check(run, protocol, folder, rounds=1):
 def test_a_table_runs(accuracy, table, tmp_path):
     run = accuracy
     check(run, small(TABLES[table]), tmp_path / "runs")
-
-
-@pytest.mark.soak
-def test_shares_of_elements_weigh_what_submodels_weigh(accuracy):
-    run = accuracy
-    model = nets.model("small_cnn", (3, 16, 16), 10, 0)
-    architecture, tensors = model.architecture, dict(model.tensors)
-    order = magnitudes(tensors, prunable(architecture))
-    densities = TABLES["cifar10-dirichlet"].densities
-    found = shares(architecture, densities)
-    assert found[0] == 1.0
-    assert sum(run.parameters(model)) == sum(v.size for v in tensors.values())
-    for density, share in zip(densities[1:], found[1:], strict=True):
-        submodel = Selection.of(architecture, widths_at(architecture, density)).gather(tensors)
-        mask = top(order, share)
-        masked = 2 * len(encode(pack(mask, tensors))) + len(encode(to_bits(mask)))
-        assert masked == pytest.approx(2 * len(encode(submodel)), rel=0.01)
-    with pytest.raises(ValueError, match="weighs less"):
-        shares(architecture, (0.05,))
 
 
 CIFAR = TABLES["cifar10-dirichlet"]

@@ -88,25 +88,6 @@ def test_daemon_with_device_processes_and_simulator_give_the_same_models(tmp_pat
     run_both(tmp_path, job, digits_model(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
 
 
-# At every push `test_resumed_runs.py` has what a simulation judges, and `test_served_average.py` what a board serves.
-@pytest.mark.soak
-def test_the_demo_and_its_simulation_judge_what_boards_serve(tmp_path):
-    job = demo_job(SEED, rounds=2)
-    record, _ = run_both(tmp_path, job, digits_model(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
-    last = record.rounds[-1]
-    assert last.local == last.own["accuracy_average"] != last.own["accuracy_after"]
-
-
-# At every push `tests/device/training/test_served_average.py` chooses between average and blend.
-@pytest.mark.soak
-def test_a_validated_blend_gives_the_same_models(tmp_path):
-    """Its choice is measured alike, and reported by both."""
-    data = deal([b.name for b in DEMO_BOARDS], seed=SEED)
-    hands = {name: d.with_validation(0.3, SEED, name) for name, d in data.devices.items()}
-    record, _ = run_both(tmp_path, demo_job(SEED, rounds=3), digits_model(), replace(data, devices=hands))
-    assert {share for row in record.rounds for share in row.own["blend"].values()} <= {0.0, 0.5}
-
-
 def frozen_by_its_author() -> bytes:
     torch.manual_seed(SEED)
     layers = [nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 40), nn.ReLU()]

@@ -251,14 +251,6 @@ def test_a_backup_that_is_killed_leaves_the_one_before_it(state: Path, tmp_path:
     assert rows(restored(backup, tmp_path / "last")) == after
 
 
-def test_a_first_backup_that_is_killed_is_completed_by_the_next(state: Path, tmp_path: Path) -> None:
-    backup, at = tmp_path / "backup", 7
-    while dying(lambda: back_up(state, backup, silent), at):
-        at += 7
-    assert at > 20
-    assert rows(restored(backup, tmp_path / "new")) == rows(state)
-
-
 def test_a_restore_that_is_killed_leaves_nothing_in_the_way(state: Path, tmp_path: Path) -> None:
     backup, new, at = tmp_path / "backup", tmp_path / "place" / "new", 1
     back_up(state, backup, silent)

@@ -21,7 +21,6 @@ from typing import Any
 import pytest
 
 from fedprune.coordination import Phase, State
-from fedprune.core.closing import Closing
 from fedprune.core.disk import locked
 from fedprune.core.errors import ExitCode
 from fedprune.core.lock_wait import LOCKS
@@ -45,6 +44,8 @@ from fedprune_server.monitoring.monitor import FILE
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.monitoring.situation import Situation
 from fedprune_server.storage.storage import Storage
+from support.processes.machine import find_mosquitto, free_port, listens
+from support.waiting import until
 
 NOW = 1_800_000_000.0
 PROFILE = {"name": "pi"}
@@ -143,10 +144,8 @@ REGRESSION = {"recipe": Recipe(loss="mse").to_dict()}
     ("case", "cause"),
     [
         (scored([(0.1, 0.1, 0.11)] * 6), "learn nothing"),
-        (scored([(4.0, 4.1, 4.1)] * 6, "loss", **REGRESSION), "learn nothing"),
         (scored([(0.11, 0.1, 0.8)] * 6), "aggregation"),
         (scored([(4.0, 4.0, 0.5)] * 6, "loss", **REGRESSION), "aggregation"),
-        (scored([(0.1, 0.1, 0.9), *[(0.1, 0.25, 0.9)] * 7]), "aggregation"),
         (scored([(0.1, r / 10, r / 9) for r in range(1, 9)]), "evaluation"),
         (scored([(0.1, 0.97, 0.98)] * 6), "evaluation"),  # a model that was good when the job began
         # Samples on another scale: a lucky round, and a loss that rises because a good model is surely wrong there.
@@ -163,12 +162,8 @@ def test_a_global_model_that_does_not_move_has_one_of_three_causes(case: Case, c
 
 HEALTHY_SCORES = {
     "too few rounds": scored([(0.1, 0.1, 0.1)] * 5),
-    "it moves, slowly": scored([(0.1 + r / 100, 0.1, 0.1) for r in range(8)]),
-    "converged": scored([(0.1 * min(r, 9), 0.1 * min(r - 1, 9), 0.1 * min(r, 9) + 0.05) for r in range(1, 15)]),
     "converged far below what is good": scored([(0.3, 0.1, 0.3), *[(0.62, 0.6, 0.7), (0.6, 0.6, 0.7)] * 4]),
     "converged, by its loss": scored([(max(0.5, 4 / r), 4 / r, 3 / r) for r in range(1, 15)], "loss", **REGRESSION),
-    "all was learnt in the first round": scored([(0.95, 0.1, 0.95), *[(0.96, 0.95, 0.96)] * 8]),
-    "good when the job began": scored([(0.97, 0.97, 0.97)] * 8),
     "boards with few classes score higher": scored(
         [(min(0.6, 0.2 + r / 10), min(0.85, 0.5 + r / 10), 0.95) for r in range(14)]
     ),
@@ -301,30 +296,17 @@ def test_a_broker_that_is_not_there_and_one_that_does_not_answer(tmp_path: Path)
         assert kinds(broker_findings(tmp_path, server, timeout_s=0.3)) == {"broker"}
 
 
-def test_a_broker_that_takes_no_large_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Small(Closing):
-        connected = True
-
-        def __init__(self, *_: object, **__: object) -> None:
-            self.size = 0
-
-        def start(self, timeout: float) -> None:
-            pass
-
-        def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-            self.size = len(payload)
-            return True
-
-        def flush(self, timeout: float) -> bool:
-            return self.size < 100_000
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(doctor, "Link", Small)
-    server = {"broker": "mqtt://127.0.0.1"}
-    assert kinds(broker_findings(tmp_path, server)) == {"broker-packets"}
-    assert kinds(broker_findings(tmp_path, server | {"max_packet": 50_000})) == set()
+@pytest.mark.mosquitto
+@pytest.mark.system
+def test_a_broker_that_takes_no_large_packets(tmp_path: Path) -> None:
+    port, config = free_port(), tmp_path / "mosquitto.conf"
+    config.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\nmax_packet_size 65536\n")
+    with subprocess.Popen([find_mosquitto(), "-c", config], stderr=subprocess.DEVNULL) as broker:
+        until(lambda: listens(port))
+        server = {"broker": f"mqtt://127.0.0.1:{port}"}
+        assert kinds(broker_findings(tmp_path, server)) == {"broker-packets"}
+        assert kinds(broker_findings(tmp_path, server | {"max_packet": 50_000})) == set()
+        broker.kill()
 
 
 @contextmanager
@@ -383,13 +365,6 @@ def test_what_the_running_server_has_open_is_found_and_so_is_a_loop_that_hangs(
     assert told(time.time() - 100) == ["server-not-running"], "what a dead server had open is past"
     assert main(["status", "--state", str(folder), "--json"]) == ExitCode.OK
     assert json.loads(capsys.readouterr().out)["alerts"] == []
-
-
-@pytest.mark.usefixtures("roomy")
-def test_a_damaged_database_is_a_finding(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "server.db").write_bytes(b"SQLite format 3\0" + bytes(5000))
-    assert main(["doctor", "--state", str(folder), "--json"]) == ExitCode.FOUND
-    assert [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]] == ["database"]
 
 
 @pytest.mark.usefixtures("roomy")

@@ -13,7 +13,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
 
 from fedprune.core.errors import StorageError
 from fedprune.security.device_identity import DeviceIdentity

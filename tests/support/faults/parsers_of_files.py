@@ -18,8 +18,6 @@ from fedprune.coordination import State
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ReleaseError
 from fedprune.core.toml_file import read_toml
-from fedprune.jobs.job import Job
-from fedprune.jobs.schedule import Schedule
 from fedprune.jobs.state import Device, Task
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import TensorAxes, axes_json
@@ -33,18 +31,16 @@ from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_export.checks.labelled_data import read as read_labelled
 from fedprune_server.config.setting import read_table
 from fedprune_server.config.tables import parse_config
-from fedprune_server.simulation.datasets.federation import DataPlan
 from fedprune_server.simulation.datasets.source import read_image_folder, read_npz
 from fedprune_server.simulation.network_model import Availability, DropOuts, Settings, read_weather
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.sweep import read_sweep
-from fedprune_server.storage.s3 import bucket
-from fedprune_server.storage.s3.bucket import Owner, digest_of
+from fedprune_server.storage.s3.bucket import Owner
 from support.fakes.opened_job import read_config
 from support.fakes.runtime_releases import make_wheel
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 from support.fakes.tiny_wheels import wheel
-from support.faults.parser_target import Target, as_file, as_json, as_object, as_text, dumped, scratch
+from support.faults.parser_target import Target, as_file, as_object, as_text, dumped, scratch
 
 FLEET = b"""
 [model]
@@ -166,8 +162,6 @@ def _settings() -> tuple[Target, ...]:
         return [read_weather(body), *(read_table(kind, body.get(t, {}), (t,)) for t, kind in tables.items())]
 
     owner = Owner("5" * 32, "attic").to_bytes()
-    key = f"blobs/{'a' * 64}.{'0' * 16}".encode()
-    plan = {"source": "digits", "devices": 8, "partition": "dirichlet", "alpha": 0.3}
     return (
         Target(
             "settings.toml",
@@ -191,9 +185,7 @@ def _settings() -> tuple[Target, ...]:
             dumped({"job": JOB.to_dict(), "server": {"site": "lab", "keep": 3}}),
             text=True,
         ),
-        Target("settings.bucket's address", as_text(bucket.parse), (b"s3://bucket/a/prefix",), text=True, share=0.2),
         Target("file.bucket's owner", lambda raw: Owner.parse(raw, "it"), (owner,), text=True),
-        Target("file.bucket's key", as_text(digest_of), (key,), text=True, share=0.2),
         Target(
             "settings.sweep",
             as_file(read_sweep, "settings/sweep.toml"),
@@ -211,15 +203,6 @@ def _settings() -> tuple[Target, ...]:
             factor=200,
             share=0.3,
         ),
-        Target("settings.job", as_object(Job.from_dict), dumped(JOB.to_dict()), text=True),
-        Target(
-            "settings.schedule",
-            as_object(Schedule.from_dict),
-            dumped({}, {"kind": "asynchronous", "arrivals": 2, "staleness": {}}),
-            text=True,
-            errors=(ConfigError,),
-        ),
-        Target("settings.data", as_json(DataPlan.from_dict), dumped(plan), text=True),
         Target("settings.weather", as_object(sky), dumped(weather, {}), text=True),
     )
 

@@ -19,10 +19,7 @@ from fedprune.core import tensorfile
 from fedprune.core.tensorfile import float32_array
 from fedprune.model.element_mask import from_bits, pack, to_bits
 from fedprune.model.recipe import Recipe
-from fedprune.planning.latency_model import LatencyTable, typical_table
-from fedprune.planning.probe_report import ProbeReport
-from fedprune.planning.profile import HardwareProfile
-from fedprune.planning.profile_store import find
+from fedprune.planning.latency_model import typical_table
 from fedprune.releases.release import Release, ReleaseFile, opened, signed
 from fedprune.runtime.precision import packed, unpacked
 from fedprune.runtime.precision_files import INT8, graphs_of
@@ -72,14 +69,13 @@ from fedprune.wire.urls import BlobUrl, BrokerUrl, UploadUrl
 from fedprune_device.training.local_update import unpacked as offered
 from fedprune_server.web.state.order_queue import read_order
 from support.fakes.runtime_releases import KEY, PUBLIC
-from support.fakes.tiny_job import ARCHITECTURE, JOB
-from support.faults.parser_target import Target, as_json, as_object, as_text, dumped, scratch
+from support.fakes.tiny_job import ARCHITECTURE
+from support.faults.parser_target import Target, as_text, scratch
 
 TOPIC = Topics("lab").up("a")
 BLOB = np.random.default_rng(0).bytes(3 * LEAF + 100)
 REF = BlobRef.of(BLOB)
 SMALL = BlobRef.of(b"small")
-UPLOADED = BlobRef.of(b"update")
 ZERO = "0" * 64
 
 PROBE = {
@@ -100,23 +96,15 @@ def wire_targets() -> tuple[Target, ...]:
         Chunk(REF.sha256, "data", 2, BLOB[2 * LEAF :]).to_bytes(),
         Chunk(SMALL.sha256, "leaves", 1, b"x").to_bytes(),
     )
-    probe = ProbeReport.from_dict(PROBE).to_dict()
     return (
         Target("wire.message", m.parse, told, text=True, share=6),
         Target("wire.order", as_text(_order), _orders(), text=True, share=2),
         Target("wire.chunk", lambda raw: list(Chunk.parse(raw).leaves()), chunks, factor=8, share=4),
         Target("wire.pull", _pulled, chunks, factor=16, constant=4 * 2**20, share=0.2),
         Target("wire.topic", as_text(_topic), _topics(), text=True, share=2),
-        Target("wire.blob reference", as_json(BlobRef.from_dict), dumped(REF.to_dict()), text=True, share=2),
         Target("wire.broker address", as_text(BrokerUrl.parse), _urls(), text=True, share=2),
         Target("wire.blobs' address", as_text(BlobUrl.parse), _web_urls(), text=True, share=2),
         Target("wire.upload's address", as_text(UploadUrl.parse), _upload_urls(), text=True, share=2),
-        Target("wire.probe", as_json(ProbeReport.from_dict), dumped(PROBE, probe), text=True, share=2),
-        Target("wire.latency table", as_json(LatencyTable.from_dict), dumped(probe["latency"]), text=True),
-        Target("wire.profile", as_object(HardwareProfile.from_dict), _profiles(), text=True),
-        Target(
-            "wire.recipe", as_object(Recipe.from_dict), dumped(Recipe().to_offer(), JOB.recipe.to_dict()), text=True
-        ),
         Target("wire.array", lambda raw: float32_array(raw, (2, 3), "it"), _arrays(), constant=2**20),
         *_signed(told),
         *_joining(),
@@ -238,10 +226,6 @@ def _web_urls() -> tuple[bytes, ...]:
 
 def _upload_urls() -> tuple[bytes, ...]:
     return b"https://models.example:8443/a%20b/c.d?X-Amz-Signature=0%2F1&b=c", b"http://127.0.0.1:8080/ab/cd"
-
-
-def _profiles() -> tuple[bytes, ...]:
-    return dumped(*(find(name).to_dict() for name in ("raspberry-pi-5", "jetson-orin-nano")))
 
 
 def _pulled(raw: bytes) -> object:
