@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from support.faults.kill_neighbours import DoomedNeighbours, strike
 from support.faults.kill_points import BOARDS, Doomed, check, run, undisturbed
-from support.processes.postgres import Postgres
 from support.processes.real_site import write_material
 
 pytestmark = [pytest.mark.soak, pytest.mark.system, pytest.mark.mosquitto]
@@ -35,25 +32,3 @@ def test_whoever_is_killed_at_a_flush_loses_no_update_and_counts_none_twice(tmp_
     finally:
         calm.stop_all()
         site.stop_all()
-
-
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler for what kills at a flush")
-@pytest.mark.parametrize("neighbour", [pytest.param("database", marks=pytest.mark.postgresql), "helpers"])
-def test_a_job_survives_kills_of_its_database_and_of_its_helpers(tmp_path: Path, neighbour: str) -> None:
-    write_material(tmp_path, dict.fromkeys(BOARDS, 200))
-    for name in ("calm", "site"):
-        (tmp_path / name).mkdir()
-    with ExitStack() as stack:
-        database = None
-        if neighbour == "database":
-            database = Postgres()
-            stack.callback(database.close)
-            database.start()
-        url = None if database is None else database.database()
-        calm = DoomedNeighbours(tmp_path, tmp_path / "calm", 150)
-        site = DoomedNeighbours(tmp_path, tmp_path / "site", 150, url, workers=1 if database else 2)
-        stack.callback(calm.stop_all)
-        stack.callback(site.stop_all)
-        done = strike(site, 10, seed=0, database=database)
-        undisturbed(calm, done.rounds + 1)
-        check(site, calm, 1)

@@ -12,7 +12,7 @@ import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from fedprune.blobs.blob_ref import LEAF, BlobRef
+from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.core import tensorfile
@@ -233,19 +233,11 @@ def _pulled(raw: bytes) -> object:
     store = BlobStore(scratch() / "pull", durable=False)
     pull = Pull(REF, store.partial(REF))
     pull.start(0.0)
-    table = b"".join(store_digest(i) for i in range(REF.leaf_count))
-    pull.on_chunk(Chunk(REF.sha256, "leaves", 0, table), 0.0)
+    pull.on_chunk(Chunk(REF.sha256, "leaves", 0, leaf_table(BLOB)), 0.0)
     wants = pull.on_chunk(Chunk.parse(raw), 1.0)
     if pull.outstanding > 32 or len(wants) > 32:
         raise ValueError(f"{pull.outstanding} leaves are asked for by {len(wants)} wants")
     return wants
-
-
-def store_digest(leaf: int) -> bytes:
-    """The digest of a leaf of `BLOB`."""
-    import hashlib
-
-    return hashlib.sha256(BLOB[leaf * LEAF : (leaf + 1) * LEAF]).digest()
 
 
 def _signed(told: tuple[bytes, ...]) -> tuple[Target, ...]:
