@@ -5,7 +5,6 @@ update counts once or not at all.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -17,7 +16,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
-from support.fakes.coordinator_shell import digest
+from support.fakes.coordinator_shell import Shell, digest
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 pytestmark = pytest.mark.board
@@ -35,6 +34,22 @@ JOBS = [
 ]
 
 
+class Answers(Shell):
+    """What a worker and devices answer."""
+
+    def arrive(self) -> None:
+        """They come as the weather lets them."""
+
+    def weights(self, command: do.Extract) -> str:
+        return digest(command.basis.model)
+
+    def update(self, command: do.SendOffer) -> str:
+        return digest(command.device, command.round, command.offer["weights"]["sha256"])
+
+    def model(self, command: do.Close) -> str:
+        return digest("model", command.contributions)
+
+
 class Weather(RuleBasedStateMachine):
     """Every message may be lost, doubled and overtaken; devices vanish, forget and return with yesterday's update.
 
@@ -44,7 +59,7 @@ class Weather(RuleBasedStateMachine):
     @initialize(job=st.sampled_from(JOBS))
     def begin(self, job: Job) -> None:
         self.job, self.now = job, 0.0
-        self.coordinator = coordinate(job, ARCHITECTURE, State(model="m0"))
+        self.shell = Answers(job)
         self.work: list[on.Event] = []  # the executor's answers, which are never lost
         self.air: list[on.Event] = []  # what devices say
         self.old: list[on.Event] = []  # all that devices ever said
@@ -54,37 +69,29 @@ class Weather(RuleBasedStateMachine):
         self.acknowledged: set[tuple[str, int, int, str]] = set()
         self.folded: set[tuple[str, int, int]] = set()
         self.closed: dict[int, tuple[do.Contribution, ...]] = {}
-        self.wakes: list[float] = []
         self.crashes = 0
         for name in NAMES[2:]:
             self.born(name)
 
     @property
     def state(self) -> State:
-        return self.coordinator.state
+        return self.shell.state
 
     def feed(self, event: on.Event) -> None:
-        self.carry_out(self.coordinator.handle(event, self.now))
+        self.carry_out(self.shell.coordinator.handle(event, self.now))
 
     def carry_out(self, commands: list[do.Command]) -> None:
         for command in commands:
+            answer = self.shell.answer(command)
             match command:
-                case do.Score():
-                    self.work.append(on.Scored(command.round, digest("ranking", command.round)))
-                case do.Extract():
-                    part = command.part
-                    body: dict[str, Any] = {
-                        "weights": {"sha256": digest(command.basis.model)},
-                        "widths": list(part.widths),
-                        "recipe": self.job.recipe.to_offer(),
-                    }
-                    self.work.append(on.Extracted(command.basis.round, part.device, part.attempt, body))
-                case do.SendOffer():
-                    self.offered(command)
-                case do.PullUpdate():
+                case do.SendOffer() if isinstance(answer, on.UpdateAnnounced):
+                    if command.device in self.here and command.device != MUTE:
+                        self.updates[command.device] = answer
+                        self.air.append(answer)
+                        self.old.append(answer)
+                case do.PullUpdate() if answer is not None:
                     if command.device in self.here:
-                        weights = str(command.weights["sha256"])
-                        self.air.append(on.UpdateStored(command.device, command.round, command.attempt, weights))
+                        self.air.append(answer)
                 case do.Acknowledge():
                     self.acknowledged.add((command.device, command.round, command.attempt, command.weights))
                     self.updates.pop(command.device, None)
@@ -92,26 +99,10 @@ class Weather(RuleBasedStateMachine):
                     held = self.updates.get(command.device)
                     if held is not None and (held.round, held.attempt) == (command.round, command.attempt):
                         del self.updates[command.device]
-                case do.Fold():
-                    part = command.contribution.part
-                    self.work.append(on.Folded(part.device, command.round, part.attempt))
-                case do.Close():
-                    self.closed[command.round] = command.contributions
-                    self.work.append(on.Closed(command.round, digest("model", command.contributions)))
-                case do.Evaluate():
-                    self.work.append(on.Evaluated(command.round, {}))
-                case do.Wake():
-                    self.wakes.append(command.at)
-
-    def offered(self, command: do.SendOffer) -> None:
-        if command.device not in self.here or command.device == MUTE:
-            return
-        ref = {"sha256": digest(command.device, command.round, command.offer["weights"]["sha256"])}
-        based = command.offer["weights"]["sha256"]
-        update = on.UpdateAnnounced(command.device, command.round, command.attempt, based, ref, 10, 2)
-        self.updates[command.device] = update
-        self.air.append(update)
-        self.old.append(update)
+                case _ if answer is not None:
+                    self.work.append(answer)
+            if isinstance(command, do.Close):
+                self.closed[command.round] = command.contributions
 
     # Weather.
 
@@ -195,11 +186,12 @@ class Weather(RuleBasedStateMachine):
     @precondition(lambda self: self.crashes < 2)
     def crash(self) -> None:
         self.crashes += 1
-        self.coordinator = coordinate(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
+        coordinator = coordinate(self.job, ARCHITECTURE, State.from_json(self.state.to_json()))
         self.work.clear()
         self.air.clear()
-        self.wakes.clear()
-        self.carry_out(self.coordinator.resume(self.now))
+        self.shell.wakes.clear()
+        self.shell.coordinator = coordinator
+        self.carry_out(coordinator.resume(self.now))
 
     # What always holds.
 
@@ -238,7 +230,7 @@ class Weather(RuleBasedStateMachine):
         """The sun comes out: with devices that stay, every round ends within its time."""
         if not hasattr(self, "job"):
             return
-        self.wakes.append(self.now)
+        self.shell.wakes.append(self.now)
         limit = self.now + (2 * self.job.rounds + 2) * (len(NAMES) + 1) * self.job.deadline_s
         for _ in range(20_000):
             if self.state.phase is Phase.FINISHED:
@@ -254,10 +246,10 @@ class Weather(RuleBasedStateMachine):
                 self.air += stuck
             else:
                 assert self.now < limit
-                due = [at for at in self.wakes if at > self.now]
+                due = [at for at in self.shell.wakes if at > self.now]
                 assert due, f"nobody will ever look again: {self.state.phase}"
                 self.now = min(due)
-                self.wakes = due[1:] if due[0] == self.now else [at for at in due if at != self.now]
+                self.shell.wakes = due[1:] if due[0] == self.now else [at for at in due if at != self.now]
                 self.feed(on.Ticked())
         assert self.state.phase is Phase.FINISHED
         assert [h["round"] for h in self.state.history] == list(range(1, self.job.rounds + 1))

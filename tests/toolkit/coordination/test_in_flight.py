@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.coordination import events as on
-from fedprune.jobs.state import State
 from support.fakes.timed_shell import Board, Timed, begun
 from support.fakes.tiny_job import JOB
 
@@ -56,21 +55,3 @@ def test_who_is_away_lets_the_others_go_first() -> None:
     assert "d02" not in [n for _, n, _ in shell.offered]
     shell.run()
     assert "d02" in shell.counted()[0]
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 4), st.lists(st.integers(1, 60), max_size=4))
-def test_crashes_change_nothing(in_flight: int, crashes: list[int]) -> None:
-    expected = shell_of(fleet(6), in_flight)
-    expected.run()
-    shell = shell_of(fleet(6), in_flight)
-    for steps in crashes:
-        for _ in range(steps):
-            if shell.state.phase.value != "finished":
-                shell.step()
-        assert State.from_json(shell.state.to_json()) == shell.state
-        shell.later.clear()
-        shell.crash()
-    shell.run()
-    assert [h["model"] for h in shell.state.history] == [h["model"] for h in expected.state.history]
-    assert shell.most <= in_flight

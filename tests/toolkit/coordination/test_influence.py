@@ -152,17 +152,13 @@ def test_boards_count_in_full_ten_rounds_after_their_moves_are_usual_again(
     assert not any(found.shares.values())
 
 
-def test_a_board_counts_for_a_multiple_of_the_median_at_most() -> None:
-    samples = {"a": 100, "b": 120, "c": 90, "d": 110, "boast": 10**15}
-    assert capped(samples, 4.0) == {**samples, "boast": 440}
-    assert capped(samples, 0.0) == samples
-    assert capped(samples, 0.0, 105) == {"a": 100, "b": 105, "c": 90, "d": 105, "boast": 105}
-
-
 @given(st.lists(st.integers(0, 40), min_size=3), st.floats(1, 5), st.integers(0, 100))
 def test_the_median_of_samples_limits_weights(samples: list[int], times: float, most: int) -> None:
     limit = math.ceil(times * max(1, statistics.median_low(samples)))
     assert weight_limit(samples, times, most) == limit_of(Counter(samples), times, most) == min(limit, most or limit)
+    names = dict(enumerate(samples))
+    assert capped(names, times, most) == {name: min(n, limit, most or limit) for name, n in names.items()}
+    assert capped(names, 0.0) == names
 
 
 def learning(rounds: int, last: float = 0.1) -> list[dict[str, float]]:

@@ -55,7 +55,7 @@ class Fleet(Shell):
 
     def run(self) -> None:
         self.arrive()
-        for _ in range(1000):
+        for _ in range(2000):
             if self.state.phase is Phase.FINISHED:
                 return
             if not self.inbox:
@@ -243,25 +243,12 @@ def test_no_coordinate_of_a_board_has_less_noise_than_it_is_credited(
         assert 1 <= credited <= fewest
 
 
-def rebirths(job: Job, times: int) -> Fleet:
-    """A fleet of which "b" never delivers, so that rounds start again for ever."""
-    fleet = Fleet(job, silent=tuple(toy.NAMES))
-    fleet.arrive()
-    for _ in range(times):
-        if fleet.state.phase is Phase.FINISHED:
-            break
-        if not fleet.inbox:
-            fleet.now = min(w for w in fleet.wakes if w > fleet.now)
-            fleet.inbox.append(on.Ticked())
-        fleet.feed(fleet.inbox.pop(0))
-    return fleet
-
-
 @pytest.mark.parametrize("kind", ["synchronous", "async"])
 def test_a_round_that_begins_again_and_again_overdraws_no_budget(kind: str) -> None:
     privacy = replace(LOCAL, epsilon_budget=4.0)
     schedule: dict[str, Any] = {} if kind == "synchronous" else {"schedule": {"kind": kind}}
-    fleet = rebirths(replace(toy.JOB, privacy=privacy, rounds=50, **schedule), 2000)
+    fleet = Fleet(replace(toy.JOB, privacy=privacy, rounds=50, **schedule), silent=tuple(toy.NAMES))
+    fleet.run()
     costs = [spent(d.releases) for d in fleet.state.devices.values()]
     assert all(epsilon(c, 1e-5) <= 4.0 < epsilon(c + 0.25, 1e-5) for c in costs)
     assert fleet.state.phase is Phase.FINISHED
