@@ -14,7 +14,7 @@ import pytest
 import fedprune_export as fx
 from fedprune.core import tensorfile
 from fedprune_export.bundles.conversion import with_weights
-from fedprune_server import Comparison, simulate
+from fedprune_server import simulate
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import digits_model, load_digits
 from fedprune_server.simulation.results.record import Record
@@ -74,6 +74,7 @@ def test_there_is_a_row_per_round_or_per_round_and_device(fleet: dict[str, Any],
 
     assert (tmp_path / "kept" / "metrics.json").is_file()
     assert run.record.title == "fedavg"
+    assert [row[0] for row in run.compare(run).table] == ["run", "fedavg", "fedavg"]
     assert run.plot().save(tmp_path / "page.html").read_text().startswith("<!doctype html>")
     rounds, devices = pd.DataFrame(run.rows()), run.rows(devices=True)
     assert rounds["round"].to_list() == [1, 2]
@@ -160,13 +161,3 @@ def test_ranks_of_an_earlier_fleet_go_where_the_model_is_trained_otherwise(
 
     assert further.model.ranks is None
     assert fx.load(further.save_pretrained(tmp_path)).ranks is None
-
-
-def test_runs_are_compared_in_one_table(fleet: dict[str, Any]) -> None:
-    run = simulate(fleet, title="mine")
-    compared = run.compare(run, run)
-
-    assert isinstance(compared, Comparison)
-    assert [row[0] for row in compared.table] == ["run", "mine", "mine", "mine"]
-    assert str(run) == str(run.compare())
-    assert str(run).endswith("|\n\nFigures of accuracy in the table are means over the last 2 rounds.")

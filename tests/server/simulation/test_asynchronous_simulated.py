@@ -160,6 +160,8 @@ def test_pr_fl_is_a_masked_mean_of_everybodys_last_update(run: Build) -> None:
     stale = [c.round - p.basis.round for c in found.closes for p in c.contributions]
     assert max(stale) >= 2
     masked = [p for c in found.closes for p in c.contributions if p.mask is not None]
+    kinds = {t.name: t.kind for t in found.simulation.model.architecture.tensors}
+    assert {kinds[n] for p in masked for n in found.tensors(p.mask or "")} == {TensorKind.WEIGHT}
     assert masked, "times have made somebody's model sparser"
     assert {p.part.widths for p in masked} == {found.simulation.model.architecture.sizes}
 
@@ -174,15 +176,6 @@ def test_pr_fl_with_channels_narrows_slow_boards_and_widens_them_again(run: Buil
     for _, part in parts:
         assert (part.widths == found.simulation.model.architecture.sizes) == (part.density == 1.0)
     assert not any(p.mask for c in found.closes for p in c.contributions)
-
-
-def test_no_batch_norm_statistic_is_masked(run: Build) -> None:
-    found = run("pr-fl", rounds=4, options=PR_FL)
-    kinds = {t.name: t.kind for t in found.simulation.model.architecture.tensors}
-    for close in found.closes:
-        for part in close.contributions:
-            if part.mask is not None:
-                assert {kinds[n] for n in found.tensors(part.mask)} <= {TensorKind.WEIGHT}
 
 
 # Several rounds are under way at a time.

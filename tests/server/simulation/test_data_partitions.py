@@ -245,9 +245,6 @@ def test_the_table_is_read(tmp_path):
         ({"sauce": 1}, "sauce: unknown key"),
         ({"source": ""}, "source"),
         ({"partition": "fair"}, "partition: expected iid or dirichlet"),
-        ({"devices": 0}, "devices"),
-        ({"alpha": float("nan")}, "alpha"),
-        ({"pooled": 1}, "pooled"),
         ({"size": [8]}, "size"),
     ],
 )
@@ -261,8 +258,3 @@ def test_too_few_samples_come_with_how_many_are_needed():
         plan(devices=8, most=5).deal(pictures())
     with pytest.raises(DataError, match=r"8 devices: expected at least 8, got 5"):
         plan(devices=8, most=5, partition="iid").deal(pictures())
-
-
-def test_owners_need_owners():
-    with pytest.raises(DataError, match="owners"):
-        plan(partition="owners", devices=0).deal(pictures())

@@ -14,7 +14,7 @@ import pytest
 import fedprune_export as fx
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError, DataError
+from fedprune.core.errors import DataError
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
@@ -95,12 +95,6 @@ def test_samples_of_different_lengths_train_to_the_same_bits(store, offer, tmp_p
     assert virtual.samples == data.samples
 
 
-def test_weights_that_a_board_refuses_are_refused(store, offer, tmp_path):
-    offer["weights"] = store.put(tensorfile.encode(WEIGHTS, {"made": "elsewhere" * 9})).to_dict()
-    with pytest.raises(BundleError, match="canonical"):
-        DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
-
-
 def test_data_that_a_board_refuses_is_refused(store, offer, tmp_path):
     offer["classes"] = 2
     with pytest.raises(DataError):
@@ -108,7 +102,6 @@ def test_data_that_a_board_refuses_is_refused(store, offer, tmp_path):
 
 
 KEEPING = {
-    "average": Recipe(batch_size=16, average=0.8),
     "calibrated": Recipe(batch_size=16, average=0.8, calibrate=True, patience=2, epochs=3),
     "validated blend": Recipe(batch_size=16, average=0.8, blend=0.9, validate_blend=True),
     "personal": Recipe(batch_size=16, personal=("w2", "b2", "mean", "var")),

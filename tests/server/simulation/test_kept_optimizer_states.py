@@ -116,17 +116,3 @@ def test_states_stay_with_their_channels(
 @pytest.mark.soak
 def test_a_killed_run_continues_with_the_states(build: Callable[..., Simulation]) -> None:
     assert_resumes(build, 4, **FLEETS["other widths"], same_blobs=False)
-
-
-def test_a_kept_state_changes_what_is_trained(build: Callable[..., Simulation]) -> None:
-    kept = build("kept", density=0.5)
-    kept.run()
-    plain = digits_simulation(
-        kept.store.root.parent.parent / "plain",
-        rounds=4,
-        recipe=Recipe.from_dict({**ADAM.to_dict(), "keep_optimizer_state": False}),
-        density=0.5,
-    )
-    plain.run()
-    assert kept.state.model != plain.state.model
-    assert not plain._run.boards

@@ -59,7 +59,3 @@ def test_the_second_strategy_of_the_page_learns_too(tmp_path: Path, monkeypatch:
     assert all(device.past is not None for device in state.devices.values())
     bare = simulated(tmp_path / "plain", "plain").state
     assert state.model != bare.model
-
-
-def test_the_page_shows_the_very_file() -> None:
-    assert blocks()[0] == (ASSETS / "my_strategy.py").read_text()

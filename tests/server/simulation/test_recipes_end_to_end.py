@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import PlanError
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
-from fedprune_server.simulation.results.report import closing_text, run_document
+from fedprune_server.simulation.results.report import run_document
 from fedprune_server.simulation.results.tables import final_figures
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, boards, digits, digits_net, digits_simulation
@@ -74,9 +73,7 @@ def test_where_numbers_are_predicted_all_numbers_are_losses(tmp_path: Path, loss
     assert record.measure == "loss"
     assert record.last.local == {n: p["metrics"]["loss_after"] for n, p in entry["devices"].items()}
     assert record.final() == pytest.approx((np.mean(list(record.last.local.values())), entry["metrics"]["loss"]))
-    text = run_document(record, record).to_markdown()
-    assert "accurac" not in text.lower()
-    assert "PASS: mean local and global loss at most 5% above numbers" in closing_text(record, record)
+    assert "accurac" not in run_document(record, record).to_markdown().lower()
     figures = final_figures(record)
     assert figures["global_loss"] == pytest.approx(np.mean([e["metrics"]["loss"] for e in run.state.history]))
     assert "local_loss" in figures
@@ -104,11 +101,3 @@ def test_frozen_tensors_of_the_global_model_keep_their_bits(tmp_path: Path) -> N
     after = tensorfile.decode(run.store.read(run.state.model))
     for name, value in model.tensors.items():
         assert (after[name].tobytes() == value.tobytes()) == (not name.startswith(last)), name
-
-
-def test_devices_whose_labels_do_not_fit_refuse_with_a_reason(tmp_path: Path) -> None:
-    run = simulation(tmp_path, {"loss": "mse"})
-    for device in run._devices.values():
-        object.__setattr__(device, "data", digits(NAMES).devices[device.name])
-    with pytest.raises(PlanError, match=r"mse: expected numbers \[n, 10\]"):
-        run.run()

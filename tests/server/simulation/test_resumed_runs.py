@@ -300,19 +300,6 @@ def test_a_run_does_not_go_on_with_other_code(
         simulate(replace(own), tmp_path / "run")
 
 
-@pytest.mark.parametrize("change", [{"densities": (0.25,)}, {"every": 2}, None])
-def test_what_is_measured_belongs_to_a_run(
-    experiment: Experiment, tmp_path: Path, change: dict[str, object] | None
-) -> None:
-    first = replace(experiment, measure=Measure(DATA.x, DATA.y))
-    with pytest.raises(KillError):
-        simulate(first, tmp_path, killed_after(FIRST_ROUND))
-    other = None if change is None else Measure(DATA.x, DATA.y, **change)  # type: ignore[arg-type]
-    with pytest.raises(StorageError, match="measure"):
-        simulate(replace(first, measure=other), tmp_path)
-    assert all(row.measured for row in simulate(first, tmp_path).rounds)
-
-
 def slow_fleet(experiment: Experiment, windows: bool) -> Experiment:
     """Every second device misses its deadline again and again, while a window is open for long."""
     devices = boards(("a", "b", "c", "d"), "raspberry-pi-zero-2w")

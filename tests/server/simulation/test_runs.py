@@ -134,10 +134,7 @@ def test_a_sweep_simulates_every_variant(fleet: Path, capsys: pytest.CaptureFixt
     ("tables", "said"),
     [
         ('job = { strateg = "heterofl" }', "job.strateg: unknown key"),
-        ('job = { strategy = "heterofll" }', "heterofll"),
         ("job = { recipe = { lr = -1 } }", "job.recipe.lr"),
-        ("weather = { wind = 1 }", "weather.wind: unknown key"),
-        ('data = { source = "x.npz", alpha = 0 }', "data.alpha"),
         ("jobs = { rounds = 1 }", "jobs: unknown table"),
     ],
 )
@@ -157,7 +154,6 @@ def test_a_variant_s_mistake_is_named_before_the_first_run(
     ("old", "new", "what"),
     [
         ('config = "fleet.toml"', 'config = "none.toml"', "config"),
-        ("seeds = [3, 4]", "seeds = []", "seeds"),
         ("seeds = [3, 4]", "sseds = [1]", "sseds"),
         ("seeds = [3]", "seeds = 3", r"\[\[runs\]\] long: seeds"),
         ('name = "quarter"', 'name = "long"', "sweep.toml.*'long-3' twice"),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedprune.model.recipe import Recipe
 from fedprune_server.simulation.fleet.virtual_device import with_link
-from fedprune_server.simulation.network_model import PR_FL, PR_FL_LINKS, Availability, Weather, transfer
+from fedprune_server.simulation.network_model import Availability, Weather, transfer
 from support.fakes.digits_simulation import boards, digits_simulation, noting
 
 DEVICES = [f"d{i}" for i in range(400)]
@@ -32,21 +32,6 @@ def test_a_factor_is_keyed_by_seed_round_device_and_way():
     assert weather.link(1, 2, "d", "up") == one
     others = [weather.link(2, 2, "d", "up"), weather.link(1, 3, "d", "up"), weather.link(1, 2, "e", "up")]
     assert len({one, *others, weather.link(1, 2, "d", "down"), weather.compute(1, 2, "d")}) == 6
-
-
-def test_a_device_s_own_factor_stays_for_the_whole_run():
-    weather = Weather(links_spread=0.5, compute_spread=0.5)
-    assert len({weather.link(3, r, "d", way) for r in range(9) for way in ("down", "up")}) == 1
-    assert len({weather.compute(3, 1, d) for d in DEVICES}) == len(DEVICES)
-
-
-def test_pr_fl_s_server_and_links_are_the_paper_s():
-    assert PR_FL_LINKS[0] == (20.0, 5.0)
-    assert PR_FL_LINKS[-1] == (1.5, 0.4)
-    assert len(PR_FL_LINKS) == 10
-    rates = [PR_FL.server(0, r, "down") for r in range(300)]
-    assert np.mean(rates) == pytest.approx(10e6 * math.exp(0.005), rel=0.01)
-    assert PR_FL.server(0, 1, "up") > 4 * PR_FL.server(0, 1, "down")
 
 
 @given(

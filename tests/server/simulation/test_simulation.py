@@ -243,11 +243,6 @@ def test_data_that_the_model_cannot_take_is_refused_and_named(build):
     assert row["metrics"] == {}
 
 
-def test_what_all_devices_refuse_ends_with_their_reason(build):
-    with pytest.raises(PlanError, match="label"):
-        build(fleet=[with_wrong_labels(boards()[0])], rounds=1).run()
-
-
 def test_a_board_too_small_for_any_width_stops_the_simulation_with_its_reason(build):
     with pytest.raises(PlanError, match="breaks bytes"):
         build(rounds=1, density=0.0, byte_budget=1000).run()

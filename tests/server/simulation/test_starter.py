@@ -57,9 +57,7 @@ def test_it_is_simulated_with_its_own_strategy_at_widths_that_its_links_carry(
 @pytest.mark.parametrize(
     ("boards", "what"),
     [
-        ("attic", "NAME=PROFILE:BYTES, got 'attic'"),
         ("attic=raspberry-pi-5:much", "expected bytes"),
-        ("attic=rapsberry-pi-5", "raspberry-pi-5"),
         ("server=raspberry-pi-5", "other than server and calibration"),
         ("../attic=raspberry-pi-5", "a name of 1 to 64"),
         ("a=raspberry-pi-5,a=raspberry-pi-5", "different names"),

@@ -271,15 +271,6 @@ def test_files_that_cannot_be_written_leave_no_tracker_open(
     assert "can't write the run's files: ValueError: no such array" in caplog.text
 
 
-def test_a_damaged_note_begins_a_new_run(fleet: dict[str, Any], shown: FakeTool) -> None:
-    simulate(fleet, folder="out", rounds=1, track="mlflow")
-    Path("out/run", tracking.FILE).write_text(json.dumps({"mlflow": {"name": 5}}))
-
-    simulate(fleet, folder="out", rounds=1, track="mlflow")
-
-    assert [[number for number, _ in run.rounds] for run in shown.runs.values()] == [[1], [1]]
-
-
 OTHERS_WARNINGS = pytest.mark.filterwarnings("ignore::Warning")
 """What a library warns of within itself is its own business."""
 
