@@ -138,26 +138,17 @@ def test_a_trained_model_is_cut_as_its_fleet_cut_it(
     assert reports[None].scorer == ("the fleet that trained the model" if kept else "magnitude")
 
 
-def test_a_model_that_brings_ranks_is_trained_further_by_them(fleet: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("strategy", "density", "stay"), [("fedprune", 1.0, True), ("fedrolex", 0.5, False)])
+def test_ranks_of_an_earlier_fleet_stay_where_the_model_is_trained_by_them(
+    fleet: dict[str, Any], strategy: str, density: float, stay: bool, tmp_path: Path
+) -> None:
     first = simulate(fleet, rounds=1, strategy="fedavg").model
     assert first.ranks is None
     backwards = tuple(np.arange(n)[::-1] for n in first.architecture.sizes)
-
-    further = simulate(fleet, rounds=1, strategy="fedprune", model=with_weights(first, first.tensors, "", backwards))
-
-    assert further.model.ranks is not None
-    assert all(map(np.array_equal, further.model.ranks, backwards))
-
-
-@pytest.mark.parametrize("strategy", ["fedrolex", "fiarse"])
-def test_ranks_of_an_earlier_fleet_go_where_the_model_is_trained_otherwise(
-    fleet: dict[str, Any], strategy: str, tmp_path: Path
-) -> None:
-    first = simulate(fleet, rounds=1, strategy="fedavg").model
-    backwards = tuple(np.arange(n)[::-1] for n in first.architecture.sizes)
-    job = {**fleet["job"], "strategy": strategy, "density": 0.5}
+    job = {**fleet["job"], "strategy": strategy, "density": density}
 
     further = simulate({**fleet, "job": job}, rounds=1, model=with_weights(first, first.tensors, "", backwards))
 
-    assert further.model.ranks is None
-    assert fx.load(further.save_pretrained(tmp_path)).ranks is None
+    ranks = fx.load(further.save_pretrained(tmp_path)).ranks
+    assert (ranks is not None) == stay
+    assert ranks is None or all(map(np.array_equal, ranks, backwards))

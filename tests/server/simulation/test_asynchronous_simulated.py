@@ -213,12 +213,3 @@ def test_devices_work_on_several_rounds_at_a_time(scheduled: Simulate) -> None:
     stale = [d["staleness"] for row in history for d in row["devices"].values()]
     assert max(stale) > 1
     assert len({row["model"] for row in history}) == 12
-
-
-def test_fast_devices_do_not_wait_for_slow_ones(scheduled: Simulate) -> None:
-    simulation = scheduled(ONE_AT_A_TIME, weather=Weather(compute_spread=1.0), rounds=15)
-    counts: dict[str, int] = {}
-    for row in simulation.run():
-        for name, part in row["devices"].items():
-            counts[name] = counts.get(name, 0) + (part["progress"] == "folded")
-    assert max(counts.values()) > 2 * min(counts.get(k, 0) for k in FIVE)

@@ -117,22 +117,6 @@ def test_dirichlet_shares_follow_alpha():
         assert np.var(shares / 1000) == pytest.approx(expected, rel=0.15)
 
 
-@pytest.mark.parametrize(
-    "deal",
-    [
-        lambda rows, labels, seed: partition.iid(rows, 7, seed=seed),
-        lambda rows, labels, seed: partition.dirichlet(rows, labels, 7, alpha=0.3, seed=seed),
-        lambda rows, labels, seed: partition.pathological(rows, labels, 7, classes=3, seed=seed),
-        lambda rows, labels, seed: partition.by_owner(rows, labels, 4, seed=seed),
-    ],
-)
-def test_the_seed_decides(deal):
-    labels = shuffled([50] * 8)
-    same, again, other = ([h.tolist() for h in deal(np.arange(400), labels, seed)] for seed in (1, 1, 2))
-    assert same == again
-    assert same != other
-
-
 @given(st.integers(4, 200), st.floats(0, 0.5), st.floats(0, 0.4))
 def test_splits_are_disjoint_and_complete(n, test, validation):
     rows = np.arange(n) * 3

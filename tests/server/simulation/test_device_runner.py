@@ -61,17 +61,6 @@ def offer(store):
     }
 
 
-def test_it_gives_what_a_board_gives(store, offer, tmp_path):
-    virtual = DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 4)
-    slots = ModelSlots(tmp_path / "serving")
-    slots.prepare()
-    real = RoundRunner("d", store, slots, DEVICE.data).make(Offer("job", 4, 1, **offer), download_seconds=1.0).update
-    assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
-    assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
-    assert set(real.metrics) >= MEASURED
-    assert {"accuracy_before", "accuracy_after", "loss_last"} <= set(virtual.metrics)
-
-
 @pytest.mark.torch
 def test_samples_of_different_lengths_train_to_the_same_bits(store, offer, tmp_path):
     from support.nets.pooled import Pooled
@@ -93,12 +82,6 @@ def test_samples_of_different_lengths_train_to_the_same_bits(store, offer, tmp_p
     assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
     assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
     assert virtual.samples == data.samples
-
-
-def test_data_that_a_board_refuses_is_refused(store, offer, tmp_path):
-    offer["classes"] = 2
-    with pytest.raises(DataError):
-        DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
 
 
 KEEPING = {
@@ -155,17 +138,6 @@ def test_weights_that_a_board_can_decode_come_encoded():
     assert pulls(coded, [64 * "e"]) == {**whole, 64 * "a": 7}
     assert pulls({**offer, "coded": ref("d", 7)}, ()) == {**whole, 64 * "a": 7}  # the difference to 0
     assert pulls({**offer, "moved": ref("f", 3)}, ()) == {**whole, 64 * "f": 3}
-
-
-def test_training_at_narrower_widths_takes_less_virtual_time():
-    architecture = digits_net().architecture
-    widths, recipe = architecture.sizes, Recipe(epochs=4, batch_size=10)
-    narrow = replace(recipe, ordered_dropout=(0.5, 0.25))
-
-    alone = [DEVICE.train_s(architecture, widths_at(architecture, d), recipe) for d in (1.0, 0.5, 0.25)]
-
-    assert DEVICE.train_s(architecture, widths, narrow) == pytest.approx(sum(alone) / 3)
-    assert sum(alone) / 3 < 0.8 * alone[0]
 
 
 # Several processes.

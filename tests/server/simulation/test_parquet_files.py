@@ -13,11 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError
-from fedprune_server import simulate
 from fedprune_server.simulation.datasets import parquet_files
 from fedprune_server.simulation.datasets.federation import DataPlan
 from fedprune_server.simulation.datasets.source import read_samples
-from fedprune_server.simulation.digits import digits_model, load_digits
 from support.nets import drawn_models  # noqa: F401 - its settings of Hypothesis
 
 ROWS = 12
@@ -158,24 +156,3 @@ def test_damage_is_an_error_or_does_not_matter(written: Path, data: st.DataObjec
         assert str(path) in str(error)  # noqa: PT017
     finally:
         path.unlink()
-
-
-def test_a_fleet_trains_on_a_parquet_file(library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same run as with the same arrays in a `.npz` file."""
-    monkeypatch.chdir(tmp_path)
-    x, y = (part[:300] for part in load_digits())
-    features = library.Features({"digit": library.Array3D(x.shape[1:], "float32"), "label": library.Value("int64")})
-    library.Dataset.from_dict({"digit": x, "label": y}, features=features).to_parquet("digits.parquet")
-    np.savez("digits.npz", x=x, y=y)
-    Path("model.onnx").write_bytes(digits_model())
-
-    def run(**data: Any) -> list[float | None]:
-        fleet: dict[str, Any] = {
-            "job": {"rounds": 1, "recipe": {"lr": 0.05, "max_steps": 4}},
-            "model": {"path": "model.onnx"},
-            "data": {"server": 0.2, **data},
-            "devices": [{"name": "pi", "count": 2, "profile": "raspberry-pi-4b"}],
-        }
-        return [row.loss for row in simulate(fleet).record.rounds]
-
-    assert run(source="digits.parquet", x="digit") == run(source="digits.npz")

@@ -85,18 +85,6 @@ def private(*epsilons, delta=1e-5, **settings):
     return replace(run, job=job, rounds=tuple(rows))
 
 
-def test_the_privacy_cost_of_a_run_is_that_of_its_last_round_and_no_share():
-    run = private(40.0, 50.0, 58.775)
-    figures = final_figures(run)
-    assert (figures["epsilon"], figures["delta"]) == (58.775, 1e-5)
-    assert "epsilon_next" not in figures
-    head, row, other = final_rows([run, record("open")])
-    assert dict(zip(head, row, strict=True))["epsilon"] == "58.8"
-    assert dict(zip(head, row, strict=True))["delta"] == "1e-05"
-    assert dict(zip(head, other, strict=True))["epsilon"] == "–"
-    assert "58.77" in html.unescape(charts.curves([run]))
-
-
 def rich():
     """A run in whose report every part has something to say."""
     zero, orin = record().devices

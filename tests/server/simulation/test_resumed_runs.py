@@ -85,16 +85,6 @@ def test_what_boards_keep_is_as_old_as_the_state_that_a_killed_run_goes_back_to(
     assert all(row.local == row.own["accuracy_average"] for row in whole.record().rounds)  # what serves
 
 
-# At every push other tests here kill runs of one process, and `test_device_runner.py` trains in several.
-@pytest.mark.soak
-@pytest.mark.parametrize("deadline_s", [pytest.param(1e6, id="all in time"), pytest.param(0.15, id="some late")])
-def test_trainings_in_other_processes_give_the_same_run_also_after_a_kill(build: Build, deadline_s: float) -> None:
-    asked: dict[str, Any] = {"deadline_s": deadline_s, "devices": 2, "pace": OFTEN}
-    alone = build("alone", **asked)
-    whole = assert_resumes(build, 2, workers=2, **asked)
-    assert whole.state.history == alone.run()
-
-
 SCHEDULES: dict[str, dict[str, Any]] = {
     "one at a time": {"arrivals": 1, "mixing": "damped", "rate": 0.5, "staleness": {"decay": "polynomial", "a": 0.5}},
     "buffered": {"arrivals": 3},

@@ -108,15 +108,6 @@ def test_a_finished_run_with_more_rounds_is_the_run_that_had_them_from_the_start
     assert set(extended.store.names()) == set(whole.store.names())
 
 
-def test_helpers_make_what_is_each_devices_own(build):
-    assert [build(s, strategy=s, workers=2)._helpers for s in ("plain", "fedprune", "fiarse", "subflot")] == [
-        1,
-        1,
-        1,
-        2,
-    ]
-
-
 @pytest.mark.parametrize("strategy", ["fedbuff", "own_rounds:compose"])
 def test_a_run_that_depends_on_its_rounds_is_not_extended(build, strategy, tmp_path, monkeypatch):
     (tmp_path / "own_rounds.py").write_text("from fedprune.strategies.methods.plain import plain as compose\n")
@@ -197,19 +188,6 @@ def test_drop_outs_cost_updates_but_not_the_run(build):
     assert len(history) == 4
     assert min(counted) >= 1
     assert sum(counted) < 12
-
-
-def test_the_virtual_clock_follows_link_and_board(build):
-    """One device: a round takes what the arithmetic of its profile says."""
-    zero = boards()[0]
-    simulation = build(fleet=[zero], rounds=1)
-    (row,) = simulation.run()
-    link, record = zero.profile.link, simulation.record().last
-    trained = zero.train_s(
-        simulation.model.architecture, tuple(row["devices"][zero.name]["widths"]), simulation.job.recipe
-    )
-    expected = record.down / link.down_bytes_s + trained + record.up / link.up_bytes_s + 2 * link.latency_s
-    assert simulation.clock == pytest.approx(expected)
 
 
 def test_bytes_are_the_blobs_that_travel(build):

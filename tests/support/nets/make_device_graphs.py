@@ -1,12 +1,12 @@
 """Writes the small graphs under `device/graphs/`: needs onnx, which the tests that read them don't.
 
 A linear classifier of 6 features and 3 classes, with its step written out by hand: `plain`, `full` (all loss
-terms and the proximal pull), `stats` (with a running mean that behaves as batch-norm statistics do), `inference`.
+terms and the proximal pull), `inference`.
 
 The others come from the compiler, of that classifier (`adamw`, `bce`, `bias`, `huber`, `mixup`), of one with a hidden
 normalised layer that can be narrowed (`narrow`, `still`, `kept`, `masked`, `threshold`, `scaled`; `hidden` and
 `hidden_half` predict, the latter with `hidden_half_int8` and `hidden_half_float16`, too), and of one that reads token
-ids (`tokens`, `tokens_mixup`).
+ids (`tokens`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FEATURES, CLASSES, HIDDEN, VOCABULARY = 6, 3, 8, 11
 FOLDER = GRAPHS
 
 
-def training(full: bool = False, stats: bool = False) -> Graph:
+def training(full: bool = False) -> Graph:
     g = Graph()
     f32, i64 = np.dtype(np.float32), np.dtype(np.int64)
     shapes = {"w": (CLASSES, FEATURES), "b": (CLASSES,)}
@@ -47,13 +47,6 @@ def training(full: bool = False, stats: bool = False) -> Graph:
             for n in (step_contract.LOGIT_OFFSET, step_contract.CLASS_MASK, step_contract.CLASS_WEIGHT)
         ]
     x = step_contract.X
-    if stats:
-        g.inputs.append(Port("mean", f32, (FEATURES,)))
-        batch = g.emit("ReduceMean", x, attrs={"axes": [0], "keepdims": 0})
-        kept = g.emit("Mul", "mean", g.scalar(0.9))
-        g.emit("Add", kept, g.emit("Mul", batch, g.scalar(0.1)), out=step_contract.following("mean"))
-        g.outputs.append(Port(step_contract.following("mean"), f32, (FEATURES,)))
-        x = g.emit("Sub", x, batch)
     z = g.emit("Gemm", x, "w", "b", attrs={"transB": 1}, out=step_contract.LOGITS)
     if full:
         z = g.emit("Mul", g.emit("Add", z, step_contract.LOGIT_OFFSET), step_contract.CLASS_MASK)
@@ -136,10 +129,8 @@ COMPILED = {
     "narrow": (hidden, Features(ordered_dropout=True, optimizer="adam", proximal=True)),
     "still": (hidden, Features(frozen=("w1", "gamma", "mean", "var"))),
     "tokens": (tokens, Features()),
-    "tokens_mixup": (tokens, Features(label_pairs=True)),
     "mixup": (linear, Features(label_pairs=True, accumulate=True, label_smoothing=True, class_weight=True)),
     "kept": (hidden, Features(axes=True)),
-    "masked_classes": (hidden, Features(class_mask=True)),
     "masked": (hidden, Features(element_mask=True, axes=True, gradients=True)),
     "threshold": (hidden, Features(threshold=True, axes=True)),
     "scaled": (hidden, Features(scale=True, axes=True, gradients=True)),
@@ -169,7 +160,7 @@ def inference() -> onnx.ModelProto:
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for name, graph in {"plain": training(), "full": training(full=True), "stats": training(stats=True)}.items():
+    for name, graph in {"plain": training(), "full": training(full=True)}.items():
         (FOLDER / f"{name}.onnx").write_bytes(graph.to_bytes())
     for name, (model, features) in COMPILED.items():
         (FOLDER / f"{name}.onnx").write_bytes(training_graph(model(), features).to_bytes())
