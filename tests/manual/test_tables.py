@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from benchmarks import harness, tables
+from benchmarks import tables
 
 PAGE = """Some text.
 
@@ -39,29 +36,3 @@ def test_a_table_shows_the_records_that_its_page_asks_for(tmp_path: Path) -> Non
     assert "| a | 1.2 | 0.50 | 50 |\n| a | 3.0 | – | – |\n\n<!-- end -->" in page
     assert "whatever" not in page
     assert tables.filled(page, tmp_path) == page
-
-
-def test_a_benchmark_continues_and_each_record_says_where_it_was_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, ran = tmp_path / "speed.json", list[str]()
-
-    def run(net: str, density: float) -> dict[str, Any]:
-        ran.append(net)
-        if net == "c" and ran.count("c") == 1:
-            raise KeyboardInterrupt
-        return {"ms": len(ran)}
-
-    def main(*options: str) -> list[harness.Record]:
-        monkeypatch.setattr("sys.argv", ["speed", "--out", str(out), *options])
-        cases = [{"net": net, "density": 0.5} for net in "abc"]
-        return harness.run_cases("speed", "Speed.", cases, run, "pytest", turns=3)
-
-    with pytest.raises(KeyboardInterrupt):
-        main()
-    assert [row["ms"] for row in main()] == [1, 2, 4]
-    assert ran == ["a", "b", "c", "c"]
-    body = json.loads(out.read_text())
-    assert body["turns"] == 3
-    assert body["rows"][0]["made"].keys() >= {"date", "cpu", "python", "fedprune", "code", "pytest"}
-    assert len(main("--anew", "--only", "net=b")) == 1

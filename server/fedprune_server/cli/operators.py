@@ -7,6 +7,7 @@ import getpass
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
@@ -84,7 +85,7 @@ def _give(arguments: argparse.Namespace) -> None:
                 number = orders.give(session, "terminal", {"order": arguments.command, "job": job}, _ANSWER_S)
             except RefusedError as error:
                 raise ConfigError(error.text) from error
-            answer = _answer(orders, number)
+            answer = answer_within(orders, number)
     if answer is not None and answer["state"] != "done":
         raise ConfigError(
             f"the server has taken the order, and has not answered it within {_ANSWER_S:.0f} s", hint=_TAKEN
@@ -96,12 +97,17 @@ def _give(arguments: argparse.Namespace) -> None:
     print(text)
 
 
-def _answer(orders: OrderService, number: int) -> dict[str, Any] | None:
+def answer_within(
+    orders: OrderService,
+    number: int,
+    now: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> dict[str, Any] | None:
     """The order once it is answered, or withdrawn because the server doesn't take it in time or the user interrupts."""
-    until = time.monotonic() + _ANSWER_S
+    until = now() + _ANSWER_S
     try:
-        while (found := orders.get(number)) is not None and found["state"] != "done" and time.monotonic() < until:
-            time.sleep(_LOOK_S)
+        while (found := orders.get(number)) is not None and found["state"] != "done" and now() < until:
+            sleep(_LOOK_S)
     except KeyboardInterrupt as error:
         try:
             found = _withdrawn(orders, number)

@@ -19,6 +19,7 @@ from fedprune_server.cli.main import main
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.storage.state_folder import folder_lock
+from support.faults.power_cuts import CutError, power
 
 Captured = pytest.CaptureFixture[str]
 
@@ -236,25 +237,6 @@ def test_what_makes_no_sense_is_one_clear_line(
     assert error.count("\n") == 1
 
 
-def test_an_identity_is_shown_as_json(state: str, tmp_path: Path, capsys: Captured) -> None:
-    def shown(*words: str) -> dict[str, Any]:
-        capsys.readouterr()
-        assert main([*words, "--json"]) == ExitCode.OK
-        found: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return found
-
-    made = shown("init", "--state", str(tmp_path / "other"), "--site", "north")
-    assert (made["site"], made["folder"]) == ("north", str(tmp_path / "other" / "identity"))
-    before = shown("identity", "--state", state)
-    with IdentityFolder(Path(state), read_only=True) as identity:
-        assert before["pin"] == identity.authority.pin.hex()
-        assert before["key"] == identity.key.verifying.hex
-    after = shown("identity", "replace", "--state", state)
-    assert after.keys() == before.keys()
-    assert {after[name] != before[name] for name in ("pin", "key")} == {True}
-    assert after["site"] == before["site"]
-
-
 def test_keys_and_authority_are_replaced_while_no_server_runs(state: str, tmp_path: Path, capsys: Captured) -> None:
     def shown(*words: str) -> str:
         capsys.readouterr()
@@ -277,24 +259,18 @@ def test_keys_and_authority_are_replaced_while_no_server_runs(state: str, tmp_pa
     assert asks(state, tmp_path / "3", "pi-1", Claim.parse(claimed(state, capsys)))[1] == "approved"
 
 
-def test_where_the_replacement_broke_off_another_one_completes_it(
-    state: str, monkeypatch: pytest.MonkeyPatch, capsys: Captured
-) -> None:
-    before = identity_of(state)
-    for broken in ("rename", "make"):
-        with monkeypatch.context() as patch, IdentityFolder(Path(state)) as identity:
-            patch.setattr(Path if broken == "rename" else IdentityFolder, broken, interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                identity.replace()
-    assert main(["init", "--state", state]) == ExitCode.OK  # as the error says, where there is no identity
-    between = identity_of(state)
-    assert main(["identity", "replace", "--state", state]) == ExitCode.OK
-    assert len({before, between, identity_of(state)}) == 3
-    assert not list(Path(state).glob("identity.*")), "a copy of the old keys was left"
-
-
-def interrupted(*_: object, **__: object) -> None:
-    raise KeyboardInterrupt
+def test_where_the_power_fails_while_an_identity_is_replaced_another_try_completes_it(state: str) -> None:
+    with power(0, "before") as supply, IdentityFolder(Path(state)) as identity:
+        identity.replace().close()
+    for at in range(1, len(supply.names) + 1, 2):
+        before = identity_of(state)
+        with suppress(CutError), power(at, "before"), IdentityFolder(Path(state)) as identity:
+            identity.replace().close()
+        if not (Path(state) / "identity" / "site").exists():
+            assert main(["init", "--state", state]) == ExitCode.OK  # as the error says, where there is no identity
+        assert main(["identity", "replace", "--state", state]) == ExitCode.OK
+        assert identity_of(state) != before
+        assert not list(Path(state).glob("identity.*")), "a copy of the old keys was left"
 
 
 def identity_of(state: str) -> tuple[str, str]:

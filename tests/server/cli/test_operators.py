@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +14,11 @@ pytest.importorskip("argon2", reason="the extra console is not installed")
 
 from fedprune.core.disk import locked
 from fedprune.core.errors import ExitCode
-from fedprune_server.cli import operators
 from fedprune_server.cli.main import main
+from fedprune_server.cli.operators import answer_within
 from fedprune_server.web.audit import Audit
+from fedprune_server.web.auth.accounts import Operator
+from fedprune_server.web.auth.sessions import Session
 from fedprune_server.web.database import FILE, ConsoleDatabase
 from fedprune_server.web.state import status
 from fedprune_server.web.state.order_queue import EXPIRED, WITHDRAWN, Answer, OrderQueue
@@ -23,20 +27,38 @@ from fedprune_server.web.state.status import FleetView, StatusWriter
 from fedprune_server.web.views.formatting import action_text
 from support.fakes.console_fleet import ConsoleFleet
 from support.fakes.recorded_job import play_job
+from support.waiting import until
 
 
-class Clock:
-    """A clock that passes the limit during the first sleep, which calls a function."""
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[ConsoleDatabase]:
+    """The console's database of a server that runs a job and takes orders."""
+    tmp_path.chmod(0o700)
+    with StatusWriter(tmp_path / status.FILE) as writer, ConsoleDatabase(tmp_path / FILE) as opened:
+        ConsoleFleet(2, 1).publish(writer)
+        yield opened
 
-    def __init__(self, sleeping: Callable[[], None]) -> None:
-        self._sleeping, self._now = sleeping, 0.0
 
-    def monotonic(self) -> float:
-        return self._now
+@pytest.fixture
+def orders(tmp_path: Path, database: ConsoleDatabase) -> Iterator[OrderService]:
+    with FleetView(tmp_path / status.FILE) as view:
+        yield OrderService(view, Audit(database), database)
 
-    def sleep(self, _seconds: float) -> None:
-        self._now = float("inf")
-        self._sleeping()
+
+def ordered(orders: OrderService, kind: str = "pause") -> int:
+    session = Session(Operator("ann", "operator", 0.0, 0.0), "", "")
+    return orders.give(session, "terminal", {"order": kind, "job": "trial"}, 30.0)
+
+
+def waited(orders: OrderService, number: int, while_it_sleeps: Callable[[], None]) -> dict[str, Any] | None:
+    """The answer to an order, on a clock that passes the limit during the first sleep."""
+    clock = [0.0]
+
+    def sleep(_seconds: float) -> None:
+        clock[0] = float("inf")
+        while_it_sleeps()
+
+    return answer_within(orders, number, lambda: clock[0], sleep)
 
 
 def interrupt() -> None:
@@ -74,86 +96,84 @@ def test_a_job_that_no_server_runs_is_not_paused(tmp_path: Path, capsys: pytest.
     assert f"no server runs on {state}" in capsys.readouterr().err
 
 
+def test_a_server_without_a_console_takes_no_orders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pause", "--state", str(tmp_path)]) == ExitCode.CONFIG
+    assert "console" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("kind", "said"), [("pause", "job trial is paused"), ("resume", "job trial goes on")])
 def test_a_job_is_paused_at_the_terminal_as_at_the_console(
-    tmp_path: Path, kind: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, database: ConsoleDatabase, kind: str, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tmp_path.chmod(0o700)
-    assert main([kind, "--state", str(tmp_path)]) == ExitCode.CONFIG
-    assert "no server that takes orders" in capsys.readouterr().err
-    with StatusWriter(tmp_path / status.FILE) as writer, ConsoleDatabase(tmp_path / FILE) as database:
-        ConsoleFleet(2, 1).publish(writer)
-        queue = OrderQueue(database)
-
-        def serve() -> None:
-            for order in queue.take(1):
-                assert (order.order, order.job) == (kind, "trial")
-                queue.answer(Answer(order.number, True, said))
+    def serve() -> None:
+        with ConsoleDatabase(tmp_path / FILE) as own:
+            queue = OrderQueue(own)
+            (order,) = until(lambda: queue.take(1))
+            assert (order.order, order.job) == (kind, "trial")
+            queue.answer(Answer(order.number, True, said))
             queue.flush()
 
-        monkeypatch.setattr(operators, "time", Clock(serve))
-        assert main([kind, "--state", str(tmp_path)]) == ExitCode.OK
-        assert capsys.readouterr().out == f"{said}\n"
-        (entry,) = Audit(database).page().items
-        assert (entry["address"], entry["action"], entry["outcome"]) == ("terminal", kind, f"done: {said}")
-        assert main([kind, "--job", "other", "--state", str(tmp_path)]) == ExitCode.CONFIG
-    assert "no job other: there is trial" in capsys.readouterr().err
+    server = threading.Thread(target=serve)
+    server.start()
+    assert main([kind, "--state", str(tmp_path)]) == ExitCode.OK
+    server.join()
+    assert capsys.readouterr().out == f"{said}\n"
+    (entry,) = Audit(database).page().items
+    assert (entry["address"], entry["action"], entry["outcome"]) == ("terminal", kind, f"done: {said}")
+    assert main([kind, "--job", "other", "--state", str(tmp_path)]) == ExitCode.CONFIG
+    assert "no job other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_an_order_that_the_server_does_not_take_in_time_is_withdrawn(
-    tmp_path: Path, interrupted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    database: ConsoleDatabase, orders: OrderService, interrupted: bool
 ) -> None:
-    tmp_path.chmod(0o700)
-    monkeypatch.setattr(operators, "time", Clock(interrupt if interrupted else lambda: None))
-    with StatusWriter(tmp_path / status.FILE) as writer, ConsoleDatabase(tmp_path / FILE) as database:
-        ConsoleFleet(2, 1).publish(writer)
-        code = main(["pause", "--state", str(tmp_path)])
-        assert code == (ExitCode.INTERRUPTED if interrupted else ExitCode.CONFIG)
-        assert WITHDRAWN in capsys.readouterr().err
-        assert OrderQueue(database).take(1) == []
-        (entry,) = Audit(database).page().items
-        assert (entry["action"], entry["outcome"]) == ("pause", WITHDRAWN)
+    number = ordered(orders)
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt, match=WITHDRAWN):
+            waited(orders, number, interrupt)
+    else:
+        answer = waited(orders, number, lambda: None)
+        assert answer is not None
+        assert answer["text"] == WITHDRAWN
+    assert OrderQueue(database).take(1) == []
+    (entry,) = Audit(database).page().items
+    assert (entry["action"], entry["outcome"]) == ("pause", WITHDRAWN)
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_an_order_that_the_server_has_taken_is_not_withdrawn(
-    tmp_path: Path, interrupted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    database: ConsoleDatabase, orders: OrderService, interrupted: bool
 ) -> None:
-    tmp_path.chmod(0o700)
-    with StatusWriter(tmp_path / status.FILE) as writer, ConsoleDatabase(tmp_path / FILE) as database:
-        ConsoleFleet(2, 1).publish(writer)
-        queue = OrderQueue(database)
+    queue, number = OrderQueue(database), ordered(orders)
 
-        def take() -> None:
-            assert len(queue.take(1)) == 1
-            if interrupted:
-                raise KeyboardInterrupt
+    def take() -> None:
+        assert len(queue.take(1)) == 1
+        if interrupted:
+            raise KeyboardInterrupt
 
-        monkeypatch.setattr(operators, "time", Clock(take))
-        code = main(["pause", "--state", str(tmp_path)])
-        assert code == (ExitCode.INTERRUPTED if interrupted else ExitCode.CONFIG)
-        said = capsys.readouterr().err
-        assert "the server has taken the order" in said
-        assert "It may still carry it out. See its log." in said
-        queue.answer(Answer(1, True, "job trial is paused"))
-        queue.flush()
-        (entry,) = Audit(database).page().items
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt, match="taken"):
+            waited(orders, number, take)
+    else:
+        answer = waited(orders, number, take)
+        assert answer is not None
+        assert answer["state"] != "done"
+    queue.answer(Answer(1, True, "job trial is paused"))
+    queue.flush()
+    (entry,) = Audit(database).page().items
     assert entry["outcome"] == "done: job trial is paused"
 
 
-def test_an_order_of_a_terminal_that_was_killed_expires(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tmp_path.chmod(0o700)
-    monkeypatch.setattr(operators, "_withdrawn", lambda *_: None)  # SIGKILL leaves no time for it
-    monkeypatch.setattr(operators, "time", Clock(lambda: None))
-    with StatusWriter(tmp_path / status.FILE) as writer, ConsoleDatabase(tmp_path / FILE) as database:
-        ConsoleFleet(2, 1).publish(writer)
-        main(["pause", "--state", str(tmp_path)])
-        (row,) = database.rows("SELECT at, until, state FROM orders")
-        assert (row["until"] - row["at"], row["state"]) == (pytest.approx(30.0), "waiting")
-        later = row["at"] + 31.0
-        assert OrderQueue(database, lambda: later).take(1) == []
-        with FleetView(tmp_path / status.FILE) as view:
-            OrderService(view, Audit(database), database, lambda: later + 60.0).expire()
-        (entry,) = Audit(database).page().items
+def test_an_order_of_a_terminal_that_was_killed_expires(
+    tmp_path: Path, database: ConsoleDatabase, orders: OrderService
+) -> None:
+    ordered(orders)
+    (row,) = database.rows("SELECT at, until, state FROM orders")
+    assert (row["until"] - row["at"], row["state"]) == (pytest.approx(30.0), "waiting")
+    later = row["at"] + 31.0
+    assert OrderQueue(database, lambda: later).take(1) == []
+    with FleetView(tmp_path / status.FILE) as view:
+        OrderService(view, Audit(database), database, lambda: later + 60.0).expire()
+    (entry,) = Audit(database).page().items
     assert (entry["action"], entry["outcome"]) == ("pause", EXPIRED)

@@ -73,7 +73,7 @@ def test_another_broker_leaves_the_old_ones_authority_behind(ran: ServerConfig) 
 def test_a_folder_of_profiles_that_has_gone_is_named_and_can_be_replaced(ran: ServerConfig, tmp_path: Path) -> None:
     state = keep(ran)
     (tmp_path / "profiles").rmdir()
-    with pytest.raises(ConfigError, match=r"profiles: expected a folder that exists"):
+    with pytest.raises(ConfigError, match="profiles"):
         again(state)
     assert again(state, "--profiles", str(tmp_path)).profiles == tmp_path
 

@@ -93,12 +93,6 @@ def test_balena_s_variables_become_the_program_s_command(tmp_path: Path) -> None
     assert build_parser().parse_args(words[2:]).claim == "-"
 
 
-def test_balena_s_start_names_the_variable_that_is_missing(tmp_path: Path) -> None:
-    code, (said,), _ = started(tmp_path, FEDPRUNE_BROKER="mqtts://fleet.example")
-    assert code != 0
-    assert "FEDPRUNE_PROFILE: is the hardware profile" in said
-
-
 def test_hadolint_finds_nothing() -> None:
     hadolint = shutil.which("hadolint", path=sysconfig.get_path("scripts")) or shutil.which("hadolint")
     if hadolint is None:

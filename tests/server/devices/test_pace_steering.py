@@ -131,12 +131,6 @@ def test_a_board_with_a_part_stays_and_leaves_when_it_is_done(
     assert len(fleet.here) <= (late if plan.meets else target)
 
 
-def test_the_time_is_drawn_by_a_key_and_no_order_of_boards_changes_it() -> None:
-    plan = Plan(10, Demand(1, STAY_S))
-    assert plan.away_s(1000, 5.0, 7, "a", 1) == plan.away_s(1000, 5.0, 7, "a", 1)
-    assert len({plan.away_s(1000, 5.0, 7, name, 1) for name in "abcdef"}) == 6
-
-
 def test_a_server_that_starts_counts_on_the_boards_it_knew() -> None:
     steering = PaceSteering(10, 0, [f"d{i}" for i in range(1000)], 0.0)
     steering.came("d1", 1.0, able=True)

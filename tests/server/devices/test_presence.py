@@ -111,12 +111,6 @@ def test_a_device_that_vanished_without_a_will_is_gone_within_a_quarter_of_an_ho
     assert len(hellos) == 1  # the one to everybody: who says that it is there is not asked
 
 
-def test_one_that_speaks_again_is_there_again(waiting: Fleet) -> None:
-    _, online, found = vanished(waiting, speaks_after=2000)
-    assert found
-    assert online == {"a": True, "b": True, "c": True}
-
-
 def test_a_board_whose_birth_got_lost_is_asked_for_it(waiting: Fleet) -> None:
     waiting.air.lost.append(waiting.air.devices["a"].topics.broadcast())
     _, online, _ = vanished(waiting)

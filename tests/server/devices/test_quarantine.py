@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ from fedprune_server.devices.quarantine import (
     read_rows,
 )
 from fedprune_server.messaging.rate_limit import RateLimitedLink
-from support.fakes.fleet import Fleet, larger
+from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
 
@@ -120,20 +119,6 @@ def test_each_time_is_twice_as_long_up_to_an_hour_and_is_forgiven_after_a_day(
     clock.now += FORGIVEN_S + 1
     heard(quarantine, "a", 10_000)
     assert quarantine.news() == Quarantined("a", "too many messages", FIRST_S)
-
-
-def test_a_device_that_goes_on_while_it_is_in_quarantine_stays_no_longer_for_it(
-    quarantine: Quarantine, clock: Clock
-) -> None:
-    heard(quarantine, "a", 10_000)
-    for _ in range(10):
-        clock.now += FIRST_S / 10
-        heard(quarantine, "a", 1000)
-        quarantine.bad("a")
-        quarantine.born("a")
-    assert isinstance(quarantine.news(), Quarantined)
-    assert quarantine.news() == Released("a")
-    assert heard(quarantine, "a", 10) == 10
 
 
 @given(
@@ -271,31 +256,6 @@ def test_a_flood_costs_its_sender_its_part_and_nobody_else(fleet: Fleet, caplog:
     assert caplog.text.count("quarantine for") < 5
 
 
-def test_a_device_whose_updates_no_board_makes_is_not_heard_until_its_time_is_over(
-    fleet: Fleet, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Updates that are too large: three of them, and it is left out for a minute; then it is asked to come back."""
-    caplog.set_level("INFO")
-    fleet.job = replace(JOB, devices=2, rounds=12, deadline_s=20)
-    device = fleet.air.devices["a"]
-    device.lie = larger
-    daemon = fleet.daemon()
-
-    def idle() -> None:
-        if not daemon.busy:
-            fleet.air.now += 0.5
-        if fleet.air.now > 400:
-            daemon.stop()
-
-    fleet.air.on_idle = idle
-    daemon.run()
-    state = daemon.first.state
-    assert "3 malformed updates in a row" in caplog.text
-    assert "the quarantine of device a has ended" in caplog.text
-    assert all("a" not in names for names in folded(state))
-    assert len(folded(state)) == 12
-
-
 def test_a_wire_is_guarded_before_anything_is_parsed(quarantine: Quarantine, fleet: Fleet) -> None:
     guarded = RateLimitedLink(fleet.air, quarantine)
     guarded.get()  # the connection is up
@@ -342,16 +302,4 @@ def test_what_happened_is_kept_for_status(tmp_path: Path, clock: Clock) -> None:
     clock.now += 100
     again = Quarantine(clock, tmp_path / FILE)
     again.save()
-    assert read_rows(tmp_path) == {}
-
-
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"[",
-        b'{"a": 1}',
-    ],
-)
-def test_a_damaged_file_says_nothing(tmp_path: Path, raw: bytes) -> None:
-    (tmp_path / FILE).write_bytes(raw)
     assert read_rows(tmp_path) == {}

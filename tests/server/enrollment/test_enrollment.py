@@ -128,17 +128,6 @@ def test_without_a_claim_the_operator_lets_a_board_in_that_knows_the_pin(
     assert join(server, tmp_path / "other", "--pin", "12-34") == ExitCode.USAGE
 
 
-def test_a_claim_file_is_there_and_holds_one_claim(server: Server, tmp_path: Path, capsys: Captured) -> None:
-    file = tmp_path / "claims"
-    assert join(server, tmp_path / "board", "--claim", str(file)) == ExitCode.IDENTITY
-    said = capsys.readouterr().err
-    assert "Check the path" in said
-    assert "Errno" not in said
-    file.write_text("".join(server.identity.claim(None, 3600).text + "\n" for _ in range(3)))
-    assert join(server, tmp_path / "board", "--claim", str(file)) == ExitCode.JOIN
-    assert "holds 3 claims" in capsys.readouterr().err
-
-
 def test_insecure_and_a_broker_of_a_fleet_with_an_identity_exclude_each_other(tmp_path: Path, capsys: Captured) -> None:
     words = ["--broker", "mqtts://127.0.0.1", "--device", "attic", "--state", str(tmp_path / "b"), "--data", "x.npz"]
     assert main(["run", *words, "--insecure"]) == ExitCode.CONFIG
@@ -248,20 +237,6 @@ def test_a_stranger_hears_no_password_whoever_asks(server: Server, tmp_path: Pat
     assert b"hunter2" not in stranger.heard
     assert b"fleet" not in stranger.heard
     assert bool(stranger.heard) == (who == "new")  # who knows an authority says nothing to others at all
-
-
-def test_away_from_its_broker_a_board_asks_for_a_certificate_once_a_day(server: Server, tmp_path: Path) -> None:
-    board = DeviceIdentity(tmp_path / "board", "lab", "attic")
-    enrol(board, [server.url], server.identity.claim(None, 3600), patience_s=30)
-    now = [0.0]
-    renewal = Renewal(board, [server.url], lambda: False, clock=lambda: now[0])
-    assert renewal.due()
-    renewal.renew(30)
-    now[0] = 23 * 3600.0
-    assert not renewal.due()
-    now[0] = 24 * 3600.0
-    assert renewal.due()
-    assert not Renewal(board, [server.url], lambda: True, clock=lambda: now[0]).due()
 
 
 def test_a_new_key_costs_the_old_identity_only_if_it_is_let_in(server: Server, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sqlite3
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,15 @@ from fedprune.wire.fleet_messages import APPROVED, REFUSED, WAITING, JoinAnswer,
 from fedprune.wire.messages import Hello, parse
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment import approval
-from fedprune_server.enrollment import store as identity_store
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
+from fedprune_server.enrollment.store import KEPT_ANSWERS, MAX_CERTIFICATES, MAX_NAMESAKES, MAX_WAITING
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.state_folder import FILE
+from fedprune_server.storage.storage import database_of
+from fedprune_server.storage.tables import MEMBERS
 from support.fakes.members import certified, serials_of
+from support.faults.power_cuts import CutError, power
 
 HOUR, DAY = 3600, 24 * 3600
 NOW = [float(BUILT + 30 * DAY)]
@@ -174,16 +178,6 @@ def test_every_claim_that_does_not_count_says_why(identity: IdentityFolder, tmp_
     assert answer(identity, bare(identity.claim(None, HOUR), site="other"))[1].startswith("this server's site is lab")
 
 
-def test_a_name_that_is_taken_leaves_the_claim_for_another(identity: IdentityFolder) -> None:
-    answer(identity, bare(identity.claim(None, HOUR)))
-    claim = identity.claim(None, HOUR)
-
-    status, reason = answer(identity, bare(claim))
-    assert (status, reason.startswith("another board is pi-1 already")) == (REFUSED, True)
-    assert answer(identity, bare(claim, "fedprune-server"))[0] == REFUSED
-    assert answer(identity, bare(claim, "pi-2"))[0] == APPROVED
-
-
 def test_a_certificate_is_renewed_with_a_new_key_by_who_is_let_in_alone(
     identity: IdentityFolder, ask: Ask, tmp_path: Path
 ) -> None:
@@ -204,12 +198,9 @@ def test_a_certificate_is_renewed_with_a_new_key_by_who_is_let_in_alone(
     assert answer(identity, bare(None))[0] == WAITING  # another key of that name has to wait
 
 
-def test_an_old_request_that_somebody_repeats_gets_no_second_certificate(
-    identity: IdentityFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(identity_store, "KEPT_ANSWERS", 1)
+def test_an_old_request_that_somebody_repeats_gets_no_second_certificate(identity: IdentityFolder) -> None:
     key = SigningKey.make()
-    requests = [bare(identity.claim(None, HOUR), key=key), *(bare(None, key=key) for _ in range(3))]
+    requests = [bare(identity.claim(None, HOUR), key=key), *(bare(None, key=key) for _ in range(KEPT_ANSWERS + 1))]
     first = [EnrollmentService(identity).answer(request) for request in requests]
     assert {given.status for given in first} == {APPROVED}
     before = len(serials_of(identity.path.parent, "pi-1"))
@@ -219,7 +210,7 @@ def test_an_old_request_that_somebody_repeats_gets_no_second_certificate(
     assert [(a.status, a.certificate) for a in again] == [(a.status, a.certificate) for a in first]
     assert len(serials_of(identity.path.parent, "pi-1")) == before
     NOW[0] += 2 * 365 * DAY  # they are over
-    assert {answer(identity, request)[0] for request in requests[:-1]} == {REFUSED}
+    assert {answer(identity, request)[0] for request in requests[:2]} == {REFUSED}
 
 
 def test_what_is_revoked_stays_out_and_can_be_replaced(identity: IdentityFolder, ask: Ask, tmp_path: Path) -> None:
@@ -291,19 +282,21 @@ def test_a_request_that_gets_no_certificate_uses_no_claim(identity: IdentityFold
     assert answer(identity, bare(claim, key=key))[0] == APPROVED
 
 
-def test_only_so_many_wait_and_an_approved_one_clears_its_name(
-    identity: IdentityFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(identity_store, "MAX_NAMESAKES", 2)
-    monkeypatch.setattr(identity_store, "MAX_WAITING", 3)
-    requests = [bare(None), bare(None), bare(None), bare(None, "pi-2"), bare(None, "pi-3")]
-    said = [answer(identity, request)[0] for request in requests]
-    assert said == [WAITING, WAITING, REFUSED, WAITING, REFUSED]
+def test_only_so_many_wait_and_an_approved_one_clears_its_name(identity: IdentityFolder) -> None:
+    for n in range(MAX_NAMESAKES):
+        identity.store.ask("pi-1", f"{n:064}", 1)
+    with pytest.raises(JoinError):
+        identity.store.ask("pi-1", "a" * 64, 1)
+    others = range(MAX_NAMESAKES, MAX_WAITING)
+    rows = [{"device": f"pi-{n}", "key": "a" * 64, "status": WAITING, "asked": 1} for n in others]
+    with database_of(identity.path.parent) as database, database.transaction() as connection:
+        connection.execute(MEMBERS.insert(), rows)
+    assert answer(identity, request := bare(None, "pi-2"))[0] == REFUSED
 
-    identity.store.approve("pi-1", requests[1].key, 0)
+    identity.store.approve("pi-1", f"{1:064}", 2)
 
-    assert [(d.device, d.status) for d in identity.store.devices()] == [("pi-1", APPROVED), ("pi-2", WAITING)]
-    assert answer(identity, requests[1])[0] == APPROVED
+    assert [d.status for d in identity.store.devices() if d.device == "pi-1"] == [APPROVED]
+    assert answer(identity, request)[0] == WAITING
 
 
 def test_what_is_no_request_or_was_changed_is_not_answered(identity: IdentityFolder) -> None:
@@ -322,22 +315,21 @@ def test_what_is_no_request_or_was_changed_is_not_answered(identity: IdentityFol
     assert identity.store.devices() == []
 
 
-def test_the_folder_is_made_once_completed_after_a_crash_and_closed_to_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patched:
-        patched.setattr(SigningKey, "save", lambda *_: (_ for _ in ()).throw(StorageError("power")))
-        with pytest.raises(StorageError, match="power"):
-            IdentityFolder.make(tmp_path, "lab")
-    with pytest.raises(IdentityError, match=r"has no identity\. Make one: `fedprune-server init"):
-        IdentityFolder(tmp_path)
-    with IdentityFolder.make(tmp_path, "lab") as made:
-        pin = made.authority.pin
-    with pytest.raises(IdentityError, match="has an identity already"):
-        IdentityFolder.make(tmp_path, "lab")
-    with IdentityFolder(tmp_path) as again:
-        assert (again.authority.pin, again.site) == (pin, "lab")
-    folder = tmp_path / "identity"
+def test_the_folder_is_made_once_completed_after_a_crash_and_closed_to_others(tmp_path: Path) -> None:
+    with power(0, "before") as supply:
+        IdentityFolder.make(tmp_path / "whole", "lab").close()
+    for at in range(1, len(supply.names) + 1):
+        state = tmp_path / str(at)
+        with pytest.raises(CutError), power(at, "before"):
+            IdentityFolder.make(state, "lab")
+        with suppress(IdentityError):  # where the power failed after the last file
+            IdentityFolder.make(state, "lab").close()
+        with pytest.raises(IdentityError), IdentityFolder.make(state, "lab"):
+            pass
+        with IdentityFolder(state) as again:
+            assert again.site == "lab"
+            again.context()
+    folder = state / "identity"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     secret = ("authority.key", "signing.key", "server.key")
     assert {stat.S_IMODE((folder / n).stat().st_mode) for n in secret} == {0o600}
@@ -366,13 +358,6 @@ def test_the_server_s_own_certificate_is_renewed_in_its_last_third(identity: Ide
     with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as again:
         again.context()  # key and certificate are a pair
         assert ends(again) == second + 800 * DAY
-
-
-def test_a_certificate_and_a_key_that_a_power_cut_parted_are_made_anew(identity: IdentityFolder) -> None:
-    save_tls_key(make_tls_key(), identity.path / "server.key")
-    identity.context()
-    (identity.path / "server.pem").unlink()
-    identity.context()
 
 
 def test_a_full_disk_keeps_the_server_s_old_certificate_in_use(
@@ -520,13 +505,11 @@ def test_a_revocation_broken_off_before_the_list_was_written_is_completed(
         assert again.authority.has_listed(again.store.revoked_certificates())
 
 
-def test_a_member_has_so_many_certificates_and_no_more(
-    identity: IdentityFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(identity_store, "MAX_CERTIFICATES", 3)
+def test_a_member_has_so_many_certificates_and_no_more(identity: IdentityFolder) -> None:
     key = SigningKey.make()
     assert answer(identity, bare(identity.claim(None, HOUR), key=key))[0] == APPROVED
-    assert [answer(identity, bare(None, key=key))[0] for _ in range(3)] == [APPROVED, APPROVED, REFUSED]
+    said = [answer(identity, bare(None, key=key))[0] for _ in range(MAX_CERTIFICATES)]
+    assert said == [APPROVED] * (MAX_CERTIFICATES - 1) + [REFUSED]
     NOW[0] += 2 * 365 * DAY  # they are over
     assert answer(identity, bare(None, key=key))[0] == APPROVED
 

@@ -127,21 +127,6 @@ def test_a_server_notices_what_another_machine_changes(
         assert listed(identity) == serials_of(first, "pi-1", url) != set()
 
 
-def test_a_command_that_has_nothing_new_changes_nothing(tmp_path: Path, postgres: Postgres) -> None:
-    url, state = postgres.database(), tmp_path / "first"
-    IdentityFolder.make(state, "lab").close()
-    with serving(state, url) as identity:
-        join(identity, "pi-1")
-        before = identity.store.version()
-        assert before
-        assert main(["devices", "--state", str(state), "--database", url]) == 0
-        with IdentityFolder(state, database=url) as command:
-            assert command.store.members().keys() == {"pi-1"}
-        assert identity.store.version() == before
-        join(identity, "pi-2")
-        assert identity.store.version() != before
-
-
 def test_a_server_that_lost_the_job_writes_nothing(tmp_path: Path, postgres: Postgres) -> None:
     url = postgres.database()
     IdentityFolder.make(tmp_path / "first", "lab").close()
@@ -164,7 +149,7 @@ def test_claims_in_another_database_are_not_lost_silently(tmp_path: Path, postgr
         identity.store.devices()
         StateFolder(state, url).close()
         identity.claim(None, 3600)
-    with pytest.raises(ConfigError, match=r"claims or members of .*first are in .*server\.db.*claim --database"):
+    with pytest.raises(ConfigError, match=r"first.*server\.db"):
         StateFolder(state, url)
     assert main(["init", "--state", str(tmp_path / "other"), "--database", url]) == 0
     assert main(["claim", "--state", str(tmp_path / "other")]) == 0

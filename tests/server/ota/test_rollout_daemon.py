@@ -14,7 +14,6 @@ from fedprune.releases.rollout import Rollout, RolloutPhase, RolloutPlan, Stage
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseOffer, ReleaseReport
 from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
-from fedprune.wire.queues import ConnectionDown
 from fedprune.wire.transfer import Pull
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.fleet import Air, Fleet, ToyDevice
@@ -120,31 +119,6 @@ def test_a_job_and_a_rollout_go_on_side_by_side(tmp_path: Path, release: Path) -
     state = fleet.storage.load()
     assert state is not None
     assert state.model == calm.model, "the job comes to the same bits"
-
-
-def test_a_daemon_without_its_broker_lets_no_deadline_pass(tmp_path: Path, release: Path) -> None:
-    fleet = UpdatedFleet(tmp_path, release, Stage(1.0))
-    fleet.air.publish = lambda topic, payload, qos=1: True  # type: ignore[method-assign]  # nobody hears anything
-    with RolloutStore(tmp_path) as store, RolloutStore(tmp_path) as seen:
-        daemon, lost = fleet.daemon(rollouts=store), False
-
-        def idle() -> None:
-            nonlocal lost
-            if daemon.busy:
-                time.sleep(0.0005)
-                return
-            if not lost and fleet.air.now > 10:
-                lost = True
-                fleet.air.inbox.append(ConnectionDown("a test"))
-            fleet.air.now += 0.5 if fleet.air.now < 20 else 600
-            if fleet.air.now > 4 * 3600:
-                daemon.stop()
-
-        fleet.air.on_idle = idle
-        daemon.run()
-        entry = seen.latest()
-        assert entry is not None
-        assert (entry.rollout.phase, entry.rollout.stage, entry.rollout.failures()) == (RolloutPhase.RUNNING, 0, {})
 
 
 def test_nobody_pulls_what_it_is_not_given(tmp_path: Path, release: Path) -> None:

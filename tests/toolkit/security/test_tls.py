@@ -149,9 +149,9 @@ def test_a_peer_without_a_certificate_is_refused() -> None:
 def test_missing_and_unfit_files_are_named(authority: Authority, tmp_path: Path) -> None:
     ca = authority.crl_path.parent / "authority.pem"
     save_tls_key(make_tls_key(), tmp_path / "other.key")
-    with pytest.raises(IdentityError, match="can't use the authority's certificate"):
+    with pytest.raises(IdentityError, match="none"):
         pinned_context(tmp_path / "none", None, None, lambda: 0)
-    with pytest.raises(IdentityError, match="can't use the certificate"):
+    with pytest.raises(IdentityError, match=r"other\.key"):
         pinned_context(ca, ca, tmp_path / "other.key", lambda: 0)
 
 
