@@ -142,12 +142,13 @@ def build_app(
         crashes = stack.enter_context(CrashStore(config.state))
         alerts = AlertBook(read_recorded(config.state).alerts)
         exports = [*_metrics(stack, config, folder, alerts), *_traces(stack, config)]
-        jobs = []
-        for own in (config, *further(config, options.jobs)):
+        jobs, configs = [], [config, *further(config, options.jobs)]
+        for own in configs:
             held = folder
             if own.state != config.state:
                 held = stack.enter_context(StateFolder(own.state, own.database, stopping=stopping))
-            jobs.append(_open(stack, own, held))
+            prefix = f"{own.job.name}: " if len(configs) > 1 else ""
+            jobs.append(_open(stack, own, held, prefix))
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
             log.info("embedded broker: %s on %s:%d", reached.broker.program, config.host, reached.broker.port)
@@ -168,7 +169,7 @@ def build_app(
         site = SiteLink(reached.wire, Topics(reached.site), reached.quarantine, config.max_packet)
         runners = [
             JobRunner(
-                job.runnable(beside_others=len(jobs) > 1),
+                job.runnable(),
                 site,
                 DeviceServices(blobs=services.blobs) if i else services,
                 profiles=profiles,
@@ -209,10 +210,8 @@ class _Job:
     opened: OpenJob
     worker: CommandExecutor
 
-    def runnable(self, *, beside_others: bool) -> RunnableJob:
+    def runnable(self) -> RunnableJob:
         opened, config = self.opened, self.config
-        if beside_others:
-            opened.worker.prefix = f"{opened.job.name}: "
         return RunnableJob(
             opened.job,
             opened.model.architecture,
@@ -224,7 +223,7 @@ class _Job:
             keep=config.keep,
             pulls=config.pulls,
             weight=config.weight,
-            beside_others=beside_others,
+            prefix=opened.worker.prefix,
         )
 
     def log_start(self) -> None:
@@ -271,8 +270,8 @@ class _NextSteps:
             )
 
 
-def _open(stack: ExitStack, config: ServerConfig, folder: StateFolder) -> _Job:
-    opened = folder.read_job(config)
+def _open(stack: ExitStack, config: ServerConfig, folder: StateFolder, prefix: str) -> _Job:
+    opened = folder.read_job(config, prefix)
     worker: CommandExecutor = stack.enter_context(helped(opened.worker, config.workers, config.workers_url))
     return _Job(config, folder, opened, worker)
 

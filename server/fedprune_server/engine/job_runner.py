@@ -82,7 +82,7 @@ class RunnableJob:
         keep: How many of the latest global models stay on the disk, beside the best; None for all.
         pulls: From how many devices updates are pulled at a time.
         weight: Its share of the devices in comparison with other jobs; 0 to pause it.
-        beside_others: Whether its server has further jobs.
+        prefix: Of lines about the job, where its server has several.
     """
 
     job: Job
@@ -95,7 +95,7 @@ class RunnableJob:
     keep: int = 3
     pulls: int = 4
     weight: float = 1.0
-    beside_others: bool = False
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class JobRunner:
             self._executor = BackgroundExecutor(job.worker)
         self.registry = DeviceRegistry(
             job.job, job.architecture, job.state, job.storage.traffic(), max_devices, job.storage.outsiders(),
-            site.clock, prefix=f"{job.job.name}: " if job.beside_others else "",
+            site.clock, prefix=job.prefix,
         )  # fmt: skip
         self._shipping = BucketSync(job.store)
         near, place = self._shipping.near, services.blobs.uploads(self._shipping)

@@ -118,8 +118,11 @@ class StateFolder(Closing):
     def close(self) -> None:
         self._open.close()
 
-    def read_job(self, config: ServerConfig) -> OpenJob:
+    def read_job(self, config: ServerConfig, prefix: str = "") -> OpenJob:
         """The job of this folder, begun if it is missing. A start that fails is not remembered: `keep` does that.
+
+        Args:
+            prefix: Of lines about the job, where the server has several.
 
         Raises:
             ConfigError: The configuration doesn't fit what the folder holds.
@@ -152,7 +155,7 @@ class StateFolder(Closing):
         }
         if known is None:
             self._keep_foreign(raw)
-        worker = Worker(config.job, model, self.store, evaluation, calibration)
+        worker = Worker(config.job, model, self.store, evaluation, calibration, prefix=prefix)
         _ = worker.accountant  # whatever it lacks is better known now
         if state is None:
             state = worker.begin()

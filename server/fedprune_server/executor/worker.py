@@ -59,6 +59,7 @@ class Worker:
         calibration: Samples on which every global model is distilled, if the strategy asks for it, and its batch-norm
             statistics are measured again; None for neither.
         unit: What devices train on that haven't measured it.
+        prefix: Of a line about a device's update, in one of several jobs.
 
     Raises:
         ConfigError: The job's strategy or its options are wrong, or the server's set is empty.
@@ -74,10 +75,9 @@ class Worker:
         calibration: npt.NDArray[np.float32] | None = None,
         *,
         unit: str = CPU,
+        prefix: str = "",
     ) -> None:
-        self.job = job
-        self.prefix = ""
-        """The prefix of a line about a device's update in one of several jobs."""
+        self.job, self.prefix = job, prefix
         self.model = model
         self.architecture = model.architecture
         self.strategy = compose(job)

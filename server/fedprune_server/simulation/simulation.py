@@ -151,8 +151,8 @@ class Simulation:
                 "codes round.",
             )
         unit = CUDA if experiment.cuda else CPU
-        worker = Worker(job, model, store, experiment.evaluation, experiment.calibration, unit=unit)
-        worker.prefix = f"{experiment.title}: "
+        prefix = f"{experiment.title}: "
+        worker = Worker(job, model, store, experiment.evaluation, experiment.calibration, unit=unit, prefix=prefix)
         _ = worker.accountant  # raises now rather than at the first round's end
         self._worker: Worker | DistributedWorker = worker
         # Where devices share their offers, these are so few that processes for them would take longer to start.

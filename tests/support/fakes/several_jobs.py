@@ -84,7 +84,7 @@ class SeveralJobs:
                 storage.save(state, (), 0.0)
             weight = self.weights.get(job.name, 1.0)
             made = RunnableJob(
-                job, ARCHITECTURE, state, storage, store, worker, keep=100, weight=weight, beside_others=True
+                job, ARCHITECTURE, state, storage, store, worker, keep=100, weight=weight, prefix=f"{job.name}: "
             )
             jobs.append((made, {"blobs": self.web, **({} if jobs else first)}))
         server = server_of(jobs, self.air, lambda: self.air.now)
