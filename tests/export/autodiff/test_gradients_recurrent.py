@@ -176,21 +176,6 @@ def test_one_output_alone(op: str, output: int) -> None:
     check([layer], lambda **leaves: oracle(**leaves)[output], data, {n: shapes[n] for n in data}, narrow={"h": 2})
 
 
-@pytest.mark.parametrize("op", GATES)
-@pytest.mark.parametrize("direction", ["reverse", "bidirectional"])
-def test_the_written_out_layer_is_onnxruntimes(op: str, direction: str) -> None:
-    case = {"direction": direction, "steps": 5, "inputs": 3, "hidden": 4, "bias": True, "states": True}
-    data = tensors(op, case)
-    attrs = {"direction": direction, "hidden_size": 4}
-    layer = Node(op, ["x", "w", "r", "b", "", "h", *(["c"] if op == "LSTM" else [])], ["y"], attrs, op)
-    graph = Graph(nodes=[layer])
-    graph.inputs = [Port(n, a.dtype, a.shape) for n, a in data.items()]
-    graph.outputs = [Port("y", np.dtype(np.float32), (None,) * 4)]
-    want = Session(graph.to_bytes()).run(data)["y"]
-    got = differentiated([layer], data, {n: a.shape for n, a in data.items()}, {}).run({**data, "dy": want})
-    np.testing.assert_allclose(got["result"], want, rtol=1e-5, atol=1e-6)
-
-
 def test_layers_on_top_of_each_other_share_no_names() -> None:
     case = {"direction": "forward", "steps": 4, "inputs": 3, "hidden": 3, "bias": False, "states": False}
     data = tensors("LSTM", case)

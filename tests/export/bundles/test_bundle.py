@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
-from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.runtime.bundle import MANIFEST, open_bundle
+from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.bundle_folder import write_bundle
 from fedprune.runtime.session import Session
 from fedprune_export.bundles.bundle import bundle_files
@@ -38,21 +36,6 @@ def half(lenet: Model) -> Selection:
 @pytest.fixture(scope="module")
 def files(lenet: Model, half: Selection) -> dict[str, bytes]:
     return bundle_files(lenet, half, Recipe())
-
-
-@pytest.mark.parametrize("mixup", [0.0, 0.25])
-def test_a_bundle_that_mixes_says_so_and_another_does_not(
-    lenet: Model, half: Selection, tmp_path: Path, mixup: float
-) -> None:
-    recipe = Recipe(mixup=mixup, average=0.5, blend=mixup)
-    bundle = write_bundle(tmp_path / "b", bundle_files(lenet, half, recipe), half, recipe, "raspberry-pi-5")
-    said = json.loads((tmp_path / "b" / MANIFEST).read_text())["recipe"]
-    inputs_of = set(Session(bundle.path("training.onnx"), training=True).inputs)
-    assert open_bundle(tmp_path / "b").recipe == recipe
-    assert (said["mixup"], said["blend"]) == (mixup, mixup)
-    assert inputs_of & {step_contract.Y_PARTNER, step_contract.Y_SHARE} == (
-        {step_contract.Y_PARTNER, step_contract.Y_SHARE} if mixup else set()
-    )
 
 
 def test_what_is_written_is_read_back(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:

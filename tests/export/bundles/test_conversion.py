@@ -50,15 +50,6 @@ def test_a_bundle_as_one_file_computes_the_same(bundle: Path, tmp_path: Path, op
     assert distance(logits(tmp_path / "out.onnx", X), logits(bundle / "inference.onnx", X)) < 1e-6
 
 
-@pytest.mark.parametrize("opset", [13, 23])
-def test_a_bundle_of_another_opset_can_be_written_at_any(digits: Path, tmp_path: Path, opset: int) -> None:
-    folder = exported(digits, tmp_path / "b", "--density", "0.4", "--opset", "20")
-    assert opset_of(folder / "inference.onnx") == 20
-    assert main(["to-onnx", str(folder), str(tmp_path / "out.onnx"), "--opset", str(opset)]) == ExitCode.OK
-    assert opset_of(tmp_path / "out.onnx") == opset
-    assert distance(logits(tmp_path / "out.onnx", X), logits(folder / "inference.onnx", X)) < 1e-6
-
-
 def test_what_was_written_can_be_imported_again(bundle: Path, tmp_path: Path) -> None:
     main(["to-onnx", str(bundle), str(tmp_path / "out.onnx")])
     again = import_onnx((tmp_path / "out.onnx").read_bytes(), "digits")

@@ -87,15 +87,6 @@ def test_the_planner_cuts_until_a_round_fits(lenet_file: Path, tmp_path: Path) -
     assert report["parity"]["max_relative_error"] < 1e-5
 
 
-def test_what_is_compressed_may_be_wider(lenet_file: Path, tmp_path: Path) -> None:
-    densities = []
-    for number, codec in enumerate(("none", "int8", "top-k:0.1")):
-        options = ("--bytes-per-round", "100000", "--compression", codec)
-        assert export(lenet_file, tmp_path / str(number), *options) == ExitCode.OK
-        densities.append(json.loads((tmp_path / str(number) / "report.json").read_text())["plan"]["density"])
-    assert densities[0] < densities[2] < densities[1]  # top-k codes updates alone
-
-
 def small_board(folder: Path, memory: int) -> Path:
     """The file of a board whose training may take that many bytes."""
     board = profile_store.find("raspberry-pi-5")
@@ -154,24 +145,6 @@ def test_what_can_not_be_exported_is_one_line(
     assert main([model or str(lenet_file), *given, "--out", str(tmp_path / "b"), *words]) == code
     assert said in one_line(capsys)
     assert not (tmp_path / "b").exists()
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "said"),
-    [
-        ("--density", "nan", "above 0 and at most 1, or auto, got 'nan'"),
-        ("--compression", "int9", "top-k:0.05, got 'int9'"),
-    ],
-)
-def test_a_strange_option_is_a_usage_error(
-    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, said: str
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        export(lenet_file, tmp_path / "b", option, value)
-    assert caught.value.code == ExitCode.USAGE
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert option in last
-    assert said in last
 
 
 def without(package: str, model: Path, out: Path) -> subprocess.CompletedProcess[str]:

@@ -31,10 +31,6 @@ def file(folder: Path, body: dict[str, Any]) -> str:
     return str(folder / "recipe.json")
 
 
-def test_without_flags_the_recipe_is_the_default() -> None:
-    assert recipe() == Recipe()
-
-
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

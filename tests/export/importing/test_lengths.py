@@ -69,22 +69,6 @@ class Tagger(nn.Module):
         return out
 
 
-class Listener(nn.Module):
-    """A CRNN for CTC with as many steps as the input is long."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.input_shape = {"sound": (3, f"{LEAST}:{MOST}")}
-        self.input_dtype = {"mask": "bool"}
-        self.first, self.gru = nn.Conv1d(3, 6, 3, padding=1), nn.GRU(6, 8, batch_first=True)
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, sound: Tensor, mask: Tensor) -> Tensor:
-        h = torch.where(mask.unsqueeze(1), self.first(sound), 0.0)
-        out: Tensor = self.head(self.gru(h.transpose(1, 2))[0]).transpose(1, 2)
-        return out
-
-
 class Plain(nn.Module):
     """Reads neither mask nor lengths."""
 

@@ -76,12 +76,12 @@ NETS: Mapping[str, Callable[[], nn.Module]] = {
     "resnet20": nets.resnet20_bn,
     "concat": nets.concat_net,
     "mobilenet": device_nets.mobilenet_v2,
-    "motion": device_nets.motion_net,
-    "transformer": device_nets.vision_transformer,
+    "waves": whole_models.MODELS["wave_net"].make,
+    "transformer": whole_models.MODELS["vision_transformer"].make,
     "layers": lambda: nets.seeded(Layers()),
     "lstm": lambda: Sequences().eval(),
 }
-ALONE = ("motion", "transformer")
+ALONE = ("waves", "transformer")
 """Networks that one test alone would export at a push."""
 
 BOUNDS = {"folded": 1e-5, "float16": 5e-3, "int8": 5e-2}

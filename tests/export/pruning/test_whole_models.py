@@ -24,11 +24,11 @@ pytestmark = pytest.mark.torch
 
 LARGE = ("resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224", "convnext_atto")
 LONG = (
-    "adapted_encoder", "alibi", "attention_unet", "auto_encoder", "box_distributions", "codebook",
-    "conformer", "crnn", "d_linear", "deep_lab", "encoder", "face_net", "fusion",
+    "adapted_encoder", "alibi", "attention_unet", "auto_encoder", "codebook",
+    "conformer", "crnn", "d_linear", "deep_lab", "encoder", "fusion",
     "group_norm_resnet", "inception", "llama", "lstm", "n_beats",
-    "patch_transformer", "pooled_video", "resnet20_bn", "seq2seq", "ssd",
-    "tcn", "twins", "two_towers", "unet", "vae", "vgg11_bn", "voxel_unet", "wave_net", "yolo",
+    "patch_transformer", "pooled_video", "resnet20_bn",
+    "tcn", "two_towers", "unet", "vgg11_bn", "wave_net", "yolo",
 )  # fmt: skip
 """Torch takes 3 to 13 seconds to export one, or another network or test has the same wiring."""
 

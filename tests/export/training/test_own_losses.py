@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 import fedprune_export as fx
-from fedprune.core.errors import ConfigError, DataError, ModelError
+from fedprune.core.errors import DataError, ModelError
 from fedprune.model import step_contract
 from fedprune.model.recipe import CUSTOM, Features, Recipe
 from fedprune.runtime.session import Session
@@ -171,8 +171,3 @@ def test_samples_do_not_say_how_right_embeddings_are(tmp_path: Any) -> None:
     np.savez(tmp_path / "data.npz", x=np.zeros((4, 6), np.float32), y=np.arange(4))
     with pytest.raises(DataError, match="leave --data"):
         measured(tmp_path / "data.npz", fx.load(Embedding(), loss=own_losses.triplet), Recipe(loss=CUSTOM))
-
-
-def test_labels_that_have_no_between_are_not_mixed() -> None:
-    with pytest.raises(ConfigError, match=r"recipe\.mixup: with loss"):
-        Recipe(loss=CUSTOM, mixup=0.2)

@@ -128,18 +128,6 @@ class ChannelSoftmax(Images):
 
 
 @hard(2)
-class OneHead(Tokens):
-    """One head: only its dims can be cut, those of q with k's, those of v alone."""
-
-    def build(self) -> None:
-        self.q, self.k, self.v = nn.Linear(12, 6), nn.Linear(12, 6), nn.Linear(12, 12)
-
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
-        weights = (self.q(x) @ self.k(x).transpose(1, 2) * 0.4).softmax(-1)
-        return x + weights @ self.v(x)
-
-
-@hard(2)
 class EinsumAttention(Tokens):
     """Attention in einsum, weights with an axis of heads of their own."""
 
@@ -329,17 +317,6 @@ class Maxout(Images):
 
 
 @hard(2)
-class StackedMax(Images):
-    """The larger of two layers, place by place."""
-
-    def build(self) -> None:
-        self.a, self.b = conv(8, 8), conv(8, 8)
-
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([self.a(x), self.b(x)]).amax(0)
-
-
-@hard(2)
 class GroupNorms(Images):
     """Norm groups of several channels."""
 
@@ -401,17 +378,6 @@ class WeightNormed(Images):
         return self.last(torch.relu(self.second(x)))
 
 
-@hard(2)
-class UnitLength(Images):
-    """Features of unit length over the channels."""
-
-    def build(self) -> None:
-        self.last = conv(8, 8)
-
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(functional.normalize(x, dim=1))
-
-
 # -- recurrent layers, tied and computed weights, less common operators -----------------------------------------------
 
 
@@ -440,21 +406,6 @@ class BilinearPair(Tokens):
 
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         return self.both(torch.relu(self.a(x)), torch.relu(self.b(x)))
-
-
-@hard(2)
-class SecondMoments(Images):
-    """Products of channels with channels, flattened: one of the two axes stays."""
-
-    head_channels = 24
-
-    def build(self) -> None:
-        self.a, self.b = conv(8, 6), conv(8, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.stem(x))
-        products = self.a(x).flatten(2) @ self.b(x).flatten(2).transpose(1, 2)
-        return self.head(products.flatten(1) / 64)
 
 
 @hard(2)

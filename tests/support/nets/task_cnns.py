@@ -70,50 +70,6 @@ class Yolo(nn.Module):
         return torch.cat([at, (size * 2) ** 2 * self.anchors * 2**scale, rest], 4).reshape(n, -1, 5 + self.kinds)
 
 
-class BoxDistributions(nn.Module):
-    """YOLOv8's boxes: each side a distribution over distances, whose mean a frozen convolution takes over the bins."""
-
-    input_shape, bins = (3, 16, 16), 6
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.box = block(3, 12, 3, 2), nn.Sequential(block(12, 16), nn.Conv2d(16, 4 * self.bins, 1))
-        self.kind = nn.Sequential(block(12, 12, 3, 1, 12), block(12, 10, 1), nn.Conv2d(10, 3, 1))
-        self.mean = nn.Conv2d(self.bins, 1, 1, bias=False).requires_grad_(False)
-        self.mean.weight.copy_(torch.arange(float(self.bins)).view(1, -1, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        sides = self.box(x).flatten(2).unflatten(1, (4, self.bins))
-        sides = self.mean(sides.transpose(1, 2).softmax(1)).flatten(1, 2)
-        return torch.cat([sides, self.kind(x).flatten(2)], 1)
-
-
-class Ssd(nn.Module):
-    """Boxes and classes from three depths; the first is normalised across channels, with a gain per channel."""
-
-    input_shape, kinds = (3, 24, 24), 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.a2 = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 16, 3, padding=1)
-        self.b, self.c = nn.Conv2d(16, 20, 3, padding=1), nn.Conv2d(20, 20, 3, padding=2, dilation=2)
-        self.more, self.more2 = nn.Conv2d(20, 8, 1), nn.Conv2d(8, 16, 3, 2, 1)
-        self.gain = nn.Parameter(torch.full((16,), 20.0))
-        self.boxes = nn.ModuleList(nn.Conv2d(n, 4 * k, 3, padding=1) for n, k in ((16, 2), (20, 3), (16, 2)))
-        self.classes = nn.ModuleList(nn.Conv2d(n, self.kinds * k, 3, padding=1) for n, k in ((16, 2), (20, 3), (16, 2)))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        a = torch.relu(self.a2(functional.max_pool2d(torch.relu(self.a(x)), 2)))
-        c = torch.relu(self.c(torch.relu(self.b(functional.max_pool2d(a, 3, 2, ceil_mode=True)))))
-        far = torch.relu(self.more2(torch.relu(self.more(c))))
-        seen = (functional.normalize(a, dim=1) * self.gain.view(1, -1, 1, 1), c, far)
-        n = x.shape[0]
-        boxes = [f(v).permute(0, 2, 3, 1).reshape(n, -1, 4) for f, v in zip(self.boxes, seen, strict=True)]
-        classes = [f(v).permute(0, 2, 3, 1).reshape(n, -1, self.kinds) for f, v in zip(self.classes, seen, strict=True)]
-        return torch.cat(boxes, 1), torch.cat(classes, 1)
-
-
 class AttentionUNet(nn.Module):
     """A U-Net whose shortcuts pass gates: of one channel each, from the shortcut and what is below."""
 
@@ -194,25 +150,6 @@ class PooledVideo(nn.Module):
         return self.fc(functional.adaptive_avg_pool3d(x, (1, 2, 2)).flatten(1))
 
 
-class VoxelUNet(nn.Module):
-    """A U-Net over volumes with instance normalisations; the coarse output is added to the fine one."""
-
-    input_shape = (2, 8, 8, 8)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.norm_a = nn.Conv3d(2, 8, 3, padding=1, bias=False), nn.InstanceNorm3d(8, affine=True)
-        self.b, self.norm_b = nn.Conv3d(8, 12, 3, padding=1, bias=False), nn.InstanceNorm3d(12, affine=True)
-        self.up = nn.ConvTranspose3d(12, 8, 2, 2)
-        self.back, self.coarse, self.fine = nn.Conv3d(16, 8, 3, padding=1), nn.Conv3d(12, 3, 1), nn.Conv3d(8, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        a = functional.leaky_relu(self.norm_a(self.a(x)))
-        b = functional.leaky_relu(self.norm_b(self.b(functional.max_pool3d(a, 2))))
-        x = functional.leaky_relu(self.back(torch.cat([self.up(b), a], 1)))
-        return self.fine(x) + functional.interpolate(self.coarse(b), scale_factor=2.0, mode="trilinear")
-
-
 class AutoEncoder(nn.Module):
     """Pictures through a dense bottleneck and back by deconvolutions, one of which pads its output."""
 
@@ -230,26 +167,6 @@ class AutoEncoder(nn.Module):
         x = functional.elu(self.back(torch.tanh(self.code(x.flatten(1)))))
         x = functional.elu(self.norm(self.up_b(x.unflatten(1, (12, 4, 4)))))
         return torch.sigmoid(self.up_a(x))
-
-
-class Vae(nn.Module):
-    """The path of the mean of a variational autoencoder: what is drawn in training is the mean in evaluation."""
-
-    input_shape = (1, 12, 12)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = conv_bn(1, 8, 3, 2), conv_bn(8, 12, 3, 2)
-        self.mean, self.spread = nn.Linear(12 * 9, 6), nn.Linear(12 * 9, 6)
-        self.back, self.wide, self.out = nn.Linear(6, 12 * 9), conv_bn(12, 32), nn.Conv2d(8, 4, 3, padding=1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = functional.leaky_relu(self.b(functional.leaky_relu(self.a(x)))).flatten(1)
-        mean, spread = self.mean(x), self.spread(x)
-        drawn = mean + torch.randn_like(mean) * (spread / 2).exp() if self.training else mean
-        x = functional.leaky_relu(self.back(drawn)).view(-1, 12, 3, 3)
-        x = functional.pixel_shuffle(functional.leaky_relu(self.wide(x)), 2)
-        return torch.sigmoid(functional.pixel_shuffle(self.out(x), 2)), mean, spread
 
 
 class Codebook(nn.Module):
@@ -271,57 +188,3 @@ class Codebook(nn.Module):
         straight = code + (near - code).detach()
         moved, bound = (near - code.detach()).flatten(1), (near.detach() - code).flatten(1)
         return self.decoder(straight.permute(0, 3, 1, 2)), moved, bound
-
-
-class FaceNet(nn.Module):
-    """MobileFaceNet: bottlenecks with PReLU, a depthwise convolution over all places, a direction of length 1."""
-
-    input_shape = (3, 16, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.act = conv_bn(3, 8, 3, 2), nn.PReLU(8)
-        self.expand, self.act1 = conv_bn(8, 20, 1), nn.PReLU(20)
-        self.depth, self.act2, self.project = conv_bn(20, 20, 3, 1, 20), nn.PReLU(20), conv_bn(20, 8, 1)
-        self.wide, self.act3 = conv_bn(8, 24, 1), nn.PReLU(24)
-        self.places = nn.Sequential(nn.Conv2d(24, 24, 8, groups=24, bias=False), nn.BatchNorm2d(24))
-        self.code, self.norm = nn.Linear(24, 8, bias=False), nn.BatchNorm1d(8, affine=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.stem(x))
-        x = x + self.project(self.act2(self.depth(self.act1(self.expand(x)))))
-        x = self.places(self.act3(self.wide(x))).flatten(1)
-        return functional.normalize(self.norm(self.code(x)), dim=1)
-
-
-class Twins(nn.Module):
-    """Two pictures through one encoder with batch normalisations: how far apart they are, and whether they match."""
-
-    input_shape = {"left": (1, 12, 12), "right": (1, 12, 12)}  # noqa: RUF012
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(block(1, 8, 3, 2), block(8, 12, 3, 2), nn.Flatten(), nn.Linear(12 * 9, 10))
-        self.norm, self.head = nn.BatchNorm1d(10), nn.Linear(10, 1)
-
-    def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        left, right = self.norm(self.encoder(left)), self.norm(self.encoder(right))
-        return functional.pairwise_distance(left, right).unsqueeze(1), torch.sigmoid(self.head((left - right).abs()))
-
-
-class PowerMeans(nn.Module):
-    """An embedding by means of a learnt power over places (GeM), and its cosines with learnt directions."""
-
-    input_shape = (3, 16, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = conv_bn(3, 12, 3, 2), conv_bn(12, 20, 3, 2)
-        self.power, self.code, self.neck = nn.Parameter(torch.tensor(3.0)), nn.Linear(20, 10), nn.BatchNorm1d(10)
-        self.kinds = nn.Parameter(torch.randn(5, 10))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.b(torch.relu(self.a(x)))).clamp(min=1e-2)
-        x = functional.avg_pool2d(x.pow(self.power), x.shape[2:]).pow(1 / self.power).flatten(1)
-        x = self.neck(self.code(x))
-        return 8 * functional.linear(functional.normalize(x), functional.normalize(self.kinds))

@@ -98,30 +98,6 @@ class WaveNet(nn.Module):
         return self.head(torch.relu(self.last(torch.relu(total))))
 
 
-class SincNet(nn.Module):
-    """Raw audio: kernels made of learnt frequencies, compression, separable convolutions, mean and spread over time."""
-
-    input_shape = (1, 160)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.low, self.band = nn.Parameter(torch.linspace(0.02, 0.3, 10)), nn.Parameter(torch.full((10,), 0.05))
-        self.register_buffer("at", torch.arange(-12, 13, dtype=torch.float32) * 2 * math.pi + 1e-3)
-        self.register_buffer("window", torch.hamming_window(25, periodic=False))
-        self.norm = nn.BatchNorm1d(10)
-        self.depth, self.point = nn.Conv1d(10, 10, 5, padding=2, groups=10), nn.Conv1d(10, 16, 1)
-        self.norm2, self.head = nn.BatchNorm1d(16), nn.Linear(32, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        low = self.low.abs()[:, None]
-        high = (low + self.band.abs()[:, None]).clamp(max=0.5)
-        kernels = (torch.sin(high * self.at) - torch.sin(low * self.at)) / self.at * self.window
-        x = functional.conv1d(x, kernels.unsqueeze(1), stride=2)
-        x = self.norm(torch.log(1 + functional.avg_pool1d(x.abs(), 4)))
-        x = functional.relu6(self.norm2(self.point(self.depth(x))))
-        return self.head(torch.cat([x.mean(2), (x.var(2) + 1e-3).sqrt()], 1))
-
-
 class PatchTransformer(nn.Module):
     """A transformer over patches of each series, which is normalised by itself with learnt scales and back."""
 
@@ -195,27 +171,6 @@ class Tcn(nn.Module):
                 value = torch.relu(conv(value)[:, :, : -2 * 2**i].contiguous())
             x = torch.relu(value + shortcut(x))
         return self.head(x[:, :, -1])
-
-
-class Seq2Seq(nn.Module):
-    """An LSTM reads, and cells write step by step what they have just written, with attention to what was read."""
-
-    input_shape = (10, 3)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reader, self.writer = nn.LSTM(3, 12, 2, batch_first=True), nn.GRU(2, 12, batch_first=True)
-        self.start, self.joint, self.out = nn.Linear(12, 12), nn.Linear(24, 12), nn.Linear(12, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        read, (last, _) = self.reader(x)
-        state, step, steps = torch.tanh(self.start(last[-1])).unsqueeze(0), x[:, -1:, :2], []
-        for _ in range(4):
-            said, state = self.writer(step, state)
-            weights = (said @ read.transpose(1, 2)).softmax(-1)
-            step = self.out(torch.tanh(self.joint(torch.cat([said, weights @ read], 2))))
-            steps.append(step)
-        return torch.cat(steps, 1)
 
 
 class DLinear(nn.Module):

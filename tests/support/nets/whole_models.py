@@ -133,28 +133,17 @@ OURS: dict[str, Whole] = {
 }
 TASKS: dict[str, Whole] = {
     "yolo": Whole(_ours(task_cnns.Yolo), 32, 0.29, values=True),
-    "box_distributions": Whole(
-        _ours(task_cnns.BoxDistributions), 3, 0.4, values=True, places=("box.1.weight", "kind.2.weight", "mean.weight")
-    ),
-    "ssd": Whole(_ours(task_cnns.Ssd), 6, 0.38, values=True),
     "attention_unet": Whole(_ours(task_cnns.AttentionUNet), 9, 0.28),
     "deep_lab": Whole(_ours(task_cnns.DeepLab), 9, 0.29),
     "pooled_video": Whole(_ours(task_cnns.PooledVideo), 3, 0.3),
-    "voxel_unet": Whole(_ours(task_cnns.VoxelUNet), 4, 0.28, places=("fine.weight",)),
     "auto_encoder": Whole(_ours(task_cnns.AutoEncoder), 5, 0.28, values=True),
-    "vae": Whole(_ours(task_cnns.Vae), 4, 0.36, values=True, places=("mean.weight", "spread.weight")),
     "codebook": Whole(_ours(task_cnns.Codebook), 2, 0.6, values=True, places=("encoder.2.weight",)),
-    "face_net": Whole(_ours(task_cnns.FaceNet), 3, 0.47, values=True),
-    "twins": Whole(_ours(task_cnns.Twins), 3, 0.3, values=True),
-    "power_means": Whole(_ours(task_cnns.PowerMeans), 3, 0.31),
     "crnn": Whole(_ours(task_sequences.Crnn), 3, 0.29),
     "conformer": Whole(_ours(task_sequences.Conformer), 6, 0.32),
     "wave_net": Whole(_ours(task_sequences.WaveNet), 7, 0.29),
-    "sinc_net": Whole(_ours(task_sequences.SincNet), 2, 0.44),
     "patch_transformer": Whole(_ours(task_sequences.PatchTransformer), 3, 0.36, values=True),
     "n_beats": Whole(_ours(task_sequences.NBeats), 8, 0.4, values=True, places=("codes.0.weight", "codes.1.weight")),
     "tcn": Whole(_ours(task_sequences.Tcn), 4, 0.3, values=True),
-    "seq2seq": Whole(_ours(task_sequences.Seq2Seq), 2, 0.3, values=True),
     "d_linear": Whole(_ours(task_sequences.DLinear), 0, 1, values=True, places=("slow.weight",)),
     "llama": Whole(_ours(task_sequences.Llama), 5, 0.32, vocabulary=40),
     "alibi": Whole(_ours(task_sequences.Alibi), 4, 0.35, vocabulary=40),

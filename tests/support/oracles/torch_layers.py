@@ -104,11 +104,6 @@ def _instance_norm(a: Mapping[str, Any], x: Tensor, w: Tensor, b: Tensor) -> Ten
     return functional.group_norm(x, x.shape[1], w, b, a.get("epsilon", 1e-5))
 
 
-@operator("LpNormalization")
-def _lp_norm(a: Mapping[str, Any], x: Tensor) -> Tensor:
-    return functional.normalize(x, p=a.get("p", 2), dim=a.get("axis", -1), eps=0.0)
-
-
 @operator("DepthToSpace")
 def _depth_to_space(a: Mapping[str, Any], x: Tensor) -> Tensor:
     b, (n, c, h, w) = a["blocksize"], x.shape

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -47,23 +46,10 @@ for _name, _function in {
     "Sqrt": torch.sqrt,
     "Neg": torch.neg,
     "Abs": torch.abs,
-    "Sign": torch.sign,
     "Reciprocal": torch.reciprocal,
-    "Erf": torch.erf,
-    "Floor": torch.floor,
-    "Ceil": torch.ceil,
-    "Round": torch.round,
     "Sin": torch.sin,
-    "Cos": torch.cos,
-    "Not": torch.logical_not,
     "Identity": lambda x: x,
-    "Softplus": functional.softplus,
-    "Softsign": functional.softsign,
-    "Mish": functional.mish,
     "HardSwish": functional.hardswish,
-    "GlobalAveragePool": lambda x: x.mean(tuple(range(2, x.ndim)), keepdim=True),
-    "GlobalMaxPool": lambda x: x.amax(tuple(range(2, x.ndim)), keepdim=True),
-    "Size": lambda x: torch.tensor(x.numel()),
 }.items():
     OPERATORS[_name] = _unary(_function)
 
@@ -80,12 +66,6 @@ for _name, _function in {
     "Pow": torch.pow,
     "MatMul": torch.matmul,
     "Equal": torch.eq,
-    "Less": torch.lt,
-    "Greater": torch.gt,
-    "LessOrEqual": torch.le,
-    "GreaterOrEqual": torch.ge,
-    "And": torch.logical_and,
-    "Or": torch.logical_or,
     "Where": torch.where,
     "PRelu": lambda x, slope: torch.where(x >= 0, x, x * slope),
 }.items():
@@ -101,14 +81,8 @@ def _fold(function: Function) -> Function:
     return folded
 
 
-OPERATORS["Sum"] = _fold(torch.add)
 OPERATORS["Max"] = _fold(torch.maximum)
 OPERATORS["Min"] = _fold(torch.minimum)
-
-
-@operator("Mod")
-def _mod(a: Mapping[str, Any], x: Tensor, y: Tensor) -> Tensor:
-    return torch.fmod(x, y) if a.get("fmod") else torch.remainder(x, y)
 
 
 @operator("LeakyRelu")
@@ -131,11 +105,6 @@ def _shrink(a: Mapping[str, Any], x: Tensor) -> Tensor:
 @operator("ArgMin")
 def _argmin(a: Mapping[str, Any], x: Tensor) -> Tensor:
     return torch.argmin(x, int(a.get("axis", 0)), bool(a.get("keepdims", 1)))
-
-
-@operator("Celu")
-def _celu(a: Mapping[str, Any], x: Tensor) -> Tensor:
-    return functional.celu(x, a.get("alpha", 1.0))
 
 
 @operator("Selu")
@@ -169,16 +138,6 @@ def _softmax(a: Mapping[str, Any], x: Tensor) -> Tensor:
     return torch.softmax(x, a.get("axis", -1))
 
 
-@operator("LogSoftmax")
-def _log_softmax(a: Mapping[str, Any], x: Tensor) -> Tensor:
-    return torch.log_softmax(x, a.get("axis", -1))
-
-
-@operator("CumSum")
-def _cumsum(a: Mapping[str, Any], x: Tensor, axis: Tensor) -> Tensor:
-    return torch.cumsum(x, int(axis))
-
-
 @operator("Gemm")
 def _gemm(a: Mapping[str, Any], x: Tensor, w: Tensor, c: Tensor | None = None) -> Tensor:
     out = a.get("alpha", 1.0) * ((x.T if a.get("transA") else x) @ (w.T if a.get("transB") else w))
@@ -202,22 +161,11 @@ def _reduction(function: Function) -> Function:
     return reduce
 
 
-def _product(x: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
-    for axis in sorted((d % x.ndim for d in dim), reverse=True):
-        x = x.prod(axis, keepdim=keepdim)
-    return x
-
-
 for _name, _function in {
     "ReduceMean": torch.mean,
     "ReduceSum": torch.sum,
-    "ReduceMax": torch.amax,
-    "ReduceMin": torch.amin,
-    "ReduceProd": _product,
     "ReduceL1": lambda x, **k: x.abs().sum(**k),
     "ReduceL2": lambda x, **k: torch.linalg.vector_norm(x, **k),
-    "ReduceSumSquare": lambda x, **k: x.square().sum(**k),
-    "ReduceLogSumExp": torch.logsumexp,
 }.items():
     OPERATORS[_name] = _reduction(_function)
 
@@ -225,17 +173,6 @@ for _name, _function in {
 @operator("Shape")
 def _shape(a: Mapping[str, Any], x: Tensor) -> Tensor:
     return torch.tensor(x.shape)[a.get("start", 0) : a.get("end")]
-
-
-@operator("ConstantOfShape")
-def _constant_of_shape(a: Mapping[str, Any], shape: Tensor) -> Tensor:
-    value = torch.from_numpy(np.atleast_1d(a.get("value", np.zeros(1, np.float32))))
-    return torch.full(shape.tolist(), value.item(), dtype=a["_dtype"] if value.is_floating_point() else value.dtype)
-
-
-@operator("Range")
-def _range(a: Mapping[str, Any], start: Tensor, stop: Tensor, step: Tensor) -> Tensor:
-    return torch.arange(start.item(), stop.item(), step.item(), dtype=start.dtype)
 
 
 @operator("Reshape")
@@ -343,11 +280,6 @@ def _expand(a: Mapping[str, Any], x: Tensor, shape: Tensor) -> Tensor:
 @operator("Tile")
 def _tile(a: Mapping[str, Any], x: Tensor, repeats: Tensor) -> Tensor:
     return x.repeat(repeats.tolist())
-
-
-@operator("Trilu")
-def _trilu(a: Mapping[str, Any], x: Tensor, k: Tensor | None = None) -> Tensor:
-    return (torch.triu if a.get("upper", 1) else torch.tril)(x, 0 if k is None else int(k))
 
 
 @operator("Pad")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -303,8 +303,13 @@ class Recipe(LocalMethod, PlainTraining):
         if self.metric:
             validation.word(("recipe", "metric"), self.metric, METRICS_OF[labels_of(self.loss)])
         for name in ("frozen", "trainable", "personal"):
-            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
-        object.__setattr__(self, "ordered_dropout", _densities(self.ordered_dropout))
+            patterns = _entries(
+                name, getattr(self, name), "patterns of tensor names, such as ['layer1.*']", _is_pattern
+            )
+            object.__setattr__(self, name, patterns)
+        dropout, kind = self.ordered_dropout, "densities above 0 and up to 1"
+        dropout = _entries("ordered_dropout", dropout, kind, lambda share: is_number(share, 0, 1) and share > 0)
+        object.__setattr__(self, "ordered_dropout", tuple(map(float, dropout)))
         object.__setattr__(self, "augment", augmentation.checked(self.augment))
         check_rules(self, RULES, ("recipe",))
 
@@ -488,31 +493,17 @@ LIST_SETTINGS = tuple(field.name for field in fields(Recipe) if str(field.type).
 """Settings of a recipe that are lists."""
 
 
-def _patterns(name: str, value: object) -> tuple[str, ...]:
+def _entries(name: str, value: object, kind: str, fits: Callable[[Any], bool]) -> tuple[Any, ...]:
+    """A setting that is a list. Raises `ConfigError` for anything else, or an entry that doesn't fit."""
     if (
         not isinstance(value, Sequence)
         or isinstance(value, str)
-        or not all(isinstance(v, str) and 0 < len(v) <= _LONGEST for v in value)
         or len(value) > _MOST
+        or not all(fits(entry) for entry in value)
     ):
-        raise ConfigError(
-            ("recipe", name),
-            expected=f"a list of up to {_MOST} patterns of tensor names, such as ['layer1.*']",
-            got=shown(value),
-        )
+        raise ConfigError(("recipe", name), expected=f"a list of up to {_MOST} {kind}", got=shown(value))
     return tuple(value)
 
 
-def _densities(value: object) -> tuple[float, ...]:
-    if (
-        not isinstance(value, Sequence)
-        or isinstance(value, str)
-        or not all(is_number(v, 0, 1) and v > 0 for v in value)
-        or len(value) > _MOST
-    ):
-        raise ConfigError(
-            ("recipe", "ordered_dropout"),
-            expected=f"a list of up to {_MOST} densities above 0 and up to 1",
-            got=shown(value),
-        )
-    return tuple(map(float, value))
+def _is_pattern(entry: object) -> bool:
+    return isinstance(entry, str) and 0 < len(entry) <= _LONGEST
