@@ -44,7 +44,7 @@ class CrashReporter:
         if body is None:
             return
         try:
-            message = CrashReport(self._connection.device, **body)
+            message = CrashReport.from_dict({"device": self._connection.device, **body})
         except (ProtocolError, TypeError):
             self._crashes.told()  # damaged
             return

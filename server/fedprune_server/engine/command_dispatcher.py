@@ -97,8 +97,8 @@ class CommandDispatcher:
                 on.OfferRefused(command.device, command.round, command.attempt, "it was revoked", FailureKind.REVOKED)
             ]
         try:
-            body = sent(command.offer) | {"blobs_at": self._blobs_at}
-            self._outbox.send(command.device, Offer(job, command.round, command.attempt, **body), job)
+            place = {"job": job, "round": command.round, "attempt": command.attempt, "blobs_at": self._blobs_at}
+            self._outbox.send(command.device, Offer.from_dict(sent(command.offer) | place), job)
         except ProtocolError as error:  # a model that fits no message: no device can take part with it
             return [on.OfferRefused(command.device, command.round, command.attempt, one_line(str(error)))]
         if not again:

@@ -5,7 +5,8 @@ A message is a record (`fedprune.core.records`): `session: Count`, `reason: Anno
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -53,6 +54,9 @@ def base64_text(most: int) -> Meta:
     return matching(pattern, f"base64 of at most {most} bytes", 4 * -(-most // 3))
 
 
+Made = TypeVar("Made", bound="CheckedMessage")
+
+
 class _Kind:
     """The type of a message on the wire, as its class and each message say it."""
 
@@ -68,6 +72,11 @@ class CheckedMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field=
 
     def __post_init__(self) -> None:
         self.check()
+
+    @classmethod
+    def from_dict(cls: type[Made], values: Mapping[str, object]) -> Made:
+        """A message of what JSON has. Raises `ProtocolError`, which names a missing or wrong field."""
+        return records.convert(cls, {**values, "type": cls.kind}, cls.kind, ProtocolError)
 
     def check(self) -> None:
         """What the types of fields can't say. Raises `ProtocolError`."""

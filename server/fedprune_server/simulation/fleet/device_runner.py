@@ -183,7 +183,7 @@ class _LocalRunner:
             noise=noise,
             agreeing=self._agreeing,
         )
-        made = runner.make(Offer("simulation", number, 0, **sent(offer)))
+        made = runner.make(Offer.from_dict({"job": "simulation", "round": number, "attempt": 0, **sent(offer)}))
         made.keep()
         update = made.update
         # Times and memory of this machine differ from run to run.
