@@ -17,7 +17,7 @@ from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import EngineError, FedpruneError
 from fedprune.planning.profile import TIERS, HardwareProfile
 from fedprune.runtime.bundle import BASE as FROZEN
-from fedprune.runtime.precision_files import PRECISIONS, graph_file, weights_file
+from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, graph_file, weights_file
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines import bindings
 from fedprune_device.engines.bindings import Bindings
@@ -50,7 +50,7 @@ class EngineRequest:
     @classmethod
     def serving(cls, predictor: Predictor, folder: Path, record: Serving) -> EngineRequest:
         """The active model. Engines are compared with its float32 version, even if a lower precision serves."""
-        return cls(Predictor(folder) if record.lowered else predictor, folder, record.weights)
+        return cls(Predictor(folder) if record.precision != FLOAT32 else predictor, folder, record.weights)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fedprune.core.errors import ConfigError, ModelError, StorageError
 from fedprune.core.records import convert
 from fedprune.model.recipe import labels_of
 from fedprune.runtime.bundle import BASE
-from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, graph_file, served_files
+from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, served_files
 from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_device.serving.reduced_precision import clear
@@ -27,35 +27,32 @@ _LOG = logging.getLogger("fedprune.device")
 _NAMES = ("a", "b")
 _POINTER = "serving.json"
 _STAGE = "next"
+_FILES = {BASE, *(name for precision in (FLOAT32, *PRECISIONS) for name in served_files(precision))}
 
 
 @dataclass(frozen=True)
 class Serving:
-    """The model that serves predictions, by digests of graph and weights.
+    """The model that serves predictions.
 
-    `offset` is added to the logits of own predictions, where the recipe adjusts logits; `present` is 0 for the classes
-    whose logits are replaced by 0. `lowered` is the digest of the lower precision's graph and weights, empty for
-    float32; the float32 model exists in any case. `base` is the digest of the frozen base, empty without one.
+    `files` are the digests of what it consists of, by name: float32's graph and weights in any case, those of the
+    precision that serves, and the frozen base, where there is one. `offset` is added to the logits of own predictions,
+    where the recipe adjusts logits; `present` is 0 for the classes whose logits are replaced by 0.
     """
 
     job: str
     round: int
     classes: int
-    inference: str
-    weights: str
+    files: dict[str, str]
     offset: tuple[float, ...] | None = None
     slot: str = ""
     loss: str = "cross_entropy"
     present: tuple[float, ...] | None = None
     precision: str = FLOAT32
-    lowered: tuple[str, ...] = ()
-    base: str = ""
 
     @property
-    def files(self) -> dict[str, str]:
-        lowered = dict(zip(served_files(self.precision), self.lowered, strict=True)) if self.lowered else {}
-        frozen = {BASE: self.base} if self.base else {}
-        return {GRAPH: self.inference, WEIGHTS: self.weights} | lowered | frozen
+    def weights(self) -> str:
+        """The digest of its float32 weights."""
+        return self.files[WEIGHTS]
 
     @property
     def own(self) -> LogitAdjustment:
@@ -69,8 +66,7 @@ class Serving:
             labels_of(made.loss)
             lengths = {len(values) for values in (made.offset, made.present) if values is not None}
             if (
-                made.precision not in (FLOAT32, *PRECISIONS)
-                or len(made.lowered) != (0 if made.precision == FLOAT32 else 2)
+                not {GRAPH, WEIGHTS, *served_files(made.precision)} <= made.files.keys() <= _FILES
                 or made.slot not in _NAMES
                 or not lengths <= {made.classes}
             ):
@@ -152,8 +148,7 @@ class ModelSlots:
                     "round first.",
                 )
             folder = self._root / record.slot
-            graph = graph_file(record.precision) if record.lowered else GRAPH
-            predictor = Predictor(folder / graph, threads=threads, cuda=cuda)
+            predictor = Predictor(folder / served_files(record.precision)[0], threads=threads, cuda=cuda)
             # An agent may have replaced the files while they were being loaded.
             if _intact(folder, record):
                 return predictor, record

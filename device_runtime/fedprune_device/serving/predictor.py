@@ -16,14 +16,15 @@ from fedprune.model import step_contract as step
 from fedprune.model.lengths import at_most, fits, free_axis, padded, with_lengths
 from fedprune.model.recipe import JUDGED, MULTI, labels_of
 from fedprune.runtime.onnx_subgraph import metadata_of
+from fedprune.runtime.precision_files import FLOAT32, served_files
 from fedprune.runtime.session import Runs, Session
 from fedprune_device.data.labels import Targets, hits
 from fedprune_device.data.stored_array import Inputs
 
 Array = npt.NDArray[Any]
 
-GRAPH = "inference.onnx"
-WEIGHTS = "weights.safetensors"  # the graph's weights are external data in this file next to it
+# The graph's weights are external data in the file next to it.
+GRAPH, WEIGHTS = served_files(FLOAT32)
 
 
 class Predictor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from fedprune.core import atomic_file, tensorfile
-from fedprune.core.disk import file_digest, storage_errors
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError, ModelError
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.precision import CALIBRATION_SAMPLES, SAMPLES, Agreement, agreement, lowered_weights, unpacked
@@ -33,15 +32,6 @@ _TURNS = 9
 _FASTER = 0.9  # share of float32's time that a lowered model may take to be called faster: less may be chance
 
 
-@dataclass(frozen=True)
-class Staged:
-    """A lowered model that may serve, next to the float32 one that it was made of."""
-
-    precision: str
-    graph: str
-    weights: str
-
-
 class ReducedPrecision:
     """Lowers staged models to a precision, one of `SERVE`."""
 
@@ -53,12 +43,11 @@ class ReducedPrecision:
         names = () if self._serve == FLOAT32 else SERVED if self._serve == FASTEST else (self._serve,)
         return replace(offer, lowered={p: ref for p, ref in (offer.lowered or {}).items() if p in names} or None)
 
-    def staged(
-        self, folder: Path, kits: Mapping[str, bytes], data: LocalData, recipe: Recipe, targets: Targets
-    ) -> Staged | None:
-        """Lower a staged float32 model by the graphs `kits`; None if the float32 model is to serve."""
+    def staged(self, folder: Path, kits: Mapping[str, bytes], data: LocalData, recipe: Recipe, targets: Targets) -> str:
+        """Lower a staged float32 model by the graphs `kits`; returns the precision that is to serve, whose files are
+        next to it."""
         if not kits:
-            return None
+            return FLOAT32
         whole = Predictor(folder, threads=self._threads)
         judge = PrecisionCheck(whole, data, recipe, targets)
         tried = {p: self._tried(folder, p, kit, data, judge) for p, kit in kits.items()}
@@ -66,10 +55,7 @@ class ReducedPrecision:
         chosen = self._chosen(candidates, data)
         for precision in candidates.keys() - {FLOAT32, chosen}:
             clear(folder, precision)
-        if chosen == FLOAT32:
-            return None
-        with storage_errors(f"can't read {folder}"):
-            return Staged(chosen, file_digest(folder / graph_file(chosen)), file_digest(folder / weights_file(chosen)))
+        return chosen
 
     def _tried(
         self, folder: Path, precision: str, kit: bytes, data: LocalData, judge: PrecisionCheck

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from fedprune.core import atomic_file
 from fedprune.core.errors import StorageError
 from fedprune.wire.messages import Offer
+from fedprune_device.serving.predictor import GRAPH
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.round_runner import RoundResult, RoundRunner
 
@@ -73,7 +74,7 @@ class OfflineTraining:
         if task is None or record is None or task.offer.mask is not None:
             return None  # where single weights are left out, only the offer that is gone says which
         offer = task.offer
-        if (record.job, record.round, record.inference) != (offer.job, offer.round, offer.inference.sha256):
+        if (record.job, record.round, record.files[GRAPH]) != (offer.job, offer.round, offer.inference.sha256):
             return None  # it is another one's, which is still being pulled
         if not all(self._store.blobs.has(graph.sha256) for graph in offer.graphs):
             return None  # graphs come from the server

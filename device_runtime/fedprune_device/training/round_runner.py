@@ -16,10 +16,12 @@ from typing import TypeVar
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
+from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import DivergedError, StorageError
 from fedprune.core.metrics import BLEND
 from fedprune.model.recipe import Recipe
-from fedprune.runtime.precision_files import FLOAT32
+from fedprune.runtime.bundle import BASE
+from fedprune.runtime.precision_files import served_files
 from fedprune.updates.privacy import GaussianNoise
 from fedprune.wire.messages import Offer, Update
 from fedprune_device.data.dataset import SampleSource
@@ -27,7 +29,7 @@ from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.hardware.readings import restart_peak
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.serving.model_slots import ModelSlots, Serving
-from fedprune_device.serving.predictor import Predictor
+from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.local_state import MemoryStateStore, RoundState, StateStore
 from fedprune_device.training.evaluation import MEASURED, Evaluation, clearly_better, training_metrics
@@ -207,7 +209,7 @@ class RoundRunner:
         if self._agreeing is not None:
             self._agreeing.add(graphs)
         lower = {p: self._blob(kit) for p, kit in kits.items()}
-        lowered = self.lowering.staged(self._slots.staging, lower, data, recipe, wanted)
+        precision = self.lowering.staged(self._slots.staging, lower, data, recipe, wanted)
         evaluation.metrics |= training_metrics(result)
         if kept is not None and made.own is not None:
             kept.stage(made.own)
@@ -228,16 +230,21 @@ class RoundRunner:
             job=offer.job,
             round=offer.round,
             classes=offer.classes,
-            inference=offer.inference.sha256,
-            base="" if offer.base is None else offer.base.sha256,
-            weights=serves.sha256 if isinstance(serves, BlobRef) else tensorfile.digest(serves),
+            files=self._files(offer, serves, precision),
             offset=own.offset,
             loss=recipe.loss,
             present=own.present,
-            precision=FLOAT32 if lowered is None else lowered.precision,
-            lowered=() if lowered is None else (lowered.graph, lowered.weights),
+            precision=precision,
         )
         return RoundResult(update, serving, metrics, kept)
+
+    def _files(self, offer: Offer, weights: BlobRef | bytes, precision: str) -> dict[str, str]:
+        """Digests of the staged model's files: of what came, those that were offered."""
+        files = {GRAPH: offer.inference.sha256} | ({} if offer.base is None else {BASE: offer.base.sha256})
+        files[WEIGHTS] = weights.sha256 if isinstance(weights, BlobRef) else tensorfile.digest(weights)
+        staging = self._slots.staging
+        with storage_errors(f"can't read {staging}"):
+            return files | {n: file_digest(staging / n) for n in served_files(precision) if n not in files}
 
     def _chosen(self, offer: Offer, averages: Sequence[Average], evaluation: Evaluation) -> tuple[Average, bytes]:
         """The average that serves, and its file: the first, unless the second is clearly better."""

@@ -130,7 +130,8 @@ def test_a_model_that_fails_its_check_does_not_answer(local: LocalBoard, caplog:
         bad = tensorfile.encode({"w": np.full((3, 6), np.inf, np.float32), "b": np.zeros(3, np.float32)})
         local.slots.stage(local.graph, bad)
         graph = tensorfile.digest(local.graph.read_bytes())
-        local.slots.install(Serving("job", 2, 3, graph, tensorfile.digest(bad)))
+        files = {"inference.onnx": graph, "weights.safetensors": tensorfile.digest(bad)}
+        local.slots.install(Serving("job", 2, 3, files))
         local.model.look()
         assert local.board.predict(X).round == 1
         assert "not finite" in caplog.text

@@ -40,8 +40,8 @@ def state(tmp_path: Path, model: Path, weights: Tensors) -> Path:
         raw = tensorfile.encode(weights)
         graph = model / "inference.onnx"
         store.slots.stage(graph, raw)
-        digests = tensorfile.digest(graph.read_bytes()), tensorfile.digest(raw)
-        store.slots.install(Serving("job", 1, 3, *digests, offset=(0.0, 50.0, 0.0)))
+        files = {"inference.onnx": tensorfile.digest(graph.read_bytes()), "weights.safetensors": tensorfile.digest(raw)}
+        store.slots.install(Serving("job", 1, 3, files, offset=(0.0, 50.0, 0.0)))
     return root
 
 

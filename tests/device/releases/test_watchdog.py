@@ -94,9 +94,9 @@ def test_a_board_that_is_well_passes_the_checks(board: ReleaseInstaller, model: 
     slots.stage(model / "inference.onnx", model / "weights.safetensors")
     from fedprune.core.disk import file_digest
 
-    digests = (file_digest(model / "inference.onnx"), file_digest(model / "weights.safetensors"))
+    files = {name: file_digest(model / name) for name in ("inference.onnx", "weights.safetensors")}
     Predictor(model).check(3)
-    slots.install(Serving("job", 1, 3, *digests))
+    slots.install(Serving("job", 1, 3, files))
     trial = trial_of(board)
     trial.check(lambda: check_model(tmp_path / "serving"))
     state = board.home.load()
@@ -111,7 +111,9 @@ def test_a_model_that_served_and_cannot_any_more_fails_the_check(model: Path, tm
     graph = tmp_path / "other.onnx"
     graph.write_bytes(b"a graph of an operator that this onnxruntime doesn't know")
     slots.stage(graph, model / "weights.safetensors")
-    slots.install(Serving("job", 1, 3, file_digest(graph), file_digest(model / "weights.safetensors")))
+    files = {"inference.onnx": file_digest(graph)}
+    files["weights.safetensors"] = file_digest(model / "weights.safetensors")
+    slots.install(Serving("job", 1, 3, files))
     with pytest.raises(RuntimeUnavailableError, match=r"failed \(.*onnxruntime doesn't load it"):
         check_model(tmp_path / "serving")
 

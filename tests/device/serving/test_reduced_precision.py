@@ -81,7 +81,7 @@ def test_every_round_prepares_its_own_weights(board: Board, precision: str) -> N
         found = predictor.predict(board.data.x_test)
         assert opened == record
         assert 0 < np.abs(found - expected).max() < BOUNDS[precision] * np.abs(expected).max()
-        seen.add(record.lowered[1])
+        seen.add(record.files[served_files(precision)[1]])
     assert len(seen) == 3
 
 
@@ -227,7 +227,7 @@ def test_a_cut_at_any_write_leaves_the_old_or_the_new_model(board: Board, tmp_pa
         work(calm)
     after = serves(calm)
     assert (before.precision, after.precision) == ("int8", "int8")
-    assert before.lowered != after.lowered
+    assert before.files[served_files("int8")[1]] != after.files[served_files("int8")[1]]
     for at, how in cuts(kind, supply.names):
         shutil.copytree(board.root, cut)
         with power(at, how), pytest.raises(CutError):

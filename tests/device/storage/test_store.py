@@ -79,7 +79,8 @@ class Life:
         return Update("d", "job", n, 0, "0" * 64, BlobRef.of(weights_of(10 + n)), 5, 5, {})
 
     def record(self, n: int) -> Serving:
-        return Serving("job", n, 3, BlobRef.of(self.graph).sha256, BlobRef.of(weights_of(10 + n)).sha256)
+        files = {"inference.onnx": self.graph, "weights.safetensors": weights_of(10 + n)}
+        return Serving("job", n, 3, {name: BlobRef.of(raw).sha256 for name, raw in files.items()})
 
 
 def snapshot(store: DeviceStore) -> Snapshot:

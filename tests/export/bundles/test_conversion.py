@@ -114,8 +114,8 @@ def board(bundle: Path, tmp_path: Path) -> Path:
     slots.prepare()
     moved = {n: v * np.float32(1.1) for n, v in tensorfile.load(bundle / "weights.safetensors").items()}
     stage = slots.stage(bundle / "inference.onnx", tensorfile.encode(moved))
-    digests = file_digest(stage / "inference.onnx"), file_digest(stage / "weights.safetensors")
-    slots.install(Serving("job", 7, 10, *digests))
+    files = {name: file_digest(stage / name) for name in ("inference.onnx", "weights.safetensors")}
+    slots.install(Serving("job", 7, 10, files))
     return tmp_path / "board"
 
 

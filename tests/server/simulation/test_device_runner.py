@@ -78,7 +78,11 @@ def test_samples_of_different_lengths_train_to_the_same_bits(store, offer, tmp_p
     virtual = DeviceRunner(store, tmp_path / "scratch").carry_out(device, offer, 4)
     slots = ModelSlots(tmp_path / "serving")
     slots.prepare()
-    real = RoundRunner("d", store, slots, data).make(Offer("job", 4, 1, **offer)).update
+    real = (
+        RoundRunner("d", store, slots, data)
+        .make(Offer.from_dict({"job": "job", "round": 4, "attempt": 1, **offer}))
+        .update
+    )
     assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
     assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
     assert virtual.samples == data.samples

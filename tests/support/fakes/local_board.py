@@ -56,8 +56,9 @@ class LocalBoard:
         weights = weights_of(number)
         raw = tensorfile.encode(weights)
         self.slots.stage(self.graph, raw)
-        digests = tensorfile.digest(self.graph.read_bytes()), tensorfile.digest(raw)
-        self.slots.install(Serving("job", number, 3, *digests, **other))
+        graph = tensorfile.digest(self.graph.read_bytes())
+        files = {"inference.onnx": graph, "weights.safetensors": tensorfile.digest(raw)}
+        self.slots.install(Serving("job", number, 3, files, **other))
         return weights
 
     @contextmanager

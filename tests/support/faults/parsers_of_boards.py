@@ -155,8 +155,8 @@ def _slot(body: bytes) -> bytes:
 
 def _kept() -> tuple[Target, ...]:
     serving = {
-        "job": "j", "round": 1, "classes": 2, "inference": "0" * 64, "weights": "1" * 64, "offset": [0.0, 1.0],
-        "slot": "a", "loss": "cross_entropy", "present": None, "precision": "float32", "lowered": [],
+        "job": "j", "round": 1, "classes": 2, "offset": [0.0, 1.0], "slot": "a", "loss": "cross_entropy",
+        "files": {"inference.onnx": "0" * 64, "weights.safetensors": "1" * 64}, "present": None, "precision": "float32",
     }  # fmt: skip
     home = SlotStore(scratch() / "home")
     home.folder.mkdir(parents=True, exist_ok=True)

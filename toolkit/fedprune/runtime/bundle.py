@@ -32,13 +32,12 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime import tensorrt_config
-from fedprune.runtime.precision_files import PRECISIONS, files_of, graph_file
+from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, files_of, graph_file, served_files
 from fedprune.runtime.tensorrt_config import EnginePlan
 
 FORMAT = "fedprune.bundle/1"
 MANIFEST = "manifest.json"
-INFERENCE = "inference.onnx"
-WEIGHTS = "weights.safetensors"
+INFERENCE, WEIGHTS = served_files(FLOAT32)
 BASE = "base.safetensors"
 TRAINING = "training.onnx"
 ARCHITECTURE = "architecture.json"

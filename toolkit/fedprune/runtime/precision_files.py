@@ -37,6 +37,8 @@ def calibrate_file(precision: str) -> str:
 
 def served_files(precision: str) -> tuple[str, str]:
     """The files that predict: a graph and its tensors."""
+    if precision == FLOAT32:
+        return "inference.onnx", "weights.safetensors"
     return graph_file(precision), weights_file(precision)
 
 

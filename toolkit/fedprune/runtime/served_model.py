@@ -39,7 +39,7 @@ def served_model(state: Path) -> ServedModel:
         for row in rows:
             folder = state / _FOLDER / str(row["slot"])
             found = ServedModel(folder, str(row["job"]), int(row["round"]))
-            if row["slot"] in _SLOTS and _intact(folder, str(row["inference"]), str(row["weights"])):
+            if row["slot"] in _SLOTS and _intact(folder, row["files"]):
                 return found
     except OSError as error:
         raise StorageError(f"can't read {pointer}: {error.strerror}") from error
@@ -48,8 +48,8 @@ def served_model(state: Path) -> ServedModel:
     raise StorageError(f"{state} has no model that is intact", hint="Let the board finish another round first.")
 
 
-def _intact(folder: Path, inference: str, weights: str) -> bool:
+def _intact(folder: Path, files: dict[str, str]) -> bool:
     try:
-        return file_digest(folder / INFERENCE) == inference and file_digest(folder / WEIGHTS) == weights
+        return all(file_digest(folder / name) == files[name] for name in (INFERENCE, WEIGHTS))
     except OSError:
         return False
