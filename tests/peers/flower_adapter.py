@@ -223,15 +223,6 @@ def case_who_fails_answers_twice_or_lies_is_left_out_alone() -> None:
     assert same(read(nobody.arrays), model().tensors)
 
 
-def case_other_metrics_of_one_node_are_in_nobodys_way() -> None:
-    strategy = FedpruneStrategy(model(), "fedavg")
-    grid = InProcess(
-        3, lambda m, c: Part.of(m).evaluated(samples=5, **{"a" if c.node_id > 101 else "b": c.node_id * 1.0})
-    )
-    sent = strategy.configure_evaluate(1, strategy.arrays, ConfigRecord(), grid)
-    assert strategy.aggregate_evaluate(1, grid.send_and_receive(sent)) == {"a": 102.5}
-
-
 def case_state_goes_on_bit_for_bit() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "job.state")
@@ -267,16 +258,8 @@ def case_strategies_are_taken_or_refused_by_name() -> None:
         FedpruneStrategy(model(), "fedprune", options={"arrivals": 3})
     with refused("stays on the device"):
         FedpruneStrategy(model(), "fedavg", recipe=Recipe(personal=("fc.*",)))
-    with refused("masks of elements"):
-        FedpruneStrategy(model(), "fedavg", recipe=Recipe(mask="hard"))
-    with refused("boards measure"):
-        FedpruneStrategy(model(), "fedavg", recipe=Recipe(report_squares=True))
-    with refused("secure_aggregation in [job]"):
-        FedpruneStrategy(model(), "fedavg", recipe=Recipe(secure_aggregation=True))
     with refused("Flower has secure aggregation of its own"):
         composed(Job(strategy="fedavg", secure_aggregation=True))
-    with refused("did you mean 'fedprune'"):
-        FedpruneStrategy(model(), "fedprun")
 
 
 def case_robust_strategies_leave_out_who_stands_out() -> None:

@@ -28,7 +28,6 @@ pytestmark = pytest.mark.board
 @pytest.mark.parametrize(
     ("other", "code"),
     [
-        ({"recipe": {"epochs": 0}}, ExitCode.CONFIG),
         ({"recipe": {"colour": 1}}, ExitCode.CONFIG),
         ({"recipe": {"proximal": 1.0}}, ExitCode.TRAINING),
         ({"recipe": {"lr": 1000.0, "epochs": 300, "weight_decay": 1000.0}}, ExitCode.DIVERGED),

@@ -18,7 +18,6 @@ from fedprune.wire.messages import (
     Birth,
     BlobNotFound,
     BlobRequest,
-    Cancelled,
     Progress,
     Refusal,
     SecureStep,
@@ -27,7 +26,7 @@ from fedprune.wire.messages import (
 )
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.privacy.budget import PrivacyPolicy
-from support.fakes.agent_harness import LONG, Bench, expected, same
+from support.fakes.agent_harness import Bench, expected, same
 
 pytestmark = pytest.mark.board
 
@@ -145,22 +144,6 @@ def test_another_attempt_at_the_same_work_goes_on_where_the_first_one_is(
     assert done == sorted(done)
     assert [d for _, d in done] == sorted({d for _, d in done})
     assert same(server.result(1), expected(graphs, weights, data, 1, recipe))
-
-
-def test_what_a_cancelled_offer_pulled_is_cleared_away(bench: Bench) -> None:
-    server = bench.server
-    server.plan = [server.offer(1, LONG)]
-
-    def react(message: Any) -> None:
-        if isinstance(message, Progress) and message.phase == "train":
-            server.plan = []
-            server.say(Cancelled("job", 1, 0, "too late"))
-            bench.stop_once_quiet()
-
-    server.react = react
-    bench.run(until_finished=False)
-    with bench.reopened() as store:
-        assert not store.blobs.has(server.weights.sha256)
 
 
 @pytest.mark.parametrize("blob", ["weights", "plain", "inference"])

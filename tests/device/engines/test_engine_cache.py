@@ -35,10 +35,8 @@ def test_what_is_kept_is_known(record: CachedEngine) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"failures": value} for value in ("2", 1.5, True, 10**400, math.nan, None)),
-        *({name: value} for name in ("refit_s", "rebuild_s") for value in ("1", True, math.nan, math.inf)),
-        *({"refits": 0}, {"refits": None}, {"reason": None}, {"reason": 3}),
-        *([], ["key"], "key", 1),
+        *({"failures": value} for value in ("2", 10**400, None)),
+        *({"refit_s": math.nan}, {"refits": 0}, {"reason": 3}, []),
     ],
 )
 def test_what_is_no_record_is_not_known(tmp_path: Path, wrong: Any) -> None:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -9,8 +7,6 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import EngineError
 from fedprune.model import step_contract
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune_device.engines.bindings import TensorRTErrors, find
-from fedprune_device.engines.build import build
 from fedprune_device.engines.engine_cache import CachedEngine
 from fedprune_device.engines.engine_selector import (
     BUILD,
@@ -175,14 +171,6 @@ def test_an_engine_on_the_disk_is_checked_again_before_it_answers(board: EngineB
     selector = board.selector()
     assert board.answering(selector, wanted) is None
     assert "contradicts" in selector.status
-
-
-def test_a_graph_that_tensorrt_does_not_take_is_an_error(board: EngineBoard, tmp_path: Path) -> None:
-    (tmp_path / "weights.safetensors").write_bytes(b"")
-    (tmp_path / "inference.onnx").write_bytes(b"no graph")
-    plan, errors = EnginePlan(), TensorRTErrors()
-    with pytest.raises(EngineError, match="doesn't take the graph"):
-        build(find(), errors, tmp_path / "inference.onnx", plan, refittable=False, timings=b"", tell=lambda _: None)
 
 
 def test_builds_that_fail_are_given_up_until_somebody_asks(board: EngineBoard) -> None:

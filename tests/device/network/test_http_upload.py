@@ -246,18 +246,6 @@ def test_a_board_uploads_once_to_an_address_however_often_it_is_asked(
     assert sorted(board.server.updates) == [1, 2]
 
 
-def test_another_server_gets_it_in_the_place_of_one_that_hangs(board: Board, stall_after: None) -> None:
-    def both(request: UploadRequest) -> None:
-        board.server.say(UploadRequest(request.sha256, f"http://127.0.0.1:{hanging.getsockname()[1]}/x", 5000))
-        board.server.say(request)
-
-    with socket.create_server(("127.0.0.1", 0)) as hanging:
-        board.on_request = both
-        board.run()
-    assert len(board.web.uploads) == 2
-    assert board.results == [None, None]
-
-
 def test_what_is_no_update_of_it_is_not_uploaded(board: Board, stall_after: None) -> None:
     other = "ab" * 32
     board.on_request = lambda request: [board.server.say(m) for m in (UploadRequest(other, request.url), request)]  # type: ignore[assignment,func-returns-value]

@@ -280,15 +280,6 @@ def test_a_moment_without_a_connection_is_no_absence(at: At) -> None:
     assert at.goes_by(2)
 
 
-def test_what_else_is_to_be_trained_comes_first(at: At) -> None:
-    busy: Any = SimpleNamespace(alive=True, offline=False)
-    at.alone._worker, at.wall, at.now = busy, at.wall + 2 * DAY, at.now + 2 * DAY
-    at.turn()
-    assert at.alone._worker is busy
-    at.alone._worker = None
-    assert at.goes_by(1)
-
-
 def test_the_schedule_outlives_restarts_and_a_clock_that_was_set_back(at: At, data: LocalData) -> None:
     assert at.goes_by(DAY)
     for restart in range(3):

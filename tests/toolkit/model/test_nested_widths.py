@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.nested_widths import TensorAxes, axes_json
 from support.nets.drawn_models import architectures, model, seeds, selections
@@ -114,25 +112,3 @@ def test_arrays_that_belong_to_a_tensor_are_cut_with_it() -> None:
     assert np.array_equal(got["one::momentum"], value[:2])
     assert got["one::mu"] == 2
     assert got["lr"] is fed["lr"]
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        (("format",), "fedprune.axes/2"),
-        (("sizes", 0), 0),
-        (("axes",), []),
-        (("axes", "one", 0, 0), [0, 0, 4]),
-        (("axes", "one", 0, 0, 0), -2),
-        (("axes", "one", 0, 0, 3), 0),
-        (("axes", "one", 0, 0, 2), 2**40),
-    ],
-)
-def test_hostile_metadata_is_refused(path: tuple[Any, ...], value: Any) -> None:
-    body = json.loads(axes_json(CONCAT))
-    at = body
-    for key in path[:-1]:
-        at = at[key]
-    at[path[-1]] = value
-    with pytest.raises(BundleError, match="axes of a training graph"):
-        TensorAxes.from_json(json.dumps(body))

@@ -234,32 +234,6 @@ def test_a_paused_rollout_gives_nothing_further_and_what_is_under_way_ends() -> 
     assert (rollout.phase, rollout.why) == (RolloutPhase.RUNNING, "")
 
 
-def test_a_board_that_came_to_the_last_stage_during_a_pause_has_its_time_afterwards() -> None:
-    rollout = Rollout.of(plan(Stage(1, seconds=100), board_seconds=60), ["a"])
-    rollout.tick(0)
-    rollout.pause("wait", 1)
-    rollout.join("late", 2)
-    rollout.well("a", 3)
-    assert rollout.phase is RolloutPhase.PAUSED, "one is left to be given it"
-    commands = rollout.go_on(1000)
-    assert (given_by(commands), wake(commands)) == (["late"], 1060)
-    rollout.well("late", 1001)
-    assert (rollout.phase, rollout.failures()) == (RolloutPhase.DONE, {})
-
-
-def test_a_paused_rollout_that_does_badly_stops_all_the_same() -> None:
-    rollout = Rollout.of(plan(), NAMES)
-    first = given_by(rollout.tick(0))[0]
-    rollout.pause("wait", 1)
-    rollout.failed(first, "rolled back", 2)
-    assert rollout.phase is RolloutPhase.STOPPED
-    assert rollout.go_on(3) == rollout.pause("again", 3) == []
-    other = Rollout.of(plan(), NAMES)
-    given = given_by(other.tick(0))[0]
-    other.pause("wait", 1)
-    assert other.stop("enough") == [Withdraw(given)]
-
-
 steps = st.lists(
     st.tuples(st.sampled_from(["pause", "go_on", "tick", "join"]), st.just(""))
     | st.tuples(st.sampled_from(["well", "failed", "without"]), st.sampled_from(NAMES[:6])),

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.chunk import HEADER, MAX_PAYLOAD, Chunk, leaves_per_chunk
+from fedprune.wire.chunk import HEADER, Chunk, leaves_per_chunk
 from fedprune.wire.topics import Topics
 
 pytestmark = pytest.mark.board
@@ -33,18 +33,6 @@ def test_any_bytes_raise_nothing_but_protocol_errors(raw: bytes) -> None:
     except ProtocolError:
         return
     assert chunk.to_bytes() == raw
-
-
-def test_payloads_are_neither_empty_nor_above_the_limit() -> None:
-    full = Chunk(DIGEST, "data", 0, bytes(MAX_PAYLOAD))
-    assert Chunk.parse(full.to_bytes()) == full
-    for payload in (b"", bytes(MAX_PAYLOAD + 1)):
-        with pytest.raises(ProtocolError, match="payload of a chunk"):
-            Chunk(DIGEST, "data", 0, payload).to_bytes()
-    with pytest.raises(ProtocolError, match="payload of a chunk"):
-        Chunk.parse(full.to_bytes() + b"x")
-    with pytest.raises(ProtocolError, match="payload of a chunk"):
-        Chunk.parse(full.to_bytes()[:44])
 
 
 @pytest.mark.parametrize(

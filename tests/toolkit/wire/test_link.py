@@ -153,19 +153,6 @@ class TestWithMosquitto:
             with connected(mosquitto.url, "b", ["x"]) as receiver:
                 assert receiver.get(0.3) is None
 
-    def test_what_can_t_be_sent_is_declined_before_it_fills_the_memory(
-        self, mosquitto: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(queues, "OUTBOX_BYTES", 1_000_000)
-        with connected(mosquitto.url, "a") as sender:
-            mosquitto.process.send_signal(19)
-            sent = [sender.publish("x", bytes(100_000)) for _ in range(20)]
-            assert sent == [True] * 10 + [False] * 10
-            assert not sender.room
-            mosquitto.process.send_signal(18)
-            assert sender.flush(30)
-            assert sender.publish("x", b"1")
-
     def test_who_holds_chunks_back_is_woken_when_little_is_left_to_send(self, mosquitto: Any) -> None:
         with connected(mosquitto.url, "a") as sender:
             mosquitto.process.send_signal(19)
@@ -184,23 +171,6 @@ class TestWithMosquitto:
             assert receiver.dropped == 20
             assert [receiver.get() for _ in range(10)] == [("x", bytes(1000))] * 10
 
-    def test_publishing_from_many_threads_while_receiving_loses_nothing(self, mosquitto: Any) -> None:
-        with connected(mosquitto.url, "a", ["x"]) as link:
-
-            def publish(name: int) -> None:
-                for i in range(250):
-                    assert link.publish("x", f"{name}-{i}".encode(), qos=i % 2)
-
-            threads = [threading.Thread(target=publish, args=(n,)) for n in range(4)]
-            for thread in threads:
-                thread.start()
-            got = [link.get(30) for _ in range(1000)]
-            for thread in threads:
-                thread.join()
-
-            assert {g[1] for g in got} == {f"{n}-{i}".encode() for n in range(4) for i in range(250)}  # type: ignore[index]
-            assert link.flush(30)
-
     def test_a_wrong_password_is_told_from_a_broker_that_is_not_there(
         self, start_mosquitto: Start, tmp_path: Path
     ) -> None:
@@ -209,11 +179,6 @@ class TestWithMosquitto:
 
         with pytest.raises(BrokerError, match=r"it refuses the connection .*do user name and password fit\?$"):
             Link(broker.url.replace("//", "//user:wrong@"), "a").start()
-
-    def test_a_refused_connection_names_the_topic_of_its_will(self, start_mosquitto: Start) -> None:
-        broker = start_mosquitto(settings="listener {port} 127.0.0.1\nallow_anonymous false\n")
-        with pytest.raises(BrokerError, match=r"it refuses the connection .* a will on wills/board\."):
-            Link(broker.url, "board", will=("wills/board", b"gone")).start()
 
     # paho leaves the socket of a failed handshake to the garbage collector.
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
