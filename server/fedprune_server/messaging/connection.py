@@ -80,15 +80,15 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
         broker, url = None, config.broker
         if config.embedded:
             broker = _embedded(config, identity)
-            url = broker.url
             try:
                 stack.enter_context(broker)
             except PortTakenError:
                 if identity is not None:  # as a restored server's beside the one that was backed up
                     this = ServerInstance(config.state, looks_only=True)
-                    with second_server_guard(url, identity, config.ca, this) as guard:
+                    with second_server_guard(broker.url, identity, config.ca, this) as guard:
                         guard.enter()
                 raise
+            url = broker.url
         quarantine, joins = Quarantine(path=config.state / QUARANTINE), None
         if identity is None:
             link = Link(url, f"fedprune-server-{config.site}"[:64], ignores=quarantine.ignores, qos=0)
