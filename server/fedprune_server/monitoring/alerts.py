@@ -6,7 +6,9 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from fedprune.core.records import one_of, within
 from fedprune.core.text import sentences
 from fedprune_server.monitoring.situation import Situation
 
@@ -45,7 +47,7 @@ class Alert:
     """
 
     kind: str
-    severity: str
+    severity: Annotated[str, one_of(SEVERITIES)]
     since: float
     what: str
     why: str
@@ -53,7 +55,7 @@ class Alert:
     job: str | None = None
     device: str | None = None
     subject: str = ""
-    delay_s: float = 0.0
+    delay_s: Annotated[float, within(0)] = 0.0
 
     @property
     def key(self) -> str:

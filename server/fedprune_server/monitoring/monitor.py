@@ -6,12 +6,11 @@ writes `alerts.json`, from which `fedprune-server doctor` sees the open alerts a
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -22,13 +21,14 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import held
-from fedprune.core.errors import FedpruneError, reason
+from fedprune.core.errors import FedpruneError, StorageError, reason
 from fedprune.core.lock_wait import wait_reason
+from fedprune.core.records import read, write
 from fedprune.core.text import amount
 from fedprune.jobs.state import Progress
 from fedprune_server.devices.plan_vs_actual import QUANTITIES
 from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
-from fedprune_server.monitoring.alert_rules import ALERT_SEVERITIES, evaluate_alerts
+from fedprune_server.monitoring.alert_rules import evaluate_alerts
 from fedprune_server.monitoring.alerts import (
     CRITICAL,
     HANG_THRESHOLD_S,
@@ -330,13 +330,10 @@ class Monitor:
             self._write()
 
     def _write(self) -> None:
-        alerts, notified = ([asdict(a) for a in found] for found in (self.book.open, self.notified()))
-        body = {
-            "turned_at": self._turned_at, "alerts": alerts, "notified": notified, "free": self._free_seen,
-            "run": self._run_id, "closing": sorted(self.book.closing),
-        }  # fmt: skip
+        book, free = self.book, frozenset(self._free_seen)
+        recorded = Recorded(self._turned_at, book.open, self.notified(), free, self._run_id, book.closing)
         try:
-            write_whole(self._folder / FILE, json.dumps(body).encode(), private=True)
+            write_whole(self._folder / FILE, write(recorded), private=True)
         except (FedpruneError, OSError) as error:
             self._complain(error)
 
@@ -385,22 +382,9 @@ def read_live(folder: Path) -> Recorded:
 def read_recorded(folder: Path) -> Recorded:
     """What was written last, which may be long ago, by a server that has ended since."""
     try:
-        body = json.loads((folder / FILE).read_bytes())
-        return Recorded(
-            float(body["turned_at"]),
-            _alerts(body["alerts"]),
-            _alerts(body.get("notified", ())),
-            frozenset(body.get("free", ())),
-            str(body.get("run", "")),
-            frozenset(body.get("closing", ())),
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return read(Recorded, (folder / FILE).read_bytes(), FILE, StorageError)
+    except (OSError, StorageError):
         return Recorded()
-
-
-def _alerts(rows: Iterable[Mapping[str, Any]]) -> list[Alert]:
-    alerts = [Alert(**row) for row in rows]
-    return [a for a in alerts if a.severity in ALERT_SEVERITIES[a.kind] and float(a.delay_s) >= 0]
 
 
 def _log(change: AlertChange) -> None:

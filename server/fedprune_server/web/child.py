@@ -20,7 +20,7 @@ import anyio
 import uvicorn
 from starlette.types import ASGIApp
 
-from fedprune.core.errors import FedpruneError
+from fedprune.core.errors import ConfigError, FedpruneError
 from fedprune_server.process.child_side import end_with_parent, reply_stream
 from fedprune_server.web.app import make_app
 from fedprune_server.web.auth.middleware import Exposure
@@ -142,7 +142,7 @@ def main() -> None:
     replies = reply_stream()
     try:
         settings = ConsoleSettings.from_json(sys.stdin.buffer.readline())
-    except ValueError:
+    except ConfigError:
         sys.exit(2)
     end_with_parent(settings.parent)
     try:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import BinaryIO
 
+from fedprune.core.errors import ConfigError
 from fedprune.core.imports import module_code
+from fedprune.core.records import read, write
 from fedprune_server.process.child_process import ChildProcess, RestartedProcess
 
 log = logging.getLogger("fedprune.server")
@@ -52,14 +53,11 @@ class ConsoleSettings:
 
     @classmethod
     def from_json(cls, text: bytes) -> ConsoleSettings:
-        try:
-            body = json.loads(text)
-            return cls(**{**body, "hosts": tuple(body["hosts"])})
-        except (TypeError, KeyError) as error:
-            raise ValueError("these are no settings of a console") from error
+        """Raises `ConfigError` if it is not what `to_json` writes."""
+        return read(cls, text, "settings of a console", ConfigError)
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self)).encode() + b"\n"
+        return write(self) + b"\n"
 
 
 class ConsoleProcess:

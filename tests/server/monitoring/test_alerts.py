@@ -316,7 +316,7 @@ def test_many_strangers_hide_nothing_worse() -> None:
 def test_a_restarted_server_goes_on_with_its_open_alerts(tmp_path: Path) -> None:
     left = raised(delay_s=10.0)
     (tmp_path / FILE).write_text(json.dumps({"turned_at": NOW, "alerts": [asdict(left)]}))
-    assert read_recorded(tmp_path) == Recorded(NOW, [left], [], frozenset())
+    assert read_recorded(tmp_path) == Recorded(NOW, [left])
     book = AlertBook([left])
     assert book.update([raised(delay_s=10.0, since=NOW + 50)], 0.0, NOW + 50) == []
     assert [a.since for a in book.open] == [NOW]
@@ -439,10 +439,6 @@ def test_updates_of_which_none_counts_are_reported(tmp_path: Path) -> None:
 
     changes = alarmed(tmp_path, poison)
     assert [(kind, is_open) for _, kind, is_open in changes][:1] == [("no-progress", True)]
-
-
-def test_a_healthy_fleet_raises_nothing(tmp_path: Path) -> None:
-    assert alarmed(tmp_path, lambda fleet: None) == []
 
 
 def test_a_board_far_off_its_plan_is_found() -> None:

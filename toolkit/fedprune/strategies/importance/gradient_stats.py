@@ -18,7 +18,7 @@ return.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import BundleError
-from fedprune.model.architecture import FIXED, Architecture
+from fedprune.model.architecture import FIXED, Architecture, Axis
 
 DECAY = 0.9
 """Weight of the old estimates in the moving averages."""
@@ -89,18 +89,13 @@ class Evidence:
 
     def trained_channels(self) -> tuple[Bits, ...]:
         """Per group and channel, whether any device ever trained a coordinate that makes the channel."""
-        out = tuple(np.zeros(n, np.bool_) for n in self.architecture.sizes)
+        counts = tuple(np.zeros(n, np.int64) for n in self.architecture.sizes)
         for spec in self.architecture.trainable:
             flags = self.trained[spec.name]
             for a in self.architecture.output_axes(spec.name):
-                row = np.asarray(flags.any(axis=tuple(i for i in range(flags.ndim) if i != a)))
-                at = 0
-                for s in spec.axes[a].segments:
-                    if s.group != FIXED:
-                        part = row[at : at + s.length].reshape(s.count, s.inner).any(axis=1)
-                        out[s.group][s.start : s.start + s.count] |= part
-                    at += s.length
-        return out
+                row = flags.sum(axis=tuple(i for i in range(flags.ndim) if i != a), dtype=np.int64)
+                collect(counts, spec.axes[a], row)
+        return tuple(count > 0 for count in counts)
 
     @property
     def complete(self) -> bool:
@@ -125,24 +120,25 @@ class Evidence:
         """Read what `to_tensors` wrote. Raises `BundleError` if a tensor is missing, unknown, or of another type or
         shape."""
         expected = cls.empty(architecture).to_tensors()
-        unknown = sorted(set(tensors) ^ set(expected))
-        if unknown:
-            raise BundleError(
-                "the evidence lacks a tensor of the architecture, or has an unknown one", got=repr(unknown[0])
-            )
-        for name, zero in expected.items():
-            value = tensors[name]
-            if value.dtype != zero.dtype or value.shape != zero.shape:
-                raise BundleError(
-                    f"evidence tensor {name}",
-                    expected=f"{zero.dtype} {zero.shape}",
-                    got=f"{value.dtype} {value.shape}",
-                )
-            if value.dtype == np.float32 and not np.isfinite(value).all():
+        for name in sorted(set(tensors) | set(expected)):
+            value, zero = tensors.get(name), expected.get(name)
+            if value is None or zero is None or (value.dtype, value.shape) != (zero.dtype, zero.shape):
+                want, got = ("nothing" if v is None else f"{v.dtype} {v.shape}" for v in (zero, value))
+                raise BundleError(f"evidence tensor {name}", expected=want, got=got)
+            if not np.isfinite(value).all():
                 raise BundleError(f"evidence tensor {name}", expected="finite numbers")
         names = [spec.name for spec in architecture.trainable]
         parts = ("gradient", "curvature", "trained")
         return cls(architecture, *({name: tensors[f"{name}::{part}"] for name in names} for part in parts))
+
+
+def collect(sums: Sequence[npt.NDArray[Any]], axis: Axis, row: npt.NDArray[Any]) -> None:
+    """Add numbers per index of an axis to those of its channels, which are by group."""
+    at = 0
+    for s in axis.segments:
+        if s.group != FIXED:
+            sums[s.group][s.start : s.start + s.count] += row[at : at + s.length].reshape(s.count, s.inner).sum(axis=1)
+        at += s.length
 
 
 def _average(before: Floats, now: Floats, known: Bits, seen: Bits) -> Floats:

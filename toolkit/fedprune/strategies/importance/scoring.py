@@ -17,8 +17,8 @@ import numpy.typing as npt
 from fedprune.core.errors import BundleError, ConfigError
 from fedprune.core.rng import keyed
 from fedprune.jobs.job import SCORERS
-from fedprune.model.architecture import FIXED, Architecture, TensorKind
-from fedprune.strategies.importance.gradient_stats import Evidence
+from fedprune.model.architecture import Architecture, TensorKind
+from fedprune.strategies.importance.gradient_stats import Evidence, collect
 
 Scores = tuple[npt.NDArray[np.float64], ...]
 """Per group one number per channel; more is better."""
@@ -137,13 +137,7 @@ def channel_sums(
             continue
         values = part(spec.name)
         for axis in axes:
-            row = values.sum(axis=tuple(i for i in range(values.ndim) if i != axis))
-            at = 0
-            for s in spec.axes[axis].segments:
-                if s.group != FIXED:
-                    made = row[at : at + s.length].reshape(s.count, s.inner).sum(axis=1)
-                    out[s.group][s.start : s.start + s.count] += made
-                at += s.length
+            collect(out, spec.axes[axis], values.sum(axis=tuple(i for i in range(values.ndim) if i != axis)))
     return out
 
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import FIXED, Architecture, Axis, TensorKind, TensorSpec
 from fedprune.model.selection import Active, Bits, Selection, check_mask
+from fedprune.strategies.importance.gradient_stats import collect
 
 Alive = tuple[Bits, ...]
 """Per group, whether each channel is left."""
@@ -90,7 +91,7 @@ def _counts(
             active = whole if spec.name not in mask else _active(mask[spec.name], held, i)
             into = out[:2] if i in made else out[2:]
             for counts, row in zip(into, (active, whole), strict=True):
-                _collect(counts, axis, row)
+                collect(counts, axis, row)
     return (out[0], out[1]), (out[2], out[3])
 
 
@@ -112,12 +113,3 @@ def _spread(axis: Axis, alive: Alive) -> Bits:
         for s in axis.segments
     ]
     return np.concatenate(parts) if parts else np.zeros(0, np.bool_)
-
-
-def _collect(counts: Counts, axis: Axis, row: npt.NDArray[np.int64]) -> None:
-    """Add numbers per index of an axis to those of its channels."""
-    at = 0
-    for s in axis.segments:
-        if s.group != FIXED:
-            counts[s.group][s.start : s.start + s.count] += row[at : at + s.length].reshape(s.count, s.inner).sum(1)
-        at += s.length
