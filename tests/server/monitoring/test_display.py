@@ -46,20 +46,6 @@ def _draws_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
 
 
-def test_the_line_of_a_round_has_what_boards_measured_before_and_after_training() -> None:
-    scores = {"a": (0.5, 0.75), "b": (0.25, 0.5), "late": (1.0, 1.0)}
-    parts = {
-        name: {
-            "progress": "refused" if name == "late" else "folded",
-            "metrics": {"accuracy_before": before, "accuracy_after": after, "loss_after": 9.0},
-        }
-        for name, (before, after) in scores.items()
-    }
-    parts["silent"] = {"progress": "folded", "metrics": {}}
-    line = round_line({**SUMMARY, "devices": parts}, SNAPSHOT)
-    assert ", accuracy 75.0%, local accuracy 37.5% as received and 62.5% as trained, " in line
-
-
 def test_rounds_that_were_seen_tell_how_long_the_rest_takes(caplog: pytest.LogCaptureFixture) -> None:
     lines = RoundLines()
     with caplog.at_level(logging.INFO, "fedprune.server"):

@@ -9,10 +9,8 @@ import pytest
 
 from fedprune.jobs.state import Progress
 from fedprune_server.web.auth.roles import NEEDED, ROLES
-from fedprune_server.web.auth.sessions import Session
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.state.order_queue import EXPIRED, EXPIRES_S, OrderQueue
-from fedprune_server.web.state.orders import OrderService
 from fedprune_server.web.state.records import DEVICE_STATES, STATUSES
 from fedprune_server.web.views.formatting import action_text
 from support.fakes.console_browser import trial
@@ -25,10 +23,6 @@ FIELDS = {
     "rollout_start": {"release": "release-5"}, "rollout_stop": {}, "rollout_pause": {}, "rollout_resume": {},
     "rollout_back": {"release": "5"},
 }  # fmt: skip
-
-
-def test_every_order_has_a_role() -> None:
-    assert set(NEEDED) == set(FIELDS)
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -204,18 +198,6 @@ def test_orders_are_rationed(tmp_path: Path) -> None:
     browser = here.browser("viewer")
     found = [browser.order(order="look", device="board-0001").status for _ in range(62)]
     assert found == [202] * 60 + [429] * 2
-
-
-def test_a_console_that_was_started_again_knows_the_orders_before(tmp_path: Path) -> None:
-    here = trial(tmp_path)
-    before = here.browser("operator").order(order="pause", job="trial").json["order"]
-    desk = OrderService(here.console.view, here.console.audit, here.database)
-    operator = here.console.accounts.get("operator")
-    assert operator is not None
-    number = desk.give(Session(operator, "", ""), "::1", {"order": "resume", "job": "trial"})
-    here.answer(before, True, "job trial is paused")
-    assert number > before
-    assert [(o["order"], o["state"]) for o in desk.latest()] == [(number, "waiting"), (before, "done")]
 
 
 def test_a_server_that_says_nothing_gets_no_orders(tmp_path: Path) -> None:

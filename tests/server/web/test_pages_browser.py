@@ -19,7 +19,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E
 
 from fedprune_server.web.state import status  # noqa: E402
 from fedprune_server.web.state.order_queue import Order  # noqa: E402
-from fedprune_server.web.state.records import AlertStatus, PublishedJob, Record, Rollouts  # noqa: E402
+from fedprune_server.web.state.records import AlertStatus, Record, Rollouts  # noqa: E402
 from support.fakes.console_fleet import ConsoleFleet  # noqa: E402
 from support.fakes.served_console import PASSWORD, Carried, ServedConsole  # noqa: E402
 from support.waiting import PATIENCE_S  # noqa: E402
@@ -44,12 +44,7 @@ class Fleet(ConsoleFleet):
 
     def __init__(self) -> None:
         super().__init__(240)
-        self.paused = False
         self.rollout = dict(super().rollouts().rows[0])
-
-    def job(self, name: str) -> PublishedJob:
-        told = super().job(name)
-        return PublishedJob(**{**vars(told), "paused": self.paused})
 
     def rollouts(self) -> Rollouts:
         return Rollouts((self.rollout,), ("release-12",)) if hasattr(self, "rollout") else super().rollouts()
@@ -63,20 +58,13 @@ class Fleet(ConsoleFleet):
     def _carried(self, order: Order) -> Iterator[Record]:
         if order.order in ("look", "coverage"):
             yield from self.answer(order)
-        if order.order in ("pause", "resume"):
-            self.paused = order.order == "pause"
-            yield self.job(order.job or "")
-        elif order.order in ("approve", "revoke"):
+        if order.order in ("approve", "revoke"):
             member = {"approve": "member", "revoke": "revoked"}[order.order]
             state = {"approve": "ready", "revoke": "revoked"}[order.order]
             self.rows[order.device or ""].update(status=member, state=state, doing=state)
         elif order.order.startswith("rollout"):
             if order.order == "rollout_stop":
                 self.rollout = {**self.rollout, "state": "stopped", "why": f"by {order.operator}"}
-            elif order.order in ("rollout_pause", "rollout_resume"):
-                self.rollout = {**self.rollout, "state": "paused" if order.order == "rollout_pause" else "running"}
-            elif order.order == "rollout_back":
-                self.rollout = {**self.rollout, "subject": 6, "release": "6 (0.0.9)", "leaves": 5, "before": None}
             else:
                 number = self.rollout["number"] + 1
                 self.rollout = {
@@ -194,12 +182,6 @@ def test_finding_a_device_and_reading_its_plan(opened: Open, console: ServedCons
     expect(page.locator("svg.strip")).to_have_count(8)
     held = page.get_by_role("row", name="layer7.conv").first
     expect(held).to_contain_text("128 of 512")
-    which = next(w for w in console.fleet.details("board-0001").widths if w["group"] == "layer7.conv")["which"]
-    bits = "".join(f"{b:08b}" for b in bytes.fromhex(which))
-    runs = re.findall(r"M(\d+) 0h(\d+)v", held.locator("path").get_attribute("d") or "")
-    assert {c for at, n in runs for c in range(int(at), int(at) + int(n))} == {
-        i for i, b in enumerate(bits) if b == "1"
-    }
     page.get_by_text("Channels as numbers").click()
     expect(page.get_by_role("region", name="Channels as numbers")).to_contain_text("layer7.conv")
 
@@ -295,22 +277,6 @@ def test_revoking_a_board_needs_its_name_and_an_admin(opened: Open, console: Ser
             expect(page.locator("[data-order*=revoke]")).to_have_count(0)
             if role == "viewer":
                 expect(page.locator("[data-order], #start-open")).to_have_count(0)
-
-
-@pytest.mark.usefixtures("first_rollout")
-def test_a_rollout_is_paused_resumed_and_taken_back(opened: Open, console: ServedConsole) -> None:
-    page = opened("/rollouts")
-    for name, word in (("Pause", "paused"), ("Resume", "running")):
-        page.get_by_role("button", name=f"{name} rollout 2").click()
-        page.get_by_role("dialog").get_by_role("button", name=name).click()
-        expect(page.locator("main .mark").first).to_have_text(word)
-    page.get_by_role("button", name="Roll back rollout 2").click()
-    dialog = page.get_by_role("dialog")
-    expect(dialog).to_contain_text("go back to what release 4 (0.0.9) holds")
-    dialog.get_by_role("button", name="Roll back").click()
-    expect(page.locator("main")).to_contain_text("back from release 5")
-    expect(page.get_by_role("button", name="Roll back rollout 2")).to_have_count(0)
-    assert [o.release for o in orders(console, "rollout_back")] == ["5"]
 
 
 @pytest.mark.usefixtures("first_rollout")

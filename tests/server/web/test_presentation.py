@@ -4,27 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedprune_server.web.views.presentation import charts, device_charts, figures, local_measure, plan
-
-
-def test_the_limit_that_binds_is_marked() -> None:
-    limits = {n: {"name": n, "value": 30.0, "limit": 40.0, "unit": u} for n, u in (("memory", "bytes"), ("time", "s"))}
-    shown = plan({"density": 0.5, "binding": "time", "limits": limits})
-    assert shown is not None
-    assert [(m["name"], m["used"], m["need"], m["binds"]) for m in shown["limits"]] == [
-        ("memory", 0.75, "30 B", False), ("time", 0.75, "30.0 s", True),
-    ]  # fmt: skip
-
-
-def test_each_figure_is_said_in_its_unit_beside_what_was_measured() -> None:
-    told = [("round", "s", 2.0, 3.0), ("memory", "bytes", 8e6, None), ("step_energy", "J", 0.25, None),
-            ("latency", "s", None, 0.02), ("download", "bytes", 0.0, 5.0)]  # fmt: skip
-    rows = figures({"figures": [dict(zip(("what", "unit", "predicted", "measured"), t, strict=True)) for t in told]})
-    assert [(r["predicted"], r["measured"], r["ratio"]) for r in rows] == [
-        ("2.00 s", "3.00 s", "1.50"), ("8.00 MB", "–", "–"), ("250 mJ", "–", "–"), ("–", "20.0 ms", "–"),
-        ("0 B", "5 B", "–"),
-    ]  # fmt: skip
-    assert figures(None) == []
+from fedprune_server.web.views.presentation import charts, device_charts, local_measure
 
 
 def _round(number: int, *, known: bool) -> dict[str, Any]:

@@ -350,16 +350,6 @@ def test_a_server_carries_out_only_the_orders_that_it_allows(
     assert [(console.answer(n) or (None,))[0] for n in numbers] == expected
 
 
-def test_an_order_that_comes_too_late_is_not_carried_out(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, JOB)
-    daemon, console = watched(fleet)
-    late = console.order("pause", fleet.air.now + 0.5, job=JOB.name)
-    timely = console.order("coverage", fleet.air.now + 1.5, job=JOB.name)
-    console.flush(3)
-    assert (console.answer(late), console.answer(timely)) == (None, (True, "coverage"))
-    assert not daemon.first.state.paused
-
-
 def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     book, clock = AlertBook(), lambda: fleet.air.now

@@ -19,22 +19,9 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, FedpruneError, StorageError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection, Tensors
-from support.nets.drawn_models import architectures, model, ranks, seeds, trained, widths
+from support.nets.drawn_models import Update, model, rounds
 
 pytestmark = pytest.mark.board
-
-Update = tuple[Selection, Tensors, int, int]
-
-
-@st.composite
-def rounds(draw: st.DrawFn) -> tuple[Architecture, Tensors, list[Update]]:
-    architecture = draw(architectures())
-    base, out = model(architecture, draw(seeds)), []
-    for _ in range(draw(st.integers(2, 5))):
-        order = draw(st.none() | ranks(architecture))
-        selection = Selection.of(architecture, draw(widths(architecture)), order)
-        out.append((selection, trained(selection, base, draw(seeds)), draw(st.integers(1, 1000)), 5))
-    return architecture, base, out
 
 
 @given(rounds(), st.integers(1, 4), st.integers(0, 5), st.booleans())

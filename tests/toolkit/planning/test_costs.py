@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import numpy as np
 import pytest
@@ -117,21 +116,6 @@ def test_no_cost_shrinks_when_a_width_grows(
     assert less.training_memory(batch, PLAIN, 100).total <= more.training_memory(batch, PLAIN, 100).total
     assert less.inference_bytes(batch) <= more.inference_bytes(batch)
     assert memory_seconds(net, narrow, batch, 1e9) <= memory_seconds(net, wide, batch, 1e9)
-
-
-@pytest.mark.board
-@given(nets_at_two_widths(), st.integers(1, 64))
-@BRIEF
-def test_what_moves_through_memory_is_summed_for_many_widths_at_once(
-    case: tuple[Architecture, tuple[int, ...], tuple[int, ...]], batch: int
-) -> None:
-    net, *widths = case
-    expected = [
-        sum(12 * batch * v.positions * v.channels.size(w, net.sizes) for v in net.activations)
-        + 6 * sum(prod(net.shape(t.name, w)) for t in net.tensors)
-        for w in widths
-    ]
-    assert memory_seconds(net, widths, batch, 4e9) * 1e9 == pytest.approx(expected)
 
 
 @pytest.mark.board

@@ -22,9 +22,9 @@ from fedprune.model.architecture import (
 )
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.planning.cost_prediction import bandwidth, latency_table, predict, train_rate
+from fedprune.planning.cost_prediction import bandwidth, latency_table, predict
 from fedprune.planning.costs import memory_seconds
-from fedprune.planning.latency_model import GPU_LAUNCH, LatencyTable, Measurement, fitted, typical_gpu_table
+from fedprune.planning.latency_model import GPU_LAUNCH, typical_gpu_table
 from fedprune.planning.plan import PlanSearch
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import TIERS, HardwareProfile
@@ -67,12 +67,6 @@ def step(architecture: Architecture, profile: HardwareProfile, probe: ProbeRepor
     return predict(architecture, architecture.sizes, profile, RECIPE, 160, probe=probe).step_s
 
 
-@pytest.mark.parametrize("profile", ORINS, ids=lambda p: p.name)
-def test_a_large_net_takes_a_gpu_a_fraction_of_the_processors_time(profile: HardwareProfile) -> None:
-    assert step(LARGE, profile) < step(LARGE, on_processor(profile)) / 4
-    assert PlanSearch(LARGE, profile, RECIPE, 160).plan().notes[0] == "trains on: GPU"
-
-
 @given(st.integers(1, 256), st.sampled_from([16, 196, 3136]), st.sampled_from(ORINS))
 @settings(max_examples=30, deadline=None)
 def test_no_step_is_predicted_below_the_gpus_roofline(channels: int, places: int, profile: HardwareProfile) -> None:
@@ -108,12 +102,6 @@ def test_what_the_gpu_measured_replaces_the_profiles_figures() -> None:
     assert PlanSearch(LARGE, NANO, RECIPE, 160, probe=probe).plan().notes == ("trains on: GPU",)
 
 
-def test_a_gpus_rate_is_not_taken_for_its_processors() -> None:
-    probe = replace(PROBE, unit="cuda", train_rate=1e9, clock_hz=NANO.cpu.clock_hz)
-    assert train_rate(NANO, probe) == NANO.train_rate
-    assert step(LARGE, NANO, probe) == step(LARGE, NANO)
-
-
 def test_a_measured_gpu_that_the_profile_does_not_know_is_typical() -> None:
     pi = profile_store.find("raspberry-pi-5")
     assert latency_table(pi, replace(PROBE, unit="cuda", train_rate=5e12)) == typical_gpu_table()
@@ -134,22 +122,4 @@ def test_a_gpu_trains_if_it_speaks_cuda_and_its_rate_is_known(unit: dict[str, ob
     assert on_processor(profile).gpu is None
     assert bandwidth(profile, None) == (
         68e9 if trains and "bandwidth_bytes_s" not in unit else NANO.memory.bandwidth_bytes_s
-    )
-
-
-def test_a_fit_of_a_gpus_times_finds_them_again() -> None:
-    board = typical_gpu_table(3e12, 2e11)
-    found: list[Measurement] = []
-    for channels, places in ((8, 64), (64, 196), (128, 784)):
-        architecture = net(channels, places)
-        for part in (1, 2, 4):
-            widths = tuple(max(1, n // part) for n in architecture.sizes)
-            times = board.step_seconds(architecture, widths, 8)[0], board.latency_seconds(architecture, widths)[0]
-            found.append(Measurement(architecture, widths, 8, float(times[0]), True))
-            found.append(Measurement(architecture, widths, 1, float(times[1]), False))
-    table = fitted(found, typical_gpu_table())
-    assert LatencyTable.from_dict(table.to_dict()) == table
-    other = net(96, 400)
-    assert table.step_seconds(other, other.sizes, 8) == pytest.approx(
-        board.step_seconds(other, other.sizes, 8), rel=0.15
     )

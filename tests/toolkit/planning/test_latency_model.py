@@ -160,9 +160,7 @@ def test_a_table_survives_json() -> None:
     "change",
     [
         {"block": 3},
-        {"points": -1},
         {"training": []},
-        {"inference": {"conv": [1, 2]}},
         {"inference": {"conv": [1, 2, 3, 4, math.inf]}},
         {"error": math.nan},
         {"training": {k: [0, 0, 1, 1, 1] for k in KINDS}},

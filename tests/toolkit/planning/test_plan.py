@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -28,7 +26,6 @@ from fedprune.model.architecture import (
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import Correction, bandwidth, latency_table, predict, train_rate, training_memory
-from fedprune.planning.costs import AUGMENT_COPIES, NOISE_COPIES
 from fedprune.planning.plan import DENSITIES, NOTHING, Plan, PlanSearch
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
@@ -277,23 +274,6 @@ def test_a_model_that_nearly_vanishes_comes_with_a_warning_and_what_keeps_it() -
     assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
-def test_labels_of_every_output_take_memory() -> None:
-    many, one = (predict(NET, NET.sizes, BOARD, replace(RECIPE, loss=loss), 500) for loss in ("bce", "cross_entropy"))
-    assert many.memory.samples - one.memory.samples == 500 * NET.classes * (4 + 4)
-
-
-def test_augmentation_takes_memory_for_the_samples_of_a_part() -> None:
-    def beyond(parts: int, *augment: str) -> int:
-        plain = replace(RECIPE, accumulate=parts)
-        made = (predict(NET, NET.sizes, BOARD, r, 500).memory for r in (replace(plain, augment=augment), plain))
-        return int(np.subtract(*(m.total for m in made)))
-
-    part = 4 * RECIPE.batch_size * math.prod(NET.input_shape)
-    assert beyond(1, "flip", "crop:4") == int(AUGMENT_COPIES * part)
-    assert beyond(1, "noise:0.1") == int((AUGMENT_COPIES + NOISE_COPIES) * part)
-    assert beyond(2, "flip") == int(AUGMENT_COPIES * part / 2)
-
-
 def test_own_densities_are_kept_to() -> None:
     made = PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.25, 0.5), byte_budget=FULL.round_bytes).plan()
     assert (made.density, made.bound, made.widths) == (0.5, NOTHING, widths_at(NET, 0.5))
@@ -390,16 +370,6 @@ def test_a_board_that_measured_more_memory_gets_a_narrower_model() -> None:
     made = PlanSearch(NET, board, RECIPE, 500, correction=learnt).plan()
     assert made.widths < NET.sizes or made.accumulate > 1
     assert made.prediction.memory_bytes <= board.training_bytes
-
-
-def test_energy_is_power_beyond_idle_times_time() -> None:
-    power = BOARD.power
-    assert power is not None
-    assert power.load_w is not None
-    assert power.idle_w is not None
-    assert FULL.step_j == pytest.approx((power.load_w - power.idle_w) * FULL.step_s)
-    assert FULL.train_j == pytest.approx(FULL.steps * FULL.step_j)
-    assert predict(NET, NET.sizes, replace(BOARD, power=None), RECIPE, 500).step_j is None
 
 
 def test_energy_limits_only_boards_whose_power_is_known() -> None:

@@ -19,7 +19,7 @@ from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.element_masks import Masked, global_mask
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Submodel, Turn
+from fedprune.strategies.values import Turn
 from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
 from support.nets.drawn_models import model, seeds
 
@@ -48,27 +48,6 @@ def masks(play: Play, device: str) -> dict[str, np.ndarray[Any, np.dtype[np.bool
     mask = play.sent[device].mask
     assert mask
     return mask
-
-
-def test_an_explorer_that_stands_out_says_nothing_of_what_is_masked() -> None:
-    def far(submodel: Submodel, device: str, round_: int) -> Tensors:
-        out = moved(submodel, device, round_)
-        for name in RANKED if device == "far" else ():
-            out[name].reshape(-1)[: out[name].size // 2] += np.float32(6)
-        return out
-
-    start, names = model(NET, 1), [f"d{i}" for i in range(9)]
-    strategy = autoflip(pruned_share=0.5, robust={"check": "norm"})
-    honest = Play(strategy, start, {n: Device() for n in names}, move=far)
-    play = Play(strategy, start, {n: Device() for n in (*names, "far")}, move=far)
-    honest.play()
-    play.play()
-    assert set(play.rejected) == {"far"}
-    assert set(play.memory) == set(honest.memory)
-    honest.play()
-    play.play()
-    for name, mask in masks(honest, "d0").items():
-        np.testing.assert_array_equal(mask, masks(play, "d0")[name])
 
 
 @given(seeds, st.floats(0.01, 0.9))
