@@ -262,17 +262,6 @@ def case_strategies_are_taken_or_refused_by_name() -> None:
         composed(Job(strategy="fedavg", secure_aggregation=True))
 
 
-def case_robust_strategies_leave_out_who_stands_out() -> None:
-    def change(replies: list[Message]) -> list[Message]:
-        last = replies[-1]
-        far = ArrayRecord({n: Array(a.numpy() + np.float32(5)) for n, a in last.content["arrays"].items()})
-        return [*replies[:-1], spoilt(last, far)]
-
-    options = {"robust": {"check": "norm"}}
-    robust = one_round(FedpruneStrategy(model(), "fedavg", options=options, **QUIET), 6, change=change)[2]
-    assert same(robust, one_round(FedpruneStrategy(model(), "fedavg", **QUIET), 6, change=lambda r: r[:-1])[2])
-
-
 def case_who_gets_how_much() -> None:
     sizes, architecture = model().architecture.sizes, model().architecture
 

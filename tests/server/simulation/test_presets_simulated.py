@@ -42,10 +42,9 @@ def build(tmp_path: Path) -> Build:
     return make
 
 
-@pytest.mark.parametrize("options", [{}, {"robust": {"clip": 1e6}}])
-def test_at_density_one_it_is_the_mean_in_its_order_bit_for_bit(build: Build, options: dict[str, Any]) -> None:
+def test_at_density_one_it_is_the_mean_in_its_order_bit_for_bit(build: Build) -> None:
     plain = final_weights(build("plain", density=1.0, scorer="ordered"))
-    got = final_weights(build("fedavg", options=options))
+    got = final_weights(build("fedavg"))
     assert all(got[n].tobytes() == plain[n].tobytes() for n in plain)
 
 
@@ -60,8 +59,8 @@ def test_at_density_one_it_is_the_mean_in_its_order_bit_for_bit(build: Build, op
         pytest.param("history", {"densities": TIERS, "mu": 1.0}, marks=pytest.mark.soak),
         ("fedper", {"densities": TIERS}),
         ("fedprox", {"densities": TIERS, "server_momentum": 0.5}),
-        ("fedavg", {"densities": TIERS, "robust": {"centre": "median", "check": "both"}}),
-        ("ca-hfp", {"densities": TIERS, "robust": {"clip": "median", "centre": "trimmed", "trim": 0.34}}),
+        ("fedavg", {"densities": TIERS, "robust": {"centre": "median"}}),
+        ("ca-hfp", {"densities": TIERS, "robust": {"centre": "trimmed", "trim": 0.34}}),
     ],
 )
 @pytest.mark.at_push(2)
@@ -144,22 +143,6 @@ def test_rows_of_absent_labels_are_left_to_those_that_have_them(build: Build) ->
             assert alone > 2 * diluted
         body = [n for n in got if n not in head]
         assert all(got[n].tobytes() == everyone[n].tobytes() for n in body)
-
-
-def test_a_device_that_stands_out_is_left_out_and_the_history_says_why(build: Build) -> None:
-    """Five boards with data, and one that calls everything 0."""
-    members = boards(tuple(f"d{i}" for i in range(6)), KINDS[0])
-    members[3] = replace(members[3], data=replace(members[3].data, y_train=members[3].data.y_train * 0))
-    models = {}
-    for label, fleet, robust in (("checked", members, {"check": "norm"}), ("without", members[:3] + members[4:], None)):
-        options = {"densities": [1.0], "robust": robust}
-        models[label] = build("ca-hfp", fleet=fleet, rounds=1, options=options, move_limit=0.0, weight_limit=0.0)
-    row = models["checked"].state.history[0]["devices"]
-    assert {n for n, d in row.items() if d["progress"] == "refused"} == {"d3"}
-    assert "deviations above the median" in row["d3"]["reason"]
-    assert models["checked"].state.devices["d3"].past is None
-    assert models["checked"].state.model == models["without"].state.model
-    assert models["checked"].state.memory == models["without"].state.memory  # evidence is as clean
 
 
 def only(device: VirtualDevice, labels: list[int]) -> VirtualDevice:

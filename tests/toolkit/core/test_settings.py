@@ -45,7 +45,6 @@ PLAIN: dict[type[Any], Callable[..., Any]] = {
     Tiers: partial(Tiers, (1.0,)),
     Stage: partial(Stage, share=1.0),
     RolloutPlan: partial(RolloutPlan, "model", "1"),
-    ProbeReport: partial(ProbeReport, cores=4, memory_total=2**30, memory_available=2**29, seconds=1.0),
 }
 OPTIONS = {
     "autoflip": autoflip.Options,

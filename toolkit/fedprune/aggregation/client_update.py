@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -116,9 +116,6 @@ def check_counts(weight: object, steps: object, most: int) -> None:
     whole("steps of an update", steps, 1, MAX_STEPS, error=ProtocolError)
 
 
-Moves = dict[str, npt.NDArray[np.float64]]
-
-
 @dataclass(frozen=True, eq=False)
 class ClientUpdate:
     """The checked input of `Fold.add`.
@@ -136,47 +133,6 @@ class ClientUpdate:
     steps: int = 1
     mask: Active = field(default_factory=dict)
     sent: Mapping[str, npt.NDArray[np.float32]] | None = None
-
-    def began(self, name: str, base: Tensors) -> npt.NDArray[np.float32]:
-        """A tensor before training, in the submodel's coordinates."""
-        if self.sent is not None:
-            return self.sent[name]
-        return np.asarray(base[name][mesh(self.selection.maps(name))])
-
-    def moves(self, base: Tensors, left_out: Collection[str] = ()) -> Moves:
-        """Δ_k by trained tensor, 0 where masked; `base` is the fold's w_t."""
-        out: Moves = {}
-        for spec in self.selection.architecture.trainable:
-            if spec.name in left_out:
-                continue
-            moved = self.tensors[spec.name].astype(np.float64) - self.began(spec.name, base)
-            if spec.name in self.mask:
-                moved *= self.mask[spec.name]
-            out[spec.name] = moved
-        return out
-
-    def size(self, left_out: Collection[str] = ()) -> int:
-        """Elements of trained tensors that it holds."""
-        total = 0
-        for spec in self.selection.architecture.trainable:
-            if spec.name not in left_out:
-                mask = self.mask.get(spec.name)
-                total += self.tensors[spec.name].size if mask is None else int(mask.sum())
-        return total
-
-    def shortened(self, base: Tensors, factor: float) -> ClientUpdate:
-        """The same with factor·Δ_k; statistics stay."""
-        tensors = dict(self.tensors)
-        for spec in self.selection.architecture.trainable:
-            if spec.name in tensors:
-                before = self.began(spec.name, base)
-                moved = tensors[spec.name].astype(np.float64) - before
-                tensors[spec.name] = (before + factor * moved).astype(np.float32)
-        return replace(self, tensors=tensors)
-
-
-def norm(moves: Mapping[str, npt.NDArray[np.float64]]) -> float:
-    return math.sqrt(sum(float(np.vdot(v, v)) for v in moves.values()))
 
 
 def rebased(

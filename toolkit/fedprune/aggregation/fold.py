@@ -22,7 +22,7 @@ earlier model (asynchronous rounds): with `sent` its Δ is taken against what it
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -41,9 +41,6 @@ from fedprune.model.selection import ALL, Active, Selection, Tensors
 Rule = Literal["coverage", "fill", "zero"]
 
 Float64s = npt.NDArray[np.float64]
-
-Change = Callable[[ClientUpdate], ClientUpdate]
-"""Changes the tensors of a checked update before it is added."""
 
 
 class Fold:
@@ -87,7 +84,6 @@ class Fold:
         self.rule: Rule = rule
         self.evidence, self.momentum = evidence, momentum
         self.excluded = frozenset(excluded)
-        self.change: Change | None = None
         self._collected: list[ClientUpdate] | None = None
         self._shared = tuple(t for t in architecture.tensors if t.name not in self.excluded)
         self._spans = {t.name: _span(t, self.base[t.name]) for t in architecture.tensors}
@@ -210,10 +206,6 @@ class Fold:
         if self._collected is not None:
             self._collected.append(addition)
             return
-        if self.change is not None:
-            changed = self.change(addition)
-            copied = copied or changed.tensors is not submodel
-            submodel = changed.tensors
         values: Mapping[str, npt.NDArray[Any]] = submodel
         if sent is not None:
             bounds = {name: span.bound for name, span in self._spans.items()}

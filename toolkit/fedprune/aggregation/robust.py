@@ -1,16 +1,10 @@
-"""Means that single updates can't pull away: clipping, medians, trimmed means, and outliers.
-
-All of it works under coverage: a coordinate's median is taken over the devices that hold it.
-
-- Clipping (Sun et al. 2019, "Can you really backdoor federated learning?", Sec. 4): Δ ← Δ·min(1, c/‖Δ‖).
-- Coordinate-wise median and trimmed mean (Yin et al. 2018, Def. 1 and 2).
-- Outliers by the median absolute deviation (Iglewicz and Hoaglin 1993): |x − median| > tolerance · 1.4826 · MAD.
-"""
+"""Means that single updates can't pull away: per coordinate the median or the trimmed mean of the devices that hold it
+(Yin et al. 2018, Def. 1 and 2)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -18,87 +12,15 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.client_update import ClientUpdate, norm
-from fedprune.aggregation.fold import Fold
+from fedprune.aggregation.client_update import ClientUpdate
 from fedprune.aggregation.layout import Expansion
-from fedprune.model.architecture import Architecture, TensorSpec
+from fedprune.model.architecture import TensorSpec
 from fedprune.model.selection import Selection, Tensors, mesh
 
 Centre = Literal["median", "trimmed"]
 
-_NORMAL = 1.4826
-"""Makes the median absolute deviation the standard deviation of normal numbers."""
-_LEAST_SPREAD = 0.05
-"""Deviations count as at least this share of the median: devices that nearly agree don't single each other out."""
-
 _BLOCK = 131_072  # float32s of all devices together, 512 KiB: they stay in the cache
 _NETWORK = 256  # devices
-
-
-def clipped(addition: ClientUpdate, base: Tensors, limit: float, left_out: Collection[str] = ()) -> ClientUpdate:
-    """An update whose move, Δ over all trained tensors, is at most `limit` long; one that is not longer keeps its
-    bits."""
-    length = norm(addition.moves(base, left_out))
-    return addition if length <= limit else addition.shortened(base, limit / length)
-
-
-def standing_out(values: Mapping[str, float], tolerance: float, *, low: bool, what: str) -> dict[str, str]:
-    """Devices that are too far from the median of all, and why; none if there are fewer than three.
-
-    Args:
-        tolerance: In standard deviations.
-        low: Whether being low is what stands out, or being high.
-        what: What the numbers are, for the reason.
-    """
-    if len(values) < 3:
-        return {}
-    numbers = np.array([values[name] for name in sorted(values)])
-    middle = float(np.median(numbers))
-    least = _LEAST_SPREAD * (1.0 if low else abs(middle))
-    spread = max(_NORMAL * float(np.median(np.abs(numbers - middle))), least, 1e-300)
-    out = {}
-    for name in sorted(values):
-        off = (middle - values[name] if low else values[name] - middle) / spread
-        if off > tolerance:
-            side = "below" if low else "above"
-            out[name] = f"{what} {values[name]:.3g} lies {off:.1f} deviations {side} the median, {middle:.3g}"
-    return out
-
-
-class Direction:
-    """Where all updates together are heading, every one of them with the same length."""
-
-    def __init__(self, architecture: Architecture, base: Tensors, left_out: Collection[str] = ()) -> None:
-        self._base = base
-        self._left_out = frozenset(left_out)
-        zero = {t.name: np.zeros(t.shape, np.float32) for t in architecture.tensors}
-        self._fold = Fold(architecture, zero, rule="zero", excluded=self._left_out)
-        self._sum: Tensors | None = None
-
-    def add(self, addition: ClientUpdate) -> None:
-        unit = self._unit(addition)
-        shapes = addition.selection.shapes()
-        tensors = {n: np.asarray(unit.get(n, np.zeros(s)), np.float32) for n, s in shapes.items()}
-        self._fold.add(addition.selection, tensors, 1)
-        self._sum = None
-
-    def cosine(self, addition: ClientUpdate) -> float:
-        """Between an update that was added and the sum of all others, where it holds coordinates."""
-        if self._sum is None:
-            self._sum = self._fold.close()[0]
-        unit = self._unit(addition)
-        dot = square = 0.0
-        for name, mine in unit.items():
-            at = mesh(addition.selection.maps(name))
-            others = self._fold.updates * self._sum[name][at].astype(np.float64) - mine
-            dot += float(np.vdot(mine, others))
-            square += float(np.vdot(others, others))
-        return dot / math.sqrt(square) if square > 0 else 0.0
-
-    def _unit(self, addition: ClientUpdate) -> dict[str, npt.NDArray[np.float64]]:
-        moves = addition.moves(self._base, self._left_out)
-        length = norm(moves)
-        return {n: v / length if length > 0 else v for n, v in moves.items()}
 
 
 @dataclass(frozen=True)

@@ -176,7 +176,7 @@ class Closing:
     Attributes:
         model: The next global model.
         memories: What is to be remembered.
-        rejected: Devices whose updates were left out after all, because they stand out among the others, and why.
+        rejected: Devices whose updates were left out after all, as a strategy of a user may decide, and why.
     """
 
     model: Tensors
