@@ -544,14 +544,6 @@ def test_looking_at_rollouts_writes_nothing_and_waits_for_no_writer(tmp_path: Pa
         assert site_facts_module.site_facts(tmp_path, {}).rollout is None
 
 
-def test_a_database_that_can_t_be_read_hides_no_other_fact(tmp_path: Path) -> None:
-    (tmp_path / "identity").mkdir()
-    (tmp_path / "server.db").write_bytes(b"x" * 5000)
-    facts = site_facts_module.site_facts(tmp_path, {})
-    assert (facts.waiting, facts.rollout) == ({}, None)
-    assert facts.disk is not None
-
-
 def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) -> None:
     now, seen = [0.0], replace(SEEN, fleet=FleetSnapshot())
     monitor = watching(tmp_path, now=lambda: now[0])

@@ -269,17 +269,6 @@ def test_a_server_tells_of_what_ended_it_and_its_next_run_not_again(tmp_path: Pa
     assert told == [["broker"], ["disk"]]
 
 
-def test_an_alert_that_opened_before_notifications_were_set_up_is_sent_then() -> None:
-    without = Notifier(AlertSettings(), "lab", lambda: [alert()], lambda: True)
-    without.close()
-    assert without.notified() == []
-    with web() as (url, got):
-        settings = AlertSettings(webhook=url)
-        with closing(Notifier(settings, "lab", lambda: [alert()], lambda: True, without.notified())):
-            until(lambda: got)
-    assert [json.loads(raw)["event"] for _, _, raw in got] == ["opened"]
-
-
 # Settings and the command.
 
 

@@ -115,15 +115,6 @@ def test_old_records_go_and_closed_alerts_before_open_ones(tmp_path: Path) -> No
         assert (view.rounds("one").total, view.rounds("two").total) == (2000, 1)
 
 
-def test_notes_are_alerts_that_can_be_left_out(tmp_path: Path) -> None:
-    writer = StatusWriter(tmp_path / FILE)
-    for severity in ("info", "warning", "critical"):
-        write(writer, AlertStatus(severity, 1.0, "a kind", severity, None, None, "a text"))
-    with FleetView(tmp_path / FILE) as view:
-        assert view.alerts(gone=False).total == 3
-        assert {a["severity"] for a in view.alerts(gone=False, notes=False).items} == {"warning", "critical"}
-
-
 def test_changes_name_what_they_are_about_once(tmp_path: Path) -> None:
     writer, fleet = StatusWriter(tmp_path / FILE), ConsoleFleet(1, 0)
     view = FleetView(tmp_path / FILE)

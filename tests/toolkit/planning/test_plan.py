@@ -66,11 +66,6 @@ def memory_of(training: float) -> HardwareProfile:
     return board(memory={"total_bytes": int(training) + 10**9, "reserve_bytes": 10**9, "training_share": 1.0})
 
 
-def test_a_small_net_fits_whole() -> None:
-    made = PlanSearch(NET, BOARD, RECIPE, 500).plan()
-    assert (made.widths, made.density, made.bound) == (NET.sizes, 1.0, NOTHING)
-
-
 def test_a_plan_keeps_the_least_number_of_channels_that_is_asked_for() -> None:
     narrow = PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.1,)).plan().widths
     least = max(narrow) + 1

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
 from fedprune.strategies import compose
-from fedprune.strategies.allocation import Tiers
 from fedprune.strategies.channel_ranking import Ranked
 from fedprune.strategies.element_masks import Masked
 from fedprune.strategies.growth import TimeDriven
@@ -74,16 +73,6 @@ def test_whose_update_did_not_count_is_asked_again() -> None:
     recipes = [strategy.recipe(JOB.recipe, turn_in(n, last=3)) for n in (51, 60)]
     assert [r.report_squares for r in recipes] == [True, True]
     assert not strategy.recipe(JOB.recipe, turn_in(60, last=51)).report_squares
-
-
-def test_ablations_are_settings_of_pr_fl() -> None:
-    in_step = strategy_of("pr-fl", synchronous=True, recovery=False)
-    assert in_step.schedule is not None
-    assert not in_step.schedule.asynchronous
-    assert isinstance(in_step.allocator, TimeDriven)
-    assert in_step.allocator.recovery is None
-    fixed = strategy_of("pr-fl", stage1=False, densities=[1.0, 0.5], shares=[1, 3])
-    assert fixed.allocator == Tiers((1.0, 0.5), (1, 3), elements=True)
 
 
 @pytest.mark.parametrize(

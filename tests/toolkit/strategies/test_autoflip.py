@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,13 +12,11 @@ from hypothesis import strategies as st
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
 from fedprune.model.element_mask import gathered
-from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.element_masks import Masked, global_mask
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Turn
 from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
 from support.nets.drawn_models import model, seeds
 
@@ -122,19 +119,6 @@ def test_where_nothing_moved_nothing_is_masked() -> None:
     play = Play(autoflip(pruned_share=0.5), start, {"a": Device()}, move=lambda sent, *_: dict(sent.tensors))
     assert identical(play.play(2), start)
     assert not play.sent["a"].mask
-
-
-def test_exploring_is_long_and_the_learning_rate_decays_afterwards() -> None:
-    objective = autoflip(exploration_epochs=20, patience=4, lr_decay=0.9)
-    recipe = Recipe(epochs=2, lr=0.1, max_steps=5)
-
-    def at(round_: int) -> Recipe:
-        return objective.recipe(recipe, Turn(0, round_, "a", NET.sizes))
-
-    assert at(1) == replace(recipe, epochs=20, patience=4, best_epoch=False, max_steps=0)
-    assert at(2) == recipe
-    assert at(5).lr == pytest.approx(0.1 * 0.9**3)
-    assert at(5).epochs == 2
 
 
 def dead_rows(submodel: Any, device: str, round_: int) -> Tensors:

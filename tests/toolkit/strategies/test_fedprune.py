@@ -173,19 +173,6 @@ def test_the_server_is_asked_to_distil_at_the_widths_of_steps_or_those_of_boards
     assert asked(Recipe(personal=("@head",))) is None  # the server's own head answers to nothing
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "bce", "huber"])
-@pytest.mark.parametrize("mixed", [True, False])
-def test_samples_are_mixed_where_the_job_says_so_or_boards_of_several_widths_tell_classes_apart(
-    loss: str, *, mixed: bool
-) -> None:
-    def made(own: float, **options: Any) -> float:
-        turn, recipe = Turn(0, 1, "a", (3,), mixed=mixed), Recipe(loss=loss, mixup=own)
-        return compose(job(options, recipe=recipe)).recipe(recipe, turn).mixup
-
-    assert (made(0.0, mixup=0.0), made(0.0, mixup=0.3), made(0.4, mixup=0.3)) == (0.0, 0.3, 0.4)
-    assert made(0.0) == (0.2 if mixed and loss == "cross_entropy" else 0.0)
-
-
 def test_most_of_the_fleet_shares_a_core_unless_boards_tell_classes_apart() -> None:
     def core(recipe: Recipe, **options: Any) -> SharedCore | None:
         return compose(job(options, recipe=recipe)).core

@@ -14,7 +14,7 @@ from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer,
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import head_axes
-from fedprune.strategies.aggregators import VELOCITY, DeltaMean, Mean
+from fedprune.strategies.aggregators import DeltaMean, Mean
 from support.fakes.strategy_reports import close, report, scene
 from support.nets.drawn_models import architectures, model, seeds, selections, trained
 
@@ -121,47 +121,9 @@ def test_label_rows_count_only_where_they_were_trained(decay: float) -> None:
     assert np.allclose(got["body.weight"], (one["body.weight"] + 3 * two["body.weight"]) / 4, atol=1e-6)
 
 
-def test_elements_count_only_where_they_changed() -> None:
-    base = model(NET, 0)
-    at, whole = scene(NET, base), Selection.full(NET)
-    parts = []
-    for seed in (1, 2):
-        part = trained(whole, base, seed)
-        dice = np.random.default_rng(seed)
-        for name in part:
-            still = dice.random(part[name].shape) < 0.5
-            part[name][still] = base[name][still]
-        parts.append(part)
-    got = close(Mean(changed="elements"), at, [report(at, whole, p) for p in parts]).model
-    for name, before in base.items():
-        moves = [p[name].astype(np.float64) - before for p in parts]
-        count = sum((m != 0).astype(int) for m in moves)
-        expected = before + sum(moves) / np.maximum(count, 1)
-        assert np.allclose(got[name], expected, atol=1e-6)
-        assert got[name][count == 0].tobytes() == before[count == 0].tobytes()
-
-
 def test_patterns_that_match_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match="'tail"):
         Mean(excluded=("tail.*",)).fold(scene(NET, model(NET, 0)), evidence=False)
-
-
-@pytest.mark.parametrize(("damped", "gain"), [(False, 1.0), (True, 0.1)])
-def test_momentum_goes_on_from_round_to_round(damped: bool, gain: float) -> None:
-    aggregator = Mean(server_momentum=0.9, damped=damped)
-    whole, now, memory = Selection.full(NET), model(NET, 0), {}
-    velocity = {n: np.zeros(v.shape) for n, v in now.items()}
-    expected = {n: v.astype(np.float64) for n, v in now.items()}
-    for t in range(4):
-        at = scene(NET, now, memory, round=t + 1)
-        part = trained(whole, now, t)
-        closing = close(aggregator, at, [report(at, whole, part)], rate=0.5)
-        for n in now:
-            velocity[n] = 0.9 * velocity[n] + gain * (part[n] - now[n].astype(np.float64))
-            expected[n] += 0.5 * velocity[n]
-            assert np.allclose(closing.model[n], expected[n], atol=1e-5)
-        now, memory = closing.model, {**memory, **closing.memories}
-    assert list(memory) == [VELOCITY]
 
 
 @pytest.mark.parametrize("rule", ["fill", "coverage"])

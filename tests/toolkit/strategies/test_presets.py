@@ -73,13 +73,6 @@ def test_widths_come_from_the_option_then_the_job_then_the_preset() -> None:
     assert compose(job("ca-hfp")).allocator is None
 
 
-def test_fedprox_pulls_and_fedavg_does_not() -> None:
-    recipe = Recipe(lr=0.1)
-    assert compose(job("fedprox", mu=0.3)).recipe(recipe, turn()).proximal == 0.3
-    assert compose(job("fedavg")).recipe(recipe, turn()) == recipe
-    assert compose(job("fedavg", lr_decay=0.5)).recipe(recipe, turn(round_=3)).lr == 0.025
-
-
 def test_heterofl_s_aids_follow_the_width() -> None:
     objective = compose(job("heterofl"))
     wide, narrow = (objective.recipe(Recipe(lr=1.0), turn(d)) for d in (1.0, 0.25))

@@ -66,11 +66,6 @@ def test_settings_of_rounds_in_step_are_refused_elsewhere(setting: dict[str, Any
     compose(Job(density=0.5, participation=0.5, **setting))
 
 
-def test_asking_more_than_all_is_refused() -> None:
-    with pytest.raises(ConfigError, match="over_selection"):
-        compose(Job(over_selection=0.2))
-
-
 @pytest.mark.parametrize("to", ["sync", "async"])
 @pytest.mark.parametrize("steps", range(0, 40, 3))
 def test_a_job_may_change_its_schedule_between_two_starts(to: str, steps: int) -> None:

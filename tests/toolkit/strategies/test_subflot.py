@@ -63,11 +63,6 @@ def test_a_step_pulls_no_further_than_in_the_paper(sar: float, density: float, l
     assert back == pytest.approx(min(literal * lr / (1 - momentum), literal * 0.001))
 
 
-@pytest.mark.parametrize("recipe", [Recipe(lr=0.001, momentum=0.0), Recipe(lr=0.1, optimizer="adam", momentum=0.0)])
-def test_at_the_paper_s_rate_and_without_sgd_lambda_is_literal(recipe: Recipe) -> None:
-    assert subflot().recipe(recipe, turn(0.25)).proximal == 1.5
-
-
 def test_a_device_s_first_submodel_is_a_slice_and_later_ones_are_led_onto_its_last() -> None:
     play = Play(subflot(), model(NET, 1), FLEET)
     for round_ in range(1, 6):
