@@ -12,11 +12,12 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.errors import StorageError, shown
-from fedprune.core.validation import is_digest, is_number, is_whole
+from fedprune.core.records import Digest, matching, read, within, write
+from fedprune.core.validation import MAX_INT, is_digest, is_number
 
 FORMAT = "fedprune.backup/1"
 NAME = "manifest.json"
@@ -25,9 +26,9 @@ CONSOLE = "console.db"
 """The console's accounts and audit log."""
 
 BACKED_UP, RESTORED = "backed-up.json", "restored.json"
-_MAX_BYTES = 64 * 2**20
-_PATH = re.compile(
-    r"server\.db|console\.db|model\.onnx|identity/[a-z]+(\.[a-z]+)?|releases/rollouts\.db|(?:blobs|releases)/[0-9a-f]{2}/[0-9a-f]{64}"
+_PATH = matching(
+    r"server\.db|console\.db|model\.onnx|identity/[a-z]+(\.[a-z]+)?|(blobs|releases)/[0-9a-f]{2}/[0-9a-f]{64}",
+    "a file of a state folder",
 )
 
 
@@ -35,21 +36,14 @@ _PATH = re.compile(
 class Entry:
     """A file of a state folder: its path there, its digest and its bytes."""
 
-    path: str
-    sha256: str
-    size: int
+    path: Annotated[str, _PATH]
+    sha256: Digest
+    size: Annotated[int, within(0, MAX_INT)]
 
     def __post_init__(self) -> None:
-        named = self.path.rpartition("/")[2] if isinstance(self.path, str) else ""
-        good = (
-            named != ""
-            and _PATH.fullmatch(self.path) is not None
-            and is_digest(self.sha256)
-            and is_whole(self.size)
-            and (named == self.sha256 or not is_digest(named))
-        )
-        if not good:
-            raise StorageError("a backup's manifest: entry", expected="path, sha256 and size", got=shown(self.path))
+        named = self.path.rpartition("/")[2]
+        if is_digest(named) and named != self.sha256:
+            raise StorageError("a backup's manifest: digest of a file", expected=named, got=self.sha256)
 
     @property
     def blob(self) -> bool:
@@ -74,6 +68,7 @@ class Manifest:
         at: When the backup was made, in seconds since 1970.
         version: Of the program.
         origin: Machine and state folder that it was made of.
+        format: Of the manifest.
     """
 
     job: str
@@ -83,6 +78,7 @@ class Manifest:
     version: str
     entries: tuple[Entry, ...]
     origin: str
+    format: Annotated[str, matching(re.escape(FORMAT), FORMAT)] = FORMAT
 
     @property
     def size(self) -> int:
@@ -101,37 +97,25 @@ class Manifest:
         return next(e for e in self.entries if e.path == DATABASE)
 
     def digest(self) -> str:
-        return hashlib.sha256(_text(self._body())).hexdigest()
+        return hashlib.sha256(write(self)).hexdigest()
 
     def to_bytes(self) -> bytes:
-        return _text({**self._body(), "digest": self.digest()})
-
-    def _body(self) -> dict[str, Any]:
-        return {"format": FORMAT, **vars(self), "entries": [vars(e) for e in self.entries]}
+        return write(_File(self.digest(), self))
 
     @classmethod
     def parse(cls, raw: bytes, where: str) -> Manifest:
         """Read what `to_bytes` wrote; raises `StorageError` if it is damaged, or of another version."""
-        try:
-            if len(raw) > _MAX_BYTES:
-                raise ValueError("too long")
-            body = json.loads(raw)
-            digest, format_ = body.pop("digest"), body.pop("format")
-            if format_ != FORMAT:
-                raise StorageError(f"{where} is of another version", expected=FORMAT, got=shown(format_))
-            found = cls(**{**body, "entries": tuple(Entry(**e) for e in body["entries"])})
-            paths = [e.path for e in found.entries]
-            if found.digest() != digest or len(set(paths)) != len(paths) or DATABASE not in paths:
-                raise ValueError("its digest is another")
-        except StorageError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise StorageError(f"{where} is damaged ({error})", hint="Take another backup.") from error
-        return found
+        file = read(_File, raw, where, StorageError)
+        paths = [e.path for e in file.manifest.entries]
+        if file.manifest.digest() != file.digest or len(set(paths)) != len(paths) or DATABASE not in paths:
+            raise StorageError(f"{where} is damaged", hint="Take another backup.")
+        return file.manifest
 
 
-def _text(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+@dataclass(frozen=True)
+class _File:
+    digest: Digest
+    manifest: Manifest
 
 
 def record_backup(folder: Path, now: float | None = None) -> None:

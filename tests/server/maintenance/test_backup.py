@@ -338,23 +338,20 @@ def test_another_jobs_backup_is_not_replaced(state: Path, tmp_path: Path) -> Non
         back_up(state, backup, silent)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "../evil",
-        "/etc/passwd",
-        "identity/a/b",
-        5,
-    ],
-)
+@pytest.mark.parametrize("path", ["../evil", "/etc/passwd", "identity/a/b", 5, "blobs/ab/" + "ab" * 32])
 def test_a_manifest_names_no_other_files(path: Any) -> None:
-    with pytest.raises(StorageError, match="entry"):
-        Entry(path, "a" * 64, 1)
+    entry = Entry(FILE, "a" * 64, 1)
+    manifest = Manifest("job", "a" * 64, 1, 1, "1", (entry,), "here")
+    assert Manifest.parse(manifest.to_bytes(), "it") == manifest
+    body = json.loads(manifest.to_bytes())
+    body["manifest"]["entries"][0]["path"] = path
+    with pytest.raises(StorageError, match=r"path|digest"):
+        Manifest.parse(json.dumps(body).encode(), "it")
 
 
 @settings(max_examples=200)
 @given(st.binary(max_size=60) | st.recursive(st.none() | st.integers() | st.text(), st.lists).map(
-    lambda v: json.dumps({"format": "fedprune.backup/1", "digest": "a", "entries": v}).encode()
+    lambda v: json.dumps({"digest": "a" * 64, "manifest": v}).encode()
 ))  # fmt: skip
 def test_what_is_no_manifest_is_an_error(raw: bytes) -> None:
     with pytest.raises(StorageError):

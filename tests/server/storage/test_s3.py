@@ -418,7 +418,7 @@ def test_a_prefix_belongs_to_one_job(at_s3: S3, url: str, tmp_path: Path) -> Non
             store.check_owner(number)
     for body in (b"", b"[]", b"{}", b"\xff", b'{"format": "fedprune.blobs/9", "id": "1", "job": "x"}'):
         at_s3.client().put_object(Bucket=parse(url)[0], Key="a/fleet/job.json", Body=body)
-        with pytest.raises(StorageError, match=r"damaged|another version"):
+        with pytest.raises(StorageError, match=r"job\.json"):
             store.check_owner("1" * 32)
 
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from fedprune.coordination import State
 from fedprune.core import tensorfile
-from fedprune.core.errors import ConfigError, ReleaseError
+from fedprune.core.errors import ConfigError, ReleaseError, StorageError
+from fedprune.core.records import read, write
 from fedprune.core.toml_file import read_toml
 from fedprune.jobs.state import Device, Task
 from fedprune.model.architecture import Architecture
@@ -161,7 +162,7 @@ def _settings() -> tuple[Target, ...]:
         tables = {"dropouts": DropOuts, "availability": Availability, "simulation": Settings}
         return [read_weather(body), *(read_table(kind, body.get(t, {}), (t,)) for t, kind in tables.items())]
 
-    owner = Owner("5" * 32, "attic").to_bytes()
+    owner = write(Owner("5" * 32, "attic"))
     return (
         Target(
             "settings.toml",
@@ -185,7 +186,7 @@ def _settings() -> tuple[Target, ...]:
             dumped({"job": JOB.to_dict(), "server": {"site": "lab", "keep": 3}}),
             text=True,
         ),
-        Target("file.bucket's owner", lambda raw: Owner.parse(raw, "it"), (owner,), text=True),
+        Target("file.bucket's owner", lambda raw: read(Owner, raw, "it", StorageError), (owner,), text=True),
         Target(
             "settings.sweep",
             as_file(read_sweep, "settings/sweep.toml"),

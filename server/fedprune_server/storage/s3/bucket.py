@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import logging
 import os
 import re
@@ -15,9 +14,10 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fedprune.core.errors import ConfigError, MissingExtraError, StorageError
+from fedprune.core.records import matching
 from fedprune.core.validation import is_digest
 
 log = logging.getLogger("fedprune.server")
@@ -33,7 +33,6 @@ FORMAT = "fedprune.blobs/1"
 OWNER_LIMIT = 2**16
 """Bytes that `OWNER` may have."""
 
-_NAMED = 200
 _PIECE = 2**18
 _AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
 
@@ -80,29 +79,16 @@ def digest_of(key: str) -> str | None:
     return digest if is_digest(digest) and dot and len(nonce) == 16 and nonce.isalnum() else None
 
 
+_Name = Annotated[str, matching(r"[^\u0000-\u001f\u007f-\u009f]{1,200}", "1 to 200 printable characters")]
+
+
 @dataclass(frozen=True)
 class Owner:
-    """The job that owns the blobs under a prefix, and the number by which its settings know them."""
+    """The job that owns the blobs under a prefix, and the number (`id`) by which its settings know them."""
 
-    number: str
-    job: str
-
-    def to_bytes(self) -> bytes:
-        return json.dumps({"format": FORMAT, "id": self.number, "job": self.job[:_NAMED]}).encode()
-
-    @classmethod
-    def parse(cls, raw: bytes, where: str) -> Owner:
-        """Read what `to_bytes` wrote. Raises `StorageError` if it is damaged, or of another version."""
-        try:
-            said = json.loads(raw)
-        except (ValueError, RecursionError):
-            said = None
-        texts = [said.get(k) for k in ("format", "id", "job")] if isinstance(said, dict) else []
-        if not texts or not all(isinstance(t, str) and t and len(t) <= _NAMED and t.isprintable() for t in texts):
-            raise StorageError(f"{where} is damaged", hint="Write it again, or delete it.")
-        if texts[0] != FORMAT:
-            raise StorageError(f"{where} is of another version", expected=FORMAT, got=texts[0])
-        return cls(str(texts[1]), str(texts[2]))
+    id: _Name
+    job: _Name
+    format: Annotated[str, matching(re.escape(FORMAT), FORMAT)] = FORMAT
 
 
 class Bucket:

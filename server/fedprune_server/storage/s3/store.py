@@ -28,6 +28,7 @@ from fedprune.blobs.partial_blob import process_name
 from fedprune.blobs.streamed_blob import StreamedBlob
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, ProtocolError, StorageError, StorageFullError
+from fedprune.core.records import read, write
 from fedprune.core.validation import is_digest
 from fedprune_server.storage.s3.bucket import (
     ADOPT,
@@ -185,8 +186,8 @@ class BucketStore(BlobStore):
         raw = self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT))
         if raw is None:
             return  # what may be there is of a first start that broke off
-        owner = Owner.parse(raw, f"{self.bucket.url}/{OWNER}")
-        if owner.number != number:
+        owner = read(Owner, raw, f"{self.bucket.url}/{OWNER}", StorageError)
+        if owner.id != number:
             raise ConfigError(
                 f"{self.bucket.url} has the blobs of another job, {owner.job!r}",
                 hint="Give another prefix; or delete what is under this one, if that job no longer exists.",
@@ -197,7 +198,7 @@ class BucketStore(BlobStore):
         bucket that is away. Raises `ConfigError` if another job, which began at the same time, has said so first.
         """
         if self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT)) is None:
-            self._lay(OWNER, Owner(number, job).to_bytes(), replace=False)
+            self._lay(OWNER, write(Owner(number, job)), replace=False)
         self.check_owner(number)
         if not any(key == MODEL for key, _ in self.patience("list", lambda: list(self.bucket.list(MODEL)))):
             self._lay(MODEL, model)
