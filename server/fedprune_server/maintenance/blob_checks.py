@@ -13,7 +13,7 @@ from fedprune.core.text import amount, quantity
 from fedprune.output.tables import Advance, silent
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.inventory import FoundFiles, Inventory
-from fedprune_server.storage.s3.bucket import BLOBS, MODEL, OWNER, digest_of
+from fedprune_server.storage.s3.bucket import MODEL, OWNER, digest_of
 from fedprune_server.storage.s3.store import BucketStore
 
 _FROM_BACKUP = "Restore a backup; or, if one has the blob: fedprune-server check --repair --from BACKUP."
@@ -117,10 +117,6 @@ def check_bucket(
             yield _left_over(f"{what}: {len(found)} objects in {url}", sum(sizes[k] for k in found), keys=found)
     for digest, path in there.blobs.items():
         yield from check_file(digest, path, there.tables.get(digest), silent, needed=False, cached=True)
-
-
-def still_missing(store: BucketStore, digest: str) -> bool:
-    return not any(True for _ in store.bucket.list(f"{BLOBS}{digest}."))
 
 
 def size_of_file(path: Path) -> int:

@@ -23,7 +23,6 @@ from fedprune_server.maintenance.blob_checks import (
     check_folder,
     left_over_files,
     size_of_file,
-    still_missing,
 )
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.identity_check import check_identity
@@ -31,9 +30,8 @@ from fedprune_server.maintenance.inventory import Inventory, find_files, invento
 from fedprune_server.maintenance.log_check import check_log
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.blob_place import BLOBS, bucket_of
+from fedprune_server.storage.blob_place import BLOBS, bucket_of, reader
 from fedprune_server.storage.database import reading_uri
-from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.state_folder import MODEL
 from fedprune_server.storage.storage import Storage, database_of
 
@@ -72,9 +70,8 @@ def check(folder: Path, advance: Advance, *, running: bool, allowed: Collection[
             wrong = list(check_folder(there, needs, advance))
         if running:  # it may have gone on meanwhile, and deleted what it needs no more
             needs = inventory(storage)
-            wrong = [
-                f for f in wrong if f.blob in needs.needed and (f.repair is not Repair.FETCH or _lost(folder, store, f))
-            ]
+            now = reader(folder, needs.settings)
+            wrong = [f for f in wrong if f.blob in needs.needed and not (f.repair is Repair.FETCH and now.has(f.blob))]
         yield from wrong
         yield from left_over_files(there, needs, running=running, cache=store is not None)
         if not running:
@@ -182,9 +179,3 @@ def _sqlite(path: Path, advice: str) -> Iterator[Finding]:
         found = str(error)
     if found != "ok":
         yield Finding(Severity.WRONG, f"{path} is damaged ({found})", advice)
-
-
-def _lost(folder: Path, store: BucketStore | None, finding: Finding) -> bool:
-    if store is not None:
-        return still_missing(store, finding.blob)
-    return not (folder / BLOBS / finding.blob[:2] / finding.blob).is_file()

@@ -42,7 +42,7 @@ def bucket_of(folder: Path, settings: Mapping[str, Any] | None) -> BucketStore |
 
 def reader(folder: Path, settings: Mapping[str, Any] | None) -> BlobStore:
     """A job's blobs, for reading: the folder is not changed. Raises what `bucket_of` raises."""
-    return bucket_of(folder, settings) or BlobStore(folder / BLOBS)
+    return bucket_of(folder, settings) or BlobStore(folder / BLOBS, sweep=False)
 
 
 def opened(folder: Path, place: str, cache: int, settings: Mapping[str, Any] | None) -> BlobStore:
