@@ -99,7 +99,7 @@ class Lease:
         if self._token is None and not self._database.patiently(self._try):
             raise self._busy()
         if self._database.postgresql:
-            self.shared = self._database_id()
+            self.shared = self._database.patiently(self._database_id)
             self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
             self._thread.start()
 
@@ -150,9 +150,6 @@ class Lease:
                 self._reader.close()
 
     def _database_id(self) -> str:
-        return self._database.patiently(self._make_database_id)
-
-    def _make_database_id(self) -> str:
         with self._database.transaction() as connection:
             self.check(connection)
             known = meta(connection, DATABASE_ID)

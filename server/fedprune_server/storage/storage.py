@@ -173,18 +173,9 @@ class Storage(Closing):
         self._tasks = TrackedTable[Task](TASKS, task_row)
         self._away = DevicesAway(self._device)
         self._saved_outsiders: dict[str, Any] = {}
-        self.database = Database(url, read_only=not create)
+        self.database = _open(url, create=create, check=True)
         self.url = str(self.database.file or self.database.url)
         self.log = EventLog(self.database, logged)
-        try:
-            with self.database.reading() as connection:
-                self._check(connection)
-                begun = has_tables(connection, self.url)
-            if not begun:
-                _begin(self.database, create=create)
-        except BaseException:
-            self.close()
-            raise
 
     @classmethod
     def at(cls, folder: Path, database: str | None = None) -> Storage:
@@ -387,12 +378,6 @@ class Storage(Closing):
     def traffic(self) -> dict[str, tuple[int, int]]:
         return {r["name"]: (int(r["bytes_down"]), int(r["bytes_up"])) for r in self.devices()}
 
-    def _check(self, connection: sql.Connection) -> None:
-        if connection.dialect.name == "sqlite":
-            found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
-            if found != "ok":
-                raise StorageError(f"{self.url} is damaged ({found})", hint="Restore the server's backup.")
-
     def _history(self, connection: sql.Connection, parts: int | None = None) -> list[dict[str, Any]]:
         """Summaries of the finished rounds; only the latest include their devices, up to `parts` of them."""
         found: dict[int, dict[str, Any]] = {}
@@ -436,17 +421,27 @@ def database_of(folder: Path, database: str | None = None, *, read_only: bool = 
     Its tables are made if it is empty, unless it is only read. Raises `StorageError` if it is damaged, of another
     version or can't be opened.
     """
-    url = url_of(folder, database) if read_only else _private(folder, database)
-    opened = Database(url, read_only=read_only)
+    return _open(url_of(folder, database) if read_only else _private(folder, database), create=not read_only)
+
+
+def _open(url: str, *, create: bool, check: bool = False) -> Database:
+    """A database with tables; `create` makes them where it is empty, and `check` looks for damage. Raises
+    `StorageError`."""
+    database = Database(url, read_only=not create)
+    name = str(database.file or database.url)
     try:
-        with opened.reading() as connection:
-            begun = has_tables(connection, opened.url)
+        with database.reading() as connection:
+            if check and not database.postgresql:
+                found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+                if found != "ok":
+                    raise StorageError(f"{name} is damaged ({found})", hint="Restore the server's backup.")
+            begun = has_tables(connection, name)
         if not begun:
-            _begin(opened, create=not read_only)
+            _begin(database, create=create)
     except BaseException:
-        opened.close()
+        database.close()
         raise
-    return opened
+    return database
 
 
 def _begin(database: Database, *, create: bool) -> None:
