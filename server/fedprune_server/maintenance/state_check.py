@@ -151,31 +151,23 @@ def _console(path: Path) -> Iterator[Finding]:
         yield Finding(
             Severity.WRONG, f"{path} can be read by other users", f"See who may have read it, then: chmod 600 {path}"
         )
-    broken = list(_sqlite(path, "Restore a backup of it, or delete it and add the operators again."))
-    yield from broken
-    if not broken and (strange := _strange_operators(path)):
-        yield Finding(Severity.WRONG, f"{path}: {strange}", "Restore a backup of it.")
+    if trouble := _console_trouble(path):
+        advice = "Restore a backup of it, or delete it and add the operators again."
+        yield Finding(Severity.WRONG, f"{path} is damaged ({trouble})", advice)
 
 
-def _strange_operators(path: Path) -> str:
-    """The errors in a console's accounts; empty if there are none."""
+def _console_trouble(path: Path) -> str:
+    """What is wrong with a console's database; empty if nothing is."""
     try:
         with closing(sqlite3.connect(reading_uri(path), uri=True)) as connection:
+            integrity = str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
+            if integrity != "ok":
+                return integrity
             if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
                 return ""  # just made
             names = connection.execute("SELECT name FROM operators WHERE role NOT IN ('viewer', 'operator', 'admin')")
-            found = sorted(str(row[0]) for row in names)
+            strange = sorted(str(row[0]) for row in names)
             connection.execute("SELECT count(*) FROM audit").fetchone()
     except (sqlite3.Error, StorageError) as error:
         return str(error)
-    return f"no such roles as those of {', '.join(found[:5])}" if found else ""
-
-
-def _sqlite(path: Path, advice: str) -> Iterator[Finding]:
-    try:
-        with closing(sqlite3.connect(reading_uri(path), uri=True)) as connection:
-            found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    except (sqlite3.Error, StorageError) as error:
-        found = str(error)
-    if found != "ok":
-        yield Finding(Severity.WRONG, f"{path} is damaged ({found})", advice)
+    return f"no such roles as those of {', '.join(strange[:5])}" if strange else ""

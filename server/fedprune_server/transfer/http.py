@@ -8,7 +8,6 @@ import ssl
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,13 +87,12 @@ def web_blobs(
         log.info("blobs are given out on %s:%d, and boards are told that they are at %s", host, server.port, url)
         if config.uploads == HTTPS:
             log.info("boards upload updates there, too")
-            uploads = partial(_to_server, url, wake)
+
+            def uploads(sync: BucketSync) -> UploadPlace:
+                return HttpUploads(sync.near, url, wake)
+
         yield WebBlobs(url, server, uploads)
         log.info("the web server gave out %d bytes of blobs, and took in %d updates", server.sent, server.received)
-
-
-def _to_server(url: str, wake: Callable[[], None], shipping: BucketSync) -> HttpUploads:
-    return HttpUploads(shipping.near, url, wake)
 
 
 def _contexts(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Callable[[], ssl.SSLContext]:

@@ -19,10 +19,12 @@ from fedprune.output.tables import silent
 from fedprune_server.cli.main import main
 from fedprune_server.engine.state_directory import BLOBS, StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.maintenance.backup_manifest import CONSOLE
 from fedprune_server.maintenance.finding import Finding, Severity
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import FILE, Storage
+from fedprune_server.web.database import ConsoleDatabase
 from support.fakes.recorded_job import play_job
 from support.processes.postgres import Postgres
 
@@ -114,6 +116,11 @@ def edit(state: Path, statement: str) -> None:
     connection.close()
 
 
+def crown(state: Path) -> None:
+    with ConsoleDatabase(state / CONSOLE) as console:
+        console.do("INSERT INTO operators VALUES ('ann', 'king', 'a hash', 1, 1)")
+
+
 LOG_SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a device gone": (lambda s: edit(s, "DELETE FROM devices"), "log ends in another state: devices"),
     "an event gone": (lambda s: edit(s, "DELETE FROM events WHERE number = 7"), "log (ends in another|can't be)"),
@@ -149,6 +156,7 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda s: shutil.copy(s / "identity" / "authority.key", s / "identity" / "server.key"),
         "don't belong together.*next start",
     ),
+    "an operator's role is none": (crown, "ann"),
     "signing key damaged": (lambda s: (s / "identity" / "signing.key").write_bytes(b"x"), "signing.key"),
 }
 
