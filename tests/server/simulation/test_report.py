@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
@@ -67,11 +65,12 @@ def test_record_comes_back_from_its_file(tmp_path):
     assert Record.load(tmp_path / "metrics.json") == run
 
 
-@given(cut=st.integers(0, 500))
-def test_cut_record_is_refused(cut):
+def test_cut_record_is_refused(tmp_path):
     text = record().to_json()
-    with pytest.raises(StorageError):
-        Record.from_json(text[: min(cut, len(text) - 1)])
+    for size in range(0, 500, 50):
+        (tmp_path / "metrics.json").write_text(text[:size])
+        with pytest.raises(StorageError, match=r"metrics\.json"):
+            Record.load(tmp_path / "metrics.json")
 
 
 def private(*epsilons, delta=1e-5, **settings):

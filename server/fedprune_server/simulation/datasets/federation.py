@@ -195,7 +195,7 @@ class Partition:
         data: The data set's name; empty if devices have their own samples.
         classes: Names of its classes; empty if they are numbers.
         counts: Samples per class of each device; empty if labels are not classes, or unknown.
-        settings: The table [data], as JSON types; empty if devices have their own samples, and in old records.
+        settings: The table [data], as JSON types; empty if devices have their own samples.
     """
 
     data: str = ""

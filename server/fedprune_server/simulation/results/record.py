@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedprune import __version__
 from fedprune.coordination import State
 from fedprune.coordination.job_end import early_end
+from fedprune.core import records
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
@@ -31,8 +32,6 @@ from fedprune_server.devices.plan_vs_actual import Compared, compared, predicted
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.monitoring.round_rows import PRIVACY, RoundNotes, RoundRow, round_row
 from fedprune_server.simulation.datasets.federation import Partition
-
-FORMAT = "fedprune.record/1"
 
 _RECIPE = {"learning rate": "lr", "batch size": "batch_size"}
 
@@ -82,7 +81,7 @@ class Record:
         channels: Channels that each device held in the last round, per group, most important first.
         measured: Where bytes were counted, such as "payload at the broker".
         partition: The fleet's data, if known.
-        version: fedprune's version; empty in old records.
+        version: fedprune's version.
         uncalibrated: Whether the global model's batch-norm statistics are averages of the boards'.
         ended_early: Why the job, which is finished, has fewer rounds than it may have; empty if it has all of them.
     """
@@ -98,6 +97,7 @@ class Record:
     version: str = ""
     uncalibrated: bool = False
     ended_early: str = ""
+    format: Literal["fedprune.record/1"] = "fedprune.record/1"
 
     def facts(self) -> dict[str, str]:
         """A report's header: strategy, data, recipe, seed, version, date; empty where unknown."""
@@ -201,29 +201,12 @@ class Record:
         )
 
     def to_json(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
+        return json.dumps(asdict(self), indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, where: str = "record") -> Record:
         """Read the output of `to_json`. Raises `StorageError` if it is damaged or of another format."""
-        try:
-            body = json.loads(text)
-            if body.pop("format") != FORMAT:
-                raise StorageError(f"{where} is of another version", expected=FORMAT)
-            body["groups"] = tuple((str(n), int(s)) for n, s in body["groups"])
-            body["devices"] = tuple(_device_row(d) for d in body["devices"])
-            body["rounds"] = tuple(RoundRow(**r) for r in body["rounds"])
-            partition = body.pop("partition", {})
-            counts = {str(n): tuple(map(int, c)) for n, c in partition.get("counts", {}).items()}
-            settings = {str(k): v for k, v in partition.get("settings", {}).items()}
-            classes = tuple(partition.get("classes", ()))
-            body["partition"] = Partition(str(partition.get("data", "")), classes, counts, settings)
-            body["channels"] = {n: tuple(tuple(g) for g in groups) for n, groups in body["channels"].items()}
-            return cls(**body)
-        except StorageError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise StorageError(f"{where} is damaged ({type(error).__name__}: {error})") from error
+        return records.read(cls, text.encode(errors="surrogatepass"), where, StorageError)
 
     def save(self, path: Path) -> None:
         """Write the record to a file. Raises `StorageError` if the disk fails; an older file is untouched."""
@@ -330,11 +313,6 @@ def _missed(state: State) -> dict[str, list[tuple[str, str]]]:
             if part["progress"] == Progress.REFUSED.value:
                 found.setdefault(name, []).append((str(part.get("reason", "")), str(part.get("kind", ""))))
     return found
-
-
-def _device_row(body: Mapping[str, Any]) -> DeviceRow:
-    pairs = {str(metric): (pair[0], pair[1]) for metric, pair in body.get("compared", {}).items()}
-    return DeviceRow(**{**body, "widths": tuple(body["widths"]), "compared": pairs})
 
 
 def _label(architecture: Architecture, group: int) -> str:
