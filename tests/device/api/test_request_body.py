@@ -68,7 +68,7 @@ def test_raw_numbers_may_be_a_sample_of_any_length_within_the_bounds() -> None:
 
 
 def test_raw_numbers_need_a_model_of_one_shape() -> None:
-    with pytest.raises(RequestError, match="while there is no model"):
+    with pytest.raises(RequestError, match="no model"):
         read(bytes(24), RAW)
     with pytest.raises(DataError, match="raw numbers for"):
         read(bytes(24), RAW, ("time", 3))

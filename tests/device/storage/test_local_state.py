@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core import atomic_file
 from fedprune.core.errors import StorageError
 from fedprune.model.architecture import Axis, Segment
 from fedprune.model.nested_widths import TensorAxes
@@ -204,36 +202,29 @@ def test_it_is_forgotten_when_an_offer_of_another_run_of_the_job_is_taken(board:
         assert not store.own.read()
 
 
-def put(own: FolderStateStore, record: bytes, beside: str | None) -> None:
-    own.stage(record)
-    own.commit(beside)
-
-
-def test_a_death_at_any_point_of_turning_to_another_job_loses_nothing(tmp_path: Path) -> None:
-    for count in range(1, 6):
-        own = FolderStateStore(tmp_path / str(count))
+def test_a_death_at_any_write_of_turning_to_another_job_loses_nothing(tmp_path: Path) -> None:
+    def begun(name: str) -> Path:
+        own = FolderStateStore(tmp_path / name)
         own.prepare()
         own.turn_to("one")
-        put(own, b"first", None)
-        put(own, b"second", "a")
-        passed = [0]
+        for record, beside in ((b"first", None), (b"second", "a")):
+            own.stage(record)
+            own.commit(beside)
+        return tmp_path / name
 
-        def dying(step: Any, passed: list[int] = passed, count: int = count) -> Any:
-            def call(*arguments: Any, **options: Any) -> Any:
-                passed[0] += 1
-                if passed[0] == count:
-                    raise KeyboardInterrupt
-                return step(*arguments, **options)
+    def turn(root: Path) -> None:
+        own = FolderStateStore(root)
+        own.turn_to("two", "one")
+        own.turn_to("one")
 
-            return call
-
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("move", "write_whole"):
-                patch.setattr(atomic_file, name, dying(getattr(atomic_file, name)))
-            with contextlib.suppress(KeyboardInterrupt):
-                own.turn_to("two", "one")
-                own.turn_to("one")
-        own = FolderStateStore(tmp_path / str(count))
+    root = begun("dry")
+    with fault(0, None) as writes:
+        turn(root)
+    for at in range(1, writes[0] + 1):
+        root = begun(str(at))
+        with fault(at, Crash()), pytest.raises(Crash):
+            turn(root)
+        own = FolderStateStore(root)
         own.turn_to("one")
         assert own.read() == {"a": b"first", "b": b"second"}
 

@@ -52,7 +52,6 @@ class Wire:
         ("no broker at mqtts://anna:hunter2@broker.example:8883", "hunter2"),
         ("the claim FP1-ABCDEFGH-IJKLMNOP-QRSTUVWX is used", "ABCDEFGH"),
         ("sample [0.125, 0.25, 0.375, 0.5] is odd", "0.375"),
-        ("see file:///srv/data/x.csv", "srv"),
         (r"can't read C:\Users\anna\x.csv", "anna"),
     ],
 )
@@ -116,11 +115,10 @@ def test_a_run_that_ends_well_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_thread_that_dies_is_reported(tmp_path: Path) -> None:
     def work() -> None:
         raise ValueError("in a thread")
 
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with CrashReports(tmp_path).watched():
         thread = threading.Thread(target=work)
         thread.start()
@@ -129,12 +127,12 @@ def test_a_thread_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
     assert (body["cause"], body["text"]) == ("thread", "ValueError: in a thread")
 
 
-def ended(folder: Path, how: str) -> dict[str, Any] | None:
-    """What the next run knows of one that ended so."""
+def ended(folder: Path, how: str, boot: str = "b") -> dict[str, Any] | None:
+    """What the next run, of the boot `b`, knows of one that ended so."""
     script = (
         "import os, signal, sys\nfrom pathlib import Path\n"
         "from fedprune_device.telemetry.crash_reports import CrashReports\n"
-        f"with CrashReports(Path(sys.argv[1]), boot=lambda: 'b').watched():\n    {how}\n"
+        f"with CrashReports(Path(sys.argv[1]), boot=lambda: {boot!r}).watched():\n    {how}\n"
     )
     subprocess.run([sys.executable, "-c", script, str(folder)], check=False, capture_output=True, timeout=60)
     with CrashReports(folder, boot=lambda: "b").watched():
@@ -149,14 +147,11 @@ def test_a_fault_in_native_code_is_reported_at_the_next_start(tmp_path: Path) ->
 
 
 def test_a_run_that_was_killed_is_reported_but_no_power_cut(tmp_path: Path) -> None:
-    body = ended(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
+    killed = "os.kill(os.getpid(), signal.SIGKILL)"
+    body = ended(tmp_path, killed)
     assert body["cause"] == "killed"
     CrashReports(tmp_path).told()
-    crashes = CrashReports(tmp_path, boot=lambda: "before")
-    crashes._mark()
-    with CrashReports(tmp_path, boot=lambda: "after the power came back").watched():
-        pass
-    assert CrashReports(tmp_path).report is None
+    assert ended(tmp_path, killed, boot="before the power came back") is None
 
 
 def test_a_crash_is_told_after_a_birth_and_until_the_server_has_it(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class LocalBoard:
         self, address: str = "", *, takes: bool = True, pixels: Pixels | None = None, **server: Any
     ) -> Iterator[None]:
         self.model = LiveModel(self.root / "state" / "serving")
-        limits = Limits(100, 4 * 2**20)
+        limits = Limits(100, 64 * 2**20)
         self.samples = SampleStore(self.root / "state" / "samples", limits, SplitShares(device="d")) if takes else None
         where = Address.parse(address or self.address)
         endpoints = Endpoints(
