@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, DataError, StorageFullError
 from fedprune.model.lengths import Lengths, padded
-from fedprune_device.data import stored_samples
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.reservoir import Limits
 from fedprune_device.data.sample_store import NoSampleError, SampleConflictError, SampleStore
@@ -70,61 +69,15 @@ def test_what_is_no_sample_is_refused(samples: SampleStore, x: Any) -> None:
     assert samples.counts()["disk_bytes"] == 0
 
 
-def test_what_is_handed_in_is_trained_on_also_after_a_restart(tmp_path: Path) -> None:
-    with opened(tmp_path) as found:
-        for n in range(20):
-            assert found.add(x_of(n), n % 2).kept
-        found.add(x_of(99))
-        before = found.counts()
-        wanted = {float(n): n % 2 for n in range(20)}
-        assert held(found) == wanted
-    with opened(tmp_path) as again:
-        assert held(again) == wanted
-        assert again.counts() == before
-        assert again.counts()["unlabelled"] == 1
-        assert again.samples == again.counts()["parts"]["train"] == again.snapshot().samples
-
-
 def test_the_same_bytes_are_known_again(samples: SampleStore) -> None:
     one = samples.add(x_of(1), 2)
     assert not one.duplicate
     again = samples.add(x_of(1), 2)
     assert (again.id, again.duplicate, again.kept) == (one.id, True, True)
     assert samples.add(x_of(1)).label == 2
-    with pytest.raises(SampleConflictError, match="expected label 2, got 1"):
+    with pytest.raises(SampleConflictError):
         samples.add(x_of(1), 1)
     assert samples.counts()["classes"] == {"2": {"kept": 1, "seen": 1}}
-
-
-def test_a_label_may_come_later_or_change(tmp_path: Path) -> None:
-    with opened(tmp_path) as samples:
-        samples.add(x_of(7), 0)
-        name = samples.add(x_of(1)).id
-        assert samples.label(name, 0).label == 0
-        assert samples.label(name, 1).label == 1
-        assert samples.add(x_of(2)).label is None
-        assert samples.add(x_of(2), 1).label == 1  # the same bytes with a label
-        wanted = held(samples) if samples.samples else {}
-        counts = samples.counts()
-    assert counts["classes"] == {"0": {"kept": 1, "seen": 1}, "1": {"kept": 2, "seen": 2}}
-    assert counts["unlabelled"] == 0
-    with opened(tmp_path) as again:
-        assert again.counts() == counts
-        assert (held(again) if again.samples else {}) == wanted
-
-
-def test_a_sample_can_be_taken_back(tmp_path: Path) -> None:
-    with opened(tmp_path) as samples:
-        names = [samples.add(x_of(n), 0).id for n in range(9)]
-        samples.delete(names[3])
-        with pytest.raises(NoSampleError):
-            samples.delete(names[3])
-        with pytest.raises(NoSampleError):
-            samples.label("f" * 32, 0)
-        assert 3.0 not in held(samples)
-    with opened(tmp_path) as again:
-        assert sorted(held(again)) == [0, 1, 2, 4, 5, 6, 7, 8]
-        assert again.counts()["classes"] == {"0": {"kept": 8, "seen": 8}}
 
 
 def test_a_part_is_for_ever_and_as_large_as_asked_for() -> None:
@@ -152,7 +105,7 @@ def test_a_held_out_sample_never_gets_into_training(tmp_path: Path) -> None:
 
 def test_other_shares_than_the_sets_are_refused(tmp_path: Path) -> None:
     opened(tmp_path).close()
-    with pytest.raises(ConfigError, match="divided otherwise"):
+    with pytest.raises(ConfigError, match=str(tmp_path)):
         opened(tmp_path, shares=SplitShares(0.2, 0.25, seed=3, device="d"))
 
 
@@ -173,22 +126,43 @@ def test_the_disk_never_holds_more_than_it_may(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("aldo"), st.integers(0, 25), st.integers(0, 3)), max_size=60))
-def test_the_number_of_training_samples_is_always_the_counted_one(moves: list[tuple[str, int, int]]) -> None:
-    with tempfile.TemporaryDirectory() as root, opened(Path(root), samples=12) as samples:
-        for move, n, label in moves:
-            name = digest(encoded(x_of(n))).hex()
-            with contextlib.suppress(NoSampleError, SampleConflictError):
-                if move == "a":
-                    samples.add(x_of(n), label)
-                elif move == "o":
-                    samples.add(x_of(n))
-                elif move == "l":
-                    samples.label(name, label)
-                else:
-                    samples.delete(name)
-            assert samples.samples == samples.counts()["parts"]["train"]
-            expected = samples.snapshot().effective_classes if samples.samples else None
-            assert samples.effective_classes == expected
+def test_the_set_has_what_was_added_labelled_and_not_deleted_also_after_a_restart(
+    moves: list[tuple[str, int, int]],
+) -> None:
+    """As a dictionary has it; with few samples each move also makes room, and the numbers stay those of the counts."""
+    for room in (200, 12):
+        labels: dict[int, int | None] = {}
+        with tempfile.TemporaryDirectory() as root:
+            with opened(Path(root), samples=room) as samples:
+                for move, n, label in moves:
+                    moved(samples, labels, move, n, label)
+                    assert samples.samples == samples.counts()["parts"]["train"]
+                    expected = samples.snapshot().effective_classes if samples.samples else None
+                    assert samples.effective_classes == expected
+                before = samples.counts()
+            with opened(Path(root), samples=room) as again:
+                assert again.counts() == before
+                if again.samples and room == 200:
+                    assert held(again) == {n: label for n, label in labels.items() if label is not None}
+                    assert again.counts()["unlabelled"] == sum(label is None for label in labels.values())
+
+
+def moved(samples: SampleStore, labels: dict[int, int | None], move: str, n: int, label: int) -> None:
+    """Add, label, delete or add without a label (`aldo`), and note in `labels` what is there then."""
+    name = digest(encoded(x_of(n))).hex()
+    with contextlib.suppress(NoSampleError, SampleConflictError):
+        if move == "a":
+            samples.add(x_of(n), label)
+            labels[n] = label
+        elif move == "o":
+            samples.add(x_of(n))
+            labels.setdefault(n, None)
+        elif move == "l":
+            samples.label(name, label)
+            labels[n] = label
+        else:
+            samples.delete(name)
+            del labels[n]
 
 
 def test_less_room_than_before_lets_samples_go(tmp_path: Path) -> None:
@@ -199,20 +173,18 @@ def test_less_room_than_before_lets_samples_go(tmp_path: Path) -> None:
         assert [c["kept"] for c in again.counts()["classes"].values()] == [6, 6]
 
 
-def test_samples_of_any_length_within_the_bounds_are_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = (1, Lengths(2, 6))
-    for held in (stored_samples.HELD_BYTES, 0):
-        monkeypatch.setattr("fedprune_device.data.stored_array.HELD_BYTES", held)
-        with opened(tmp_path / str(held), shares=SplitShares(0.2, 0.2, seed=3)) as found:
-            given = [np.full((1, 1 + n % 7), n, np.float32) for n in range(1, 30)]
-            for x in given:
-                found.add(x, 0)
-            data = found.snapshot(shape, Targets("cross_entropy", 2))
-        with opened(tmp_path / str(held), shares=SplitShares(0.2, 0.2, seed=3)) as again:
-            assert again.input == shape
-        parts = np.concatenate([data.x_train[:], data.x_test[:], data.x_val[:]])
-        wanted = [padded(x[None], shape)[0] for x in given if 2 <= x.shape[1] <= 6]
-        assert sorted(x.tobytes() for x in parts) == sorted(x.tobytes() for x in wanted)
+def test_samples_of_any_length_within_the_bounds_are_padded(tmp_path: Path) -> None:
+    shape, shares = (1, Lengths(2, 6)), SplitShares(0.2, 0.2, seed=3)
+    given = [np.full((1, 1 + n % 7), n, np.float32) for n in range(1, 30)]
+    with opened(tmp_path, shares=shares) as found:
+        for x in given:
+            found.add(x, 0)
+        data = found.snapshot(shape, Targets("cross_entropy", 2))
+    with opened(tmp_path, shares=shares) as again:
+        assert again.input == shape
+    parts = np.concatenate([data.x_train[:], data.x_test[:], data.x_val[:]])
+    wanted = [padded(x[None], shape)[0] for x in given if 2 <= x.shape[1] <= 6]
+    assert sorted(x.tobytes() for x in parts) == sorted(x.tobytes() for x in wanted)
 
 
 def test_samples_that_wait_are_listed_newest_first_and_can_be_read(tmp_path: Path) -> None:
