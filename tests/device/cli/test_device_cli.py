@@ -3,10 +3,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,11 @@ from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import log_prior
 from fedprune_device.hardware.runtime_process import RuntimeProcess
+from fedprune_device.launcher.launcher import decide
 from fedprune_device.serving.model_slots import Serving
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
+from support.fakes.runtime_releases import OUTSIDE, make_release, set_up, source
 
 pytestmark = pytest.mark.board
 
@@ -131,9 +132,9 @@ REPORT = ProbeReport(cores=1, memory_total=10**9, memory_available=10**8, second
 
 
 class Runtime(RuntimeProcess):
-    """In place of the process that loads onnxruntime: what was asked of it."""
+    """In place of the process that loads onnxruntime: what was asked of it; `stops` is where a stop comes."""
 
-    report = REPORT
+    stops = ""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,15 +142,21 @@ class Runtime(RuntimeProcess):
         made.append(self)
 
     def check(self) -> str:
-        self.asked.append("check")
+        self._note("check")
         return "1"
 
     def check_model(self, serving: Path | None = None) -> None:
-        self.asked.append("check_model")
+        self._note("check_model")
 
     def probe(self, *_: Any, **__: Any) -> ProbeReport:
-        self.asked.append("probe")
-        return self.report
+        self._note("probe")
+        return REPORT
+
+    def _note(self, what: str) -> None:
+        self.asked.append(what)
+        if what == self.stops:  # the service manager's signal ends the measuring process as well
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeUnavailableError("the probe failed (killed by signal 15)")
 
 
 made: list[Runtime] = []
@@ -159,6 +166,7 @@ made: list[Runtime] = []
 def probed(monkeypatch: pytest.MonkeyPatch) -> list[Runtime]:
     """In place of the processes that check and measure: those that were started."""
     made.clear()
+    Runtime.stops = ""
     monkeypatch.setattr("fedprune_device.board.RuntimeProcess", Runtime)
     return made
 
@@ -176,33 +184,22 @@ def test_parsing_options_loads_neither_numpy_nor_onnxruntime_nor_cryptography() 
 def test_one_process_checks_a_release_on_trial_and_measures(
     tmp_path: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    class Checked:
-        def check(self, health: Callable[[], object]) -> None:
-            health()
-
-        def check_packages(self) -> None:
-            pass
-
-    monkeypatch.setattr("fedprune_device.board.ReleaseTrial.current", lambda: Checked())
-    assert run(tmp_path) == ExitCode.BROKER
-    assert [p.asked for p in probed] == [["check_model", "check", "probe"]]
-    monkeypatch.setattr("fedprune_device.board.ReleaseTrial.current", lambda: None)
-    assert run(tmp_path) == ExitCode.BROKER
-    assert "127.0.0.1:9" in capsys.readouterr().err
-    assert probed[-1].asked == ["check", "probe"]
+    board = set_up(tmp_path / "board", make_release(tmp_path / "1", 1))
+    board.stage(source(make_release(tmp_path / "2", 2, system=OUTSIDE)))
+    board.arm()
+    decide(board.home)
+    monkeypatch.setenv("FEDPRUNE_ROOT", str(board.home.root))
+    for slot, asked in (("b", ["check_model", "check", "probe"]), ("a", ["check", "probe"])):
+        monkeypatch.setenv("FEDPRUNE_SLOT", slot)
+        assert run(tmp_path) == ExitCode.BROKER
+        assert probed[-1].asked == asked
+        assert "127.0.0.1:9" in capsys.readouterr().err
+    assert len(probed) == 2
 
 
 @pytest.mark.parametrize("child", ["check", "probe"])
-def test_a_stop_during_a_measurement_is_no_crash(
-    tmp_path: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch, child: str
-) -> None:
-    """The service manager's signal ends the measuring process as well."""
-
-    def killed(*_: object, **__: object) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeUnavailableError("the probe failed (killed by signal 15)")
-
-    monkeypatch.setattr(Runtime, child, killed)
+def test_a_stop_during_a_measurement_is_no_crash(tmp_path: Path, probed: list[Runtime], child: str) -> None:
+    Runtime.stops = child
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert run(tmp_path) == ExitCode.OK
@@ -216,7 +213,6 @@ def test_a_stop_during_a_measurement_is_no_crash(
     [
         ({"data": "nothing.npz"}, ExitCode.DATA),
         ({"profile": "no-such-board"}, ExitCode.PROFILE),
-        ({"broker": "http://x"}, ExitCode.CONFIG),
         ({"broker": "mqtts://x", "ca": "nothing.pem"}, ExitCode.CONFIG),
         ({"state": "/dev/null"}, ExitCode.STORAGE),
     ],
@@ -229,36 +225,19 @@ def test_bad_arguments_end_before_anything_is_measured_or_connected(
     assert not any(p.asked for p in probed)
 
 
-def test_a_board_that_waits_to_be_let_in_asks_systemd_for_more_time(
-    tmp_path: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind(str(tmp_path / "notify"))
-        manager.settimeout(10)
-        heard: list[bytes] = []
-
-        def waiting(*_: object, **__: object) -> bool:
-            heard.append(manager.recv(1000))
-            return False
-
-        monkeypatch.setattr("fedprune_device.board.join_first", waiting)
-        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
-        assert run(tmp_path) == ExitCode.OK
-    assert b"EXTEND_TIMEOUT_USEC=900000000" in heard[0].splitlines()
-
-
 def test_an_onnxruntime_that_kills_processes_is_an_exit_code_also_where_a_model_serves(
-    tmp_path: Path, state: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    tmp_path: Path, state: Path
 ) -> None:
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nkill -ILL $$\n")
-    python.chmod(0o755)
-    loaded: list[object] = []
-    monkeypatch.setattr("fedprune_device.board.RuntimeProcess", lambda: RuntimeProcess(str(python)))
-    monkeypatch.setattr("fedprune_device.api.http_server.LiveModel", loaded.append)
-    assert run(tmp_path, state=str(state), local="127.0.0.1:0") == ExitCode.RUNTIME
-    assert "signal 4" in capsys.readouterr().err
-    assert not loaded, "this process has not loaded it"
+    np.savez(tmp_path / "d.npz", x=np.zeros((5, 6), np.float32), y=np.zeros(5, int))
+    (tmp_path / "onnxruntime.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n")
+    words = ["run", "--insecure", "--broker", "mqtt://127.0.0.1:9", "--device", "d", "--local", "127.0.0.1:0"]
+    words += ["--data", str(tmp_path / "d.npz"), "--state", str(state)]
+    done = subprocess.run(
+        [sys.executable, "-m", "fedprune_device.cli.main", *words],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == ExitCode.RUNTIME, "this process has not loaded it"
+    assert "signal 4" in done.stderr
 
 
 def test_another_devices_state_folder_is_refused(tmp_path: Path, probed: list[Runtime], capsys: Capture) -> None:

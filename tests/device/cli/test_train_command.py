@@ -108,7 +108,6 @@ def test_an_interrupted_training_keeps_what_was_trained(
         (("--set", "rate=1"), ExitCode.CONFIG, "rate"),
         (("--lr", "1e3", "--epochs", "9", "--set", "weight_decay=1000"), ExitCode.DIVERGED, "not finite"),
         (("--data", "nothing.npz"), ExitCode.DATA, "nothing.npz"),
-        (("--data", "local"), ExitCode.DATA, "local"),
     ],
 )
 def test_what_can_not_be_trained_is_one_line_and_leaves_no_bundle(

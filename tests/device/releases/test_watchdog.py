@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fedprune.core.disk import file_digest
 from fedprune.core.errors import RuntimeUnavailableError
 from fedprune_device.hardware.runtime_process import RuntimeProcess
 from fedprune_device.launcher.launcher import decide
@@ -23,8 +25,8 @@ from support.faults.power_cuts import power
 pytestmark = pytest.mark.board
 
 
-def check_model(serving: Path | None, python: str = sys.executable) -> None:
-    with RuntimeProcess(python) as runtime:
+def check_model(serving: Path) -> None:
+    with RuntimeProcess() as runtime:
         runtime.check_model(serving)
 
 
@@ -92,8 +94,6 @@ def test_a_board_that_is_well_passes_the_checks(board: ReleaseInstaller, model: 
     slots.prepare()
     check_model(tmp_path / "serving")
     slots.stage(model / "inference.onnx", model / "weights.safetensors")
-    from fedprune.core.disk import file_digest
-
     files = {name: file_digest(model / name) for name in ("inference.onnx", "weights.safetensors")}
     Predictor(model).check(3)
     slots.install(Serving("job", 1, 3, files))
@@ -104,8 +104,6 @@ def test_a_board_that_is_well_passes_the_checks(board: ReleaseInstaller, model: 
 
 
 def test_a_model_that_served_and_cannot_any_more_fails_the_check(model: Path, tmp_path: Path) -> None:
-    from fedprune.core.disk import file_digest
-
     slots = ModelSlots(tmp_path / "serving")
     slots.prepare()
     graph = tmp_path / "other.onnx"
@@ -114,35 +112,22 @@ def test_a_model_that_served_and_cannot_any_more_fails_the_check(model: Path, tm
     files = {"inference.onnx": file_digest(graph)}
     files["weights.safetensors"] = file_digest(model / "weights.safetensors")
     slots.install(Serving("job", 1, 3, files))
-    with pytest.raises(RuntimeUnavailableError, match=r"failed \(.*onnxruntime doesn't load it"):
+    with pytest.raises(RuntimeUnavailableError, match="onnxruntime"):
         check_model(tmp_path / "serving")
 
 
-def test_an_interpreter_that_dies_of_an_illegal_instruction_is_said_to(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho \'fedprune: {"version": "1.23"}\'\nread line\nkill -ILL $$\n')
-    python.chmod(0o755)
-    with pytest.raises(RuntimeUnavailableError, match=r"a small graph failed .*signal 4.*lacks"):
-        check_model(None, str(python))
-    python.write_text("#!/bin/sh\nkill -ILL $$\n")
-    with pytest.raises(RuntimeUnavailableError, match=r"kills the process that loads it .signal 4"):
-        check_model(None, str(python))
-
-
-def test_a_package_that_comes_from_outside_the_release_fails_the_check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slot = tmp_path / "b"
-    check_packages(slot, PACKAGES)
-    with pytest.raises(RuntimeUnavailableError, match=r"safetensors is not in the release: it would come from .*/safe"):
-        check_packages(slot, [n for n in PACKAGES if n != "safetensors"])
-    monkeypatch.setattr("fedprune_device.releases.release_trial.PACKAGES", ("of_the_slot", "of_nothing"))
-    (slot / "of_the_slot").mkdir(parents=True)
-    (slot / "of_the_slot" / "__init__.py").touch()
-    monkeypatch.syspath_prepend(str(slot))
-    check_packages(slot, ["of_nothing"])
-    with pytest.raises(RuntimeUnavailableError, match=r"^of_nothing is not in the release"):
-        check_packages(slot)
+def test_a_package_that_comes_from_outside_the_release_fails_the_check(tmp_path: Path) -> None:
+    others = [name for name in PACKAGES if name != "safetensors"]
+    with pytest.raises(RuntimeUnavailableError, match="safetensors"):
+        check_packages(tmp_path, others)
+    (tmp_path / "safetensors").mkdir()
+    (tmp_path / "safetensors" / "__init__.py").touch()
+    code = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "from fedprune_device.releases.release_trial import check_packages\n"
+        "check_packages(Path(sys.argv[1]), sys.argv[2:])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), *others], check=True)
 
 
 def test_a_release_that_lacks_a_package_goes_back_with_its_name(tmp_path: Path) -> None:
