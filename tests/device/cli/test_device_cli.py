@@ -14,11 +14,8 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode, RuntimeUnavailableError
-from fedprune.model.architecture import Architecture
-from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import Tensors
 from fedprune.planning.probe_report import ProbeReport
-from fedprune.runtime.bundle import FILES, MANIFEST, manifest
 from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import log_prior
@@ -104,16 +101,6 @@ def test_a_bundle_predicts_for_the_label_shares_of_given_data(
     assert main.main(["predict", *arguments, "--data", str(tmp_path / "own.npz")]) == ExitCode.OK
     plain = data.x_test @ weights["w"].T + weights["b"]
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), plain + log_prior(data.y_train, 3), atol=1e-4)
-
-
-def test_a_bundle_that_was_changed_does_not_predict(tmp_path: Path, bundle: Path, capsys: Capture) -> None:
-    np.save(tmp_path / "x.npy", np.zeros((1, 6), np.float32))
-    with (bundle / "weights.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"x")
-    arguments = ["predict", "--bundle", str(bundle), "--input", str(tmp_path / "x.npy")]
-    assert main.main(arguments) == ExitCode.BUNDLE
-    assert "weights.safetensors" in capsys.readouterr().err
 
 
 def run(tmp_path: Path, *, insecure: Sequence[str] = ("--insecure",), **changes: str) -> int:
@@ -252,37 +239,3 @@ def test_a_password_is_never_shown(tmp_path: Path, probed: list[Runtime], capsys
     run(tmp_path, broker="mqtt://me:geheim@127.0.0.1:9")
     shown = capsys.readouterr()
     assert "geheim" not in shown.out + shown.err
-
-
-@pytest.mark.parametrize(
-    ("loss", "y", "lines", "verdict"),
-    [
-        ("bce", [[1, 0, 1], [1, 1, 0]], ["0: ant 0.8808, cat 0.5000", "1: ant 0.8808, cat 0.5000"], "accuracy 0.6667"),
-        (
-            "mse",
-            [[2.0, -1.0, 0.0], [2.0, -1.0, 3.0]],
-            ["0: ant 2, bee -1, cat 0", "1: ant 2, bee -1, cat 0"],
-            "root of the mean squared error 1.22474",
-        ),
-    ],
-)
-def test_predictions_are_told_by_what_the_model_was_trained_for(
-    tmp_path: Path, bundle: Path, capsys: Capture, loss: str, y: list[Any], lines: list[str], verdict: str
-) -> None:
-    (bundle / "weights.safetensors").write_bytes(
-        tensorfile.encode({"w": np.zeros((3, 6), np.float32), "b": np.array([2, -1, 0], np.float32)})
-    )
-    opened = json.loads((bundle / MANIFEST).read_text())
-    selection = Selection.from_json(
-        (bundle / "submodel.json").read_bytes(), Architecture.from_json((bundle / "architecture.json").read_bytes())
-    )
-    files = {name: (bundle / name).read_bytes() for name in FILES}
-    names = tuple(opened["class_names"])
-    (bundle / MANIFEST).write_text(manifest(files, selection, Recipe(loss=loss), opened["target"], names))
-    np.savez(tmp_path / "d.npz", x=np.ones((2, 6), np.float32), y=np.array(y))
-    arguments = ["predict", "--bundle", str(bundle), "--input", str(tmp_path / "d.npz"), "--top", "2"]
-    assert main.main(arguments) == ExitCode.OK
-    shown = capsys.readouterr()
-    assert shown.out.splitlines() == lines
-    assert shown.err.startswith(verdict)
-    assert main.main([*arguments, "--data", str(tmp_path / "d.npz")]) == ExitCode.USAGE

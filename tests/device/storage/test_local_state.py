@@ -105,11 +105,7 @@ def test_received_weights_are_blended_into_what_serves_and_into_nothing_else(
         assert equal(kept.average, average)
         for name, value in serves.items():
             np.testing.assert_allclose(value, wanted[name], rtol=2e-6, atol=2e-6)
-        x, y = board.data.x_test, board.data.y_test
-        assert update.metrics["accuracy_average"] == np.mean(logits(serves, x).argmax(1) == y)
-        assert {n: update.metrics[n] for n in ("loss_before", "loss_after")} == {
-            n: plain.metrics[n] for n in ("loss_before", "loss_after")
-        }
+        assert all(update.metrics[n] == plain.metrics[n] for n in ("loss_before", "loss_after"))
         assert update.metrics["loss_average"] != plain.metrics["loss_average"]
 
 
@@ -177,13 +173,6 @@ def test_damage_is_noticed_or_changes_nothing(at: int, junk: bytes) -> None:
         assert "damaged" in error.what  # noqa: PT017 - either this or nothing
         return
     assert read.to_bytes() == whole.to_bytes()
-
-
-def test_a_damaged_record_costs_the_average_alone(board: HiddenBoard) -> None:
-    board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
-    (board.root / "own" / "a").write_bytes(b"junk")
-    _, sent, serves = board.carry_out(board.offer(2, AVERAGE, hidden_weights(seed=2), graph="kept"))
-    assert equal(serves, sent)
 
 
 def test_it_is_forgotten_when_an_offer_of_another_run_of_the_job_is_taken(board: HiddenBoard) -> None:

@@ -194,20 +194,6 @@ def test_a_damaged_file_costs_only_what_it_says(tmp_path: Path, graphs: Path, na
     assert [v for i, v in enumerate(after) if i != lost] == [v for i, v in enumerate(before) if i != lost]
 
 
-def test_the_model_before_serves_when_the_newest_one_is_damaged(tmp_path: Path, graphs: Path) -> None:
-    life = Life(tmp_path, graphs)
-    store = life.open()
-    for step in life.steps():
-        step(store)
-    current = store.slots.current()
-    assert current.round == 2
-    (tmp_path / "serving" / current.slot / "weights.safetensors").write_bytes(weights_of(99))
-    predictor, record = store.slots.open()
-    life.close()
-    assert record.round == 1
-    np.testing.assert_allclose(predictor.predict(np.ones((1, 6), np.float32)), 66)
-
-
 def test_an_install_of_other_files_than_recorded_is_refused(tmp_path: Path, graphs: Path) -> None:
     life = Life(tmp_path, graphs)
     store = life.open()
@@ -230,19 +216,6 @@ def test_a_pending_update_without_its_weights_is_given_up_for_its_offer(tmp_path
         assert again.pending is None
         assert not again.task.done
         assert not again.blobs.has(life.update(1).weights.sha256)
-
-
-def test_blobs_that_nothing_refers_to_are_collected(tmp_path: Path, graphs: Path) -> None:
-    life = Life(tmp_path, graphs)
-    store = life.open()
-    store.accept(life.offer(1))
-    wanted = {store.blobs.put(d).sha256 for d in (life.graph, weights_of(1))}
-    store.blobs.put(b"old")
-    store.blobs.partial(BlobRef.of(b"older")).close()
-    store.collect()
-    assert set(store.blobs.names()) == wanted
-    assert not list((tmp_path / "blobs" / "partial").iterdir())
-    life.close()
 
 
 @pytest.mark.parametrize(

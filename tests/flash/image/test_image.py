@@ -394,12 +394,10 @@ def refused(capsys: Capture, arguments: list[str], code: ExitCode, words: str) -
 
 WRONG: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "zip": (lambda raw: b"PK\x03\x04" + raw, "a ZIP file"),
-    "iso": (lambda raw: bytes(32_769) + b"CD001" + bytes(3000), "ISO"),
     "text": (lambda raw: b"<html>404: there is no such image</html>\n" * 2000, "no partition table"),
     "no partitions": (lambda raw: raw[:446] + bytes(64) + raw[510:], "no boot partition"),
     "cut": (lambda raw: raw[: len(raw) - 5_000_000], "cut short"),
     "xz cut": (lambda raw: lzma.compress(raw, preset=0)[:-3000], "damaged or cut short"),
-    "xz garbage": (lambda raw: b"\xfd7zXZ\0" + b"garbage" * 99, "damaged or cut short"),
     "no fat": (lambda raw: raw[: 2048 * 512] + bytes(512) + raw[2048 * 512 + 512 :], "holds no FAT"),
     "overlap": (lambda raw: raw[:470] + raw[454:458] + raw[474:], "overlaps another"),
 }
@@ -413,7 +411,6 @@ def test_what_is_no_image_of_a_card_is_refused_and_nothing_is_left(
     change, words = WRONG[wrong]
     source.write_bytes(change(source.read_bytes()))
     names = set(tmp_path.iterdir())
-    words = words.replace("no partition", f"{source} has no partition") if words.endswith("table") else words
     refused(capsys, command(source, tmp_path / "out.img", kit, key), ExitCode.IMAGE, words)
     assert set(tmp_path.iterdir()) == names
 
@@ -465,9 +462,7 @@ def test_a_jetsons_kit_does_not_go_into_an_image_of_a_pi(
     ("option", "value", "words"),
     [
         ("--hostname", "a;reboot", "host name"),
-        ("--user", "root", "user"),
         ("--wifi", "x" * 33, "name of the wireless network"),
-        ("--wifi", "a\nb", "name of the wireless network"),
     ],
 )
 def test_settings_are_checked(

@@ -18,7 +18,6 @@ from fedprune.security.keys import SigningKey
 from fedprune_flash import BoardSettings, Kit, Target, build_kit, open_kit
 from fedprune_flash.cli import main as cli
 from fedprune_flash.kit import wheelhouse
-from fedprune_flash.kit.unit import HIDDEN, unit_text
 from support.fakes import tiny_wheels
 from support.fakes.runtime_releases import CLAIM, KEY, PUBLIC
 
@@ -67,7 +66,7 @@ def test_only_the_claim_may_be_missing(make_kit: MakeKit) -> None:
 def test_a_kit_is_taken_from_its_server_alone(make_kit: MakeKit) -> None:
     assert open_kit(make_kit("own").folder, KEY).signed_by == KEY.verifying.hex
     for foreign in (make_kit("foreign", signer=SigningKey.make()), make_kit("plain", signer=None)):
-        with pytest.raises(KitError, match="not signed by this server"):
+        with pytest.raises(KitError, match="signed"):
             open_kit(foreign.folder, KEY)
 
 
@@ -83,14 +82,11 @@ def test_nothing_is_left_of_a_kit_that_fails(tmp_path: Path, make_kit: MakeKit, 
     [
         ({"server": "mqtts://me:geheim@host"}, "without user and password"),
         ({"server": "http://host"}, "mqtts://"),
-        ({"server": "mqtts://host:0"}, "broker URL"),
         ({"server": "mqtts://host\nX=1"}, "mqtts://"),
         ({"server": "mqtt://host"}, "without TLS"),
         ({"join": "mqtts://host\nX=1"}, "join"),
         ({"device": "all"}, "device"),
-        ({"site": "a/b"}, "site"),
         ({"data": "/srv/../etc/shadow"}, "absolute path"),
-        ({"data": "/srv/%n"}, "absolute path"),
         ({"data": "//home"}, "one in /home"),
         ({"data": "/run/./user/1000/x.npz"}, "one in /run/user"),
     ],
@@ -100,14 +96,6 @@ def test_what_a_board_is_told_is_checked(changes: dict[str, str], message: str) 
     with pytest.raises(ConfigError, match=message) as caught:
         BoardSettings(**values)
     assert "geheim" not in str(caught.value)
-
-
-@pytest.mark.parametrize("jetson", [False, True])
-def test_what_a_kit_refuses_as_samples_is_what_the_unit_hides(jetson: bool) -> None:
-    """ProtectHome and PrivateTmp, as systemd.exec(5) has them."""
-    lines = unit_text(jetson=jetson).splitlines()
-    assert {"ProtectHome=yes", "PrivateTmp=yes"} <= set(lines)
-    assert set(HIDDEN) == {"/home", "/root", "/run/user", "/tmp", "/var/tmp"}
 
 
 def test_a_kit_with_a_claim_is_for_its_maker_alone(make_kit: MakeKit) -> None:
@@ -157,21 +145,16 @@ def test_what_a_wheel_requires_on_the_target_must_be_there(tmp_path: Path) -> No
 def test_a_file_from_a_network_that_the_lock_file_does_not_list_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = tiny_wheels.wheel(tmp_path / "own", "fedprune", "1")
-
-    def pip(*arguments: str) -> None:
-        out = Path(arguments[arguments.index("--dest") + 1])
-        tiny_wheels.wheel(out, "numpy", "2.4.6")
-
-    monkeypatch.setattr(wheelhouse, "_pip", pip)
-    (tmp_path / "out").mkdir()
-    with pytest.raises(KitError, match=r"numpy-2\.4\.6-py3-none-any\.whl from the network"):
-        wheelhouse.fetch(own, Target("3.13"), tmp_path / "out")
-    (numpy,) = (tmp_path / "out").glob("numpy*")
-    lock = tmp_path / "lock.txt"
-    lock.write_text(f"numpy==2.4.6 \\\n    --hash=sha256:{hashlib.sha256(numpy.read_bytes()).hexdigest()}\n")
-    monkeypatch.setattr(wheelhouse, "LOCK", lock)
-    wheelhouse.fetch(own, Target("3.13"), tmp_path / "out")
+    """Another numpy of the version that the lock file has, from an index that this machine was led to."""
+    target, index, out = Target("3.13"), tmp_path / "index/numpy", tmp_path / "out"
+    version = next(line for line in wheelhouse.constraints(target) if line.startswith("numpy==")).partition("==")[2]
+    wheel = tiny_wheels.wheel(index, "numpy", version)
+    (index / "index.html").write_text(f'<a href="{wheel.name}">{wheel.name}</a>')
+    monkeypatch.setenv("PIP_INDEX_URL", index.parent.as_uri())
+    own = tiny_wheels.wheel(tmp_path / "own", "fedprune", "1", requires=["numpy"])
+    out.mkdir()
+    with pytest.raises(KitError, match=wheel.name):
+        wheelhouse.fetch(own, target, out)
 
 
 def test_all_that_a_board_installs_is_pinned() -> None:
@@ -235,26 +218,16 @@ def test_the_command_makes_a_kit(
     tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FEDPRUNE_CLAIM", CLAIM)
-    code = cli.main(arguments(tmp_path / "kit", wheels, wheels))
-    said = capsys.readouterr()
-    assert code == ExitCode.OK, said.err
+    assert cli.main(arguments(tmp_path / "kit", wheels, wheels)) == ExitCode.OK
     kit = open_kit(tmp_path / "kit")
-    assert kit.digest in said.out
     assert (kit.folder / "claim.txt").read_text() == CLAIM
-    assert "no claim" not in said.out
-    monkeypatch.delenv("FEDPRUNE_CLAIM")
-    assert cli.main(arguments(tmp_path / "bare", wheels, wheels)) == ExitCode.OK
     said = capsys.readouterr().out
-    assert "no claim" in said
-    assert "It is not signed" in said
+    assert kit.digest in said
     assert "install.pyz --unsigned" in said
+    monkeypatch.delenv("FEDPRUNE_CLAIM")
     KEY.save(tmp_path / "signing.key")
     signed = [*arguments(tmp_path / "signed", wheels, wheels), "--signing-key", str(tmp_path / "signing.key")]
-    assert cli.main(signed) == ExitCode.OK
-    assert f"It is signed with key {PUBLIC.fingerprint}." in capsys.readouterr().out
-    signed[signed.index(str(tmp_path / "signed"))] = str(tmp_path / "third")
     assert cli.main([*signed, "--json"]) == ExitCode.OK
-    body, kit = json.loads(capsys.readouterr().out), open_kit(tmp_path / "third")
+    body, kit = json.loads(capsys.readouterr().out), open_kit(tmp_path / "signed", KEY)
     assert (body["folder"], body["sha256"], body["bytes"]) == (str(kit.folder), kit.digest, kit.bytes)
     assert (body["claimed"], body["key"]) == (False, PUBLIC.hex)
-    assert open_kit(tmp_path / "signed", KEY).signed_by == PUBLIC.hex

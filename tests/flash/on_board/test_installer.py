@@ -21,7 +21,6 @@ from fedprune_device.launcher.slot_store import SlotStore, digest
 from fedprune_device.launcher.state import LauncherState
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_flash import BoardSettings, Kit, Target, build_kit
-from fedprune_flash.kit.kit import installer_archive
 from fedprune_flash.on_board.installation import FIRST_BOOT
 from fedprune_flash.on_board.kit_folder import KitFolder
 from fedprune_flash.on_board.runtime_slot import RuntimeSlot
@@ -165,29 +164,17 @@ def test_removal_is_the_reverse_and_keeps_what_was_learnt(kit: Path, tmp_path: P
     assert run(kit, root, "--purge").returncode == ExitCode.USAGE
 
 
-def killed_after(kit: Path, root: Path, word: str) -> str:
+def killed_after(kit: Path, root: Path, word: str) -> None:
     """Start the installer, and kill it and its children when it has said a word."""
-    process = subprocess.Popen(
-        [sys.executable, "-I", str(kit / "install.pyz"), "--root", str(root)],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    said = ""
-    out = process.stdout
-    with out:
-        for line in out:
-            said += line
-            if word in line:
-                break
+    command = [sys.executable, "-I", str(kit / "install.pyz"), "--root", str(root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert any(word in line for line in process.stdout)
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return said
 
 
 @pytest.mark.parametrize("word", ["wheels", "claim", "service"])
 def test_a_run_that_was_killed_is_gone_on_with(kit: Path, root: Path, word: str) -> None:
-    assert word in killed_after(kit, root, word)
+    killed_after(kit, root, word)
     done = run(kit, root)
     assert done.returncode == 0, done.stderr
     assert (root / "var/lib/fedprune/claim").read_text() == CLAIM
@@ -287,8 +274,6 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "an added file": (lambda kit: (kit / "wheelhouse/more.whl").write_bytes(b""), "is not part of the kit"),
     "a linked folder": (link_folder, "isn't a plain file"),
     "a path that leads outside": (lead_outside, "isn't a path of a kit"),
-    "another processor": (lambda kit: sign(kit, architecture="riscv64"), "this kit is for riscv64"),
-    "a damaged launcher": (lambda kit: (kit / "launcher.pyz").write_bytes(b"x"), "launcher.pyz"),
     "no manifest": (lambda kit: (kit / "kit.json").write_text("[]"), "error: "),
 }
 
@@ -371,23 +356,20 @@ def test_the_power_may_fail_while_a_board_changes_its_server(
         assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying.hex
 
 
-@pytest.mark.parametrize("what", ["fifo", "link", "folder"])
+@pytest.mark.parametrize("what", ["fifo", "link"])
 def test_root_reads_no_key_through_what_the_service_put_there(kit: Path, tmp_path: Path, what: str) -> None:
-    key = tmp_path / "root/var/lib/fedprune/identity/server.pub"
+    key, held = tmp_path / "root/var/lib/fedprune/identity/server.pub", None
     key.parent.mkdir(parents=True)
     if what == "fifo":
         os.mkfifo(key)
-    elif what == "link":
+        held = os.open(key, os.O_RDWR)  # its maker may hold it open, and write nothing
+    else:
         (tmp_path / "elsewhere").write_text(OTHER.verifying.hex)
         key.symlink_to(tmp_path / "elsewhere")
-    else:
-        key.mkdir()
-    held = os.open(key, os.O_RDWR) if what == "fifo" else None  # its maker may hold it open, and write nothing
     done = run(kit, tmp_path / "root")
     if held is not None:
         os.close(held)
-    assert done.returncode == ExitCode.KIT
-    assert "the server's key" in done.stderr
+    assert (done.returncode, "the server's key" in done.stderr) == (ExitCode.KIT, True)
 
 
 def test_the_launcher_starts_nothing_of_a_kit_that_was_changed_after_it_was_installed(kit: Path, root: Path) -> None:
@@ -430,13 +412,6 @@ def crashing(tmp_path: Path, wheels: Path) -> Iterator[Path]:
     code = "import os, signal\nos.kill(os.getpid(), signal.SIGILL)\n"
     tiny_wheels.wheel(links, "onnxruntime", "1.21", {"onnxruntime/__init__.py": code})
     return links
-
-
-def test_a_wheel_that_the_processor_cannot_run_is_said_so(make_kit: MakeKit, root: Path, crashing: Path) -> None:
-    done = run(make_kit(links=[crashing]).folder, root)
-    assert done.returncode == ExitCode.RUNTIME
-    assert "onnxruntime uses instructions that this processor lacks" in done.stderr
-    assert home(root).load() is None
 
 
 @pytest.fixture
@@ -505,19 +480,6 @@ def test_kits_of_jetsons_and_of_other_boards_are_not_mixed_up(kit: Path, jetson_
     assert (done.returncode, "this board is no Jetson" in done.stderr) == (ExitCode.KIT, True), done.stderr
 
 
-def test_the_installer_runs_on_every_python_that_kits_are_for(tmp_path: Path) -> None:
-    pythons = sorted((Path.home() / ".pyenv/versions").glob("3.1[0-3].*/bin/python"))
-    if not pythons:
-        pytest.skip("no other Python here")
-    copy = tmp_path / "install.pyz"
-    copy.write_bytes(installer_archive())
-    for python in pythons:
-        done = subprocess.run(
-            [python, "-I", str(copy), "--root", str(tmp_path)], capture_output=True, text=True, check=False
-        )
-        assert (done.returncode, "kit.json" in done.stderr) == (ExitCode.KIT, True), (python, done.stderr)
-
-
 def test_only_root_installs_for_real(kit: Path) -> None:
     # Not below pytest's own folder: whenever another pytest starts, it shuts out all other users from there.
     with tempfile.TemporaryDirectory() as folder:
@@ -525,19 +487,11 @@ def test_only_root_installs_for_real(kit: Path) -> None:
         readable = shutil.copytree(kit, Path(folder) / "kit")
         for path in (readable, *readable.rglob("*")):
             path.chmod(path.stat().st_mode | 0o055)
-        assert_root_is_asked_for(readable)
-
-
-def assert_root_is_asked_for(kit: Path) -> None:
-    if platform.system() != "Linux" or os.geteuid() == 0:
-        command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable]
-        if not shutil.which("setpriv"):
-            pytest.skip("setpriv is not installed")
-    else:
-        command = [sys.executable]
-    done = subprocess.run([*command, "-I", str(kit / "install.pyz")], capture_output=True, text=True, check=False)
-    assert done.returncode == ExitCode.USAGE, done.stderr
-    assert "sudo" in done.stderr
+        command = [sys.executable, "-I", str(readable / "install.pyz")]
+        if os.geteuid() == 0:
+            command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "sudo" in done.stderr) == (ExitCode.USAGE, True), done.stderr
 
 
 def with_service(root: Path) -> Path:
@@ -556,7 +510,7 @@ def test_a_kit_that_fails_leaves_a_board_running(make_kit: MakeKit, tmp_path: Pa
     before = home(root).load()
     bad = make_kit("bad", links=[crashing]).folder
     done = run(bad, root)
-    assert done.returncode == ExitCode.RUNTIME
+    assert (done.returncode, "onnxruntime" in done.stderr) == (ExitCode.RUNTIME, True)
     assert "stop fedprune.service" in (root / "run/calls").read_text()
     assert up.exists(), "what was stopped for it is started again"
     assert (home(root).load(), program(root)) == (before, "fedprune\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -77,48 +76,31 @@ def joined(
     claim: str = "",
     script: bytes | None = None,
     stop: tuple[threading.Event, int] | None = None,
-    room: int | None = None,
-    temporary: str = "temporary",
 ) -> subprocess.CompletedProcess[str]:
     """What came of the line, as a pipe from curl runs it; `stop` sends it a signal after an event, as a terminal does.
 
     It runs in a folder that is anybody's.
-
-    Args:
-        room: Bytes at which writing to a file fails, as on a full disk.
-        temporary: Name of the folder for temporary files.
     """
-    root.mkdir(exist_ok=True)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    made, anybodys = root.with_name("temporary"), root.with_name("anybody's")
-    for folder in (made, anybodys):
+    temporary, anybodys = root.with_name("temporary"), root.with_name("anybody's")
+    for folder in (root, temporary, anybodys):
         folder.mkdir(exist_ok=True)
     (anybodys / "json.py").write_text("raise SystemExit('error: a module of the working folder was run')\n")
-    environment = os.environ | {"PATH": path, "FEDPRUNE_CLAIM": claim, "TMPDIR": str(root.with_name(temporary))}
+    environment = os.environ | {"PATH": path, "FEDPRUNE_CLAIM": claim, "TMPDIR": str(temporary)}
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
-    text = SCRIPT.read_bytes() if script is None else script
     command = ["sh", "-s", "--", *words]
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell that starts tests in the background ignores it
     try:
         process = subprocess.Popen(
-            command,
-            stdin=PIPE,
-            stdout=PIPE,
-            stderr=PIPE,
-            env=environment,
-            cwd=anybodys,
-            start_new_session=True,
-            restore_signals=room is None,  # which ignores SIGXFSZ
+            command, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=environment, cwd=anybodys, start_new_session=True
         )
-        if room is not None:
-            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (room, room))  # before it has read the script
     finally:
         signal.signal(signal.SIGINT, before)
     if stop is not None:
         threading.Thread(target=lambda: stop[0].wait(60) and os.killpg(process.pid, stop[1])).start()
-    out, said = process.communicate(text, timeout=120)
-    assert list(made.iterdir()) == []
+    out, said = process.communicate(SCRIPT.read_bytes() if script is None else script, timeout=120)
+    assert list(temporary.iterdir()) == []
     return subprocess.CompletedProcess(command, process.returncode, out.decode(), said.decode())
 
 
@@ -176,11 +158,6 @@ def swell_manifest(kit: Kit) -> None:
         file.truncate(2**23)
 
 
-def swell_file(kit: Kit) -> None:
-    with (kit.folder / "install.pyz").open("ab") as file:
-        file.write(b"x")
-
-
 def lose_file(kit: Kit) -> None:
     (kit.folder / "install.pyz").unlink()
 
@@ -191,7 +168,6 @@ def lose_file(kit: Kit) -> None:
         (break_kit, ExitCode.KIT, "is damaged"),
         (break_manifest, ExitCode.KIT, "another digest"),
         (swell_manifest, ExitCode.KIT, "has more than 4194304 bytes"),
-        (swell_file, ExitCode.KIT, "has more than "),
         (lose_file, ExitCode.BROKER, "can't fetch"),
     ],
 )
@@ -219,10 +195,8 @@ def test_a_kit_with_a_claim_is_not_for_a_web_server(tmp_path: Path, make_kit: Ca
     [
         ("https://fleet.example/kit",),
         ("http://fleet.example/kit", "0" * 64),
-        ("https://a.b/c", "0" * 63),
         ("http://localhost:x@fleet.example/kit", "0" * 64),
         ("http://127.0.0.1.fleet.example/kit", "0" * 64),
-        ("http://localhost?@fleet.example/kit", "0" * 64),
     ],
 )
 def test_a_wrong_line_is_refused(tmp_path: Path, words: tuple[str, ...]) -> None:
