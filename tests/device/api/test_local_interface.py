@@ -56,6 +56,7 @@ JSON = "application/json"
     ("kind", "body", "what"),
     [
         (NPY, npy(X[:, :5]), "shape of the input"),
+        (NPY, npy(np.array([1.5], object)), "bytes of object [1]"),
         (NPY, npy(np.zeros((65, 6), np.float32)), "number of samples"),
         (NPY, npy(np.full((1, 6), np.nan, np.float32)), "not finite"),
         (NPY, npy(X)[:-1], "bytes of float32 [5, 6]"),
@@ -71,13 +72,6 @@ def test_an_input_that_does_not_fit_is_said_so(open_board: LocalBoard, kind: str
     status, answer = ask(open_board, request("POST", "/v1/predict", body, Content_Type=kind))
     assert status == 422, answer
     assert what in answer["error"]["what"]
-
-
-def test_objects_are_never_unpickled(served: LocalBoard) -> None:
-    file = io.BytesIO()
-    np.save(file, np.array([print], object), allow_pickle=True)
-    status, answer = ask(served, request("POST", "/v1/predict", file.getvalue(), Content_Type=NPY))
-    assert (status, answer["error"]["what"]) == (422, "bytes of object [1]")
 
 
 def test_before_the_first_model_the_board_says_so_and_then_finds_it(local: LocalBoard) -> None:
@@ -227,5 +221,5 @@ def test_a_picture_that_would_unpack_to_more_than_memory_is_refused() -> None:
     image = pytest.importorskip("PIL.Image")
     file = io.BytesIO()
     image.new("1", (14_000, 14_000)).save(file, "PNG")
-    with pytest.raises(DataError, match=r"(?i)size of an image|bomb"):
+    with pytest.raises(DataError, match="image"):
         Pixels().read(file.getvalue(), ("PNG",), (3, 4, 4))

@@ -200,6 +200,8 @@ def test_a_stop_during_a_measurement_is_no_crash(tmp_path: Path, probed: list[Ru
     [
         ({"data": "nothing.npz"}, ExitCode.DATA),
         ({"profile": "no-such-board"}, ExitCode.PROFILE),
+        ({"local": "0.0.0.0:80"}, ExitCode.CONFIG),
+        ({"data": "local", "test-share": "2"}, ExitCode.CONFIG),
         ({"broker": "mqtts://x", "ca": "nothing.pem"}, ExitCode.CONFIG),
         ({"state": "/dev/null"}, ExitCode.STORAGE),
     ],

@@ -11,8 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.core.errors import ExitCode
-from fedprune_device.cli import main
 from fedprune_device.client import Board
 from support.fakes.local_board import NAMES, LocalBoard
 from support.waiting import attempts
@@ -20,18 +18,14 @@ from support.waiting import attempts
 pytestmark = pytest.mark.board
 
 X = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
-Capture = pytest.CaptureFixture[str]
-
-
-def arguments(root: Path) -> list[str]:
-    """A board whose server is away: nobody listens at port 9."""
-    taken = ["run", "--insecure", "--broker", "mqtt://127.0.0.1:9", "--patient", "--no-probe", "--device", "d"]
-    return [*taken, "--state", str(root / "state"), "--data", "local", "--class-names", ",".join(NAMES)]
 
 
 def start(root: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "fedprune_device.cli.main", *arguments(root), *more]
+    """A board whose server is away: nobody listens at port 9."""
+    command = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--broker", "mqtt://127.0.0.1:9"]
+    command += ["--patient", "--no-probe", "--device", "d", "--state", str(root / "state"), "--data", "local"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command += ["--class-names", ",".join(NAMES), *more]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
@@ -62,19 +56,3 @@ def test_a_board_without_its_server_answers_and_keeps_samples_over_a_kill(tmp_pa
     assert process.returncode == 0
     assert "Traceback" not in said
     assert not socket.exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "code"),
-    [
-        (["--local", "0.0.0.0:80"], ExitCode.CONFIG),
-        (["--test-share", "2"], ExitCode.CONFIG),
-        (["--local", "unix:/no/such/folder/s"], ExitCode.STORAGE),
-        (["--data", "no-such-folder"], ExitCode.DATA),
-    ],
-)
-def test_a_mistake_is_one_line_and_an_exit_code(
-    tmp_path: Path, more: list[str], code: ExitCode, capsys: Capture
-) -> None:
-    assert main.main([*arguments(tmp_path), *more]) == code
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")

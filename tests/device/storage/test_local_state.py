@@ -275,16 +275,6 @@ def test_a_board_that_shares_nothing_sends_an_empty_file(board: HiddenBoard) -> 
 # -- statistics of the board's own samples ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [2, 7, 16, 70])
-def test_statistics_are_the_mean_of_what_the_batches_say(board: HiddenBoard, batch: int) -> None:
-    weights = hidden_weights()
-    recipe = Recipe(batch_size=batch)
-    got = Trainer(board.graphs / "kept.onnx").calibrated(weights, board.data, recipe, seed=SEED, device=DEVICE)
-    for name, value in measured_statistics(weights, board.data.x_train, batch).items():
-        np.testing.assert_allclose(got[name], value, rtol=2e-6, atol=2e-6)
-    assert all(np.array_equal(got[n], weights[n]) for n in weights if n not in ("mean", "var"))
-
-
 @pytest.mark.parametrize("average", [0.0, DECAY])
 def test_what_is_evaluated_served_and_sent_is_calibrated(board: HiddenBoard, average: float) -> None:
     recipe = Recipe(epochs=1, batch_size=16, average=average, calibrate=True)

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 
 from fedprune.core.errors import ConfigError, ExitCode, KitError
 from fedprune.security.keys import SigningKey
-from fedprune_flash import BoardSettings, Kit, Target, build_kit, open_kit
+from fedprune_flash import BoardSettings, Kit, Target, open_kit
 from fedprune_flash.cli import main as cli
 from fedprune_flash.kit import wheelhouse
 from support.fakes import tiny_wheels
@@ -185,19 +185,6 @@ def test_nothing_shadows_what_a_jetson_brings(tmp_path: Path, name: str) -> None
     tiny_wheels.wheel(tmp_path, name.replace("-", "_"), "1.31")
     with pytest.raises(KitError, match="the board's own"):
         wheelhouse.check(sorted(tmp_path.iterdir()), target)
-
-
-def test_a_kit_for_a_jetson_has_neither_onnxruntime_nor_numpy(tmp_path: Path) -> None:
-    folder = tmp_path / "wheels"
-    own = tiny_wheels.fleet_of_wheels(folder)
-    board, told = BoardSettings("mqtts://h", "nano"), list[str]()
-    kit = build_kit(tmp_path / "kit", board, Target("3.10", jetson=True), wheel=own, links=[folder], tell=told.append)
-    assert told == ["fetching wheels", "checking wheels"]
-    names = {path.name.partition("-")[0] for path in kit.wheels}
-    assert names == {"fedprune", "pillow"}
-    body = json.loads((kit.folder / "kit.json").read_text())
-    assert body["imports"] == {"numpy": "1.23", "onnxruntime": "1.18", "fedprune_device": ""}
-    assert "SupplementaryGroups=video render" in (kit.folder / "fedprune.service").read_text()
 
 
 def arguments(out: Path, wheels: Path, links: Path) -> list[str]:

@@ -44,17 +44,6 @@ def test_the_exposure_that_systemd_sees_is_low(tmp_path: Path, jetson: bool, mos
     assert float(found[1]) <= most
 
 
-def test_a_jetson_keeps_what_cuda_needs_and_a_cpu_board_gives_it_up() -> None:
-    cpu, jetson = unit_text().splitlines(), unit_text(jetson=True).splitlines()
-    assert "PrivateDevices=yes" in cpu
-    assert "MemoryDenyWriteExecute=yes" in cpu
-    assert not any(line.startswith(("PrivateDevices", "MemoryDenyWriteExecute", "PrivateUsers")) for line in jetson)
-    assert "DeviceAllow=/dev/nvhost-gpu rw" in jetson
-    assert "SupplementaryGroups=video render" in jetson
-    for unit in (cpu, jetson):
-        assert {"Type=notify", "NotifyAccess=all", "Restart=always", "ProtectSystem=strict", "CPUWeight=20"} <= {*unit}
-
-
 def test_what_would_break_out_of_its_line_is_refused() -> None:
     with pytest.raises(ConfigError):
         unit_text(["run\nUser=root"])

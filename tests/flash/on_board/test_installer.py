@@ -415,15 +415,13 @@ def crashing(tmp_path: Path, wheels: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def jetson_kit(tmp_path: Path, wheels: Path) -> Path:
+def jetson_kit(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> Path:
     """A kit for a Jetson, but for this processor."""
     links = tmp_path / "links"
     shutil.copytree(wheels, links)
     (links / "onnxruntime-1.31-py3-none-any.whl").unlink()
-    board = BoardSettings("mqtts://broker.example", "nano", "lab")
     target = Target(f"{sys.version_info[0]}.{sys.version_info[1]}", jetson=True)
-    own = next(wheels.glob("fedprune-*"))
-    folder = build_kit(tmp_path / "jetson-kit", board, target, wheel=own, links=[links], signer=KEY).folder
+    folder = make_kit("jetson-kit", target=target, links=[links]).folder
     sign(folder, architecture=platform.machine())
     return folder
 

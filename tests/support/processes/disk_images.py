@@ -31,17 +31,6 @@ def run(name: str, *arguments: str | Path, text: bytes | None = None, unless: by
     return done.stdout
 
 
-def make_fat(path: Path, kilobytes: int, bits: int, per_cluster: int = 1, *options: str) -> Path:
-    """A FAT file system in a file of its own."""
-    with path.open("wb") as file:
-        file.truncate(kilobytes * 1024)
-    sectors = kilobytes * 2
-    flags = ["-F"] if bits == 32 else []
-    geometry = ["-T", str(sectors), "-h", "16", "-s", "32", "-c", str(per_cluster)]
-    run("mformat", "-i", path, *flags, *geometry, *options, "-v", "BOOT", "::")
-    return path
-
-
 def fsck_fat(path: Path, start: int = 0, size: int | None = None) -> str:
     """Let fsck.fat look at a FAT file system; it must find nothing to mend."""
     part = path
