@@ -257,11 +257,7 @@ class SampleStore(Closing):
     def _take(self, name: str, label: int, payload: bytes) -> Added:
         verdict = self._reservoir.decide(name, label, HEAD_BYTES + len(payload))
         if verdict.kept:
-            dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.evicted]
-            record = LogRecord(Kind.SAMPLE, bytes.fromhex(name), label, verdict.seen, payload)
-            # First what is new: if the end is torn, there is one too many, not one too few.
-            place = self._write([record, *dropped])[0]
-            self._places[name] = place
+            self._places[name] = self._keep(verdict, payload)
         else:
             self._declined += 1
         if self._declined >= max(_NOTED, sum(self._reservoir.seen.values()) // 100):
@@ -284,10 +280,7 @@ class SampleStore(Closing):
         self._reservoir.restore(name, old, size)  # until it is on the disk
         self._reservoir.set_seen(old, seen)
         if verdict.kept:
-            dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.evicted]
-            place = self._write([LogRecord(Kind.SAMPLE, bytes.fromhex(name), label, verdict.seen, payload), *dropped])[
-                0
-            ]
+            place = self._keep(verdict, payload)
         else:
             self._write([LogRecord(Kind.DELETED, bytes.fromhex(name))])
         self._reservoir.drop(name, unseen=True)
@@ -295,6 +288,13 @@ class SampleStore(Closing):
         if verdict.kept:
             self._places[name] = place
         return self._followed(verdict)
+
+    def _keep(self, verdict: Verdict, payload: bytes) -> RecordPosition:
+        """Write a sample that is kept, and what makes room for it."""
+        dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.evicted]
+        record = LogRecord(Kind.SAMPLE, bytes.fromhex(verdict.id), verdict.label, verdict.seen, payload)
+        # First what is new: if the end is torn, there is one too many, not one too few.
+        return self._write([record, *dropped])[0]
 
     def _write(self, records: list[LogRecord]) -> list[RecordPosition]:
         """Append records, and make room for them first."""
@@ -335,18 +335,18 @@ class SampleStore(Closing):
             return
         piece: list[LogRecord] = []
         size = 0
-        with self._log.reading(alive.values()) as read:
-            for name, place in alive.items():
-                payload = read(place)
-                if digest(payload).hex() != name:
-                    self._forget(name)
-                    continue
-                record = LogRecord(Kind.SAMPLE, bytes.fromhex(name), self._reservoir.label(name), 0, payload)
-                size += record.size
-                if piece and (size > _PIECE or self._log.begins(size)):  # a piece fills what a segment has left
-                    self._move(piece)
-                    piece, size = [], record.size
-                piece.append(record)
+        file = self._log.opened([segment])
+        for name, place in alive.items():
+            payload = self._log.read(place, file)
+            if digest(payload).hex() != name:
+                self._forget(name)
+                continue
+            record = LogRecord(Kind.SAMPLE, bytes.fromhex(name), self._reservoir.label(name), 0, payload)
+            size += record.size
+            if piece and (size > _PIECE or self._log.begins(size)):  # a piece fills what a segment has left
+                self._move(piece)
+                piece, size = [], record.size
+            piece.append(record)
         self._move(piece)
 
     def _move(self, records: list[LogRecord]) -> None:
@@ -400,8 +400,7 @@ class SampleStore(Closing):
     def _payload(self, name: str) -> bytes:
         """A sample's bytes; one that is damaged is given up."""
         place = self._places[name]
-        with self._log.reading([place]) as read:
-            payload = read(place)
+        payload = self._log.read(place, self._log.opened([place.segment]))
         if digest(payload).hex() != name:
             self._forget(name)
             raise NoSampleError(f"sample {name} is damaged and was given up")

@@ -18,7 +18,7 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -147,13 +147,6 @@ class SegmentLog:
         size = self._sizes.get(self._last, self._segment_bytes)
         return self._torn or (size > 0 and size + need > self._segment_bytes)
 
-    @contextlib.contextmanager
-    def reading(self, places: Iterable[RecordPosition]) -> Iterator[Callable[[RecordPosition], bytes]]:
-        """Open segments for reading, whatever is written or removed later. A payload that is cut is read shorter."""
-        with contextlib.ExitStack() as stack, storage_errors(f"can't read {self._root}"):
-            files = {n: stack.enter_context(self.path(n).open("rb")) for n in sorted({p.segment for p in places})}
-            yield lambda place: os.pread(files[place.segment].fileno(), place.size, place.at)
-
     def opened(self, segments: Sequence[int]) -> Copy:
         """Segments that stay readable whatever is written or removed."""
         descriptors: list[int] = []
@@ -164,18 +157,25 @@ class SegmentLog:
             copy = Copy(*descriptors)
         return copy
 
+    def read(self, place: RecordPosition, segment: Copy) -> bytes:
+        """A payload of an opened segment; one that is cut is shorter."""
+        with storage_errors(f"can't read {self._root}"):
+            return os.pread(segment.fileno(), place.size, place.at)
+
     def remove_oldest(self) -> None:
         segment = next(iter(self._sizes))
         if segment == self._last:
             self._torn = True
-            self._close()
+            self.close()
         with storage_errors(f"can't write {self._root}"):
             self.path(segment).unlink(missing_ok=True)
             sync_folder(self._root)
         del self._sizes[segment]
 
     def close(self) -> None:
-        self._close()
+        if self._open is not None:
+            os.close(self._open)
+            self._open = None
 
     def _append(self, records: Sequence[LogRecord], *, sync: bool) -> list[RecordPosition]:
         with storage_errors(f"can't write {self._root}"):
@@ -204,7 +204,7 @@ class SegmentLog:
         return places
 
     def _begin(self) -> None:
-        self._close()
+        self.close()
         number = self._last + 1
         path = self.path(number)
         self._open = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -215,11 +215,6 @@ class SegmentLog:
         if self._open is None:
             self._open = os.open(self.path(self._last), os.O_RDWR | os.O_CLOEXEC)
         return self._open
-
-    def _close(self) -> None:
-        if self._open is not None:
-            os.close(self._open)
-            self._open = None
 
     def _head(self, record: LogRecord) -> bytes:
         head = _HEAD.pack(_MAGIC, record.kind, record.label, len(record.payload), record.seen, record.name)

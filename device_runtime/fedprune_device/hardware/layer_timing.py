@@ -13,7 +13,7 @@ import json
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -179,17 +179,17 @@ def _tensors(architecture: Architecture, widths: tuple[int, ...]) -> Tensors:
 
 
 def _feeds(architecture: Architecture, widths: tuple[int, ...], batch: int) -> Tensors:
-    random, tensors = keyed(0, "layers", batch), _tensors(architecture, widths)
-    feeds: dict[str, Any] = {
-        step_contract.X: random.standard_normal((batch, *architecture.input_shape)).astype(np.float32),
-        step_contract.Y: random.integers(0, architecture.classes, batch),
-    }
-    feeds |= {
-        n: np.array(0, np.float32) for n in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
-    }
-    return (
-        feeds | tensors | {step_contract.buffer(t.name): np.zeros_like(tensors[t.name]) for t in architecture.trainable}
-    )
+    random = keyed(0, "layers", batch)
+    x = random.standard_normal((batch, *architecture.input_shape)).astype(np.float32)
+    trainable = [tensor.name for tensor in architecture.trainable]
+    return step_feeds(x, random.integers(0, architecture.classes, batch), _tensors(architecture, widths), trainable)
+
+
+def step_feeds(x: Any, y: Any, tensors: Tensors, trainable: Iterable[str]) -> Tensors:
+    """All inputs of a training step at a learning rate of 0, with empty momenta."""
+    numbers = (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
+    feeds: dict[str, Any] = {step_contract.X: x, step_contract.Y: y, **dict.fromkeys(numbers, np.array(0, np.float32))}
+    return feeds | tensors | {step_contract.buffer(name): np.zeros_like(tensors[name]) for name in trainable}
 
 
 def median_seconds(

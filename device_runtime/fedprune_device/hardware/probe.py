@@ -22,13 +22,12 @@ import numpy as np
 from fedprune import __version__
 from fedprune.core import tensorfile
 from fedprune.core.rng import keyed
-from fedprune.model import step_contract
 from fedprune.model.selection import Tensors
 from fedprune.planning.latency_model import LatencyTable, fitted, typical_gpu_table, typical_table
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.runtime.session import Session
 from fedprune.runtime.session import version as onnxruntime_version
-from fedprune_device.hardware.layer_timing import measure, median_seconds, one_step, remembered_table
+from fedprune_device.hardware.layer_timing import measure, median_seconds, one_step, remembered_table, step_feeds
 from fedprune_device.hardware.readings import board, clock_hz, memory, resident_memory, temperature_c, throttled
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
@@ -132,11 +131,7 @@ def _rates(threads: int, seconds: float, cuda: bool) -> tuple[float, float, str]
     tensors = {n: (0.1 * rng.standard_normal(shape)).astype(np.float32) for n, shape in reference["tensors"].items()}
     batch = reference["batch"]
     x = rng.standard_normal((batch, *reference["input_shape"])).astype(np.float32)
-    feeds = {step_contract.X: x, step_contract.Y: rng.integers(0, reference["classes"], batch)}
-    feeds |= {
-        n: np.array(0, np.float32) for n in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
-    }
-    feeds |= tensors | {step_contract.buffer(n): np.zeros_like(v) for n, v in tensors.items()}
+    feeds = step_feeds(x, rng.integers(0, reference["classes"], batch), tensors, tensors)
     graph = (_ASSETS / f"probe_training-{CUDA if cuda else CPU}.onnx").read_bytes()
     session = Session(graph, threads=threads, training=True, cuda=cuda, records=False)
     train = median_seconds(one_step(session, feeds), enough=seconds / 2, most=math.inf)
