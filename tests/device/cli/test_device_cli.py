@@ -22,7 +22,6 @@ from fedprune_device.data.labels import log_prior
 from fedprune_device.hardware.runtime_process import RuntimeProcess
 from fedprune_device.launcher.launcher import decide
 from fedprune_device.serving.model_slots import Serving
-from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 from support.fakes.runtime_releases import OUTSIDE, make_release, set_up, source
 
@@ -227,14 +226,6 @@ def test_an_onnxruntime_that_kills_processes_is_an_exit_code_also_where_a_model_
     )  # fmt: skip
     assert done.returncode == ExitCode.RUNTIME, "this process has not loaded it"
     assert "signal 4" in done.stderr
-
-
-def test_another_devices_state_folder_is_refused(tmp_path: Path, probed: list[Runtime], capsys: Capture) -> None:
-    (tmp_path / "state").mkdir()
-    DirectoryOwner("shed", "default").claim(tmp_path / "state")
-    assert run(tmp_path) == ExitCode.STORAGE
-    assert not any(p.asked for p in probed)
-    assert "expected device d of site default, got device shed of site default" in capsys.readouterr().err
 
 
 def test_a_password_is_never_shown(tmp_path: Path, probed: list[Runtime], capsys: Capture) -> None:

@@ -14,7 +14,6 @@ import pytest
 from packaging.requirements import Requirement
 
 from fedprune.core.errors import ConfigError, ExitCode, KitError
-from fedprune.security.keys import SigningKey
 from fedprune_flash import BoardSettings, Kit, Target, open_kit
 from fedprune_flash.cli import main as cli
 from fedprune_flash.kit import wheelhouse
@@ -61,13 +60,6 @@ def test_only_the_claim_may_be_missing(make_kit: MakeKit) -> None:
     (kit.folder / "device.env").unlink()
     with pytest.raises(KitError, match=r"device\.env"):
         open_kit(kit.folder)
-
-
-def test_a_kit_is_taken_from_its_server_alone(make_kit: MakeKit) -> None:
-    assert open_kit(make_kit("own").folder, KEY).signed_by == KEY.verifying.hex
-    for foreign in (make_kit("foreign", signer=SigningKey.make()), make_kit("plain", signer=None)):
-        with pytest.raises(KitError, match="signed"):
-            open_kit(foreign.folder, KEY)
 
 
 @pytest.mark.parametrize("claim", ["with\0zero", "claim.txt", f"{CLAIM[:-1]}A"])
