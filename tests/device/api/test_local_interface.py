@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import io
 import threading
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.labels import Targets
 from fedprune_device.serving.model_slots import Serving
 from support.fakes.local_board import NAMES, LocalBoard, ask, npy, request, softmax, weights_of
+from support.fakes.sample_files import image_file
 from support.faults.failing_disk import fault
 from support.waiting import until
 
@@ -160,23 +160,17 @@ def test_samples_are_handed_in_counted_labelled_and_taken_back(served: LocalBoar
     assert found.value.status == 404
 
 
-def picture(pixels: Any) -> bytes:
-    file = io.BytesIO()
-    pytest.importorskip("PIL.Image").fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
 def test_an_image_waits_for_a_person_who_looks_at_it_and_labels_it(local: LocalBoard) -> None:
     image = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3)).astype(np.uint8)
     with local.serving(pixels=Pixels((0.4, 0.5, 0.6), (0.2,))):
         with pytest.raises(BoardError, match="without a model") as found:
-            local.board.add(picture(pixels))
+            local.board.add(image_file(pixels))
         assert found.value.status == 503
         with pytest.raises(DataError):  # an offer that finds no samples
             local.samples.snapshot((3, 5, 4), Targets("cross_entropy", 3))
         assert local.board.status()["input"] == [3, 5, 4]
-        name = local.board.add(picture(pixels))["id"]
+        name = local.board.add(image_file(pixels))["id"]
         assert local.board.unlabelled() == [name]
         seen = image.open(io.BytesIO(local.board.sample(name, "image/png")))
         assert (np.asarray(seen) == pixels).all()
@@ -218,8 +212,6 @@ def test_a_full_disk_is_507_and_the_next_sample_is_taken(served: LocalBoard) -> 
 
 
 def test_a_picture_that_would_unpack_to_more_than_memory_is_refused() -> None:
-    image = pytest.importorskip("PIL.Image")
-    file = io.BytesIO()
-    image.new("1", (14_000, 14_000)).save(file, "PNG")
+    large = pytest.importorskip("PIL.Image").new("1", (14_000, 14_000))
     with pytest.raises(DataError, match="image"):
-        Pixels().read(file.getvalue(), ("PNG",), (3, 4, 4))
+        Pixels().read(image_file(large), ("PNG",), (3, 4, 4))

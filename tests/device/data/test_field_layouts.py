@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.splits import SplitShares
+from support.fakes.sample_files import image_file
 
 pytestmark = pytest.mark.board
-
-Image = pytest.importorskip("PIL.Image")
 
 SHAPE = (3, 4, 5)
 BOXES = Targets("custom", 7, (2, 5))
@@ -27,10 +25,8 @@ BOX = b"1 .5 .5 .25 .5\n"
 NAMES = ("ant", "bee")
 
 
-def picture(seed: int, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.full((4, 5, 3), seed, np.uint8)).save(file, kind)
-    return file.getvalue()
+def picture(seed: int) -> bytes:
+    return image_file(np.full((4, 5, 3), seed, np.uint8))
 
 
 def put(root: Path, files: dict[str, bytes]) -> Path:

@@ -12,6 +12,7 @@ from fedprune.core.errors import ConfigError, DataError, StorageError
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.splits import SplitShares
+from support.fakes.sample_files import image_file
 
 pytestmark = pytest.mark.board
 
@@ -21,11 +22,9 @@ NAMES = ("ant", "bee")
 
 def put(root: Path, name: str, seed: int) -> Any:
     """An image of the model's size, and its numbers."""
-    image = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 5, 3)).astype(np.uint8)
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.fromarray(pixels).save(path, "PNG")
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(image_file(pixels))
     return pixels.transpose(2, 0, 1).astype(np.float32) / 255
 
 

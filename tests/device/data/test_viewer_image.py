@@ -12,6 +12,7 @@ import pytest
 
 from fedprune.core.errors import DataError
 from fedprune_device.data.image_decoding import Pixels, mask
+from support.fakes.sample_files import image_file
 
 pytestmark = pytest.mark.board
 
@@ -25,12 +26,6 @@ COLOURS = RNG.integers(0, 256, (12, 20, 3)).astype(np.uint8)
 GREY = COLOURS[:, :, 0]
 
 
-def saved(image: Any, kind: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **options)
-    return file.getvalue()
-
-
 def seen(body: bytes, height: int = 12, width: int = 20, colours: int = 3) -> Any:
     return Pixels().decoded(body, ("PNG", "JPEG"), (colours, height, width))
 
@@ -40,7 +35,7 @@ def seen(body: bytes, height: int = 12, width: int = 20, colours: int = 3) -> An
 def test_a_picture_is_turned_as_its_camera_was_held(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    body = saved(COLOURS, kind, exif=exif)
+    body = image_file(COLOURS, kind, exif=exif)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(body)))
     np.testing.assert_array_equal(seen(body, upright.height, upright.width), np.asarray(upright))
 
@@ -51,20 +46,20 @@ def test_a_large_photograph_on_its_side_is_decoded_in_no_less_than_its_size(orie
     exif[ORIENTATION] = orientation
     stripes = np.zeros((64, 512, 3), np.uint8)
     stripes[:, ::2] = 255  # gone if the image is decoded at half of its size
-    wide = seen(saved(stripes, "JPEG", exif=exif, quality=95), *((64, 512) if orientation == 1 else (512, 64)))
+    wide = seen(image_file(stripes, "JPEG", exif=exif, quality=95), *((64, 512) if orientation == 1 else (512, 64)))
     assert wide.std() > 100
 
 
 def test_a_mask_is_turned_as_its_image() -> None:
     exif = Image.Exif()
     exif[ORIENTATION] = 6
-    np.testing.assert_array_equal(mask(saved(GREY, exif=exif), 20, 12), np.rot90(GREY, -1))
+    np.testing.assert_array_equal(mask(image_file(GREY, exif=exif), 20, 12), np.rot90(GREY, -1))
 
 
 @pytest.mark.parametrize("colours", [1, 3])
 def test_sixteen_bits_of_grey_are_shades_from_black_to_white(colours: int) -> None:
     numbers = np.linspace(0, 65535, 240).astype(np.uint16).reshape(12, 20)
-    found = seen(saved(numbers), colours=colours)
+    found = seen(image_file(numbers), colours=colours)
     np.testing.assert_allclose(found, np.repeat(numbers[:, :, None] / 257, colours, 2), atol=0.5)
 
 
@@ -78,12 +73,12 @@ HALF = np.dstack([COLOURS, np.where(GREY % 2, 255, 0)]).astype(np.uint8)
 
 
 TRANSPARENT = {
-    "RGBA": saved(HALF),
-    "LA": saved(HALF[:, :, [0, 3]].copy()),
-    "one colour": saved(COLOURS % 2 * 200, transparency=(0, 200, 0)),
-    "one grey": saved(GREY % 2 * 200, transparency=0),
-    "one entry": saved(_palette(), transparency=0),
-    "entries": saved(_palette(), transparency=bytes([0, 90, 255, 255])),
+    "RGBA": image_file(HALF),
+    "LA": image_file(HALF[:, :, [0, 3]].copy()),
+    "one colour": image_file(COLOURS % 2 * 200, transparency=(0, 200, 0)),
+    "one grey": image_file(GREY % 2 * 200, transparency=0),
+    "one entry": image_file(_palette(), transparency=0),
+    "entries": image_file(_palette(), transparency=bytes([0, 90, 255, 255])),
 }
 
 
@@ -110,21 +105,21 @@ def _profile(**tags: str) -> bytes:
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_colours_of_another_profile_become_those_of_srgb(kind: str) -> None:
     swapped = _profile(rXYZ="bXYZ", bXYZ="rXYZ")
-    body = saved(np.full((12, 20, 3), (255, 0, 0), np.uint8), kind, icc_profile=swapped)
+    body = image_file(np.full((12, 20, 3), (255, 0, 0), np.uint8), kind, icc_profile=swapped)
     np.testing.assert_allclose(seen(body), np.full((12, 20, 3), (0, 0, 255)), atol=6)
 
 
 @pytest.mark.parametrize("profile", [_profile(), b"damaged", b""])
 def test_a_profile_that_changes_nothing_changes_nothing(profile: bytes) -> None:
-    np.testing.assert_array_equal(seen(saved(COLOURS, icc_profile=profile)), COLOURS)
-    np.testing.assert_array_equal(seen(saved(GREY, icc_profile=profile), colours=1)[:, :, 0], GREY)
+    np.testing.assert_array_equal(seen(image_file(COLOURS, icc_profile=profile)), COLOURS)
+    np.testing.assert_array_equal(seen(image_file(GREY, icc_profile=profile), colours=1)[:, :, 0], GREY)
 
 
 FRAMES = {"save_all": True, "append_images": [Image.fromarray(255 - COLOURS)]}
-CMYK = saved(Image.fromarray(COLOURS).convert("CMYK"), "JPEG")
+CMYK = image_file(Image.fromarray(COLOURS).convert("CMYK"), "JPEG")
 
 
-@pytest.mark.parametrize("body", [saved(Image.fromarray(COLOURS), **FRAMES), CMYK], ids=["animation", "CMYK"])
+@pytest.mark.parametrize("body", [image_file(Image.fromarray(COLOURS), **FRAMES), CMYK], ids=["animation", "CMYK"])
 def test_what_viewers_show_differently_is_refused_with_a_way_out(body: bytes) -> None:
     with pytest.raises(DataError) as error:
         seen(body)
@@ -134,7 +129,7 @@ def test_what_viewers_show_differently_is_refused_with_a_way_out(body: bytes) ->
 def test_an_animation_is_no_mask() -> None:
     frames = {"save_all": True, "append_images": [Image.fromarray(255 - GREY)]}
     with pytest.raises(DataError):
-        mask(saved(Image.fromarray(GREY), **frames), 12, 20)
+        mask(image_file(Image.fromarray(GREY), **frames), 12, 20)
 
 
 def chunk(name: bytes, body: bytes) -> bytes:
