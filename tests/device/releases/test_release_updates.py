@@ -141,17 +141,6 @@ def test_what_was_pulled_before_a_restart_is_not_pulled_again(board: Make, tmp_p
     assert states(it, 2)[-1] == COMMITTED
 
 
-def test_nothing_is_tried_while_an_update_waits_or_training_goes_on(board: Make, releases: dict[int, Path]) -> None:
-    it = board(releases[2])
-    it.quiet = lambda: False
-    it.until = lambda: it.now > 100
-    it.serve()
-    assert states(it, 2) == [DOWNLOADING, STAGED]
-    it.quiet, it.until = (lambda: True), (lambda: False)
-    it.live()
-    assert states(it, 2)[-1] == COMMITTED
-
-
 def test_a_release_that_is_withdrawn_is_not_tried(board: Make, releases: dict[int, Path]) -> None:
     it = board(releases[2])
     it.quiet = lambda: False

@@ -144,42 +144,25 @@ def test_a_script_that_is_interrupted_leaves_nothing(tmp_path: Path, kit: Kit, s
     assert list(root.iterdir()) == []
 
 
-def break_kit(kit: Kit) -> None:
-    (kit.folder / "install.pyz").write_text(f"open({str(kit.folder.with_name('never'))!r}, 'x')\n")
+Damage = Callable[[Path], object]
+DAMAGE: dict[str, tuple[Damage, ExitCode, str]] = {
+    "another installer": (lambda kit: (kit / "install.pyz").write_text("open('never', 'x')"), ExitCode.KIT, "damaged"),
+    "another manifest": (lambda kit: (kit / "kit.json").write_text("{}"), ExitCode.KIT, "another digest"),
+    "an endless manifest": (lambda kit: os.truncate(kit / "kit.json", 2**23), ExitCode.KIT, "more than 4194304 bytes"),
+    "no installer": (lambda kit: (kit / "install.pyz").unlink(), ExitCode.BROKER, "can't fetch"),
+}
 
 
-def break_manifest(kit: Kit) -> None:
-    path = kit.folder / "kit.json"
-    path.write_text(path.read_text() + " ")
-
-
-def swell_manifest(kit: Kit) -> None:
-    with (kit.folder / "kit.json").open("ab") as file:
-        file.truncate(2**23)
-
-
-def lose_file(kit: Kit) -> None:
-    (kit.folder / "install.pyz").unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "code", "said"),
-    [
-        (break_kit, ExitCode.KIT, "is damaged"),
-        (break_manifest, ExitCode.KIT, "another digest"),
-        (swell_manifest, ExitCode.KIT, "has more than 4194304 bytes"),
-        (lose_file, ExitCode.BROKER, "can't fetch"),
-    ],
-)
+@pytest.mark.parametrize(("damage", "code", "said"), DAMAGE.values(), ids=DAMAGE)
 def test_nothing_that_the_digest_does_not_cover_is_run(
-    tmp_path: Path, kit: Kit, site: str, damage: Callable[[Kit], None], code: ExitCode, said: str
+    tmp_path: Path, kit: Kit, site: str, damage: Damage, code: ExitCode, said: str
 ) -> None:
-    damage(kit)
+    damage(kit.folder)
     root = tmp_path / "root"
     done = joined(root, site, kit.digest, "--root", str(root), claim=CLAIM)
     assert done.returncode == code
     assert said in done.stderr
-    assert not (tmp_path / "never").exists()
+    assert not list(tmp_path.rglob("never"))
     assert list(root.iterdir()) == []
 
 
