@@ -24,7 +24,7 @@ from fedprune.secure_aggregation.session import MIN_BOARDS, Session, task_digest
 from fedprune.security.keys import KEY, VerifyingKey
 from fedprune.wire.messages import Accepted, SecureStep, Trained, Update
 from fedprune_server.engine.command_dispatcher import DeviceTraffic
-from fedprune_server.engine.update_channel import UpdateChannel
+from fedprune_server.engine.update_channel import UpdateChannel, announcement
 
 log = logging.getLogger("fedprune.server")
 
@@ -121,8 +121,7 @@ class MaskedChannel(UpdateChannel):
     def announce(self, device: str, message: Trained | Update, metrics: Mapping[str, float]) -> on.Event | None:
         if isinstance(message, Trained):
             self._repeat(device, message.round)
-            part = message.round, message.attempt, message.base, message.samples, message.steps
-            return on.Trained(device, *part, dict(metrics))
+            return announcement(device, message, metrics, {})
         if not self._fetch(device, message):
             self._cancel(device, message, "this job takes no updates but masked ones of a sum that goes on")
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
@@ -41,16 +42,7 @@ class UpdateChannel:
         if uploads.fetching(device, message.round, message.attempt, message.weights):
             self._traffic.outbox.ask(uploads.heard(device, self._traffic.monotonic()))
             return None  # a repetition by a board that waits its turn, as most announcements of a large fleet are
-        return on.UpdateAnnounced(
-            device,
-            message.round,
-            message.attempt,
-            message.base,
-            message.weights.to_dict(),
-            message.samples,
-            message.steps,
-            dict(metrics),
-        )
+        return announcement(device, message, metrics, message.weights.to_dict())
 
     def receive(self, device: str, message: SecureStep) -> None:
         """Take in a device's answer to a step of a protocol between boards."""
@@ -75,3 +67,10 @@ class UpdateChannel:
     def _cancel(self, device: str, message: Trained | Update, reason: str) -> None:
         cancelled = Cancelled(message.job, message.round, message.attempt, reason)
         self._traffic.outbox.send(device, cancelled, message.job)
+
+
+def announcement(
+    device: str, message: Trained | Update, metrics: Mapping[str, float], weights: dict[str, Any]
+) -> on.UpdateAnnounced:
+    part = message.round, message.attempt, message.base
+    return on.UpdateAnnounced(device, *part, weights, message.samples, message.steps, dict(metrics))

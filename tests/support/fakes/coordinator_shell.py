@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
+from fedprune.aggregation.fixed_point import Range
 from fedprune.coordination import State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
+from fedprune.secure_aggregation.grid import SECURE, MaskedForm, TensorGrid, VectorForm
 from support.fakes.tiny_job import ARCHITECTURE
 
 
@@ -112,3 +115,17 @@ class Shell(ABC):
             event = self.inbox.pop(0)
             if not isinstance(event, on.UpdateAnnounced):
                 self.feed(event)
+
+
+class MaskingShell(Shell):
+    """A shell whose boards mask their updates where the job says so."""
+
+    FORM = MaskedForm(VectorForm({"w": TensorGrid(Range(0))}), narrow=0, wide=1).to_json()
+
+    def answer(self, command: do.Command) -> on.Event | None:
+        event = super().answer(command)
+        if self.job.secure_aggregation and isinstance(event, on.Extracted):
+            return replace(event, offer=event.offer | {"selection": "s", SECURE: self.FORM})
+        if self.job.secure_aggregation and isinstance(event, on.UpdateAnnounced):
+            return replace(event, weights={})
+        return event

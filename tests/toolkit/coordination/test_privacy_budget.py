@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.aggregation.fixed_point import Range
 from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
@@ -20,10 +19,9 @@ from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, Task
 from fedprune.model.selection import Selection
-from fedprune.secure_aggregation.grid import SECURE, MaskedForm, TensorGrid, VectorForm
 from fedprune.updates.privacy import Privacy, epsilon
 from support.fakes import tiny_job as toy
-from support.fakes.coordinator_shell import Shell
+from support.fakes.coordinator_shell import MaskingShell, Shell
 from support.nets.two_groups import ARCHITECTURE, TRAINED
 
 pytestmark = pytest.mark.board
@@ -89,10 +87,7 @@ def test_shared_noise_counts_for_who_delivered_at_the_noise_that_was_there() -> 
     assert whole.releases == {n: {"2.0": 3} for n in toy.NAMES}
 
 
-FORM = MaskedForm(VectorForm({"w": TensorGrid(Range(0))}), narrow=0, wide=1).to_json()
-
-
-class Cohorts(Fleet):
+class Cohorts(MaskingShell, Fleet):
     """Five boards in two secure sums; or, without masks, in one plain sum."""
 
     NAMES = ("a", "b", "c", "d", "e")
@@ -106,12 +101,6 @@ class Cohorts(Fleet):
         if isinstance(command, do.SumMasked):
             sums = [{"total": "0", "narrow": 0, "devices": list(cohort)} for cohort in self.SUMS]
             return on.Unmasked(command.round, sums, {})
-        if isinstance(command, do.Extract):
-            event = super().answer(command)
-            assert isinstance(event, on.Extracted)
-            return replace(event, offer=event.offer | {"selection": "s", SECURE: FORM})
-        if isinstance(command, do.SendOffer) and self.job.secure_aggregation:
-            return on.Trained(command.device, command.round, command.attempt, "0", 10, 1)
         return super().answer(command)
 
 

@@ -10,15 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.aggregation.fixed_point import Range
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.suspects import divide_into_cohorts, narrow_suspects
 from fedprune.jobs.failure_kind import FailureKind
-from fedprune.secure_aggregation.grid import SECURE, MaskedForm, TensorGrid, VectorForm
 from fedprune.secure_aggregation.session import MIN_BOARDS
 from support.fakes import tiny_job
-from support.fakes.coordinator_shell import Shell
+from support.fakes.coordinator_shell import MaskingShell
 
 pytestmark = pytest.mark.board
 
@@ -75,10 +73,7 @@ def test_each_board_is_in_one_cohort_of_enough_boards_or_left_out(count: int, da
     assert all(len(cohort) >= MIN_BOARDS for cohort in cohorts)
 
 
-SECURE_FORM = MaskedForm(VectorForm({"w": TensorGrid(Range(0))}), narrow=0, wide=1).to_json()
-
-
-class SpoiltSums(Shell):
+class SpoiltSums(MaskingShell):
     """Eight boards whose sums are all false."""
 
     def __init__(self) -> None:
@@ -94,12 +89,7 @@ class SpoiltSums(Shell):
         if isinstance(command, do.SumMasked):
             self.divisions.append(command)
             return on.Unmasked(command.round, [], {}, [], false=[[*cohort] for cohort in command.cohorts])
-        if isinstance(command, do.SendOffer):
-            return on.Trained(command.device, command.round, command.attempt, "0", 10, 1)
-        event = super().answer(command)
-        if isinstance(event, on.Extracted):
-            return replace(event, offer=event.offer | {"selection": "s", SECURE: SECURE_FORM})
-        return event
+        return super().answer(command)
 
     def left_out(self) -> set[str]:
         return {name for name, task in self.state.tasks.items() if task.kind == FailureKind.LEFT_OUT}

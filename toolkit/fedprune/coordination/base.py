@@ -517,12 +517,12 @@ def part_of(name: str, task: Task) -> do.Part:
     )
 
 
-def based(event: on.UpdateAnnounced | on.Trained, task: Task) -> bool:
+def based(event: on.UpdateAnnounced, task: Task) -> bool:
     """Whether an update was trained from the weights of this task's offer, and not in an earlier run of the job."""
     return task.offer is not None and event.base == task.offer["weights"]["sha256"]
 
 
-def steps_of(event: on.UpdateAnnounced | on.Trained, task: Task) -> int:
+def steps_of(event: on.UpdateAnnounced, task: Task) -> int:
     """Optimiser steps behind an update: as many as it reports, at most those of its recipe."""
     recipe = Recipe.from_dict((task.offer or {})["recipe"])
     return max(1, min(event.steps, recipe.steps(task.samples)))

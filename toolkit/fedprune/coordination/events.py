@@ -66,27 +66,14 @@ class Extracted:
 
 @dataclass(frozen=True)
 class UpdateAnnounced:
-    """A device has an update: `weights` is a blob reference's JSON body, `base` what it was trained from."""
+    """A device has an update: `weights` is a blob reference's JSON body, `base` what it was trained from. Without
+    `weights` it keeps the update, to mask it."""
 
     device: str
     round: int
     attempt: int
     base: str
     weights: dict[str, Any]
-    samples: int
-    steps: int
-    metrics: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A device of a job with secure aggregation has an update, which it will mask. Attributes are those of
-    `UpdateAnnounced`."""
-
-    device: str
-    round: int
-    attempt: int
-    base: str
     samples: int
     steps: int
     metrics: dict[str, float] = field(default_factory=dict)
@@ -211,7 +198,6 @@ Event = (
     | Scored
     | Extracted
     | UpdateAnnounced
-    | Trained
     | Unmasked
     | UpdateStored
     | UpdateRejected

@@ -35,14 +35,9 @@ class MaskedCoordinator(SynchronousCoordinator):
     sums_alone = True
 
     def handle(self, event: on.Event, now: float) -> Commands:
-        match event:
-            case on.Trained():
-                commands = self._trained(event, now)
-            case on.Unmasked():
-                commands = self._unmasked(event, now)
-            case _:
-                return super().handle(event, now)
-        return commands + self._look_again(now)
+        if isinstance(event, on.Unmasked):
+            return self._unmasked(event, now) + self._look_again(now)
+        return super().handle(event, now)
 
     def _admit(self, event: on.DeviceBorn) -> bool:
         admitted = super()._admit(event)
@@ -58,7 +53,7 @@ class MaskedCoordinator(SynchronousCoordinator):
     def _is_continued(self, offer: Mapping[str, Any]) -> bool:
         return super()._is_continued(offer) or MaskedForm.from_json(offer[SECURE]).coded
 
-    def _trained(self, event: on.Trained, now: float) -> Commands:
+    def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
         """A device has an update to mask: it is part of the round's sum from now on."""
         state, task = self.state, self.state.tasks.get(event.device)
         if task is None or (event.round, event.attempt) != (state.round, task.attempt) or not based(event, task):
