@@ -42,9 +42,9 @@ def test_a_planned_offer_is_within_the_storage_that_was_planned(tmp_path, name):
         recipe=LARGEST.to_dict(),
     )
     needed = storage_bytes(offer.weights.size, offer.training.size, offer.inference.size)
-    assert needed <= costs.storage_bytes < 2 * needed
+    assert needed <= costs.storage_bytes() < 2 * needed
     with DeviceStore(tmp_path / "board") as board:
-        check_offer(offer, board, profile(costs.storage_bytes))
+        check_offer(offer, board, profile(costs.storage_bytes()))
         with pytest.raises(PlanError, match="room"):
             check_offer(offer, board, profile(needed - 1))
 

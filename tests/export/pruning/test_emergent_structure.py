@@ -62,7 +62,7 @@ def test_the_cut_net_predicts_what_the_masked_one_does(model: Model, seed: int) 
 
 def test_a_step_of_the_cut_net_is_that_of_the_masked_one(model: Model) -> None:
     mask, weights = masked(model, 0)
-    selection = surviving(Selection.full(model.architecture), survivors(model.architecture, mask, reading=False))
+    selection = surviving(Selection.full(model.architecture), survivors(model.architecture, mask))
     recipe = Recipe(mask="hard", weight_decay=0.01, proximal=0.1, lr=0.1)
     session = Session(training_graph(model, recipe.features).to_bytes(), training=True)
     x, y = inputs(model, 6), np.arange(6)

@@ -66,7 +66,7 @@ def test_equal_times_are_the_fixed_point(density: float, ratio: float) -> None:
 @given(st.lists(st.tuples(DENSITIES, SECONDS), min_size=2, max_size=6), st.floats(0.05, 0.5))
 def test_times_move_densities_within_their_bounds(parts: list[tuple[float, float]], floor: float) -> None:
     names = [f"d{i}" for i in range(len(parts))]
-    start = Fixed(named={n: max(floor, d) for n, (d, _) in zip(names, parts, strict=True)})
+    start = Tiers(tuple(max(floor, d) for d, _ in parts))
     allocator = TimeDriven(start, None, interval=1, floor=floor)
     fleet = fleet_of(allocator, *names)
     before = densities(fleet)
@@ -115,7 +115,7 @@ def still(allocator: TimeDriven, fleet: Fleet, rounds: int, **scores: float) -> 
 
 
 def test_whoever_has_learnt_what_it_can_grows_until_all_have_all() -> None:
-    start = Fixed(0.5, named={"c": 1.0})  # with times that are equal
+    start = Tiers((0.5, 0.5, 1.0))  # with times that are equal
     allocator = TimeDriven(start, Recovery(patience=2, delta=0.25), interval=1, floor=0.5)
     fleet = fleet_of(allocator, "a", "b", "c")
     path = still(allocator, fleet, 12)

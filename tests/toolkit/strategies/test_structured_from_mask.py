@@ -59,12 +59,12 @@ def drawn(seed: int, share: float, *, rows: float = 0.3, columns: float = 0.3) -
     return active
 
 
-@given(seeds, st.floats(0.05, 1), st.booleans())
-def test_the_cut_masked_net_is_the_masked_net(seed: int, share: float, reading: bool) -> None:
+@given(seeds, st.floats(0.05, 1))
+def test_the_cut_masked_net_is_the_masked_net(seed: int, share: float) -> None:
     """Without biases, all of whose weights are masked is 0; what nothing reads is nothing, biases or not."""
     mask, weights = drawn(seed, share), model(NET, seed)
     weights["bias"] = np.zeros(4, np.float32)
-    alive = survivors(NET, mask, reading=reading)
+    alive = survivors(NET, mask)
     selection = surviving(Selection.full(NET), alive)
     assert selection.widths == tuple(int(a.sum()) for a in alive)
     x = np.random.default_rng(seed).standard_normal((6, 3))

@@ -232,7 +232,7 @@ def predict(
         wire_bytes=costs.wire_bytes,
         memory_bytes=memory.total,
         inference_bytes=costs.inference_bytes(1, None if probe is None else probe.process_bytes),
-        storage_bytes=costs.storage_with(recipe.own_files),
+        storage_bytes=costs.storage_bytes(recipe.own_files),
         step_s=step_s,
         steps=steps,
         train_s=steps * step_s,

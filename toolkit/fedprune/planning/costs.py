@@ -215,13 +215,9 @@ class Costs:
         weights += self.base_bytes + DEQUANTISED_COPIES * self.dequantised_bytes
         return int(fixed + weights + batch * (self.inference_activation_bytes + self.sample_bytes))
 
-    @property
-    def storage_bytes(self) -> int:
-        """Bytes on a board's disk for rounds of this submodel."""
-        return self.storage_with(0)
-
-    def storage_with(self, own: int) -> int:
-        """The same with further files that the recipe makes the board keep (`Recipe.own_files`)."""
+    def storage_bytes(self, own: int = 0) -> int:
+        """Bytes on a board's disk for rounds of this submodel, with further files that the recipe makes the board keep
+        (`Recipe.own_files`)."""
         graphs = TRAINING_GRAPH_BYTES * self.values, INFERENCE_GRAPH_BYTES * self.values
         return storage_bytes(self.wire_bytes, *graphs, own) + self.base_bytes
 

@@ -77,11 +77,6 @@ class Limit:
         return self.value <= self.limit
 
     @property
-    def headroom(self) -> float:
-        """The unused share of the limit; negative where the plan doesn't fit."""
-        return (self.limit - self.value) / self.limit if self.limit > 0 else -math.inf
-
-    @property
     def overshoot(self) -> float:
         return self.value / self.limit if self.limit > 0 else math.inf
 

@@ -126,24 +126,21 @@ class Allocator(ABC):
 
 @dataclass(frozen=True)
 class Fixed(Allocator):
-    """The same density for everybody, or for devices by name.
+    """The same density for everybody.
 
     Attributes:
         density: Above 0 and at most 1.
         elements: Whether masks are made of elements.
-        named: Densities of some devices.
     """
 
     density: float = 1.0
     elements: bool = False
-    named: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for value in (self.density, *self.named.values()):
-            check_density(("allocator", "density"), value)
+        check_density(("allocator", "density"), self.density)
 
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
-        fleet.grant(name, self.named.get(name, self.density), elements=self.elements)
+        fleet.grant(name, self.density, elements=self.elements)
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,14 @@ _HAIR = 1e-9
 Counts = tuple[npt.NDArray[np.int64], ...]
 
 
-def survivors(architecture: Architecture, mask: Active, *, share: float = 1.0, reading: bool = True) -> Alive:
+def survivors(architecture: Architecture, mask: Active, *, share: float = 1.0) -> Alive:
     """Which channels are left.
 
     Raises `BundleError` if the share is not above 0 and at most 1, or the mask doesn't fit the architecture.
 
     Args:
         mask: Of the whole model's elements.
-        share: A channel is lost where at least this share of the weights that make it is masked.
-        reading: Whether a channel is lost, too, where all weights that read it are masked.
+        share: A channel is lost where at least this share of the weights that make it is masked, or all that read it.
     """
     if not 0 < share <= 1:
         raise BundleError("masked share of a lost channel", expected="above 0 and at most 1", got=share)
@@ -51,8 +50,7 @@ def survivors(architecture: Architecture, mask: Active, *, share: float = 1.0, r
         for g, before in enumerate(alive):
             active, whole = makers[0][g], makers[1][g]
             lost = (whole > 0) & (whole - active >= share * whole - _HAIR)
-            if reading:
-                lost |= (readers[1][g] > 0) & (readers[0][g] == 0)
+            lost |= (readers[1][g] > 0) & (readers[0][g] == 0)
             after = before & ~lost
             if not after.any():
                 best = np.where(before, active, -1)
