@@ -343,6 +343,8 @@ def test_a_manifest_names_no_other_files(path: Any) -> None:
     entry = Entry(FILE, "a" * 64, 1)
     manifest = Manifest("job", "a" * 64, 1, 1, "1", (entry,), "here")
     assert Manifest.parse(manifest.to_bytes(), "it") == manifest
+    with pytest.raises(StorageError):
+        Manifest.parse(manifest.to_bytes().replace(b'"job":"job"', b'"job":"jab"'), "it")
     body = json.loads(manifest.to_bytes())
     body["manifest"]["entries"][0]["path"] = path
     with pytest.raises(StorageError, match=r"path|digest"):

@@ -103,6 +103,17 @@ def test_putting_twice_writes_one_object(at_s3: S3, url: str, tmp_path: Path) ->
     assert len(objects(at_s3, url)) == 1
 
 
+def test_a_listing_goes_on_beyond_its_first_page(at_s3: S3, url: str, tmp_path: Path) -> None:
+    name, prefix = parse(url)
+    client = at_s3.client()
+    for n in range(7):
+        client.put_object(Bucket=name, Key=f"{prefix}{BLOBS}{digest(bytes([n]))}.{'0' * 16}", Body=bytes([n]))
+    store = BucketStore(tmp_path, url)
+    real = store.bucket._client.list_objects_v2
+    store.bucket._client.list_objects_v2 = lambda **options: real(MaxKeys=3, **options)
+    assert [size for _, size in store.bucket.list(BLOBS)] == [1] * 7
+
+
 def test_an_object_is_read_whole_or_in_pieces_and_not_beyond_a_limit(url: str) -> None:
     found = Bucket(url)
     found.put("there", b"here" * LEAF, digest(b"here" * LEAF))

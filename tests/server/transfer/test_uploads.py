@@ -62,6 +62,12 @@ def test_an_update_arrives_whole(world: World) -> None:
     assert world.store.read(digest) == world.device.read(digest)
 
 
+def test_without_a_place_for_uploads_a_device_that_could_upload_is_pulled_from(world: World) -> None:
+    world.uploads.born("a", 1, 0.0, 0.0, uploads=True)
+    finish(world, world.announce("a"))
+    assert world.uploads.outcomes() == [Arrived("a", 1, 1, world.ref("a").sha256)]
+
+
 def test_an_announcement_that_comes_twice_starts_nothing_twice(world: World) -> None:
     assert world.announce("a")
     assert world.announce("a") == []
