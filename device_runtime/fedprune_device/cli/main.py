@@ -15,7 +15,6 @@ from fedprune.blobs.blob_ref import LEAF
 from fedprune.core.cli import Command, add_json, options_of, rate, recipe_setting, run_command, whole_number
 from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ProtocolError
-from fedprune.model.recipe import LIST_SETTINGS
 from fedprune.runtime.precision_files import PRECISIONS, SERVE
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.fleet_messages import LONGEST_AWAY_S
@@ -190,7 +189,7 @@ def _add_train(commands: Any) -> None:
         "--set",
         action="append",
         default=[],
-        type=recipe_setting(LIST_SETTINGS),
+        type=_recipe_setting,
         metavar="KEY=VALUE",
         help="any other number of the recipe, such as batch_size=16; repeatable",
     )
@@ -314,6 +313,12 @@ def _hours(text: str) -> float:
     if not 0 < number <= _MOST_HOURS:
         raise argparse.ArgumentTypeError(f"expected more than 0 and at most {_MOST_HOURS:g} hours, got {text}")
     return number
+
+
+def _recipe_setting(text: str) -> tuple[str, Any]:
+    from fedprune.model.recipe import LIST_SETTINGS  # which loads numpy: options are read without it
+
+    return recipe_setting(LIST_SETTINGS)(text)
 
 
 if __name__ == "__main__":
