@@ -8,9 +8,18 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.simulation.digits import digits_model
 from support.fakes.fleet import Fleet
 from support.processes.postgres import Postgres
 from support.processes.s3 import S3, Ceph, Moto
+
+
+@pytest.fixture(scope="session")
+def model() -> Model:
+    """The demo's model."""
+    return import_onnx(digits_model(), "digits")
 
 
 @pytest.fixture(scope="session")

@@ -22,10 +22,8 @@ from fedprune.secure_aggregation.session import Session
 from fedprune.secure_aggregation.shamir import SHARE
 from fedprune.strategies import compose
 from fedprune.wire.messages import Refusal, SecureStep, Trained, Update, parse
-from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.cli.status import describe, status
-from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.storage.storage import Storage
@@ -34,11 +32,6 @@ from support.fakes.masked_cohort import ServerView
 from support.fakes.secure_fleet import SecureFleet
 
 NAMES = ("a", "b", "c", "d", "e")
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return import_onnx(digits_model(), "digits")
 
 
 def plain(folder: Path, model: Model, names: tuple[str, ...] = NAMES, **settings: Any) -> State:

@@ -7,14 +7,8 @@ import pytest
 
 from fedprune.core.errors import DataError
 from fedprune.model.recipe import Features
-from fedprune_export.importing import import_onnx
 from fedprune_server.executor.calibration import Calibration
-from fedprune_server.simulation.digits import digits_model, load_digits
-
-
-@pytest.fixture(scope="module")
-def model():
-    return import_onnx(digits_model(), "digits-net")
+from fedprune_server.simulation.digits import load_digits
 
 
 def first_layer(tensors, x):

@@ -24,21 +24,15 @@ from fedprune.updates import CODECS, DOWN, Codec, bound, decode, encode
 from fedprune.wire.messages import Birth, Offer, parse
 from fedprune_device.training.local_update import decoded
 from fedprune_device.training.trainer import Trainer, TrainingTask
-from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
 from fedprune_server.executor.worker import Worker
-from fedprune_server.simulation.digits import Digits, deal, digits_model
+from fedprune_server.simulation.digits import Digits, deal
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import boards, digits_simulation
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b")
 SETTINGS = ("int8", "int4", "top-k:0.05")
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return import_onnx(digits_model(), "digits-net")
 
 
 @pytest.fixture(scope="module")

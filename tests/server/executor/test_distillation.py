@@ -18,19 +18,13 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.values import SelfDistillation
-from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.distillation import Distiller
-from fedprune_server.simulation.digits import digits_model, load_digits
+from fedprune_server.simulation.digits import load_digits
 
 ASKED = SelfDistillation(20, (0.25, 0.5, 0.75), 3e-4)
 X, Y = load_digits()
-
-
-@pytest.fixture(scope="module")
-def digits() -> Model:
-    return import_onnx(digits_model(), "digits")
 
 
 class Net(nn.Module):
@@ -117,16 +111,16 @@ def test_widths_that_agree_stay_as_they_are() -> None:
     assert not same(distiller(model, inputs())(model.tensors, own_order(model), 1), model.tensors)
 
 
-def test_bits_depend_on_seed_and_round_alone(digits: Model) -> None:
+def test_bits_depend_on_seed_and_round_alone(model: Model) -> None:
     x, asked = X[:100], SelfDistillation(3, (0.5,), 3e-4)
-    order = own_order(digits)
-    first = distiller(digits, x, asked)
-    one = first(digits.tensors, order, 1)
-    assert not same(first(digits.tensors, order, 2), one)
-    assert same(first(digits.tensors, order, 1), one)
-    assert same(distiller(digits, x[::-1], asked)(digits.tensors, order, 1), one)
-    other = Distiller(digits, Calibration(digits, x), asked, Recipe(), 1)
-    assert not same(other(digits.tensors, order, 1), one)
+    order = own_order(model)
+    first = distiller(model, x, asked)
+    one = first(model.tensors, order, 1)
+    assert not same(first(model.tensors, order, 2), one)
+    assert same(first(model.tensors, order, 1), one)
+    assert same(distiller(model, x[::-1], asked)(model.tensors, order, 1), one)
+    other = Distiller(model, Calibration(model, x), asked, Recipe(), 1)
+    assert not same(other(model.tensors, order, 1), one)
 
 
 @pytest.mark.parametrize(

@@ -21,21 +21,14 @@ from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
-from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.distributed import DistributedWorker, helper_processes
 from fedprune_server.executor.worker import Worker
-from fedprune_server.simulation.digits import digits_model
 from support.fakes.digits_simulation import boards, digits_simulation
 from support.waiting import until
 
 DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
 JOB = Job(rounds=2, devices=3, density=0.5, recipe=Recipe(max_steps=4))
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return import_onnx(digits_model(), "digits")
 
 
 @pytest.fixture

@@ -11,16 +11,9 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune.model.recipe import Recipe
-from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.evaluator import Evaluator, Sessions
-from fedprune_server.simulation.digits import digits_model
 from support.fakes.digits_simulation import digits_simulation
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return import_onnx(digits_model(), "digits")
 
 
 def test_only_the_sessions_that_were_asked_for_last_stay_open(model: Model) -> None:

@@ -16,20 +16,13 @@ from fedprune.planning.probe_report import UNITS
 from fedprune.runtime.precision import unpacked
 from fedprune.runtime.precision_files import graphs_of
 from fedprune.strategies.values import Submodel
-from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.offers import GRAPH_ROUNDS, Offers
 from fedprune_server.executor.offers import graphs_of as named_graphs
 from fedprune_server.executor.retention import BlobCollector
-from fedprune_server.simulation.digits import digits_model
 
 ROUNDS = 3 * GRAPH_ROUNDS
 GRAPHS = ("training", "inference")
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return import_onnx(digits_model(), "digits")
 
 
 @pytest.fixture

@@ -23,14 +23,12 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
-from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.executor import pool_tasks
 from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.ray_pool import ClusterError, RayPool
 from fedprune_server.executor.worker import Worker
-from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.s3.store import BucketStore
 from support.processes.machine import free_port
 from support.processes.s3 import S3
@@ -38,11 +36,6 @@ from support.waiting import attempts, until
 
 JOB = Job(rounds=2, devices=3, density=0.5)
 DENSITIES = (1.0, 0.5, 0.25)
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return import_onnx(digits_model(), "digits")
 
 
 def worker(model: Model, folder: Path) -> Worker:

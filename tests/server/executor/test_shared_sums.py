@@ -16,19 +16,12 @@ import pytest
 from fedprune.aggregation.update_sums import PartialSums
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor import distributed, pool_tasks
 from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.pool_tasks import Task
 from fedprune_server.executor.worker import Worker
-from fedprune_server.simulation.digits import digits_model
 from support.fakes.stored_round import STRATEGIES, Helpers, round_of, worker
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return import_onnx(digits_model(), "digits")
 
 
 def played(w: Worker | DistributedWorker, folds: list[do.Fold], close: do.Close) -> on.Event:

@@ -23,21 +23,15 @@ from fedprune.model.nested_widths import nested
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune_device.training.trainer import Trainer, TrainingTask
-from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.evaluator import Evaluator, Sessions
 from fedprune_server.executor.worker import Worker
-from fedprune_server.simulation.digits import Digits, deal, digits_model
+from fedprune_server.simulation.digits import Digits, deal
 
 DEVICES = ("a", "b", "c")
 DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
 RECIPE = Recipe(epochs=1, batch_size=32, lr=0.05, logit_adjustment=True)
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return import_onnx(digits_model(), "digits")
 
 
 @pytest.fixture(scope="module")

@@ -25,17 +25,10 @@ from fedprune.model import step_contract
 from fedprune.strategies import Strategy
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.values import Report, Submodel
-from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.worker import Worker
-from fedprune_server.simulation.digits import digits_model
 
 Update = dict[str, npt.NDArray[Any]]
-
-
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return import_onnx(digits_model(), "digits")
 
 
 def worker(model: Model, folder: Path, **options: Any) -> Worker:

@@ -62,7 +62,7 @@ class Availability:
     def __init__(
         self,
         state: State,
-        may: Callable[[str], bool] = lambda name: True,
+        may: Callable[[str], bool],
         turn: Callable[[str], float] | None = None,
     ) -> None:
         self._state, self._may, self._turn = state, may, turn

@@ -321,10 +321,6 @@ class UpdateLimits:
         if self._times and update.key not in self._lengths:
             self._lengths[update.key] = lengths(known) if isinstance(known, Report) else known
 
-    def keep(self, updates: Sequence[RoundUpdate]) -> None:
-        """Forget other updates than these."""
-        self._lengths = {u.key: self._lengths[u.key] for u in updates if u.key in self._lengths}
-
     def apply(self, scene: Scene, updates: Sequence[RoundUpdate]) -> LimitedUpdates:
         """Apply the limits to all updates of a round; those that can't be read are left as they are."""
         heavy, reasons = self._heavy(updates)
@@ -338,7 +334,7 @@ class UpdateLimits:
                     raise
                 except Exception:  # noqa: BLE001 - it fails again where it is read to be added, with its reason
                     _LOG.debug("length of the update of %s", update.device, exc_info=True)
-        self.keep(updates)
+        self._lengths = {u.key: self._lengths[u.key] for u in updates if u.key in self._lengths}
         known = [u for u in updates if u.key in self._lengths]
         found = bounds(
             {u.device: self._lengths[u.key] for u in known},
