@@ -14,17 +14,6 @@ from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
 
 
-def test_groups_are_printed_with_what_stays(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["groups", str(digits)]) == ExitCode.OK
-    assert capsys.readouterr().out.splitlines() == [
-        "g0: 32 channels: conv1.weight[0], bn1.*, conv2.weight[1]",
-        "g1: 64 channels: conv2.weight[0], bn2.*, conv3.weight[1]",
-        "g2: 128 channels: conv3.weight[0], bn3.*, fc.weight[1]",
-        "stays: fc.weight[0] (10), fc.bias[0] (10)",
-        "why: inputs and outputs of a model stay; notes name what else keeps channels",
-    ]
-
-
 def test_groups_as_json_are_the_architecture(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["groups", str(digits), "--json"])
     body = json.loads(capsys.readouterr().out)

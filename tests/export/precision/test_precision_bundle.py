@@ -126,21 +126,6 @@ def test_verify_finds_weights_of_another_model(
     assert "was not made from these weights" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("samples", "few"), [(1, "a single sample")])
-def test_int8_warns_of_samples_that_show_little(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], samples: int, few: str
-) -> None:
-    with np.load(folder / "eval.npz") as data:
-        x = np.repeat(data["x"][:1], samples, axis=0)
-    np.savez(tmp_path / "eval.npz", x=x, y=np.zeros(samples, np.int64))
-    (tmp_path / "digits.onnx").write_bytes((folder / "digits.onnx").read_bytes())
-    assert export(tmp_path, "b", "float16,int8") == ExitCode.OK
-    warning = f"warning: int8: ranges of activations were measured on {few}"
-    assert capsys.readouterr().out.count(warning) == 1
-    assert warning in (tmp_path / "b" / "report.md").read_text()
-    assert warning not in (folder / "bundle" / "report.md").read_text()
-
-
 def test_int8_wants_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(folder, "nothing", "int8", "--no-data") == ExitCode.USAGE
     assert "--data, too" in capsys.readouterr().err

@@ -24,8 +24,8 @@ pytestmark = pytest.mark.torch
 
 LARGE = ("resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224", "convnext_atto")
 LONG = (
-    "adapted_encoder", "alibi", "attention_unet", "auto_encoder", "codebook",
-    "conformer", "crnn", "d_linear", "deep_lab", "encoder", "fusion",
+    "adapted_encoder", "alibi", "attention_unet", "auto_encoder",
+    "crnn", "d_linear", "deep_lab", "encoder", "fusion",
     "group_norm_resnet", "inception", "llama", "lstm", "n_beats",
     "patch_transformer", "pooled_video", "resnet20_bn",
     "tcn", "two_towers", "unet", "vgg11_bn", "wave_net", "yolo",

@@ -167,24 +167,3 @@ class AutoEncoder(nn.Module):
         x = functional.elu(self.back(torch.tanh(self.code(x.flatten(1)))))
         x = functional.elu(self.norm(self.up_b(x.unflatten(1, (12, 4, 4)))))
         return torch.sigmoid(self.up_a(x))
-
-
-class Codebook(nn.Module):
-    """A VQ-VAE: the nearest of ten learnt codes for each place; gradients pass it straight through to the encoder."""
-
-    input_shape = (1, 12, 12)
-
-    def __init__(self, codes: int = 10, width: int = 6) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Conv2d(1, 12, 4, 2, 1), nn.SiLU(), nn.Conv2d(12, width, 3, padding=1))
-        self.codes = nn.Embedding(codes, width)
-        self.decoder = nn.Sequential(nn.ConvTranspose2d(width, 12, 4, 2, 1), nn.SiLU(), nn.Conv2d(12, 1, 3, padding=1))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        code = self.encoder(x).permute(0, 2, 3, 1)
-        rows = code.flatten(0, 2)
-        far = rows.pow(2).sum(1, keepdim=True) - 2 * rows @ self.codes.weight.T + self.codes.weight.pow(2).sum(1)
-        near = self.codes(far.argmin(1)).view(code.shape)
-        straight = code + (near - code).detach()
-        moved, bound = (near - code.detach()).flatten(1), (near.detach() - code).flatten(1)
-        return self.decoder(straight.permute(0, 3, 1, 2)), moved, bound

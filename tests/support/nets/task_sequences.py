@@ -39,43 +39,6 @@ class Crnn(nn.Module):
         return self.head(self.rnn(x)[0].mean(1))
 
 
-class Conformer(nn.Module):
-    """A block of two half-steps, attention by relative places, and a gated convolution; a class for each step."""
-
-    input_shape = (12, 8)
-
-    def __init__(self, width: int = 16, heads: int = 2, steps: int = 12) -> None:
-        super().__init__()
-        self.heads = heads
-        self.sub, self.enter = nn.Conv1d(8, width, 3, 2, 1), nn.Linear(width, width)
-        self.dense = nn.ModuleList(nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width),
-        ) for _ in range(2))  # fmt: skip
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.far = nn.Parameter(torch.randn(steps - 1, heads, width // heads) * 0.2)
-        at = torch.arange(steps // 2)
-        self.register_buffer("apart", at[None] - at[:, None] + steps // 2 - 1)
-        self.wide, self.narrow = nn.Conv1d(width, 2 * width, 1), nn.Conv1d(width, width, 1)
-        self.depth, self.norm = nn.Conv1d(width, width, 5, padding=2, groups=width), nn.BatchNorm1d(width)
-        self.head = nn.Linear(width, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.enter(self.sub(x.transpose(1, 2)).transpose(1, 2))
-        x = x + 0.5 * self.dense[0](x)
-        x = x + self.attend(self.norm1(x))
-        y = functional.glu(self.wide(self.norm2(x).transpose(1, 2)), 1)
-        x = x + self.narrow(functional.silu(self.norm(self.depth(y)))).transpose(1, 2)
-        x = x + 0.5 * self.dense[1](x)
-        return self.head(self.norm3(x)).transpose(1, 2)
-
-    def attend(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        places = torch.einsum("nhtd,tshd->nhts", q, self.far[self.apart])
-        weights = ((q @ k.transpose(2, 3) + places) / math.sqrt(q.shape[3])).softmax(-1)
-        return self.out((weights @ v).transpose(1, 2).flatten(2))
-
-
 class WaveNet(nn.Module):
     """Causal dilated convolutions with gates, whose skips are added; nothing reads the last one's own output."""
 
