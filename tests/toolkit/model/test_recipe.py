@@ -105,6 +105,24 @@ def test_a_wrong_augmentation_is_refused(entry: object) -> None:
             Recipe.from_dict({"augment": wrong})
 
 
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+@pytest.mark.parametrize("name", ["logit_adjustment", "mask_absent_classes", "balance_classes", "label_smoothing"])
+def test_settings_that_the_loss_has_no_meaning_for_are_refused(name: str, loss: str) -> None:
+    setting = {"loss": loss, name: 0.1 if name == "label_smoothing" else True}
+    if (name, loss) == ("balance_classes", "bce"):
+        assert Recipe.from_dict(setting).features.class_weight
+        return
+    with pytest.raises(ConfigError, match=f"recipe.{name}: with loss '{loss}'"):
+        Recipe.from_dict(setting)
+
+
+def test_plain_training_has_nothing_of_a_strategys() -> None:
+    method = Recipe(
+        lr=0.2, average=0.5, blend=0.1, validate_blend=True, mixup=0.3, mask="threshold", mask_threshold=0.1
+    )
+    assert method.plain == Recipe(lr=0.2)
+
+
 def test_what_a_board_holds_beside_training_is_counted() -> None:
     settings = [Recipe(), Recipe(average=0.5), Recipe(patience=1), Recipe(average=0.5, patience=1)]
     assert [r.own_copies for r in settings] == [0, 2, 1, 3]

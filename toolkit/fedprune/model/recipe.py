@@ -147,7 +147,7 @@ _MOST_CHECKED = 256
 
 @dataclass(frozen=True)
 class PlainTraining:
-    """Local training as FedAvg has it, and what it keeps from others.
+    """The settings that FedAvg's local training has, too: steps, loss, optimiser, what is trained, and privacy.
 
     Attributes:
         epochs: Passes over the local data.
