@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +16,11 @@ from fedprune.core.errors import EngineError, StorageError
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines.build_process import BuildProcess, BuildRequest
 from fedprune_device.engines.engine_cache import EngineCache
+from support.waiting import attempts, until
 
 pytestmark = pytest.mark.board
 
-Start = Callable[[str], BuildProcess]
+Start = Callable[..., BuildProcess]
 
 
 @pytest.fixture
@@ -31,22 +34,41 @@ def cache(tmp_path: Path) -> EngineCache:
 
 @pytest.fixture
 def start(cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Starts a child that says something and ends."""
+    """Starts a child that says something and ends, or sleeps."""
 
-    def started(said: str) -> BuildProcess:
-        program = tmp_path / "child"
-        program.write_text(f"#!/bin/sh\ncat <<'.'\n{said}\n.\n")
+    def started(said: str, clock: Callable[[], float] = time.monotonic, sleep: int = 0) -> BuildProcess:
+        program, ended = tmp_path / "child", tmp_path / "ended"
+        program.write_text(f"#!/bin/sh\ncat <<'.'\n{said}\n.\ntouch {ended}\nexec sleep {sleep}\n")
         program.chmod(0o700)
         monkeypatch.setattr(sys, "executable", str(program))
-        making = BuildProcess(cache, BuildRequest(cache.work, EnginePlan().to_json()), 60.0)
-        making._child.wait()
+        making = BuildProcess(cache, BuildRequest(cache.work, EnginePlan().to_json()), 60.0, clock)
+        until(ended.exists)
         return making
 
     return started
 
 
+def result(making: BuildProcess) -> Any:
+    """What the child comes to."""
+    for _ in attempts("the child's end"):
+        if (made := making.poll()) is not None:
+            return made
+    raise AssertionError
+
+
+def test_one_that_takes_too_long_is_ended(start: Start) -> None:
+    now = [0.0]
+    making = start("", lambda: now[0], sleep=600)
+    assert making.poll() is None
+    now[0] = 60.0
+    with pytest.raises(EngineError, match="at most 60 s"):
+        making.poll()
+    with pytest.raises(EngineError, match="SIGKILL"):
+        making.poll()
+
+
 def test_what_a_child_says_last_is_what_it_made(start: Start) -> None:
-    made = start('Building: 1 of 2\n{"seconds": 1.5, "latency_s": 0.25}').poll()
+    made = result(start('Building: 1 of 2\n{"seconds": 1.5, "latency_s": 0.25}'))
     assert (made.seconds, made.latency_s) == (1.5, 0.25)
     np.testing.assert_array_equal(made.answers, np.ones(3))
 
@@ -62,13 +84,13 @@ def test_what_a_child_says_last_is_what_it_made(start: Start) -> None:
 )
 def test_times_that_are_none_are_not_believed(start: Start, said: str) -> None:
     with pytest.raises(EngineError):
-        start(said).poll()
+        result(start(said))
 
 
 def test_without_answers_there_is_nothing_to_check(start: Start, cache: EngineCache) -> None:
     (cache.work / "answers.npy").unlink()
     with pytest.raises(EngineError):
-        start('{"seconds": 1.5, "latency_s": 0.25}').poll()
+        result(start('{"seconds": 1.5, "latency_s": 0.25}'))
 
 
 @pytest.mark.parametrize("name", ["order.json", "out.txt", "err.txt"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.updates import Codec, decode, is_packed, weights
 from fedprune.updates.remap import relocation
 from fedprune.wire.messages import Offer
+from fedprune_device.network.offer_checks import fits
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.local_update import carried
@@ -171,3 +173,13 @@ def test_weights_that_are_not_the_offered_ones_are_asked_for_as_they_are(board: 
     with pytest.raises(DamagedBlobError) as caught:
         carry_out(board, structs.replace(right, held="f" * 64))
     assert caught.value.sha256 == "f" * 64
+
+
+def test_what_is_left_out_needs_room(board: HiddenBoard) -> None:
+    plain = board.offer(1, PLAIN, hidden_weights())
+    with DeviceStore(board.root) as store:
+        for codec, copies in ((None, 2), ("int8", 5)):
+            for lacking in (0, 1):
+                room = copies * plain.weights.size - lacking
+                disk: Any = SimpleNamespace(blobs=store.blobs, free_bytes=lambda room=room: room)
+                assert fits(structs.replace(plain, codec=codec), disk) == (not lacking)

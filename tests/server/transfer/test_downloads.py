@@ -107,6 +107,7 @@ def test_a_device_that_asks_again_keeps_its_turn(store: BlobStore, downloads: Do
     digest = store.put(b"x" * (3 * LEAF)).sha256
     for number in range(40):
         downloads.add(f"d{number}", BlobRequest(digest, "data", 0, 3))
+    downloads.add("d39", BlobRequest(digest, "data", 0, 3, number=7))  # for the same pieces
     assert downloads.next() is not None
     downloads.add("d0", BlobRequest(digest, "data", 0, 3))
     order = sent(downloads)

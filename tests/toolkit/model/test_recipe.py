@@ -69,6 +69,12 @@ def test_json_round_trip(recipe: Recipe) -> None:
     assert Recipe.from_dict(json.loads(recipe.to_json())) == recipe
 
 
+@given(recipes, st.integers(1, 10_000))
+def test_steps_are_the_batches_of_all_epochs_up_to_the_limit(recipe: Recipe, samples: int) -> None:
+    batches = recipe.epochs * len(range(0, samples, recipe.batch_size))
+    assert recipe.steps(samples) == (min(batches, recipe.max_steps) if recipe.max_steps else batches)
+
+
 @given(recipes, st.floats(0, 1), st.integers(1, 9))
 def test_numbers_do_not_name_another_graph(recipe: Recipe, lr: float, epochs: int) -> None:
     other = Recipe.from_dict({**recipe.to_dict(), "lr": lr, "epochs": epochs})

@@ -137,12 +137,6 @@ class Pull:
         answers: ResponseTime | None = None,
         lend: Callable[[PartialBlob], object] | None = None,
     ) -> None:
-        if not 1 <= chunk_leaves <= window_leaves <= MAX_REQUEST:
-            raise ProtocolError(
-                "transfer window",
-                expected=f"1 <= chunk <= window <= {MAX_REQUEST} leaves",
-                got=f"{chunk_leaves} and {window_leaves}",
-            )
         self.ref = ref
         self.stalls = 0
         """Consecutive repetitions without any progress."""
