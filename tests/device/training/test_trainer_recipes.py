@@ -370,9 +370,7 @@ def test_a_recipe_that_augments_needs_a_graph_that_does(graphs: Path, weights: T
     step = {"name": "flip", "values": [], "begin": 0, "shape": [3, 4, 4], "first": 0, "axes": [-1]}
     assert Augmentation({step_contract.AUGMENT: json.dumps({"steps": [step], "fill": -100})}).plan.numbers == 1
     wrong: tuple[dict[str, Any], ...] = (
-        {"name": "rotate"}, {"shape": [0]}, {"shape": [2**20, 2**20]}, {"axes": [0]}, {"axes": []}, {"first": -1},
-        {"begin": True}, {"name": "noise"}, {"values": ["a"]}, {"first": 2}, {"shape": [1] * 9}, {"values": [1, 2]},
-        {"name": "crop", "values": [1e300], "axes": [-2, -1]},
+        {"name": "rotate"}, {"shape": [2**20, 2**20]}, {"axes": [0]}, {"first": -1}, {"begin": True}, {"values": ["a"]},
     )  # fmt: skip
     bodies = [json.dumps({"steps": [step | change], "fill": None}) for change in wrong]
     for damaged in ("*", "[]", '{"steps": 1, "fill": 0}', '{"steps": [], "fill": 0.5}', "[" * 10**5, *bodies):

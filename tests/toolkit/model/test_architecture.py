@@ -150,16 +150,6 @@ def test_a_layer_weight_counts_on_its_output_axis_and_others_on_all() -> None:
     assert [turned.output_axes(t.name) for t in turned.tensors] == [(1,), (0,), (0, 1)]
 
 
-def test_vectors_of_one_module_are_named_as_a_family() -> None:
-    hidden = Axis((Segment(0, 0, 4),))
-    kinds = {"weight": TensorKind.NORM_SCALE, "bias": TensorKind.NORM_BIAS, "running_mean": TensorKind.STAT_MEAN}
-    norm = tuple(TensorSpec(f"bn.{name}", kind, (hidden,)) for name, kind in kinds.items())
-    other = replace(norm[0], axes=(Axis.fixed(4),))
-
-    assert replace(PLAIN, tensors=(*PLAIN.tensors[:2], *norm)).summary(0) == ("fc1.weight[0]", "fc1.bias[0]", "bn.*")
-    assert replace(PLAIN, tensors=(other, *norm[1:])).summary(0) == ("bn.bias[0]", "bn.running_mean[0]")
-
-
 def test_a_flattened_channel_takes_its_inner_indices() -> None:
     axis = Axis((Segment(0, 0, 4, 9), Segment(FIXED, 0, 2)))
     assert axis.size((3,), (4,)) == 29

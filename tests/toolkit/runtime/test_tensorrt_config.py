@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,7 +49,3 @@ def test_a_field_out_of_range_is_named(field: str, value: Any) -> None:
     raw = json.dumps({"format": FORMAT, field: value}).encode()
     with pytest.raises(ConfigError, match=rf"plan\.json: .*{field}"):
         EnginePlan.from_json(raw, "plan.json")
-
-
-def test_a_field_that_is_missing_has_its_default(tmp_path: Path) -> None:
-    assert EnginePlan.from_json(json.dumps({"format": FORMAT}).encode()) == EnginePlan()

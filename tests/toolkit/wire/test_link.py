@@ -3,8 +3,6 @@ from __future__ import annotations
 import datetime as dt
 import ipaddress
 import socket
-import ssl
-import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -193,22 +191,6 @@ class TestWithMosquitto:
             assert link.get(30) == ("x", bytes(300_000))
         with pytest.raises(BrokerError, match="TLS failed"):
             Link(url, "b").start()
-
-    def test_a_certificate_that_the_broker_refuses_is_the_cause_that_is_told(
-        self, certificate: tuple[Path, Path]
-    ) -> None:
-        """With TLS 1.3 a client's handshake is done before the broker has looked at its certificate."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*certificate)
-        with socket.create_server(("127.0.0.1", 0)) as server:
-
-            def refuse() -> None:
-                context.wrap_socket(server.accept()[0], server_side=True).close()
-
-            threading.Thread(target=refuse, daemon=True).start()
-            link = Link(f"mqtts://127.0.0.1:{server.getsockname()[1]}", "a", tls=lambda: tls_context(certificate[0]))
-            with pytest.raises(BrokerError, match=r"as if this client's certificate were revoked\. `fedprune-"):
-                link.start()
 
 
 @pytest.fixture
