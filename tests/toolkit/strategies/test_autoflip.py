@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
 from fedprune.model.element_mask import gathered
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.element_masks import Masked, global_mask
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Turn
 from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
 from support.nets.drawn_models import model, seeds
 
@@ -154,3 +156,10 @@ def test_channels_without_weights_are_cut_by_default_and_come_back_as_they_were_
         np.testing.assert_array_equal(sent.mask[name], bits)
     assert full.selection.whole
     assert identical(cut.model, whole.model)
+
+
+def test_exploring_is_long_and_the_learning_rate_decays_afterwards() -> None:
+    objective, recipe = autoflip(exploration_epochs=20, lr_decay=0.9), Recipe(epochs=2, lr=0.1, max_steps=5)
+    first, fifth = (objective.recipe(recipe, Turn(0, number, "a", NET.sizes)) for number in (1, 5))
+    assert (first.epochs, first.best_epoch, first.max_steps, fifth.epochs) == (20, False, 0, 2)
+    assert (first.lr, fifth.lr) == (0.1, pytest.approx(0.1 * 0.9**3))

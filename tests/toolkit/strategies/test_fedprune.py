@@ -217,3 +217,13 @@ def test_ranks_of_another_description_of_the_model_are_settled_anew(data: st.Dat
     again = strategy.learn(upgraded, Fold(other, start), lambda: iter(()))
     later = Scene(other, 0, 3, model(other, seed + 1), memory | again)
     assert all(np.array_equal(a, b) for a, b in zip(strategy.rank(later).ranks, chosen, strict=True))
+
+
+def test_a_jobs_own_recipe_comes_before_options_and_these_before_what_is_usual() -> None:
+    def made(own: Recipe, **options: Any) -> Recipe:
+        return compose(job(options, recipe=own)).recipe(own, Turn(0, 1, "a", (3,)))
+
+    assert [made(*case).mixup for case in [(Recipe(),), (MSE,)]] == [0.2, 0.0]
+    assert (made(Recipe(), mixup=0.3).mixup, made(Recipe(mixup=0.4), mixup=0.3).mixup) == (0.3, 0.4)
+    assert (made(Recipe()).clip_norm, made(Recipe(clip_norm=3.0), clip_norm=0.5).clip_norm) == (1.0, 3.0)
+    assert (made(Recipe()).blend, made(Recipe(), average=0.0, blend=0.2).blend) == (0.5, 0.0)

@@ -154,3 +154,10 @@ def test_of_masked_elements_a_history_knows_nothing(data: st.DataObject, seed: i
     for name, value in got.items():
         own = mask.get(name, np.ones(value.shape, np.bool_))
         np.testing.assert_allclose(value, np.where(own, past.tensors[name], offered.tensors[name]), atol=1e-6)
+
+
+def test_fedprox_pulls_and_fedavg_does_not() -> None:
+    recipe = Recipe(lr=0.1)
+    assert compose(job("fedprox", mu=0.3)).recipe(recipe, turn()).proximal == 0.3
+    assert compose(job("fedavg")).recipe(recipe, turn()) == recipe
+    assert compose(job("fedavg", lr_decay=0.5)).recipe(recipe, turn(round_=3)).lr == 0.025
