@@ -121,18 +121,6 @@ def test_the_best_is_taken_that_all_boards_can_train(advised):
     assert advice["doubts"] == []
 
 
-def test_of_what_is_within_noise_the_fewest_bytes_are_taken(advised):
-    # Seeds move the distances from fedavg by some points, which are noise.
-    curves = {
-        "fedavg": [(0.80,), (0.80,)],
-        "fedavg-int8": [(0.78,), (0.82,)],
-        "fedprune": [(0.82,), (0.76,)],
-    }
-    advice = advised(WIDE, curves, rounds=1, sent={"fedavg": 100, "fedavg-int8": 30, "fedprune": 20})["advice"]
-    assert advice["noise"] > 0.01
-    assert advice["taken"]["variant"] == "fedprune"
-
-
 @pytest.mark.parametrize(("rounds", "doubts"), [(4, 0), (12, 1)])
 def test_advice_is_doubted_where_a_job_goes_on_and_another_variant_rises(advised, rounds, doubts):
     curves = {

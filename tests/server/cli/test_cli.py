@@ -30,7 +30,6 @@ from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.second_server import OtherServerError, SecondServerGuard
-from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.storage import Storage
 from support.fakes.opened_job import open_job
 
@@ -141,18 +140,6 @@ def test_a_start_that_failed_is_not_remembered(state: Path, closed_port: int) ->
     assert stored() == before
 
 
-def test_a_first_start_that_failed_leaves_room_for_another_model_name_and_broker(
-    model: Path, tmp_path: Path, closed_port: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "other.onnx").write_bytes(digits_model())
-    command = ["run", "--insecure", "--state", str(tmp_path / "s"), "--broker", f"mqtt://127.0.0.1:{closed_port}"]
-    assert main([*command, "--model", str(tmp_path / "other.onnx"), "--name", "levaes"]) == ExitCode.BROKER
-    assert main([*command, "--model", str(model), "--name", "leaves"]) == ExitCode.BROKER
-    with StateFolder(tmp_path / "s") as folder:
-        opened = open_job(folder, ServerConfig(job=Job(name="leaves"), model=str(model)))
-    assert (opened.state.round, opened.changed) == (0, [])
-
-
 @pytest.mark.parametrize(("option", "value"), [("--name", "trees"), ("--model", "nets:make")])
 def test_another_job_is_refused_by_a_folder_that_has_one(
     state: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
@@ -232,14 +219,6 @@ def test_a_damaged_model_file_in_the_folder_is_noticed(state: Path, capsys: pyte
     assert "model.onnx is damaged" in one_line(capsys)
 
 
-def test_a_missing_global_model_is_noticed(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with StateFolder(state) as folder:
-        digest = folder.storage.load().model  # type: ignore[union-attr]
-        folder.store.delete(digest)
-    assert main(["run", "--insecure", "--state", str(state)]) == ExitCode.STORAGE
-    assert digest in one_line(capsys)
-
-
 def test_all_blobs_of_an_offer_are_there_after_a_second_start(model: Path, tmp_path: Path) -> None:
     config = ServerConfig(job=Job(name="leaves"), model=str(model))
     with StateFolder(tmp_path / "s") as folder:
@@ -264,11 +243,6 @@ def test_more_rounds_wake_a_finished_job(state: Path) -> None:
     coordinate(opened.job, opened.model.architecture, opened.state).handle(on.Resumed(), 3.0)
     assert opened.state.phase is Phase.WAITING
     assert opened.changed == ["rounds: 5 is now 9"]
-
-
-def test_status_of_a_folder_without_a_job_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "--state", str(tmp_path)]) == ExitCode.STORAGE
-    assert str(tmp_path) in one_line(capsys)
 
 
 def test_the_exported_model_computes_with_the_current_weights(
@@ -305,23 +279,6 @@ def test_a_model_is_exported_in_the_layout_of_the_hub(
     assert " 50.0% |" in card
     assert "| pi |" not in card
     assert main(["export-model", "--state", str(state), "--out", str(out), "--opset", "13"]) == ExitCode.USAGE
-
-
-def test_an_exported_model_has_the_ranks_that_its_job_settled(model: Path, tmp_path: Path) -> None:
-    with StateFolder(tmp_path / "state") as folder:
-        opened = open_job(folder, ServerConfig(job=Job(strategy="fedprune"), model=str(model)))
-        architecture = opened.model.architecture
-        backwards = [np.arange(size)[::-1] for size in architecture.sizes]
-        ranks = dict(zip(places_of(architecture), backwards, strict=True))
-        opened.state.memory = {RANKS: folder.store.put(tensorfile.encode(ranks)).sha256}
-        opened.state.round = 1
-        folder.storage.save(opened.state, [on.Ticked()], 1.0)
-
-    assert main(["export-model", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "m.onnx")]) == ExitCode.OK
-
-    found = load(tmp_path / "m.onnx").ranks
-    assert found is not None
-    assert all(map(np.array_equal, found, backwards))
 
 
 def test_a_model_is_exported_while_its_server_begins_another_round(
@@ -395,20 +352,6 @@ def test_the_best_model_is_exported_with_its_round_and_score(
     with pytest.raises(SystemExit) as refused:
         main([*command, "--round", "first"])
     assert refused.value.code == ExitCode.USAGE
-
-
-def test_no_model_is_the_best_where_none_was_evaluated(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with StateFolder(tmp_path / "state") as folder:
-        opened = open_job(folder, ServerConfig(job=Job(name="leaves"), model=str(model)))
-        row = {"round": 1, "at": 1.0, "model": opened.state.model, "metrics": {}, "devices": {}}
-        opened.state.round, opened.state.history = 1, [row]
-        folder.storage.save(opened.state, [on.Ticked()], 1.0)
-    command = ["export-model", "--state", str(tmp_path / "state"), "--out", str(tmp_path / "m.onnx")]
-    assert main([*command, "--round", "best"]) == ExitCode.STORAGE
-    assert "--evaluation" in one_line(capsys)
-    assert not (tmp_path / "m.onnx").exists()
 
 
 @pytest.mark.torch

@@ -7,11 +7,8 @@ import pytest
 
 from fedprune.core.disk import locked
 from fedprune.core.errors import ConfigError, ExitCode, StorageError
-from fedprune.jobs.job import Job
-from fedprune.model.recipe import Recipe
 from fedprune_server.cli.demo import DemoFolder, run_demo, verdict
 from fedprune_server.monitoring.round_rows import RoundRow
-from fedprune_server.simulation.experiment import fedavg
 from fedprune_server.simulation.fleet.simulated_fleet import DEMO_ROUNDS, too_few_rounds
 from fedprune_server.simulation.results.record import DeviceRow, Record
 
@@ -38,19 +35,6 @@ def run(accuracy=0.9, sent=100, rounds=DEMO_ROUNDS):
 def test_a_claim_that_fails_is_the_exit_code_if_there_are_rounds_enough(accuracy, sent, rounds, code):
     assert verdict(run(accuracy, sent, rounds), run(rounds=rounds)) is code
     assert bool(too_few_rounds(rounds)) is (rounds < DEMO_ROUNDS)
-
-
-def test_fedavg_is_the_whole_model_a_plain_loss_and_a_plain_mean():
-    rich = Recipe(epochs=4, lr=0.2, proximal=0.1, logit_adjustment=True, mask_absent_classes=False)
-    job = Job(
-        "x", 1, 2, 3, 0.5, 9.0, byte_budget=1000, scorer="curvature", warmup_rounds=2, rule="fill",
-        server_momentum=0.5, recipe=rich, total_bytes=9, total_macs=8, total_hours=7.0,
-    )  # fmt: skip
-    plain = fedavg(job)
-    assert (plain.density, plain.byte_budget, plain.rule, plain.server_momentum) == (1.0, 0, "coverage", 0.0)
-    assert plain.warmup_rounds == 0
-    assert plain.recipe == Recipe(epochs=4, lr=0.2)
-    assert all(getattr(plain, n) == getattr(job, n) for n in KEPT)
 
 
 @pytest.mark.parametrize("wrong", [{"rounds": 0}, {"seed": -1}])

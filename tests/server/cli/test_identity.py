@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import ssl
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -83,25 +81,6 @@ def test_members_are_in_the_database_that_is_named(
     with IdentityFolder(Path(state), database=url) as identity:
         assert [d.status for d in identity.store.devices()] == ["revoked"]
     assert not (Path(state) / "server.db").exists()
-
-
-def test_a_file_of_claims_is_whole_or_not_there(
-    state: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, made = IdentityFolder.claim, []
-
-    def claim(*arguments: Any) -> Claim:
-        if made:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        made.append(whole(*arguments))
-        return made[0]
-
-    monkeypatch.setattr(IdentityFolder, "claim", claim)
-    out = tmp_path / "claims"
-    assert main(["claim", "--state", state, "--count", "2", "--out", str(out)]) == ExitCode.STORAGE_FULL
-    assert not out.exists()
-    monkeypatch.undo()
-    assert main(["claim", "--state", state, "--count", "2", "--out", str(out)]) == ExitCode.OK
 
 
 def test_the_console_gets_a_certificate_for_the_names_that_are_given(state: str, capsys: Captured) -> None:
@@ -216,7 +195,6 @@ def test_a_broker_s_files_are_written(state: str, tmp_path: Path, capsys: Captur
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["claim", "--hours", "9999"], ExitCode.USAGE, "--hours"),
         (["claim", "--count", "2", "--device", "x"], ExitCode.USAGE, "--count and --device"),
         (["claim", "--device", "fedprune-server"], ExitCode.JOIN, "no device may be called 'fedprune-server'"),
         (["devices", "approve", "nobody", "--key", "0000-0000"], ExitCode.JOIN, "no such device waits"),

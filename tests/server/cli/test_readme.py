@@ -16,7 +16,6 @@ from fedprune_flash.cli import main as flash
 from fedprune_server.cli import main as server
 from fedprune_server.cli import simulate
 from fedprune_server.cli.demo import DemoFolder
-from support.fakes.opened_job import open_job, read_config
 from support.paths import ROOT
 
 MAIN = {
@@ -67,13 +66,3 @@ def test_readmes_commands_for_a_fleet_make_sense_and_name_files_that_are_there()
             device.build_parser().parse_args(words)
         named = [w for w in words if w.startswith(("demo-run/", "examples/"))]
         assert all(Path(name).is_file() for name in named), named
-
-
-@pytest.mark.usefixtures("_demo")
-def test_a_server_takes_the_examples_fleet() -> None:
-    from fedprune_server.engine.state_directory import StateFolder
-
-    config = read_config(Path("examples/fleet.toml"))
-    assert (config.job.strategy, config.job.devices) == ("fedprune", 3)
-    with StateFolder(Path("state")) as folder:
-        assert open_job(folder, config).state.round == 0

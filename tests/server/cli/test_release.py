@@ -11,7 +11,7 @@ from fedprune.security.keys import VerifyingKey
 from fedprune_device.cli.main import main as device
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_server.cli.main import main as server
-from support.fakes.runtime_releases import PYTHON, make_wheel, set_up
+from support.fakes.runtime_releases import PYTHON, set_up
 from support.fakes.tiny_wheels import wheel as small_wheel
 
 
@@ -69,13 +69,6 @@ def test_a_board_is_updated_taken_back_and_tells_what_it_runs(
     assert device([*update, str(one)]) == 65
     assert device([*update, str(released(tmp_path, 3, state, again=one))]) == 0
     assert (home.root / "a" / "app" / "__init__.py").read_text() == "VERSION = 1\n"
-
-
-def test_a_server_without_an_identity_signs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    make_wheel(tmp_path / "wheels" / "app-1-py3-none-any.whl", {"app/__init__.py": ""})
-    command = ["release", "--wheels", str(tmp_path / "wheels"), "--number", "1", "--out", str(tmp_path / "out")]
-    assert server([*command, "--state", str(tmp_path)]) == 63
-    assert "fedprune-server init" in capsys.readouterr().err
 
 
 def own_wheel(folder: Path) -> Path:

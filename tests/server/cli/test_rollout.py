@@ -120,21 +120,6 @@ def test_a_rollout_is_begun_looked_at_and_stopped(state: Path, release: Path, re
     assert "no rollout is under way" in read("stop", code=14)
 
 
-def test_every_order_prints_the_rollout_as_json(state: Path, release: Path, read: Read, tmp_path: Path) -> None:
-    begun = json.loads(read("start", release, "--groups", "100%", "--json"))
-    assert (begun["number"], begun["release"], begun["version"]) == (1, 7, "0.7.0")
-    desk(state, [ReleaseReport(name, 7, COMMITTED, "", 0, 0) for name in NAMES])
-    with IdentityFolder(state) as identity:
-        second = make_release(tmp_path / "second", 8, key=identity.key)
-    read("start", second, "--groups", "100%")
-    assert json.loads(read("pause", "--reason", "a storm", "--json"))["pausing"] == "a storm"
-    assert json.loads(read("resume", "--json")) == json.loads(read("status", "--json"))
-    desk(state, [ReleaseReport(name, 8, COMMITTED, "", 0, 0) for name in NAMES])
-    back = json.loads(read("back", "--number", 20, "--json"))
-    assert (back["number"], back["release"], back["leaves"]) == (3, 20, 8)
-    assert json.loads(read("stop", "--reason", "enough", "--json"))["stopping"] == "enough"
-
-
 def test_of_two_starts_at_once_one_is_refused_and_deletes_nothing(
     state: Path, release: Path, read: Read, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,9 +116,6 @@ def test_results_are_json_on_request(config, tmp_path, capsys):
     assert [(row["run"], row["seed"], row["round"]) for row in rows[:2]] == [("yard", "5", "1"), ("yard", "5", "2")]
     assert [float(row["accuracy"]) for row in rows[:2]] == [r.accuracy for r in run.rounds]
     assert len(rows) == 4
-    written = (tmp_path / "both.csv").read_bytes()
-    assert main([*compared[:-4], "--csv", str(tmp_path / "both" / "again.csv")]) == ExitCode.OK
-    assert (tmp_path / "both" / "again.csv").read_bytes() == written
 
 
 def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, tmp_path, capsys):
@@ -150,15 +147,6 @@ def test_rounds_wait_for_as_many_devices_as_the_configuration_says_and_has(confi
     assert main(["--config", config(text), "--out", str(tmp_path / "out")]) == ExitCode.OK
     record = Record.load(tmp_path / "out" / "metrics.json")
     assert (record.job["devices"], record.last.asked) == (devices, devices)
-
-
-def test_calibration_samples_need_no_labels(config, tmp_path):
-    assert main(["--config", config(), "--out", str(tmp_path / "plain"), "--rounds", "1"]) == ExitCode.OK
-    np.savez(tmp_path / "calibration.npz", x=np.load(tmp_path / "server.npz")["x"])
-    text = CONFIG + '\n[calibration]\ndata = "calibration.npz"\n'
-    assert main(["--config", config(text), "--out", str(tmp_path / "out"), "--rounds", "1"]) == ExitCode.OK
-    models = [Record.load(tmp_path / folder / "metrics.json").last.model for folder in ("plain", "out")]
-    assert models[0] != models[1]
 
 
 def test_the_example_of_the_docs_is_a_fleet(config, tmp_path):

@@ -48,16 +48,6 @@ def test_every_command_that_looks_at_a_folder_takes_it_from_the_environment(
     assert defaults() == dict.fromkeys(plain, Path("/srv/there"))
 
 
-def test_the_command_line_wins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "one"))
-    assert main(["check"]) == ExitCode.STORAGE
-    assert f"{tmp_path / 'one'} is no server's state folder" in " ".join(capsys.readouterr().err.split())
-    assert main(["check", "--state", str(tmp_path / "two")]) == ExitCode.STORAGE
-    assert f"{tmp_path / 'two'} is no server's state folder" in " ".join(capsys.readouterr().err.split())
-
-
 @pytest.mark.parametrize("command", ["status", "backup --to x", "init"])
 def test_a_boards_folder_is_called_one(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

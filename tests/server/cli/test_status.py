@@ -169,21 +169,6 @@ def test_a_device_that_was_shut_out_is_revoked_and_not_online(
     assert "device good (pi): revoked" in capsys.readouterr().out
 
 
-def test_a_job_that_a_total_ended_says_so(stopped_state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert status(stopped_state)["ended_early"] is None
-    with Storage.at(stopped_state) as storage:
-        state = storage.load()
-        assert state is not None
-        state.round, state.phase, state.spent_bytes = 12, Phase.FINISHED, 3_000_000
-        storage.put_settings({"job": Job(name="leaves", rounds=20, total_bytes=2_000_000).to_dict(), "name": "n"})
-        storage.save(state, (), 1.0)
-    said = status(stopped_state)["ended_early"]
-    assert said.startswith("ended after round 12 of 20: ")
-    assert "total_bytes" in said
-    assert main(["status", "--state", str(stopped_state)]) == ExitCode.OK
-    assert f"  {said}\n" in capsys.readouterr().out
-
-
 def test_a_private_job_says_what_it_has_cost_whom(
     stopped_state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,11 +157,12 @@ def test_the_schemas_of_kubernetes_know_every_word(tmp_path: Path) -> None:
         schemas.validate(wrong, version, strict=True)
 
 
-def test_hadolint_finds_nothing() -> None:
+@pytest.mark.parametrize("file", ["Dockerfile", "balena/Dockerfile.template"])
+def test_hadolint_finds_nothing(file: str) -> None:
     hadolint = shutil.which("hadolint", path=sysconfig.get_path("scripts")) or shutil.which("hadolint")
     if hadolint is None:
         pytest.skip("hadolint is not installed")
-    done = subprocess.run([hadolint, str(DEPLOY / "Dockerfile")], capture_output=True, text=True, check=False)
+    done = subprocess.run([hadolint, str(DEPLOY / file)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 

@@ -131,12 +131,6 @@ def test_a_board_with_a_part_stays_and_leaves_when_it_is_done(
     assert len(fleet.here) <= (late if plan.meets else target)
 
 
-def test_a_server_that_starts_counts_on_the_boards_it_knew() -> None:
-    steering = PaceSteering(10, 0, [f"d{i}" for i in range(1000)], 0.0)
-    steering.came("d1", 1.0, able=True)
-    assert steering.boards == 1000
-
-
 def returns(boards: int, outage_s: float, spread_s: float) -> Counter[int]:
     """Arrivals by second, of boards that lose their connection together, and try until the broker is back."""
     arrivals, chance = Counter[int](), keyed(0, "returns", outage_s)

@@ -208,23 +208,6 @@ def test_a_board_may_fetch_and_deliver_as_fast_as_it_can(
     assert quarantine.rows() == {}
 
 
-def test_ten_thousand_boards_come_back_at_once(clock: Clock) -> None:
-    """Each announces itself twice, repeats its update, asks for all that it was fetching and tells of its progress."""
-    quarantine = Quarantine(clock)
-    names = [f"board{n}" for n in range(10_000)]
-    for name in names:
-        assert quarantine.hears(name, 4000)  # nobody knows them yet: the server has restarted without its disk
-        quarantine.born(name)
-    for _ in range(3):
-        for name in names:
-            for size in (4000, 4000, 600):
-                assert quarantine.hears(name, size)
-            quarantine.born(name)
-            assert heard(quarantine, name, 40) == 40
-        clock.now += 20.0
-    assert quarantine.news() is None
-
-
 # --- in the daemon
 
 

@@ -112,6 +112,10 @@ def test_a_signal_ends_a_command_like_ctrl_c(number: signal.Signals) -> None:
     ("words", "said"),
     [
         (["look", "--number", "x"], "argument --number: expected a whole number, got 'x'. See `tool look --help`.\n"),
+        (
+            ["look", "--number", "1", "--share", "nan"],
+            "argument --share: expected a finite number, got 'nan'. See `tool look --help`.\n",
+        ),
         (["look"], "the following arguments are required: --number. See `tool look --help`.\n"),
         ([], "the following arguments are required: COMMAND. See `tool --help`.\n"),
     ],

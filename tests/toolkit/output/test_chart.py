@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune.output.chart import HEIGHT, MOST_POINTS, WIDTH, chart, strip, text
+from fedprune.output.chart import HEIGHT, MOST_POINTS, WIDTH, chart, strip
 
 # As ever, but on a busy machine the first example may take its time.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -55,7 +55,3 @@ def test_a_strip_holds_its_channels_once(held: list[tuple[int, float]], channels
     assert levels == [math.ceil(s * 10 - 1e-9) if s > 1e-9 else int(s > 0) for s in shares]
     assert drawn.least == min(shares, default=0.0)
     assert drawn.mean == pytest.approx(sum(shares) / len(shares) if shares else 0.0)
-
-
-def test_a_name_that_no_file_can_hold_is_shown_without_what_is_wrong() -> None:
-    assert text("net-\udcff<\x00>").encode() == "net-�&lt;�&gt;".encode()

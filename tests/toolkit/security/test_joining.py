@@ -103,17 +103,6 @@ def test_a_claim_comes_with_its_proof(claim: Claim) -> None:
             check_request(replace(request, **{part: None}))
 
 
-def test_a_device_that_waits_asks_again(authority: Authority) -> None:
-    request = make_request("lab", "pi-1", KEY, CSR)
-    assert check_answer(answered(authority, request, WAITING), request, authority.pin) is None
-
-
-def test_a_refusal_says_why(authority: Authority) -> None:
-    request = make_request("lab", "pi-1", KEY, CSR)
-    with pytest.raises(JoinError, match="claim is used"):
-        check_answer(answered(authority, request, REFUSED, reason="the claim is used"), request, authority.pin)
-
-
 def test_no_part_of_an_answer_can_be_changed(authority: Authority, claim: Claim) -> None:
     request = make_request("lab", "pi-1", KEY, CSR, claim)
     answer = answered(authority, request)

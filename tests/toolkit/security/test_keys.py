@@ -3,16 +3,14 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.core.errors import IdentityError, ProtocolError, SignatureError, StorageFullError
+from fedprune.core.errors import IdentityError, ProtocolError, SignatureError
 from fedprune.security.keys import SigningKey, VerifyingKey
-from support.processes.machine import small_disk
 
 pytestmark = pytest.mark.board
 
@@ -76,19 +74,6 @@ def test_a_key_that_belongs_to_another_user_is_not_ours_unless_that_is_root(
 
     with pytest.raises(IdentityError, match=f"user {owner}"):
         SigningKey.load(path)
-
-
-def test_a_full_disk_leaves_the_old_key(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "small", "16k") as folder:
-        KEY.save(folder / "device.key")
-        filler = (folder / "filler").open("wb", buffering=0)
-        with filler, suppress(OSError):
-            while filler.write(bytes(4096)):
-                pass
-        with pytest.raises(StorageFullError, match="No space"):
-            SigningKey.make().save(folder / "device.key")
-
-        assert SigningKey.load(folder / "device.key").verifying == KEY.verifying
 
 
 @pytest.mark.parametrize("content", [b"", b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import ssl
 import threading
@@ -15,7 +14,6 @@ import pytest
 from fedprune.core.errors import ConfigError, IdentityError
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
-from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.tls import BUILT, check_peer, insecure_allowed, pinned_context, unpinned_context
 from fedprune.wire.link import failure
 
@@ -118,20 +116,6 @@ def test_all_else_is_checked(authority: Authority, serve: Callable[[str], int], 
         greeted(pinned_context(other, None, None, lambda: BUILT), port)
     assert "--ca" in failure(caught.value)
     assert greeted(unpinned_context(), port) == b"hello"  # for joining alone: the answer proves itself
-
-
-def test_a_board_says_that_its_broker_is_another_server_s(serve: Callable[[str], int], tmp_path: Path) -> None:
-    """Authorities of one name, as of a server for which `init` was run again."""
-    port = serve("broker")
-    board = DeviceIdentity(tmp_path / "board", "lab", "attic")
-    own = Authority.make(tmp_path / "own", "lab").crl_path.parent / "authority.pem"
-    shutil.copy(own, board.folder / "authority.pem")
-    with pytest.raises(ssl.SSLCertVerificationError) as caught:
-        greeted(board.context(certificate=False), port)
-    assert "another server's" in failure(caught.value)
-    with pytest.raises(ssl.SSLCertVerificationError) as caught:
-        greeted(board.context(own, certificate=False), port)
-    assert "another server's" not in failure(caught.value), "with --ca the authority may be the wrong one"
 
 
 def test_a_device_can_t_pose_as_the_broker(authority: Authority, serve: Callable[[str], int]) -> None:
