@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError, shown
+from fedprune.core.validation import is_digest
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import SLOTS, STABLE, TRIAL, DamagedError, LauncherState
 
@@ -35,7 +35,7 @@ def _server_key(given: str) -> Any:
     from fedprune.security.keys import VerifyingKey
 
     text, what = given, "--key"
-    if not re.fullmatch(r"[0-9a-f]{64}", given):
+    if not is_digest(given):
         path = Path(given)
         if "/" not in given and not path.exists():
             raise ConfigError(

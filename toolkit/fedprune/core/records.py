@@ -83,7 +83,7 @@ def items(most: int, least: int | None = None) -> Meta:
 
 
 Whole = Annotated[int, within(-MAX_INT, MAX_INT)]
-Digest = Annotated[str, matching("[0-9a-f]{64}", "64 hex digits")]
+Digest = Annotated[str, matching(validation.DIGEST, "64 hex digits")]
 
 
 def check_free(value: object, what: str, error: type[FedpruneError], depth: int = MAX_DEPTH) -> None:

@@ -19,7 +19,9 @@ MAX_INT = 2**63 - 1
 _PRINTABLE = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]*")
 """No control characters other than line ends and tabs, no halves of surrogate pairs."""
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+DIGEST = "[0-9a-f]{64}"
+"""A regular expression of sha256, and of Ed25519 keys."""
+
 _DECIMAL = re.compile(r"-?[0-9]{1,19}")
 
 Error = type[FedpruneError]
@@ -41,7 +43,7 @@ def is_whole(value: object, low: int = 0, high: int = MAX_INT) -> TypeGuard[int]
 
 
 def is_digest(value: object) -> TypeGuard[str]:
-    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+    return isinstance(value, str) and re.fullmatch(DIGEST, value) is not None
 
 
 def number(
@@ -126,10 +128,6 @@ def matching(
     if isinstance(value, str) and pattern.fullmatch(value):
         return value
     raise error(what, expected=expected, got=shown(value))
-
-
-def digest(what: str, value: object, *, error: Error = ConfigError) -> str:
-    return matching(what, value, _DIGEST, "64 hex digits", error=error)
 
 
 def items(

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedprune.core.errors import IdentityError, ProtocolError, SignatureError, shown
-from fedprune.core.validation import Error
+from fedprune.core.validation import Error, is_digest
 from fedprune.security.private_file import read_private, write_private
 
 KEY = 32
@@ -38,9 +38,9 @@ class VerifyingKey:
     @classmethod
     def from_hex(cls, text: object, what: str = "verifying key", *, error: Error = ProtocolError) -> VerifyingKey:
         """Read 64 lower-case hex digits; raises `error`, which names `what`, for anything else."""
-        if not isinstance(text, str) or len(text) != 2 * KEY or set(text) - set("0123456789abcdef"):
-            raise error(what, expected="64 hex digits", got=shown(text))
-        return cls(bytes.fromhex(text))
+        if is_digest(text):
+            return cls(bytes.fromhex(text))
+        raise error(what, expected="64 hex digits", got=shown(text))
 
     @property
     def hex(self) -> str:
