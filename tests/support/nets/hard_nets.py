@@ -396,19 +396,6 @@ class Activations(Images):
 
 
 @hard(2)
-class BilinearPair(Tokens):
-    """A product of two layers and a third-order tensor."""
-
-    head_channels = 7
-
-    def build(self) -> None:
-        self.a, self.b, self.both = nn.Linear(12, 8), nn.Linear(12, 6), nn.Bilinear(8, 6, 7)
-
-    def middle(self, x: torch.Tensor) -> torch.Tensor:
-        return self.both(torch.relu(self.a(x)), torch.relu(self.b(x)))
-
-
-@hard(2)
 class SpatialTransformer(Images):
     """Samples of a map, smoothed and made smaller, at places that a part of the net computes from it."""
 

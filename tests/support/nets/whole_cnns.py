@@ -16,27 +16,6 @@ def conv_bn(before: int, after: int, kernel: int = 3, stride: int = 1, groups: i
     )
 
 
-class UNet(nn.Module):
-    """Two levels down and up with transposed convolutions, concatenated skips, then pooled to classes."""
-
-    input_shape = (3, 16, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down1, self.down2, self.bottom = conv_bn(3, 8), conv_bn(8, 12), conv_bn(12, 16)
-        self.up2, self.up1 = nn.ConvTranspose2d(16, 12, 2, 2), nn.ConvTranspose2d(12, 8, 2, 2)
-        self.mix2, self.mix1 = conv_bn(24, 12), conv_bn(16, 8)
-        self.head = nn.Conv2d(8, 10, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        one = torch.relu(self.down1(x))
-        two = torch.relu(self.down2(torch.max_pool2d(one, 2)))
-        x = torch.relu(self.bottom(torch.max_pool2d(two, 2)))
-        x = torch.relu(self.mix2(torch.cat([self.up2(x), two], 1)))
-        x = torch.relu(self.mix1(torch.cat([self.up1(x), one], 1)))
-        return self.head(x).mean((2, 3))
-
-
 class GroupNormBlock(nn.Module):
     def __init__(self, before: int, after: int, stride: int) -> None:
         super().__init__()
@@ -148,26 +127,6 @@ class PaddedShortcuts(nn.Module):
         short = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
         x = torch.relu(short + self.b2(torch.relu(self.b1(x))))
         return self.fc(x.mean((2, 3)))
-
-
-class Inception(nn.Module):
-    """Branches of several kernel sizes and a pooled one, concatenated, with a dense layer after a flatten."""
-
-    input_shape = (3, 12, 12)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = conv_bn(3, 12)
-        self.one, self.three, self.five = conv_bn(12, 6, 1), conv_bn(12, 10, 3), conv_bn(12, 4, 5)
-        self.pooled = conv_bn(12, 5, 1)
-        self.norm, self.fc = nn.BatchNorm2d(25), nn.Linear(25 * 9, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(self.stem(x))
-        around = functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        x = torch.cat([self.one(x), self.three(x), self.five(x), self.pooled(around)], 1)
-        x = functional.max_pool2d(torch.relu(self.norm(x)), 3, 3, ceil_mode=True)[:, :, :3, :3]
-        return self.fc(x.flatten(1))
 
 
 class StandardisedConv(nn.Conv2d):
