@@ -6,8 +6,9 @@ Texts are taken as they are; every other value is written as in TOML: `3`, `0.5`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ CONFIG = "FEDPRUNE_CONFIG"
 _FILE = "_FILE"
 _EXPECTED = "a setting, as FEDPRUNE_<TABLE>_<KEY>"
 _MAX_FILE = 65536
+_ALIKE = 0.75
+"""`difflib`'s ratio from which a word may be a misspelt table: boards have variables that begin alike."""
+
 _PREFIXES = tuple(f"FEDPRUNE_{table.upper()}_" for table in TABLES)
 _OPEN = {"FEDPRUNE_JOB_OPTIONS_": ("job", "options"), "FEDPRUNE_JOB_SCHEDULE_": ("job", "schedule")}
 """Tables whose keys are not known here: the strategy's own."""
@@ -91,24 +95,15 @@ def _setting(name: str, known: Mapping[str, tuple[tuple[str, ...], bool]]) -> tu
     )  # fmt: skip
 
 
-def _misspelt(name: str, known: Iterable[str]) -> str | None:
-    """The setting that was meant by a name with one slip in the table and none in the key."""
+def _misspelt(name: str, known: Container[str]) -> str | None:
+    """The setting that was meant by a name with a slip in the table and none in the key."""
     program, _, rest = name.partition("_")
     word, _, key = rest.removesuffix(_FILE).partition("_")
     if program != "FEDPRUNE" or not word.isalpha() or _LINK.search(name):
         return None
-    meant = (f"FEDPRUNE_{table}_{key}" for table in map(str.upper, TABLES) if _slipped(word, table))
-    return next((setting for setting in meant if setting in known), None)
-
-
-def _slipped(word: str, table: str) -> bool:
-    """Whether a word has a letter more or less than a table's name, another one, or two swapped."""
-    if abs(len(word) - len(table)) == 1:
-        short, long = sorted((word, table), key=len)
-        return any(short == long[:i] + long[i + 1 :] for i in range(len(long)))
-    wrong = [i for i, (w, t) in enumerate(zip(word, table, strict=False)) if w != t]
-    swapped = len(wrong) == 2 and wrong[1] == wrong[0] + 1 and sorted(word) == sorted(table)
-    return len(word) == len(table) and (len(wrong) == 1 or swapped)
+    near = get_close_matches(word.lower(), TABLES, 1, _ALIKE)
+    setting = f"FEDPRUNE_{near[0].upper()}_{key}" if near else ""
+    return setting if setting in known else None
 
 
 def _is_text(kind: str, default: object) -> bool:
