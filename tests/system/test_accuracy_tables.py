@@ -14,7 +14,6 @@ from benchmarks.accuracy import report, sets
 from benchmarks.accuracy import run as run_module
 from benchmarks.accuracy.protocol import FULL, SAME_LOSS
 from benchmarks.accuracy.protocols import PROTOCOLS
-from fedprune.strategies import compose
 from fedprune_server.simulation.datasets.samples import assembled
 from support.paths import ROOT
 
@@ -43,23 +42,6 @@ def noise(name, n=3000):
     kept = n * 5 // 6
     owners = [np.arange(kept) % 30, np.arange(kept, n) % 30] if name == "har" else None
     return assembled([(x[:kept], y[:kept], False), (x[kept:], y[kept:], True)], owners=owners)
-
-
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.soak
-def test_every_row_is_a_strategy(accuracy, table):
-    run = accuracy
-    protocol = TABLES[table]
-    names = [m.name for m in protocol.methods]
-    assert len(set(names)) == len(names)
-    assert protocol.reference in names
-    keys = {protocol.key(m, s) for m in protocol.methods for s in protocol.seeds}
-    assert len(keys) == len(names) * len(protocol.seeds)
-    for method in protocol.methods:
-        job = run.job_of(protocol, method, 20, 0, protocol.densities)
-        compose(job)
-        assert not job.move_limit, "tables compare strategies as they are published"
-        assert not job.weight_limit
 
 
 def small(protocol):

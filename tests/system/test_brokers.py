@@ -1,4 +1,4 @@
-"""Brokers that offer little, and two that are joined by a bridge: a short job of real processes through each."""
+"""A slow line, two brokers that are joined by a bridge, and a cluster: a short job of real processes through each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dead fleet, a lost broker and a full disk, reported within a deadline by log, metrics, console, webhook, doctor."""
+"""A broker that dies and comes back, reported by log, metrics, console, webhook and doctor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server, its broker and its boards as processes: models come over HTTPS, and over MQTT when the web server dies."""
+"""A server, its broker and its boards as processes: models come over HTTPS from the server itself."""
 
 from __future__ import annotations
 

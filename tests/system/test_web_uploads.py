@@ -60,7 +60,7 @@ def failed(site: Site) -> list[str]:
     return [line for line in logs.splitlines() if "can't be uploaded" in line]
 
 
-# At every push the next test compares the same models over a kill.
+# At every push `tests/server/transfer/test_web_uploads.py` compares the models of boards in memory, also over a kill.
 @pytest.mark.soak
 def test_updates_come_over_https_to_the_same_models(material: Path, tmp_path: Path, over_mqtt: list[str]) -> None:
     settings = f'serve_blobs = "127.0.0.1:{free_port()}"\nuploads = "https"\n'

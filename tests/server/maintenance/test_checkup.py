@@ -191,6 +191,14 @@ def test_what_is_said_to_mend_an_identity_mends_it(state: Path) -> None:
     assert wrong(state) == []
 
 
+def test_an_identity_whose_name_was_lost_keeps_its_keys(state: Path) -> None:
+    before = contents(state / "identity")
+    (state / "identity" / "site").unlink()
+    IdentityFolder.make(state, "default").close()
+    after = contents(state / "identity")
+    assert {k for k in before if before[k] != after[k]} <= {"server.key", "server.pem"}
+
+
 @pytest.mark.parametrize("name", SPOILS)
 def test_what_is_wrong_is_named(state: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     spoil, words = SPOILS[name]

@@ -10,13 +10,14 @@ import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fedprune.core.errors import StorageError
+from fedprune.core.errors import SignatureError, StorageError
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.joining import Claim
+from fedprune.security.joining import Claim, answer_text
 from fedprune.security.keys import SigningKey
 from fedprune.security.signed_channel import Envelope, seal
 from fedprune.security.tls import BUILT
@@ -183,6 +184,15 @@ def test_both_hear_what_the_other_said_and_only_once(lab: Lab) -> None:
     down = server.say("pi-1", Finished("job"))
     assert pi.hears(down, down, down) == [(TOPICS.down("pi-1", "job"), Finished("job").to_bytes())]
     assert server.hears(up) == pi.hears(down) == []
+
+
+def test_chunks_pass_as_they_are(lab: Lab) -> None:
+    pi, chunk = lab.boards["pi-1"], Chunk("ab" * 32, "data", 0, b"a piece").to_bytes()
+    up, down = (TOPICS.up_blob("pi-1", "job"), chunk), (TOPICS.down_blob("pi-1", "job"), chunk)
+    pi.connection.send_chunk(chunk, "job")
+    lab.server.link.publish(*down)
+    assert (pi.end.sent, lab.server.end.sent) == ([up], [down])
+    assert (lab.server.hears(up), pi.hears(down)) == ([up], [down])
 
 
 def test_a_message_means_nothing_on_another_s_topic_or_in_another_s_name(lab: Lab) -> None:
@@ -540,6 +550,21 @@ def test_after_its_keys_were_replaced_a_server_is_heard_by_boards_that_joined_ag
     assert hears_its_server(lab, again)
     assert not one.hears(lab.server.say("pi-1", Finished("job")))  # signed by a key that it doesn't know
     assert set(lab.identity.store.members()) == {"pi-1"}
+
+
+def test_a_renewal_that_names_another_key_of_the_server_is_not_taken(lab: Lab) -> None:
+    pi = lab.boards["pi-1"].identity
+    request, key = pi.request(), SigningKey.make().verifying.hex
+    genuine = lab.answer(request)
+    forged = replace(genuine, server_key=key)
+    text = answer_text(
+        forged.request, forged.status, forged.reason, forged.time, forged.authority, forged.certificate, key
+    )
+    before = pi.server
+    with pytest.raises(SignatureError, match="another key"):
+        pi.admit(replace(forged, signature=lab.identity.authority.sign(text).hex()), pi.pin)
+    assert pi.server == before
+    assert pi.admit(genuine, pi.pin) is not None
 
 
 def test_members_are_known_before_they_announce_themselves(lab: Lab) -> None:
