@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
@@ -83,10 +83,10 @@ class Weather:
     )
     compute_spread: float = setting(0.0, "σ of a factor on its training speed, constant over the run.", within=(0, 3))
     draws: int = setting(1, "Number of draws whose mean is a round's factor.", within=(1, 10_000))
-    server_up_bytes_s: float = setting(
-        0.0, "Bytes/s that the server can send to all devices together; 0 for no limit.", within=(0, 1e12)
+    server_up_mb_s: float = setting(
+        0.0, "MB/s that the server can send to all devices together; 0 for no limit.", within=(0, 1e6)
     )
-    server_down_bytes_s: float = setting(0.0, "Bytes/s that it can receive; 0 for no limit.", within=(0, 1e12))
+    server_down_mb_s: float = setting(0.0, "MB/s that it can receive; 0 for no limit.", within=(0, 1e6))
     server_sigma: float = setting(0.0, "σ of the factor on both in a round.", within=(0, 3))
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class Weather:
         """Bytes/s that the server's link carries in a round; `way` is seen from the devices, so `down` is what it
         sends.
         """
-        rate = self.server_up_bytes_s if way == "down" else self.server_down_bytes_s
+        rate = MEGABYTE * (self.server_up_mb_s if way == "down" else self.server_down_mb_s)
         return rate * self._drawn(self.server_sigma, seed, number, "server", way) if rate else math.inf
 
     def arrives(
@@ -156,8 +156,8 @@ PR_FL_LINKS = (
 PR_FL = Weather(
     links_sigma=0.3,
     draws=20,
-    server_up_bytes_s=10e6,
-    server_down_bytes_s=50e6,
+    server_up_mb_s=10.0,
+    server_down_mb_s=50.0,
     server_sigma=0.1,
 )
 """Variation of the same simulation's devices and server."""
@@ -203,8 +203,4 @@ def read_weather(body: Mapping[str, object]) -> tuple[Weather, tuple[LinkSetting
     if like is not None:
         validation.word((*where, "like"), like, tuple(_LIKE))
     weather, links = _LIKE[like] if isinstance(like, str) else (Weather(), ())
-    names = {f.name.replace("_bytes_s", "_mb_s"): f.name for f in fields(Weather)}
-    validation.only(("like", *names), table, where)
-    for key in [key for key in table if key.endswith("_mb_s")]:
-        table[key] = MEGABYTE * validation.number((*where, key), table[key], 0, 1e6)
-    return read_table(Weather, vars(weather) | {names[key]: value for key, value in table.items()}, where), links
+    return read_table(Weather, vars(weather) | table, where), links

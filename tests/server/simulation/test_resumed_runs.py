@@ -111,7 +111,7 @@ def test_a_killed_asynchronous_run_goes_on_to_the_same_model(build: Build, sched
         strategy="support.fakes.tiny_job:scheduled",
         options={"schedule": {"kind": "asynchronous", **schedule}},
         recipe=Recipe(max_steps=2),
-        weather=Weather(0.5, 0.5, 1.0, 1.0, server_up_bytes_s=1e6),
+        weather=Weather(0.5, 0.5, 1.0, 1.0, server_up_mb_s=1.0),
         dropouts=DropOuts(0.2, 2.0),
         availability=Availability(5.0, 0.6, 0.9),
     )
@@ -188,7 +188,7 @@ def harsh(folder: str | Path, progress: Callable[[Simulation], None] | None = No
         deadline_s=30.0,
         **SMALL,
         dropouts=DropOuts(0.3, 20.0),
-        weather=Weather(0.3, 0.3, draws=5, server_up_bytes_s=1e6),
+        weather=Weather(0.3, 0.3, draws=5, server_up_mb_s=1.0),
         availability=Availability(100.0, 0.6, 0.9),
         measure=Measure(digits().x, digits().y, densities=(0.25,)),
         checkpoints=2,

@@ -18,7 +18,7 @@ from fedprune.wire.messages import Cancelled, Offer, Progress
 from fedprune_server.simulation.fleet.virtual_device import with_link
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, boards, digits_simulation
-from support.fakes.fleet import Fleet
+from support.fakes.fleet import Fleet, folded
 from support.fakes.tiny_job import JOB
 from support.marks import marked
 
@@ -27,10 +27,6 @@ NAMES = ("a", "b", "c", "d", "e")
 
 def fleet_of(folder: Path, **settings: Any) -> Fleet:
     return Fleet(folder, replace(JOB, **{"devices": len(NAMES), **settings}), NAMES)
-
-
-def folded(state: State) -> list[list[str]]:
-    return [[n for n, d in r["devices"].items() if d["progress"] == "folded"] for r in state.history]
 
 
 def reasons(state: State, round_: int) -> dict[str, str]:
