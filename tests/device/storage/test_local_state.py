@@ -204,11 +204,16 @@ def test_a_death_at_any_write_of_turning_to_another_job_loses_nothing(tmp_path: 
     def turn(root: Path) -> None:
         own = FolderStateStore(root)
         own.turn_to("two", "one")
+        own.stage(b"third")
+        own.commit(None)
         own.turn_to("one")
 
     root = begun("dry")
     with fault(0, None) as writes:
         turn(root)
+    own = FolderStateStore(root)
+    own.turn_to("two")
+    assert own.read() == {"a": b"third"}
     for at in range(1, writes[0] + 1):
         root = begun(str(at))
         with fault(at, Crash()), pytest.raises(Crash):
