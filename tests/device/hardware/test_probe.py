@@ -148,13 +148,10 @@ def test_the_processors_temperature_wins_over_others(tmp_path: Path) -> None:
     assert temperature_c(tmp_path) == 48.312
 
 
-@pytest.mark.parametrize(("flags", "now"), [("0x50005", True), ("50000", False), ("0x0", False), ("?", False)])
-def test_a_raspberry_pi_says_whether_it_is_throttled_now(tmp_path: Path, flags: str, now: bool) -> None:
-    put(tmp_path, "sys/devices/platform/soc/soc:firmware/get_throttled", flags)
-    assert throttled(tmp_path) is now
-
-
-def test_a_cooler_that_lowers_the_clock_is_throttling(tmp_path: Path) -> None:
+def test_firmware_or_a_cooler_says_whether_a_board_is_throttled_now(tmp_path: Path) -> None:
+    for flags, now in (("0x50005", True), ("50000", False), ("?", False)):
+        put(tmp_path, "sys/devices/platform/soc/soc:firmware/get_throttled", flags)
+        assert throttled(tmp_path) is now
     put(tmp_path, "sys/class/thermal/cooling_device0/type", "cpufreq-cpu0")
     put(tmp_path, "sys/class/thermal/cooling_device0/cur_state", "2")
     assert throttled(tmp_path) is True

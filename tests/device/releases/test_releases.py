@@ -37,17 +37,8 @@ from support.fakes.runtime_releases import KEY, PUBLIC, make_release, make_wheel
 
 pytestmark = pytest.mark.board
 
-GOOD = Release(
-    7,
-    "0.7.0",
-    "cp311",
-    "aarch64",
-    "app:main",
-    1000,
-    (ReleaseFile("app-7-py3-none-any.whl", "ab" * 32, 10),),
-    "cd" * 32,
-    system=("numpy",),
-)
+APP = ReleaseFile("app-7-py3-none-any.whl", "ab" * 32, 10)
+GOOD = Release(7, "0.7.0", "cp311", "aarch64", "app:main", 1000, (APP,), "cd" * 32, system=("numpy",))
 
 
 @pytest.fixture
@@ -173,12 +164,7 @@ def test_a_newer_release_takes_the_place_of_a_staged_one(board: ReleaseInstaller
 
 def unchanged(board: ReleaseInstaller) -> bool:
     state = board.home.load()
-    return (
-        state is not None
-        and state.phase == STABLE
-        and state.highest == 1
-        and list((board.home.root / "b").iterdir()) == []
-    )
+    return (state.phase, state.highest, list((board.home.root / "b").iterdir())) == (STABLE, 1, [])
 
 
 @pytest.mark.parametrize(
