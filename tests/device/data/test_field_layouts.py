@@ -197,7 +197,6 @@ def test_what_has_nothing_to_train_on_says_why(tmp_path: Path, files: dict[str, 
     ("name", "text"),
     [
         ("classes.txt", "a b\nc\n\n"),
-        ("data.yaml", "names: ['a b', c]"),
         ("data.yaml", 'nc: 2\nnames: [ "a b" ,\n  c ]\nother: [x]\n'),
         ("data.yaml", "# names\nnames:\n- a b\n- c\nroboflow:\n  x: y\n"),
         ("dataset.yaml", "names:\n  # all\n  0: a b  # first\n\n  1: 'c'\ndownload: |\n  2: d\n"),

@@ -69,17 +69,6 @@ def test_what_is_no_sample_is_refused(samples: SampleStore, x: Any) -> None:
     assert samples.counts()["disk_bytes"] == 0
 
 
-def test_the_same_bytes_are_known_again(samples: SampleStore) -> None:
-    one = samples.add(x_of(1), 2)
-    assert not one.duplicate
-    again = samples.add(x_of(1), 2)
-    assert (again.id, again.duplicate, again.kept) == (one.id, True, True)
-    assert samples.add(x_of(1)).label == 2
-    with pytest.raises(SampleConflictError):
-        samples.add(x_of(1), 1)
-    assert samples.counts()["classes"] == {"2": {"kept": 1, "seen": 1}}
-
-
 def test_a_part_is_for_ever_and_as_large_as_asked_for() -> None:
     names = [f"{n:032x}" for n in range(4000)]
     parts = [SHARES.part(n) for n in names]

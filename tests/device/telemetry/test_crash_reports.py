@@ -48,7 +48,6 @@ class Wire:
     ("text", "secret"),
     [
         ("can't read /home/anna/clinic/patients.npz", "anna"),
-        ("can't read ~/clinic/patients.npz: no", "clinic"),
         ("no broker at mqtts://anna:hunter2@broker.example:8883", "hunter2"),
         ("the claim FP1-ABCDEFGH-IJKLMNOP-QRSTUVWX is used", "ABCDEFGH"),
         ("sample [0.125, 0.25, 0.375, 0.5] is odd", "0.375"),
