@@ -268,7 +268,7 @@ class OutOfRangeError(ProtocolError):
 
 
 class UnknownMessageError(ProtocolError):
-    """A message is of an unknown type or version: the peer may be of another version."""
+    """A message is of an unknown type: the peer may be of another version."""
 
 
 class SignatureError(ProtocolError):
