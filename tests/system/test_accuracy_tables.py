@@ -134,20 +134,6 @@ def rows_by_hand(table, found, served=None):
     return runs
 
 
-def test_figures_of_runs_made_by_hand():
-    """Rounds 2 and 4 of four are read; who sends twice as much stops at half of the rounds."""
-    table = replace(CIFAR, rounds=4, reads=(0.5, 1.0), target=0.3, submodels=False)
-    runs = [by_hand("heterofl", 10, [0.1, 0.2, 0.3, 0.4], 5.0), by_hand("fedavg", 20, [0.2, 0.3, 0.35, 0.9])]
-    heterofl, fedavg = report.rows(table, runs)
-    assert (heterofl["global"], fedavg["global"], fedavg["global_gap"]) == (30.0, 60.0, "+30.0")
-    assert (heterofl["reached"], fedavg["reached"]) == ("15", "2")
-    assert {row["reached"] for row in report.rows(replace(table, target=0.95), runs)} == {"never"}
-    equal = report.rows(table, runs, equal_bytes=True)
-    assert [row["rounds"] for row in equal] == [4, 2]
-    assert (equal[1]["global"], equal[1]["global_gap"]) == (25.0, "−5.0")  # of fedavg rounds 1 and 2 are read
-    assert [row["mb"] for row in equal] == pytest.approx([80e-6, 80e-6])
-
-
 def test_an_interval_is_students():
     gaps = [1.5, -0.25, 3.0]
     oracle = ttest_1samp(gaps, 0).confidence_interval(0.95)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.coordination import Phase, State
+from fedprune.coordination import Phase
 from fedprune.output.tables import silent
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.storage.storage import FILE
@@ -55,12 +55,6 @@ def site(request: pytest.FixtureRequest, material: Path, tmp_path: Path) -> Iter
         yield made
 
 
-def finish(site: Site) -> State:
-    state = site.finish()
-    assert state.phase is Phase.FINISHED
-    return state
-
-
 def contradictions(site: Site) -> list[str]:
     """What `check` says of a log that doesn't lead to the state."""
     return [f.what for f in check(site.state, silent, running=False) if "log" in f.what]
@@ -70,7 +64,7 @@ def contradictions(site: Site) -> list[str]:
 @pytest.mark.soak
 def test_the_log_leads_to_the_same_state_again(site: Site) -> None:
     site.start_all()
-    finish(site)
+    assert site.finish().phase is Phase.FINISHED
     assert contradictions(site) == []
 
     # A log that says something else is found out.

@@ -140,13 +140,6 @@ def rows(root: Path, count: int) -> None:
     (root / "set.csv").write_text("sine,cosine\n" + "".join(f"{np.sin(t):.4f},{np.cos(t):.4f}\n" for t in waves))
 
 
-def arrays(root: Path, count: int) -> None:
-    """Images and the classes of their pixels."""
-    rng = np.random.default_rng(0)
-    x, y = rng.random((count, 3, 16, 12), np.float32), rng.integers(0, 3, (count, 16, 12), np.uint8)
-    save(root, x=x, y=y)
-
-
 def pairs(root: Path, count: int) -> None:
     rng = np.random.default_rng(0)
     sound, view = rng.random((count, 1, 8000), np.float32), rng.random((count, 3, 32, 32), np.float32)
@@ -173,7 +166,6 @@ def save(root: Path, **found: np.ndarray) -> None:
         pytest.param("listener", recordings, "", 16_000, (), marks=pytest.mark.soak),
         pytest.param("gathered", partial(recordings, least=400), "", 16_000, (), marks=pytest.mark.soak),
         ("seer", rows, "set.csv", 2 * 2001, ("--labels", "values")),
-        pytest.param("painter", arrays, "set.npz", 4 * 16 * 12, (), marks=pytest.mark.soak),
         ("pair", pairs, "set.npz", 8000 + 3 * 32 * 32, ()),
         pytest.param("tagger", texts, "packed.npz", 2 * 1000, ("--set", "ignore_label=-1"), marks=pytest.mark.soak),
     ],
