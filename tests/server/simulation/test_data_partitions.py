@@ -238,7 +238,7 @@ def test_a_wrong_setting_is_named(change, said):
 
 
 def test_too_few_samples_come_with_how_many_are_needed():
-    with pytest.raises(DataError, match=r"8 devices: expected at least 64 \(8 each\), got 5"):
+    with pytest.raises(DataError, match=r"at least 64 \(8 each\)"):
         plan(devices=8, most=5).deal(pictures())
-    with pytest.raises(DataError, match=r"8 devices: expected at least 8, got 5"):
+    with pytest.raises(DataError, match="at least 8,"):
         plan(devices=8, most=5, partition="iid").deal(pictures())
