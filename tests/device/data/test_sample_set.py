@@ -139,13 +139,14 @@ def test_the_set_has_what_was_added_labelled_and_not_deleted_also_after_a_restar
 def moved(samples: SampleStore, labels: dict[int, int | None], move: str, n: int, label: int) -> None:
     """Add, label, delete or add without a label (`aldo`), and note in `labels` what is there then."""
     name = digest(encoded(x_of(n))).hex()
+    if move == "o":  # one that has a label keeps it
+        samples.add(x_of(n))
+        labels.setdefault(n, None)
+        return
     with contextlib.suppress(NoSampleError, SampleConflictError):
         if move == "a":
             samples.add(x_of(n), label)
             labels[n] = label
-        elif move == "o":
-            samples.add(x_of(n))
-            labels.setdefault(n, None)
         elif move == "l":
             samples.label(name, label)
             labels[n] = label
