@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, DataError, StorageFullError
@@ -115,6 +115,7 @@ def test_the_disk_never_holds_more_than_it_may(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("aldo"), st.integers(0, 25), st.integers(0, 3)), max_size=60))
+@example([("a", 1, 2), ("o", 1, 0)])
 def test_the_set_has_what_was_added_labelled_and_not_deleted_also_after_a_restart(
     moves: list[tuple[str, int, int]],
 ) -> None:
