@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.coordination import Phase
+from fedprune.coordination import Phase, State
 from fedprune.output.tables import silent
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.storage.storage import FILE
@@ -22,8 +22,12 @@ SAMPLES = {"quick": 60, "steady": 200, "slow": 1500}
 PATIENCE_S = 90
 
 JOBS = {
+    "plain": 'strategy = "plain"\nrounds = 3\ndensity = 0.5',
+    "fedasync": 'strategy = "fedasync"\nrounds = 12',
     "fedbuff": 'strategy = "fedbuff"\nrounds = 8\noptions = {buffer = 2}',
     "semi-async": 'strategy = "plain"\nrounds = 5\ndensity = 0.5\nschedule = {kind = "semi-async", window_s = 0.5}',
+    "in-step": 'strategy = "plain"\nrounds = 5\ndensity = 0.5\nparticipation = 0.6\n'
+    "over_selection = 0.5\nin_flight = 2",
     "pr-fl": 'strategy = "pr-fl"\nrounds = 6\noptions = {window_s = 0.4, interval = 2, floor = 0.3, patience = 1}',
 }
 CONFIG = """
@@ -55,21 +59,59 @@ def site(request: pytest.FixtureRequest, material: Path, tmp_path: Path) -> Iter
         yield made
 
 
+def finish(site: Site) -> State:
+    state = site.finish()
+    assert state.phase is Phase.FINISHED
+    return state
+
+
+def wait_for_round(site: Site, number: int) -> None:
+    """Wait for a round that is held: it closes with two updates, and but one may be under way from the one before."""
+
+    def there() -> bool:
+        state = site.saved()
+        return state is not None and state.round >= number
+
+    site.wait_for(there, f"round {number}")
+    state = site.saved()
+    assert state is not None
+    assert state.round == number
+
+
 def contradictions(site: Site) -> list[str]:
     """What `check` says of a log that doesn't lead to the state."""
     return [f.what for f in check(site.state, silent, running=False) if "log" in f.what]
 
 
-@pytest.mark.parametrize("site", JOBS, indirect=True)
+@pytest.mark.parametrize(
+    "site",
+    ["semi-async", *(pytest.param(job, marks=pytest.mark.soak) for job in ("plain", "fedasync", "in-step", "pr-fl"))],
+    indirect=True,
+)
 @pytest.mark.soak
 def test_the_log_leads_to_the_same_state_again(site: Site) -> None:
     site.start_all()
-    assert site.finish().phase is Phase.FINISHED
+    finish(site)
     assert contradictions(site) == []
 
     # A log that says something else is found out.
     change_a_model(site.state / FILE)
     assert contradictions(site) != []
+
+
+# At every push `test_crashes.py` kills processes of a job in rounds, and `test_kill_points.py` at a flush.
+@pytest.mark.soak
+@pytest.mark.parametrize("site", ["fedbuff"], indirect=True)
+def test_kills_are_survived_and_the_log_still_leads_to_the_same_state(site: Site) -> None:
+    site.hold(2, 3, 5)
+    site.start_all()
+    for number, victim in ((2, "slow"), (3, "server"), (5, "quick")):
+        wait_for_round(site, number)
+        site.kill(victim)
+        site.let_go(number)
+    state = finish(site)
+    assert [h["round"] for h in state.history] == list(range(1, 9))
+    assert contradictions(site) == []
 
 
 def change_a_model(path: Path) -> None:

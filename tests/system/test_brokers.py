@@ -75,6 +75,12 @@ def complete(site: Site) -> State:
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("limit", ["message_size_limit 65536", "max_packet_size 65536"])
+def test_bodies_of_64_kb_and_no_retained_messages_are_enough(make: Callable[..., Site], limit: str) -> None:
+    complete(make(settings=f"{limit}\nretain_available false\n"))
+
+
+@pytest.mark.soak
 def test_a_slow_processor_behind_a_slow_line_gets_through_tls(make: Callable[..., Site]) -> None:
     """30 ms of every 100 for the board, and 60 kB/s each way."""
     site, over = make(secure=True), threading.Event()

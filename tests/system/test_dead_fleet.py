@@ -1,11 +1,15 @@
-"""A broker that dies and comes back, reported by log, metrics, console, webhook and doctor."""
+"""A dead fleet, a lost broker and a full disk, reported within a deadline by log, metrics, console, webhook, doctor."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fedprune.core.errors import ExitCode
+from support.processes.machine import listens
 from support.processes.real_site import write_material
 from support.processes.watched_site import Hook, Watched, doctor, shown
 
@@ -22,9 +26,70 @@ deadline_s = {DEADLINE_S}
 """
 
 
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Watched]:
+    write_material(tmp_path, {"north": 60, "south": 60})
+    with Watched(tmp_path, tmp_path, CONFIG, ("north", "south"), 90, may_hold=True) as made:
+        yield made
+
+
 def rounds(site: Watched) -> int:
     """The round that the server has saved."""
     return 0 if (saved := site.saved()) is None else saved.round
+
+
+def hold_a_round(site: Watched) -> int:
+    """Let all boards come into the middle of a round: boards that end between two rounds miss no deadline."""
+    server = site.processes["server"]
+    server.send_signal(signal.SIGSTOP)
+    held = rounds(site) + 3
+    site.hold(held)
+    server.send_signal(signal.SIGCONT)
+    site.wait_until_held(held)
+    return held
+
+
+# At every push the next test tells everywhere, and `test_alerts.py` and `test_doctor.py` find a dead fleet.
+@pytest.mark.soak
+def test_a_dead_fleet_is_told_everywhere_within_a_deadline(site: Watched) -> None:
+    site.start_all()
+    site.wait_for(lambda: listens(site.metrics) and rounds(site) > 2, "rounds go by")
+    assert site.counted("no-devices") == site.counted("no-progress") == 0
+    assert "alert:" not in site.log().replace("alert: the disk", "")
+    ann = site.operator()
+    assert shown(ann).keys() <= {"disk"}
+
+    held = hold_a_round(site)
+    for name in site.devices:
+        site.stop(name)
+    site.let_go(held)
+    site.wait_for(lambda: "alert: no board" in site.log(), "the log reports it")
+    assert site.counted("no-devices") == 1
+    site.wait_for(
+        lambda: "no-devices" in shown(ann) and bool(Hook.posted("opened", "no-devices")), "console and webhook, too"
+    )
+    assert "no board that can take part" in ann.ask("/")
+    site.wait_for(lambda: site.counted("no-progress") == 1, "a deadline passes")
+    assert site.log().index("alert: no board") < site.log().index("makes no progress"), (
+        "reported before the deadline passed"
+    )
+    code, findings = doctor(site.state)
+    assert (code, findings.keys() - {"disk"}) == (ExitCode.FOUND, {"no-devices", "no-progress"})
+    assert all(f["todo"] for f in findings.values())
+
+    for name in site.devices:
+        site.start(name)
+    site.wait_for(lambda: site.counted("no-devices") + site.counted("no-progress") == 0, "the alerts close")
+    site.wait_for(
+        lambda: not shown(ann).keys() - {"disk"} and bool(Hook.posted("resolved", "no-devices")),
+        "console and webhook report the end",
+    )
+    assert len(Hook.posted("opened", "no-devices")) == len(Hook.posted("resolved", "no-devices")) == 1
+    assert site.log().count("alert: no board") == site.log().count("the alert is over: no board") == 1
+
+    site.stop("server")
+    code, findings = doctor(site.state)
+    assert (code, findings.keys() - {"disk"}) == (ExitCode.FOUND, {"server-not-running"})
 
 
 @pytest.mark.mosquitto

@@ -8,10 +8,10 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from msgspec.structs import replace
 
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.security.keys import SigningKey
@@ -22,6 +22,7 @@ from fedprune.wire.messages import Finished, Offer, Update, parse
 from fedprune.wire.topics import Topics
 from fedprune_device.cli import main as device_cli
 from fedprune_server.cli import main as server_cli
+from fedprune_server.enrollment.pki import IdentityFolder
 from support.processes.machine import listens
 from support.processes.real_site import Site, write_material
 
@@ -213,3 +214,52 @@ def test_without_an_identity_nothing_leaves_this_machine(
         run(server_cli.main, *server, "--host", host)
     assert not (tmp_path / "d").exists()
     assert not (tmp_path / "s").exists()
+
+
+# At every push `tests/server/messaging/test_authentication.py` has boards in memory join again.
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "site",
+    ["embedded", pytest.param("mosquitto", marks=pytest.mark.mosquitto)],
+    indirect=True,
+)
+def test_a_fleet_joins_again_after_the_keys_of_its_server_were_replaced(site: Site) -> None:
+    """As docs/runbook.md says for a server whose keys were stolen; the job goes on where it was."""
+    config = site.folder / "fleet.toml"
+    config.write_text(config.read_text().replace("rounds = 5", "rounds = 3"))
+    site.hold(2)
+    site.start_all()
+    site.wait_until_held(2)
+    for name in ("server", *DEVICES):
+        site.processes[name].kill()
+        site.processes[name].wait()
+    site.let_go(2)
+
+    def run(module: str, *words: str) -> str:
+        command = [sys.executable, "-m", f"{module}.cli.main", *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+
+    state = ["--state", str(site.state)]
+    run("fedprune_server", "identity", "replace", *state)
+    if site.mosquitto:
+        with IdentityFolder(site.state) as identity:
+            site.write_broker(identity)
+        site.kill("broker")
+    site.start("server")
+    site.wait_for(lambda: listens(site.port), "the broker listens")
+
+    site.start("south")
+    told = "its certificate is another server's"
+    site.wait_for(lambda: told in (site.folder / "south.log").read_text(), "a board that has not joined stays away")
+    site.processes["south"].kill()
+    site.processes["south"].wait()
+
+    for name in DEVICES:
+        claim = site.folder / f"{name}.new-claim"
+        run("fedprune_server", "claim", "--device", name, "--out", str(claim), *state)
+        started = site.command(name)
+        ways = [started[at : at + 2] for at in map(started.index, ("--broker", "--join", "--device", "--state"))]
+        run("fedprune_device", "join", "--new-key", "--claim", str(claim), *(word for way in ways for word in way))
+        site.start(name)
+    history = site.complete().history
+    assert [(r["round"], r["devices"].keys()) for r in history] == [(n, set(DEVICES)) for n in (1, 2, 3)]

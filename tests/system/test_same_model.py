@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import nn
 
+import fedprune_export as fx
 from benchmarks.tasks.tasks import TASKS
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.messages import BlobNotFound
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.torch_export import export_torch
@@ -24,6 +27,7 @@ from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS, demo_j
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.results.record import DeviceRow, Record
 from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.transfer.downloads import Downloads
 from support.marks import marked
 from support.nets import benchmark_tasks
 
@@ -88,6 +92,25 @@ def test_daemon_with_device_processes_and_simulator_give_the_same_models(tmp_pat
     run_both(tmp_path, job, digits_model(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
 
 
+# At every push `test_resumed_runs.py` has what a simulation judges, and `test_served_average.py` what a board serves.
+@pytest.mark.soak
+def test_the_demo_and_its_simulation_judge_what_boards_serve(tmp_path):
+    job = demo_job(SEED, rounds=2)
+    record, _ = run_both(tmp_path, job, digits_model(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
+    last = record.rounds[-1]
+    assert last.local == last.own["accuracy_average"] != last.own["accuracy_after"]
+
+
+# At every push `tests/device/training/test_served_average.py` chooses between average and blend.
+@pytest.mark.soak
+def test_a_validated_blend_gives_the_same_models(tmp_path):
+    """Its choice is measured alike, and reported by both."""
+    data = deal([b.name for b in DEMO_BOARDS], seed=SEED)
+    hands = {name: d.with_validation(0.3, SEED, name) for name, d in data.devices.items()}
+    record, _ = run_both(tmp_path, demo_job(SEED, rounds=3), digits_model(), replace(data, devices=hands))
+    assert {share for row in record.rounds for share in row.own["blend"].values()} <= {0.0, 0.5}
+
+
 def frozen_by_its_author() -> bytes:
     torch.manual_seed(SEED)
     layers = [nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 40), nn.ReLU()]
@@ -147,6 +170,116 @@ def test_frozen_tensors_and_numbers_give_the_same_models(
     assert still <= kept < set(begun)
     moved = [n for n in begun if n.endswith("weight") and n not in still]
     assert not kept.intersection(moved)
+
+
+class Wide(nn.Module):
+    """Linear layers, of which adapters are a small part."""
+
+    input_shape = (1, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Flatten(), nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+@pytest.fixture
+def resent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of what a device is sent once more: one that hears nothing for five seconds asks again, on a slow machine
+    for what is on its way."""
+    found, seen = list[int](), set[tuple[str, str, str, int]]()
+    answer = Downloads.next
+
+    def answered(downloads: Downloads) -> tuple[str, bytes | BlobNotFound] | None:
+        item = answer(downloads)
+        if item is not None and not isinstance(item[1], BlobNotFound):
+            chunk = Chunk.parse(item[1])
+            for leaf, payload in chunk.leaves():
+                key = item[0], chunk.sha256, chunk.part, leaf
+                found.append(len(payload) if key in seen else 0)
+                seen.add(key)
+        return item
+
+    monkeypatch.setattr(Downloads, "next", answered)
+    return found
+
+
+@pytest.mark.parametrize("base", ["float16", *(pytest.param(b, marks=pytest.mark.soak) for b in ("int8", None))])
+@pytest.mark.soak
+def test_the_simulator_counts_as_many_bytes_as_the_daemon_sends(
+    tmp_path: Path, resent: list[int], base: str | None
+) -> None:
+    torch.manual_seed(SEED)
+    model = fx.load(Wide(), lora="8", base=base)
+    job = replace(plain_job(epochs=1), byte_budget=0, density=0.5)
+    record, simulation = run_both(tmp_path, job, model.graph.to_bytes(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
+    sent, counted = (
+        [run.rounds[0].down, run.rounds[1].down - run.rounds[0].down] for run in (record, simulation.record())
+    )
+    frozen = len(model.base_file or b"") or sum(v.nbytes for n, v in model.tensors.items() if ".lora_" not in n)
+    assert counted[0] > len(DEMO_BOARDS) * frozen
+    assert counted[1] < len(DEMO_BOARDS) * frozen / 3, "the base is sent once"
+    assert len(resent) > len(DEMO_BOARDS), "the server's answers were seen"
+    assert counted[0] <= sent[0]
+    assert sent[0] - sum(resent) < counted[0] + frozen / 2, (sent, counted, sum(resent))
+    # The base is not among what travels in the second round, asked for again or not.
+    assert counted[1] <= sent[1] < counted[1] + frozen / 2, (sent, counted)
+
+
+class Halves(nn.Module):
+    """The halves of an image as two inputs; its class, and its rows' means, as two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_shape = {"lower": (4, 8), "upper": (4, 8)}
+        self.near, self.far = nn.Linear(32, 20), nn.Linear(32, 20)
+        self.kind, self.means = nn.Linear(40, 10), nn.Linear(40, 8)
+
+    def forward(self, lower: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        both = torch.cat([torch.relu(self.near(lower.flatten(1))), torch.relu(self.far(upper.flatten(1)))], 1)
+        return self.kind(both), self.means(both)
+
+
+def of_both(kind: torch.Tensor, means: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return -(kind.log_softmax(1) * labels[:, :10]).sum(1) + ((means - labels[:, 10:]) ** 2).mean(1)
+
+
+def right(kind: torch.Tensor, means: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return (kind.argmax(1) == labels[:, :10].argmax(1)).float()
+
+
+of_both.target_shape = right.target_shape = (18,)  # type: ignore[attr-defined]
+
+
+def halved(data: Digits) -> Digits:
+    """Lower half before upper half, as boards lay out named arrays; classes and means as labels."""
+
+    def x_of(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.roll(x.reshape(len(x), 64), 32, axis=1)
+
+    def y_of(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.concatenate([np.eye(10)[y], x.reshape(len(x), 8, 8).mean(2)], 1).astype(np.float32)
+
+    hands = {
+        name: LocalData(x_of(d.x_train), y_of(d.x_train, d.y_train), x_of(d.x_test), y_of(d.x_test, d.y_test))
+        for name, d in data.devices.items()
+    }
+    return Digits(x_of(data.x), y_of(data.x, data.y), x_of(data.calibration), hands)
+
+
+# At every push `test_presets_on_tasks.py` simulates several inputs, and `test_metrics.py` has a metric of one's own.
+@pytest.mark.soak
+def test_several_inputs_and_outputs_a_loss_and_a_metric_of_ones_own_give_the_same_models(tmp_path: Path) -> None:
+    torch.manual_seed(SEED)
+    raw = fx.load(Halves(), loss=of_both, metric=right).graph.to_bytes()
+    job = plain_job(epochs=1, loss="custom", metric="custom", lr=0.05)
+    record, _ = run_both(tmp_path, job, raw, halved(deal([b.name for b in DEMO_BOARDS], seed=SEED)))
+    assert record.measure == "score"
+    assert record.last.metrics["score"] > 0.3
+    assert set(record.last.local) == {b.name for b in DEMO_BOARDS}
 
 
 def tiny(name: str) -> Digits:

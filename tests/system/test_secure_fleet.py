@@ -16,10 +16,23 @@ from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS, demo_job
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
+from support.processes.real_site import Site, write_material
 
 pytestmark = pytest.mark.system
 
 SEED = 11
+NAMES = ("a", "b", "c", "d", "e")
+
+CONFIG = """
+[job]
+rounds = 3
+devices = 4
+deadline_s = 20
+density = 1.0
+strategy = "fedavg"
+compression = "int8"
+secure_aggregation = true
+"""
 
 
 def test_boards_that_mask_give_the_model_of_a_simulation_that_does_not(tmp_path: Path) -> None:
@@ -39,3 +52,21 @@ def test_boards_that_mask_give_the_model_of_a_simulation_that_does_not(tmp_path:
     simulation = Simulation(plain, BlobStore(tmp_path / "blobs", durable=False))
     simulation.run()
     assert [r.model for r in record.rounds] == [r.model for r in simulation.record().rounds]
+
+
+@pytest.mark.soak
+def test_a_fleet_with_identities_goes_on_whoever_is_killed(tmp_path: Path) -> None:
+    write_material(tmp_path, dict.fromkeys(NAMES, 100))
+    with Site(tmp_path, tmp_path, CONFIG, NAMES, 120, mosquitto=True, secure=True, may_hold=True) as site:
+        site.hold(2)
+        site.start_all()
+        site.wait_until_held(2)
+        site.kill("server")
+        site.kill("c")
+        site.let_go(2)
+        state = site.finish()
+    assert len(state.history) == 3
+    for summary in state.history:
+        counted = [name for name, part in summary["devices"].items() if part["progress"] == "folded"]
+        assert len(counted) >= 4
+    assert state.history[0]["metrics"]["loss"] > state.history[-1]["metrics"]["loss"]

@@ -1,8 +1,9 @@
-"""A server, its broker and its boards as processes: models come over HTTPS from the server itself."""
+"""A server, its broker and its boards as processes: models come over HTTPS, and over MQTT when the web server dies."""
 
 from __future__ import annotations
 
 import re
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.tls import unpinned_context
 from fedprune.wire.link import Link
+from fedprune_server.enrollment.pki import IdentityFolder
+from support.fakes.web_server import Behaviour, Handler, WebPlace
 from support.processes.machine import free_port
 from support.processes.real_site import Site, write_material
 
@@ -95,3 +100,43 @@ def own(material: Path, folder: Path) -> list[str]:
 
 def test_models_come_over_https_from_the_server_itself(material: Path, tmp_path: Path) -> None:
     assert len(own(material, tmp_path / "own")) == 2
+
+
+@pytest.mark.soak
+def test_mqtt_takes_over_when_the_web_server_dies(material: Path, tmp_path: Path) -> None:
+    models = own(material, tmp_path / "own")
+    with site(material, tmp_path / "other", 'blob_url = "https://127.0.0.1:1"') as made:
+        with WebPlace(BlobStore(made.state / "blobs"), certified(made)) as web:
+            config = made.folder / "fleet.toml"
+            config.write_text(config.read_text().replace("https://127.0.0.1:1", web.url))
+            web.behave = dies_after(web, 3)
+            again, from_web, over_mqtt = ran(made)
+        assert again == models
+        assert 0 < from_web <= web.sent
+        assert over_mqtt > 0
+        logs = "".join((made.folder / f"{name}.log").read_text() for name in DEVICES)
+        assert "what is lacking comes over MQTT" in logs
+
+
+def certified(made: Site) -> ssl.SSLContext:
+    """TLS of a web server with a certificate of the fleet's authority."""
+    with IdentityFolder(made.state) as identity:
+        key = make_tls_key()
+        save_tls_key(key, made.folder / "web.key")
+        (made.folder / "web.pem").write_text(identity.authority.issue_broker(["127.0.0.1"], make_request(key, "web")))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(made.folder / "web.pem", made.folder / "web.key")
+    return context
+
+
+def dies_after(web: WebPlace, answers: int) -> Behaviour:
+    left = threading.Semaphore(answers)
+
+    def behave(handler: Handler, data: bytes) -> bool:
+        if left.acquire(blocking=False):
+            return False
+        web.answers = 0
+        handler.give(data, until=len(data) // 2)
+        return True
+
+    return behave

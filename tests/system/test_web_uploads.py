@@ -12,6 +12,7 @@ import pytest
 
 from fedprune.jobs.state import Progress
 from support.fakes.fleet import models
+from support.faults.relay import Relay
 from support.processes.machine import free_port
 from support.processes.real_site import Site, write_material
 from support.processes.s3 import Ceph
@@ -60,7 +61,7 @@ def failed(site: Site) -> list[str]:
     return [line for line in logs.splitlines() if "can't be uploaded" in line]
 
 
-# At every push `tests/server/transfer/test_web_uploads.py` compares the models of boards in memory, also over a kill.
+# At every push the next test compares the same models over a kill.
 @pytest.mark.soak
 def test_updates_come_over_https_to_the_same_models(material: Path, tmp_path: Path, over_mqtt: list[str]) -> None:
     settings = f'serve_blobs = "127.0.0.1:{free_port()}"\nuploads = "https"\n'
@@ -69,6 +70,33 @@ def test_updates_come_over_https_to_the_same_models(material: Path, tmp_path: Pa
         assert models(site.complete()) == over_mqtt
         assert taken_in(site) == 4
         assert failed(site) == []
+
+
+@pytest.mark.soak
+def test_a_server_that_is_killed_in_the_middle_of_an_upload_counts_it_once(
+    material: Path, tmp_path: Path, over_mqtt: list[str]
+) -> None:
+    port = free_port()
+    relay = Relay(port)
+    settings = f'serve_blobs = "127.0.0.1:{port}"\nblob_url = "https://127.0.0.1:{relay.port}"\nuploads = "https"\n'
+    try:
+        with Site(material, tmp_path, CONFIG + settings, DEVICES, 120, secure=True, may_hold=True) as site:
+            site.hold(1)
+            site.start_all()
+            site.wait_until_held(1)
+            relay.most = relay.passed + 300_000
+            site.let_go(1)
+            partial = site.state / "blobs" / "tmp"
+            # What the relay passed on may still be in a socket's buffer: the server's file is what says that it reads.
+            site.wait_for(lambda: any(partial.iterdir()), "an upload is under way")
+            site.kill("server")
+            relay.most = None
+            assert models(site.complete()) == over_mqtt
+            assert not any(partial.iterdir())
+            assert taken_in(site) >= 3
+            assert 1 <= len(failed(site)) <= 2
+    finally:
+        relay.close()
 
 
 @pytest.fixture

@@ -262,10 +262,24 @@ def _counted(site: Site) -> dict[tuple[int, str], str]:
     return closed
 
 
-def undisturbed(site: Doomed) -> None:
-    """Run the job without any kill."""
+def undisturbed(site: Doomed, rounds: int = 0) -> None:
+    """Run the job without any kill, to its end or until this many of its rounds are over."""
     site.live_all(lambda who: Life(who, 0, after=False))
     try:
-        site.finish(max(site.patience_s, 2.0 * site.rounds))  # a long job, on a machine that may be busy
+        if rounds:
+            wait_for_rounds(site, rounds)
+        else:
+            site.finish(max(site.patience_s, 2.0 * site.rounds))  # a long job, on a machine that may be busy
     finally:
         site.stop_all()
+
+
+def wait_for_rounds(site: Doomed, rounds: int) -> None:
+    """Wait until this many rounds are over. Raises `LedgerError` if none has ended for the site's patience."""
+    seen, moved = 0, time.monotonic()
+    while (found := len(finished_rounds(site))) < rounds:
+        if found > seen:
+            seen, moved = found, time.monotonic()
+        if time.monotonic() > moved + site.patience_s:
+            raise LedgerError(f"no round has ended for {site.patience_s} s: {site.logs()}")
+        time.sleep(0.05)
