@@ -28,7 +28,7 @@ LONG = (
     "crnn", "d_linear", "deep_lab", "encoder", "fusion",
     "group_norm_resnet", "llama", "lstm", "n_beats",
     "patch_transformer", "pooled_video", "resnet20_bn",
-    "tcn", "two_towers", "vgg11_bn", "wave_net", "yolo",
+    "tcn", "two_towers", "unet", "vgg11_bn", "wave_net", "yolo",
 )  # fmt: skip
 """Torch takes 3 to 13 seconds to export one, or another network or test has the same wiring."""
 

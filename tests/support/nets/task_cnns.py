@@ -167,3 +167,21 @@ class AutoEncoder(nn.Module):
         x = functional.elu(self.back(torch.tanh(self.code(x.flatten(1)))))
         x = functional.elu(self.norm(self.up_b(x.unflatten(1, (12, 4, 4)))))
         return torch.sigmoid(self.up_a(x))
+
+
+class PowerMeans(nn.Module):
+    """An embedding by means of a learnt power over places (GeM), and its cosines with learnt directions."""
+
+    input_shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv_bn(3, 12, 3, 2), conv_bn(12, 20, 3, 2)
+        self.power, self.code, self.neck = nn.Parameter(torch.tensor(3.0)), nn.Linear(20, 10), nn.BatchNorm1d(10)
+        self.kinds = nn.Parameter(torch.randn(5, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.b(torch.relu(self.a(x)))).clamp(min=1e-2)
+        x = functional.avg_pool2d(x.pow(self.power), x.shape[2:]).pow(1 / self.power).flatten(1)
+        x = self.neck(self.code(x))
+        return 8 * functional.linear(functional.normalize(x), functional.normalize(self.kinds))

@@ -176,3 +176,24 @@ class ConvMixer(nn.Module):
         for depth, point in zip(self.depth, self.point, strict=True):
             x = functional.gelu(point(x + functional.gelu(depth(x))))
         return self.fc(x.mean((2, 3)))
+
+
+class UNet(nn.Module):
+    """Two levels down and up with transposed convolutions, concatenated skips, then pooled to classes."""
+
+    input_shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1, self.down2, self.bottom = conv_bn(3, 8), conv_bn(8, 12), conv_bn(12, 16)
+        self.up2, self.up1 = nn.ConvTranspose2d(16, 12, 2, 2), nn.ConvTranspose2d(12, 8, 2, 2)
+        self.mix2, self.mix1 = conv_bn(24, 12), conv_bn(16, 8)
+        self.head = nn.Conv2d(8, 10, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one = torch.relu(self.down1(x))
+        two = torch.relu(self.down2(torch.max_pool2d(one, 2)))
+        x = torch.relu(self.bottom(torch.max_pool2d(two, 2)))
+        x = torch.relu(self.mix2(torch.cat([self.up2(x), two], 1)))
+        x = torch.relu(self.mix1(torch.cat([self.up1(x), one], 1)))
+        return self.head(x).mean((2, 3))

@@ -45,6 +45,9 @@ for _name, _function in {
     "Log": torch.log,
     "Sqrt": torch.sqrt,
     "Neg": torch.neg,
+    "Abs": torch.abs,
+    "Reciprocal": torch.reciprocal,
+    "Sin": torch.sin,
     "Identity": lambda x: x,
     "HardSwish": functional.hardswish,
 }.items():
@@ -64,8 +67,27 @@ for _name, _function in {
     "MatMul": torch.matmul,
     "Equal": torch.eq,
     "Where": torch.where,
+    "PRelu": lambda x, slope: torch.where(x >= 0, x, x * slope),
 }.items():
     OPERATORS[_name] = lambda a, *x, _f=_function: _f(*x)
+
+
+def _fold(function: Function) -> Function:
+    def folded(a: Mapping[str, Any], first: Tensor, *others: Tensor) -> Tensor:
+        for other in others:
+            first = function(first, other)
+        return first
+
+    return folded
+
+
+OPERATORS["Max"] = _fold(torch.maximum)
+OPERATORS["Min"] = _fold(torch.minimum)
+
+
+@operator("LeakyRelu")
+def _leaky(a: Mapping[str, Any], x: Tensor) -> Tensor:
+    return functional.leaky_relu(x, a.get("alpha", 0.01))
 
 
 @operator("Elu")
