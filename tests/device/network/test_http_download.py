@@ -251,3 +251,10 @@ class TestTls:
             failure = fetched(store, web.url, tls=tls_context).failure
             assert failure.startswith("TLS failed")
             assert web.asked == []
+
+    def test_a_certificate_for_another_host_is_refused(
+        self, store: BlobStore, tmp_path: Path, authority: Authority
+    ) -> None:
+        with self.place(tmp_path, authority, "models.example") as web:
+            assert fetched(store, web.url, tls=self.trust(tmp_path)).failure.startswith("TLS failed")
+            assert web.asked == []

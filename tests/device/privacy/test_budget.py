@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from fedprune.core import tensorfile
+from fedprune.core import atomic_file, tensorfile
 from fedprune.core.errors import ConfigError, DataError, DivergedError, ExitCode, PlanError, PrivacyError
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import epsilon
@@ -232,3 +232,10 @@ def test_of_a_private_board_a_crash_tells_its_name(tmp_path: Path) -> None:
     CrashReports(tmp_path).exception(DataError("plain words"))
     report = CrashReports(tmp_path).report
     assert "plain words" in report["text"]
+
+
+def test_without_its_count_there_is_no_update(board: HiddenBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer = board.offer(1, PRIVATE, SENT, graph="kept")
+    monkeypatch.setattr(atomic_file, "write_document", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(board, offer)

@@ -16,7 +16,7 @@ import pytest
 from msgspec.structs import replace
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import FedpruneError
+from fedprune.core.errors import FedpruneError, StorageFullError
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import Offer, Update
 from fedprune_device.agent.agent import Agent
@@ -325,6 +325,21 @@ def test_what_validation_samples_call_worse_does_not_serve(
     at.alone = at.made(LocalData(data.x_train, data.y_train, data.x_test, data.y_test, data.x_train, data.y_train))
     at.turn()
     assert at.goes_by(DAY)
+    assert at.store.slots.current() != before
+
+
+def test_a_full_disk_changes_nothing(at: At, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = at.store.slots.current()
+
+    def full(*_: Any) -> Any:
+        raise StorageFullError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(at.store.blobs, "put", full)
+        with pytest.raises(StorageFullError):
+            at.goes_by(DAY)
+        assert not at.goes_by(DAY / 2)
+    assert at.goes_by(DAY / 2)
     assert at.store.slots.current() != before
 
 

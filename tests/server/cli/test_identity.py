@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import ssl
 import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -260,3 +262,22 @@ def claimed(state: str, capsys: Captured) -> str:
     capsys.readouterr()
     assert main(["claim", "--state", state]) == ExitCode.OK
     return capsys.readouterr().out.strip()
+
+
+def test_a_file_of_claims_is_whole_or_not_there(
+    state: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, made = IdentityFolder.claim, []
+
+    def claim(*arguments: Any) -> Claim:
+        if made:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        made.append(whole(*arguments))
+        return made[0]
+
+    monkeypatch.setattr(IdentityFolder, "claim", claim)
+    out = tmp_path / "claims"
+    assert main(["claim", "--state", state, "--count", "2", "--out", str(out)]) == ExitCode.STORAGE_FULL
+    assert not out.exists()
+    monkeypatch.undo()
+    assert main(["claim", "--state", state, "--count", "2", "--out", str(out)]) == ExitCode.OK

@@ -500,3 +500,25 @@ def test_of_two_servers_that_answer_a_request_at_once_both_give_one_certificate(
     made = [identity.authority.issue_device("lab", "pi-1", request.csr) for _ in range(2)]
     assert made[0] != made[1]
     assert {identity.store.add_certificate(request, pem) for pem in made} == {made[0]}
+
+
+def test_a_name_that_is_taken_leaves_the_claim_for_another(identity: IdentityFolder) -> None:
+    answer(identity, bare(identity.claim(None, HOUR)))
+    claim = identity.claim(None, HOUR)
+
+    status, reason = answer(identity, bare(claim))
+    assert (status, reason.startswith("another board is pi-1 already")) == (REFUSED, True)
+    assert answer(identity, bare(claim, "fedprune-server"))[0] == REFUSED
+    assert answer(identity, bare(claim, "pi-2"))[0] == APPROVED
+
+
+def test_a_full_disk_keeps_the_server_s_old_certificate_in_use(
+    identity: IdentityFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    NOW[0] += 700 * DAY
+    before = ends(identity)
+    with monkeypatch.context() as patched:
+        patched.setattr(identity.authority, "issue_server", lambda _csr: (_ for _ in ()).throw(StorageError("full")))
+        identity.context()
+    assert ends(identity) == before
+    assert "no new certificate for the server yet: full" in caplog.text

@@ -22,9 +22,12 @@ from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.enrollment.store import IdentityStore
+from fedprune_server.messaging.authentication import AuthenticatedLink
+from fedprune_server.messaging.transport import DeviceRevoked
 from fedprune_server.storage import lease
 from fedprune_server.storage.lease import ROW, LeaseLostError
 from fedprune_server.storage.tables import meta, put_meta
+from support.fakes.inbox import Inbox
 from support.fakes.members import serials_of
 from support.faults.hung_server import hang
 from support.processes.postgres import Postgres
@@ -147,3 +150,32 @@ def test_a_standby_with_a_replaced_identity_is_refused_until_it_has_the_present_
     copied(first, second)
     with serving(second, url):
         pass
+
+
+def test_a_server_notices_what_another_machine_changes(
+    tmp_path: Path, postgres: Postgres, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = postgres.database()
+    first, second = tmp_path / "first", tmp_path / "second"
+    IdentityFolder.make(first, "lab").close()
+    copied(first, second)
+
+    def command(*words: str) -> str:
+        assert main([*words, "--state", str(second), "--database", url]) == 0
+        return capsys.readouterr().out
+
+    with serving(first, url) as identity:
+        now = [0.0]
+        link = AuthenticatedLink(Inbox(), identity, lambda: now[0])
+        claim = Claim.parse(command("claim", "--device", "pi-1").strip())
+        asked = request(claim, "pi-1")
+        assert EnrollmentService(identity).answer(asked).status == APPROVED
+        now[0] += 1.0
+        assert link.get() is None
+        assert command("devices").split()[:2] == ["pi-1", "approved"]
+        assert "1 key and 1 certificate revoked" in command("devices", "revoke", "pi-1")
+        now[0] += 0.5
+        assert link.get() is None, "it looks once a second"
+        now[0] += 0.5
+        assert link.get() == DeviceRevoked("pi-1")
+        assert listed(identity) == serials_of(first, "pi-1", url) != set()

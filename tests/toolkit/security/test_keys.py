@@ -3,14 +3,16 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.core.errors import IdentityError, ProtocolError, SignatureError
+from fedprune.core.errors import IdentityError, ProtocolError, SignatureError, StorageFullError
 from fedprune.security.keys import SigningKey, VerifyingKey
+from support.processes.machine import small_disk
 
 pytestmark = pytest.mark.board
 
@@ -119,3 +121,16 @@ def test_verifying_keys_travel_as_hex_and_people_compare_fingerprints() -> None:
 def test_what_is_no_verifying_key_is_named(wrong: object) -> None:
     with pytest.raises(ProtocolError, match="expected 64 hex digits"):
         VerifyingKey.from_hex(wrong)
+
+
+def test_a_full_disk_leaves_the_old_key(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "small", "16k") as folder:
+        KEY.save(folder / "device.key")
+        filler = (folder / "filler").open("wb", buffering=0)
+        with filler, suppress(OSError):
+            while filler.write(bytes(4096)):
+                pass
+        with pytest.raises(StorageFullError, match="No space"):
+            SigningKey.make().save(folder / "device.key")
+
+        assert SigningKey.load(folder / "device.key").verifying == KEY.verifying

@@ -28,6 +28,7 @@ from fedprune.security.signed_channel import (
     unseal,
 )
 from fedprune.wire.fields import MAX_MESSAGE
+from fedprune.wire.messages import Hello, parse
 from fedprune.wire.topics import Topics
 
 pytestmark = pytest.mark.board
@@ -272,3 +273,12 @@ def test_numbers_out_of_range_are_refused_by_sender_and_receiver(epoch: int, cou
     raw[12:20] = (2**63).to_bytes(8, "little")
     with pytest.raises(ProtocolError, match="epoch of a signed message"):
         Envelope.parse(bytes(raw))
+
+
+def test_a_message_to_one_device_is_not_one_to_another() -> None:
+    raw = seal(KEY, TOPICS.down("pi-1", "job"), 1, 0, Hello().to_bytes())
+
+    assert parse(unseal(KEY.verifying, TOPICS.down("pi-1", "job"), raw).body) == Hello()
+    for topic in (TOPICS.down("pi-2", "job"), TOPICS.broadcast(), TOPICS.up("pi-1", "job"), TOPICS.down("pi-1")):
+        with pytest.raises(SignatureError):
+            unseal(KEY.verifying, topic, raw)

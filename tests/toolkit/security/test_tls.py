@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import ssl
 import threading
@@ -14,6 +15,7 @@ import pytest
 from fedprune.core.errors import ConfigError, IdentityError
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
+from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.tls import BUILT, check_peer, insecure_allowed, pinned_context, unpinned_context
 from fedprune.wire.link import failure
 
@@ -145,3 +147,17 @@ def test_without_tls_nothing_leaves_the_machine() -> None:
     for host in ("192.0.2.1", "broker.example", "localhost.example", ""):
         with pytest.raises(ConfigError, match="without TLS"):
             insecure_allowed(host)
+
+
+def test_a_board_says_that_its_broker_is_another_server_s(serve: Callable[[str], int], tmp_path: Path) -> None:
+    """Authorities of one name, as of a server for which `init` was run again."""
+    port = serve("broker")
+    board = DeviceIdentity(tmp_path / "board", "lab", "attic")
+    own = Authority.make(tmp_path / "own", "lab").crl_path.parent / "authority.pem"
+    shutil.copy(own, board.folder / "authority.pem")
+    with pytest.raises(ssl.SSLCertVerificationError) as caught:
+        greeted(board.context(certificate=False), port)
+    assert "another server's" in failure(caught.value)
+    with pytest.raises(ssl.SSLCertVerificationError) as caught:
+        greeted(board.context(own, certificate=False), port)
+    assert "another server's" not in failure(caught.value), "with --ca the authority may be the wrong one"
