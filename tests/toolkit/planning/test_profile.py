@@ -18,7 +18,7 @@ from fedprune.planning.profile import HardwareProfile
 
 pytestmark = pytest.mark.board
 
-DELETED = object()
+DELETED = "(deleted)"
 """Stands for a key that isn't there."""
 
 
