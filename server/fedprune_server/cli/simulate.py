@@ -95,8 +95,7 @@ def build_parser() -> CommandParser:
     parser.add_argument(
         "--track",
         metavar="TOOL[:DESTINATION],...",
-        help="experiment trackers that get every round: tensorboard[:FOLDER], mlflow[:ADDRESS], "
-        "wandb[:[ENTITY/]PROJECT], several with commas",
+        help="experiment trackers that get every round: the setting `track` of a simulation",
     )
     add_json(parser)
     parser.set_defaults(run=with_extra("server", _run))

@@ -64,7 +64,7 @@ class SnapshotMaker:
             min_devices=job.devices,
             is_asynchronous=schedule.asynchronous,
             closes_early=schedule.asynchronous or job.over_selection > 0,
-            deadline_s=schedule.deadline_s or job.deadline_s,
+            deadline_s=job.deadline_s,
             round=state.round,
             phase=state.phase,
             paused=state.paused,

@@ -74,13 +74,22 @@ Rule = Callable[[Situation, float], Iterator[Alert]]
 RULES: list[Rule] = []
 KINDS: dict[str, tuple[str, ...]] = {}
 """The kinds of alerts of all rules, with the severities that each can have."""
+COUNTED: set[str] = set()
+"""Kinds of alerts that are made of what a run of the server has counted itself."""
 
 
-def alert_rule(kind: str, *severities: str) -> Callable[[Rule], Rule]:
-    """Register a rule that yields alerts of a kind, of these severities; a rule may have several kinds."""
+def alert_rule(kind: str, *severities: str, counted: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule that yields alerts of a kind, of these severities; a rule may have several kinds.
+
+    Args:
+        counted: Whether it reads what a run of the server has counted itself. Such an alert outlives a restart until
+            the new run has counted as much.
+    """
 
     def register(rule: Rule) -> Rule:
         KINDS[kind] = severities
+        if counted:
+            COUNTED.add(kind)
         if rule not in RULES:
             RULES.append(rule)
         return rule

@@ -30,6 +30,7 @@ from fedprune_server.devices.plan_vs_actual import QUANTITIES
 from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
 from fedprune_server.monitoring.alert_rules import evaluate_alerts
 from fedprune_server.monitoring.alerts import (
+    COUNTED,
     CRITICAL,
     HANG_THRESHOLD_S,
     INFO,
@@ -39,9 +40,6 @@ from fedprune_server.monitoring.alerts import (
 )
 from fedprune_server.monitoring.participation import (
     AWAY,
-    CLONED,
-    FAILING,
-    UNDELIVERED,
     Participation,
     find_absent_boards,
 )
@@ -70,9 +68,6 @@ WAITS_S = 10.0
 _COMPLAIN_S = 60.0
 _ROUNDING_S = 1e-3
 _LEVELS = {CRITICAL: logging.ERROR, WARNING: logging.WARNING, INFO: logging.INFO}
-
-_COUNTED = ("no-progress", "round-waits", FAILING, UNDELIVERED, CLONED)
-"""Kinds of alerts that are made of what a run of the server has counted itself."""
 
 _FAR_OFF = {"step_seconds": 2.0, "latency_seconds": 2.0, "peak_memory_bytes": 1.25}
 """How many times its prediction a measurement exceeds before it is an alert."""
@@ -293,7 +288,7 @@ class Monitor:
             names = [job.seen.name for job in jobs if not job.seen.finished]
             unproven = {name for name in names if not self._watches[name].rounds_ended}
             subjects = {*unproven, None} if unproven else set()  # some are about a board, whatever its job
-            self._restored = [a for a in self._restored if a.kind in _COUNTED and (a.job or None) in subjects]
+            self._restored = [a for a in self._restored if a.kind in COUNTED and (a.job or None) in subjects]
         return self._restored
 
     def read_site(self) -> None:

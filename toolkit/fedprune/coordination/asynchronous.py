@@ -135,7 +135,7 @@ class AsynchronousCoordinator(Coordinator):
         if task is None:
             return []
         self.state.devices[event.device].last_offered_round = event.round
-        return [self._offer(task, event, now, now + self.deadline_s)]
+        return [self._offer(task, event, now, now + self.job.deadline_s)]
 
     # Updates come in.
 
@@ -163,7 +163,7 @@ class AsynchronousCoordinator(Coordinator):
     def _give_up(self, task: Task | None, event: on.UpdateRejected | on.OfferRefused, now: float) -> Commands:
         """A device that can't do its part is asked again when its deadline has passed, not at once."""
         if task is not None:
-            task.deadline = task.deadline or now + self.deadline_s
+            task.deadline = task.deadline or now + self.job.deadline_s
         return super()._give_up(task, event, now)
 
     def _go_on(self, now: float) -> Commands:
@@ -215,7 +215,7 @@ class AsynchronousCoordinator(Coordinator):
         state.deadline = self.schedule.closes_at(state.opened_at, times, working or self._availability.absent, now)
         if state.deadline is None and times and not working:
             # Devices that are away had time to come back.
-            state.deadline = state.opened_at + self.deadline_s
+            state.deadline = state.opened_at + self.job.deadline_s
         if state.deadline is None or state.deadline > now:
             return []
         fresh = self._availability.done()[: self.schedule.arrivals or None]
@@ -256,7 +256,7 @@ class AsynchronousCoordinator(Coordinator):
         if state.closing["weights"].keys() <= event.rejected.keys():
             # No update is left: the round continues collecting, and its devices are asked again, but not at once.
             for name in state.closing["fresh"]:
-                state.tasks[name].deadline = now + self.deadline_s
+                state.tasks[name].deadline = now + self.job.deadline_s
             state.closing = None
             return self._collect(now)
         state.model, state.memory = event.model, dict(event.memory)

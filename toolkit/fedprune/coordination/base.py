@@ -142,11 +142,6 @@ class Coordinator(ABC):
         return self._resume_round(now)
 
     @property
-    def deadline_s(self) -> float:
-        """Seconds that a device has for its part."""
-        return self.schedule.deadline_s or self.job.deadline_s
-
-    @property
     def uniform(self) -> bool:
         """Whether devices count alike, whatever their samples: under privacy no board may weigh more than another, and
         in sums weights would tell of single updates."""
@@ -209,7 +204,7 @@ class Coordinator(ABC):
         commands: Commands = []
         for name, task in sorted(self.state.tasks.items()):
             task.offered_at = None  # on the clock of the shell that has ended
-            task.deadline = None if task.deadline is None else now + self.deadline_s
+            task.deadline = None if task.deadline is None else now + self.job.deadline_s
             if task.progress is Progress.EXTRACTING:
                 commands.append(self._extract(name, task))
             elif task.progress is Progress.PULLING and task.update is not None:

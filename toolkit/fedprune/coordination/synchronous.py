@@ -181,7 +181,7 @@ class SynchronousCoordinator(Coordinator):
         task = self._task(event, Progress.EXTRACTING)
         if task is None:
             return []
-        deadline = now + self.deadline_s if self.job.in_flight else None
+        deadline = now + self.job.deadline_s if self.job.in_flight else None
         return [self._offer(task, event, now, deadline), *self._start_clock(now)]
 
     def _start_clock(self, now: float) -> Commands:
@@ -189,7 +189,7 @@ class SynchronousCoordinator(Coordinator):
         state = self.state
         if state.deadline is not None or state.tasks.count(*TO_COME):
             return []
-        state.deadline = now + self.deadline_s
+        state.deadline = now + self.job.deadline_s
         return [do.Wake(state.deadline)]
 
     # Updates come in.
@@ -233,7 +233,7 @@ class SynchronousCoordinator(Coordinator):
 
     def _look_again(self, now: float) -> Commands:
         """Ask for the next look at the devices, unless that was asked for."""
-        state, until = self.state, now + self.deadline_s / LOOKS
+        state, until = self.state, now + self.job.deadline_s / LOOKS
         if (
             not self.job.in_flight
             or state.phase is not Phase.TRAINING
@@ -279,7 +279,7 @@ class SynchronousCoordinator(Coordinator):
         if state.deadline is not None and now >= state.deadline:
             return self._again(now)
         attempt = max((task.attempt for task in state.tasks.values()), default=1)
-        retry = now + self.deadline_s * min(1.0, 2.0 ** min(attempt - 1, 8) / PAUSES)
+        retry = now + self.job.deadline_s * min(1.0, 2.0 ** min(attempt - 1, 8) / PAUSES)
         state.deadline = retry if state.deadline is None else min(state.deadline, retry)
         return [do.Wake(state.deadline)]
 

@@ -112,7 +112,6 @@ class Schedule:
     Attributes:
         kind: `synchronous` or `asynchronous`.
         participation: Synchronous: share of the present devices that a round asks; 0 leaves it to the job.
-        deadline_s: Seconds that a device has for its offer (synchronous: all of them together); 0 leaves it to the job.
         arrivals: Asynchronous: a round closes with this many updates; 0 leaves that to the window.
         window_s: Seconds from the beginning of a round to its close; 0 for no window.
         least: With fewer updates a window stays open.
@@ -129,7 +128,6 @@ class Schedule:
 
     kind: Kind = "synchronous"
     participation: float = bounded(0.0, 0, 1)
-    deadline_s: float = bounded(0.0, 0, 1e8)
     arrivals: int = bounded(0, 0, 10**6)
     window_s: float = bounded(0.0, 0, 1e8)
     least: int = bounded(1, 1, 10**6)

@@ -20,10 +20,10 @@ from fedprune_server.monitoring.situation import Situation
 
 
 @alert_rule(participation.QUARANTINE, WARNING)
-@alert_rule(participation.CLONED, WARNING)
+@alert_rule(participation.CLONED, WARNING, counted=True)
 @alert_rule(participation.EXCLUDED, WARNING)
-@alert_rule(participation.UNDELIVERED, WARNING)
-@alert_rule(participation.FAILING, WARNING)
+@alert_rule(participation.UNDELIVERED, WARNING, counted=True)
+@alert_rule(participation.FAILING, WARNING, counted=True)
 @alert_rule(participation.AWAY, WARNING)
 def absent_boards(seen: Situation, now: float) -> Iterator[Alert]:
     """An alert for each board that no longer takes part, with the reason."""

@@ -19,13 +19,13 @@ from fedprune_server.monitoring.participation import UNDELIVERED, format_minute
 from fedprune_server.monitoring.situation import Situation, WatchedJob
 
 
-@alert_rule("no-progress", CRITICAL)
+@alert_rule("no-progress", CRITICAL, counted=True)
 def lost_rounds(seen: Situation, now: float) -> Iterator[Alert]:
     for job in seen.open_jobs:
         yield from _lost_rounds(seen, job, now)
 
 
-@alert_rule("round-waits", WARNING)
+@alert_rule("round-waits", WARNING, counted=True)
 def stalled_rounds(seen: Situation, now: float) -> Iterator[Alert]:
     for job in seen.open_jobs:
         yield from _stalled_round(seen, job)
