@@ -182,10 +182,12 @@ def _feeds(architecture: Architecture, widths: tuple[int, ...], batch: int) -> T
     random = keyed(0, "layers", batch)
     x = random.standard_normal((batch, *architecture.input_shape)).astype(np.float32)
     trainable = [tensor.name for tensor in architecture.trainable]
-    return step_feeds(x, random.integers(0, architecture.classes, batch), _tensors(architecture, widths), trainable)
+    return timed_step_feeds(
+        x, random.integers(0, architecture.classes, batch), _tensors(architecture, widths), trainable
+    )
 
 
-def step_feeds(x: Any, y: Any, tensors: Tensors, trainable: Iterable[str]) -> Tensors:
+def timed_step_feeds(x: Any, y: Any, tensors: Tensors, trainable: Iterable[str]) -> Tensors:
     """All inputs of a training step at a learning rate of 0, with empty momenta."""
     numbers = (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
     feeds: dict[str, Any] = {step_contract.X: x, step_contract.Y: y, **dict.fromkeys(numbers, np.array(0, np.float32))}

@@ -27,7 +27,7 @@ from fedprune.planning.latency_model import LatencyTable, fitted, typical_gpu_ta
 from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.runtime.session import Session
 from fedprune.runtime.session import version as onnxruntime_version
-from fedprune_device.hardware.layer_timing import measure, median_seconds, one_step, remembered_table, step_feeds
+from fedprune_device.hardware.layer_timing import measure, median_seconds, one_step, remembered_table, timed_step_feeds
 from fedprune_device.hardware.readings import board, clock_hz, memory, resident_memory, temperature_c, throttled
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
@@ -131,7 +131,7 @@ def _rates(threads: int, seconds: float, cuda: bool) -> tuple[float, float, str]
     tensors = {n: (0.1 * rng.standard_normal(shape)).astype(np.float32) for n, shape in reference["tensors"].items()}
     batch = reference["batch"]
     x = rng.standard_normal((batch, *reference["input_shape"])).astype(np.float32)
-    feeds = step_feeds(x, rng.integers(0, reference["classes"], batch), tensors, tensors)
+    feeds = timed_step_feeds(x, rng.integers(0, reference["classes"], batch), tensors, tensors)
     graph = (_ASSETS / f"probe_training-{CUDA if cuda else CPU}.onnx").read_bytes()
     session = Session(graph, threads=threads, training=True, cuda=cuda, records=False)
     train = median_seconds(one_step(session, feeds), enough=seconds / 2, most=math.inf)

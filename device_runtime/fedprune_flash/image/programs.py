@@ -1,6 +1,7 @@
 """Programs that know the file systems of images, as a plain user and without a mount: mtools and debugfs.
 
-An image may be damaged, or made to harm: what such a program prints is read up to a limit.
+An image may be damaged, or made to harm: what such a program prints is read up to a limit, for so many
+seconds.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import shutil
 import subprocess  # nosec B404  # lists of words, never a shell
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, cast
@@ -17,6 +19,7 @@ from fedprune.core.errors import MissingExtraError
 
 _PACKAGES = {"mtools": ("mdir", "mcopy", "mtype", "mmd"), "e2fsprogs": ("debugfs",)}
 _MAX_ERROR = 2000  # bytes of a program's error output, of which a message shows a line
+_MAX_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,10 @@ def run_program(
             env={**os.environ, **(environment or {})}, pass_fds=() if file < 0 else (file,),
         )  # fmt: skip
         with process, cast(IO[bytes], process.stdout) as stream:
+            timer = threading.Timer(_MAX_SECONDS, process.kill)
+            timer.start()
             output = stream.read(limit + 1)
+            timer.cancel()
             if len(output) > limit:
                 process.kill()
         errors.seek(0)

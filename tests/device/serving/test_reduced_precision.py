@@ -236,3 +236,12 @@ def test_a_cut_at_any_write_leaves_the_old_or_the_new_model(board: Board, tmp_pa
         work(cut)
         assert replace(serves(cut), slot=after.slot) == after
         shutil.rmtree(cut)
+
+
+def test_a_board_that_trains_alone_goes_on_from_float32(board: Board) -> None:
+    """What it lowers is what it has trained, from the float32 model that lies beside the lowered one."""
+    record = board.work(1, "int8", board.kits("int8"))
+    with DeviceStore(board.root) as store:
+        raw = store.slots.weights(record)
+    assert tensorfile.decode(raw).keys() == hidden_weights(HIDDEN // 2).keys()
+    assert all(v.dtype == np.float32 for v in tensorfile.decode(raw).values())

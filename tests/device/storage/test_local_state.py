@@ -299,3 +299,10 @@ def test_what_is_evaluated_served_and_sent_is_calibrated(board: HiddenBoard, ave
                 continue
             fresh = {n: v.astype(np.float32) for n, v in measured_statistics(tensors, board.data.x_train, 16).items()}
             assert update.metrics[f"accuracy_{when}"] == np.mean(logits(tensors | fresh, x).argmax(1) == y)
+
+
+def test_a_damaged_record_costs_the_average_alone(board: HiddenBoard) -> None:
+    board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
+    (board.root / "own" / "a").write_bytes(b"junk")
+    _, sent, serves = board.carry_out(board.offer(2, AVERAGE, hidden_weights(seed=2), graph="kept"))
+    assert equal(serves, sent)

@@ -167,3 +167,25 @@ def test_the_learning_rate_goes_up_and_then_down_without_a_jump(
 
 def test_without_a_schedule_every_step_has_the_same_bits() -> None:
     assert {Recipe(lr=0.1).rate(r, d) for r in (1, 7) for d in (0.0, 0.3, 1.0)} == {0.1}
+
+
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ({"ignore_label": 3, "mixup": 0.2}, "mixup"),
+        ({"loss": "distill", "mixup": 0.2}, "mixup"),
+        ({"loss": "bce", "metric": "rmse"}, "metric"),
+        ({"lr_rounds": 5}, "lr_rounds"),
+        ({"lr_schedule": "cosine", "lr_rounds": 5, "lr_warmup": 5}, "lr_warmup"),
+        ({"batch_size": 4, "accumulate": 5}, "accumulate"),
+        ({"mask_threshold": 0.1, "mask": "hard"}, "mask_threshold"),
+        ({"blend": 0.5}, "blend"),
+        ({"validate_blend": True, "average": 0.5}, "validate_blend"),
+        ({"ordered_dropout": [0.5], "mask": "hard"}, "ordered_dropout"),
+    ],
+    ids=str,
+)
+def test_settings_that_mean_nothing_together_are_refused(setting: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Recipe.from_dict(setting)
+    assert caught.value.path[-1] == name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,10 @@ def test_a_folder_does_not_hide_a_profile_of_its_name(tmp_path: Path, monkeypatc
     (tmp_path / "raspberry-pi-5").mkdir()
     monkeypatch.chdir(tmp_path)
     assert profile_store.chosen("raspberry-pi-5") == profile_store.find("raspberry-pi-5")
+
+
+def test_a_profile_has_one_text_however_it_was_made() -> None:
+    for name in profile_store.names():
+        profile = profile_store.find(name)
+        read = HardwareProfile.from_json(profile.to_json())
+        assert profile.to_json() == read.to_json() == replace(profile).to_json()

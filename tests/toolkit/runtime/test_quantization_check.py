@@ -70,3 +70,15 @@ def test_what_is_not_finite_never_serves(loss: str) -> None:
     found = agreement(loss, classes([0, 1]), outputs)
 
     assert "not finite" in found.refusal
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("loss", ["cross_entropy", "bce", "mse"])
+def test_what_was_compared_on_nothing_never_serves(loss: str, labels: bool) -> None:
+    none = np.zeros((0, 4), np.float32)
+    y = np.zeros(0, np.int64) if loss == "cross_entropy" else none
+
+    found = agreement(loss, none, none, y if labels else None)
+
+    assert "no samples" in found.refusal
+    assert found.samples == 0

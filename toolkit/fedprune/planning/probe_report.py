@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from fedprune.core.errors import ProfileError
@@ -66,7 +66,7 @@ class ProbeReport:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "latency": None if self.latency is None else self.latency.to_dict()}
+        return {**vars(replace(self)), "latency": None if self.latency is None else self.latency.to_dict()}
 
     @classmethod
     def from_dict(cls, body: object) -> ProbeReport:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -213,7 +213,7 @@ class HardwareProfile:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; what is not set is left out."""
-        body = json.loads(write(self))
+        body = json.loads(write(replace(self)))  # what msgspec reads has defaults in the class alone
         for section in SECTIONS:
             body[section] = {k: v for k, v in (body.get(section) or {}).items() if v is not None}
         return {key: value for key, value in body.items() if value or key == "identify"}
@@ -235,7 +235,12 @@ class HardwareProfile:
             if isinstance(part := body.get(section), Mapping):
                 validation.only([f.name for f in fields(kind)], part, f"{where}: {section}", error=ProfileError)
         plain = {key: _plainly(value) for key, value in body.items()}
-        profile = convert(cls, {**plain, "sources": _flat_sources(body.get("sources", {}), where)}, where, ProfileError)
+        values = {**plain, "sources": _flat_sources(body.get("sources", {}), where)}
+        try:
+            profile = convert(cls, values, where, ProfileError)
+        except ProfileError as error:
+            hint = "docs/add-a-board.md says what each figure is, and its unit."
+            raise ProfileError(error.what, expected=error.expected, got=error.got, hint=hint) from None
         profile._check(where)
         return profile
 
