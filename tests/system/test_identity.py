@@ -8,10 +8,10 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.security.keys import SigningKey

@@ -28,7 +28,7 @@ CONFIG = "FEDPRUNE_CONFIG"
 _FILE = "_FILE"
 _EXPECTED = "a setting, as FEDPRUNE_<TABLE>_<KEY>"
 _MAX_FILE = 65536
-_ALIKE = 0.75
+_ALIKE = 0.66
 """`difflib`'s ratio from which a word may be a misspelt table: boards have variables that begin alike."""
 
 _PREFIXES = tuple(f"FEDPRUNE_{table.upper()}_" for table in TABLES)

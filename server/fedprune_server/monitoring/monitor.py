@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
@@ -28,7 +28,7 @@ from fedprune.core.text import amount
 from fedprune.jobs.state import Progress
 from fedprune_server.devices.plan_vs_actual import QUANTITIES
 from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
-from fedprune_server.monitoring.alert_rules import evaluate_alerts
+from fedprune_server.monitoring.alert_rules import ALERT_SEVERITIES, evaluate_alerts
 from fedprune_server.monitoring.alerts import (
     COUNTED,
     CRITICAL,
@@ -377,9 +377,11 @@ def read_live(folder: Path) -> Recorded:
 def read_recorded(folder: Path) -> Recorded:
     """What was written last, which may be long ago, by a server that has ended since."""
     try:
-        return read(Recorded, (folder / FILE).read_bytes(), FILE, StorageError)
+        recorded = read(Recorded, (folder / FILE).read_bytes(), FILE, StorageError)
     except (OSError, StorageError):
         return Recorded()
+    known = [a for a in recorded.alerts if a.severity in ALERT_SEVERITIES.get(a.kind, ())]
+    return replace(recorded, alerts=known)
 
 
 def _log(change: AlertChange) -> None:

@@ -190,7 +190,7 @@ def _do(work: RunFunction, run: RunSpec, out: Path) -> None:
 def _status(folder: Path, task: Future[None]) -> RunStatus:
     if task.done():
         error = _failure(folder, task)
-        return RunStatus(folder.name, "failed" if error else "done", 0.0 if error else 1.0, error)
+        return RunStatus(folder.name, "failed") if error else RunStatus(folder.name, "done", 1.0)
     try:
         body = json.loads((folder / PROGRESS).read_bytes())
         return RunStatus(folder.name, "running", float(body["share"]), str(body["note"]))

@@ -30,6 +30,7 @@ from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.second_server import OtherServerError, SecondServerGuard
+from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.storage import Storage
 from support.fakes.opened_job import open_job
 
@@ -373,3 +374,23 @@ def test_torch_loads_the_exported_weights(state: Path, tmp_path: Path) -> None:
 )
 def test_what_can_not_be_exported_is_an_error(state: Path, arguments: list[str], code: ExitCode) -> None:
     assert main(["export-model", "--state", str(state), *arguments]) == code
+
+
+def test_a_missing_global_model_is_noticed(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with StateFolder(state) as folder:
+        digest = folder.storage.load().model  # type: ignore[union-attr]
+        folder.store.delete(digest)
+    assert main(["run", "--insecure", "--state", str(state)]) == ExitCode.STORAGE
+    assert digest in one_line(capsys)
+
+
+def test_a_first_start_that_failed_leaves_room_for_another_model_name_and_broker(
+    model: Path, tmp_path: Path, closed_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.onnx").write_bytes(digits_model())
+    command = ["run", "--insecure", "--state", str(tmp_path / "s"), "--broker", f"mqtt://127.0.0.1:{closed_port}"]
+    assert main([*command, "--model", str(tmp_path / "other.onnx"), "--name", "levaes"]) == ExitCode.BROKER
+    assert main([*command, "--model", str(model), "--name", "leaves"]) == ExitCode.BROKER
+    with StateFolder(tmp_path / "s") as folder:
+        opened = open_job(folder, ServerConfig(job=Job(name="leaves"), model=str(model)))
+    assert (opened.state.round, opened.changed) == (0, [])

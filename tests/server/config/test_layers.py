@@ -12,7 +12,7 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.environment import environment_layer
+from fedprune_server.config.environment import environment_layer, variables
 from fedprune_server.config.layers import located, masked, merged
 from fedprune_server.config.server_config import PLACES, ServerConfig
 from fedprune_server.config.tables import as_tables, parse_config
@@ -117,6 +117,7 @@ def test_a_variable_that_holds_a_table_is_named_for_what_is_in_it() -> None:
     [
         ({"FEDPRUNE_SERVER_KEPT": "3"}, "FEDPRUNE_SERVER_KEPT (did you mean 'FEDPRUNE_SERVER_KEEP'?)"),
         ({"FEDPRUNE_SEVER_KEEP": "3"}, "FEDPRUNE_SEVER_KEEP (did you mean 'FEDPRUNE_SERVER_KEEP'?)"),
+        ({"FEDPRUNE_JBO_NAME": "a"}, "FEDPRUNE_JBO_NAME (did you mean 'FEDPRUNE_JOB_NAME'?)"),
         ({"FEDPRUNE_SERVER_SERVICE_HOST": "10.0.0.1"}, "enableServiceLinks: false"),
         ({"FEDPRUNE_SERVER_KEEP": "three"}, "FEDPRUNE_SERVER_KEEP: server.keep: expected a value as in TOML"),
         ({"FEDPRUNE_SERVER_KEEP": "3\nsite = 'x'"}, "FEDPRUNE_SERVER_KEEP: server.keep: expected a value as in TOML"),
@@ -179,3 +180,14 @@ def test_no_error_has_a_password(environment: dict[str, str]) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_config(environment_layer(environment).tables, Path())
     assert "secret" not in str(caught.value)
+
+
+def test_every_setting_has_a_variable_of_its_own() -> None:
+    known = variables()
+    paths = {path for path, _ in known.values()}
+    assert len(paths) == len(known)
+    assert {(*t.split("."), k) for t, k in settings()} <= paths
+    assert not any(name.endswith("_FILE") for name in known)  # which says where a secret is
+    assert known["FEDPRUNE_SERVER_DATABASE"] == (("server", "database"), True)
+    assert known["FEDPRUNE_MODEL_LOSS"] == (("model", "loss"), True)
+    assert known["FEDPRUNE_JOB_RECIPE_LR"] == (("job", "recipe", "lr"), False)

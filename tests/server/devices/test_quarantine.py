@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from fedprune_server.devices.quarantine import (
     read_rows,
 )
 from fedprune_server.messaging.rate_limit import RateLimitedLink
-from support.fakes.fleet import Fleet
+from support.fakes.fleet import Fleet, larger
 from support.fakes.tiny_job import JOB
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
 
@@ -286,3 +287,28 @@ def test_what_happened_is_kept_for_status(tmp_path: Path, clock: Clock) -> None:
     again = Quarantine(clock, tmp_path / FILE)
     again.save()
     assert read_rows(tmp_path) == {}
+
+
+def test_a_device_whose_updates_no_board_makes_is_not_heard_until_its_time_is_over(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Updates that are too large: three of them, and it is left out for a minute; then it is asked to come back."""
+    caplog.set_level("INFO")
+    fleet.job = replace(JOB, devices=2, rounds=12, deadline_s=20)
+    device = fleet.air.devices["a"]
+    device.lie = larger
+    daemon = fleet.daemon()
+
+    def idle() -> None:
+        if not daemon.busy:
+            fleet.air.now += 0.5
+        if fleet.air.now > 400:
+            daemon.stop()
+
+    fleet.air.on_idle = idle
+    daemon.run()
+    state = daemon.first.state
+    assert "3 malformed updates in a row" in caplog.text
+    assert "the quarantine of device a has ended" in caplog.text
+    assert all("a" not in names for names in folded(state))
+    assert len(folded(state)) == 12

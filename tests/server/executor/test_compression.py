@@ -157,7 +157,7 @@ def test_a_board_decodes_what_the_server_goes_on_from(simulate: Callable[..., Si
         for task in run.state.tasks.values():
             if run.state.round == 1 or task.progress is not Progress.OFFERED:
                 continue
-            offer = Offer("x", 3, 1, **sent(task.offer or {}))
+            offer = Offer.from_dict({"job": "x", "round": 3, "attempt": 1, **sent(task.offer or {})})
             store = BlobStore(tmp_path / str(len(checked)))
             assert offer.coded is not None
             assert offer.moved is not None

@@ -10,10 +10,10 @@ import sqlite3
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from fedprune.core.errors import SignatureError, StorageError
 from fedprune.security.device_identity import DeviceIdentity

@@ -313,3 +313,23 @@ def test_a_test_notification_is_sent_and_its_result_printed(tmp_path: Path, caps
     assert main([*words, url]) == ExitCode.NOTIFICATION
     results = [json.loads(line) for line in capsys.readouterr().out.replace("]\n[", "]\n\n[").split("\n\n") if line]
     assert [(r["channel"], r["delivered"]) for rows in results for r in rows] == [("webhook", True), ("webhook", False)]
+
+
+def test_settings_come_from_file_environment_and_command_line_and_their_secrets_are_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "key").write_text("k3y\n")
+    (tmp_path / "fleet.toml").write_text(
+        '[alerts]\nwebhook = "https://a/x"\nwebhook_secret = "key"\nseverity = "info"\n'
+    )
+    monkeypatch.setenv("FEDPRUNE_ALERTS_AWAY_ROUNDS", "30")
+    words = ["config", "check", str(tmp_path / "fleet.toml"), "--json", "--alert-webhook", "https://b/s3cret?t=1"]
+    assert main([*words, "--state", str(tmp_path / "state")]) == ExitCode.OK
+    out = capsys.readouterr().out
+    rows = {r["key"]: (r["value"], r["from"]) for r in json.loads(out) if r["table"] == "alerts"}
+    assert rows["webhook"] == ("https://b/...", "command line, --alert-webhook")
+    assert rows["webhook_secret"][0] == str(tmp_path / "key")
+    assert rows["severity"] == ("info", f"{tmp_path}/fleet.toml")
+    assert rows["away_rounds"] == (30, "environment variable FEDPRUNE_ALERTS_AWAY_ROUNDS")
+    assert "s3cret" not in out
+    assert "k3y" not in out

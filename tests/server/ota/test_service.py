@@ -396,3 +396,14 @@ def test_a_rollout_waits_where_its_files_are_missing_and_can_be_stopped_there(
     site.store.stop("elsewhere")
     site.live(0.1)
     assert site.rollout.phase is RolloutPhase.STOPPED
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_boards_that_are_revoked_leave_the_rollout_and_stop_nothing(site: Site, restart: bool) -> None:
+    site.fates = dict.fromkeys(NAMES[:5], SILENT)
+    site.begin(Stage(1.0, success=0.9, errors=0.1))
+    site.live(hours=2 / 60)
+    site.members -= set(NAMES[:5])
+    rollout = site.live(restart=restart)
+    assert (rollout.phase, rollout.failures(), site.withdrawn) == (RolloutPhase.DONE, {}, {})
+    assert {n for n, b in rollout.boards.items() if b.fate is Fate.GONE} == set(NAMES[:5])

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.core.errors import ProtocolError, SignatureError
+from fedprune.core.errors import FedpruneError, ProtocolError, SignatureError
 from fedprune.secure_aggregation.keys import ADVERTISEMENT, SEALED, pair_mask_key, restored_mask_key
 from fedprune.secure_aggregation.masks import Vector
 from fedprune.secure_aggregation.messages import encode_bits
@@ -408,3 +408,39 @@ def test_false_shares_are_noticed(survives: bool) -> None:
     cohort.collector.add_unmasking = changed  # type: ignore[method-assign]
     with pytest.raises(ProtocolError, match=f"shares of a secret of {owner} are false"):
         cohort.carry_out(vectors(SMALL, SIX), {"mask": set() if survives else {owner}})
+
+
+@given(st.sampled_from(["roster", "delivery", "survivors"]), st.integers(0, 10**6), st.integers(0, 255), st.booleans())
+@settings(deadline=None, max_examples=60)
+def test_a_changed_message_is_refused_by_name_or_changes_nothing(what: str, at: int, value: int, cut: bool) -> None:
+    cohort, rosters, shares = joined()
+    name = SIX[0]
+    board = cohort.boards[name]
+    if what == "roster":
+        board = Participant(SMALL, name, IDENTITIES[name], DIRECTORY)
+        message, take = rosters[name], board.share
+    else:
+        for other, sent in shares.items():
+            cohort.collector.add_shares(other, sent)
+        deliveries = cohort.collector.deliveries()
+        if what == "delivery":
+            message = deliveries[name]
+
+            def take(raw: bytes) -> bytes:
+                return board.mask(raw, Vector.zeros(SMALL))
+        else:
+            for other, raw in deliveries.items():
+                cohort.collector.add_masked(other, cohort.boards[other].mask(raw, Vector.zeros(SMALL)))
+            message, take = cohort.collector.survivors()[name], board.unmask
+    place = at % len(message)
+    changed = message[:place] if cut else message[:place] + bytes([value]) + message[place + 1 :]
+    if changed == message:
+        take(changed)
+        return
+    refused: FedpruneError | None = None
+    try:
+        take(changed)
+    except FedpruneError as error:
+        refused = error
+    # Any set of enough survivors is a valid request.
+    assert isinstance(refused, ProtocolError) or (refused is None and what == "survivors")

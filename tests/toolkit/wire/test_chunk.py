@@ -60,3 +60,16 @@ def test_runs_are_the_wanted_leaves_with_what_is_consecutive_in_one(first: int, 
         found |= {start + at // LEAF: bytes(payload[at : at + LEAF]) for at in range(0, len(payload), LEAF)}
     assert found == {i: bytes(leaf) for i, leaf in leaves.items() if i in wanted}
     assert all(start - 1 not in found for start, _ in runs)
+
+
+@pytest.mark.parametrize(
+    ("at", "byte"),
+    [(0, b"X"), (3, b"\2"), (4, b"\2"), (5, b"\1"), (7, b"\1")],
+    ids=["magic", "version", "part", "pad", "pad"],
+)
+def test_a_wrong_header_is_refused(at: int, byte: bytes) -> None:
+    raw = bytearray(Chunk(DIGEST, "data", 0, b"x").to_bytes())
+    raw[at : at + 1] = byte
+
+    with pytest.raises(ProtocolError, match="chunk"):
+        Chunk.parse(bytes(raw))

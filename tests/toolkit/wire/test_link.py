@@ -151,6 +151,19 @@ class TestWithMosquitto:
             with connected(mosquitto.url, "b", ["x"]) as receiver:
                 assert receiver.get(0.3) is None
 
+    def test_what_can_t_be_sent_is_declined_before_it_fills_the_memory(
+        self, mosquitto: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(queues, "OUTBOX_BYTES", 1_000_000)
+        with connected(mosquitto.url, "a") as sender:
+            mosquitto.process.send_signal(19)
+            sent = [sender.publish("x", bytes(100_000)) for _ in range(20)]
+            assert sent == [True] * 10 + [False] * 10
+            assert not sender.room
+            mosquitto.process.send_signal(18)
+            assert sender.flush(30)
+            assert sender.publish("x", b"1")
+
     def test_who_holds_chunks_back_is_woken_when_little_is_left_to_send(self, mosquitto: Any) -> None:
         with connected(mosquitto.url, "a") as sender:
             mosquitto.process.send_signal(19)

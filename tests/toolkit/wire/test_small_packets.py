@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD, Chunk, ChunkLimit, leaves_per_chunk
 from fedprune.wire.link import Link
 from fedprune.wire.messages import BlobRequest, Offer, Update, parse
@@ -152,3 +153,18 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
 
     assert there.read(weights.sha256) == bytes(range(256)) * 8000
     assert here.read(trained.sha256) == bytes(range(255)) * 8000
+
+
+def test_a_message_that_the_broker_would_drop_is_refused_by_name(tmp_path: Path) -> None:
+    link: Any = SimpleNamespace(publish=lambda *_: True)
+    registry: Any = SimpleNamespace(
+        sent=lambda *_: None, note_request_of=lambda *_: None, note_request_to=lambda *_: None
+    )
+    store = BlobStore(tmp_path, durable=False)
+    ref = store.put(b"x")
+    offer = Offer("job", 0, 0, 0, DIGEST, DIGEST, (1,) * 40_000, 2, ref, ref, ref, {})
+
+    Outbox(SiteLink(link, TOPICS), registry, Downloads(BlobSender(store))).send("pi", offer, "job")
+    limited = Outbox(SiteLink(link, TOPICS, max_packet=65_536), registry, Downloads(BlobSender(store), 65_536))
+    with pytest.raises(ProtocolError, match="max_packet"):
+        limited.send("pi", offer, "job")

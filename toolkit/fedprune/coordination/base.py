@@ -48,7 +48,7 @@ class Coordinator(ABC):
         frozen: Tensors that the model's author froze.
     """
 
-    sums_alone = False
+    is_masked = False
     """Whether sums of updates are all that is ever known of them."""
 
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
@@ -61,7 +61,7 @@ class Coordinator(ABC):
             WidthPlanner(job, self.strategy, architecture, frozen)
         )
         self.fleet = Fleet(job, architecture, state, self.strategy.least_channels)
-        self.grants = Grants(job, self.strategy, architecture, state, asks_alike=self.sums_alone)
+        self.grants = Grants(job, self.strategy, architecture, state, asks_alike=self.is_masked)
         self.privacy_budget = PrivacyBudget(state, job.privacy)
         self._codecs: dict[tuple[str, ...], list[str]] = {}  # as devices share them
         self._ready = ReadyDevices(state, self.privacy_budget.may)
@@ -127,7 +127,7 @@ class Coordinator(ABC):
         more rounds.
         """
         state = self.state
-        state.keep_to(asynchronous=self.schedule.asynchronous, masked=self.sums_alone)
+        state.keep_to(asynchronous=self.schedule.asynchronous, masked=self.is_masked)
         self._mark_all_offline()
         if state.phase is Phase.FINISHED and not self._last():
             state.phase = Phase.WAITING
@@ -145,7 +145,7 @@ class Coordinator(ABC):
     def uniform(self) -> bool:
         """Whether devices count alike, whatever their samples: under privacy no board may weigh more than another, and
         in sums weights would tell of single updates."""
-        return self.job.privacy.on or self.sums_alone or self.strategy.aggregator.weighting == "uniform"
+        return self.job.privacy.on or self.is_masked or self.strategy.aggregator.weighting == "uniform"
 
     # What a coordinator's rounds are.
 

@@ -32,7 +32,7 @@ _LEFT_OUT = "it was left out of this round's sums, to find out which board has s
 class MaskedCoordinator(SynchronousCoordinator):
     """Synchronous rounds that close with the sums of cohorts instead of with single updates."""
 
-    sums_alone = True
+    is_masked = True
 
     def handle(self, event: on.Event, now: float) -> Commands:
         if isinstance(event, on.Unmasked):

@@ -64,7 +64,7 @@ class SynchronousCoordinator(Coordinator):
             return self._begin(now)
         state.deadline = None
         commands = self._start_clock(now) + self._resumed_parts(now)
-        if not self.sums_alone:
+        if not self.is_masked:
             stored = (Progress.STORED, Progress.FOLDED)
             commands += [self._fold(n, t, t.weight) for n, t in sorted(state.tasks.items()) if t.progress in stored]
         return commands + self._next_turns(self._tally()) + self._look_again(now)
