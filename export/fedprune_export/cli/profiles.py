@@ -145,7 +145,9 @@ def check_profiles(arguments: argparse.Namespace) -> int:
         _print_json(rows)
     else:
         for path, profile in good:
-            print(f"{path}: ok ({profile.name}, {len(profile.sources)} figures with sources)")
+            renamed = path.with_name(f"{profile.name}{path.suffix}")
+            note = "" if path == renamed else f"; as a profile of a folder it must be called {renamed.name}"
+            print(f"{path}: ok ({profile.name}, {len(profile.sources)} figures with sources{note})")
     _raise([e for _, e in bad], len(arguments.files))
     return 0
 

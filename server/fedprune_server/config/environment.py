@@ -91,7 +91,7 @@ def _setting(name: str, known: Mapping[str, tuple[tuple[str, ...], bool]]) -> tu
     raise ConfigError(
         f"environment variable {name[:80]}{meant(name.removesuffix(_FILE), known)}",
         expected=_EXPECTED,
-        hint="docs/configure-a-job.md lists tables and keys. Where Kubernetes made it, set enableServiceLinks: false.",
+        hint="docs/reference/settings.md lists all keys. Where Kubernetes made it, set enableServiceLinks: false.",
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ _UNDECIDED = ("title", "checkpoints", "data")
 """Settings that don't affect the result: what [data] has dealt is in the digests of the devices' samples."""
 
 _MOST_DIFFERENCES = 5
+_MAX_WORD = 40  # characters of a setting that errors show whole
 """Settings that a message names; with more of them another run is meant anyway."""
 
 _NOTHING = object()
@@ -146,7 +147,10 @@ def _table(value: Any) -> Any:
 
 
 def _word(value: Any) -> str:
-    return "nothing" if value is _NOTHING else shown(value)
+    if value is _NOTHING:
+        return "nothing"
+    text = json.dumps(value)
+    return text if len(text) <= _MAX_WORD else shown(value)
 
 
 def fedavg(job: Job) -> Job:

@@ -25,7 +25,7 @@ _FLEET = """\
 # A fleet to begin with: change what is yours. Paths count from this file's folder.
 #     fedprune-simulate --config fleet.toml --out run     the boards on a virtual clock
 #     fedprune-server run --config fleet.toml             the same job on real boards (it looks at no [[devices]])
-# docs/configure-a-job.md and docs/simulate.md explain every key, docs/write-a-strategy.md my_strategy.py.
+# docs/reference/settings.md and docs/simulate.md explain every key, docs/write-a-strategy.md my_strategy.py.
 
 [job]
 name = "{name}"

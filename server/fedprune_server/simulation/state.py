@@ -222,11 +222,16 @@ class SavedRun:
             return None
         except (OSError, ValueError) as error:
             raise StorageError(f"can't read the simulation in {path} ({error})", hint=hint) from error
+        config = self._folder / CONFIG
+        try:
+            settings = json.loads(config.read_bytes())
+        except (OSError, ValueError) as error:
+            raise StorageError(f"can't read the simulation's settings in {config} ({error})", hint=hint) from error
         try:
             if body["format"] != FORMAT:
                 raise StorageError(f"{path} is of another version", expected=FORMAT, hint=hint)
-            if differences := self._experiment.differences(json.loads((self._folder / CONFIG).read_bytes())):
-                what = f"{path} belongs to a simulation with other settings, model or data"
+            if differences := self._experiment.differences(settings):
+                what = f"{config} has other settings, another model or other data"
                 raise StorageError(what, got=differences, hint=hint)
             count, size = map(int, body["rounds"])
             history, notes = _finished(self._folder / ROUNDS, count, size)

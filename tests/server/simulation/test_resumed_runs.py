@@ -259,7 +259,7 @@ def test_a_finished_run_s_folder_goes_on_to_more_rounds(experiment: Experiment, 
         simulate(replace(experiment, job=replace(JOB, rounds=2)), tmp_path / "extended")
 
 
-@pytest.mark.parametrize("name", ["simulation.json", "rounds.jsonl"])
+@pytest.mark.parametrize("name", ["simulation.json", "rounds.jsonl", "config.json"])
 def test_the_advice_for_a_damaged_state_leads_to_a_run(experiment: Experiment, tmp_path: Path, name: str) -> None:
     whole = simulate(experiment, tmp_path)
     (tmp_path / "run" / name).write_bytes(b"{")

@@ -119,7 +119,9 @@ class Schedule:
         keep: Every device's last update enters every round (PR-FL's buffers), not only those that have just arrived.
         staleness: What stale updates count for.
         max_staleness: Updates staler than this don't count, and devices that are so late get a new offer; 0 for none.
-        mixing: As the module says.
+        mixing: What an update's share of the next model is. `damped`: less where it is stale, and the step is shorter
+            by as much. `normalised`: less where it is stale, at whole steps. `share`: its share of all devices'
+            weights. `unbiased`: by how many windows its device takes.
         rate: η, the server's rate: FedAsync's α, FedBuff's and FedFix's η_g.
         concurrent: How many devices work at a time; 0 for all.
         score_every: Rounds between rankings of channels and elements, unless the allocator asks for one earlier.
