@@ -188,7 +188,7 @@ class TestWithMosquitto:
         (tmp_path / "passwords").write_text("")
         broker = start_mosquitto(0, f"listener {{port}} 127.0.0.1\npassword_file {tmp_path}/passwords\n")
 
-        with pytest.raises(BrokerError, match=r"it refuses the connection .*do user name and password fit\?$"):
+        with pytest.raises(BrokerError, match="user name"):
             Link(broker.url.replace("//", "//user:wrong@"), "a").start()
 
     # paho leaves the socket of a failed handshake to the garbage collector.
