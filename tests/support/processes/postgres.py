@@ -104,6 +104,15 @@ class Postgres:
         pid = self._process.pid
         return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
+    def backends(self) -> list[int]:
+        """Those of them that serve a connection of ours."""
+        found = []
+        for pid in self.children():
+            with suppress(OSError):
+                if f"postgres: {USER} ".encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+        return found
+
     def stop(self) -> None:
         """End it at once, but in order."""
         if self._process is not None and self._process.poll() is None:
