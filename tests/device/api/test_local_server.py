@@ -149,9 +149,10 @@ def test_clients_that_never_read_lose_their_places(local: LocalBoard, monkeypatc
             assert connection.recv(1) == b"H"
         assert ask(local, GOOD)[0] == 503, "all places are taken by answers that nobody reads"
         until(lambda: ask(local, GOOD)[0] == 200)
+        got = [len(received(connection)) for connection in greedy]
         for connection in greedy:
-            assert len(received(connection)) < large.nbytes, "the answer was cut off"
             connection.close()
+        assert min(got) < large.nbytes, "the answer was cut off where a place was lost: the other may not be due yet"
 
 
 # Addresses
