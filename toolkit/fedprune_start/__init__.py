@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# Exit codes of `fedprune.core.errors`, which isn't imported yet.
 _USAGE, _INTERRUPTED = 2, 4
-"""Exit codes of `fedprune.core.errors`, which isn't imported yet."""
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,17 @@ from typing import Annotated, Any
 from fedprune.core.errors import ProtocolError
 from fedprune.core.records import Digest, convert, within
 
+# Bytes of a leaf; the last one of a blob may be shorter.
 LEAF = 32 * 1024
-"""Bytes of a leaf; the last one of a blob may be shorter."""
 
+# Bytes of a leaf's digest in the leaf table.
 DIGEST = 32
-"""Bytes of a leaf's digest in the leaf table."""
 
+# The suffix of a leaf table's file after its blob's name.
 SUFFIX = ".leaves"
-"""The suffix of a leaf table's file after its blob's name."""
 
+# Size that no reference may exceed; a store's own limit is usually far lower.
 MAX_BLOB = 2**40
-"""Size that no reference may exceed; a store's own limit is usually far lower."""
 
 
 @dataclass(frozen=True)

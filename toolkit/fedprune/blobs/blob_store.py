@@ -21,14 +21,14 @@ from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.validation import is_digest
 
+# Default limit of one blob's size.
 MAX_SIZE = 2**30
-"""Default limit of one blob's size."""
 
+# Default number of bytes that stay free on the disk.
 RESERVE = 1024 * 1024
-"""Default number of bytes that stay free on the disk."""
 
+# By digest an object's key and size in a bucket.
 Objects = Mapping[str, tuple[str, int]]
-"""By digest an object's key and size in a bucket."""
 
 _LOST = "Was the folder copied in part, or something in it deleted? Restore a backup of it, or begin in a new one."
 

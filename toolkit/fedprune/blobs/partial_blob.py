@@ -105,8 +105,8 @@ class BlobFolder:
             sync_folder(target.parent)
 
 
+# Bytes between flushes of a download, so that the last flush has little left to write.
 _FLUSH_BYTES = 4 * 2**20
-"""Bytes between flushes of a download, so that the last flush has little left to write."""
 
 
 class PartialBlob:

@@ -15,8 +15,8 @@ from typing import Any
 from fedprune.core.disk import storage_errors, sync_file, sync_folder
 from fedprune.core.errors import StorageError
 
+# `.name.partial` is a file that is being written; its path has one writer at a time.
 _PARTIAL = ".partial"
-"""`.name.partial` is a file that is being written; its path has one writer at a time."""
 
 
 @contextmanager

@@ -26,16 +26,16 @@ from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, Usa
 from fedprune.core.text import sentences
 from fedprune.core.validation import MAX_INT
 
+# Does what the parsed arguments ask for, and returns its exit code; None is 0.
 Command = Callable[[argparse.Namespace], int | None]
-"""Does what the parsed arguments ask for, and returns its exit code; None is 0."""
 
 Options = TypeVar("Options")
 
+# Eleven days: poll(2) takes milliseconds in 32 bits.
 _MAX_SECONDS = 1e6
-"""Eleven days: poll(2) takes milliseconds in 32 bits."""
 
+# A century: a longer time from now is no date that every library can show.
 _MAX_HOURS = 100 * 365 * 24.0
-"""A century: a longer time from now is no date that every library can show."""
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 

@@ -15,14 +15,14 @@ from fedprune.core.errors import ExitCode, UsageError, meant
 from fedprune.core.validation import MAX_INT
 from fedprune.output.examples import examples_of
 
+# Environment variable that shows tracebacks, too.
 DEBUG = "FEDPRUNE_DEBUG"
-"""Environment variable that shows tracebacks, too."""
 
+# argparse's message for an invalid choice.
 _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from ([^()]*)\)$")
-"""argparse's message for an invalid choice."""
 
+# argparse's message for what is no number.
 _NUMBER = re.compile(r"invalid (int|float) value: (.*)$", re.DOTALL)
-"""argparse's message for what is no number."""
 
 _KINDS = {"int": "whole number", "float": "number"}
 

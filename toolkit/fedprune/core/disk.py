@@ -14,8 +14,8 @@ from typing import BinaryIO
 
 from fedprune.core.errors import BusyError, StorageError, StorageFullError, remedy
 
+# The largest file that is read whole: as much as one ONNX message can hold.
 MOST_BYTES = 2**31 - 1
-"""The largest file that is read whole: as much as one ONNX message can hold."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

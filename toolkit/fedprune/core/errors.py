@@ -16,23 +16,23 @@ from pathlib import Path
 from fedprune.core.text import sentences
 from fedprune.output.extras import install_command
 
+# Longer names are not compared for misspellings.
 _LONGEST_NAME = 60
-"""Longer names are not compared for misspellings."""
 
+# Characters of each part of a message: received input may be long, and errors end up in logs.
 _LONGEST_PART = 1000
-"""Characters of each part of a message: received input may be long, and errors end up in logs."""
 
+# `difflib`'s ratio from which a name may be a misspelling: with its default of 0.6 shop resembles shape.
 _ALIKE = 0.75
-"""`difflib`'s ratio from which a name may be a misspelling: with its default of 0.6 shop resembles shape."""
 
 
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,60}")
 
+# The keys of a setting from the outermost table, such as `("job", "recipe", "lr")`; items of lists count from 0.
 KeyPath = tuple[str | int, ...]
-"""The keys of a setting from the outermost table, such as `("job", "recipe", "lr")`; items of lists count from 0."""
 
+# What an error is about: a setting by its path, anything else in words.
 Subject = str | KeyPath
-"""What an error is about: a setting by its path, anything else in words."""
 
 
 class ExitCode(IntEnum):
@@ -148,6 +148,7 @@ def reason(error: BaseException) -> str:
     return "".join(c if c.isprintable() else " " for c in text.splitlines()[0][:200]).strip()
 
 
+# Settings by the names that other programs have for them.
 _SYNONYMS = {
     "learning_rate": "lr",
     "local_epochs": "epochs",
@@ -156,7 +157,6 @@ _SYNONYMS = {
     "clients": "devices",
     "num_rounds": "rounds",
 }
-"""Settings by the names that other programs have for them."""
 
 
 def meant(given: object, known: Iterable[str]) -> str:

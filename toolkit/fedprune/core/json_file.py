@@ -11,11 +11,11 @@ from fedprune.core.disk import MOST_BYTES, read_file
 from fedprune.core.errors import FedpruneError, reason, remedy
 from fedprune.core.validation import MAX_INT
 
+# Characters of `MAX_INT` and its sign; longer whole numbers are not parsed, which takes quadratic time.
 _MAX_DIGITS = 20
-"""Characters of `MAX_INT` and its sign; longer whole numbers are not parsed, which takes quadratic time."""
 
+# Characters of what is still a number, though no float64 has more than 309 digits before its point.
 _MOST_DIGITS = 1000
-"""Characters of what is still a number, though no float64 has more than 309 digits before its point."""
 
 
 def decode_json(text: str | bytes) -> Any:

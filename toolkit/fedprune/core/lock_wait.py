@@ -22,20 +22,20 @@ _LOG = logging.getLogger("fedprune")
 
 _HOOK: ContextVar[Callable[[], object] | None] = ContextVar("fedprune_wait_hook", default=None)
 
+# A lock that is free again sooner is no news.
 SAID_AFTER_S = 1.0
-"""A lock that is free again sooner is no news."""
 
+# Who has a lock is looked up, and the hook called, no more often: there may be many attempts in a second.
 ASKED_EVERY_S = 1.0
-"""Who has a lock is looked up, and the hook called, no more often: there may be many attempts in a second."""
 
 _REASON: ContextVar[str] = ContextVar("fedprune_wait_reason", default="")
 
+# All locks on files, where the kernel is Linux.
 LOCKS = Path("/proc/locks")
-"""All locks on files, where the kernel is Linux."""
 
 _SAID_AGAIN_S = 60.0
+# Characters of a command in a sentence.
 _MAX_COMMAND = 120
-"""Characters of a command in a sentence."""
 
 
 @contextmanager

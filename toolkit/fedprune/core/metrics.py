@@ -6,15 +6,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+# Endings of `accuracy_...`, `loss_...` and the like: measured on the device's own test samples, with the model that it
+# has just trained, or with its own average of models where it keeps one.
 TRAINED, AVERAGED = "after", "average"
-"""Endings of `accuracy_...`, `loss_...` and the like: measured on the device's own test samples, with the model that it
-has just trained, or with its own average of models where it keeps one."""
 
+# The share of received weights in the model that a device serves, reported where validation samples decide on it.
 BLEND = "blend"
-"""The share of received weights in the model that a device serves, reported where validation samples decide on it."""
 
+# The largest loss, of either sign, that counts as a measurement.
 MAX_LOSS = 1e6
-"""The largest loss, of either sign, that counts as a measurement."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,13 @@ class Metric:
         return f"{self.title} {self.shown(value)}"
 
 
+# The name of a metric that the model itself defines.
 SCORE = "score"
-"""The name of a metric that the model itself defines."""
 
 ACCURACY = Metric("accuracy", "accuracy", higher=True, share=True)
 LOSS = Metric("loss", "loss", higher=False, share=False)
 
+# By name; where several were measured, a model is judged by the first of them.
 METRICS = {
     m.name: m
     for m in (
@@ -75,7 +76,6 @@ METRICS = {
         LOSS,
     )
 }
-"""By name; where several were measured, a model is judged by the first of them."""
 
 
 def leading(metrics: Mapping[str, float], suffix: str = "") -> tuple[Metric, float] | None:

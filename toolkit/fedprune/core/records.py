@@ -24,12 +24,11 @@ from fedprune.core.validation import MAX_INT
 
 Record = TypeVar("Record")
 
+# The end of a text in regular expressions of Python and of JSON Schema alike; `$` also matches before a last line end.
 END = r"(?![\s\S])"
-"""The end of a text in regular expressions of Python and of JSON Schema alike; `$` also matches before a last line
-end."""
 
+# Nesting that a free-form object may have.
 MAX_DEPTH = 8
-"""Nesting that a free-form object may have."""
 
 _LONGEST_TEXT = 65_536
 

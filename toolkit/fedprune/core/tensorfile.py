@@ -27,8 +27,8 @@ Array = npt.NDArray[Any]
 
 ALIGN = 64
 MAX_HEADER = 16 * 2**20
+# Dimensions of a tensor; numpy itself stops at 32 or 64.
 MAX_RANK = 8
-"""Dimensions of a tensor; numpy itself stops at 32 or 64."""
 
 _MAX_BYTES = 2**48
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Mapping, Sequence
 
+# What ends a sentence.
 _ENDS = (".", "!", "?", "…")
-"""What ends a sentence."""
 
 
 def quantity(number: int, noun: str, *, form: str = "") -> str:

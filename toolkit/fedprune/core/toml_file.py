@@ -10,8 +10,8 @@ from typing import Any
 from fedprune.core.disk import read_file
 from fedprune.core.errors import FedpruneError, MissingExtraError, remedy
 
+# The largest TOML file: some ten thousand boards in a table.
 _MOST_BYTES = 4 * 2**20
-"""The largest TOML file: some ten thousand boards in a table."""
 
 _MOST_PARTS = 100
 
@@ -53,6 +53,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     return body
 
 
+# Strings and comments of a TOML text.
 _QUOTED = re.compile(
     r"""
     "{3}(?:[^"\\]|\\.|"{1,2}(?!"))*"{3} | '{3}(?:[^']|'{1,2}(?!'))*'{3}  # of several lines
@@ -60,7 +61,6 @@ _QUOTED = re.compile(
     """,
     re.DOTALL | re.VERBOSE,
 )
-"""Strings and comments of a TOML text."""
 
 
 def _check_keys(text: str) -> None:

@@ -16,11 +16,11 @@ from fedprune.core.errors import ConfigError, FedpruneError, Subject, meant, sho
 
 MAX_INT = 2**63 - 1
 
+# No control characters other than line ends and tabs, no halves of surrogate pairs.
 _PRINTABLE = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]*")
-"""No control characters other than line ends and tabs, no halves of surrogate pairs."""
 
+# A regular expression of sha256, and of Ed25519 keys.
 DIGEST = "[0-9a-f]{64}"
-"""A regular expression of sha256, and of Ed25519 keys."""
 
 _DECIMAL = re.compile(r"-?[0-9]{1,19}")
 

@@ -8,11 +8,11 @@ from typing import BinaryIO
 
 from fedprune.core.errors import FedpruneError
 
+# Limits of an unpacked member: its bytes, and its ratio to the packed bytes once it is larger than that.
 MOST_INFLATED, MOST_RATIO = 2**30, 100
-"""Limits of an unpacked member: its bytes, and its ratio to the packed bytes once it is larger than that."""
 
+# Of the others, bzip2 and LZMA, `zipfile` unpacks a whole piece at once, however large that becomes.
 PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""Of the others, bzip2 and LZMA, `zipfile` unpacks a whole piece at once, however large that becomes."""
 
 Refuse = type[FedpruneError]
 

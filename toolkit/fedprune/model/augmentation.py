@@ -10,11 +10,11 @@ from fedprune.core import records, validation
 from fedprune.core.errors import ConfigError, ModelError, shown
 from fedprune.core.records import items, one_of, within
 
+# Augmentations of a recipe.
 MOST = 16
-"""Augmentations of a recipe."""
 
+# Augmentations that move the values of a sample to other places.
 GEOMETRIC = ("flip", "crop", "shift")
-"""Augmentations that move the values of a sample to other places."""
 
 _FORMS = {
     "flip": "flip",
@@ -92,8 +92,8 @@ def checked(value: object) -> tuple[str, ...]:
     return entries
 
 
+# Numbers of a sample: beyond these an index of them is no size of real data.
 MAX_NUMBERS = 2**28
-"""Numbers of a sample: beyond these an index of them is no size of real data."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+# The group number of indices that belong to no channel group.
 FIXED = -1
-"""The group number of indices that belong to no channel group."""
 
+# The largest allowed count or length.
 MAX_SIZE = 2**31 - 1
-"""The largest allowed count or length."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Volume:
         return total
 
 
+# The volume of a row that reads or writes no data.
 NOTHING = Volume()
-"""The volume of a row that reads or writes no data."""
 
+# The axis of a row that has none.
 NO_AXIS = Axis(())
-"""The axis of a row that has none."""
 
 
 def whole(value: object) -> int:

@@ -19,14 +19,14 @@ from fedprune.core.errors import DataError, FedpruneError, Subject, shape_text, 
 from fedprune.core.validation import whole
 from fedprune.model.axis import MAX_SIZE
 
+# In padded places of float32.
 PADDING = float(np.finfo(np.float32).max)
-"""In padded places of float32."""
 
+# In padded places of whole numbers, such as token ids.
 ID_PADDING = 2**31 - 1
-"""In padded places of whole numbers, such as token ids."""
 
+# Key of a graph's metadata that holds the axis of one sample whose length varies, and its least length.
 LENGTH = "fedprune.length"
-"""Key of a graph's metadata that holds the axis of one sample whose length varies, and its least length."""
 
 _RANGE = re.compile(r"([0-9]{1,10}):([0-9]{1,10})")
 
@@ -56,8 +56,8 @@ class Lengths:
         return cls(least, most)
 
 
+# One sample's shape; names and None stand for any size.
 Shape = tuple[int | str | Lengths | None, ...]
-"""One sample's shape; names and None stand for any size."""
 
 
 def with_lengths(shape: Sequence[int | str | None], metadata: Mapping[str, str], error: type[FedpruneError]) -> Shape:

@@ -15,8 +15,8 @@ from fedprune.core.settings import bounded
 from fedprune.model.loss import Array
 from fedprune.model.rule import Rule
 
+# With a smaller α hardly a draw would mix anything; with the smallest, 1/α is no number and there is no draw.
 LEAST_MIXUP = 1e-3
-"""With a smaller α hardly a draw would mix anything; with the smallest, 1/α is no number and there is no draw."""
 
 _HINT = "Only labels that all count, and are classes or values but not a teacher's outputs, can be mixed."
 

@@ -163,19 +163,19 @@ def _whole(value: object, low: int = 0) -> int:
     return value
 
 
+# The initial values of all frameworks; scales are 0 in a block that starts as the identity.
 _AS_MADE = {
     TensorKind.NORM_SCALE: (1.0, 0.0),
     TensorKind.NORM_BIAS: (0.0,),
     TensorKind.STAT_MEAN: (0.0,),
     TensorKind.STAT_VAR: (1.0,),
 }
-"""The initial values of all frameworks; scales are 0 in a block that starts as the identity."""
 
 
 _DRAWN = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
+# Of fewer weights the largest needn't come near the bound that they were drawn within.
 _FEW = 256
-"""Of fewer weights the largest needn't come near the bound that they were drawn within."""
 
 
 def just_made(architecture: Architecture, model: Mapping[str, Array]) -> bool:

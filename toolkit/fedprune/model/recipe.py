@@ -103,17 +103,17 @@ class Features:
         return "+".join(parts) or "plain"
 
 
+# The loss that the model itself brings, a graph of outputs and labels.
 CUSTOM = "custom"
-"""The loss that the model itself brings, a graph of outputs and labels."""
 
+# The loss whose labels are a teacher's outputs.
 DISTILL = "distill"
-"""The loss whose labels are a teacher's outputs."""
 
+# Labels of 0 or 1 for every class.
 MULTI = "multi"
-"""Labels of 0 or 1 for every class."""
 
+# Labels that outputs are right or wrong about.
 JUDGED = ("classes", MULTI)
-"""Labels that outputs are right or wrong about."""
 
 
 def labels_of(loss: str) -> str:
@@ -122,26 +122,26 @@ def labels_of(loss: str) -> str:
     return LOSSES[loss].labels
 
 
+# Metrics besides accuracy and loss, by kind of labels; `custom` for the model's own.
 METRICS_OF = {
     kind: (*(name for name, metric in METRICS.items() if kind in metric.labels), CUSTOM)
     for kind in dict.fromkeys(loss.labels for loss in LOSSES.values())
 }
-"""Metrics besides accuracy and loss, by kind of labels; `custom` for the model's own."""
 
+# Optimisers, and how many arrays of a tensor's shape each keeps between steps.
 OPTIMIZERS = {"sgd": 1, "adam": 2, "adamw": 2, "lion": 1}
-"""Optimisers, and how many arrays of a tensor's shape each keeps between steps."""
 
+# Courses of the learning rate over a job's rounds.
 SCHEDULES = ("constant", "cosine")
-"""Courses of the learning rate over a job's rounds."""
 
 MASKS = ("none", "hard", "threshold")
 
 _MOST = 1000
+# Entries of a list of patterns or densities, and letters of a pattern.
 _LONGEST = 1000
-"""Entries of a list of patterns or densities, and letters of a pattern."""
 
+# Settings as they were after their check, by what was given: every round repeats the recipes of the one before.
 _CHECKED: dict[tuple[object, ...], dict[str, Any]] = {}
-"""Settings as they were after their check, by what was given: every round repeats the recipes of the one before."""
 _MOST_CHECKED = 256
 
 
@@ -449,6 +449,7 @@ def _of_losses(setting: str) -> Rule:
 
 _TOLD = "A board would tell {}, which no noise covers."
 
+# Settings that have no meaning together.
 RULES = (
     *map(_of_losses, sorted(frozenset().union(*(loss.terms for loss in LOSSES.values())))),
     *mixup.RULES,
@@ -469,7 +470,6 @@ RULES = (
         "A narrower step of a masked model is a model that nothing has chosen.",
     ),
 )
-"""Settings that have no meaning together."""
 
 
 def judged_by(recipe: Mapping[str, Any]) -> str:
@@ -489,8 +489,8 @@ def judging_metric(job: Mapping[str, Any]) -> str:
     return name if name in METRICS else ""
 
 
+# Settings of a recipe that are lists.
 LIST_SETTINGS = tuple(field.name for field in fields(Recipe) if str(field.type).startswith("tuple["))
-"""Settings of a recipe that are lists."""
 
 
 def _entries(name: str, value: object, kind: str, fits: Callable[[Any], bool]) -> tuple[Any, ...]:

@@ -19,17 +19,17 @@ import numpy.typing as npt
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import FIXED, Architecture, Axis
 
+# Named tensors of a model or submodel.
 Tensors = dict[str, npt.NDArray[np.float32]]
-"""Named tensors of a model or submodel."""
 
 Indices = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.bool_]
 
+# Single elements that are active, by tensor and of its shape; a tensor that isn't named is active as a whole.
 Active = Mapping[str, Bits]
-"""Single elements that are active, by tensor and of its shape; a tensor that isn't named is active as a whole."""
 
+# Every element of every tensor.
 ALL: Active = {}
-"""Every element of every tensor."""
 
 
 def check_mask(mask: Active, shapes: Mapping[str, tuple[int, ...]]) -> None:

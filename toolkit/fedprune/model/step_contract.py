@@ -75,19 +75,19 @@ BETA1 = "beta1"
 BETA2 = "beta2"
 EPSILON = "epsilon"
 STEP_NUMBER = "step_number"
+# Numbers that single losses read, named as in recipes.
 LOSS_SETTINGS = frozenset(loss.setting for loss in LOSSES.values() if loss.setting)
-"""Numbers that single losses read, named as in recipes."""
 CLIP_NORM = "clip_norm"
 DIVISOR = "divisor"
 LOGIT_OFFSET = "logit_offset"
 CLASS_MASK = "class_mask"
 OUTPUT_SCALE = "output_scale"
 LOSS = "loss"
+# The output of an inference graph (its input is `x`), and the value of a training graph that the loss is made of.
 LOGITS = "logits"
-"""The output of an inference graph (its input is `x`), and the value of a training graph that the loss is made of."""
 
+# Inputs that have an entry for every sample.
 OF_SAMPLES = frozenset({X, Y, Y_PARTNER})
-"""Inputs that have an entry for every sample."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,7 @@ def _is_read_by_loss(setting: str, features: Features) -> bool:
     return LOSSES[features.loss].setting == setting
 
 
+# In the order in which graphs have them.
 OPTIMIZER_NUMBERS = {
     LR: Number("lr"),
     MOMENTUM: Number("momentum", lambda f: f.optimizer == "sgd"),
@@ -122,7 +123,6 @@ OPTIMIZER_NUMBERS = {
     STEP_NUMBER: Number("", _is_adam, np.int64),
     CLIP_NORM: Number("clip_norm", lambda f: f.clip),
 }
-"""In the order in which graphs have them."""
 
 NUMBERS = OPTIMIZER_NUMBERS | {
     OUTPUT_SCALE: Number("scale", lambda f: f.scale),
@@ -130,33 +130,32 @@ NUMBERS = OPTIMIZER_NUMBERS | {
     **{name: Number(name, partial(_is_read_by_loss, name)) for name in LOSS_SETTINGS},
 }
 
+# Inputs that belong to no tensor.
 INPUTS = frozenset({X, Y, Y_PARTNER, Y_SHARE, *NUMBERS, DIVISOR, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK})
-"""Inputs that belong to no tensor."""
 
+# Names that no tensor of a model may have; the importer renames such tensors.
 RESERVED = INPUTS | {LOSS, HITS, LOGITS}
-"""Names that no tensor of a model may have; the importer renames such tensors."""
 
+# Key of a training graph's metadata that holds the class of labels that count for nothing, if there is one.
 IGNORED = "fedprune.ignored"
-"""Key of a training graph's metadata that holds the class of labels that count for nothing, if there is one."""
 
+# Key of a training graph's metadata that holds, on demand, a metric: an ONNX file in base64.
+#
+# Its inputs are `logits` and `y`; its outputs `SUMS` [k] (float32), which add up over the parts of a set, and `VALUE`
+# (float32 []), which is computed from `SUMS` alone.
 METRIC = "fedprune.metric"
-"""Key of a training graph's metadata that holds, on demand, a metric: an ONNX file in base64.
-
-Its inputs are `logits` and `y`; its outputs `SUMS` [k] (float32), which add up over the parts of a set, and `VALUE`
-(float32 []), which is computed from `SUMS` alone.
-"""
 
 SUMS, VALUE = "sums", "value"
 
+# Key of a training graph's metadata that holds, on demand, how samples are augmented, and labels that are places of
+# them (`fedprune.model.augmentation.AugmentPlan`, as JSON).
 AUGMENT = "fedprune.augment"
-"""Key of a training graph's metadata that holds, on demand, how samples are augmented, and labels that are places of
-them (`fedprune.model.augmentation.AugmentPlan`, as JSON)."""
 
+# Key of a training graph's metadata that holds the ratio of each dropout, by the name of its mask, as JSON.
 DROPOUT = "fedprune.dropout"
-"""Key of a training graph's metadata that holds the ratio of each dropout, by the name of its mask, as JSON."""
 
+# Key of a training graph's metadata that holds, on demand, the channels on its tensors' axes.
 AXES = "fedprune.axes"
-"""Key of a training graph's metadata that holds, on demand, the channels on its tensors' axes."""
 
 
 def buffer(name: str) -> str:

@@ -10,8 +10,8 @@ from fedprune.core.errors import ConfigError, KeyPath
 from fedprune.model.architecture import Architecture, TensorKind, TensorSpec
 from fedprune.model.recipe import Features
 
+# A pattern that stands for the last layer's tensors, where tensors are named by patterns.
 HEAD = "@head"
-"""A pattern that stands for the last layer's tensors, where tensors are named by patterns."""
 
 
 def head_axes(architecture: Architecture, setting: KeyPath = ("recipe",)) -> dict[str, int]:

@@ -18,32 +18,32 @@ import numpy as np
 import numpy.typing as npt
 
 WIDTH = 1000
+# Units of the plot, which is stretched.
 HEIGHT = 100
-"""Units of the plot, which is stretched."""
 
+# Points of a curve; longer curves are thinned evenly.
 MOST_POINTS = 500
-"""Points of a curve; longer curves are thinned evenly."""
 
+# Rows of the table of values: the latest.
 MOST_NUMBERS = 60
-"""Rows of the table of values: the latest."""
 
+# Curves up to which the values under the pointer are a line above the chart; those of more are in a box.
 MOST_SAID = 3
-"""Curves up to which the values under the pointer are a line above the chart; those of more are in a box."""
 
+# Tiles of a strip: more would be narrower than a dot of the screen.
 MOST_TILES = 140
-"""Tiles of a strip: more would be narrower than a dot of the screen."""
 
+# Curves up to which a chart has a table of values.
 MOST_COLUMNS = 12
-"""Curves up to which a chart has a table of values."""
 
+# Entries from which a legend or list has a search field.
 SEARCHED = 20
-"""Entries from which a legend or list has a search field."""
 
+# Steps of the heat map's scale above zero.
 LEVELS = 10
-"""Steps of the heat map's scale above zero."""
 
+# Values beyond this are left out, as NaN is.
 _DRAWABLE = 1e30
-"""Values beyond this are left out, as NaN is."""
 
 _STYLES = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 

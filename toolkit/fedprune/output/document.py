@@ -54,8 +54,8 @@ class Drawing:
     html: str
 
 
+# A paragraph, a list, a table, bars or a drawing; empty ones are left out.
 Block = str | tuple[str, ...] | Table | Bars | Drawing
-"""A paragraph, a list, a table, bars or a drawing; empty ones are left out."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+# Command lines, those of a command one after the other. Tests parse all of them.
 EXAMPLES = r"""
 fedprune-export model.onnx --target raspberry-pi-zero-2w --out bundle
 fedprune-export nets:unet --input-shape 3,64,64 --target raspberry-pi-5,jetson-orin-nano --out bundles
@@ -112,7 +113,6 @@ fedprune-simulate new fleet --boards attic=raspberry-pi-zero-2w:40KB,dock=jetson
 fedprune-simulate advise --config fleet.toml --out advice --workers 4
 fedprune-simulate advise --config fleet.toml --out advice-long --rounds 20 --seeds 3 --json
 """.strip().splitlines()
-"""Command lines, those of a command one after the other. Tests parse all of them."""
 
 _COMMAND = re.compile("[a-z-]+")
 

@@ -18,8 +18,8 @@ TEXT, JSON = "text", "json"
 
 _CONTEXT: ContextVar[Mapping[str, object]] = ContextVar("log_context", default={})  # noqa: B039 - it is never changed
 
+# By job; apart from the context, since an observer of a job makes traces and not what logs about the job.
 _TRACE_IDS: dict[str, str] = {}
-"""By job; apart from the context, since an observer of a job makes traces and not what logs about the job."""
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from importlib.resources import files
 
 from fedprune.output.chart import SEARCHED, Chart, Strip, figure, legend_of, search, strip_svg, style, text
 
+# A part of a bar: CSS class, where it begins and where it ends, as shares of the bar's room.
 Part = tuple[str, float, float]
-"""A part of a bar: CSS class, where it begins and where it ends, as shares of the bar's room."""
 
 
 @dataclass(frozen=True)

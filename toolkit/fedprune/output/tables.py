@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:  # rich takes a tenth of a second to import
     from rich.table import Table
 
+# Styles of states.
 GOOD, BUSY, ATTENTION, BAD = "green", "cyan", "yellow", "red"
-"""Styles of states."""
 
+# Spaces between two columns.
 _GAP = 2
-"""Spaces between two columns."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Column:
     wrap: int = 0
 
 
+# A text, or a text and its style.
 Cell = str | tuple[str, str]
-"""A text, or a text and its style."""
 
 
 def print_table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], *, stream: TextIO | None = None) -> None:
@@ -139,8 +139,8 @@ def progress(first: str = "starting") -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(escape(text))
 
 
+# Takes how many more bytes are done.
 Advance = Callable[[int], None]
-"""Takes how many more bytes are done."""
 
 
 @contextlib.contextmanager

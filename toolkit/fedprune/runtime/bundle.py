@@ -42,11 +42,11 @@ BASE = "base.safetensors"
 TRAINING = "training.onnx"
 ARCHITECTURE = "architecture.json"
 SUBMODEL = "submodel.json"
+# Subfolder of a bundle: a complete new bundle whose files are still being moved into place, see `files_folder`.
 COMPLETE = ".bundle.complete"
-"""Subfolder of a bundle: a complete new bundle whose files are still being moved into place, see `files_folder`."""
 _AGAIN = "Copy or export the bundle again."
+# Characters of a manifest's text in a message.
 _LONGEST = 200
-"""Characters of a manifest's text in a message."""
 
 FILES = (INFERENCE, WEIGHTS, TRAINING, ARCHITECTURE, SUBMODEL)
 

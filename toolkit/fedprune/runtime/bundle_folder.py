@@ -38,14 +38,14 @@ from fedprune.runtime.bundle import (
 )
 from fedprune.runtime.precision_files import files_of
 
+# Where a bundle is written; the holder of the lock may delete it.
 PARTIAL = ".bundle.partial"
-"""Where a bundle is written; the holder of the lock may delete it."""
 _LOCK = ".bundle.lock"
+# In it every file has a second name, which is moved to its place: that needs no room, and the first name stays.
 _PLACES = "places"
-"""In it every file has a second name, which is moved to its place: that needs no room, and the first name stays."""
 
+# The export's report of the bundle.
 REPORTS = ("report.json", "report.md", "report.html")
-"""The export's report of the bundle."""
 
 
 def is_bundle(folder: Path) -> bool:

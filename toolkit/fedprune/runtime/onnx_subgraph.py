@@ -14,32 +14,32 @@ from fedprune.core.errors import ModelError
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
+# Fields of ModelProto.
 _GRAPH, _METADATA = 7, 14
-"""Fields of ModelProto."""
 
+# Fields of StringStringEntryProto.
 _KEY, _VALUE = 1, 2
-"""Fields of StringStringEntryProto."""
 
+# Fields of GraphProto.
 _NODE, _INITIALIZER, _INPUT, _OUTPUT, _VALUE_INFO = 1, 5, 11, 12, 13
-"""Fields of GraphProto."""
 
+# Fields of NodeProto.
 _NODE_INPUT, _NODE_OUTPUT, _NODE_ATTRIBUTE = 1, 2, 5
-"""Fields of NodeProto."""
 
+# Fields of AttributeProto that hold the bodies of loops and branches.
 _ATTRIBUTE_GRAPHS = (6, 11)
-"""Fields of AttributeProto that hold the bodies of loops and branches."""
 
+# Field of ValueInfoProto.
 _NAME = 1
-"""Field of ValueInfoProto."""
 
+# Field of TensorProto.
 _TENSOR_NAME = 8
-"""Field of TensorProto."""
 
+# Fields of ValueInfoProto, TypeProto and its tensor type, and the number of float32.
 _TYPE, _TENSOR_TYPE, _ELEMENT_TYPE, _FLOAT32 = 2, 1, 1, 1
-"""Fields of ValueInfoProto, TypeProto and its tensor type, and the number of float32."""
 
+# Loops within loops.
 _DEEPEST = 32
-"""Loops within loops."""
 
 
 def part_for(model: bytes, outputs: Collection[str], given: Collection[str] = ()) -> bytes:

@@ -20,17 +20,17 @@ from fedprune.core.errors import ExitCode, FedpruneError
 
 Array = npt.NDArray[Any]
 
+# A trainer's steps take turns between two places of the state, and an epoch's last batch may be smaller: four for each
+# width that a simulation's boards train.
 MOST_RECORDINGS = 16
-"""A trainer's steps take turns between two places of the state, and an epoch's last batch may be smaller: four for each
-width that a simulation's boards train."""
 
+# Runs alike before one is recorded, which itself takes as long as three.
 _REPEATS = 3
-"""Runs alike before one is recorded, which itself takes as long as three."""
 
 _MOST_SIGNATURES = 64
 
+# onnxruntime's key of a run, and its value for a run that is neither recorded nor replayed.
 _GRAPH_ID, _UNRECORDED = "gpu_graph_id", "-1"
-"""onnxruntime's key of a run, and its value for a run that is neither recorded nor replayed."""
 
 
 class GpuLostError(FedpruneError):

@@ -30,11 +30,11 @@ from fedprune.runtime.session import Session
 
 Array = npt.NDArray[Any]
 
+# The output of calibration and input of preparation: least and largest number of every activation, float32 [n, 2].
 RANGES = "~ranges"
-"""The output of calibration and input of preparation: least and largest number of every activation, float32 [n, 2]."""
 
+# Samples that ranges are measured on.
 CALIBRATION_SAMPLES = 256
-"""Samples that ranges are measured on."""
 
 _AT_ONCE = 32
 
@@ -125,21 +125,21 @@ def lowered_weights(folder: Path, precision: str, tensors: Mapping[str, Array], 
     return tensorfile.encode(prepare(Session(folder / prepare_file(precision)), tensors, ranges))
 
 
+# Samples that both are compared on, at most.
 SAMPLES = 512
-"""Samples that both are compared on, at most."""
 
+# Share of decisions that must be the same.
 LEAST_SAME = 0.95
-"""Share of decisions that must be the same."""
 
+# Share of right answers that may be lost: one point of accuracy.
 MOST_LOST = 0.01
-"""Share of right answers that may be lost: one point of accuracy."""
 
+# Where numbers are predicted: how far they may be off, as a share of how far they spread.
 MOST_ERROR = 0.1
-"""Where numbers are predicted: how far they may be off, as a share of how far they spread."""
 
+# Numbers that spread less, as a share of the largest, count as spread so far: one, or equal ones, don't spread. With a
+# tenth of it allowed that is twice what rounding to float16 takes from a number.
 _LEAST_SPREAD = 1e-2
-"""Numbers that spread less, as a share of the largest, count as spread so far: one, or equal ones, don't spread.
-With a tenth of it allowed that is twice what rounding to float16 takes from a number."""
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 FLOAT32 = "float32"
 INT8 = "int8"
+# `folded` is float32 with norms inside the layers before them.
 PRECISIONS = ("folded", "float16", INT8)
-"""`folded` is float32 with norms inside the layers before them."""
 
+# Those that boards of a fleet may serve at: what `folded` does, onnxruntime does to float32 by itself.
 SERVED = ("float16", INT8)
-"""Those that boards of a fleet may serve at: what `folded` does, onnxruntime does to float32 by itself."""
 
 FASTEST = "fastest"
 
+# Values of a board's option `serve`: a precision, or the fastest of them.
 SERVE = (FLOAT32, *SERVED, FASTEST)
-"""Values of a board's option `serve`: a precision, or the fastest of them."""
 
 
 def graph_file(precision: str) -> str:

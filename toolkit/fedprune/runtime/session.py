@@ -27,24 +27,24 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LOG = logging.getLogger("fedprune.runtime.session")
 
+# Causes for computing on the CPU that this process has logged.
 _SAID: set[str] = set()
-"""Causes for computing on the CPU that this process has logged."""
 
 _MOST_SAID = 20
 
+# Bytes of arrays for outputs from which binding them takes less time than copying into them.
 _BOUND_FROM = 1 << 20
-"""Bytes of arrays for outputs from which binding them takes less time than copying into them."""
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
+# A Jetson's graphics unit shares the board's memory, so no more is taken than asked for; an exhaustive search would be
+# made again for every new shape; and what is trained in float32 is computed in float32
+# (https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html).
 CUDA_OPTIONS = {
     "arena_extend_strategy": "kSameAsRequested",
     "cudnn_conv_algo_search": "HEURISTIC",
     "use_tf32": "0",
 }
-"""A Jetson's graphics unit shares the board's memory, so no more is taken than asked for; an exhaustive search would be
-made again for every new shape; and what is trained in float32 is computed in float32
-(https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html)."""
 
 
 class Runs(Protocol):
@@ -289,8 +289,8 @@ def run_by_child_process() -> Iterator[None]:
 
 _process: SessionProcess | None = None
 
+# Code of the child process.
 PROGRAM = f"from {__name__} import main; main()"
-"""Code of the child process."""
 
 
 def main() -> None:

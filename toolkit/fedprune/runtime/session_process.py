@@ -21,14 +21,14 @@ from fedprune.core.closing import Closing
 from fedprune.core.errors import FedpruneError, RuntimeUnavailableError, reason
 from fedprune.core.imports import program_code
 
+# Long enough for the requests of a round. The next one starts another process, in half a second.
 IDLE_S = 20.0
-"""Long enough for the requests of a round. The next one starts another process, in half a second."""
 
 _STOP_S = 5.0
 
+# A process that reads and writes nothing for so long during a request hangs: seconds and microseconds, as 64-bit
+# systems have them.
 _LONGEST = struct.pack("@ll", 3600, 0)
-"""A process that reads and writes nothing for so long during a request hangs: seconds and microseconds, as 64-bit
-systems have them."""
 
 
 @dataclass(frozen=True)

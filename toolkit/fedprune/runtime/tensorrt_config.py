@@ -17,17 +17,17 @@ from fedprune.core.settings import bounded, check_fields, one_of
 from fedprune.core.tensorfile import digest
 
 FORMAT = "fedprune.engine/1"
+# The name of a plan's file in a bundle.
 NAME = "engine.json"
-"""The name of a plan's file in a bundle."""
 
+# How an engine may compute, and how far its outputs may then be from onnxruntime's in float32, relative to 1 plus the
+# largest of them. TF32 rounds factors to 10 bits of mantissa, as float16 has, but keeps float32's range.
 TOLERANCES = {"float32": 1e-3, "tf32": 1e-2, "float16": 3e-2}
-"""How an engine may compute, and how far its outputs may then be from onnxruntime's in float32, relative to 1 plus the
-largest of them. TF32 rounds factors to 10 bits of mantissa, as float16 has, but keeps float32's range."""
 
 _GRAPH = re.compile(r"[a-z0-9][a-z0-9._-]{0,59}\.onnx")
 _MIB = 2**20
+# Bytes of a plan.
 _LONGEST = 10_000
-"""Bytes of a plan."""
 
 MOST_BATCH = 4096
 

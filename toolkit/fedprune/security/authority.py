@@ -51,8 +51,8 @@ from fedprune.wire.topics import check_device, check_name
 
 KEY, CERTIFICATE, CRL = "authority.key", "authority.pem", "crl.pem"
 
+# Common name of the server's own certificate: brokers know the server by it, so no device may have it.
 SERVER = "fedprune-server"
-"""Common name of the server's own certificate: brokers know the server by it, so no device may have it."""
 
 AUTHORITY_DAYS, DEVICE_DAYS, BROKER_DAYS = 30 * 365, 2 * 365, 5 * 365
 _DAY = 24 * 3600

@@ -20,14 +20,14 @@ from cryptography.x509.oid import NameOID
 from fedprune.core.errors import IdentityError, ProtocolError, remedy, shown
 from fedprune.security.private_file import read_private, write_private
 
+# Bytes of an authority's pin: with 96 bits a second authority with the same one can't be made.
 PIN = 12
-"""Bytes of an authority's pin: with 96 bits a second authority with the same one can't be made."""
 
+# Limit of a certificate's or request's bytes.
 MAX_PEM = 8192
-"""Limit of a certificate's or request's bytes."""
 
+# The clock of a board without the time.
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-"""The clock of a board without the time."""
 
 TlsKey = ec.EllipticCurvePrivateKey
 _BROKEN = (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm)

@@ -49,15 +49,15 @@ _SIGNING, _EPOCH, _REQUEST, _NEW_KEY = "signing.key", "epoch", "request.json", "
 _KEY, _CERTIFICATE, _AUTHORITY, _SERVER = "tls.key", "device.pem", "authority.pem", "server.pub"
 _ADMITTED, _TIME, _HEARD = "admitted", "time", "heard"
 
+# Share of a certificate's lifetime after which it is renewed.
 RENEW_AT = 2 / 3
-"""Share of a certificate's lifetime after which it is renewed."""
 
+# A board's own authority vouches for the broker that the fleet's server runs or configures, and for no other.
 _FOREIGN_BROKER = (
     "its certificate is another server's: another server answers at this address, or `fedprune-server init` was run "
     "again. Connect to this fleet's server, or join the other one: docs/runbook.md#another-server-answers. "
     "A broker with a certificate of another authority, such as a hosted one, needs --ca"
 )
-"""A board's own authority vouches for the broker that the fleet's server runs or configures, and for no other."""
 
 
 class DeviceIdentity:

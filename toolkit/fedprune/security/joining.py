@@ -171,8 +171,8 @@ def _body(request: JoinRequest) -> bytes:
 
 
 PREFIX = "FP1"
+# Bytes of the parts other than the pin.
 ID, SECRET, CHECK = 5, 15, 3
-"""Bytes of the parts other than the pin."""
 
 _GROUP = 8
 _LONGEST = 200

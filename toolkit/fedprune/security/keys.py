@@ -15,14 +15,14 @@ from fedprune.core.errors import IdentityError, ProtocolError, SignatureError, s
 from fedprune.core.validation import Error, is_digest
 from fedprune.security.private_file import read_private, write_private
 
+# Bytes of a verifying key.
 KEY = 32
-"""Bytes of a verifying key."""
 
+# Bytes of a signature.
 SIGNATURE = 64
-"""Bytes of a signature."""
 
+# Bytes by which a message names its sender's key.
 KEY_ID = 8
-"""Bytes by which a message names its sender's key."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from fedprune.core.atomic_file import appearing, write_whole
 from fedprune.core.disk import make_private_folder, storage_errors
 from fedprune.core.errors import IdentityError, StorageError, remedy
 
+# Limit of the bytes of a file with a secret.
 MAX_SECRET = 16 * 1024
-"""Limit of the bytes of a file with a secret."""
 
 
 def write_private(path: Path, data: bytes) -> None:

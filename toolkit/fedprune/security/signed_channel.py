@@ -58,17 +58,17 @@ from fedprune.wire.fields import MAX_MESSAGE
 
 MAGIC = b"FPS"
 VERSION = 1
+# Limit of epochs and counters, which fit into the integers of any database.
 MAX_NUMBER = 2**63 - 1
-"""Limit of epochs and counters, which fit into the integers of any database."""
 
+# Bytes of a topic that can be signed; ours have at most 270.
 MAX_TOPIC = 1024
-"""Bytes of a topic that can be signed; ours have at most 270."""
 
 _DOMAIN = b"fedprune signed message 1\0"
 _HEADER = struct.Struct("<3sB8sQQ")
 
+# Bytes before the message.
 HEADER = _HEADER.size + SIGNATURE
-"""Bytes before the message."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def _check_number(what: str, value: int) -> None:
         raise ProtocolError(f"{what} of a signed message", expected=f"0 to {MAX_NUMBER}", got=value)
 
 
+# Later messages that may overtake one.
 WINDOW = 1024
-"""Later messages that may overtake one."""
 
 
 class Window:
@@ -219,14 +219,14 @@ class Window:
         return begins
 
 
+# Limit of milliseconds from the clock: a wrong one must not use up the numbers.
 _LAST_TIME = 2**53
-"""Limit of milliseconds from the clock: a wrong one must not use up the numbers."""
 
+# Epochs that are written at once, so that a connecting fleet doesn't make its server wait for the disk each time.
 _BLOCK = 256
-"""Epochs that are written at once, so that a connecting fleet doesn't make its server wait for the disk each time."""
 
+# Epochs by which a sender is never ahead of its clock: no sender begins that many within a minute.
 _AHEAD = 2**16
-"""Epochs by which a sender is never ahead of its clock: no sender begins that many within a minute."""
 
 
 class EpochFile:
@@ -287,14 +287,14 @@ def _read(path: Path) -> int:
     return epoch
 
 
+# Levels of a topic up to the device: fedprune/1/{site}/{device}.
 _LEVELS = 4
-"""Levels of a topic up to the device: fedprune/1/{site}/{device}."""
 
+# Past epochs of a stream whose last counter is remembered.
 _OVER = 8
-"""Past epochs of a stream whose last counter is remembered."""
 
+# Streams of one sender: a device receives two of its server's, a server one of each device's.
 MAX_STREAMS = 16
-"""Streams of one sender: a device receives two of its server's, a server one of each device's."""
 
 
 def stream_of(topic: str) -> str:

@@ -28,12 +28,12 @@ from fedprune.core.errors import ConfigError, IdentityError, StorageError, remed
 from fedprune.core.validation import is_whole
 from fedprune.security.certificates import seconds_of
 
+# OpenSSL's X509_V_FLAG_NO_CHECK_TIME (x509_vfy.h), since 1.1.0; Python has no name for it.
 NO_CHECK_TIME = 0x200000
-"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME (x509_vfy.h), since 1.1.0; Python has no name for it."""
 
+# OpenSSL's X509_V_ERR_* for a chain that ends at no trusted authority. An authority of the same name and another key,
+# as `fedprune-server init` makes one when it is run again, shows as a wrong signature (7) or key identifier (30).
 _FOREIGN = frozenset({2, 7, 18, 19, 20, 21, 30})
-"""OpenSSL's X509_V_ERR_* for a chain that ends at no trusted authority. An authority of the same name and another key,
-as `fedprune-server init` makes one when it is run again, shows as a wrong signature (7) or key identifier (30)."""
 
 
 class PinnedContext(ssl.SSLContext):
@@ -71,8 +71,8 @@ def peer_name(connection: ssl.SSLSocket) -> str:
     return str(names[0]) if len(names) == 1 else ""
 
 
+# Instead of an authority: all that the system trusts, for hosted brokers.
 SYSTEM = Path("system")
-"""Instead of an authority: all that the system trusts, for hosted brokers."""
 
 
 def pinned_context(
@@ -155,8 +155,8 @@ def _refused(why: str) -> ssl.SSLCertVerificationError:
     return error
 
 
+# Build time in seconds since 1970: 1 November 2026, raised with every release.
 BUILT = 1_793_491_200
-"""Build time in seconds since 1970: 1 November 2026, raised with every release."""
 
 _DAY = 24 * 3600
 

@@ -7,26 +7,26 @@ from dataclasses import dataclass
 
 from fedprune.core.errors import ConfigError, Subject, shown
 
+# No codec: a tensor file of float32.
 PLAIN = "none"
-"""No codec: a tensor file of float32."""
 
+# The strategy's own codec (`fedprune.strategies.strategy.Strategy.compression`).
 AUTO = "auto"
-"""The strategy's own codec (`fedprune.strategies.strategy.Strategy.compression`)."""
 
+# Codecs of a device's updates, and of the weights that it is sent, as text; None for plain files.
 Codecs = tuple[str | None, str | None]
-"""Codecs of a device's updates, and of the weights that it is sent, as text; None for plain files."""
 
 NO_CODECS: Codecs = (None, None)
 
+# The largest code of a difference, which is a whole number times a scale.
 _STEPS = {"int8": 127, "int4": 7, "top-k": 127}
-"""The largest code of a difference, which is a whole number times a scale."""
 
+# The codecs that a job may ask for; a device announces those that it knows in its birth.
 CODECS = tuple(_STEPS)
-"""The codecs that a job may ask for; a device announces those that it knows in its birth."""
 
+# Those for the weights that devices are sent. With `top-k` devices would train on from what most of the model once was,
+# and an average of their weights would forget what has moved since.
 DOWN = tuple(n for n in CODECS if n != "top-k")
-"""Those for the weights that devices are sent. With `top-k` devices would train on from what most of the model once
-was, and an average of their weights would forget what has moved since."""
 
 DEFAULT_SHARE = 0.05
 LEAST_SHARE = 1e-5
@@ -75,8 +75,8 @@ class Codec:
         return f"{self.name}:{self.share!r}" if self.share else self.name
 
 
+# For weights that are no difference to others: float16. Coded in steps, they would be too coarse to train from.
 WHOLE = Codec("half")
-"""For weights that are no difference to others: float16. Coded in steps, they would be too coarse to train from."""
 
 
 def agreed(setting: str, known: Collection[str]) -> str | None:

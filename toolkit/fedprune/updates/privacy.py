@@ -42,11 +42,11 @@ LOCAL = "local"
 SHARED = "shared"
 NOISES = (LOCAL, SHARED)
 
+# Settings of a recipe that are written from these, never by people.
 WRITTEN = ("update_clip", "update_noise")
-"""Settings of a recipe that are written from these, never by people."""
 
+# The least noise, in units of the clip: at that, one release costs an ε of thousands.
 LEAST_NOISE = 0.01
-"""The least noise, in units of the clip: at that, one release costs an ε of thousands."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class Privacy:
         return cls(**validation.known(cls, body, ("job", "privacy")))
 
 
+# More than a norm can be wrong by: blocks of squares are off by 2^-37 of themselves at most, their sum is exact.
 _MARGIN = 1.0 + 2.0**-30
-"""More than a norm can be wrong by: blocks of squares are off by 2^-37 of themselves at most, their sum is exact."""
 
 Array = npt.NDArray[Any]
 
@@ -197,8 +197,8 @@ def _moved(after: Array, before: Array, factor: float, noise: float, source: Gau
     return out
 
 
+# Deviates that are drawn at once, 512 KiB of them.
 BLOCK = 65_536
-"""Deviates that are drawn at once, 512 KiB of them."""
 
 _KEY_BYTES = 32
 _UNIT = 2.0**-53
@@ -238,8 +238,8 @@ class GaussianNoise:
 
 
 _HALVES = 200
+# Beyond this e^ε is too large for a float.
 _FAR = 700.0
-"""Beyond this e^ε is too large for a float."""
 
 
 def delta(cost: float, epsilon: float) -> float:

@@ -37,16 +37,16 @@ Parts = dict[str, Array]
 Shape = tuple[int, ...]
 Form = dict[str, tuple[str, Shape | None]]
 
+# Rows of at least this many elements have scales of their own; with shorter ones these would weigh too much.
 ROW = 64
-"""Rows of at least this many elements have scales of their own; with shorter ones these would weigh too much."""
 
+# Smaller tensors are sent whole by `top-k`: there is little to be had.
 SMALL = 256
-"""Smaller tensors are sent whole by `top-k`: there is little to be had."""
 
 HALF, _CODES, _SCALES, _GAPS, _BITMAP = "::half", "::codes", "::scales", "::gaps", "::bitmap"
 _TYPES = {"F32": np.float32, "F16": np.float16, "I8": np.int8, "U8": np.uint8}
+# The codec with two codes per byte: the last bits of other numbers would be a sizeable share of its file.
 _SHORT = "int4"
-"""The codec with two codes per byte: the last bits of other numbers would be a sizeable share of its file."""
 
 
 def encode(

@@ -25,18 +25,18 @@ from fedprune.core.errors import ProtocolError
 from fedprune.wire.messages import PARTS
 
 HEADER = struct.Struct("<3sBB3sI32s")
+# Payload bytes that no chunk may exceed.
 MAX_PAYLOAD = 1024 * 1024
-"""Payload bytes that no chunk may exceed."""
 
+# Quality of service of chunks: lost ones are requested again, and the acknowledgements of QoS 1 cost up to two thirds
+# of the rate where TCP's delayed acknowledgements meet Nagle's algorithm, as in a default Mosquitto.
 QOS = 0
-"""Quality of service of chunks: lost ones are requested again, and the acknowledgements of QoS 1 cost up to two thirds
-of the rate where TCP's delayed acknowledgements meet Nagle's algorithm, as in a default Mosquitto."""
 
+# Default limit of an MQTT packet with a chunk: three leaves fit, and every known broker accepts it.
 MAX_PACKET = 128 * 1024
-"""Default limit of an MQTT packet with a chunk: three leaves fit, and every known broker accepts it."""
 
+# Bytes of an MQTT packet for topic, packet header and chunk header.
 PACKET_OVERHEAD = 512
-"""Bytes of an MQTT packet for topic, packet header and chunk header."""
 
 _MAGIC = b"FPC"
 _VERSION = 1

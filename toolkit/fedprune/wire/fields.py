@@ -34,8 +34,8 @@ Count = Annotated[int, within(0, MAX_INT)]
 Round = Annotated[int, within(0, MAX_INT, description="The round.")]
 Attempt = Annotated[int, within(0, MAX_INT, description="The attempt.")]
 MetricName = Annotated[str, matching("[A-Za-z0-9_.:/-]{1,64}", "letters, digits and _.:/-")]
+# An object whose content others check: of at most 8 levels, with printable text and whole numbers of 64 bits.
 FreeObject = dict[str, Any]
-"""An object whose content others check: of at most 8 levels, with printable text and whole numbers of 64 bits."""
 
 Metrics = Annotated[dict[MetricName, float], items(64)]
 # Their classes check them: no error may show what an address hides.
@@ -44,8 +44,8 @@ UploadAddress = Annotated[
     str, Meta(extra_json_schema={"pattern": f"^(?:{UPLOAD_PATTERN}){END}", "maxLength": MAX_UPLOAD_URL})
 ]
 
+# Bytes that no message may exceed.
 MAX_MESSAGE = 256 * 1024
-"""Bytes that no message may exceed."""
 
 
 def base64_text(most: int) -> Meta:

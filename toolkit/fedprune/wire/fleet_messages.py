@@ -12,8 +12,8 @@ from typing import Annotated, TypedDict
 from fedprune.core.records import Digest, hexadecimal, items, one_of, text, within
 from fedprune.wire.fields import CheckedMessage, Count, Device, Name
 
+# States of a request to join; a board may refuse a release, too.
 APPROVED, WAITING, REFUSED = "approved", "waiting", "refused"
-"""States of a request to join; a board may refuse a release, too."""
 
 Pem = Annotated[str, text(8192)]
 
@@ -62,16 +62,16 @@ class JoinAnswer(CheckedMessage, frozen=True, tag="joined"):
 
 DOWNLOADING, STAGED, TRIAL = "downloading", "staged", "trial"
 COMMITTED, ROLLED_BACK = "committed", "rolled back"
+# Progress of a release on a board; the last three are final.
 STATES = (DOWNLOADING, STAGED, TRIAL, COMMITTED, ROLLED_BACK, REFUSED)
-"""Progress of a release on a board; the last three are final."""
 
 MAX_NUMBER = 2**31 - 1
 MAX_MANIFEST = 65_536
+# Limits of a release: its number, the bytes of its manifest, its files.
 MAX_FILES = 64
-"""Limits of a release: its number, the bytes of its manifest, its files."""
 
+# Attempts of a trial, and seconds of each.
 MAX_ATTEMPTS, MAX_SECONDS = 100, 3600.0
-"""Attempts of a trial, and seconds of each."""
 
 ReleaseNumber = Annotated[int, within(0, MAX_NUMBER)]
 
@@ -125,8 +125,8 @@ ReleaseFromServer = ReleaseOffer | ReleaseWithdrawn
 
 
 MAX_CRASH_TEXT = 1000
+# Characters of a crash's text, and its frames.
 MAX_FRAMES = 16
-"""Characters of a crash's text, and its frames."""
 
 Measured = Annotated[float, within(-1e12, 1e12)]
 
@@ -174,11 +174,11 @@ class CrashStored(CheckedMessage, frozen=True, tag="crash_stored"):
     """The crash's number."""
 
 
+# Ability of a board: it spreads its reconnects as the server says, and disconnects for a time where it asks for it.
 RECONNECT = "reconnect"
-"""Ability of a board: it spreads its reconnects as the server says, and disconnects for a time where it asks for it."""
 
+# The longest time for which a board is sent away.
 LONGEST_AWAY_S = 7 * 86_400.0
-"""The longest time for which a board is sent away."""
 
 
 class Reconnect(CheckedMessage, frozen=True, tag="reconnect"):

@@ -117,8 +117,8 @@ class Subscriptions:
 
 log = logging.getLogger(__name__)
 
+# Unsent bytes in the kernel, where no message can overtake them; its default is several MiB.
 _KERNEL_BYTES = 128 * 1024
-"""Unsent bytes in the kernel, where no message can overtake them; its default is several MiB."""
 
 Will = tuple[str, bytes]
 
@@ -132,14 +132,14 @@ MAX_DELAY = 60.0
 _STEADY = 10.0
 _NAP = 60.0
 _POLL = 1.0
+# Messages that are read at most before the network thread writes again.
 _AT_ONCE = 64
-"""Messages that are read at most before the network thread writes again."""
 
 _REFUSED = "it refuses the connection"
 _BAD_CREDENTIALS = 134  # return code 4 of MQTT 3.1.1, as paho numbers it
 _DROPPED = "it ends the TLS connection without an answer"
+# Seconds that a broker may take for each answer, in addition to those for connecting.
 _ANSWER_S = 5.0
-"""Seconds that a broker may take for each answer, in addition to those for connecting."""
 
 
 class Link(Closing):

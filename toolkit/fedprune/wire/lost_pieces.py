@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from fedprune.wire.messages import BlobRequest
 
+# Requests for the same piece, and the seconds between the first and the last of them, after which it counts as dropped.
+# `Pull` repeats after 5 and 15 s, so that this is noticed within 20 s.
 STUCK_REQUESTS, STUCK_S = 3, 10.0
-"""Requests for the same piece, and the seconds between the first and the last of them, after which it counts as
-dropped. `Pull` repeats after 5 and 15 s, so that this is noticed within 20 s."""
 
+# Blobs of one transfer that are remembered: an offer names three, and a few more with lower precisions.
 _BLOBS = 8
-"""Blobs of one transfer that are remembered: an offer names three, and a few more with lower precisions."""
 
 
 @dataclass(slots=True)

@@ -50,8 +50,8 @@ from fedprune.wire.fleet_messages import (
 )
 from fedprune.wire.urls import BlobUrl, UploadUrl
 
+# Rejected messages of one sender that are logged per period; the rest is counted.
 MOST = 20
-"""Rejected messages of one sender that are logged per period; the rest is counted."""
 
 AGAIN_S = 3600.0
 
@@ -175,14 +175,14 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
         return tuple(self.coded if r == self.weights else r for r in self.blobs())
 
 
+# Leaves or pieces of one `BlobRequest`.
 MAX_REQUEST = 1024
-"""Leaves or pieces of one `BlobRequest`."""
 
 _MOST_CODECS = 64
 _MOST_ABILITIES = 64
 
+# Ability of a board: it uploads an update to the address that the server names.
 PUT = "put"
-"""Ability of a board: it uploads an update to the address that the server names."""
 
 PHASES = ("download", "train", "evaluate")
 PARTS = ("data", "leaves")
@@ -319,9 +319,9 @@ class Trained(CheckedMessage, frozen=True, tag="trained"):
     """As of `Update`."""
 
 
+# Steps of a secure sum in their order; between delivery and survivors the device sends its masked vector as an
+# `Update`.
 STEPS = ("session", "keys", "roster", "shares", "delivery", "survivors", "unmasking")
-"""Steps of a secure sum in their order; between delivery and survivors the device sends its masked vector as an
-`Update`."""
 
 MOST_PAYLOAD = 128 * 1024
 

@@ -10,14 +10,14 @@ from typing import Generic, TypeVar
 
 from paho.mqtt.client import MQTTMessageInfo
 
+# Limit in bytes; transfer windows keep the queue far below it, so that only a flood is dropped.
 BYTES = 64 * 1024 * 1024
-"""Limit in bytes; transfer windows keep the queue far below it, so that only a flood is dropped."""
 
+# Memory of a queued message in addition to its payload.
 MESSAGE_BYTES = 500
-"""Memory of a queued message in addition to its payload."""
 
+# A sender with more than 1 / `_FLOOD` of the limit is flooding.
 _FLOOD = 16
-"""A sender with more than 1 / `_FLOOD` of the limit is flooding."""
 
 _KEPT_BYTES = 2 * 1024 * 1024
 
@@ -104,16 +104,16 @@ def _keep_freed_memory() -> None:
     bytes(_KEPT_BYTES)
 
 
+# Unsent bytes from which `publish` declines.
 OUTBOX_BYTES = 16 * 1024 * 1024
-"""Unsent bytes from which `publish` declines."""
 
 OUTBOX_MESSAGES = 10_000
 
+# Unsent bytes from which chunks are held back, so that a message waits for no more than this and one chunk.
 HIGH_WATER = 512 * 1024
-"""Unsent bytes from which chunks are held back, so that a message waits for no more than this and one chunk."""
 
+# Unsent bytes below which `get` returns at once, so that chunks that were held back can be published.
 LOW_WATER = 256 * 1024
-"""Unsent bytes below which `get` returns at once, so that chunks that were held back can be published."""
 
 
 class Unsent:

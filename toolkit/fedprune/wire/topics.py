@@ -14,8 +14,8 @@ from typing import NamedTuple
 from fedprune.core.errors import ProtocolError, Subject
 from fedprune.core.validation import Error
 
+# First levels of every topic; the number is the protocol's version.
 PREFIX = "fedprune/1"
-"""First levels of every topic; the number is the protocol's version."""
 
 NO_JOB = "-"
 EVERYONE = "all"

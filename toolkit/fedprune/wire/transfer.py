@@ -23,9 +23,9 @@ from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit, leaves_per_chunk, read_chunks
 from fedprune.wire.messages import MAX_REQUEST, BlobNotFound, BlobRequest, UploadRequest
 
+# The average below which a transfer is too slow: a board ends its download or upload, and the server's uploads make
+# room for others.
 LEAST_BYTES_PER_S = 8192
-"""The average below which a transfer is too slow: a board ends its download or upload, and the server's uploads make
-room for others."""
 
 _REMEMBERED = 4096
 
@@ -61,9 +61,9 @@ class SeenRequests:
 MAX_PATIENCE = 120.0
 
 _DECAY = 0.95
+# Assumed response time, in multiples of the time for connecting, until the first response was measured. Pieces of blobs
+# are longer than the packets of a handshake, and queue behind each other.
 _ROUND_TRIPS = 2.0
-"""Assumed response time, in multiples of the time for connecting, until the first response was measured. Pieces of
-blobs are longer than the packets of a handshake, and queue behind each other."""
 
 
 class ResponseTime:
@@ -89,24 +89,23 @@ class ResponseTime:
         return min(max(least, 2 * self.slowest), max(MAX_PATIENCE, least))
 
 
+# Leaves of a request at least.
 CHUNK_LEAVES = leaves_per_chunk(MAX_PACKET)
-"""Leaves of a request at least."""
 
+# Outstanding leaves of one blob at first: 1 MiB.
 WINDOW_LEAVES = 32
-"""Outstanding leaves of one blob at first: 1 MiB."""
 
+# Outstanding leaves on a fast link: 4 MiB. They wait in no queue there, and a small window would leave the link idle.
 WIDE_WINDOW_LEAVES = 128
-"""Outstanding leaves on a fast link: 4 MiB. They wait in no queue there, and a small window would leave the link
-idle."""
 
 _QUICK_S = 0.1
+# Response times below which the window grows, and above which it shrinks.
 _SLOW_S = 1.0
-"""Response times below which the window grows, and above which it shrinks."""
 
 PATIENCE = 5.0
 
+# Damaged arrivals of one leaf, or of the leaf table, after which the transfer fails.
 MAX_TRIES = 8
-"""Damaged arrivals of one leaf, or of the leaf table, after which the transfer fails."""
 
 
 class Pull:

@@ -15,14 +15,14 @@ from urllib.parse import unquote, urlsplit
 from fedprune.blobs.blob_ref import SUFFIX
 from fedprune.core.errors import ConfigError, ProtocolError, shown
 
+# Characters of an address of blobs.
 MAX_URL = 512
-"""Characters of an address of blobs."""
 
+# Characters of an address for one upload, which may hold a signature and a token.
 MAX_UPLOAD_URL = 4096
-"""Characters of an address for one upload, which may hold a signature and a token."""
 
+# Hosts that are reached without TLS, too: this machine.
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-"""Hosts that are reached without TLS, too: this machine."""
 
 _SERVER = (
     r"(?P<scheme>https?)://(?:\[(?P<six>[0-9A-Fa-f:.]{2,45})\]|(?P<host>[A-Za-z0-9.-]{1,253}))"
@@ -32,8 +32,8 @@ _URL = re.compile(_SERVER + r"(?P<path>(?:/[A-Za-z0-9._~-]{1,255})*)/?")
 _UPLOAD = re.compile(
     _SERVER + r"(?P<path>/[A-Za-z0-9._~!&'()*+,;=:@%/-]*)(?P<query>(?:\?[A-Za-z0-9._~!&'()*+,;=:@%/?-]*)?)"
 )
+# The same for other dialects of regular expressions, in JSON Schema.
 URL_PATTERN, UPLOAD_PATTERN = (re.sub("[?]P<[a-z]+>", "?:", known.pattern) for known in (_URL, _UPLOAD))
-"""The same for other dialects of regular expressions, in JSON Schema."""
 
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _PORTS = {True: 443, False: 80}

@@ -5,5 +5,5 @@ from pkgutil import iter_modules
 
 from fedprune.model.loss import Loss
 
+# Losses by name.
 LOSSES: dict[str, Loss] = {m.name: import_module(f"{__name__}.{m.name}").LOSS for m in iter_modules(__path__)}
-"""Losses by name."""
