@@ -1,4 +1,4 @@
-"""Files that a power cut can't tear: whole old content or whole new content, never something between."""
+"""Atomic file writes: after a crash or power cut a file has its old content or its new one, nothing in between."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ from typing import Any
 from fedprune.core.disk import storage_errors, sync_file, sync_folder
 from fedprune.core.errors import StorageError
 
-# `.name.partial` is a file that is being written; its path has one writer at a time.
+# A file is written as `.name.partial` beside its path: a rename is atomic only within one disk. The name is fixed, so
+# that leftovers can be swept; each path has one writer at a time.
 _PARTIAL = ".partial"
 
 
 @contextmanager
 def appearing(path: Path, *, private: bool = False, sync: bool = True) -> Iterator[Path]:
-    """Write a file so that it appears whole or not at all; yields where to write it.
+    """Write a file atomically; yields the path to write to.
 
     Args:
-        path: What was there before stays until the block ends, and where the block fails or the disk is full.
-        private: Whether only this user may read it, from its first byte on.
-        sync: Whether that holds for power cuts, too.
+        path: The old file stays until the block ends; also if the block fails or the disk is full.
+        private: Let only this user read the file, from its first byte on.
+        sync: Make the write survive a power cut, too.
     """
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     with storage_errors(f"can't write {path}"):
         try:
             if private:
-                partial.unlink(missing_ok=True)  # one that was left over may be open to others
+                partial.unlink(missing_ok=True)  # a leftover may have been opened by another user
                 os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             yield partial
             if sync:
+                # The content before the name: else a power cut can leave the new name with an empty file.
                 sync_file(partial)
             partial.replace(path)
         except BaseException:
+            # Suppressed, so that the error of the write is raised and not that of the clean-up.
             with suppress(OSError):
                 partial.unlink(missing_ok=True)
             raise
@@ -47,20 +50,19 @@ def appearing(path: Path, *, private: bool = False, sync: bool = True) -> Iterat
 
 
 def write_whole(path: Path, data: bytes | memoryview, *, private: bool = False, sync: bool = True) -> None:
-    """Replace a file's content as `appearing` does: after a crash at any moment it has the old content or the new
-    one."""
+    """Replace a file's content as `appearing` does."""
     with appearing(path, private=private, sync=sync) as partial:
         partial.write_bytes(data)
 
 
 def place(source: Path, path: Path, *, sync: bool = True) -> None:
-    """Put a file that never changes at a second path, as a hard link where the disk has them, else as a copy, whole or
-    not at all."""
+    """Give a file that never changes a second path: a hard link where the disk has them, else an atomic copy."""
     with appearing(path, sync=False) as partial:
         partial.unlink(missing_ok=True)
         try:
             os.link(source, partial)
         except OSError as error:
+            # No copy could succeed after these either; FAT, some network disks and containers refuse links alone.
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOENT):
                 raise
             shutil.copyfile(source, partial)
@@ -79,22 +81,22 @@ def move(source: Path, path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file, durably; one that isn't there is fine. Raises `StorageError` if the disk fails."""
+    """Delete a file durably, if it exists. Raises `StorageError` if the disk fails."""
     with storage_errors(f"can't write {path}"):
         path.unlink(missing_ok=True)
         sync_folder(path.parent)
 
 
 def write_document(path: Path, body: dict[str, Any]) -> None:
-    """Write a JSON document with its own digest, so that damage is noticed; the old one stays where the disk is
-    full."""
+    """Write a JSON document with its own digest, which reveals damage. If the disk is full, the old one stays."""
+    # The body is a string within the document, so that the digest is of bytes and not of one encoder's formatting.
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     document = {"body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     write_whole(path, json.dumps(document).encode(), private=True)
 
 
 def read_document(path: Path) -> dict[str, Any] | None:
-    """A document as `write_document` wrote it; None if it does not exist. Raises `StorageError` if it is damaged or
+    """Read a document that `write_document` wrote; None if it does not exist. Raises `StorageError` if it is damaged or
     can't be read."""
     try:
         raw = path.read_bytes()
@@ -103,10 +105,10 @@ def read_document(path: Path) -> dict[str, Any] | None:
     except OSError as error:
         raise StorageError(f"can't read {path}: {error.strerror}") from error
     try:
-        outer = json.loads(raw)
-        text = outer["body"]
-        if hashlib.sha256(text.encode()).hexdigest() != outer["sha256"]:
-            raise ValueError("the digest is another")
+        document = json.loads(raw)
+        text = document["body"]
+        if hashlib.sha256(text.encode()).hexdigest() != document["sha256"]:
+            raise ValueError("its digest doesn't match")
         body: dict[str, Any] = json.loads(text)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{path} is damaged ({error})") from error
@@ -114,7 +116,7 @@ def read_document(path: Path) -> dict[str, Any] | None:
 
 
 def sweep(folder: Path, name: str = "*") -> None:
-    """Delete what a killed process left unfinished in a folder, of the file `name` alone if that is given.
+    """Delete the unfinished files that a killed process left in a folder, or only those of the file `name`.
 
     No process may be writing these files. Raises `StorageError` if the disk fails.
     """

@@ -26,7 +26,7 @@ from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, Usa
 from fedprune.core.text import sentences
 from fedprune.core.validation import MAX_INT
 
-# Does what the parsed arguments ask for, and returns its exit code; None is 0.
+# A subcommand: takes the parsed arguments and returns an exit code. None is 0, so that most commands need no return.
 Command = Callable[[argparse.Namespace], int | None]
 
 Options = TypeVar("Options")
@@ -34,9 +34,10 @@ Options = TypeVar("Options")
 # Eleven days: poll(2) takes milliseconds in 32 bits.
 _MAX_SECONDS = 1e6
 
-# A century: a longer time from now is no date that every library can show.
+# A century: not every library can show a date that is further from now.
 _MAX_HOURS = 100 * 365 * 24.0
 
+# A quota that is used up looks like a full disk to whoever has to solve it.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -46,22 +47,24 @@ def run_command(prog: str, build_parser: Callable[[], CommandParser], argv: Sequ
     try:
         arguments = build_parser().parse_args(argv)
         code = int(arguments.run(arguments) or ExitCode.OK)
-        sys.stdout.flush()
+        sys.stdout.flush()  # a pipe that is closed fails here, inside the try, and not when the interpreter ends
         return code
     except BrokenPipeError as error:
         if not _reader_gone():
             return _internal(prog, error)
-        # The reader went away (`| head`); what is left must not fail again when the interpreter flushes it.
+        # The reader has ended (`| head`). The buffered rest goes nowhere: else the interpreter's own flush would fail
+        # again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.OK)
     except KeyboardInterrupt as error:  # no error: the user wanted it
         return _interrupted(error)
     except FedpruneError as error:
-        if (stopped := _interruption(error)) is not None:
-            return _interrupted(stopped)
+        if (interruption := _interruption(error)) is not None:
+            return _interrupted(interruption)
         print_error(str(error))
         return int(error.exit_code)
     except ImportError as error:
+        # If a module of fedprune is missing, pip is changing the installation; any other import error is unexpected.
         if not (error.name or "").startswith("fedprune"):
             return _internal(prog, error)
         print_error(
@@ -73,7 +76,7 @@ def run_command(prog: str, build_parser: Callable[[], CommandParser], argv: Sequ
         if error.errno in _NO_ROOM:
             print_error(f"no room left on the disk{_where(error)}. Free some and run the command again.")
             return int(ExitCode.STORAGE_FULL)
-        if error.strerror is None:
+        if error.strerror is None:  # raised by a library, not by the operating system
             return _internal(prog, error)
         print_error(sentences(f"{error.strerror}{_where(error)}", remedy(error)))
         return int(ExitCode.STORAGE)
@@ -85,7 +88,7 @@ def run_command(prog: str, build_parser: Callable[[], CommandParser], argv: Sequ
 
 
 def _reader_gone() -> bool:
-    """Whether the reader of this process's output has ended; if not, another pipe broke."""
+    """Whether the reader of stdout or stderr has ended; if not, another pipe broke, which is an error."""
     output = select.poll()
     for descriptor in (1, 2):
         output.register(descriptor, 0)
@@ -98,30 +101,33 @@ def _interrupted(error: KeyboardInterrupt) -> int:
 
 
 def _interruption(error: BaseException) -> KeyboardInterrupt | None:
-    """The interruption that caused an error: compiled modules that are just being imported fail by it."""
+    """The Ctrl-C that caused an error, if any: compiled modules turn one during their import into an ImportError."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error if isinstance(error, KeyboardInterrupt) else None
 
 
 def with_extra(extra: str, run: Command) -> Command:
-    """A command that names the extra to install where a package is missing; `run` imports it when it is called."""
+    """Wrap a command so that a missing package becomes an error that names the extra to install.
 
-    def checked(arguments: argparse.Namespace) -> int | None:
+    `run` has to import the package when it is called.
+    """
+
+    def run_or_name_extra(arguments: argparse.Namespace) -> int | None:
         try:
             return run(arguments)
         except ModuleNotFoundError as error:
-            if (error.name or "").startswith("fedprune"):
+            if (error.name or "").startswith("fedprune"):  # no extra would install it
                 raise
             raise MissingExtraError(f"this command needs {error.name}, which is not installed", extra=extra) from error
 
-    return checked
+    return run_or_name_extra
 
 
-def options_of(kind: Callable[..., Options], arguments: argparse.Namespace, /, **more: Any) -> Options:
-    """A dataclass of its fields that the command line has options for, and of `more`."""
-    known = {field.name for field in fields(cast(Any, kind))}
-    return kind(**{**{name: value for name, value in vars(arguments).items() if name in known}, **more})
+def options_of(kind: Callable[..., Options], arguments: argparse.Namespace, /, **extra_fields: Any) -> Options:
+    """Build a dataclass from the options whose names are its fields, and from `extra_fields`."""
+    field_names = {field.name for field in fields(cast(Any, kind))}
+    return kind(**{**{name: value for name, value in vars(arguments).items() if name in field_names}, **extra_fields})
 
 
 def add_json(parser: argparse.ArgumentParser, text: str = "as JSON, for programs") -> None:
@@ -130,7 +136,7 @@ def add_json(parser: argparse.ArgumentParser, text: str = "as JSON, for programs
 
 
 def print_json(value: Any) -> None:
-    """Print JSON, its keys in the order in which they were written; NaN and infinities, which JSON lacks, as null."""
+    """Print JSON with its keys in their given order. NaN and infinities, which JSON lacks, become null."""
     print(json.dumps(_finite(value), indent=2, allow_nan=False))
 
 
@@ -157,24 +163,26 @@ def whole_number(text: str) -> int:
 def byte_count(text: str) -> int:
     """Bytes of an option, such as 200MB, 1.5GB or 200000000; powers of 1000."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMG]?B?)", text.strip(), re.IGNORECASE)
-    value = round(float(found[1]) * units.get(found[2].upper(), 0)) if found else 0
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMG]?B?)", text.strip(), re.IGNORECASE)
+    value = round(float(match[1]) * units.get(match[2].upper(), 0)) if match else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected bytes, such as 200MB or 1.5GB, got {text!r}")
     return value
 
 
 def setting_of(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """The value of an option for a setting that a file can hold as well. One that is no number stays a text, which the
-    check of the settings refuses as it would in the file."""
+    """The type of an option for a setting that a file can hold as well.
 
-    def value(text: str) -> Any:
+    Text that is no number stays text: the check of the settings then refuses it with the same message as in a file.
+    """
+
+    def parse_value(text: str) -> Any:
         try:
             return kind(text)
         except ValueError:
             return text
 
-    return value
+    return parse_value
 
 
 def recipe_setting(lists: Collection[str]) -> Callable[[str], tuple[str, Any]]:
@@ -185,7 +193,7 @@ def recipe_setting(lists: Collection[str]) -> Callable[[str], tuple[str, Any]]:
         lists: Keys whose values are lists.
     """
 
-    def read(text: str) -> tuple[str, Any]:
+    def parse_setting(text: str) -> tuple[str, Any]:
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise argparse.ArgumentTypeError(f"expected KEY=VALUE, such as lr=0.01, got {text!r}")
@@ -194,7 +202,7 @@ def recipe_setting(lists: Collection[str]) -> Callable[[str], tuple[str, Any]]:
             return key, setting
         return key, [_json_or_text(p.strip()) for p in setting.split(",")] if isinstance(setting, str) else [setting]
 
-    return read
+    return parse_setting
 
 
 def _json_or_text(text: str) -> Any:
@@ -224,13 +232,13 @@ def rate(text: str) -> float:
     return _above_zero(text, "")
 
 
-def _above_zero(text: str, unit: str, most: float = sys.float_info.max) -> float:
+def _above_zero(text: str, unit: str, upper_limit: float = sys.float_info.max) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value <= most:
-        limit = "" if most == sys.float_info.max else f" and at most {most:g}"
+    if not 0 < value <= upper_limit:
+        limit = "" if upper_limit == sys.float_info.max else f" and at most {upper_limit:g}"
         kind = f"a number of {unit}" if unit else "a number"
         raise argparse.ArgumentTypeError(f"expected {kind} above 0{limit}, got {text!r}")
     return value
@@ -239,26 +247,29 @@ def _above_zero(text: str, unit: str, most: float = sys.float_info.max) -> float
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end a command as Ctrl-C does, with all cleanup."""
-    if threading.current_thread() is not threading.main_thread():  # only it may set signal handlers
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread set signal handlers
         yield
         return
 
-    def end(_number: int, _frame: object) -> None:
+    def raise_interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = {s: signal.signal(s, end) for s in (signal.SIGTERM, signal.SIGHUP)}
+    previous_handlers = {s: signal.signal(s, raise_interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signal_number, handler in previous_handlers.items():
+            signal.signal(signal_number, handler)
 
 
 def check_command(word: str, commands: Iterable[str], hint: str) -> None:
-    """Refuse a first word that is nearly a command's, unless it is a file's name. Raises `UsageError`."""
-    near = meant(word, commands)
-    if near and word not in commands and not Path(word).exists():
-        raise UsageError(f"there is no command {word[:60]}{near}", hint=hint)
+    """Refuse a first word that is nearly the name of a command, unless a file has that name. Raises `UsageError`.
+
+    Commands whose first word is a file would otherwise report that the file `statsu` is missing.
+    """
+    suggestion = meant(word, commands)
+    if suggestion and word not in commands and not Path(word).exists():
+        raise UsageError(f"there is no command {word[:60]}{suggestion}", hint=hint)
 
 
 def _internal(prog: str, error: Exception) -> int:

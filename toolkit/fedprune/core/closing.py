@@ -1,4 +1,4 @@
-"""Objects that a `with` block closes at its end."""
+"""A base class for objects that a `with` block closes at its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _T = TypeVar("_T")
 
 
 class Closing(ABC):
-    """A base class of whatever has `close`: the object is its own context, which closes it."""
+    """An object with `close` that is its own context manager."""
 
     @abstractmethod
     def close(self) -> None: ...

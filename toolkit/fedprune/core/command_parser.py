@@ -1,4 +1,4 @@
-"""The parser of every command: help with examples, errors in one line that say what was meant."""
+"""The argument parser of every command: help with examples, errors in one line with a suggestion."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from fedprune.core.errors import ExitCode, UsageError, meant
 from fedprune.core.validation import MAX_INT
 from fedprune.output.examples import examples_of
 
-# Environment variable that shows tracebacks, too.
+# Environment variable: with the value 1 errors show their traceback, too.
 DEBUG = "FEDPRUNE_DEBUG"
 
-# argparse's message for an invalid choice.
+# argparse's message for an invalid choice. It has no error class per problem, so messages are told apart by their text;
+# one that another version of Python words differently is shown as it is.
 _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from ([^()]*)\)$")
 
-# argparse's message for what is no number.
+# argparse's message for text that is no number: it names Python's types, which mean nothing to a user.
 _NUMBER = re.compile(r"invalid (int|float) value: (.*)$", re.DOTALL)
 
 _KINDS = {"int": "whole number", "float": "number"}
@@ -65,8 +66,10 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_args(words, namespace)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        # argparse binds an optional word to the first gap, before it has read later options: `revoke --state DIR NAME`
+        # would lose NAME. Intermixed parsing doesn't.
         optional_words = any(not action.option_strings and action.nargs == "?" for action in self._actions)
-        # The other way of parsing loses "--", and calls this one.
+        # Intermixed parsing drops "--", and calls this method itself.
         if self._is_intermixing or not optional_words or "--" in (args or ()):
             return super().parse_known_args(args, namespace)
         self._is_intermixing = True
@@ -76,19 +79,21 @@ class CommandParser(argparse.ArgumentParser):
             self._is_intermixing = False
 
     def _check_options(self, words: Sequence[str]) -> None:
-        """Find a misspelt option before what it would have said is missed, and say what was meant."""
-        parser, known = self, self.option_names()
+        """Refuse a misspelt option with a suggestion, before argparse complains about the argument it should have
+        set."""
+        parser, option_names = self, self.option_names()
         for word in words:
             commands = parser.commands()
             if word == "--" or (commands and not word.startswith("-") and word not in commands):
                 return  # argparse reports an unknown command: without one no option can be checked
             if word in commands:
                 parser = commands[word]
-                known |= parser.option_names()
+                option_names |= parser.option_names()
             option = word.partition("=")[0]
-            if option.startswith("--") and option not in known:
+            if option.startswith("--") and option not in option_names:
                 raise UsageError(
-                    f"there is no option {option[:60]}{meant(option, known)}", hint=f"See `{parser.prog} --help`."
+                    f"there is no option {option[:60]}{meant(option, option_names)}",
+                    hint=f"See `{parser.prog} --help`.",
                 )
 
 
@@ -106,15 +111,17 @@ class _Lines(argparse.HelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         fill = super()._fill_text
-        return "\n\n".join(part if "\n" in part else fill(part, width, indent) for part in text.split("\n\n"))
+        return "\n\n".join(
+            paragraph if "\n" in paragraph else fill(paragraph, width, indent) for paragraph in text.split("\n\n")
+        )
 
 
 def _examples(parser: CommandParser) -> list[str]:
     """Examples of a command; of one that only has subcommands, all of a single one's, or each first of three."""
-    inner = [lines for command in parser.commands().values() if (lines := _examples(command))]
-    if not inner:
+    command_examples = [lines for command in parser.commands().values() if (lines := _examples(command))]
+    if not command_examples:
         return examples_of(parser.prog)
-    return inner[0] if len(inner) == 1 else [lines[0] for lines in inner[:3]]
+    return command_examples[0] if len(command_examples) == 1 else [lines[0] for lines in command_examples[:3]]
 
 
 def _bounded_int(text: str) -> int:
@@ -132,19 +139,18 @@ def _finite_float(text: str) -> float:
 
 
 def _reworded(message: str) -> str:
-    """argparse's error, in our words for what is no number; for an unknown command or choice with a suggestion instead
-    of the list of all."""
+    """argparse's error for people: no names of types, and a suggestion in place of the list of all choices."""
     if (number := _NUMBER.search(message)) is not None:
         return f"{message[: number.start()]}expected a {_KINDS[number[1]]}, got {number[2]}"
-    found = _CHOICE.search(message)
-    if found is None:
+    choice = _CHOICE.search(message)
+    if choice is None:
         return message
-    near = meant(found[1], [name.strip(" '") for name in found[2].split(",")])
-    return f"{message[: found.start()]}invalid choice: {found[1]!r}{near}" if near else message
+    suggestion = meant(choice[1], [name.strip(" '") for name in choice[2].split(",")])
+    return f"{message[: choice.start()]}invalid choice: {choice[1]!r}{suggestion}" if suggestion else message
 
 
 def print_error(message: str) -> None:
-    """Write one line to stderr, after the traceback where that is enabled."""
+    """Write one line to stderr, after the traceback where `DEBUG` asks for it."""
     if os.environ.get(DEBUG) == "1" and sys.exc_info()[0] is not None:
         traceback.print_exc()
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

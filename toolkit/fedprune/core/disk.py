@@ -1,4 +1,4 @@
-"""Reading files, holding their locks, and errors of the operating system as ours."""
+"""File reads, locks and flushes, with the operating system's errors as `StorageError`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from typing import BinaryIO
 
 from fedprune.core.errors import BusyError, StorageError, StorageFullError, remedy
 
-# The largest file that is read whole: as much as one ONNX message can hold.
+# The largest file that is read into memory: a protocol buffer, such as an ONNX model, can't be larger.
 MOST_BYTES = 2**31 - 1
 
+# EFBIG too: FAT and `ulimit -f` limit the size of one file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -31,6 +32,7 @@ def is_there(path: Path, *, file: bool = False) -> bool:
 def open_file(path: Path | str) -> BinaryIO:
     """A regular file, or a link to one, open for reading; a pipe or device is refused with an `OSError` without
     blocking."""
+    # Non-blocking: opening a pipe that nobody writes to would wait forever. Regular files ignore the flag.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -71,8 +73,9 @@ def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
-    """Hold a file's lock, which is released when the process ends in any way. Raises `BusyError` with these texts if
+    """Hold a file's lock, which the kernel releases however the process ends. Raises `BusyError` with these texts if
     another process holds it."""
+    # flock and not fcntl's record locks: those are lost as soon as any code of this process closes the file.
     with storage_errors(f"can't open {path}"):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -82,7 +85,7 @@ def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
             raise BusyError(busy, hint=hint) from error
         except OSError as error:
             raise StorageError(f"can't lock {path}: {error.strerror}") from error
-        if not os.fstat(descriptor).st_nlink:  # its holder has deleted it: a lock on it excludes no other process
+        if not os.fstat(descriptor).st_nlink:  # its last holder has deleted it: the next process would lock a new file
             raise BusyError(busy, hint=hint)
         yield
     finally:
@@ -90,15 +93,15 @@ def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
 
 
 def held(path: Path) -> bool:
-    """Whether a process holds a file's lock (`locked`); the file is not made. Raises `StorageError` if the file
-    exists and can't be opened."""
+    """Whether a process holds a file's lock (`locked`). Raises `StorageError` if the file exists and can't be
+    opened."""
     with storage_errors(f"can't open {path}"):
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two askers must not see each other
     except BlockingIOError:
         return True
     except OSError as error:
@@ -108,21 +111,21 @@ def held(path: Path) -> bool:
     return False
 
 
-def write_all(descriptor: int, data: bytes | memoryview, at: int = 0) -> None:
-    """Write all of `data` at an offset, in as many calls as it takes. Raises `OSError` as `os.pwrite`."""
+def write_all(descriptor: int, data: bytes | memoryview, offset: int = 0) -> None:
+    """Write all of `data` at an offset; the kernel may take it in several calls. Raises `OSError` as `os.pwrite`."""
     view = memoryview(data)
     while view:
-        written = os.pwrite(descriptor, view, at)
-        view, at = view[written:], at + written
+        count = os.pwrite(descriptor, view, offset)
+        view, offset = view[count:], offset + count
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file as hex, read piece by piece. Raises `OSError` if it can't be read."""
-    found = hashlib.sha256()
+    """The sha256 of a file as hex, read in chunks. Raises `OSError` if it can't be read."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(2**20):
-            found.update(piece)
-    return found.hexdigest()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync_file(path: Path) -> None:
@@ -135,14 +138,14 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and deletions in a folder survive a power cut."""
+    """Make renames and deletions in a folder survive a power cut: a file's own flush doesn't cover its name."""
     sync_file(folder)
 
 
 def make_private_folder(path: Path) -> None:
-    """Make a folder, if it is missing, and missing folders above it, all for this user alone.
+    """Make a folder and the missing folders above it, all for this user alone.
 
-    `Path.mkdir` gives its mode to the last one only. Raises `OSError`.
+    `Path.mkdir` gives its mode to the last folder only. Raises `OSError`.
     """
     for folder in (p for p in reversed(path.parents) if not p.exists()):
         folder.mkdir(mode=0o700, exist_ok=True)

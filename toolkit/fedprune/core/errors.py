@@ -16,7 +16,7 @@ from pathlib import Path
 from fedprune.core.text import sentences
 from fedprune.output.extras import install_command
 
-# Longer names are not compared for misspellings.
+# Longer names are not compared for misspellings: difflib takes time by the square, and the name may be received text.
 _LONGEST_NAME = 60
 
 # Characters of each part of a message: received input may be long, and errors end up in logs.
@@ -26,6 +26,7 @@ _LONGEST_PART = 1000
 _ALIKE = 0.75
 
 
+# TOML's bare keys; other keys are shown quoted, so that a key with a dot in it isn't taken for two.
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]{1,60}")
 
 # The keys of a setting from the outermost table, such as `("job", "recipe", "lr")`; items of lists count from 0.
@@ -78,7 +79,7 @@ class FedpruneError(Exception):
         what: The problem, naming the thing; or the path of a setting, which the message names as `job.recipe.lr`.
         path: The setting, where `what` says more about it.
         expected: A valid value.
-        got: The value found.
+        got: The value that was given.
         hint: A remedy for the user.
     """
 
@@ -89,20 +90,21 @@ class FedpruneError(Exception):
     ) -> None:
         self.path = path or (what if isinstance(what, tuple) else ())
         self.words = what if isinstance(what, str) else ""
-        self.what = what = ": ".join(part for part in (dotted(self.path), self.words) if part)
+        self.what = what = ": ".join(text for text in (dotted(self.path), self.words) if text)
         self.expected = expected
         self.got = got
         self.hint = hint
-        parts = [_brief(what)]
+        clauses = [_brief(what)]
         if expected is not None:
-            parts.append(f"expected {_brief(expected)}")
+            clauses.append(f"expected {_brief(expected)}")
         if got is not None:
-            parts.append(f"got {_brief(got)}")
-        message = ": ".join(parts[:1]) + (": " + ", ".join(parts[1:]) if parts[1:] else "")
+            clauses.append(f"got {_brief(got)}")
+        message = ": ".join(clauses[:1]) + (": " + ", ".join(clauses[1:]) if clauses[1:] else "")
         super().__init__(sentences(message, hint))
 
     def named(self, what: str, path: KeyPath = ()) -> FedpruneError:
-        """The same error, of a thing that is named in another way, or of a setting with another path."""
+        """The same error about a thing under another name, or a setting with another path."""
+        # Subclasses have initialisers of their own, whose further arguments are attributes by now.
         error = type(self).__new__(type(self))
         vars(error).update(vars(self))
         FedpruneError.__init__(error, what, path=path, expected=self.expected, got=self.got, hint=self.hint)
@@ -111,10 +113,10 @@ class FedpruneError(Exception):
 
 def dotted(path: KeyPath) -> str:
     """A path as messages show it, such as `job.recipe.lr` or `devices[1].profile`."""
-    names = (
+    keys = (
         f"[{key}]" if isinstance(key, int) else f".{key if _BARE_KEY.fullmatch(key) else shown(key)}" for key in path
     )
-    return "".join(names).removeprefix(".")
+    return "".join(keys).removeprefix(".")
 
 
 def _brief(value: object) -> str:
@@ -126,7 +128,8 @@ def _brief(value: object) -> str:
 
 
 def shown(value: object) -> str:
-    """A short text of any received value for an error: on one line, with printable characters alone."""
+    """A received value as an error shows it: short, on one line, without control characters."""
+    # Python refuses to print integers of more than some 4,300 digits; received ones may have them.
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, (str, bytes)):
@@ -148,7 +151,7 @@ def reason(error: BaseException) -> str:
     return "".join(c if c.isprintable() else " " for c in text.splitlines()[0][:200]).strip()
 
 
-# Settings by the names that other programs have for them.
+# Our settings by the names that other frameworks have for them, which no comparison of letters would find.
 _SYNONYMS = {
     "learning_rate": "lr",
     "local_epochs": "epochs",
@@ -160,15 +163,16 @@ _SYNONYMS = {
 
 
 def meant(given: object, known: Iterable[str]) -> str:
-    """A suggestion for an unknown name in parentheses, after a space; empty where none of the known names is
-    similar."""
+    """A suggestion for an unknown name, as " (did you mean 'x'?)"; empty if no known name is similar."""
     if not isinstance(given, str):
         return ""
     names = list(known)
     near = [_SYNONYMS[given]] if _SYNONYMS.get(given) in names else []
     if len(given) <= _LONGEST_NAME:
-        lower = {name.lower(): name for name in names}
-        near = near or [lower[found] for found in get_close_matches(given.lower(), lower, 1, _ALIKE)]
+        names_by_lower_case = {name.lower(): name for name in names}
+        near = near or [
+            names_by_lower_case[match] for match in get_close_matches(given.lower(), names_by_lower_case, 1, _ALIKE)
+        ]
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
@@ -185,21 +189,21 @@ _REMEDIES = {
 
 
 def looked_for(path: Path | str) -> str:
-    """Where a missing file or folder was looked for, after a space; empty for an absolute path."""
+    """A sentence with the absolute path of a missing file or folder, after a space; empty if the path is absolute."""
     return "" if Path(path).is_absolute() else f" It was looked for at {Path(path).absolute()}."
 
 
 def remedy(error: OSError | EOFError, hint: str = "") -> str:
-    """A remedy where the operating system refuses a path: `hint`, or the usual one; empty where none is known."""
-    known = hint or _REMEDIES.get(getattr(error, "errno", None) or 0, "")
+    """The remedy for a path that the operating system refuses: `hint`, or the usual one; empty if there is none."""
+    advice = hint or _REMEDIES.get(getattr(error, "errno", None) or 0, "")
     path = getattr(error, "filename", None)
     if isinstance(error, FileNotFoundError) and isinstance(path, (str, Path)):
-        return f"{known}{looked_for(path)}"
-    return known
+        return f"{advice}{looked_for(path)}"
+    return advice
 
 
 class UsageError(FedpruneError):
-    """A command line can't be followed, and only the work itself shows why."""
+    """A command line can't be followed, which shows only after it was parsed."""
 
     exit_code = ExitCode.USAGE
 
@@ -210,7 +214,9 @@ class MissingExtraError(FedpruneError):
     exit_code = ExitCode.MISSING_EXTRA
 
     def __init__(self, what: str, *, extra: str = "", hint: str = "") -> None:
-        super().__init__(what, hint=" ".join(part for part in (hint, install_command(extra) if extra else "") if part))
+        super().__init__(
+            what, hint=" ".join(sentence for sentence in (hint, install_command(extra) if extra else "") if sentence)
+        )
 
 
 class ModelError(FedpruneError):
@@ -220,7 +226,7 @@ class ModelError(FedpruneError):
 
 
 class BundleError(FedpruneError):
-    """A bundle, submodel, selection or architecture file doesn't hold what it should."""
+    """A bundle, submodel, selection or architecture file is damaged or contradicts the others."""
 
     exit_code = ExitCode.BUNDLE
 
@@ -291,8 +297,8 @@ class TwoSignersError(StaleEpochError):
 class StorageError(FedpruneError):
     """A file or folder is damaged, unreadable or another program's.
 
-    Any function that reads or writes files may raise it, or its `StorageFullError` where the disk is full; docstrings
-    name it only where more is to be said.
+    Any function that reads or writes files may raise it, or its subclass `StorageFullError` if the disk is full.
+    Docstrings name it only if there is more to say.
     """
 
     exit_code = ExitCode.STORAGE
@@ -357,7 +363,7 @@ class ImageError(FedpruneError):
 
 
 class IdentityError(FedpruneError):
-    """A key, certificate or list of revoked ones can't be used, or may not be made."""
+    """A key, certificate or revocation list can't be used, or may not be made."""
 
     exit_code = ExitCode.IDENTITY
 
@@ -385,7 +391,7 @@ class ForeignClaimError(JoinError):
 
 
 class ReleaseError(FedpruneError):
-    """A release of the runtime is not what it should be, or doesn't fit this board."""
+    """A release of the runtime is damaged, not signed as it must be, or doesn't fit this board."""
 
     exit_code = ExitCode.RELEASE
 

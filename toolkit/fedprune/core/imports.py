@@ -1,5 +1,4 @@
-"""Modules that are imported by name: a user's own, a package's public ones when they are first used, and programs of
-child processes."""
+"""Imports by name: a user's module, a package's lazy attributes, and the code of child processes."""
 
 from __future__ import annotations
 
@@ -20,24 +19,25 @@ def own_module(name: str) -> ModuleType:
     The module itself is looked for in the current folder first. For all other imports of the process that folder comes
     last, so that no file in it takes the place of an installed module.
     """
-    here, top = str(Path.cwd()), name.partition(".")[0]
-    if here not in sys.path:
-        sys.path.append(here)
-    if top not in sys.modules:
-        found = PathFinder.find_spec(top, [here])
-        if found is not None and found.loader is not None and found.origin is not None:
-            module = importlib.util.module_from_spec(found)
-            sys.modules[top] = module
+    current_folder, top_name = str(Path.cwd()), name.partition(".")[0]
+    if current_folder not in sys.path:
+        sys.path.append(current_folder)
+    if top_name not in sys.modules:
+        # Searched by hand: with the folder first on the path, a user's `numpy.py` would replace numpy everywhere.
+        spec = PathFinder.find_spec(top_name, [current_folder])
+        if spec is not None and spec.loader is not None and spec.origin is not None:
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[top_name] = module  # before it runs, as the import system does: it may import itself
             try:
-                found.loader.exec_module(module)
+                spec.loader.exec_module(module)
             except BaseException:
-                del sys.modules[top]
+                del sys.modules[top_name]
                 raise
     return importlib.import_module(name)
 
 
 def program_code(code: str) -> str:
-    """The code for `python -c`, which would import from the current folder before all others: this doesn't."""
+    """Wrap code for `python -c` so that it imports nothing from the current folder, which `-c` puts first."""
     return f"import sys\nsys.path[:] = [p for p in sys.path if p]\n{code}"  # Python 3.10 has no -P
 
 
@@ -53,7 +53,7 @@ def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str],
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value: object = getattr(import_module(modules[name]), name)
-        setattr(sys.modules[package], name, value)
+        setattr(sys.modules[package], name, value)  # so that `__getattr__` is asked once per name
         return value
 
     return load

@@ -1,4 +1,4 @@
-"""JSON that people, other programs and other machines write."""
+"""JSON from people, other programs and other machines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from fedprune.core.disk import MOST_BYTES, read_file
 from fedprune.core.errors import FedpruneError, reason, remedy
 from fedprune.core.validation import MAX_INT
 
-# Characters of `MAX_INT` and its sign; longer whole numbers are not parsed, which takes quadratic time.
+# Characters of `MAX_INT` with a sign. Longer integers are not parsed: that takes quadratic time.
 _MAX_DIGITS = 20
 
-# Characters of what is still a number, though no float64 has more than 309 digits before its point.
+# Longer integers are refused instead of read as infinity: no float64 has more than 309 digits before its point.
 _MOST_DIGITS = 1000
 
 

@@ -1,7 +1,7 @@
-"""Patience with locks that other processes hold: it logs who is waited for, and lets the waiting thread show life.
+"""Waits for locks that other processes hold: they log the holder and call a hook of the waiting thread.
 
-A lock is waited for without end, because its holder may be stopped (Ctrl-Z), slow, or wait for a slow disk, and ending
-here would cost more than waiting. Whoever must not wait without end sets a hook that raises.
+The wait has no end of its own: the holder may be stopped (Ctrl-Z), slow, or at work on a slow disk, and giving up would
+cost more than waiting. A thread that must not wait forever sets a hook that raises.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _LOG = logging.getLogger("fedprune")
 
 _HOOK: ContextVar[Callable[[], object] | None] = ContextVar("fedprune_wait_hook", default=None)
 
-# A lock that is free again sooner is no news.
+# Shorter waits are normal and not logged: each of two processes holds the lock for one transaction.
 SAID_AFTER_S = 1.0
 
-# Who has a lock is looked up, and the hook called, no more often: there may be many attempts in a second.
+# Interval of looking up the holder and calling the hook: there may be many attempts in a second.
 ASKED_EVERY_S = 1.0
 
 _REASON: ContextVar[str] = ContextVar("fedprune_wait_reason", default="")
@@ -33,14 +33,15 @@ _REASON: ContextVar[str] = ContextVar("fedprune_wait_reason", default="")
 # All locks on files, where the kernel is Linux.
 LOCKS = Path("/proc/locks")
 
+# A wait that lasts is logged once a minute: often enough to be seen, too seldom to fill a log overnight.
 _SAID_AGAIN_S = 60.0
-# Characters of a command in a sentence.
+# Characters of a command line in a log line, so that the sentence around it stays readable.
 _MAX_COMMAND = 120
 
 
 @contextmanager
 def wait_hook(hook: Callable[[], object]) -> Iterator[None]:
-    """Call `hook` again and again while this thread waits for a lock or its database; it ends the wait by raising."""
+    """Call `hook` repeatedly while this thread waits for a lock or its database. By raising it ends the wait."""
     token = _HOOK.set(hook)
     try:
         yield
@@ -49,8 +50,9 @@ def wait_hook(hook: Callable[[], object]) -> Iterator[None]:
 
 
 def call_wait_hook(reason: str) -> None:
-    """Call this thread's hook, if it has one; at least once in two seconds of a wait, whose reason `wait_reason` says
-    meanwhile. What the hook itself waits for calls no hook.
+    """Call this thread's hook, if it has one. Waits call it at least every two seconds.
+
+    During the call `wait_reason` returns `reason`, and waits of the hook itself call no hook.
     """
     if (hook := _HOOK.get()) is not None:
         reason_token, hook_token = _REASON.set(reason), _HOOK.set(None)
@@ -62,7 +64,7 @@ def call_wait_hook(reason: str) -> None:
 
 
 def wait_reason() -> str:
-    """What this thread waits for, for a hook; empty outside of one."""
+    """What this thread waits for, as its hook may ask; empty outside of a hook."""
     return _REASON.get()
 
 
@@ -110,7 +112,7 @@ class LockHolder:
     Attributes:
         command: Its command line; empty if unknown.
         is_stopped: Whether it was suspended, as by Ctrl-Z or SIGSTOP.
-        is_certain: Whether the lock is on the file itself, and not perhaps on another one of the same number.
+        is_certain: Whether the lock is on the file itself, rather than on any file with its inode number.
     """
 
     pid: int
@@ -125,8 +127,8 @@ class LockHolder:
         return f"{'' if self.is_certain else 'perhaps '}process {self.pid}{command}"
 
     def __str__(self) -> str:
-        stopped = f", which is stopped: continue it with `kill -CONT {self.pid}`, or end it" if self.is_stopped else ""
-        return f"{self.name}{stopped}"
+        advice = f", which is stopped: continue it with `kill -CONT {self.pid}`, or end it" if self.is_stopped else ""
+        return f"{self.name}{advice}"
 
 
 def file_lock_holders(*paths: Path) -> list[str]:
@@ -135,33 +137,33 @@ def file_lock_holders(*paths: Path) -> list[str]:
 
 
 def lock_holders(*paths: Path) -> list[LockHolder]:
-    """The other processes that hold exclusive locks on files; empty where the kernel doesn't tell.
+    """The other processes that hold exclusive locks on files; empty if the kernel doesn't list locks.
 
-    Some file systems (Btrfs, overlays) show the kernel's locks another device than programs. Where no device fits,
-    those of the same number of a file are named with "perhaps", since another file may have it as well.
+    On some file systems (Btrfs, overlays) the kernel lists another device than `stat` does. If no device matches,
+    holders of locks with the same inode number are returned as uncertain: another file may have that number.
 
     The files are not opened: closing a file gives up all POSIX locks on it that this process has.
     """
-    files = set()
+    file_keys = set()
     for path in paths:
         try:
-            found = path.stat()
+            status = path.stat()
         except OSError:  # a file that is gone has no lock
             continue
-        files.add(f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}")
-    inodes = {file.rpartition(":")[2] for file in files}
+        file_keys.add(f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}")
+    inodes = {file_key.rpartition(":")[2] for file_key in file_keys}
     try:
         lines = LOCKS.read_text().splitlines()
     except OSError:
         return []
-    holders, namesakes = set[int](), set[int]()
+    holder_pids, same_inode_pids = set[int](), set[int]()
     for line in lines:
-        # "3: POSIX  ADVISORY  WRITE 4711 fe:00:123456 120 120"; one that only waits has "->" after its number.
+        # "3: POSIX  ADVISORY  WRITE 4711 fe:00:123456 120 120"; a process that only waits has "->" after the number.
         words = line.split()
         if len(words) >= 6 and "->" not in words and words[3] == "WRITE" and words[5].rpartition(":")[2] in inodes:
-            (holders if words[5] in files else namesakes).add(int(words[4]))
-    pids = sorted((holders or namesakes) - {os.getpid()})
-    return [_lock_holder(pid, is_certain=bool(holders)) for pid in pids if pid > 0]
+            (holder_pids if words[5] in file_keys else same_inode_pids).add(int(words[4]))
+    pids = sorted((holder_pids or same_inode_pids) - {os.getpid()})
+    return [_lock_holder(pid, is_certain=bool(holder_pids)) for pid in pids if pid > 0]
 
 
 def _lock_holder(pid: int, *, is_certain: bool) -> LockHolder:
@@ -173,6 +175,7 @@ def _lock_holder(pid: int, *, is_certain: bool) -> LockHolder:
     return LockHolder(pid, command_text(arguments), is_stopped=state in ("T", "t"), is_certain=is_certain)
 
 
+# Web hooks and broker URLs: the secret can be in the user part, the path or the query, so all of it goes.
 _ADDRESS = re.compile(r"(\w://)\S+")
 _SECRET = re.compile(r"((?:password|secret|token)\w*=)\S+", re.IGNORECASE)
 
@@ -182,21 +185,24 @@ def _without_secrets(word: str) -> str:
 
 
 def command_text(arguments: Sequence[str]) -> str:
-    """A command line in a sentence. Of a long one, what tells it from others: the names of program and script without
-    their folders, the subcommand, and the last arguments, such as paths. What may be secret isn't shown: addresses,
-    which may hold a password or be one, and what a word like `password=` is followed by."""
+    """A command line for a log line, without secrets.
+
+    A long one is cut in the middle. It keeps what distinguishes it: program and script without their folders, the
+    subcommand, and the last arguments, such as paths. Addresses are hidden, because they may hold a password or be a
+    secret, and so are values after words like `password=`.
+    """
     words = [_without_secrets(word) for argument in arguments if (word := one_line(argument, len(argument)))]
     if len(text := " ".join(words)) <= _MAX_COMMAND:
         return text
     for i in range(min(2, len(words) - 1)):
         words[i] = words[i].rpartition("/")[2] if words[i].startswith("/") else words[i]
-    first = [one_line(words.pop(0), _MAX_COMMAND // 2)]
-    while words and len(" ".join([*first, words[0]])) <= _MAX_COMMAND // 3:
-        first.append(words.pop(0))
-    room, last = _MAX_COMMAND - len(" ".join(first)), list[str]()
+    first_words = [one_line(words.pop(0), _MAX_COMMAND // 2)]
+    while words and len(" ".join([*first_words, words[0]])) <= _MAX_COMMAND // 3:
+        first_words.append(words.pop(0))
+    room, last_words = _MAX_COMMAND - len(" ".join(first_words)), list[str]()
     while words and len(words[-1]) < room:
-        last.insert(0, words.pop())
-        room -= len(last[0]) + 1
-    if words and not last:
-        last = [words[-1][-room:]]
-    return " ".join([*first, *(["..."] if words else []), *last])
+        last_words.insert(0, words.pop())
+        room -= len(last_words[0]) + 1
+    if words and not last_words:
+        last_words = [words[-1][-room:]]
+    return " ".join([*first_words, *(["..."] if words else []), *last_words])

@@ -1,4 +1,4 @@
-"""Metrics that devices report: what they mean, which of them count, and which limits they must keep."""
+"""Metrics that devices report: their names, their valid ranges, and which of them judges a model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-# Endings of `accuracy_...`, `loss_...` and the like: measured on the device's own test samples, with the model that it
-# has just trained, or with its own average of models where it keeps one.
+# Suffixes of `accuracy_...`, `loss_...` and the like, which are measured on the device's own test samples: with the
+# model that it has just trained, or with its own average of models if it keeps one.
 TRAINED, AVERAGED = "after", "average"
 
 # The share of received weights in the model that a device serves, reported where validation samples decide on it.
 BLEND = "blend"
 
-# The largest loss, of either sign, that counts as a measurement.
+# The largest loss, of either sign, that counts as a measurement: larger ones are divergence, and would hide all other
+# values in a mean over the fleet.
 MAX_LOSS = 1e6
 
 
@@ -23,7 +24,7 @@ class Metric:
 
     Attributes:
         title: Its name for people.
-        higher: Whether more is better.
+        higher: Whether a higher value is better.
         share: Whether it is a share from 0 to 1, shown in percent.
         labels: The kinds of labels (`fedprune.model.recipe.LOSSES`) that a recipe may ask for it with.
     """
@@ -43,7 +44,7 @@ class Metric:
         return max(values) if self.higher else min(values)
 
     def best_index(self, values: Sequence[float | None]) -> int | None:
-        """Index of the best value, the first of equals; None without any."""
+        """The index of the best value, the first of equals; None if nothing was measured."""
         measured = [value for value in values if value is not None]
         return values.index(self.best(measured)) if measured else None
 
@@ -62,7 +63,8 @@ SCORE = "score"
 ACCURACY = Metric("accuracy", "accuracy", higher=True, share=True)
 LOSS = Metric("loss", "loss", higher=False, share=False)
 
-# By name; where several were measured, a model is judged by the first of them.
+# By name, in order of precedence: the first one that was measured judges the model. A user's own score comes first,
+# then what belongs to one task, and loss last, since every task has one.
 METRICS = {
     m.name: m
     for m in (
@@ -79,7 +81,8 @@ METRICS = {
 
 
 def leading(metrics: Mapping[str, float], suffix: str = "") -> tuple[Metric, float] | None:
-    """By what a model is judged: the first of `METRICS` that was measured, as `NAME` + `suffix`; None without any."""
+    """The metric that judges a model, with its value: the first of `METRICS` that is in `metrics` as NAME +
+    `suffix`."""
     for name, metric in METRICS.items():
         if (value := metrics.get(name + suffix)) is not None:
             return metric, value
@@ -87,10 +90,10 @@ def leading(metrics: Mapping[str, float], suffix: str = "") -> tuple[Metric, flo
 
 
 def served(metrics: Mapping[str, float], kind: str) -> float | None:
-    """A metric (such as `accuracy` or `loss`) on the device's test samples of the model that it serves; None where it
-    wasn't measured.
+    """A metric, such as `accuracy`, of the model that a device serves, on the device's test samples; None if it wasn't
+    measured.
 
-    That is the average where the device keeps one, else what it trained.
+    A device serves its average of models if it keeps one, else the model that it trained.
     """
     return metrics.get(f"{kind}_{AVERAGED}", metrics.get(f"{kind}_{TRAINED}"))
 
@@ -101,14 +104,14 @@ def all_served(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def believable(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that are finite, with shares (`accuracy...`) from 0 to 1 and others (`loss...`) within `MAX_LOSS`.
+    """The metrics that are possible measurements: finite, shares from 0 to 1, others within `MAX_LOSS`.
 
-    Densities and the end of training depend on them, so that impossible ones must not count.
+    Densities and the end of training depend on them, so that a device must not steer either with an impossible value.
     """
-    found = {}
+    credible = {}
     for name, value in metrics.items():
-        known = METRICS.get(name.split("_")[0])
-        low, high = (-math.inf, math.inf) if known is None else known.limits
+        metric = METRICS.get(name.split("_")[0])
+        low, high = (-math.inf, math.inf) if metric is None else metric.limits
         if math.isfinite(value) and low <= value <= high:
-            found[name] = value
-    return found
+            credible[name] = value
+    return credible

@@ -27,11 +27,12 @@ Record = TypeVar("Record")
 # The end of a text in regular expressions of Python and of JSON Schema alike; `$` also matches before a last line end.
 END = r"(?![\s\S])"
 
-# Nesting that a free-form object may have.
+# Levels of a free-form object: without a limit a peer could exhaust the stack of whatever walks it.
 MAX_DEPTH = 8
 
 _LONGEST_TEXT = 65_536
 
+# msgspec tells what it refuses only in words, so its messages are parsed. What doesn't match is passed on as it is.
 _PLACE = re.compile(r"(?P<what>.*?)(?: - at (?P<key>`key` in )?`\$(?P<path>.*)`)?", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`")
 _PATTERN = re.compile(r"Expected `str` matching regex ['\"](?P<pattern>.*)['\"]", re.DOTALL)
@@ -45,14 +46,15 @@ _KINDS = {
     "null": "nothing",
 }
 
+# Words for a pattern, by the pattern: msgspec's error has nothing but the regular expression.
 _IN_WORDS: dict[str, str] = {}
 
 
 def matching(pattern: str, words: str, most: int | None = None, *, description: str | None = None) -> Meta:
     """Text that a regular expression matches as a whole; `words` say so in errors."""
-    whole = f"^(?:{pattern}){END}"
-    _IN_WORDS[whole] = words
-    return Meta(pattern=whole, max_length=most, description=description)
+    full_pattern = f"^(?:{pattern}){END}"
+    _IN_WORDS[full_pattern] = words
+    return Meta(pattern=full_pattern, max_length=most, description=description)
 
 
 def one_of(words: Sequence[str]) -> Meta:
@@ -86,8 +88,8 @@ Digest = Annotated[str, matching(validation.DIGEST, "64 hex digits")]
 
 
 def check_free(value: object, what: str, error: type[FedpruneError], depth: int = MAX_DEPTH) -> None:
-    """Refuse a free-form value of more than `depth` levels, with numbers that are not finite, whole ones beyond 64 bits
-    or text that isn't printable."""
+    """Refuse a free-form value with more than `depth` levels, numbers that are not finite, integers beyond 64 bits, or
+    text that isn't printable."""
     if isinstance(value, str):
         validation.text(what, value, _LONGEST_TEXT, error=error)
     elif isinstance(value, int) and not isinstance(value, bool):
@@ -97,14 +99,14 @@ def check_free(value: object, what: str, error: type[FedpruneError], depth: int 
     elif isinstance(value, (Mapping, list, tuple)):
         if not depth:
             raise error(what, expected=f"at most {MAX_DEPTH} levels", got="more")
-        rows = value.items() if isinstance(value, Mapping) else enumerate(value)
-        for key, inner in rows:
+        entries = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in entries:
             check_free(str(key), f"{what}: key", error)
             check_free(inner, what, error, depth - 1)
 
 
 def write(record: object) -> bytes:
-    """A record, or what JSON has, as canonical JSON in UTF-8."""
+    """Encode a record, or a plain value, as canonical JSON in UTF-8: equal values give equal bytes."""
     return _ENCODER.encode(record)
 
 
@@ -126,10 +128,10 @@ def read(kind: type[Record], raw: bytes, what: str, error: type[FedpruneError]) 
 
 
 def convert(kind: type[Record], value: object, what: str, error: type[FedpruneError]) -> Record:
-    """A record from what JSON has, such as a row of a database, checked as `read` does; numbers that are not finite are
-    refused, too."""
+    """Build a record from plain values, such as a row of a database, with the checks of `read`. Numbers that are not
+    finite are refused, too."""
     try:
-        # msgspec writes those as null.
+        # By json, because msgspec would write NaN and infinities as null.
         raw = json.dumps(value, allow_nan=False, default=_plainly).encode()
     except (TypeError, ValueError, OverflowError, RecursionError) as cause:
         raise error(f"{what} is no JSON ({reason(cause)})", got=shown(value)) from cause
@@ -143,20 +145,20 @@ def schemas(kinds: list[type[Any]]) -> tuple[list[dict[str, Any]], dict[str, Any
 
 
 def _refusal(refused: msgspec.ValidationError, raw: bytes, what: str, error: type[FedpruneError]) -> FedpruneError:
-    """What msgspec refuses, by our words: the field, what it may be, and what it is."""
-    found = _PLACE.fullmatch(str(refused))
-    reason_, path = (found["what"], found["path"] or "") if found else (str(refused), "")
-    if missing := _MISSING.fullmatch(reason_):
-        return error(f"{what}: {(path + '.' + missing['name']).lstrip('.')}", expected="a value", got="nothing")
-    expected = reason_.partition(", got ")[0].removeprefix("Expected ")
-    if pattern := _PATTERN.fullmatch(reason_):
-        expected = _IN_WORDS.get(pattern["pattern"].replace("\\\\", "\\"), expected)
-    elif reason_ == "Number out of range":
+    """msgspec's refusal as our error: the field, what it may be, and what it is."""
+    match = _PLACE.fullmatch(str(refused))
+    problem, path = (match["what"], match["path"] or "") if match else (str(refused), "")
+    if missing_field := _MISSING.fullmatch(problem):
+        return error(f"{what}: {(path + '.' + missing_field['name']).lstrip('.')}", expected="a value", got="nothing")
+    expected = problem.partition(", got ")[0].removeprefix("Expected ")
+    if mismatch := _PATTERN.fullmatch(problem):
+        expected = _IN_WORDS.get(mismatch["pattern"].replace("\\\\", "\\"), expected)
+    elif problem == "Number out of range":
         expected = "a number of 64 bits"
     else:
         expected = re.sub(r"`([^`]*)`", lambda m: " or ".join(_KINDS.get(w, w) for w in m[1].split(" | ")), expected)
-    where = ": ".join(part for part in (what, path.lstrip(".")) if part)
-    return error(where, expected=expected, got=None if found and found["key"] else _value_at(raw, path))
+    where = ": ".join(name for name in (what, path.lstrip(".")) if name)
+    return error(where, expected=expected, got=None if match and match["key"] else _value_at(raw, path))
 
 
 def _value_at(raw: bytes, path: str) -> str | None:

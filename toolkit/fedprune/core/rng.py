@@ -1,4 +1,4 @@
-"""Random numbers keyed by what they are for, so that no order of events changes them."""
+"""Random generators keyed by their purpose, so that no order of events changes what they draw."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ def keyed(seed: int, *key: object) -> np.random.Generator:
 
     The key names the purpose of the numbers, such as (round, device, "batches"); each part is taken as text.
     """
+    # A separator that no name contains, so that ("a", "bc") and ("ab", "c") are different keys.
     text = "\x1f".join([str(seed), *map(str, key)])
     digest = hashlib.sha256(text.encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))

@@ -21,7 +21,7 @@ _LIMITS, _CHOICES = "limits", "choices"
 
 @dataclass(frozen=True)
 class Limits:
-    """A range, without its ends where these are excluded; with `or_zero` 0 is allowed as well."""
+    """A range of numbers; `above` and `below` exclude its ends, `or_zero` allows 0 as well."""
 
     low: float
     high: float
@@ -67,20 +67,20 @@ def one_of(default: str, choices: Iterable[str], *, metadata: Mapping[str, Any] 
 
 
 def check_fields(settings: Any, path: KeyPath, error: type[FedpruneError] = ConfigError) -> None:
-    """Check all fields of a dataclass that say what they may be; `path` is the table's. Raises `error`, which names the
+    """Check all fields of a dataclass that declare their values; `path` is the table's. Raises `error`, which names the
     field."""
-    for name, declared in _declared(settings.__class__).items():
+    for name, rule in _declared(settings.__class__).items():
         value, what = getattr(settings, name), (*path, name)
-        if value is None and declared.optional:
+        if value is None and rule.optional:
             continue
-        if declared.words:
-            validation.word(what, value, declared.words, error=error)
-        elif declared.kind is bool:
+        if rule.words:
+            validation.word(what, value, rule.words, error=error)
+        elif rule.kind is bool:
             validation.truth(what, value, error=error)
-        elif declared.limits is not None:
-            several = get_origin(declared.kind) is tuple and isinstance(value, tuple)
-            for entry in value if several else (value,):
-                declared.limits.check(what, entry, whole=declared.whole, error=error)
+        elif rule.limits is not None:
+            is_tuple = get_origin(rule.kind) is tuple and isinstance(value, tuple)
+            for entry in value if is_tuple else (value,):
+                rule.limits.check(what, entry, whole=rule.whole, error=error)
 
 
 class _Declared(NamedTuple):
@@ -93,13 +93,14 @@ class _Declared(NamedTuple):
     words: tuple[str, ...]
 
 
+# Cached, because resolving annotations is slow, and a class doesn't change.
 @cache
 def _declared(cls: Any) -> Mapping[str, _Declared]:
-    hints, found = get_type_hints(cls), {}
+    hints, rules = get_type_hints(cls), {}
     for f in fields(cls):
         kind, optional = hints[f.name], False
         if get_origin(kind) in (Union, UnionType) and type(None) in get_args(kind):
             kind, optional = get_args(kind)[0], True
         words = get_args(kind) if get_origin(kind) is Literal else f.metadata.get(_CHOICES, ())
-        found[f.name] = _Declared(kind, int in (kind, *get_args(kind)), optional, f.metadata.get(_LIMITS), words)
-    return found
+        rules[f.name] = _Declared(kind, int in (kind, *get_args(kind)), optional, f.metadata.get(_LIMITS), words)
+    return rules

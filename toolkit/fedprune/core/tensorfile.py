@@ -25,11 +25,14 @@ from fedprune.core.validation import is_whole
 
 Array = npt.NDArray[Any]
 
+# A cache line. A mapping begins at a page, so that the arrays in a mapped file of one type are aligned in memory.
 ALIGN = 64
+# Enough for some 100,000 tensors. Parsing the 100 MB that safetensors allows takes more memory than a board has.
 MAX_HEADER = 16 * 2**20
-# Dimensions of a tensor; numpy itself stops at 32 or 64.
+# Dimensions of a tensor. Weights have at most five; numpy itself stops at 32 or 64, by version.
 MAX_RANK = 8
 
+# Far beyond any file, and far below where products of dimensions leave 64 bits.
 _MAX_BYTES = 2**48
 
 _CODES = {
@@ -47,24 +50,24 @@ _NAMES = {np.dtype(v): k for k, v in _CODES.items()}
 
 
 def header(specs: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Length and padded JSON header for tensors of these names, codes ("F32") and shapes. Raises `BundleError` if a
+    """The length and padded JSON header for tensors of these names, codes ("F32") and shapes. Raises `BundleError` if a
     name comes twice or is reserved."""
-    table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name, code, shape in specs:
-        if name in table or name == "__metadata__":
+        if name in entries or name == "__metadata__":
             raise BundleError(f"tensor name {name!r} comes twice or is reserved")
         size = math.prod(shape) * np.dtype(_CODES[code]).itemsize
-        table[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
+        entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
-    text = json.dumps(table, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGN)
     return len(text).to_bytes(8, "little") + text
 
 
 def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
     """Canonical bytes of `tensors`, in their order. Raises `BundleError` if a tensor's type has no safetensors code."""
-    # Joined from the tensors themselves: on boards a further copy of all weights is memory that they may not have.
+    # One join of views: on boards a further copy of all weights is memory that they may not have.
     return b"".join([header_of(tensors, metadata), *map(_bytes, tensors.values())])
 
 
@@ -86,7 +89,7 @@ def _bytes(value: Array) -> memoryview:
 
 
 def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Where each tensor of a file is: name to (code, shape, absolute start, end). Raises `BundleError` if the
+    """The place of each tensor in a file: name to (code, shape, absolute start, end). Raises `BundleError` if the
     header is damaged, has gaps or overlaps, doesn't cover the file exactly, or a shape is one that numpy can't hold."""
     view = memoryview(raw)
     length = header_length(view)
@@ -97,7 +100,7 @@ def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], in
             (
                 str(k),
                 str(v["dtype"]),
-                tuple(_size(d) for d in v["shape"]),
+                tuple(_size(dimension) for dimension in v["shape"]),
                 _size(v["data_offsets"][0]),
                 _size(v["data_offsets"][1]),
             )
@@ -105,31 +108,33 @@ def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], in
         ]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise BundleError(f"tensor file header is damaged ({type(error).__name__})") from error
-    out: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
-    at, base = 0, 8 + length
+    tensor_places: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+    expected_start, base = 0, 8 + length
     for name, code, shape, start, end in sorted(rows, key=lambda r: (r[3], r[4])):
         if code not in _CODES:
             raise BundleError(f"type of tensor {shown(name)}", expected=", ".join(_CODES), got=shown(code))
         size = extent = np.dtype(_CODES[code]).itemsize
-        for d in shape:
-            size *= d
-            extent *= max(d, 1)  # numpy refuses an empty array whose other dimensions are too large
+        for dimension in shape:
+            size *= dimension
+            extent *= max(dimension, 1)  # numpy refuses an empty array whose other dimensions are too large
         if len(shape) > MAX_RANK or extent >= _MAX_BYTES:
             raise BundleError(
                 f"shape of tensor {shown(name)}",
                 expected=f"at most {MAX_RANK} dimensions and less than {_MAX_BYTES} bytes",
                 got=repr(shape)[:80],
             )
-        if start != at or end - start != size:
+        if start != expected_start or end - start != size:
             raise BundleError(
-                f"tensor {shown(name)} doesn't lie where its shape says", expected=(at, at + size), got=(start, end)
+                f"tensor {shown(name)} doesn't lie where its shape says",
+                expected=(expected_start, expected_start + size),
+                got=(start, end),
             )
-        out[name] = (code, shape, base + start, base + end)
-        at = end
-    if base + at != len(view):
-        how = "cut short" if len(view) < base + at else "too long"
-        raise BundleError(f"tensor file is {how}", expected=f"{base + at} bytes", got=len(view))
-    return out
+        tensor_places[name] = (code, shape, base + start, base + end)
+        expected_start = end
+    if base + expected_start != len(view):
+        problem = "cut short" if len(view) < base + expected_start else "too long"
+        raise BundleError(f"tensor file is {problem}", expected=f"{base + expected_start} bytes", got=len(view))
+    return tensor_places
 
 
 def header_length(raw: bytes | memoryview) -> int:
@@ -144,16 +149,16 @@ def header_length(raw: bytes | memoryview) -> int:
 
 
 def array_at(raw: bytes | memoryview, code: str, shape: tuple[int, ...], start: int, end: int) -> Array:
-    """A tensor at its place in `offsets`, as a read-only view."""
+    """The tensor at one place of `offsets`, as a read-only view."""
     return np.frombuffer(memoryview(raw)[start:end], dtype=_CODES[code]).reshape(shape)
 
 
 def decode(raw: bytes | memoryview) -> dict[str, Array]:
     """Tensors of a file, as read-only views on its bytes. Raises `BundleError` as `offsets`."""
-    out: dict[str, Array] = {}
+    tensors: dict[str, Array] = {}
     for name, (code, shape, start, end) in offsets(raw).items():
-        out[name] = array_at(raw, code, shape, start, end)
-    return out
+        tensors[name] = array_at(raw, code, shape, start, end)
+    return tensors
 
 
 def load(path: Path) -> dict[str, Array]:
@@ -192,20 +197,23 @@ _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0
 
 
 def float32_array(raw: bytes, shape: Sequence[int], what: str) -> npt.NDArray[np.float32]:
-    """The array of this shape in the bytes of a `.npy` file; nothing is unpickled, or larger than the bytes. Raises
-    `ProtocolError` if they are no such array; the message names `what`."""
+    """Decode the bytes of a `.npy` file with an array of this shape. Raises `ProtocolError`, which names `what`, if
+    they hold anything else.
+
+    Nothing is unpickled, and no memory is taken for a size that only the header claims.
+    """
     file = io.BytesIO(raw)
     try:
-        read = _HEADERS[npy.read_magic(file)]
-        found, fortran, dtype = read(file)
+        read_header = _HEADERS[npy.read_magic(file)]
+        file_shape, is_fortran_order, dtype = read_header(file)
     except Exception as error:  # numpy's parser of others' headers raises whatever its parts raise
         raise ProtocolError(f"{what} is no array in NumPy's format ({type(error).__name__})") from error
     if dtype.newbyteorder("<") != np.dtype("<f4"):
         raise ProtocolError(f"type of {what}", expected="float32", got=shown(str(dtype)))
-    if tuple(found) != tuple(shape):
-        raise ProtocolError(f"shape of {what}", expected=tuple(shape), got=shown(str(tuple(found))))
+    if tuple(file_shape) != tuple(shape):
+        raise ProtocolError(f"shape of {what}", expected=tuple(shape), got=shown(str(tuple(file_shape))))
     data = memoryview(raw)[file.tell() :]
     if len(data) != 4 * int(np.prod(shape, dtype=np.int64)):
         raise ProtocolError(f"{what} is cut short or too long", expected=tuple(shape), got=f"{len(data)} bytes")
     flat = np.frombuffer(data, dtype)
-    return np.array(flat.reshape(shape, order="F" if fortran else "C"), np.float32, order="C")
+    return np.array(flat.reshape(shape, order="F" if is_fortran_order else "C"), np.float32, order="C")

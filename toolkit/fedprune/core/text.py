@@ -1,12 +1,11 @@
-"""Text for people: numbers with their nouns or units (1 file, 2.10 MB, 35 ms), and received text made safe to show;
-and the strings of a JSON value."""
+"""Text for people: numbers with nouns or units (1 file, 2.10 MB, 35 ms), and received text made safe to show."""
 
 from __future__ import annotations
 
 import codecs
 from collections.abc import Mapping, Sequence
 
-# What ends a sentence.
+# Characters that end a sentence, after which no full stop is added.
 _ENDS = (".", "!", "?", "…")
 
 
@@ -22,12 +21,12 @@ def one_line(value: str, limit: int = 500) -> str:
 
 
 def sentences(*texts: str) -> str:
-    """Texts, of which any may be empty, as sentences one after the other: each but the last ends in a full stop.
+    """Join texts as sentences: each but the last ends in a full stop. Empty ones are left out.
 
-    What other programs and boards say may end in one already.
+    Texts of other programs and boards may end in one already.
     """
-    *firsts, last = [text for text in texts if text] or [""]
-    return " ".join([*(text if text.endswith(_ENDS) else f"{text}." for text in firsts), last])
+    *all_but_last, last = [text for text in texts if text] or [""]
+    return " ".join([*(text if text.endswith(_ENDS) else f"{text}." for text in all_but_last), last])
 
 
 def decode_text(raw: bytes) -> str:
@@ -40,6 +39,7 @@ def decode_text(raw: bytes) -> str:
 
 def encoding_of(first_bytes: bytes) -> str:
     """The encoding of a file that begins with these two bytes: UTF-16 if they are its byte order mark, else UTF-8."""
+    # "utf-8-sig" drops the mark that Windows' editors put before UTF-8, too, and reads plain UTF-8 alike.
     return "utf-16" if first_bytes in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 

@@ -1,4 +1,4 @@
-"""TOML files: settings and profiles that people write."""
+"""TOML files, in which people write settings and profiles."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 from fedprune.core.disk import read_file
 from fedprune.core.errors import FedpruneError, MissingExtraError, remedy
 
-# The largest TOML file: some ten thousand boards in a table.
+# The largest TOML file: enough for a table of some ten thousand boards. Parsers in Python take seconds for more.
 _MOST_BYTES = 4 * 2**20
 
+# Parts of a dotted key: parsers walk all earlier parts for each, which takes time by the square.
 _MOST_PARTS = 100
 
 
@@ -30,8 +31,8 @@ def read_toml(path: Path, error: type[FedpruneError]) -> dict[str, Any]:
         line = raw.count(b"\n", 0, cause.start) + 1
         raise error(f"{path}:{line}: this is not TOML (not UTF-8 at line {line})") from cause
     except ValueError as cause:  # the parser's own error is one, and names the line
-        place = re.search(r"at line (\d+), column (\d+)", str(cause))
-        where = "" if place is None else f":{place[1]}:{place[2]}"
+        position = re.search(r"at line (\d+), column (\d+)", str(cause))
+        where = "" if position is None else f":{position[1]}:{position[2]}"
         raise error(f"{path}{where}: this is not TOML ({_told(cause)})") from cause
 
 
@@ -39,8 +40,8 @@ _TUPLE = re.compile(r"\((?:'[^']*'(?:, |,)?)+\)")
 
 
 def _told(cause: ValueError) -> str:
-    """A parser's message, with a table's name as it is written: the parser has it as a Python tuple."""
-    return _TUPLE.sub(lambda found: "[" + ".".join(re.findall("'([^']*)'", found[0])) + "]", str(cause))
+    """A parser's message for people: the parser shows a table's name as a Python tuple."""
+    return _TUPLE.sub(lambda match: "[" + ".".join(re.findall("'([^']*)'", match[0])) + "]", str(cause))
 
 
 def parse_toml(text: str) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     return body
 
 
-# Strings and comments of a TOML text.
+# Strings and comments of a TOML text: dots in them make no key.
 _QUOTED = re.compile(
     r"""
     "{3}(?:[^"\\]|\\.|"{1,2}(?!"))*"{3} | '{3}(?:[^']|'{1,2}(?!'))*'{3}  # of several lines
@@ -64,16 +65,16 @@ _QUOTED = re.compile(
 
 
 def _check_keys(text: str) -> None:
-    """Refuse dotted keys of very many parts, for which parsers take time by the square. Raises `ValueError` if there
-    is one."""
+    """Raise `ValueError` for a dotted key of more than `_MOST_PARTS` parts."""
+    # Nearly every file ends here: counting dots is cheaper than finding its strings.
     if text.count(".") < _MOST_PARTS:
         return
-    bare = _QUOTED.sub(lambda found: '""' + "\n" * found[0].count("\n"), text)
-    for number, line in enumerate(bare.split("\n"), 1):
+    unquoted = _QUOTED.sub(lambda match: '""' + "\n" * match[0].count("\n"), text)
+    for number, line in enumerate(unquoted.split("\n"), 1):
         if line.count(".") < _MOST_PARTS:
             continue
-        for piece in re.split(r"[=,\[\]{}#]", line):
-            if sum(bool(part.strip()) for part in piece.split(".")) > _MOST_PARTS:
+        for key in re.split(r"[=,\[\]{}#]", line):
+            if sum(bool(name.strip()) for name in key.split(".")) > _MOST_PARTS:
                 raise ValueError(f"a key of more than {_MOST_PARTS} parts at line {number}, column 1")
 
 

@@ -14,14 +14,17 @@ from typing import Any, TypeGuard
 
 from fedprune.core.errors import ConfigError, FedpruneError, Subject, meant, shown
 
+# What databases, arrays and clocks take; Python's own integers have no end.
 MAX_INT = 2**63 - 1
 
-# No control characters other than line ends and tabs, no halves of surrogate pairs.
+# No control characters other than line ends and tabs, which could steer a terminal; no halves of surrogate pairs, which
+# no UTF-8 file or message can hold.
 _PRINTABLE = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]*")
 
-# A regular expression of sha256, and of Ed25519 keys.
+# A regular expression for a sha256 in hex; Ed25519 keys have the same length.
 DIGEST = "[0-9a-f]{64}"
 
+# As many digits as `MAX_INT` has.
 _DECIMAL = re.compile(r"-?[0-9]{1,19}")
 
 Error = type[FedpruneError]
@@ -62,11 +65,11 @@ def number(
     if math.isinf(low):
         expected = "a finite number" if math.isinf(high) else f"a number up to {high:g}"
     elif above:
-        most = "" if math.isinf(high) else f" and below {high:g}" if below else f" and at most {high:g}"
-        expected = f"a number above {low:g}{most}"
+        upper_end = "" if math.isinf(high) else f" and below {high:g}" if below else f" and at most {high:g}"
+        expected = f"a number above {low:g}{upper_end}"
     else:
-        most = "up" if math.isinf(high) else f"to below {high:g}" if below else f"to {high:g}"
-        expected = f"a number from {low:g} {most}"
+        upper_end = "up" if math.isinf(high) else f"to below {high:g}" if below else f"to {high:g}"
+        expected = f"a number from {low:g} {upper_end}"
     raise error(what, expected=expected, got=shown(value))
 
 
@@ -99,13 +102,13 @@ def instance(
 
 
 def texts(what: Subject, value: object, *, error: Error = ConfigError) -> tuple[str, ...]:
-    """A list or tuple of texts; one text alone, whose letters would be taken for them, is refused."""
+    """A list or tuple of texts. A single text is refused: its letters would be taken for the entries."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
         raise error(what, expected="a list of texts", got=f"{type(value).__name__} {shown(value)}")
-    found = tuple(value)
-    for entry in found:
+    entries = tuple(value)
+    for entry in entries:
         instance(f"{what}: an entry", entry, str, "a text", error=error)
-    return found
+    return entries
 
 
 def truth(what: Subject, value: object, *, error: Error = ConfigError) -> bool:
@@ -133,7 +136,7 @@ def matching(
 def items(
     what: Subject, value: object, most: int, noun: str, *, least: int = 0, error: Error = ConfigError
 ) -> Sequence[Any]:
-    """A list of `least` to `most` items, which are not looked at; `noun` is their plural."""
+    """A list of `least` to `most` items, which are not checked themselves; `noun` is their plural."""
     if isinstance(value, (list, tuple)) and least <= len(value) <= most:
         return value
     expected = f"a list of {f'{least} to' if least else 'at most'} {most} {noun}"
@@ -148,7 +151,7 @@ def only(
     *,
     error: Error = ConfigError,
 ) -> None:
-    """Raise an error that names the first key of `body` that isn't allowed."""
+    """Refuse a table with a key that isn't allowed; the error names the first one."""
     names = tuple(allowed)
     for key in body:
         if key not in names:
@@ -159,7 +162,8 @@ def only(
 
 
 def known(kind: type[Any], body: object, where: Subject) -> dict[str, Any]:
-    """A copy of a table whose keys are all fields of a dataclass. Raises `ConfigError`, which names another key."""
+    """A copy of a table, if all its keys are fields of a dataclass. Raises `ConfigError`, which names the first other
+    key."""
     if not isinstance(body, Mapping):
         raise ConfigError(where, expected="a table of settings", got=shown(body))
     only((f.name for f in fields(kind)), body, where)

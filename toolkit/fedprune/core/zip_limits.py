@@ -1,4 +1,4 @@
-"""Limits of unpacked zip archives, which are checked before anything is unpacked."""
+"""Limits for zip archives, checked before anything is unpacked: a small file can hold gigabytes of zeros."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedprune.core.errors import FedpruneError
 # Limits of an unpacked member: its bytes, and its ratio to the packed bytes once it is larger than that.
 MOST_INFLATED, MOST_RATIO = 2**30, 100
 
-# Of the others, bzip2 and LZMA, `zipfile` unpacks a whole piece at once, however large that becomes.
+# Without bzip2 and LZMA: `zipfile` unpacks a whole block of them at once, however large it becomes.
 PLAIN = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 Refuse = type[FedpruneError]
@@ -32,29 +32,32 @@ def check_members(file: BinaryIO, what: str, refuse: Refuse) -> None:
 
 def check_sizes(members: list[zipfile.ZipInfo], what: str, refuse: Refuse) -> None:
     """Make sure that members of an archive can be unpacked together; errors are those of `check_members`."""
-    taken, grown = sum(m.compress_size for m in members), sum(m.file_size for m in members)
-    if grown > max(MOST_INFLATED, MOST_RATIO * taken):
+    packed_bytes, unpacked_bytes = (
+        sum(member.compress_size for member in members),
+        sum(member.file_size for member in members),
+    )
+    if unpacked_bytes > max(MOST_INFLATED, MOST_RATIO * packed_bytes):
         raise refuse(
             f"{what}: size when it is unpacked",
             expected=f"at most {MOST_INFLATED} bytes, or {MOST_RATIO} times what it takes in the file",
-            got=grown,
+            got=unpacked_bytes,
             hint="Write arrays with numpy.savez: then they take no less room in the file.",
         )
-    if any(m.compress_type not in PLAIN for m in members):
+    if any(member.compress_type not in PLAIN for member in members):
         raise refuse(f"{what}: how it is packed", expected="deflate, or not at all")
 
 
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int, refuse: Refuse) -> bytes:
-    """A small member, whatever size its header claims. Raises as `check_members`, and `refuse` if it has more than
+    """Read a small member, whatever size its header claims. Raises as `check_members`, and `refuse` if it has more than
     `most` bytes."""
     if member.compress_type not in PLAIN:
         raise refuse(f"{member.filename[:200]!r}: how it is packed", expected="deflate, or not at all")
     with archive.open(member) as source:
-        # Without a number `zipfile` would unpack the whole, whatever size the archive claims.
-        found = source.read(most + 1)
-    if len(found) > most:
+        # One byte more than allowed: without a limit `zipfile` would unpack all of it, whatever size the header claims.
+        content = source.read(most + 1)
+    if len(content) > most:
         raise refuse(f"{member.filename[:200]!r}", expected=f"at most {most} bytes", got="more")
-    return found
+    return content
 
 
 def why_unreadable(error: Exception) -> str:
@@ -64,7 +67,7 @@ def why_unreadable(error: Exception) -> str:
         return " (it holds objects, which are never unpickled)"
     if isinstance(error, (zipfile.BadZipFile, zlib.error, EOFError)) and "not a zip file" not in text:
         return " (it is damaged: what it holds contradicts its checksums or headers; copy it again)"
-    # What is neither a zip archive nor an array numpy takes for a pickle.
+    # numpy takes a file that is neither a zip archive nor an array for a pickle, and advises to allow those.
     if "pickle" in text or isinstance(error, zipfile.BadZipFile):
         return " (it is cut short, or no zip archive)"
     return text and f" ({text})"
