@@ -1,4 +1,4 @@
-"""References to blobs: what a blob is called, how long it is, and what its pieces hash to.
+"""References to blobs: name, size and leaf hashes.
 
 A blob is named by the sha256 of its bytes. It is hashed a second time in *leaves* of 32 KiB, so that each piece can be
 verified on arrival; the digests of all leaves, one after the other, are its *leaf table*, and the reference holds the
@@ -14,7 +14,8 @@ from typing import Annotated, Any
 from fedprune.core.errors import ProtocolError
 from fedprune.core.records import Digest, convert, within
 
-# Bytes of a leaf; the last one of a blob may be shorter.
+# Bytes of a leaf; the last one of a blob may be shorter. A leaf fits into a message of every broker, hosted ones
+# included, so that chunks are whole leaves and are verified on arrival.
 LEAF = 32 * 1024
 
 # Bytes of a leaf's digest in the leaf table.
@@ -65,13 +66,13 @@ class BlobRef:
 def table_file(table: bytes) -> bytes:
     """The file of a leaf table: its sha256, then the table.
 
-    It is never flushed: what a power cut leaves is recognised by the digest, and the table is made or pulled again.
+    The file is never flushed: its digest reveals what a power cut left, and the table is computed or pulled again.
     """
     return hashlib.sha256(table).digest() + table
 
 
 def read_table_file(raw: bytes, leaf_count: int) -> bytes | None:
-    """The leaf table in a file's bytes; None where they are no such table, or damaged."""
+    """The leaf table in the bytes of a `table_file`; None if they are damaged or of another length."""
     digest, table = raw[:DIGEST], raw[DIGEST:]
     return table if len(table) == leaf_count * DIGEST and hashlib.sha256(table).digest() == digest else None
 
@@ -79,9 +80,9 @@ def read_table_file(raw: bytes, leaf_count: int) -> bytes | None:
 def leaf_table(data: bytes | memoryview) -> bytes:
     """Digests of the leaves of `data`, one after the other."""
     view = memoryview(data)
-    return b"".join(hashlib.sha256(view[at : at + LEAF]).digest() for at in range(0, len(view), LEAF))
+    return b"".join(hashlib.sha256(view[start : start + LEAF]).digest() for start in range(0, len(view), LEAF))
 
 
 def digests(table: bytes) -> list[bytes]:
     """The digests of a leaf table."""
-    return [table[at : at + DIGEST] for at in range(0, len(table), DIGEST)]
+    return [table[start : start + DIGEST] for start in range(0, len(table), DIGEST)]

@@ -27,7 +27,7 @@ MAX_SIZE = 2**30
 # Default number of bytes that stay free on the disk.
 RESERVE = 1024 * 1024
 
-# By digest an object's key and size in a bucket.
+# The key and size of an object in a bucket, by the digest of its blob.
 Objects = Mapping[str, tuple[str, int]]
 
 _LOST = "Was the folder copied in part, or something in it deleted? Restore a backup of it, or begin in a new one."
@@ -40,12 +40,11 @@ class MissingBlobError(StorageError):
 class BlobStore(BlobFolder):
     """A content-addressed folder, with a file of the leaf table next to each blob that has several leaves.
 
-    A store may keep its blobs elsewhere, with the folder as a cache: what callers ask about that has its trivial answer
-    here.
+    A subclass may keep its blobs elsewhere, with the folder as a cache. The methods about that place do nothing here.
 
     Args:
-        sweep: Remove unfinished files of this machine's dead processes. Not for a folder that machines share: a process
-            of another machine would look dead.
+        sweep: Remove unfinished files of dead processes. Not for a folder that several machines share: a process of
+            another machine would look dead.
     """
 
     def __init__(
@@ -63,8 +62,8 @@ class BlobStore(BlobFolder):
             self._sweep()
 
     def put(self, data: bytes | memoryview) -> BlobRef:
-        """Store these bytes; a second time costs nothing. Raises `StorageFullError` if the disk is full, or the blob
-        is larger than the store allows."""
+        """Store these bytes, unless the store has them already. Raises `StorageFullError` if the disk is full, or the
+        blob is larger than the store allows."""
         table = leaf_table(data)
         ref = BlobRef(hashlib.sha256(data).hexdigest(), len(data), hashlib.sha256(table).hexdigest())
         if not self._whole(ref):
@@ -98,25 +97,26 @@ class BlobStore(BlobFolder):
         return data
 
     def map(self, sha256: str) -> memoryview:
-        """A blob's bytes as a memory-mapped view, checked when it is first mapped and once the file has changed. Raises
+        """A blob's bytes as a memory-mapped view, verified at the first call and after the file has changed. Raises
         `StorageError` if it is not here, or damaged."""
         self.size(sha256)
         path = self.path(sha256)
         with storage_errors(f"can't read {path}"), path.open("rb") as file:
-            about = os.fstat(file.fileno())
+            status = os.fstat(file.fileno())
             # An empty file can't be mapped.
-            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if about.st_size else b"")
-        state = (about.st_ino, about.st_size, about.st_mtime_ns)
-        if self._checked.get(sha256) != state:
+            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if status.st_size else b"")
+        # Who can write to the folder can also forge a time stamp: this finds failing disks, not attackers.
+        file_state = (status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._checked.get(sha256) != file_state:
             self._expect(sha256, view)
-            self._checked[sha256] = state
+            self._checked[sha256] = file_state
         return view
 
     def _missing(self, sha256: str) -> MissingBlobError:
         return MissingBlobError(f"blob {sha256} is not in {self.root}", hint=_LOST)
 
     def _expect(self, sha256: str, data: bytes | memoryview) -> None:
-        """Make sure that bytes have the digest in a blob's name."""
+        """Raise `StorageError` if these bytes don't have the digest that is the blob's name."""
         path = self.path(sha256)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise StorageError(
@@ -133,26 +133,27 @@ class BlobStore(BlobFolder):
             return path.open("rb", buffering=0)
 
     def read_leaves(self, sha256: str, first: int, count: int) -> bytes:
-        """Bytes of `count` leaves from leaf `first` on, as far as the blob goes; not checked. Raises `StorageError`
-        if the blob is not here or can't be read."""
+        """The bytes of `count` leaves from leaf `first` on, as far as the blob goes, without verification. Raises
+        `StorageError` if the blob is not here or can't be read."""
         with self.open(sha256) as file, storage_errors(f"can't read {self.path(sha256)}"):
             return os.pread(file.fileno(), count * LEAF, first * LEAF)
 
     def table(self, sha256: str) -> bytes:
-        """The leaf table of a blob that is here; made again if it is missing. Raises `StorageError` if the blob is
-        not here or can't be read."""
+        """The leaf table of a blob that is here, computed again if its file is missing or damaged. Raises
+        `StorageError` if the blob is not here or can't be read."""
         count = -(-self.size(sha256) // LEAF)
         path = self._table_path(sha256)
         with suppress(FileNotFoundError), storage_errors(f"can't read {path}", missing=True):
-            found = read_table_file(path.read_bytes(), count) if count > 1 else bytes.fromhex(sha256) * count
-            if found is not None:
-                return found
+            # A blob of one leaf has no table file: the digest of its leaf is its own name.
+            stored_table = read_table_file(path.read_bytes(), count) if count > 1 else bytes.fromhex(sha256) * count
+            if stored_table is not None:
+                return stored_table
         table = leaf_table(self.read(sha256))
         self._keep_table(sha256, table)
         return table
 
     def partial(self, ref: BlobRef, *, vouched: bool = False) -> PartialBlob:
-        """The partial blob of a transfer, with the leaves that have arrived; `vouched` as of `PartialBlob`."""
+        """The partial blob of a transfer, with the leaves that have arrived; for `vouched` see `PartialBlob`."""
         return PartialBlob(self, ref, vouched=vouched)
 
     def delete(self, sha256: str) -> None:
@@ -165,82 +166,83 @@ class BlobStore(BlobFolder):
         self.drop_partial(sha256)
 
     def drop_partial(self, sha256: str) -> None:
-        """Delete what has arrived of a blob that isn't whole. Raises `StorageError` if the disk fails."""
+        """Delete the leaves of a blob that is not complete. Raises `StorageError` if the disk fails."""
         with storage_errors(f"can't tidy {self.root / 'partial'}"):
             for name in (sha256, sha256 + SUFFIX):
                 (self.root / "partial" / name).unlink(missing_ok=True)
 
-    def drop_partials(self, kept: AbstractSet[str]) -> None:
+    def drop_partials(self, kept_digests: AbstractSet[str]) -> None:
         """Delete partial blobs, except these. Raises `StorageError` if the disk fails."""
         folder = self.root / "partial"
         with storage_errors(f"can't tidy {folder}"):
             for path in folder.iterdir():
-                if path.name.removesuffix(SUFFIX) not in kept:
+                if path.name.removesuffix(SUFFIX) not in kept_digests:
                     path.unlink(missing_ok=True)
 
     def names(self) -> list[str]:
         """Digests of all blobs that are here, sorted."""
         return sorted(p.name for p in self.root.glob("[0-9a-f][0-9a-f]/*") if is_digest(p.name))
 
-    # Where blobs are kept.
+    # From here on: the place where blobs are kept, which is the folder itself unless a subclass says otherwise.
 
     def describe(self) -> str:
-        """Where blobs are kept, for messages."""
+        """The place where blobs are kept, for messages."""
         return str(self.root)
 
     def local(self) -> BlobStore:
-        """The blobs that can be read without waiting for another machine."""
+        """A store of the blobs that can be read without waiting for another machine."""
         return self
 
     def opener(self) -> Callable[[], BlobStore]:
-        """Opens this store in a process of another machine; can be pickled."""
+        """A function that opens this store in another process, perhaps of another machine. It can be pickled."""
         return partial(_open_shared, self.root.resolve(), durable=self.durable)
 
     def claim(self, number: str, job: str, model: bytes) -> None:
-        """Mark the place as a job's, and keep the job's first model there."""
+        """Mark the place as that of a job, and store the job's first model there."""
 
     def first_model(self) -> bytes | None:
-        """The model that `claim` has kept, if it has."""
+        """The model that `claim` stored, if it did."""
         return None
 
     def flush(self, sha256: str) -> None:
-        """Bring a blob of the folder to where blobs are kept. Raises `StorageError` if it isn't here, or is damaged."""
+        """Copy a blob of the folder to the place where blobs are kept. Raises `StorageError` if it isn't here, or is
+        damaged."""
 
     @property
     def away(self) -> bool:
-        """Whether updates wait because the place where blobs are kept can't be used."""
+        """Whether the place can't be used at the moment, so that updates wait."""
         return False
 
     def learn(self, news: Objects) -> None:
-        """Note blobs that a helper has stored."""
+        """Note blobs that a worker process has stored in the place."""
 
     def news(self) -> Objects:
-        """Blobs stored since the last call, for `learn`."""
+        """The blobs stored since the last call, for another process's `learn`."""
         return {}
 
     def url_for(self, ref: BlobRef, seconds: int) -> tuple[str, str] | None:
-        """Key and address of a new object as which a device may upload a blob for so long; None if it can't."""
+        """Key and URL of a new object as which a device may upload a blob for some seconds; None if it can't."""
         return None
 
     def adopt(self, ref: BlobRef, keys: Sequence[str] = ()) -> bool:
-        """Verify what a device has uploaded as this blob, and keep it if it is right; returns whether it was."""
+        """Verify what a device has uploaded as this blob, and keep it if it is genuine; returns whether it is."""
         return self.has(ref.sha256)
 
     def clear(self, keys: Iterable[str]) -> None:
-        """Delete objects in the background that are not known to be blobs."""
+        """Delete, in the background, objects that are not known to be blobs."""
 
     def close(self) -> None:
-        """Wait for what runs in the background, for some seconds at most."""
+        """Wait for work in the background, for some seconds at most."""
 
     def _whole(self, ref: BlobRef) -> bool:
-        """Whether the blob is here with the right length (a file cut short by a failing disk is written again)."""
+        """Whether the blob is here with the right length. A file that a failing disk cut short is written again."""
         try:
             return self.path(ref.sha256).stat().st_size == ref.size
         except FileNotFoundError:
             return False
 
     def _keep_table(self, sha256: str, table: bytes) -> None:
-        """Store a leaf table next to its blob, if there is room: it is made again where it is missing."""
+        """Store a leaf table next to its blob if there is room; a missing one is computed again."""
         if len(table) > DIGEST:
             with suppress(StorageError):
                 self.write_file(self._table_path(sha256), table_file(table), flush=False)
@@ -250,10 +252,11 @@ class BlobStore(BlobFolder):
         return path.with_name(path.name + SUFFIX)
 
     def _sweep(self) -> None:
-        """Remove temporary files of processes that are no more."""
+        """Remove the temporary files of processes that have ended."""
         for path in (self.root / "tmp").iterdir():
             name = path.name.split("-")[0]
             pid = name.split(".")[0]
+            # With its start time a process is known even in a container, whose server always gets the same id.
             if pid.isdigit() and name != process_name(pid):
                 path.unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
 """A content-addressed folder, and blobs that arrive in it in pieces.
 
-They can be resumed after any crash: each leaf is verified against the blob's leaf table when a partial blob is opened
-again, so that only the leaf table has to be kept.
+A partial blob can be resumed after any crash. When it is opened again, each leaf on the disk is verified against the
+leaf table, so that no record of what has arrived has to be kept.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from fedprune.core.validation import is_digest
 
 
 def process_name(pid: int | str) -> str:
-    """A process's id and start time: in a container every start of a server may have the same id."""
+    """A process's id and start time. In a container a server may get the same id at every start."""
     try:
         stat = Path("/proc", str(pid), "stat").read_bytes()
     except OSError:
         return f"{pid}."
-    return f"{pid}.{int(stat.rpartition(b')')[2].split()[19])}"  # after the program's name, in which anything may be
+    # Counted from the last bracket: the program's name before it may hold spaces and brackets.
+    return f"{pid}.{int(stat.rpartition(b')')[2].split()[19])}"
 
 
 class BlobFolder:
@@ -51,21 +52,20 @@ class BlobFolder:
         return self.path(sha256).is_file()
 
     def path(self, sha256: str) -> Path:
-        """Where the blob is, or would be. Raises `StorageError` if `sha256` is no digest."""
+        """The path of a blob, whether it exists or not. Raises `StorageError` if `sha256` is no digest."""
         if not is_digest(sha256):
             raise StorageError("name of a blob", expected="64 hex digits", got=repr(sha256)[:80])
         return self.root.joinpath(sha256[:2], sha256)
 
     def check_size(self, size: int) -> None:
-        """Make sure that a blob may be this large. Raises `StorageFullError` if it may not."""
+        """Raise `StorageFullError` if no blob may be this large."""
         if size > self.max_size:
             raise StorageFullError(
                 "blob is larger than this store allows", expected=f"at most {self.max_size} bytes", got=size
             )
 
     def check_room(self, size: int) -> None:
-        """Make sure that this many more bytes fit. Raises `StorageFullError` if they don't, or no blob may be that
-        large."""
+        """Raise `StorageFullError` if this many more bytes don't fit, or no blob may be that large."""
         self.check_size(size)
         free = shutil.disk_usage(self.root).free
         if size + self.reserve > free:
@@ -77,7 +77,7 @@ class BlobFolder:
             )
 
     def temporary(self) -> Path:
-        """A new name for a file of this process, which is removed as a leftover once the process has ended."""
+        """A new path for an unfinished file, whose name tells a later process whether this one still runs."""
         return self.root / "tmp" / f"{process_name(os.getpid())}-{secrets.token_hex(8)}"
 
     def write_file(self, path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
@@ -98,7 +98,7 @@ class BlobFolder:
             raise
 
     def move(self, source: Path, target: Path, *, flush: bool = True) -> None:
-        """Put a finished file in its place, and flush the folder if it must be there after a power cut."""
+        """Rename a finished file to its path, and flush the folder if the file must survive a power cut."""
         target.parent.mkdir(mode=0o700, exist_ok=True)
         source.replace(target)
         if self.durable and flush:
@@ -112,13 +112,14 @@ _FLUSH_BYTES = 4 * 2**20
 class PartialBlob:
     """A blob on its way into a store.
 
-    Leaves are written in any order, each verified before it is written; `finish` verifies the whole and gives it its
-    name. The digest of the whole is computed as leaves arrive without a gap, so that little is left for the end. Two
-    partials of the same blob may grow at once: they write the same bytes.
+    Leaves are verified and written in any order; `finish` verifies the whole blob and gives it its name. The digest of
+    the whole is computed while leaves arrive without a gap, so that `finish` has little left to read. Two partials of
+    the same blob may grow at once: they write the same bytes.
 
     Args:
-        vouched: Whether a trusted party, such as a signed offer, has named both digests: verified leaves then suffice,
-            and the whole is not hashed. Never for a blob that its sender has named.
+        vouched: Whether a trusted party, such as a signed offer, has named both digests. Verified leaves then suffice,
+        and
+            the whole is not hashed. Never True for a blob that its sender has named.
     """
 
     def __init__(self, store: BlobFolder, ref: BlobRef, *, vouched: bool = False) -> None:
@@ -130,8 +131,8 @@ class PartialBlob:
         self.present = bytearray(ref.leaf_count)
         self.count = 0
         self._vouched = vouched
-        self._whole, self._hashed = hashlib.sha256(), 0  # the digest of the first leaves, and of how many
-        self._flushed = 0  # where the part ends that the disk has begun with
+        self._whole, self._hashed = hashlib.sha256(), 0  # of the leaves before the first gap, and how many they are
+        self._flushed = 0  # bytes whose write-back the kernel was asked to start
         self._data = store.root / "partial" / ref.sha256
         self._leaves = store.root / "partial" / (ref.sha256 + SUFFIX)
         if self.complete:
@@ -147,10 +148,11 @@ class PartialBlob:
         return self.store.has(self.ref.sha256)
 
     def set_table(self, table: bytes) -> bool:
-        """Keep the leaf table, if it is the one that the reference names."""
+        """Keep the leaf table if it is the one that the reference names; returns whether it is."""
         if len(table) != self.ref.leaf_count * DIGEST or hashlib.sha256(table).hexdigest() != self.ref.leaves:
             return False
-        # Not flushed: it is verified when the partial is opened again, and small to pull once more.
+        # Not flushed: its digest is checked when the partial is opened again, and it is small enough to be pulled
+        # again.
         if self.ref.leaf_count > 1:
             self.store.write_file(self._leaves, table_file(table), flush=False)
         if self.table is None:
@@ -160,22 +162,22 @@ class PartialBlob:
         return True
 
     def write(self, index: int, leaf: bytes | memoryview) -> bool:
-        """Keep a leaf, if it matches the table. Needs the table; a full disk keeps what has arrived before."""
+        """Keep a leaf if it matches the table, which must be set; on a full disk earlier leaves stay."""
         return not self.write_leaves(index, leaf)
 
     def write_leaves(self, first: int, payload: bytes | memoryview) -> list[int]:
-        """Keep those of some consecutive leaves that match the table; returns the indices of the others."""
+        """Keep those of some consecutive leaves that match the table; returns the indices of those that don't."""
         view = memoryview(payload)
         indices = range(first, first + max(1, -(-len(view) // LEAF)))
-        wrong = self._wrong(indices, view)
-        new = [i for i in indices if i not in wrong and not self.present[i]]
+        mismatches = self._wrong(indices, view)
+        new = [i for i in indices if i not in mismatches and not self.present[i]]
         with storage_errors(f"can't write {self._data}"):
             for start, end in _runs(new):
                 self._write_run(start, end, view[(start - first) * LEAF : (end - first) * LEAF])
-        return wrong
+        return mismatches
 
     def _write_run(self, start: int, end: int, data: memoryview) -> None:
-        """Write the leaves from `start` up to `end`, which are right."""
+        """Write verified leaves, from `start` up to `end`."""
         write_all(self._open(), data, start * LEAF)
         self.present[start:end] = b"\1" * (end - start)
         self.count += end - start
@@ -188,13 +190,13 @@ class PartialBlob:
             self._flushed = end * LEAF
 
     def _hash_on(self) -> None:
-        """Hash what follows a gap that is closed now; it is read back."""
+        """Hash the leaves after a gap that has just closed; they are read back from the disk."""
         while not self._vouched and self._hashed < len(self.present) and self.present[self._hashed]:
             self._whole.update(os.pread(self._open(), self.ref.leaf_size(self._hashed), self._hashed * LEAF))
             self._hashed += 1
 
     def finish(self) -> None:
-        """Verify the whole, unless the reference is vouched for, and give it its name.
+        """Verify the whole blob, unless its reference is vouched for, and give it its name.
 
         Raises:
             ProtocolError: All leaves are right but the whole is not: the reference contradicts itself. What has arrived
@@ -210,17 +212,17 @@ class PartialBlob:
             descriptor = self._open()
             os.ftruncate(descriptor, self.ref.size)
             self._hash_on()
-            found = self.ref.sha256 if self._vouched else self._whole.hexdigest()
-            if found != self.ref.sha256:
+            digest = self.ref.sha256 if self._vouched else self._whole.hexdigest()
+            if digest != self.ref.sha256:
                 self.discard()
-                raise ProtocolError("blob's leaves don't make up the blob", expected=self.ref.sha256, got=found)
+                raise ProtocolError("blob's leaves don't make up the blob", expected=self.ref.sha256, got=digest)
             if self.store.durable:
                 os.fsync(descriptor)
-            meant = os.fstat(descriptor)
+            written_status = os.fstat(descriptor)
             self.close()
             target = self.store.path(self.ref.sha256)
             with suppress(FileNotFoundError):  # another partial of the same blob was faster
-                if not os.path.samestat(meant, self._data.stat()):  # deleted, and begun again by another
+                if not os.path.samestat(written_status, self._data.stat()):  # deleted, and begun again by another
                     raise StorageError(f"{self._data} was replaced while it was being finished")
                 if self._leaves.is_file():
                     self.store.move(self._leaves, target.with_name(target.name + SUFFIX), flush=False)
@@ -230,7 +232,7 @@ class PartialBlob:
             raise StorageError(f"{self._data} has vanished while it was being finished")
 
     def discard(self) -> None:
-        """Throw away what has arrived."""
+        """Delete all leaves that have arrived."""
         self.close()
         self._data.unlink(missing_ok=True)
         self._leaves.unlink(missing_ok=True)
@@ -240,7 +242,7 @@ class PartialBlob:
         self._whole, self._hashed = hashlib.sha256(), 0
 
     def close(self) -> None:
-        """Close the file; what has arrived stays."""
+        """Close the file; leaves that have arrived stay on the disk."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -252,7 +254,7 @@ class PartialBlob:
             if table is None or hashlib.sha256(table).hexdigest() != self.ref.leaves:
                 if self.ref.leaf_count > 1:
                     return
-                # The only leaf of a small blob is the blob, so that its table is known without being sent.
+                # A small blob is its own only leaf: its table is its name, and need not be sent.
                 table = bytes.fromhex(self.ref.sha256) if self.ref.leaf_count else b""
                 if hashlib.sha256(table).hexdigest() != self.ref.leaves:
                     raise ProtocolError(
@@ -264,7 +266,7 @@ class PartialBlob:
             self._look()
 
     def _look(self) -> None:
-        """Find out which leaves are on the disk already. Needs the table."""
+        """Find the leaves that are on the disk already. Needs the table."""
         if not self._data.is_file():
             return
         descriptor = self._open()
@@ -279,10 +281,11 @@ class PartialBlob:
                     self._hashed += 1
 
     def _wrong(self, indices: range, view: memoryview) -> list[int]:
-        """Those of some consecutive leaves that don't match the table."""
+        """The indices of those of some consecutive leaves that don't match the table."""
+        # One comparison for all of them: leaves are wrong only on a damaged link or by an attacker.
         first, end = indices.start, indices.stop
-        whole = len(view) == min(end * LEAF, self.ref.size) - first * LEAF
-        if first >= 0 and whole and leaf_table(view) == (self.table or b"")[first * DIGEST : end * DIGEST]:
+        is_full_length = len(view) == min(end * LEAF, self.ref.size) - first * LEAF
+        if first >= 0 and is_full_length and leaf_table(view) == (self.table or b"")[first * DIGEST : end * DIGEST]:
             return []
         return [i for i in indices if not self._matches(i, view[(i - first) * LEAF : (i - first + 1) * LEAF])]
 
@@ -301,14 +304,14 @@ class PartialBlob:
 
 
 def _runs(indices: list[int]) -> Iterator[tuple[int, int]]:
-    """Rising indices as runs, each from its first one up to behind its last."""
-    for _, run in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
-        found = [index for _, index in run]
-        yield found[0], found[-1] + 1
+    """Split ascending indices into runs of consecutive ones, as (first, end)."""
+    for _, pairs in groupby(enumerate(indices), lambda pair: pair[1] - pair[0]):
+        indices_of_run = [index for _, index in pairs]
+        yield indices_of_run[0], indices_of_run[-1] + 1
 
 
 def _begin_to_flush(descriptor: int, start: int, end: int) -> None:
-    """Let Linux write out a file's new pages without waiting: that is the first thing this advice does."""
+    """Let Linux start writing a file's new pages to the disk, without waiting: the advice does that first."""
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(descriptor, start, end - start, os.POSIX_FADV_DONTNEED)

@@ -13,12 +13,13 @@ from fedprune.core.errors import ProtocolError
 
 
 class StreamedBlob:
-    """A blob on its way into a store, as a context. Nothing of it stays unless `finish` has found it right.
+    """A blob on its way into a store, as a context manager. Nothing of it stays unless `finish` has verified it.
 
     Args:
         ref: Named by the sender, so that all of it is verified.
-        cached: Whether the folder is a cache: the file is not flushed then, and its leaf table not kept, but made again
-            for who asks for it.
+        cached: Whether the folder is a cache. Then the file isn't flushed, and its leaf table isn't kept: it is
+        computed
+            when somebody asks for it.
 
     Raises:
         StorageError: The disk fails.
@@ -29,8 +30,7 @@ class StreamedBlob:
         store.check_room(ref.size)
         self.ref = ref
         self._cached = cached
-        self.size = 0
-        """Bytes that have arrived."""
+        self.size = 0  # bytes that have arrived
         self._store = store
         self._whole, self._leaf = hashlib.sha256(), hashlib.sha256()
         self._table = bytearray()
@@ -53,8 +53,8 @@ class StreamedBlob:
         return self.ref.size - self.size
 
     def write(self, data: bytes) -> None:
-        """Take the next bytes. Raises `ProtocolError` if they are more than are missing, and `StorageError` if the disk
-        fails."""
+        """Append the next bytes. Raises `ProtocolError` if they are more than are missing, and `StorageError` if the
+        disk fails."""
         if self._descriptor is None or len(data) > self.missing:
             raise ProtocolError("bytes of a blob", expected=f"at most {self.missing} more", got=len(data))
         with storage_errors(f"can't write {self._path}"):
@@ -62,25 +62,27 @@ class StreamedBlob:
         self._whole.update(data)
         view = memoryview(data)
         while view:
-            part = view[: LEAF - self.size % LEAF]
-            self._leaf.update(part)
-            self.size += len(part)
-            view = view[len(part) :]
+            chunk = view[: LEAF - self.size % LEAF]
+            self._leaf.update(chunk)
+            self.size += len(chunk)
+            view = view[len(chunk) :]
             if self.size % LEAF == 0 or not self.missing:
                 self._table += self._leaf.digest()
                 self._leaf = hashlib.sha256()
 
     def finish(self) -> None:
-        """Give the blob its name. Raises `ProtocolError` if it is not what the reference names, and `StorageError` if
-        the disk fails."""
-        table, found = bytes(self._table), self._whole.hexdigest()
-        if self._descriptor is None or found != self.ref.sha256 or hashlib.sha256(table).hexdigest() != self.ref.leaves:
-            raise ProtocolError("what was sent is not the blob", expected=self.ref.sha256, got=found)
+        """Verify the blob and give it its name. Raises `ProtocolError` if it is not what the reference names, and
+        `StorageError` if the disk fails."""
+        table, digest = bytes(self._table), self._whole.hexdigest()
+        is_genuine = digest == self.ref.sha256 and hashlib.sha256(table).hexdigest() == self.ref.leaves
+        if self._descriptor is None or not is_genuine:
+            raise ProtocolError("what was sent is not the blob", expected=self.ref.sha256, got=digest)
         target = self._store.path(self.ref.sha256)
         with storage_errors(f"can't write {target}"):
             if self._store.durable and not self._cached:
                 os.fsync(self._descriptor)
             self._close()
+            # The table before the blob: from the moment that the blob has its name others may ask for its leaves.
             if self.ref.leaf_count > 1 and not self._cached:
                 self._store.write_file(target.with_name(target.name + SUFFIX), table_file(table), flush=False)
             self._store.move(self._path, target, flush=not self._cached)

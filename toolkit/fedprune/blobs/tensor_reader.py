@@ -1,6 +1,6 @@
-"""Reads some of a stored blob's tensors without reading or hashing the rest.
+"""Read some tensors of a stored blob without reading or hashing the rest.
 
-The leaves of a blob (`fedprune.blobs.blob_ref`) have digests of their own, so that only those with the requested
+Each leaf of a blob has a digest of its own (`fedprune.blobs.blob_ref`), so that only the leaves with the requested
 tensors are verified.
 """
 
@@ -19,26 +19,28 @@ from fedprune.core.tensorfile import Array, array_at, header_length, offsets
 
 
 def read_tensors(store: BlobStore, ref: BlobRef, names: Collection[str] | None = None) -> dict[str, Array]:
-    """Verified tensors of a stored file, as read-only views on it: these names, as far as the file has them; all by
-    default.
+    """Verified tensors of a stored file, as read-only views on it.
+
+    Args:
+        names: The tensors to read, as far as the file has them; all by default.
 
     Raises:
         StorageError: The blob isn't here, or what was read of it is damaged.
         BundleError: It isn't a tensor file.
     """
     view = _checked(store, ref)
-    view.expect(0, 8)
+    view.expect(0, 8)  # the header's length, which tells how much of the file the header takes
     view.expect(0, 8 + header_length(view.bytes))
-    out = {}
+    tensors = {}
     for name, (code, shape, start, end) in offsets(view.bytes).items():
         if names is None or name in names:
             view.expect(start, end)
-            out[name] = array_at(view.bytes, code, shape, start, end)
-    return out
+            tensors[name] = array_at(view.bytes, code, shape, start, end)
+    return tensors
 
 
 class _Leaves:
-    """A blob's bytes, of which leaves are checked once, when they are first looked at."""
+    """A blob's bytes, each leaf of which is verified once, when it is first needed."""
 
     def __init__(self, data: memoryview, table: bytes, path: str) -> None:
         self.bytes = data
@@ -47,18 +49,18 @@ class _Leaves:
         self._good: set[int] = set()
 
     def expect(self, start: int, end: int) -> None:
-        """Make sure that bytes match the table. Raises `StorageError` if they don't."""
+        """Raise `StorageError` if the leaves of these bytes don't match the table."""
         for leaf in range(start // LEAF, -(-min(end, len(self.bytes)) // LEAF)):
             if leaf in self._good:
                 continue
-            found = hashlib.sha256(self.bytes[leaf * LEAF : (leaf + 1) * LEAF]).digest()
-            if found != self._table[leaf * DIGEST : (leaf + 1) * DIGEST]:
+            digest = hashlib.sha256(self.bytes[leaf * LEAF : (leaf + 1) * LEAF]).digest()
+            if digest != self._table[leaf * DIGEST : (leaf + 1) * DIGEST]:
                 raise StorageError(f"blob {self._path} is damaged in leaf {leaf}")
             self._good.add(leaf)
 
 
 def _checked(store: BlobStore, ref: BlobRef) -> _Leaves:
-    """A blob's file, with a leaf table that is the reference's."""
+    """Map a blob's file, with the leaf table that its reference names."""
     path, table = store.path(ref.sha256), store.table(ref.sha256)
     with storage_errors(f"can't read {path}"), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size

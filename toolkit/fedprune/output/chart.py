@@ -17,23 +17,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+# Units of the plot, which the browser stretches to its room: the more, the finer are positions of one decimal.
 WIDTH = 1000
-# Units of the plot, which is stretched.
 HEIGHT = 100
 
-# Points of a curve; longer curves are thinned evenly.
+# Points of a curve; longer ones are thinned evenly. A screen shows few more, and a page with many charts stays small.
 MOST_POINTS = 500
 
-# Rows of the table of values: the latest.
+# Rows of the table of values, which has the latest ones.
 MOST_NUMBERS = 60
 
-# Curves up to which the values under the pointer are a line above the chart; those of more are in a box.
+# Curves whose values under the pointer fit on the line above the chart; those of more curves are in a box.
 MOST_SAID = 3
 
 # Tiles of a strip: more would be narrower than a dot of the screen.
 MOST_TILES = 140
 
-# Curves up to which a chart has a table of values.
+# Curves up to which a chart has a table of values: a wider one is unreadable on any screen.
 MOST_COLUMNS = 12
 
 # Entries from which a legend or list has a search field.
@@ -42,16 +42,16 @@ SEARCHED = 20
 # Steps of the heat map's scale above zero.
 LEVELS = 10
 
-# Values beyond this are left out, as NaN is.
+# Larger values are left out, as NaN is: one diverged round would press all others onto the axis.
 _DRAWABLE = 1e30
 
 _STYLES = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
 def style(i: int) -> str:
-    """CSS classes of the i-th series: eight colours, then the same ones with other dashes."""
-    colour, again = _STYLES[i % len(_STYLES)], i // len(_STYLES)
-    return colour if not again else f"{colour} again-{1 + (again - 1) % 3}"
+    """The CSS classes of the i-th series: eight colours, then the same ones with other dashes."""
+    colour, repetition = _STYLES[i % len(_STYLES)], i // len(_STYLES)
+    return colour if not repetition else f"{colour} again-{1 + (repetition - 1) % 3}"
 
 
 def text(content: str) -> str:
@@ -67,7 +67,7 @@ class Curve:
         style: CSS classes that set colour and dashes.
         paths: SVG points of each unbroken stretch.
         dots: SVG paths of single values between gaps.
-        values: Its value at each of the chart's places, as text; empty where it is unknown.
+        values: Its value at each position of the chart, as text; empty if it is unknown.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over the same places.
+    """Curves over the same positions of the x axis.
 
     Attributes:
         key: Part of its HTML ids.
@@ -125,8 +125,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Strip:
-    """A channel group as a strip of a heat map: runs of channels of one level, the least and the mean share over its
-    channels."""
+    """A channel group as a strip of a heat map: its runs, and the least and the mean share over its channels."""
 
     name: str
     channels: int
@@ -138,9 +137,9 @@ class Strip:
 def chart(
     key: str,
     title: str,
-    places: Sequence[float],
+    positions: Sequence[float],
     series: Mapping[str, Sequence[float | None]],
-    said: Callable[[float], str],
+    format_value: Callable[[float], str],
     *,
     unit: tuple[float, str] = (1.0, ""),
     along: str = "round",
@@ -149,7 +148,7 @@ def chart(
     bridged: bool = False,
     amounts: bool = False,
 ) -> Chart | None:
-    """Lay out curves; None where there is no value.
+    """Lay out curves; None if there is no value to show.
 
     Args:
         places: Positions on the x axis, ascending.
@@ -160,42 +159,44 @@ def chart(
         bridged: Whether a curve goes straight over positions at which it has no value, rather than breaking there.
         amounts: Whether the x axis begins at zero and has round labels, as for bytes and seconds.
     """
-    stride = max(1, math.ceil(len(places) / MOST_POINTS))
-    drawn = [i for i in range(len(places)) if (len(places) - 1 - i) % stride == 0]
-    places = [places[i] for i in drawn]
-    series = {name: [values[i] for i in drawn] for name, values in series.items()}
+    # Counted from the end, so that the latest point is always among those that stay.
+    thinning = max(1, math.ceil(len(positions) / MOST_POINTS))
+    shown_indices = [i for i in range(len(positions)) if (len(positions) - 1 - i) % thinning == 0]
+    positions = [positions[i] for i in shown_indices]
+    series = {name: [values[i] for i in shown_indices] for name, values in series.items()}
     series = {name: [v if v is not None and abs(v) < _DRAWABLE else None for v in vs] for name, vs in series.items()}
-    known = [v for values in series.values() for v in values if v is not None]
-    if not known:
+    present_values = [v for values in series.values() for v in values if v is not None]
+    if not present_values:
         return None
     if from_zero:
-        known.append(0.0)
-    ticks = [unit[0] * t for t in _ticks(min(known) / unit[0], max(known) / unit[0], top)]
+        present_values.append(0.0)
+    ticks = [unit[0] * t for t in _ticks(min(present_values) / unit[0], max(present_values) / unit[0], top)]
     low, high = ticks[0], ticks[-1]
     if amounts:
-        marks = _ticks(0.0, max(places[-1], 0.0), None)
-        first, last, marks_x = 0.0, marks[-1], tuple(f"{t:,.6g}" for t in marks)
+        marks = _ticks(0.0, max(positions[-1], 0.0), None)
+        axis_start, axis_end, marks_x = 0.0, marks[-1], tuple(f"{t:,.6g}" for t in marks)
     else:
-        first, last, parts = _axis(places[0], places[-1])
-        marks_x = _marks(first, last, parts)
-    at = tuple(round(WIDTH * (x - first) / (last - first), 1) if last > first else WIDTH / 2 for x in places)
+        axis_start, axis_end, steps = _axis(positions[0], positions[-1])
+        marks_x = _marks(axis_start, axis_end, steps)
+    span = axis_end - axis_start
+    plot_x = tuple(round(WIDTH * (x - axis_start) / span, 1) if span > 0 else WIDTH / 2 for x in positions)
     curves = []
     for i, (name, values) in enumerate(series.items()):
         points = [
             (x, None if v is None else round(HEIGHT * (high - v) / (high - low), 2))
-            for x, v in zip(at, values, strict=True)
+            for x, v in zip(plot_x, values, strict=True)
             if v is not None or not bridged
         ]
         paths, dots = _stretches(points)
-        curves.append(Curve(name, style(i), paths, dots, tuple("" if v is None else said(v) for v in values)))
+        curves.append(Curve(name, style(i), paths, dots, tuple("" if v is None else format_value(v) for v in values)))
     latest = ", ".join(f"{c.name} {_last(c.values)}" for c in curves[:MOST_COLUMNS])
     return Chart(
         key=key,
         title=title,
-        summary=f"{title} by {along}, {along} {_whole(first)} to {_whole(places[-1])}. Latest: {latest}.",
+        summary=f"{title} by {along}, {along} {_whole(axis_start)} to {_whole(positions[-1])}. Latest: {latest}.",
         along=along,
-        places=tuple(_whole(x) for x in places),
-        at=at,
+        places=tuple(_whole(x) for x in positions),
+        at=plot_x,
         marks_x=marks_x,
         marks_y=tuple(f"{round(t / unit[0], 9):,.7g}{unit[1]}" for t in reversed(ticks)),
         rules=tuple(round(HEIGHT * (high - t) / (high - low), 2) for t in ticks[1:]),
@@ -215,27 +216,27 @@ def tiles(name: str, shares: Sequence[float] | npt.NDArray[np.float64]) -> Strip
 def together(
     curves: Mapping[str, Sequence[tuple[float, float | None]]],
 ) -> tuple[list[float], dict[str, list[float | None]]]:
-    """Curves with positions of their own as `places` and `series` of one chart; draw it `bridged`."""
-    places = sorted({x for points in curves.values() for x, _ in points})
-    found = {name: dict(points) for name, points in curves.items()}
-    return places, {name: [values.get(x) for x in places] for name, values in found.items()}
+    """Merge curves with positions of their own into the positions and series of one chart, to be drawn `bridged`."""
+    positions = sorted({x for points in curves.values() for x, _ in points})
+    values_by_curve = {name: dict(points) for name, points in curves.items()}
+    return positions, {name: [values.get(x) for x in positions] for name, values in values_by_curve.items()}
 
 
 def figure(drawn: Chart, *, legend: bool = True) -> str:
-    """The chart as HTML, with a legend of its own where asked for."""
-    few = len(drawn.curves) <= MOST_SAID
+    """A chart as HTML, with a legend of its own if asked for."""
+    is_inline = len(drawn.curves) <= MOST_SAID
     latest = ", ".join(
         f"{c.name} {_last(c.values)}" if len(drawn.curves) > 1 else _last(c.values) for c in drawn.curves
     )
-    keys = legend_of([(c.name, c.style) for c in drawn.curves]) if legend and len(drawn.curves) > 1 else ""
-    at = f"{drawn.along} {drawn.places[-1]}" if drawn.along == "round" else f"{drawn.places[-1]} {drawn.along}"
-    said = text(f"{at}: {latest}")
-    output = f'<output aria-hidden="true">{said}</output>' if few else ""
-    lines = "".join(f'<line class="rule" x1="0" x2="{WIDTH}" y1="{y:g}" y2="{y:g}"/>' for y in drawn.rules)
+    keys_html = legend_of([(c.name, c.style) for c in drawn.curves]) if legend and len(drawn.curves) > 1 else ""
+    heading = f"{drawn.along} {drawn.places[-1]}" if drawn.along == "round" else f"{drawn.places[-1]} {drawn.along}"
+    latest_html = text(f"{heading}: {latest}")
+    output = f'<output aria-hidden="true">{latest_html}</output>' if is_inline else ""
+    plot_html = "".join(f'<line class="rule" x1="0" x2="{WIDTH}" y1="{y:g}" y2="{y:g}"/>' for y in drawn.rules)
     for i, curve in enumerate(drawn.curves):
         shapes = "".join(f'<polyline class="{curve.style}" points="{points}"/>' for points in curve.paths)
         shapes += "".join(f'<path class="{curve.style} dot" d="{d}"/>' for d in curve.dots)
-        lines += f'<g data-curve="{i}">{shapes}</g>'
+        plot_html += f'<g data-curve="{i}">{shapes}</g>'
     data = {
         "along": drawn.along,
         "names": [c.name for c in drawn.curves],
@@ -244,21 +245,20 @@ def figure(drawn: Chart, *, legend: bool = True) -> str:
         "places": drawn.places,
         "values": drawn.values,
     }
-    written = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in data.items()}
-    attributes = " ".join(f'data-{k}="{text(v)}"' for k, v in written.items())
+    serialised = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in data.items()}
+    attributes = " ".join(f'data-{k}="{text(v)}"' for k, v in serialised.items())
     return (
         f'<figure id="chart-{text(drawn.key)}"{" data-charts" * legend}>'
-        f'<div class="keys">{keys}{output}</div><div class="chart">'
+        f'<div class="keys">{keys_html}{output}</div><div class="chart">'
         f'<div class="ys" aria-hidden="true">{_spans(drawn.marks_y)}</div><div class="plot" {attributes}>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{text(drawn.summary)}">{lines}</svg></div>'
+        f'aria-label="{text(drawn.summary)}">{plot_html}</svg></div>'
         f'<div class="xs" aria-hidden="true">{_spans(drawn.marks_x)}</div></div>{_numbers(drawn)}</figure>'
     )
 
 
 def legend_of(entries: Sequence[tuple[str, str]]) -> str:
-    """A legend whose entries (name and CSS classes per curve) hide and show their curves; a long one has a search
-    field."""
+    """A legend whose entries (name and CSS classes) hide and show their curves; a long one has a search field."""
     keys = "".join(
         f'<button type="button" class="key {style}" aria-pressed="true" data-key-of="{i}" title="Hide or show">'
         f"{text(name)}</button>"
@@ -285,17 +285,17 @@ def strip_svg(strip: Strip) -> str:
     )
 
 
-def scale(least: str = "none", most: str = "all") -> str:
+def scale(lowest: str = "none", highest: str = "all") -> str:
     """The heat map's scale, with what its ends stand for."""
     steps = "".join(f'<rect class="h{i}" x="{i}" width="1" height="1"/>' for i in range(LEVELS + 1))
     return (
-        f'<div class="scale"><span>{text(least)}</span><svg viewBox="0 0 {LEVELS + 1} 1" preserveAspectRatio="none" '
-        f'aria-hidden="true">{steps}</svg><span>{text(most)}</span></div>'
+        f'<div class="scale"><span>{text(lowest)}</span><svg viewBox="0 0 {LEVELS + 1} 1" preserveAspectRatio="none" '
+        f'aria-hidden="true">{steps}</svg><span>{text(highest)}</span></div>'
     )
 
 
 def _numbers(drawn: Chart) -> str:
-    """The table of values below a chart; none where it would have too many columns."""
+    """The table of values below a chart; empty if it would have too many columns."""
     if len(drawn.curves) > MOST_COLUMNS:
         return ""
     name = text(f"{drawn.title} as numbers")
@@ -317,36 +317,37 @@ def _spans(texts: Sequence[str]) -> str:
     return "".join(f"<span>{text(t)}</span>" for t in texts)
 
 
-def strip(name: str, channels: int, held: Iterable[Mapping[str, Any]]) -> Strip:
-    """Lay out one group of the coverage; `held` are runs of channels that the same share of the devices (or updates)
+def strip(name: str, channels: int, channel_runs: Iterable[Mapping[str, Any]]) -> Strip:
+    """Lay out one group of the coverage; `channel_runs` are runs that the same share of the devices (or updates)
     holds."""
     runs: list[Run] = []
-    at, weighed, least = 0, 0.0, 1.0
-    for run in held:
-        count, share = min(int(run["channels"]), channels - at), float(run["share"])
+    start, share_sum, least = 0, 0.0, 1.0
+    for run in channel_runs:
+        count, share = min(int(run["channels"]), channels - start), float(run["share"])
         if count <= 0:
             continue
+        # Level 0 is for channels that nobody holds, so that a gap in the coverage never looks like a small share.
         level = max(1, math.ceil(share * LEVELS - 1e-9)) if share > 0 else 0
         if runs and runs[-1].level == level:
             runs[-1] = Run(runs[-1].x, runs[-1].width + count, level)
         else:
-            runs.append(Run(at, count, level))
-        at, weighed, least = at + count, weighed + count * share, min(least, share)
-    return Strip(name, channels, tuple(runs), least if at else 0.0, weighed / at if at else 0.0)
+            runs.append(Run(start, count, level))
+        start, share_sum, least = start + count, share_sum + count * share, min(least, share)
+    return Strip(name, channels, tuple(runs), least if start else 0.0, share_sum / start if start else 0.0)
 
 
 def _stretches(points: Sequence[tuple[float, float | None]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """SVG points of a line's unbroken stretches, and paths of zero length for its single values."""
     paths: list[str] = []
     dots: list[str] = []
-    now: list[str] = []
+    stretch: list[str] = []
     for x, y in points:
         if y is None:
-            _close(now, paths, dots)
-            now = []
+            _close(stretch, paths, dots)
+            stretch = []
         else:
-            now.append(f"{x:g},{y:g}")
-    _close(now, paths, dots)
+            stretch.append(f"{x:g},{y:g}")
+    _close(stretch, paths, dots)
     return tuple(paths), tuple(dots)
 
 
@@ -358,7 +359,7 @@ def _close(points: list[str], paths: list[str], dots: list[str]) -> None:
 
 
 def _ticks(low: float, high: float, top: float | None) -> list[float]:
-    """Round numbers at equal distances round these values: two to six of them, none above `top` unless a value is."""
+    """Two to six round numbers at equal distances that enclose these values; none above `top` unless a value is."""
     top = None if top is not None and high > top else top
     if high - low < 1e-9 * max(1.0, abs(high)):
         room = abs(high) * 0.1 or 1.0
@@ -367,6 +368,7 @@ def _ticks(low: float, high: float, top: float | None) -> list[float]:
         high = min(high, top)
     rough = (high - low) / 4
     size = 10.0 ** math.floor(math.log10(rough))
+    # A billionth is rounding: without it 0.3 / 0.1 would end one tick too early.
     step = next(f * size for f in (1, 2, 2.5, 5, 10) if f * size >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     if top is not None:
@@ -375,18 +377,18 @@ def _ticks(low: float, high: float, top: float | None) -> list[float]:
 
 
 def _axis(first: float, last: float) -> tuple[float, float, int]:
-    """From where to where an axis of whole numbers goes, and in how many equal steps: it ends as soon as it can."""
-    way = last - first
-    if way < 3 or not float(way).is_integer():
-        return first, last, max(1, int(way))
-    parts = min((5, 4, 6, 3), key=lambda n: -way % n)
-    return first, last + -way % parts, parts
+    """Start, end and number of equal steps of an axis of whole numbers, which ends as soon after `last` as it can."""
+    span = last - first
+    if span < 3 or not float(span).is_integer():
+        return first, last, max(1, int(span))
+    steps = min((5, 4, 6, 3), key=lambda n: -span % n)
+    return first, last + -span % steps, steps
 
 
-def _marks(first: float, last: float, parts: int) -> tuple[str, ...]:
+def _marks(first: float, last: float, steps: int) -> tuple[str, ...]:
     if last <= first:
         return ("", _whole(first), "")
-    return tuple(_whole(first + (last - first) * k / parts) for k in range(parts + 1))
+    return tuple(_whole(first + (last - first) * k / steps) for k in range(steps + 1))
 
 
 def _whole(x: float) -> str:

@@ -15,7 +15,7 @@ class Table:
     """A table; an empty one is left out.
 
     Attributes:
-        summary: What to click to unfold it on a page; by default it is always shown.
+        summary: The line to click that unfolds it on a page; without one it is always shown.
     """
 
     columns: Sequence[Column]
@@ -72,20 +72,20 @@ class Document:
     sections: Mapping[str, Sequence[Block]] = field(default_factory=dict)
 
     def to_html(self) -> str:
-        parts = [
+        sections_html = [
             section(title, *map(_html, blocks)) if title else "".join(map(_html, blocks))
             for title, blocks in self.sections.items()
         ]
-        return document(self.title, parts, self.facts)
+        return document(self.title, sections_html, self.facts)
 
     def to_markdown(self) -> str:
         facts = ", ".join(f"{name}: {value}" for name, value in self.facts.items() if value)
-        parts = [f"# {self.title}", facts]
+        paragraphs = [f"# {self.title}", facts]
         for title, blocks in self.sections.items():
             texts = ["\n".join(_markdown(block)) for block in blocks]
             if any(texts):
-                parts += [f"## {title}" if title else "", *texts]
-        return "\n\n".join(filter(None, parts)) + "\n"
+                paragraphs += [f"## {title}" if title else "", *texts]
+        return "\n\n".join(filter(None, paragraphs)) + "\n"
 
 
 def _html(block: Block) -> str:
@@ -97,10 +97,10 @@ def _html(block: Block) -> str:
         head = (paragraph(block.caption) if block.caption else "") + (boxes(block.legend) if block.legend else "")
         return head + bars(block.rows, block.label) if block.rows else ""
     if isinstance(block, Table):
-        words = [i for i, column in enumerate(block.columns) if i and not column.right]
+        text_columns = [i for i, column in enumerate(block.columns) if i and not column.right]
         titles = [column.title for column in block.columns]
-        drawn = table(titles, block.rows, words=words, label=block.label) if block.rows else ""
-        return details(block.summary, drawn) if drawn and block.summary else drawn
+        table_markup = table(titles, block.rows, words=text_columns, label=block.label) if block.rows else ""
+        return details(block.summary, table_markup) if table_markup and block.summary else table_markup
     return items(block)
 
 

@@ -1,4 +1,4 @@
-"""How to install an extra of fedprune, by what this installation was made from: no package index has fedprune yet."""
+"""The command that installs an extra, from the clone or wheel of this installation: no package index has fedprune."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from urllib.parse import unquote, urlsplit
 def install_command(extra: str) -> str:
     """A command line for pip that installs an extra (or several, with commas) here.
 
-    For the clone or wheel of this installation; where neither is known or still there, for a clone, which the text
-    says.
+    It names the clone or wheel of this installation. If neither is known or still there, it is for any clone and says
+    so.
     """
     source, editable = _source()
+    # With the constraints, so that an extra doesn't bring other versions than the tests have seen.
     if source is not None and source.is_dir() and (source / "constraints.txt").is_file():
         mode = "-e " if editable else ""
         return f"pip install -c '{source / 'constraints.txt'}' {mode}'{source}[{extra}]'"

@@ -18,7 +18,7 @@ TEXT, JSON = "text", "json"
 
 _CONTEXT: ContextVar[Mapping[str, object]] = ContextVar("log_context", default={})  # noqa: B039 - it is never changed
 
-# By job; apart from the context, since an observer of a job makes traces and not what logs about the job.
+# By job, and not in the context: an observer makes the traces, outside of the code that logs about the job.
 _TRACE_IDS: dict[str, str] = {}
 
 
@@ -33,7 +33,7 @@ def log_context(**fields: object) -> Iterator[None]:
 
 
 def mark_job(job: str, *, trace_id: str | None) -> None:
-    """Add the id of a trace to what is logged about a job from now on, on any thread; None ends that."""
+    """Add a trace's id to everything that any thread logs about a job from now on; None ends that."""
     if trace_id is None:
         _TRACE_IDS.pop(job, None)
     else:
@@ -53,7 +53,7 @@ class OneLine(logging.Formatter):
         return printable(super().formatMessage(record))
 
     def formatException(self, ei: object) -> str:  # noqa: N802 - the name is logging's
-        """A traceback, of which no line begins as a record's does."""
+        """A traceback, indented: no line of it can look like a record."""
         text = super().formatException(ei)  # type: ignore[arg-type]
         return "\n".join(f"    {printable(line)}" for line in text.splitlines())
 
@@ -76,7 +76,7 @@ class JsonLines(logging.Formatter):
 
 
 def printable(text: str) -> str:
-    """A text without what steers a terminal or begins another line."""
+    """A text with spaces in place of characters that steer a terminal or begin a new line."""
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
@@ -87,7 +87,7 @@ def logged_to_stdout(*, verbose: bool, form: str = TEXT, stream: TextIO | None =
     Args:
         verbose: Debug messages, too.
         form: `TEXT` or `JSON`.
-        stream: Where to instead.
+        stream: Another stream to write to.
     """
     logger = logging.getLogger("fedprune")
     before = (logger.handlers[:], logger.level, logger.propagate)

@@ -12,13 +12,13 @@ from importlib.resources import files
 
 from fedprune.output.chart import SEARCHED, Chart, Strip, figure, legend_of, search, strip_svg, style, text
 
-# A part of a bar: CSS class, where it begins and where it ends, as shares of the bar's room.
+# A segment of a bar: CSS class, start and end as shares of the bar's room.
 Part = tuple[str, float, float]
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A row of a list of bars: parts of one bar or a strip per channel group, a note after it, and a tooltip."""
+    """A row of a list of bars: segments of one bar, or a strip per channel group; then a note, and a tooltip."""
 
     name: str
     parts: Sequence[Part] | Sequence[Strip]
@@ -26,21 +26,22 @@ class Bar:
     title: str = ""
 
 
-def document(title: str, parts: Sequence[str], facts: Mapping[str, str] | None = None) -> str:
+def document(title: str, sections: Sequence[str], facts: Mapping[str, str] | None = None) -> str:
     """A whole page; `facts` is what the header names, such as strategy, data set, seed and version, without empty
     values."""
     script = re.sub(r"^export ", "", _asset("charts.js"), flags=re.MULTILINE) + _START
+    # The policy allows this one script and nothing else, so that device names in a report can't run code.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    known = {k: v for k, v in (facts or {}).items() if v}
-    listed = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in known.items())
-    header = f'<dl class="facts">{listed}</dl>' if known else ""
+    present_facts = {k: v for k, v in (facts or {}).items() if v}
+    facts_html = "".join(f"<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>" for k, v in present_facts.items())
+    header = f'<dl class="facts">{facts_html}</dl>' if present_facts else ""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         f"<title>{text(title)}</title><style>{_asset('page.css')}{_asset('charts.css')}</style></head><body><main>"
-        f"<h1>{text(title)}</h1>{header}{''.join(parts)}</main>"
+        f"<h1>{text(title)}</h1>{header}{''.join(sections)}</main>"
         f"<script>{script}</script></body></html>\n"
     )
 
@@ -87,7 +88,7 @@ def table(
 def bars(rows: Sequence[Bar], label: str) -> str:
     """A list of bars; a long one has a search field and scrolls."""
     long = len(rows) > SEARCHED
-    items = "".join(
+    rows_html = "".join(
         f'<li title="{text(row.title or ": ".join(filter(None, (row.name, row.note))))}">'
         f'<span class="name">{text(row.name)}</span>'
         f'{_drawn(row.parts)}<span class="note">{text(row.note)}</span></li>'
@@ -95,7 +96,7 @@ def bars(rows: Sequence[Bar], label: str) -> str:
     )
     return (
         search(f"Search {len(rows):,} rows") if long else ""
-    ) + f'<ul class="bars{" tall" * long}" tabindex="0" aria-label="{text(label)}">{items}</ul>'
+    ) + f'<ul class="bars{" tall" * long}" tabindex="0" aria-label="{text(label)}">{rows_html}</ul>'
 
 
 def boxes(names: Sequence[str]) -> str:
@@ -104,18 +105,20 @@ def boxes(names: Sequence[str]) -> str:
     return f'<div class="keys">{keys}</div>'
 
 
-def stacked(amounts: Sequence[float], whole: float) -> tuple[Part, ...]:
-    """Parts of a bar one after the other, in the colours of `boxes`; `whole` fills the bar's room."""
-    found: list[Part] = []
-    at = 0.0
+def stacked(amounts: Sequence[float], total: float) -> tuple[Part, ...]:
+    """Segments of a bar one after the other, in the colours of `boxes`; `total` fills the bar's room."""
+    segments: list[Part] = []
+    start = 0.0
     for i, amount in enumerate(amounts):
-        found.append((f"part {style(i)}", at / whole if whole else 0.0, (at + amount) / whole if whole else 0.0))
-        at += amount
-    return tuple(found)
+        end = start + amount
+        segments.append((f"part {style(i)}", start / total if total else 0.0, end / total if total else 0.0))
+        start = end
+    return tuple(segments)
 
 
 def charts(drawn: Sequence[Chart], key: str) -> str:
     """Charts of the same curves next to each other, with one legend."""
+    # That of the chart with the most curves: the others lack curves without a value.
     curves = max((c.curves for c in drawn), key=len, default=())
     legend = f'<div class="keys">{legend_of([(c.name, c.style) for c in curves])}</div>' if len(curves) > 1 else ""
     figures = "".join(f"<div><h3>{text(c.title)}</h3>{figure(c, legend=False)}</div>" for c in drawn)
@@ -123,9 +126,9 @@ def charts(drawn: Sequence[Chart], key: str) -> str:
 
 
 def items(lines: Sequence[str]) -> str:
-    """A list; a verdict at the beginning of a line has its colour."""
-    listed = "".join(f"<li>{_VERDICT.sub(_coloured, text(line))}</li>" for line in lines)
-    return f"<ul>{listed}</ul>" if listed else ""
+    """A list; PASS or FAIL at the beginning of a line has a colour."""
+    entries_html = "".join(f"<li>{_VERDICT.sub(_coloured, text(line))}</li>" for line in lines)
+    return f"<ul>{entries_html}</ul>" if entries_html else ""
 
 
 _VERDICT = re.compile("^(PASS|FAIL)(?=: )")
@@ -148,13 +151,13 @@ _START = "watchCharts();\ndocument.documentElement.dataset.awake = '';\n"
 _ROOM = 1000
 
 
-def _drawn(parts: Sequence[Part] | Sequence[Strip]) -> str:
-    strips = [p for p in parts if isinstance(p, Strip)]
+def _drawn(segments: Sequence[Part] | Sequence[Strip]) -> str:
+    strips = [p for p in segments if isinstance(p, Strip)]
     if strips:
         return f'<span class="tiles">{"".join(map(strip_svg, strips))}</span>'
     rects = "".join(
         f'<rect class="{p[0]}" x="{_ROOM * p[1]:.4g}" width="{_ROOM * (p[2] - p[1]):.4g}" height="1"/>'
-        for p in parts
+        for p in segments
         if not isinstance(p, Strip)
     )
     return f'<svg class="strip" viewBox="0 0 {_ROOM} 1" preserveAspectRatio="none" aria-hidden="true">{rects}</svg>'

@@ -1,6 +1,6 @@
-"""Output of commands. For people: tables, colours, progress; for programs tab-separated lines.
+"""Output of commands: tables, colours and progress for people, tab-separated lines for programs.
 
-Everything here needs the package rich on a terminal only, so boards can import what prints through it but never do.
+Only output on a terminal needs the package rich, so boards, which lack it, can import modules that print tables.
 Colours follow rich: none with `NO_COLOR`, with `TERM=dumb`, or where the output is not a terminal.
 """
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:  # rich takes a tenth of a second to import
     from rich.table import Table
 
-# Styles of states.
+# Styles of states, by rich's names.
 GOOD, BUSY, ATTENTION, BAD = "green", "cyan", "yellow", "red"
 
 # Spaces between two columns.
@@ -68,7 +68,7 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], *, st
 
 
 def fitted(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int) -> tuple[Table, tuple[str, ...]]:
-    """A table no wider than a terminal, and the titles of columns that were left out for want of room."""
+    """A table no wider than a terminal, and the titles of the columns for which there was no room."""
     from rich.box import SIMPLE_HEAD
     from rich.cells import cell_len
     from rich.table import Table
@@ -76,18 +76,20 @@ def fitted(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int
 
     natural = [max([cell_len(c.title), *(cell_len(_text(row[i])) for row in rows)]) for i, c in enumerate(columns)]
     widths = [min(n, c.wrap or n) for n, c in zip(natural, columns, strict=True)]
-    spare, kept = width + 1, []  # every column is followed by a gap, except for one space at the end of a line
+    # Every column is followed by a gap of two spaces, of which the last one lacks one at the end of a line.
+    spare_width, kept_columns = width + 1, []
     for i in sorted(range(len(columns)), key=lambda i: columns[i].drop):
-        if not columns[i].drop or widths[i] + _GAP <= spare:
-            kept.append(i)
-            spare -= widths[i] + _GAP
-    kept.sort()
-    short = sorted((i for i in kept if widths[i] < natural[i]), key=lambda i: natural[i] - widths[i])
-    for count, i in enumerate(short):
-        more = min(natural[i] - widths[i], max(0, spare) // (len(short) - count))
-        widths[i], spare = widths[i] + more, spare - more
+        if not columns[i].drop or widths[i] + _GAP <= spare_width:
+            kept_columns.append(i)
+            spare_width -= widths[i] + _GAP
+    kept_columns.sort()
+    narrowed_columns = sorted((i for i in kept_columns if widths[i] < natural[i]), key=lambda i: natural[i] - widths[i])
+    # The columns that lack least come first, so that what they leave unused goes to the others.
+    for count, i in enumerate(narrowed_columns):
+        extra_width = min(natural[i] - widths[i], max(0, spare_width) // (len(narrowed_columns) - count))
+        widths[i], spare_width = widths[i] + extra_width, spare_width - extra_width
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for i in kept:
+    for i in kept_columns:
         table.add_column(
             Text(columns[i].title),
             justify="right" if columns[i].right else "left",
@@ -97,8 +99,9 @@ def fitted(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int
         )
     for row in rows:
         # Texts, not markup: many are devices' own words, and a bracket in them must stay a bracket.
-        table.add_row(*(Text(*(cell if isinstance(cell, tuple) else (cell,))) for cell in map(row.__getitem__, kept)))
-    return table, tuple(c.title for i, c in enumerate(columns) if i not in kept)
+        cells = (row[i] for i in kept_columns)
+        table.add_row(*(Text(*(cell if isinstance(cell, tuple) else (cell,))) for cell in cells))
+    return table, tuple(c.title for i, c in enumerate(columns) if i not in kept_columns)
 
 
 def _text(cell: Cell) -> str:
@@ -109,7 +112,7 @@ _VERDICTS = {"PASS": GOOD, "FAIL": BAD, "wrong": BAD, "note": ATTENTION}
 
 
 def print_verdicts(text: str) -> None:
-    """Print lines; on a terminal a claim's PASS or FAIL and a finding's severity at their beginning are in colour."""
+    """Print lines; on a terminal a verdict at their beginning, such as PASS or `wrong`, is in colour."""
     if not sys.stdout.isatty():
         print(text)
         return
@@ -119,16 +122,15 @@ def print_verdicts(text: str) -> None:
     console = Console(file=sys.stdout)
     for line in text.splitlines():
         word = line.partition(":")[0]
-        shown = Text(line)
+        styled = Text(line)
         if word in _VERDICTS:
-            shown.stylize(_VERDICTS[word], 0, len(word))
-        console.print(shown, soft_wrap=True)
+            styled.stylize(_VERDICTS[word], 0, len(word))
+        console.print(styled, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def progress(first: str = "starting") -> Iterator[Callable[[str], None]]:
-    """Show on stderr what is being done, on a terminal only; yields a function that is called with what is done
-    next."""
+    """Show on stderr what is being done, on a terminal only; yields a function that shows the next step."""
     if not sys.stderr.isatty():
         yield lambda text: None
         return
@@ -139,7 +141,7 @@ def progress(first: str = "starting") -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(escape(text))
 
 
-# Takes how many more bytes are done.
+# Reports that this many more bytes are done.
 Advance = Callable[[int], None]
 
 
@@ -156,7 +158,7 @@ def byte_progress(title: str, total: int) -> Iterator[Advance]:
     columns = *texts, TransferSpeedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=total)
-        yield lambda more: bar.advance(task, more)
+        yield lambda count: bar.advance(task, count)
 
 
-def silent(more: int) -> None: ...
+def silent(count: int) -> None: ...
