@@ -99,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in _COMMANDS:
         from difflib import get_close_matches
 
-        near = "".join(f" ({name}?)" for name in get_close_matches(words[0], _COMMANDS, 1))
-        print(f"error: there is no command {words[0][:60]!a}{near}. See `fedprune --help`.", file=sys.stderr)
+        suggestion = "".join(f" ({name}?)" for name in get_close_matches(words[0], _COMMANDS, 1))
+        print(f"error: there is no command {words[0][:60]!a}{suggestion}. See `fedprune --help`.", file=sys.stderr)
         return _USAGE
     return _run(words[0], words[1:])
 

@@ -61,14 +61,14 @@ def completed_parser(module: str, files: object) -> CommandParser:
     return parser
 
 
-def _with_commands(alone: CommandParser, others: Mapping[str, CommandParser]) -> CommandParser:
+def _with_commands(file_parser: CommandParser, command_parsers: Mapping[str, CommandParser]) -> CommandParser:
     """One grammar of a program whose first word is a file, which bash completes by itself, or a command."""
-    parser = CommandParser(prog=alone.prog, description=alone.description, add_help=False)
+    parser = CommandParser(prog=file_parser.prog, description=file_parser.description, add_help=False)
     commands: Any = parser.add_subparsers()
-    for name, other in others.items():
-        commands.add_parser(name, help=other.description)
-        commands.choices[name] = other
-    for action in alone._actions:
+    for name, command in command_parsers.items():
+        commands.add_parser(name, help=command.description)
+        commands.choices[name] = command
+    for action in file_parser._actions:
         if action.option_strings:
             parser._add_action(action)
     return parser
@@ -78,5 +78,5 @@ def _mark_paths(parser: CommandParser, files: object) -> None:
     for action in parser._actions:
         if action.type is Path and not action.choices:
             action.complete = files  # type: ignore[attr-defined]
-    for inner in parser.commands().values():
-        _mark_paths(inner, files)
+    for command in parser.commands().values():
+        _mark_paths(command, files)

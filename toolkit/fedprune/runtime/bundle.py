@@ -1,16 +1,16 @@
-"""Bundles: the folder with all that one board needs, and the manifest that vouches for every file in it.
+"""Bundles: the folder with everything that one board needs, and the manifest with the digest of every file in it.
 
 inference.onnx        the submodel; its weights are external data inside weights.safetensors
 weights.safetensors   the weights; new ones of the same shapes can take their place
 training.onnx         one training step, for any widths of the architecture
 architecture.json     the whole model's tensors and channel groups
-submodel.json         which channels this board holds
+submodel.json         the channels that this board holds
 base.safetensors      frozen weights in low precision, which never change; optional
 engine.json           how a TensorRT engine is to be built (`runtime.tensorrt_config`); optional
 manifest.json         size and sha256 of each of these
 
-Optional are the files of lower precisions (`fedprune.runtime.precision_files.files_of`), which the manifest lists like
-these.
+A bundle may also have the files of lower precisions (`fedprune.runtime.precision_files.files_of`), which the manifest
+lists, too.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ BASE = "base.safetensors"
 TRAINING = "training.onnx"
 ARCHITECTURE = "architecture.json"
 SUBMODEL = "submodel.json"
-# Subfolder of a bundle: a complete new bundle whose files are still being moved into place, see `files_folder`.
+# Subfolder with a complete new bundle whose files are still being moved into place, see `files_folder`.
 COMPLETE = ".bundle.complete"
 _AGAIN = "Copy or export the bundle again."
-# Characters of a manifest's text in a message.
+# Characters of a manifest's value in a message: a list of widths may have thousands.
 _LONGEST = 200
 
 FILES = (INFERENCE, WEIGHTS, TRAINING, ARCHITECTURE, SUBMODEL)
@@ -83,7 +83,8 @@ class Bundle:
         return self.path(BASE) if self.architecture.base else None
 
     def frozen(self) -> dict[str, npt.NDArray[Any]]:
-        """The arrays of that file, mapped, as the training graph takes them; none without one."""
+        """The arrays of the file `base` by name, mapped, as the training graph takes them; empty without such a
+        file."""
         return {} if self.base is None else tensorfile.mapped(self.base)
 
 
@@ -106,7 +107,7 @@ def manifest(
 
 
 def files_folder(folder: Path) -> Path:
-    """Where the files of a bundle are: in its folder, or within it in `COMPLETE`, where an export was cut off.
+    """The folder that holds a bundle's files: its own, or `COMPLETE` within it after an export was cut off.
 
     An export writes a whole bundle before it touches the one that is there. From the moment when the new one is
     complete until its last file is in its place, the folder itself may hold files of both.
@@ -158,17 +159,17 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
 
 
 def _engine(folder: Path, files: Mapping[str, Any]) -> EnginePlan | None:
-    """The plan of an engine, if the manifest lists one, and the graph that it names."""
+    """The plan of an engine, if the manifest lists one; the graph that it names is checked, too."""
     path = folder / tensorrt_config.NAME
     if path.name not in files:
         return None
     _check_file(path, files[path.name])
     try:
-        found = EnginePlan.from_json(path.read_bytes(), str(path))
+        plan = EnginePlan.from_json(path.read_bytes(), str(path))
     except ConfigError as error:
         raise BundleError(str(error), hint="Export the bundle again.") from error
-    _check_file(folder / found.graph, files.get(found.graph))
-    return found
+    _check_file(folder / plan.graph, files.get(plan.graph))
+    return plan
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -182,8 +183,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise BundleError(f"{path} is damaged", hint="Export the bundle again.") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
         raise BundleError(f"{path} is not the manifest of a bundle", expected=FORMAT)
-    wanted = {"files": dict, "recipe": dict, "class_names": list, "target": str, "selection": str}
-    for key, kind in wanted.items():
+    required_types = {"files": dict, "recipe": dict, "class_names": list, "target": str, "selection": str}
+    for key, kind in required_types.items():
         if not isinstance(body.get(key), kind):
             raise BundleError(f"{path}: {key}", expected=f"a {kind.__name__}", got=type(body.get(key)).__name__)
     return body
@@ -207,22 +208,23 @@ def _check_claims(path: Path, body: Mapping[str, Any], selection: Selection) -> 
             )
 
 
-def _check_tensors(path: Path, wanted: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
-    """Tensors must have the types and shapes that the architecture and the widths give them."""
+def _check_tensors(path: Path, expected_tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Check that tensors have the types and shapes that the architecture and the widths give them."""
     try:
         # Mapped, because on boards a copy of all weights is memory that they may not have.
         raw: memoryview = np.memmap(path, np.uint8, "r").data
-        found = {name: (code, shape) for name, (code, shape, _, _) in tensorfile.offsets(raw).items()}
+        stored_tensors = {name: (code, shape) for name, (code, shape, _, _) in tensorfile.offsets(raw).items()}
     except (BundleError, ValueError) as error:  # numpy maps no empty file
         raise BundleError(f"{path}: {error}") from error
     except OSError as error:
         raise BundleError(f"can't read {path}: {error.strerror}", hint=remedy(error, _AGAIN)) from error
-    for name in (*wanted, *found):
-        if found.get(name) != wanted.get(name):
+    # In the order of the model, so that the message names the first wrong tensor; then those that are too many.
+    for name in (*expected_tensors, *stored_tensors):
+        if stored_tensors.get(name) != expected_tensors.get(name):
             raise BundleError(
                 f"{path}: tensor {shown(name)} doesn't have the widths given by {SUBMODEL} and the manifest",
-                expected=_described(wanted.get(name)),
-                got=_described(found.get(name)),
+                expected=_described(expected_tensors.get(name)),
+                got=_described(stored_tensors.get(name)),
                 hint="Export the bundle again.",
             )
 
@@ -247,13 +249,13 @@ def _check_file(path: Path, entry: object) -> None:
                 got=f"{size} bytes",
                 hint=_AGAIN,
             )
-        found = file_digest(path)
+        digest = file_digest(path)
     except OSError as error:
         raise BundleError(f"can't read {path}: {error.strerror}", hint=remedy(error, _AGAIN)) from error
-    if found != entry["sha256"]:
+    if digest != entry["sha256"]:
         raise BundleError(
             f"{path} has changed since it was exported",
             expected=f"sha256 {entry['sha256'][:16]}",
-            got=found[:16],
+            got=digest[:16],
             hint=_AGAIN,
         )

@@ -1,7 +1,7 @@
-"""The folder of a bundle: what may be written to it, and how a new bundle takes the place of an old one.
+"""The folder of a bundle: what may be written to it, and how a new bundle replaces an old one.
 
-The new bundle is written into `.bundle.partial` in the folder itself: that is on the same disk wherever the folder is
-mounted or linked to, and what else is in the folder stays where it is. Once the new bundle is whole and durable, one
+The new bundle is written into `.bundle.partial` in the folder itself, which is on the same disk wherever the folder is
+mounted or linked to. Other files of the folder stay where they are. Once the new bundle is whole and durable, one
 rename to `.bundle.complete` makes it the bundle of the folder: from then on readers take it from there
 (`fedprune.runtime.bundle.files_folder`). Its files then take their places one by one, and the folder with them goes. An
 export that is cut off before that rename has changed nothing; one that is cut off after it is finished by the next.
@@ -38,10 +38,11 @@ from fedprune.runtime.bundle import (
 )
 from fedprune.runtime.precision_files import files_of
 
-# Where a bundle is written; the holder of the lock may delete it.
+# Subfolder in which a new bundle is written; whoever holds the lock may delete it.
 PARTIAL = ".bundle.partial"
 _LOCK = ".bundle.lock"
-# In it every file has a second name, which is moved to its place: that needs no room, and the first name stays.
+# Subfolder with a second name (hard link) of every file, which is moved into place. That needs no room on the disk, and
+# the new bundle stays readable under the first names all the while.
 _PLACES = "places"
 
 # The export's report of the bundle.
@@ -54,17 +55,17 @@ def is_bundle(folder: Path) -> bool:
 
 
 def check_folder(folder: Path, target: str) -> None:
-    """Refuse to write a bundle among other things, or in the place of another board's.
+    """Refuse to write a bundle among other files, or over the bundle of another board.
 
-    What an export that was cut off has left in the folder is no other thing.
+    Leftovers of an export that was cut off don't count as other files.
 
     Raises:
         BundleError: The folder or one above it is a file, or it holds something else than a bundle of this target.
         StorageError: The folder can't be read, made or written to.
     """
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not place.is_dir():
-        raise BundleError(f"{place} is not a folder", hint="Give another --out.")
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise BundleError(f"{nearest} is not a folder", hint="Give another --out.")
     with storage_errors(f"can't read {folder}"):
         if (
             folder.is_dir()
@@ -72,29 +73,29 @@ def check_folder(folder: Path, target: str) -> None:
             and {p.name for p in folder.iterdir()} - {_LOCK, PARTIAL, COMPLETE}
         ):
             raise BundleError(f"{folder} is not empty and holds no bundle", hint="Empty it, or give another --out.")
-    if not os.access(place, os.W_OK | os.X_OK):  # better known before hours of training than after
-        refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        raise StorageError(f"can't write a bundle to {folder}: {refused.strerror}", hint=remedy(refused))
-    there = _target(files_folder(folder) / MANIFEST)
-    if there not in ("", target):
+    if not os.access(nearest, os.W_OK | os.X_OK):  # better refused before hours of training than after
+        denial = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        raise StorageError(f"can't write a bundle to {folder}: {denial.strerror}", hint=remedy(denial))
+    present_target = _target(files_folder(folder) / MANIFEST)
+    if present_target not in ("", target):
         raise BundleError(
             f"{folder} holds the bundle of another board",
             expected=f"one of {target}",
-            got=f"one of {shown(there)}",
+            got=f"one of {shown(present_target)}",
             hint="Give each board its own --out; or name all in one --target, which makes a folder each. To replace "
             "it, delete the folder.",
         )
 
 
 def put_bundle(folder: Path, files: Mapping[str, bytes], target: str) -> None:
-    """Make these files the bundle of a folder; after a crash at any moment it holds the old one or the new one, whole.
+    """Make these files the bundle of a folder; after a crash it holds the whole old bundle or the whole new one.
 
     Files of other names stay as they are. Errors are those of `write_bundle`.
     """
-    made = not folder.exists()
+    is_new = not folder.exists()
     try:
         with storage_errors(f"can't write a bundle to {folder}"):
-            if made:
+            if is_new:
                 folder.mkdir(parents=True, exist_ok=True)
                 sync_folder(folder.parent)
             elif not folder.is_dir():
@@ -109,8 +110,8 @@ def put_bundle(folder: Path, files: Mapping[str, bytes], target: str) -> None:
                 with suppress(OSError):  # the next export deletes what is left
                     _sweep(folder)
     except BaseException:
-        if made:
-            with suppress(OSError):  # it goes if nothing is in it
+        if is_new:
+            with suppress(OSError):  # fails if the folder isn't empty, and then it must stay
                 folder.rmdir()
         raise
 
@@ -126,9 +127,9 @@ def write_bundle(
 ) -> Bundle:
     """Write a bundle with its manifest, which lists `files`, and read it back.
 
-    After a crash at any moment the folder holds the old bundle or the new one, whole. The folder is made, or must be
-    empty or hold a bundle of the same target, which is replaced. `base` is the file of its frozen base, where `files`
-    doesn't hold it.
+    After a crash at any moment the folder holds the whole old bundle or the whole new one. The folder may be missing,
+    empty, or hold a bundle of the same target, which is replaced. `base` is the file of the frozen base, if `files`
+    lacks it.
 
     Raises:
         BundleError: The folder holds something else, or the files don't belong together.
@@ -141,17 +142,16 @@ def write_bundle(
     if base is not None:  # as a mapping: boards have no memory for a copy
         with storage_errors(f"can't read {base}"):
             files = {**files, BASE: cast("bytes", np.memmap(base, np.uint8, "r").data)}
-    written = manifest(files, selection, recipe, target, class_names).encode()
-    put_bundle(folder, {**files, MANIFEST: written}, target)
+    manifest_bytes = manifest(files, selection, recipe, target, class_names).encode()
+    put_bundle(folder, {**files, MANIFEST: manifest_bytes}, target)
     return open_bundle(folder)
 
 
 def read_files(bundle: Bundle) -> dict[str, bytes]:
-    """The files of a bundle by name, without the manifest and the frozen base: what it consists of, and the export's
-    reports."""
+    """The files of a bundle by name, and the export's reports, without the manifest and the frozen base."""
     engine = () if bundle.engine is None else (tensorrt_config.NAME,)
-    lowered = (name for precision in bundle.precisions for name in files_of(precision))
-    names = (*FILES, *engine, *lowered)
+    precision_files = (name for precision in bundle.precisions for name in files_of(precision))
+    names = (*FILES, *engine, *precision_files)
     reports = (name for name in REPORTS if bundle.path(name).is_file())
     with storage_errors(f"can't read {bundle.folder}"):
         return {name: bundle.path(name).read_bytes() for name in (*names, *reports)}
@@ -159,7 +159,7 @@ def read_files(bundle: Bundle) -> dict[str, bytes]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, and leave no file of it."""
+    """Hold the folder's lock, and delete its file afterwards: users copy these folders."""
     lock = folder / _LOCK
     with locked(lock, f"another export writes to {folder}", "Wait until it is done, or give another --out."):
         try:
@@ -170,25 +170,25 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _check_places(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Nothing but a file can be replaced by a file."""
+    """Refuse a folder in the place of a file, which a rename can't replace."""
     for name in files:
         if (folder / name).is_dir():
             raise BundleError(f"{folder / name} is a folder", expected="a file of a bundle", hint="Give another --out.")
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write a bundle next to the present one, and make it the one that counts."""
+    """Write a bundle next to the present one, and make it the valid one with one rename."""
     partial = folder / PARTIAL
     try:
-        places = partial / _PLACES
-        places.mkdir(parents=True)
+        targets = partial / _PLACES
+        targets.mkdir(parents=True)
         for name, raw in files.items():
             write_whole(partial / name, raw)
             try:
-                os.link(partial / name, places / name)
+                os.link(partial / name, targets / name)
             except OSError:  # not every disk has hard links
-                write_whole(places / name, raw)
-        sync_folder(places)
+                write_whole(targets / name, raw)
+        sync_folder(targets)
         partial.rename(folder / COMPLETE)
     except BaseException:
         with suppress(OSError):  # the next export deletes what is left
@@ -197,12 +197,13 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _place(folder: Path) -> None:
-    """Put the files of a bundle that is complete into their places; it is the folder's bundle all the while."""
+    """Move the files of a complete bundle into place; readers see that bundle all the while."""
     complete = folder / COMPLETE
     if not (complete / MANIFEST).exists():
         return
     try:
         sync_folder(folder)
+        # The manifest last: without it the folder is no bundle, and with it every file has to be there.
         for path in sorted((complete / _PLACES).iterdir(), key=lambda p: (p.name == MANIFEST, p.name)):
             path.replace(folder / path.name)
         sync_folder(folder)
@@ -214,12 +215,14 @@ def _place(folder: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Delete what isn't in its place: of a bundle that is, or of exports that were cut off."""
+    """Delete the subfolders of a bundle that is in place, and of exports that were cut off."""
     partial, complete = folder / PARTIAL, folder / COMPLETE
     if partial.exists():
         shutil.rmtree(partial)
     if complete.exists():
-        complete.rename(partial)  # it goes in one piece: a reader must never find a part of it
+        complete.rename(
+            partial
+        )  # renamed first, since deleting takes many steps: a reader must never find a part of it
         sync_folder(folder)
         shutil.rmtree(partial)
 
@@ -227,7 +230,7 @@ def _sweep(folder: Path) -> None:
 def _target(path: Path) -> str:
     """The target that a manifest names; empty if it can't be read."""
     try:
-        found = json.loads(path.read_bytes())["target"]
+        target = json.loads(path.read_bytes())["target"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
-    return found if isinstance(found, str) else ""
+    return target if isinstance(target, str) else ""

@@ -1,9 +1,9 @@
-"""A part of a compiled graph: what some of its outputs need, and nothing else.
+"""The subgraph of a compiled graph that some of its outputs need.
 
-onnxruntime runs a whole graph however few of its outputs are wanted (its option to run only what leads to them does
+onnxruntime runs a whole graph however few of its outputs are requested (its option to run only what leads to them does
 nothing in the builds that boards have). A board measures batch-norm statistics and validation losses with the forward
-pass alone, so the graph is cut before it is loaded. ONNX files are protocol buffers; what little of them must be
-understood for this is read here, because boards have no onnx package.
+pass alone, so the graph is cut before it is loaded. ONNX files are protocol buffers. Boards have no onnx package, so
+this module reads the few fields that the cut needs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from fedprune.core.errors import ModelError
 
+# Wire types of protocol buffers. Groups (3 and 4) are obsolete, and no ONNX file has them.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 # Fields of ModelProto.
@@ -38,34 +39,34 @@ _TENSOR_NAME = 8
 # Fields of ValueInfoProto, TypeProto and its tensor type, and the number of float32.
 _TYPE, _TENSOR_TYPE, _ELEMENT_TYPE, _FLOAT32 = 2, 1, 1, 1
 
-# Loops within loops.
+# Levels of loops and branches within each other: a limit for the recursion. Exporters write two or three.
 _DEEPEST = 32
 
 
 def part_for(model: bytes, outputs: Collection[str], given: Collection[str] = ()) -> bytes:
-    """The graph (without external data) with these outputs alone, and with the inputs, constants and operators that
-    they need.
+    """The graph (without external data) with only these outputs, and the inputs, constants and operators that they
+    need.
 
     Raises `ModelError` if it is not an ONNX file, or has no such output or value.
 
     Args:
-        given: Values, float32, that are inputs of the part instead of being computed in it.
+        given: Float32 values that become inputs of the subgraph instead of being computed in it.
     """
 
     def cut(graph: bytes) -> bytes:
         return _cut(graph, set(outputs), frozenset(given))
 
     try:
-        rows = list(_fields(model))
-        return b"".join(_field(n, k, cut(v) if (n, k) == (_GRAPH, _BYTES) else v) for n, k, v in rows)
+        fields = list(_fields(model))
+        return b"".join(_field(n, k, cut(v) if (n, k) == (_GRAPH, _BYTES) else v) for n, k, v in fields)
     except (IndexError, ValueError) as error:
         raise _unreadable(error) from error
 
 
 class GraphParts:
-    """Parts of one graph, each of which is cut once.
+    """The subgraphs of one graph, each of which is cut once.
 
-    A board needs the same three or four in every round, and has to read all of the graph for each.
+    A board needs the same three or four in every round, and each cut reads the whole graph.
     """
 
     def __init__(self) -> None:
@@ -92,37 +93,41 @@ def _unreadable(error: Exception) -> ModelError:
     return ModelError(f"the graph can't be read as an ONNX file ({type(error).__name__}: {error})")
 
 
-def _cut(graph: bytes, wanted: set[str], given: frozenset[str]) -> bytes:
+def _cut(graph: bytes, output_names: set[str], replaced: frozenset[str]) -> bytes:
     rows = list(_fields(graph))
-    missing = wanted - {_text(v, _NAME) for n, _, v in rows if n == _OUTPUT}
+    missing = output_names - {_text(v, _NAME) for n, _, v in rows if n == _OUTPUT}
     if missing:
         raise ModelError("the graph lacks outputs", got=", ".join(sorted(missing)[:5]))
-    kept, needed, found = set(), set(wanted), set[str]()
-    for at in reversed(range(len(rows))):  # operators stand in the order in which they run
-        number, _, value = rows[at]
+    kept_rows, needed_values, replaced_here = set(), set(output_names), set[str]()
+    for index in reversed(
+        range(len(rows))
+    ):  # backwards: ONNX requires operators to stand in the order in which they run
+        number, _, value = rows[index]
         if number != _NODE:
             continue
-        made = set(_texts(value, _NODE_OUTPUT))
-        found |= made & given
-        if needed.isdisjoint(made - given):
+        node_outputs = set(_texts(value, _NODE_OUTPUT))
+        replaced_here |= node_outputs & replaced
+        if needed_values.isdisjoint(node_outputs - replaced):
             continue
-        kept.add(at)
-        needed.update(_reads(value))
-        needed.discard("")  # an optional input that is absent; an optional output that is absent doesn't make it
-    if given - found:
-        raise ModelError("the graph lacks values", got=", ".join(sorted(given - found)[:5]))
-    out = [_field(_INPUT, _BYTES, _float_input(name)) for name in sorted(given)]
-    for at, (number, kind, value) in enumerate(rows):
-        if number == _NODE and at not in kept:
+        kept_rows.add(index)
+        needed_values.update(_reads(value))
+        needed_values.discard(
+            ""
+        )  # the name of absent optional inputs, which absent optional outputs of other operators share
+    if replaced - replaced_here:
+        raise ModelError("the graph lacks values", got=", ".join(sorted(replaced - replaced_here)[:5]))
+    kept_fields = [_field(_INPUT, _BYTES, _float_input(name)) for name in sorted(replaced)]
+    for index, (number, kind, value) in enumerate(rows):
+        if number == _NODE and index not in kept_rows:
             continue
-        if number == _OUTPUT and _text(value, _NAME) not in wanted:
+        if number == _OUTPUT and _text(value, _NAME) not in output_names:
             continue
-        if number in (_INPUT, _VALUE_INFO) and _text(value, _NAME) not in needed:
+        if number in (_INPUT, _VALUE_INFO) and _text(value, _NAME) not in needed_values:
             continue
-        if number == _INITIALIZER and _text(value, _TENSOR_NAME) not in needed:
+        if number == _INITIALIZER and _text(value, _TENSOR_NAME) not in needed_values:
             continue
-        out.append(_field(number, kind, value))
-    return b"".join(out)
+        kept_fields.append(_field(number, kind, value))
+    return b"".join(kept_fields)
 
 
 def _float_input(name: str) -> bytes:
@@ -133,15 +138,15 @@ def _float_input(name: str) -> bytes:
 
 
 def _reads(node: bytes, depth: int = 0) -> Iterator[str]:
-    """Names that an operator reads, also from within its loops and branches."""
+    """Names of the values that an operator reads, also inside its loops and branches."""
     if depth > _DEEPEST:
         raise ValueError("loops are nested too deeply")
     yield from _texts(node, _NODE_INPUT)
     for number, kind, attribute in _fields(node):
         if (number, kind) != (_NODE_ATTRIBUTE, _BYTES):
             continue
-        for field, inner, body in _fields(attribute):
-            if field not in _ATTRIBUTE_GRAPHS or inner != _BYTES:
+        for field, wire_type, body in _fields(attribute):
+            if field not in _ATTRIBUTE_GRAPHS or wire_type != _BYTES:
                 continue
             for n, k, value in _fields(body):
                 if (n, k) == (_NODE, _BYTES):
@@ -160,35 +165,35 @@ def _text(message: bytes, number: int) -> str:
 
 def _fields(message: bytes) -> Iterator[tuple[int, int, bytes]]:
     """Fields of a protocol buffer: number, wire type and bytes, those of nested messages without their length."""
-    at, end = 0, len(message)
-    while at < end:
-        tag, at = _varint(message, at)
+    position, end = 0, len(message)
+    while position < end:
+        tag, position = _varint(message, position)
         number, kind = tag >> 3, tag & 7
         if kind == _VARINT:
-            _, after = _varint(message, at)
+            _, field_end = _varint(message, position)
         elif kind == _BYTES:
-            length, at = _varint(message, at)
-            after = at + length
+            length, position = _varint(message, position)
+            field_end = position + length
         elif kind in (_FIXED64, _FIXED32):
-            after = at + (8 if kind == _FIXED64 else 4)
+            field_end = position + (8 if kind == _FIXED64 else 4)
         else:
             raise ValueError(f"wire type {kind}")
-        if after > end:
+        if field_end > end:
             raise ValueError("cut short")
-        yield number, kind, message[at:after]
-        at = after
+        yield number, kind, message[position:field_end]
+        position = field_end
 
 
-def _varint(message: bytes, at: int) -> tuple[int, int]:
+def _varint(message: bytes, position: int) -> tuple[int, int]:
     value = shift = 0
     while True:
-        byte = message[at]
-        at += 1
+        byte = message[position]
+        position += 1
         value |= (byte & 0x7F) << shift
         if not byte & 0x80:
-            return value, at
+            return value, position
         shift += 7
-        if shift > 63:
+        if shift > 63:  # more than 64 bits: a damaged file, which must not loop on
             raise ValueError("a number is too long")
 
 
@@ -198,9 +203,9 @@ def _field(number: int, kind: int, value: bytes) -> bytes:
 
 
 def _number(value: int) -> bytes:
-    out = bytearray()
+    encoded = bytearray()
     while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
+        encoded.append(value & 0x7F | 0x80)
         value >>= 7
-    out.append(value)
-    return bytes(out)
+    encoded.append(value)
+    return bytes(encoded)

@@ -20,13 +20,14 @@ from fedprune.core.errors import ExitCode, FedpruneError
 
 Array = npt.NDArray[Any]
 
-# A trainer's steps take turns between two places of the state, and an epoch's last batch may be smaller: four for each
-# width that a simulation's boards train.
+# Of one session, each with a copy of its inputs on the GPU. A trainer's steps alternate between two places of the
+# state, and an epoch's last batch may be smaller, so that each width of a simulation's boards needs four.
 MOST_RECORDINGS = 16
 
-# Runs alike before one is recorded, which itself takes as long as three.
+# Equal runs before one is recorded: recording takes as long as three runs, so fewer repetitions gain nothing.
 _REPEATS = 3
 
+# Counted runs; if so many differ, as with images of all sizes, the counts start again instead of growing.
 _MOST_SIGNATURES = 64
 
 # onnxruntime's key of a run, and its value for a run that is neither recorded nor replayed.
@@ -34,18 +35,17 @@ _GRAPH_ID, _UNRECORDED = "gpu_graph_id", "-1"
 
 
 class GpuLostError(FedpruneError):
-    """The GPU has failed, and with it went what had been placed there."""
+    """The GPU has failed, and the arrays in its memory are lost."""
 
     exit_code = ExitCode.RUNTIME
 
 
 class PlacedArray:
-    """An array in a GPU's memory, which numpy copies back where it is asked for one: `numpy.asarray(placed)`, which
-    raises `GpuLostError` where the GPU has failed."""
+    """An array in a GPU's memory. `numpy.asarray(placed)` copies it back, or raises `GpuLostError` if the GPU has
+    failed."""
 
     def __init__(self, value: Any) -> None:
-        self.value = value
-        """onnxruntime's."""
+        self.value = value  # an OrtValue
         self.shape: tuple[int, ...] = tuple(value.shape())
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
@@ -60,24 +60,27 @@ class PlacedRuns:
     """Runs of one session on a GPU; threads wait for each other.
 
     Args:
-        session: onnxruntime's.
-        runtime: The module of onnxruntime.
+        session: An `onnxruntime.InferenceSession`.
+        runtime: The module onnxruntime.
         records: Whether the session can record runs.
     """
 
     def __init__(self, session: Any, runtime: Any, *, records: bool) -> None:
         self.session, self._runtime = session, runtime
         self._lock = threading.Lock()
+        # Further arguments of a run that must not be recorded.
         self.unrecorded: tuple[Any, ...] = (self._options(_UNRECORDED),) if records else ()
-        """What a run that must not be recorded passes on to the session."""
         self._records = records
         self._placed: dict[tuple[Hashable, ...], PlacedArray] = {}
         self._counts = Counter[Hashable]()
         self._recordings: dict[Hashable, _Recording] = {}
 
     def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, PlacedArray]:
-        """Copies in the GPU's memory. Those of the same role, name and shape take the place of earlier ones, so that
-        what was recorded with them serves again; places are kept as long as the session."""
+        """Copy arrays into the GPU's memory.
+
+        Arrays of the same role, name and shape overwrite earlier ones, so that recordings with these addresses stay
+        valid. The memory is kept as long as the session.
+        """
         placed = {}
         with self._lock:
             for name, array in arrays.items():
@@ -91,7 +94,7 @@ class PlacedRuns:
         return placed
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]) -> dict[str, Any]:
-        """A run whose outputs are written into places, or copied back where they have none."""
+        """Run the session. Outputs are written into the arrays of `into`; the others are copied back."""
         with self._lock:
             signature = _signature(names, feeds, into)
             recording = self._recordings.get(signature)
@@ -99,6 +102,7 @@ class PlacedRuns:
                 try:
                     return recording.run(feeds)
                 except Exception:
+                    # A first run that fails may only be impossible to record; a later failure is the GPU's.
                     if recording.has_run:
                         raise
                     self._stop_recording()
@@ -121,7 +125,7 @@ class PlacedRuns:
             self._stop_recording()
 
     def _stop_recording(self) -> None:
-        """What can't be recorded is run as before, from now on."""
+        """Record nothing from now on, and forget all recordings."""
         self._records = False
         self._recordings.clear()
 
@@ -138,8 +142,10 @@ class PlacedRuns:
 def run_bound(
     session: Any, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any], options: Sequence[Any] = ()
 ) -> dict[str, Any]:
-    """A run of onnxruntime's session that reads and writes arrays where they are, on the processor or a GPU; outputs
-    that have no array to be written into get new ones."""
+    """Run a session of onnxruntime without copies: arrays are read and written where they are, on the CPU or a GPU.
+
+    Outputs without an array in `into` get a new one.
+    """
     binding = session.io_binding()
     in_memory = {n: np.asarray(v, order="C") for n, v in feeds.items() if not isinstance(v, PlacedArray)}
     for name, value in feeds.items():
@@ -161,12 +167,12 @@ def run_bound(
 
 
 def _signature(names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]) -> Hashable:
-    """What two runs have in common that may share a recording: the places, and the shapes of all else."""
+    """The key of a recording: the addresses of arrays on the GPU, and the shapes of all others."""
 
-    def of(value: Any) -> Hashable:
+    def identity(value: Any) -> Hashable:
         return id(value) if isinstance(value, PlacedArray) else (value.shape, value.dtype.str)
 
-    inputs = tuple((name, of(value)) for name, value in feeds.items())
+    inputs = tuple((name, identity(value)) for name, value in feeds.items())
     return tuple(names), inputs, tuple((name, id(array)) for name, array in into.items())
 
 

@@ -1,7 +1,7 @@
-"""Models at lower precision: how their tensors are made from float32 weights, and the one rule by which they may serve.
+"""Models at lower precision: how their tensors are made from float32 weights, and the rule that lets them serve.
 
-Whatever is done to weights is in the graphs that travel with a model. What runs them, on a board as in an export, knows
-of neither norms nor quantisation.
+The graphs that travel with a model do everything to its weights. The code that runs them, on a board as in an export,
+knows neither norms nor quantisation.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from fedprune.runtime.session import Session
 
 Array = npt.NDArray[Any]
 
-# The output of calibration and input of preparation: least and largest number of every activation, float32 [n, 2].
+# Output of the calibrate graph and input of the prepare graph: least and largest value of each activation, float32 [n,
+# 2].
 RANGES = "~ranges"
 
-# Samples that ranges are measured on.
+# Samples on which ranges are measured: their mean over batches hardly changes with more, and a board waits for it.
 CALIBRATION_SAMPLES = 256
 
+# Samples of a batch: ranges are means over batches, so that one outlier doesn't stretch the scale of all.
 _AT_ONCE = 32
 
 
@@ -48,11 +50,11 @@ def measured_ranges(calibrate: Session, x: Array) -> Array:
     x = x[:CALIBRATION_SAMPLES]
     if not len(x):
         raise ModelError("ranges of activations can't be measured without samples")
-    parts = np.array_split(x, -(-len(x) // _AT_ONCE))
-    found = [checked_ranges(calibrate.run({X: p}, [RANGES])[RANGES]) for p in parts]
-    if any(f.shape != found[0].shape for f in found):
+    batches = np.array_split(x, -(-len(x) // _AT_ONCE))
+    batch_ranges = [checked_ranges(calibrate.run({X: batch}, [RANGES])[RANGES]) for batch in batches]
+    if any(ranges.shape != batch_ranges[0].shape for ranges in batch_ranges):
         raise ModelError("ranges of activations", expected="as many for every batch")
-    return np.asarray(np.mean(found, axis=0, dtype=np.float64), np.float32)
+    return np.asarray(np.mean(batch_ranges, axis=0, dtype=np.float64), np.float32)
 
 
 def checked_ranges(ranges: Array) -> Array:
@@ -66,12 +68,12 @@ def checked_ranges(ranges: Array) -> Array:
 
 
 def prepare(graph: Session, tensors: Mapping[str, Array], ranges: Array | None = None) -> dict[str, Array]:
-    """The tensors of a lowered model, in the order of its file; `ranges` are among them where there are any.
+    """The tensors of a model at lower precision, in the order of its file, with `ranges` if there are any.
 
     Args:
         graph: Its prepare graph.
-        tensors: Float32 weights by name; more than it needs may be there.
-        ranges: Ranges of activations, where it takes some.
+        tensors: Float32 weights by name; the graph takes those that it needs.
+        ranges: Ranges of activations, if the graph takes them.
 
     Raises:
         ModelError: A weight is missing or of another shape, the ranges don't fit, or what comes out isn't finite.
@@ -84,25 +86,25 @@ def prepare(graph: Session, tensors: Mapping[str, Array], ranges: Array | None =
     missing = sorted(graph.inputs.keys() - feeds.keys())
     if missing:
         raise ModelError("a lowered model can't be prepared: weights are missing", got=", ".join(missing[:5]))
-    made = graph.run(feeds)
-    for name, value in made.items():
+    prepared = graph.run(feeds)
+    for name, value in prepared.items():
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise ModelError(f"tensor {name} of the lowered model is not finite")
-    return {n: np.asarray(v) for n, v in made.items()} | ({} if ranges is None else {RANGES: feeds[RANGES]})
+    return {n: np.asarray(v) for n, v in prepared.items()} | ({} if ranges is None else {RANGES: feeds[RANGES]})
 
 
 def packed(graphs: Mapping[str, bytes]) -> bytes:
-    """The graphs of a precision as one file, in which they travel to a board: bytes by name, as a tensor file."""
+    """Pack the graphs of a precision into the tensor file in which they travel to a board."""
     return tensorfile.encode({n: np.frombuffer(raw, np.uint8) for n, raw in graphs.items()})
 
 
 def unpacked(raw: bytes, precision: str) -> dict[str, bytes]:
-    """The graphs of a precision by file name, as `packed` wrote them. Raises `BundleError` if the file is damaged,
-    or holds other graphs."""
-    found = tensorfile.decode(raw)
-    if found.keys() != set(graphs_of(precision)) or any(v.dtype != np.uint8 for v in found.values()):
-        raise BundleError(f"graphs of {precision}", expected=", ".join(graphs_of(precision)), got=shown(sorted(found)))
-    return {n: v.tobytes() for n, v in found.items()}
+    """Unpack the graphs of a precision, by file name, from a file that `packed` wrote. Raises `BundleError` if the file
+    is damaged, or holds other graphs."""
+    graphs = tensorfile.decode(raw)
+    if graphs.keys() != set(graphs_of(precision)) or any(v.dtype != np.uint8 for v in graphs.values()):
+        raise BundleError(f"graphs of {precision}", expected=", ".join(graphs_of(precision)), got=shown(sorted(graphs)))
+    return {n: v.tobytes() for n, v in graphs.items()}
 
 
 def lowered_weights(folder: Path, precision: str, tensors: Mapping[str, Array], x: Array | None = None) -> bytes:
@@ -125,20 +127,20 @@ def lowered_weights(folder: Path, precision: str, tensors: Mapping[str, Array], 
     return tensorfile.encode(prepare(Session(folder / prepare_file(precision)), tensors, ranges))
 
 
-# Samples that both are compared on, at most.
+# Samples on which both precisions are compared, at most: they resolve the limits below, and a board waits for them.
 SAMPLES = 512
 
-# Share of decisions that must be the same.
+# Share of decisions that must be the same as in float32.
 LEAST_SAME = 0.95
 
 # Share of right answers that may be lost: one point of accuracy.
 MOST_LOST = 0.01
 
-# Where numbers are predicted: how far they may be off, as a share of how far they spread.
+# Of a model that predicts numbers: how far its outputs may be from float32's, in standard deviations of those.
 MOST_ERROR = 0.1
 
-# Numbers that spread less, as a share of the largest, count as spread so far: one, or equal ones, don't spread. With a
-# tenth of it allowed that is twice what rounding to float16 takes from a number.
+# The least spread that outputs count with, as a share of the largest: equal outputs don't spread at all. A tenth of it
+# is allowed, which is twice the rounding error of float16.
 _LEAST_SPREAD = 1e-2
 
 
@@ -162,30 +164,31 @@ class Agreement:
 
     @property
     def refusal(self) -> str:
-        """Why the model must not serve; empty where it may. One decision proves nothing: so much is always allowed."""
+        """The reason why the model must not serve; empty if it may. One changed decision is always allowed."""
         if not self.samples:
             return "there are no samples to compare it on"
-        one = 1 / self.samples
+        one_decision = 1 / self.samples
         if not np.isfinite(self.error):
             return "its outputs are not finite"
         if self.same is None and self.error > MOST_ERROR:
             return f"its outputs are off by {self.error:.2g} of their spread, {MOST_ERROR:g} is allowed"
-        if self.same is not None and 1 - self.same > max(1 - LEAST_SAME, one) + 1e-9:
+        if self.same is not None and 1 - self.same > max(1 - LEAST_SAME, one_decision) + 1e-9:
             return (
                 f"it decides {self.same:.1%} of {self.samples} samples as float32 does, {LEAST_SAME:.0%} is asked for"
             )
-        if self.right is not None and self.right[0] - self.right[1] > max(MOST_LOST, one) + 1e-9:
-            before, after = self.right
-            return f"its accuracy on {self.samples} samples is {after:.1%}, that of float32 is {before:.1%}"
+        if self.right is not None and self.right[0] - self.right[1] > max(MOST_LOST, one_decision) + 1e-9:
+            reference_accuracy, own_accuracy = self.right
+            accuracies = f"{own_accuracy:.1%}, that of float32 is {reference_accuracy:.1%}"
+            return f"its accuracy on {self.samples} samples is {accuracies}"
         return ""
 
     def describe(self) -> str:
-        parts = [f"on {quantity(self.samples, 'sample', form=',')}"]
+        clauses = [f"on {quantity(self.samples, 'sample', form=',')}"]
         if self.same is not None:
-            parts.append(f"{self.same:.1%} decided alike")
+            clauses.append(f"{self.same:.1%} decided alike")
         if self.right is not None:
-            parts.append(f"accuracy {self.right[0]:.1%} -> {self.right[1]:.1%}")
-        return ", ".join([*parts, f"outputs {self.error:.2g} of their spread apart"])
+            clauses.append(f"accuracy {self.right[0]:.1%} -> {self.right[1]:.1%}")
+        return ", ".join([*clauses, f"outputs {self.error:.2g} of their spread apart"])
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "right": None if self.right is None else list(self.right)}
@@ -202,15 +205,15 @@ def agreement(loss: str, reference: Array, outputs: Array, y: Array | None = Non
         raise ModelError("outputs at lower precision", expected=reference.shape, got=outputs.shape)
     if not reference.size:
         return Agreement(0, None, 0.0)
-    far = np.sqrt(np.mean((outputs.astype(np.float64) - reference) ** 2))
+    rms_difference = np.sqrt(np.mean((outputs.astype(np.float64) - reference) ** 2))
     spread = max(float(np.std(reference, dtype=np.float64)), _LEAST_SPREAD * float(np.abs(reference).max()), 1e-30)
-    error = float(far / spread)
+    error = float(rms_difference / spread)
     if labels_of(loss) not in JUDGED:
         return Agreement(len(reference), None, error)
-    decided = [o.argmax(1) if loss == "cross_entropy" else o > 0 for o in (reference, outputs)]
-    same = float(np.mean(decided[0] == decided[1]))
+    decisions = [o.argmax(1) if loss == "cross_entropy" else o > 0 for o in (reference, outputs)]
+    same = float(np.mean(decisions[0] == decisions[1]))
     right = None
     if y is not None:
         truth = y if loss == "cross_entropy" else y > 0.5
-        right = float(np.mean(decided[0] == truth)), float(np.mean(decided[1] == truth))
+        right = float(np.mean(decisions[0] == truth)), float(np.mean(decisions[1] == truth))
     return Agreement(len(reference), same, error, right)

@@ -1,4 +1,4 @@
-"""Precisions and the names of their files, without anything that loads numpy."""
+"""Precisions and the names of their files. Command lines import this before numpy is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ INT8 = "int8"
 # `folded` is float32 with norms inside the layers before them.
 PRECISIONS = ("folded", "float16", INT8)
 
-# Those that boards of a fleet may serve at: what `folded` does, onnxruntime does to float32 by itself.
+# The precisions at which boards of a fleet may serve. Not `folded`: onnxruntime folds norms of float32 graphs by
+# itself.
 SERVED = ("float16", INT8)
 
 FASTEST = "fastest"
@@ -21,17 +22,17 @@ def graph_file(precision: str) -> str:
 
 
 def weights_file(precision: str) -> str:
-    """The file of its tensors, in the same folder."""
+    """The file of a precision's tensors, in the folder of its graph."""
     return f"{precision}.safetensors"
 
 
 def prepare_file(precision: str) -> str:
-    """The graph that makes its tensors."""
+    """The graph that makes a precision's tensors from float32 weights."""
     return f"prepare-{precision}.onnx"
 
 
 def calibrate_file(precision: str) -> str:
-    """The graph that measures ranges, in the folder of the float32 weights."""
+    """The graph that measures ranges of activations, in the folder of the float32 weights."""
     return f"calibrate-{precision}.onnx"
 
 

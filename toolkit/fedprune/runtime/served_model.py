@@ -17,8 +17,7 @@ _SLOTS = ("a", "b")
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A board's active model: the folder of its inference graph and weights, and the job and round that it comes
-    from."""
+    """A board's active model: the folder of its inference graph and weights, and the job and round of its origin."""
 
     folder: Path
     job: str
@@ -38,9 +37,10 @@ def served_model(state: Path) -> ServedModel:
         rows = json.loads(json.loads(pointer.read_bytes())["body"])["models"]
         for row in rows:
             folder = state / _FOLDER / str(row["slot"])
-            found = ServedModel(folder, str(row["job"]), int(row["round"]))
+            model = ServedModel(folder, str(row["job"]), int(row["round"]))
+            # Only the board's own two slots: the file is input, and must not lead elsewhere on the disk.
             if row["slot"] in _SLOTS and _intact(folder, row["files"]):
-                return found
+                return model
     except OSError as error:
         raise StorageError(f"can't read {pointer}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The one place that opens onnxruntime sessions."""
+"""Sessions of onnxruntime: no other module opens one."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _LOG = logging.getLogger("fedprune.runtime.session")
 
-# Causes for computing on the CPU that this process has logged.
+# The causes for computing on the CPU that this process has logged, each once: it opens a session for every width.
 _SAID: set[str] = set()
 
+# Causes that hold addresses or sizes differ every time; after so many the log has said enough.
 _MOST_SAID = 20
 
-# Bytes of arrays for outputs from which binding them takes less time than copying into them.
+# Bytes of output arrays from which binding them takes less time than copying the outputs into them.
 _BOUND_FROM = 1 << 20
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
-# A Jetson's graphics unit shares the board's memory, so no more is taken than asked for; an exhaustive search would be
-# made again for every new shape; and what is trained in float32 is computed in float32
+# A Jetson's GPU shares the board's memory, so the arena grows by no more than is requested. An exhaustive search of
+# convolutions would be repeated for every new shape. Models trained in float32 are computed in float32, without TF32
 # (https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html).
 CUDA_OPTIONS = {
     "arena_extend_strategy": "kSameAsRequested",
@@ -48,7 +49,7 @@ CUDA_OPTIONS = {
 
 
 class Runs(Protocol):
-    """Whatever runs a loaded graph: a session of onnxruntime, or what takes its place."""
+    """Anything that runs a loaded graph: a session of onnxruntime, or an engine in its place."""
 
     @property
     def inputs(self) -> Mapping[str, tuple[str, tuple[int | str | None, ...]]]:
@@ -112,7 +113,8 @@ class Session:
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.outputs: tuple[str, ...] = tuple(o.name for o in self._session.get_outputs())
         if self.provider == "cpu":
-            del self._open  # with it go the graph's bytes, unless a child process may have to load them again
+            # It holds the graph's bytes, which are needed again only for a move from the GPU to the CPU.
+            del self._open
 
     @property
     def provider(self) -> str:
@@ -120,13 +122,14 @@ class Session:
         return "cuda" if _on_cuda(self._session) else "cpu"
 
     def keep(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Feeds of several runs, for `run`'s `kept`: a child process is sent them once."""
+        """Feeds of several runs, for the argument `kept` of `run`: a child process receives them once."""
         return self._session.keep(feeds) if isinstance(self._session, RemoteSession) else feeds
 
     def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, Any]:
-        """Arrays where the graph is computed, as feeds and outputs of many runs: what stays on the GPU isn't copied in
-        every run. They take the place of what was placed in the same role before. On the CPU they are the arrays
-        themselves."""
+        """Copies of arrays where the graph is computed, as feeds and outputs of many runs without further copies.
+
+        They overwrite what was placed in the same role before. On the CPU they are the arrays themselves.
+        """
         runs = self._placed
         if runs is None:
             return dict(arrays)
@@ -152,16 +155,16 @@ class Session:
         """Run the graph once.
 
         Args:
-            feeds: Array by input name, or what `place` has made of it.
+            feeds: By input name an array, or one of `place`.
             outputs: Names of the outputs to compute; all by default.
-            into: Writeable arrays in C order, of the outputs' types and shapes, that these outputs are written into;
-                or what `place` has made of such. None may be a feed: an operator may still read it after the output was
-                written.
-            kept: Further feeds, as `keep` has made them.
+            into: By output name the array to write it into: writeable, in C order, of the output's type and shape, or
+            one
+                of `place`. None may be a feed, because an operator may still read it after the output was written.
+            kept: Further feeds, from `keep`.
 
         Raises:
-            GpuLostError: The GPU has failed, and what was placed there can't be read.
-            RuntimeUnavailableError: The child process that runs it doesn't start, or ended twice.
+            GpuLostError: The GPU has failed, and arrays in its memory can't be read.
+            RuntimeUnavailableError: The child process that runs the graph doesn't start, or ended twice.
             ModelError: Feeds or arrays don't fit the graph, or an operator fails on them.
         """
         names = list(outputs) if outputs is not None else list(self.outputs)
@@ -179,34 +182,34 @@ class Session:
                     expected="an output that is computed, and a writeable array in C order",
                     got="another output" if name not in names else "another kind of array",
                 )
-        given = {**feeds, **kept}
+        all_feeds = {**feeds, **kept}
         try:
             if isinstance(session, RemoteSession):
                 values: list[Array] = session.run(names, feeds, kept)
             elif runs is not None:
                 if placed:
-                    return runs.run(names, given, into)
-                values = session.run(names, given, *runs.unrecorded)
+                    return runs.run(names, all_feeds, into)
+                values = session.run(names, all_feeds, *runs.unrecorded)
             elif sum(array.nbytes for array in into.values()) >= _BOUND_FROM and not _on_cuda(session):
-                return run_bound(session, names, given, into)
+                return run_bound(session, names, all_feeds, into)
             else:
-                values = session.run(names, given)
+                values = session.run(names, all_feeds)
         except Exception as error:
             if not _on_cuda(session):
                 if isinstance(error, RuntimeUnavailableError):
                     raise
                 raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(error)})") from error
-            values = self._again(session, names, given, error)
+            values = self._again(session, names, all_feeds, error)
             into = _in_memory(into)
-        found = dict(zip(names, map(np.asarray, values), strict=True))
+        arrays_by_name = dict(zip(names, map(np.asarray, values), strict=True))
         for name, array in into.items():
-            value = found[name]
+            value = arrays_by_name[name]
             if (value.dtype, value.shape) != (array.dtype, array.shape):
                 expected = f"{value.dtype} {value.shape}"
                 raise ModelError(f"array for output {name}", expected=expected, got=f"{array.dtype} {array.shape}")
             np.copyto(array, value)
-            found[name] = array
-        return found
+            arrays_by_name[name] = array
+        return arrays_by_name
 
     def _opened_on_cuda(self, *, records: bool) -> Any:
         if _CUDA not in _onnxruntime().get_available_providers():
@@ -235,23 +238,23 @@ class Session:
         except ModelError:
             return None
 
-    def _again(self, failed: Any, names: list[str], feeds: Mapping[str, Any], error: Exception) -> list[Array]:
-        """The same on the CPU. What fails there, too, is no fault of CUDA's."""
+    def _again(self, failed_session: Any, names: list[str], feeds: Mapping[str, Any], error: Exception) -> list[Array]:
+        """Repeat a failed run on the CPU, and stay there if it succeeds: otherwise the GPU is not to blame."""
         with self._lock:
-            session = self._open(_CPU) if self._session is failed else self._session
+            session = self._open(_CPU) if self._session is failed_session else self._session
             try:
-                fetched = {n: np.asarray(v) for n, v in feeds.items()}
+                host_feeds = {n: np.asarray(v) for n, v in feeds.items()}
             except GpuLostError:
-                if self._session is failed:
+                if self._session is failed_session:
                     self._leave_cuda(session, error)
                 raise
             try:
-                values: list[Array] = session.run(names, fetched)
+                values: list[Array] = session.run(names, host_feeds)
             except RuntimeUnavailableError:
                 raise
-            except Exception as other:
-                raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(other)})") from other
-            if self._session is failed:
+            except Exception as cpu_error:
+                raise ModelError(f"onnxruntime couldn't run the graph ({_first_line(cpu_error)})") from cpu_error
+            if self._session is failed_session:
                 self._leave_cuda(session, error)
         return values
 
@@ -268,7 +271,7 @@ class Session:
 
 
 def _in_memory(arrays: Mapping[str, Any]) -> dict[str, Array]:
-    """Those of them that aren't in a GPU's memory."""
+    """Those of some arrays that are not in a GPU's memory."""
     return {n: v for n, v in arrays.items() if not isinstance(v, PlacedArray)}
 
 
@@ -278,7 +281,7 @@ def _on_cuda(session: Any) -> bool:
 
 @contextmanager
 def run_by_child_process() -> Iterator[None]:
-    """Have a child process load and run the graphs of sessions, instead of this one (`session_process`)."""
+    """Let a child process load and run the graphs of all sessions (`session_process`)."""
     global _process
     with SessionProcess(PROGRAM) as _process:
         try:
@@ -325,7 +328,7 @@ def load_graph(model: Path | bytes, threads: int, training: bool, *providers: An
             str(model) if isinstance(model, Path) else model,
             options,
             providers=list(providers),
-            enable_fallback=0,  # else a damaged file is said on stdout and tried twice, on the same provider
+            enable_fallback=0,  # else it prints about a damaged file on stdout, and tries it twice on the same provider
         )
     except Exception as error:
         where = str(model) if isinstance(model, Path) else "graph"

@@ -1,5 +1,7 @@
-"""Graphs loaded and run by a child process, which ends when it is idle: onnxruntime takes 37 MB of a process, and a
-server needs it for a second per round. The two exchange Python's objects over a pair of sockets that is theirs alone.
+"""A child process that loads and runs graphs, and ends when it is idle.
+
+onnxruntime takes 37 MB of a process, and a server needs it for a second per round. The two processes exchange pickled
+objects over a pair of sockets that no other process has.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from fedprune.core.closing import Closing
 from fedprune.core.errors import FedpruneError, RuntimeUnavailableError, reason
 from fedprune.core.imports import program_code
 
-# Long enough for the requests of a round. The next one starts another process, in half a second.
+# Longer than the pauses between the requests of a round. The next round starts another process, in half a second.
 IDLE_S = 20.0
 
+# For the process to end by itself, once its connection is closed, before it is killed.
 _STOP_S = 5.0
 
-# A process that reads and writes nothing for so long during a request hangs: seconds and microseconds, as 64-bit
-# systems have them.
+# A process that reads and writes nothing for an hour during a request hangs. In the form of setsockopt(2): seconds and
+# microseconds, as 64-bit systems have them.
 _LONGEST = struct.pack("@ll", 3600, 0)
 
 
@@ -49,7 +52,7 @@ class _Described:
 
 
 class SessionProcess(Closing):
-    """Starts the child process when it is needed. Several threads may use it; their requests wait for each other.
+    """The child process, which is started when it is needed. Requests of several threads wait for each other.
 
     Args:
         program: Python code for the child process, which calls `serve`.
@@ -66,15 +69,15 @@ class SessionProcess(Closing):
         self._closed = False
 
     def load(self, *graph: Any, exact: bool) -> RemoteSession:
-        """A session; the arguments are those of `fedprune.runtime.session.load_graph`."""
+        """A session in the child process; the arguments are those of `fedprune.runtime.session.load_graph`."""
         return RemoteSession(self, graph, exact)
 
     def number(self) -> int:
-        """A number for something that the process will hold."""
+        """A number for a new object that the process will hold."""
         return next(self._numbers)
 
-    def ask(self, kind: str, held: Sequence[_RemoteObject], *values: Any) -> Any:
-        """An answer of the process, which is given first what it doesn't hold yet.
+    def ask(self, kind: str, objects: Sequence[_RemoteObject], *values: Any) -> Any:
+        """Ask the process and return its answer; it first gets the objects that it doesn't hold yet.
 
         Raises:
             FedpruneError: The graph can't be loaded or run.
@@ -82,11 +85,14 @@ class SessionProcess(Closing):
         """
         with self._lock:
             try:
-                return self._answer(kind, held, values)
-            except (OSError, EOFError):  # it was killed, or hangs
+                return self._answer(kind, objects, values)
+            except (
+                OSError,
+                EOFError,
+            ):  # killed, as by lack of memory, or hanging: requests change nothing, so try again
                 self._end()
             try:
-                return self._answer(kind, held, values)
+                return self._answer(kind, objects, values)
             except (OSError, EOFError) as error:
                 code, hung = self._end(), isinstance(error, BlockingIOError)
                 if self._closed:
@@ -97,7 +103,8 @@ class SessionProcess(Closing):
                 ) from error
 
     def drop(self, number: int) -> None:
-        """Let go of what the process holds with the next request."""
+        """Let the process drop an object, with the next request."""
+        # Not at once: finalisers run on any thread, even within a request that holds the lock.
         self._dropped.append(number)
 
     def close(self) -> None:
@@ -108,18 +115,18 @@ class SessionProcess(Closing):
         with self._lock:
             self._end()
 
-    def _answer(self, kind: str, held: Sequence[_RemoteObject], values: tuple[Any, ...]) -> Any:
+    def _answer(self, kind: str, objects: Sequence[_RemoteObject], values: tuple[Any, ...]) -> Any:
         connection = self._started()
         while self._dropped:
             number = self._dropped.pop()
             self._held.discard(number)
             connection.send(("drop", [number]))
-        for one in held:
-            if one.number not in self._held:
-                how, *given = one.given
-                _asked(connection, how, [one.number], *given)
-                self._held.add(one.number)
-        return _asked(connection, kind, [one.number for one in held], *values)
+        for item in objects:
+            if item.number not in self._held:
+                request_kind, *contents = item.given
+                _asked(connection, request_kind, [item.number], *contents)
+                self._held.add(item.number)
+        return _asked(connection, kind, [item.number for item in objects], *values)
 
     def _end(self) -> int | None:
         """End the process; returns its exit code."""
@@ -141,30 +148,39 @@ class SessionProcess(Closing):
             self._end()
         if self._connection is None and not self._closed:
             try:
-                ours, its = socket.socketpair()
-                with ours, its:
+                parent_end, child_end = socket.socketpair()
+                with parent_end, child_end:
                     for limit in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-                        ours.setsockopt(socket.SOL_SOCKET, limit, _LONGEST)
-                    command = [sys.executable, "-c", program_code(self._program), str(its.fileno()), str(self._idle_s)]
+                        parent_end.setsockopt(socket.SOL_SOCKET, limit, _LONGEST)
+                    command = [
+                        sys.executable,
+                        "-c",
+                        program_code(self._program),
+                        str(child_end.fileno()),
+                        str(self._idle_s),
+                    ]
                     self._child = child = subprocess.Popen(  # noqa: S603  # nosec B603  # this module, in this Python
-                        command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+                        command, pass_fds=[child_end.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
                     )
-                    self._connection = Connection(ours.detach())
+                    self._connection = Connection(parent_end.detach())
             except OSError as error:
                 raise RuntimeUnavailableError(
                     f"the process in which onnxruntime runs can't be started ({reason(error)})"
                 ) from error
-            threading.Thread(target=child.wait, name="fedprune-onnxruntime", daemon=True).start()  # or it is a zombie
-        if self._connection is None or self._closed:  # by a thread that may not have seen it
+            threading.Thread(
+                target=child.wait, name="fedprune-onnxruntime", daemon=True
+            ).start()  # waited for, so that it doesn't stay as a zombie
+        if self._connection is None or self._closed:  # `close` may have been called on another thread meanwhile
             raise EOFError
         return self._connection
 
 
 class _RemoteObject:
-    """An object that the child process holds once a request needs it: sent once, and again to a new process.
+    """An object that the child process holds. It is sent with the first request that needs it, and again to a new
+    process.
 
     Attributes:
-        given: The request that gives it.
+        given: The request that sends it.
     """
 
     def __init__(self, process: SessionProcess, *given: Any) -> None:
@@ -198,17 +214,17 @@ class RemoteSession(_RemoteObject):
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Any], kept: Mapping[str, Any] | None = None) -> list[Any]:
         """Arrays of these outputs. Raises `FedpruneError` if they can't be computed."""
-        held: list[_RemoteObject] = [self]
+        objects: list[_RemoteObject] = [self]
         if isinstance(kept, RemoteFeeds):
-            held.append(kept)
+            objects.append(kept)
         else:
             feeds = {**feeds, **(kept or {})}
-        found: list[Any] = self._process.ask("run", held, list(names), dict(feeds))
-        return found
+        arrays: list[Any] = self._process.ask("run", objects, list(names), dict(feeds))
+        return arrays
 
 
 class RemoteFeeds(dict[str, Any], _RemoteObject):
-    """Feeds of several runs, which don't change meanwhile."""
+    """Feeds of several runs, which must not change in between."""
 
     def __init__(self, process: SessionProcess, feeds: Mapping[str, Any]) -> None:
         dict.__init__(self, feeds)
@@ -217,47 +233,49 @@ class RemoteFeeds(dict[str, Any], _RemoteObject):
 
 def _asked(connection: Connection, *request: Any) -> Any:
     connection.send(request)
-    found = connection.recv()
-    if isinstance(found, FedpruneError):
-        raise found
-    return found
+    answer = connection.recv()
+    if isinstance(answer, FedpruneError):
+        raise answer
+    return answer
 
 
 def serve(load: Callable[..., Any]) -> None:
-    """The child process: answers requests until there are none for a while, or the other side is gone.
+    """Answer requests, in the child process, until none comes for a while or the other side has ended.
 
     Args:
         load: Makes an `onnxruntime.InferenceSession` of the arguments of a request.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # systemd's is for the server, whose end is the connection's
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # systemd sends it to the whole service: the server ends by it, and with it this process's connection
     descriptor, idle_s = sys.argv[1:]
-    held: dict[int, Any] = {}
+    objects: dict[int, Any] = {}
     with Connection(int(descriptor)) as connection, suppress(EOFError, OSError):
         while connection.poll(float(idle_s)):
             kind, numbers, *values = connection.recv()
             if kind == "drop":
-                held.pop(numbers[0], None)
+                objects.pop(numbers[0], None)
                 continue
             try:
-                found = None
+                answer = None
                 if kind == "load":
                     graph, exact = values
-                    held[numbers[0]] = load(*graph, exact=exact)
+                    objects[numbers[0]] = load(*graph, exact=exact)
                 elif kind == "keep":
-                    held[numbers[0]] = values[0]
+                    objects[numbers[0]] = values[0]
                 else:
-                    session, *kept = (held[number] for number in numbers)
-                    found = _described(session) if kind == "describe" else _run(session, kept, *values)
+                    session, *kept_feeds = (objects[number] for number in numbers)
+                    answer = _described(session) if kind == "describe" else _run(session, kept_feeds, *values)
             except FedpruneError as error:
-                found = error
+                answer = error
             except Exception as error:  # noqa: BLE001 - onnxruntime's own kinds, which the other side doesn't know
-                found = FedpruneError(str(error) or type(error).__name__)
-            connection.send(found)
+                answer = FedpruneError(str(error) or type(error).__name__)
+            connection.send(answer)
 
 
-def _run(session: Any, kept: Sequence[Mapping[str, Any]], names: Sequence[str], feeds: dict[str, Any]) -> Any:
-    for more in kept:
-        feeds.update(more)
+def _run(session: Any, kept_feeds: Sequence[Mapping[str, Any]], names: Sequence[str], feeds: dict[str, Any]) -> Any:
+    for extra_feeds in kept_feeds:
+        feeds.update(extra_feeds)
     return session.run(names, feeds)
 
 

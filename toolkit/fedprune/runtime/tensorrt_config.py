@@ -1,7 +1,7 @@
-"""How a TensorRT engine is to be built: which graph, how precise, for which batches, and with which limits.
+"""The plan of a TensorRT engine: which graph, how precise, for which batches, and with which limits.
 
-A bundle may carry one as `engine.json`. It is a wish of the exporter: a board checks every field, and
-without a plan takes the defaults.
+A bundle may carry a plan as `engine.json`. It is the exporter's wish: a board checks every field, and takes the
+defaults if there is none.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ FORMAT = "fedprune.engine/1"
 # The name of a plan's file in a bundle.
 NAME = "engine.json"
 
-# How an engine may compute, and how far its outputs may then be from onnxruntime's in float32, relative to 1 plus the
-# largest of them. TF32 rounds factors to 10 bits of mantissa, as float16 has, but keeps float32's range.
+# The precisions of an engine, and how far its outputs may then be from onnxruntime's in float32, relative to 1 plus the
+# largest output. TF32 rounds factors to 10 bits of mantissa, as float16 has, but keeps float32's range.
 TOLERANCES = {"float32": 1e-3, "tf32": 1e-2, "float16": 3e-2}
 
 _GRAPH = re.compile(r"[a-z0-9][a-z0-9._-]{0,59}\.onnx")
 _MIB = 2**20
-# Bytes of a plan.
+# Bytes of a plan; ours have some 200. It comes from another machine.
 _LONGEST = 10_000
 
 MOST_BATCH = 4096
@@ -45,8 +45,8 @@ class EnginePlan:
         precision: One of `TOLERANCES`.
         batch: The least, the usual and the most samples at once; larger batches are predicted in parts.
         pool_bytes: Memory that a layer's implementation may take for itself while the engine is built and runs.
-        timeout_s: When a build is given up.
-        level: How hard the builder searches, 0 to 5, where TensorRT lets it be said.
+        timeout_s: Seconds after which a build is abandoned.
+        level: TensorRT's builder optimisation level, 0 to 5; versions without it ignore it.
         refit: Whether an engine may be built so that it takes new weights, which can cost some of its speed.
     """
 

@@ -6,9 +6,9 @@ A folder holds it:
     authority.pem    its own certificate, which boards and brokers trust
     crl.pem          the list of revoked certificates that a broker loads (PEM; RFC 5280, section 5)
 
-Which certificates it has issued to devices, and which are revoked, is in the server's database
-(`fedprune_server.enrollment.store`); the list is made from that. It never expires: a broker with an expired list
-refuses every client, which would lock a fleet out.
+The server's database (`fedprune_server.enrollment.store`) holds which certificates were issued and which are revoked;
+the list is made from it. The list never expires: a broker with an expired list refuses every client, which would lock
+the whole fleet out.
 
 Every certificate is valid from 1970 on, because a board's or broker's clock may say so.
 """
@@ -54,13 +54,15 @@ KEY, CERTIFICATE, CRL = "authority.key", "authority.pem", "crl.pem"
 # Common name of the server's own certificate: brokers know the server by it, so no device may have it.
 SERVER = "fedprune-server"
 
+# A device renews its own certificate. A broker's is often replaced by hand, so it lasts longer; the authority's can't
+# be replaced without letting every board join again, so it has to outlive them.
 AUTHORITY_DAYS, DEVICE_DAYS, BROKER_DAYS = 30 * 365, 2 * 365, 5 * 365
 _DAY = 24 * 3600
 _LONGEST_DAYS = 30 * 365
 
 
 class Authority:
-    """A certificate authority in a folder, as `make` leaves it.
+    """A certificate authority in a folder, which `make` has made.
 
     Raises:
         IdentityError: A file is missing or damaged, or key and certificate don't fit.
@@ -90,7 +92,7 @@ class Authority:
 
     @property
     def ends(self) -> int:
-        """When the authority's own certificate ends, in seconds since 1970."""
+        """The end of the authority's own certificate, in seconds since 1970."""
         return seconds_of(self.certificate.not_valid_after_utc)
 
     @property
@@ -106,11 +108,11 @@ class Authority:
         return self._signer.key.sign(data, ec.ECDSA(hashes.SHA256()))
 
     def now(self) -> int:
-        """The time in seconds since 1970, never before this software was built."""
+        """The time in seconds since 1970, but never before this software was built: the clock may be unset."""
         return int(max(self._clock(), BUILT))
 
     def made_for(self, site: str) -> bool:
-        """Whether it was made for this site, as far as its certificate tells: names are cut there."""
+        """Whether it was made for this site, as far as its certificate tells: that has only a name's beginning."""
         return self.certificate.subject == _subject(site)
 
     def issue_device(self, site: str, device: str, csr: str, days: int = DEVICE_DAYS) -> str:
@@ -143,22 +145,24 @@ class Authority:
         if not names:
             raise IdentityError("a broker's certificate needs a host", expected="a name or an address", got="none")
         alternatives = x509.SubjectAlternativeName(names)
-        first = str(names[0].value)[:64]
-        return self._issue(first, request_key(csr), days, ExtendedKeyUsageOID.SERVER_AUTH, alternatives)
+        subject_name = str(names[0].value)[:64]  # X.509 allows a common name no more characters
+        return self._issue(subject_name, request_key(csr), days, ExtendedKeyUsageOID.SERVER_AUTH, alternatives)
 
     def has_listed(self, revoked: Mapping[int, int]) -> bool:
-        """Whether the list exists, is this authority's, and has these certificates (revocation times by serial
-        number)."""
+        """Whether the list on the disk is this authority's and has exactly these certificates (revocation times by
+        serial number)."""
         try:
             crl = x509.load_pem_x509_crl(self.crl_path.read_bytes())
-            genuine = crl.is_signature_valid(self._signer.key.public_key())
+            is_genuine = crl.is_signature_valid(self._signer.key.public_key())
         except (OSError, ValueError, UnsupportedAlgorithm):
             return False
-        return genuine and {r.serial_number for r in crl} == set(revoked)
+        return is_genuine and {r.serial_number for r in crl} == set(revoked)
 
     def list_revoked(self, revoked: Mapping[int, int]) -> None:
-        """Write the list, unless it is up to date; `revoked` is as for `has_listed`. Brokers know when they load it
-        again."""
+        """Write the list unless it is up to date; `revoked` is as for `has_listed`.
+
+        When it takes effect is up to each broker, which has to load it again.
+        """
         if not self.has_listed(revoked):
             write_public(self.crl_path, _revocation_list(self._signer, revoked))
 
@@ -173,11 +177,12 @@ class Authority:
         if not 1 <= days <= _LONGEST_DAYS:
             raise IdentityError("days of a certificate", expected=f"1 to {_LONGEST_DAYS}", got=days)
         signer = self._signer
-        ends = min(moment_of(self.now() + days * _DAY), signer.certificate.not_valid_after_utc)
+        # Clients check the chain: a certificate that outlives its authority's would be refused from then on anyway.
+        valid_until = min(moment_of(self.now() + days * _DAY), signer.certificate.not_valid_after_utc)
         serial = x509.random_serial_number()
         usage = dict.fromkeys(_USAGES, False) | {"digital_signature": True}
         builder = (
-            _builder(common_name(name), signer.certificate.subject, key, ends, serial)
+            _builder(common_name(name), signer.certificate.subject, key, valid_until, serial)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(x509.KeyUsage(**usage), critical=True)
             .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)
@@ -199,9 +204,9 @@ def _revocation_list(signer: Signer, revoked: Mapping[int, int]) -> bytes:
         .add_extension(x509.CRLNumber(len(revoked) + 1), critical=False)
         .add_extension(issuer, critical=False)
     )
-    for serial, at in revoked.items():
-        row = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(moment_of(at)).build()
-        builder = builder.add_revoked_certificate(row)
+    for serial, revoked_at in revoked.items():
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(moment_of(revoked_at)).build()
+        builder = builder.add_revoked_certificate(entry)
     return builder.sign(signer.key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
@@ -217,11 +222,11 @@ def _load_signer(folder: Path) -> Signer:
 
 
 def _self_signed(key: TlsKey, name: x509.Name, clock: Callable[[], float]) -> x509.Certificate:
-    ends = moment_of(max(clock(), BUILT) + AUTHORITY_DAYS * _DAY)
+    valid_until = moment_of(max(clock(), BUILT) + AUTHORITY_DAYS * _DAY)
     usage = dict.fromkeys(_USAGES, False) | {"key_cert_sign": True, "crl_sign": True}
     identifier = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
     return (
-        _builder(name, name, key.public_key(), ends, x509.random_serial_number())
+        _builder(name, name, key.public_key(), valid_until, x509.random_serial_number())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.KeyUsage(**usage), critical=True)
         .add_extension(identifier, critical=False)
@@ -236,7 +241,7 @@ _USAGES = (
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, ends: datetime, serial: int
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, valid_until: datetime, serial: int
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()
@@ -245,7 +250,7 @@ def _builder(
         .public_key(key)
         .serial_number(serial)
         .not_valid_before(EPOCH)
-        .not_valid_after(ends)
+        .not_valid_after(valid_until)
     )
 
 

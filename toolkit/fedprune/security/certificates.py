@@ -23,13 +23,14 @@ from fedprune.security.private_file import read_private, write_private
 # Bytes of an authority's pin: with 96 bits a second authority with the same one can't be made.
 PIN = 12
 
-# Limit of a certificate's or request's bytes.
+# Bytes of a certificate or request; ours have about 1,000. The limit bounds what a stranger can make the parser read.
 MAX_PEM = 8192
 
-# The clock of a board without the time.
+# What the clock of a board shows before it has the time; certificates have to be valid by then.
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 
 TlsKey = ec.EllipticCurvePrivateKey
+# What the package cryptography raises for damaged input: which of them depends on the damaged field.
 _BROKEN = (ValueError, TypeError, x509.InvalidVersion, UnsupportedAlgorithm)
 
 
@@ -91,12 +92,12 @@ def request_key(pem: str, device: str | None = None) -> ec.EllipticCurvePublicKe
     try:
         request = x509.load_pem_x509_csr(pem.encode())
         key = request.public_key()
-        genuine, subject = request.is_signature_valid, request.subject
+        is_genuine, subject = request.is_signature_valid, request.subject
     except (*_BROKEN, InvalidSignature) as error:
         raise ProtocolError(what, expected="PKCS #10 in PEM", got=shown(pem)) from error
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ProtocolError(f"{what}: key", expected="ECDSA on P-256", got=type(key).__name__)
-    if not genuine:
+    if not is_genuine:
         raise ProtocolError(f"{what} is not signed by its own key")
     if device is not None and _name(subject) != device:
         raise ProtocolError(f"{what}: common name", expected=device, got=shown(_name(subject)))
@@ -109,16 +110,16 @@ def read_certificate(pem: str | bytes, what: str) -> x509.Certificate:
     if len(raw) > MAX_PEM:
         raise ProtocolError(what, expected=f"at most {MAX_PEM} bytes", got=len(raw))
     try:
-        found = x509.load_pem_x509_certificate(raw)
-        # These are only read when they are asked for, which is long after anybody expects an error.
-        found.public_key(), found.subject, found.not_valid_after_utc
-        return found
+        certificate = x509.load_pem_x509_certificate(raw)
+        # The package parses these on access, which would be long after anybody expects an error.
+        certificate.public_key(), certificate.subject, certificate.not_valid_after_utc
+        return certificate
     except _BROKEN as error:
         raise ProtocolError(what, expected="a certificate in PEM", got=shown(raw)) from error
 
 
 def load_certificate(path: Path, what: str) -> x509.Certificate:
-    """Read a certificate from a file. Raises `IdentityError` if it is missing or none."""
+    """Read a certificate from a file. Raises `IdentityError` if the file is missing or holds no certificate."""
     try:
         return read_certificate(path.read_bytes(), f"{what} {path}")
     except OSError as error:
@@ -160,8 +161,8 @@ def name_of(certificate: x509.Certificate) -> str:
 
 
 def _name(subject: x509.Name) -> str:
-    found = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return str(found[0].value) if len(found) == 1 else ""
+    attributes = subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(attributes[0].value) if len(attributes) == 1 else ""
 
 
 def device_uri(site: str, device: str) -> str:
@@ -170,19 +171,19 @@ def device_uri(site: str, device: str) -> str:
 
 
 def host_name(host: str) -> x509.GeneralName:
-    """How a broker's certificate names a host. Raises `IdentityError` if it is neither name nor address."""
+    """A host as a broker's certificate names it. Raises `IdentityError` if it is neither name nor address."""
     try:
         return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
     except ValueError:
         pass
     labels = host.rstrip(".").split(".")
-    if not 1 <= len(host) <= 253 or not all(_label(part) for part in labels):
+    if not 1 <= len(host) <= 253 or not all(_label(label) for label in labels):
         raise IdentityError("host of a broker", expected="a DNS name or an IP address", got=shown(host))
     return x509.DNSName(host.rstrip("."))
 
 
-def _label(part: str) -> bool:
-    return 1 <= len(part) <= 63 and part.isascii() and part.replace("-", "").isalnum() and part.strip("-") == part
+def _label(label: str) -> bool:
+    return 1 <= len(label) <= 63 and label.isascii() and label.replace("-", "").isalnum() and label.strip("-") == label
 
 
 def seconds_of(when: datetime) -> int:
@@ -190,5 +191,5 @@ def seconds_of(when: datetime) -> int:
 
 
 def moment_of(seconds: float) -> datetime:
-    """The second, counted from 1970, as certificates have it."""
+    """A time in seconds since 1970 as a `datetime` in whole seconds, the precision of certificates."""
     return EPOCH + timedelta(seconds=int(seconds))

@@ -49,7 +49,8 @@ _SIGNING, _EPOCH, _REQUEST, _NEW_KEY = "signing.key", "epoch", "request.json", "
 _KEY, _CERTIFICATE, _AUTHORITY, _SERVER = "tls.key", "device.pem", "authority.pem", "server.pub"
 _ADMITTED, _TIME, _HEARD = "admitted", "time", "heard"
 
-# Share of a certificate's lifetime after which it is renewed.
+# Share of a certificate's lifetime after which it is renewed: as with ACME clients, the last third is for failed
+# attempts.
 RENEW_AT = 2 / 3
 
 # A board's own authority vouches for the broker that the fleet's server runs or configures, and for no other.
@@ -61,7 +62,7 @@ _FOREIGN_BROKER = (
 
 
 class DeviceIdentity:
-    """A device's keys, certificate and knowledge of its server.
+    """A device's keys and certificate, and what it knows of its server.
 
     Raises `IdentityError` if a file is damaged or open to other users.
     """
@@ -93,13 +94,14 @@ class DeviceIdentity:
             raise IdentityError(f"{self.device} doesn't know its server's key", hint="Let it join again.") from error
 
     def request(self, claim: Claim | None = None) -> JoinRequest:
-        """A request to join, or, once joined, for a new certificate; the same until it is answered. A claim replaces a
-        request that waits for the operator."""
+        """A request to join or, once joined, for a new certificate. It stays the same until it is answered; a claim
+        replaces a request that waits for the operator."""
         pending = self._pending()
         if pending is not None and (claim is None or pending.claim == claim.id.hex()):
             return pending
         tls_key = make_tls_key()
         request = make_join_request(self.site, self.device, self.key, make_request(tls_key, self.device), claim)
+        # The key before the request: a request without its key could never be used once it is answered.
         save_tls_key(tls_key, self.folder / _NEW_KEY)
         write_whole(self.folder / _REQUEST, request.to_bytes())
         return request
@@ -134,6 +136,7 @@ class DeviceIdentity:
                 got=admission.server.fingerprint,
                 hint="If its identity was replaced, let the board join again: fedprune-device join --new-key.",
             )
+        # The certificate is written last: from then on the device has joined, and needs the other files.
         write_public(self.folder / _AUTHORITY, admission.authority.encode())
         write_public(self.folder / _SERVER, admission.server.hex.encode())
         write_whole(self.folder / _ADMITTED, str(admission.time).encode())
@@ -150,7 +153,7 @@ class DeviceIdentity:
         return self._time
 
     def _ends(self) -> int:
-        """When its certificate ends, in seconds since 1970."""
+        """The end of its certificate, in seconds since 1970."""
         certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
         return seconds_of(certificate.not_valid_after_utc)
 
@@ -160,7 +163,7 @@ class DeviceIdentity:
         return pin_of(load_certificate(self.folder / _AUTHORITY, "the authority's certificate"))
 
     def heard(self) -> dict[str, int]:
-        """The latest epoch of its server by stream (`fedprune.security.signed_channel`), as `hear` wrote it. Raises
+        """The latest epoch of its server by stream (`fedprune.security.signed_channel`), as stored on the disk. Raises
         `StorageError` if it can't be read or is damaged."""
         path = self.folder / _HEARD
         try:
@@ -179,17 +182,17 @@ class DeviceIdentity:
         return body
 
     def hear(self, stream: str, epoch: int) -> None:
-        """Store that an epoch of the server's has begun."""
+        """Store that an epoch of the server has begun."""
         write_whole(self.folder / _HEARD, json.dumps(self.heard() | {stream: epoch}, sort_keys=True).encode())
 
     def renewal_due(self) -> bool:
-        """Whether to renew the certificate, by the time floor."""
+        """Whether the certificate is to be renewed, judged by the time floor: the clock may be wrong."""
         certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
         try:
-            begun = int((self.folder / _ADMITTED).read_text())
+            admitted_at = int((self.folder / _ADMITTED).read_text())
         except (OSError, ValueError):
             return True
-        return self.times.floor >= begun + RENEW_AT * (seconds_of(certificate.not_valid_after_utc) - begun)
+        return self.times.floor >= admitted_at + RENEW_AT * (seconds_of(certificate.not_valid_after_utc) - admitted_at)
 
     def context(self, authority: Path | None = None, *, certificate: bool = True) -> PinnedContext:
         """A TLS context for connections to a broker of `authority`, by default the fleet's.
@@ -197,8 +200,10 @@ class DeviceIdentity:
         Without the certificate only a renewal is possible. Raises `IdentityError` if the device hasn't joined, or a
         file is damaged.
         """
-        own, key = (self.folder / _CERTIFICATE, self.folder / _KEY) if certificate else (None, None)
-        context = pinned_context(authority or self.folder / _AUTHORITY, own, key, lambda: self.times.floor)
+        certificate_path, key_path = (self.folder / _CERTIFICATE, self.folder / _KEY) if certificate else (None, None)
+        context = pinned_context(
+            authority or self.folder / _AUTHORITY, certificate_path, key_path, lambda: self.times.floor
+        )
         context.foreign = "" if authority else _FOREIGN_BROKER
         return context
 
@@ -206,10 +211,10 @@ class DeviceIdentity:
         try:
             request = parse((self.folder / _REQUEST).read_bytes())
             key = load_tls_key(self.folder / _NEW_KEY)
-            own = isinstance(request, JoinRequest) and key.public_key() == request_key(request.csr)
+            is_own_key = isinstance(request, JoinRequest) and key.public_key() == request_key(request.csr)
         except (OSError, ProtocolError, IdentityError):
-            return None  # none, or a power cut between key and request: it was not sent
-        if not isinstance(request, JoinRequest) or not own or request.key != self.key.verifying.hex:
+            return None  # no request, or a power cut before it was complete, so that it was not sent
+        if not isinstance(request, JoinRequest) or not is_own_key or request.key != self.key.verifying.hex:
             return None
         return request if (request.site, request.device) == (self.site, self.device) else None
 
@@ -220,17 +225,18 @@ class DeviceIdentity:
             sync_folder(self.folder)
 
     def _finish(self) -> None:
-        """Put the new TLS key in its place if the certificate is its own: also after a power cut right before."""
-        new = self.folder / _NEW_KEY
-        if not new.exists() or not (self.folder / _CERTIFICATE).exists():
+        """Put the new TLS key in its place if the certificate is for it; also called at the start, after a power
+        cut."""
+        new_key_path = self.folder / _NEW_KEY
+        if not new_key_path.exists() or not (self.folder / _CERTIFICATE).exists():
             return
         certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
         try:
-            fits = key_digest(load_tls_key(new).public_key()) == key_digest(certificate.public_key())
+            is_own_key = key_digest(load_tls_key(new_key_path).public_key()) == key_digest(certificate.public_key())
         except IdentityError:
             return
-        if fits:
+        if is_own_key:
             with storage_errors(f"can't write {self.folder}"):
-                new.replace(self.folder / _KEY)
+                new_key_path.replace(self.folder / _KEY)
                 (self.folder / _REQUEST).unlink(missing_ok=True)
                 sync_folder(self.folder)

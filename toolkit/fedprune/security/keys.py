@@ -21,7 +21,7 @@ KEY = 32
 # Bytes of a signature.
 SIGNATURE = 64
 
-# Bytes by which a message names its sender's key.
+# Bytes by which a message names its sender's key. They only select a key, whose signature is then verified.
 KEY_ID = 8
 
 
@@ -48,7 +48,7 @@ class VerifyingKey:
 
     @property
     def id(self) -> bytes:
-        """The key's id in a message's header: the first 8 bytes of its sha256."""
+        """The key's id in a message's header: the beginning of its sha256."""
         return hashlib.sha256(self.raw).digest()[:KEY_ID]
 
     @property
@@ -113,18 +113,20 @@ def grouped(digits: str) -> str:
     return "-".join(digits[i : i + 4] for i in range(0, len(digits), 4))
 
 
-def transcript(domain: str, *parts: str | bytes | int | None) -> bytes:
-    """The values, each with its kind and length, after a domain that separates purposes: different values give
-    different bytes."""
-    rows = [domain.encode() + b"\0"]
-    for part in parts:
-        if part is None:
+def transcript(domain: str, *values: str | bytes | int | None) -> bytes:
+    """Encode values to be signed, each with its kind and length: different values give different bytes.
+
+    The domain comes first, so that a signature for one purpose is none for another.
+    """
+    encoded = [domain.encode() + b"\0"]
+    for value in values:
+        if value is None:
             kind, raw = b"-", b""
-        elif isinstance(part, bytes):
-            kind, raw = b"b", part
-        elif isinstance(part, int):
-            kind, raw = b"n", str(part).encode()
+        elif isinstance(value, bytes):
+            kind, raw = b"b", value
+        elif isinstance(value, int):
+            kind, raw = b"n", str(value).encode()
         else:
-            kind, raw = b"t", part.encode()
-        rows.append(kind + struct.pack("<I", len(raw)) + raw)
-    return b"".join(rows)
+            kind, raw = b"t", value.encode()
+        encoded.append(kind + struct.pack("<I", len(raw)) + raw)
+    return b"".join(encoded)

@@ -1,4 +1,4 @@
-"""Files of an identity, whole or not there: secrets that only their owner may read, and public ones that all may."""
+"""Atomic files of an identity: secrets that only their owner may read, and public files that everybody may."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedprune.core.atomic_file import appearing, write_whole
 from fedprune.core.disk import make_private_folder, storage_errors
 from fedprune.core.errors import IdentityError, StorageError, remedy
 
-# Limit of the bytes of a file with a secret.
+# Bytes of a file with a secret: a key in PEM has some 200, a password less.
 MAX_SECRET = 16 * 1024
 
 
@@ -28,19 +28,20 @@ def write_public(path: Path, data: bytes) -> None:
         partial.chmod(0o644)
 
 
-def give_to_owner_of(path: Path, other: Path) -> None:
+def give_to_owner_of(path: Path, reference: Path) -> None:
     """Give a file that root made to the owner of another file, whose user is to read it.
 
-    That user may write to the folder, so only a regular file of root's with a single link is given away.
+    That user may write to the folder, and could put a link to any file of root there: only a regular file of root with
+    a single link is given away.
     """
     if os.geteuid() != 0:
         return
     with storage_errors(f"can't write {path}"):
-        owner = other.lstat()
+        owner = reference.lstat()
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            found = os.fstat(descriptor)
-            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_uid != 0:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_uid != 0:
                 raise StorageError(f"{path} was replaced while it was written")
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
         finally:
@@ -60,17 +61,18 @@ def read_private(path: Path, what: str) -> bytes:
     except OSError as error:
         raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
     try:
-        state = os.fstat(descriptor)
-        if not stat.S_ISREG(state.st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise IdentityError(f"{what} {path}", expected="a plain file", got="something else")
-        if os.geteuid() != 0 and state.st_uid not in (os.geteuid(), 0):
+        # The service's user may read what root has installed for it, but nothing that a third user could replace.
+        if os.geteuid() != 0 and status.st_uid not in (os.geteuid(), 0):
             raise IdentityError(
                 f"{what} {path} belongs to another user",
                 expected=f"user {os.geteuid()}, who reads it, or root",
-                got=f"user {state.st_uid}",
+                got=f"user {status.st_uid}",
                 hint="Its owner may have changed it: give it back to its user if you know that nothing was changed.",
             )
-        mode = stat.S_IMODE(state.st_mode)
+        mode = stat.S_IMODE(status.st_mode)
         if mode & 0o077:
             raise IdentityError(
                 f"{what} {path} is open to other users",
@@ -78,8 +80,8 @@ def read_private(path: Path, what: str) -> bytes:
                 got=f"0{mode:o}",
                 hint="chmod 600 it, and replace it if another user may have read it.",
             )
-        if state.st_size > MAX_SECRET:
-            raise IdentityError(f"{what} {path}", expected=f"at most {MAX_SECRET} bytes", got=state.st_size)
+        if status.st_size > MAX_SECRET:
+            raise IdentityError(f"{what} {path}", expected=f"at most {MAX_SECRET} bytes", got=status.st_size)
         with storage_errors(f"can't read {path}"):
             return os.read(descriptor, MAX_SECRET)
     finally:

@@ -58,7 +58,7 @@ from fedprune.wire.fields import MAX_MESSAGE
 
 MAGIC = b"FPS"
 VERSION = 1
-# Limit of epochs and counters, which fit into the integers of any database.
+# Of epochs and counters: the largest integer of SQLite and PostgreSQL, which store them.
 MAX_NUMBER = 2**63 - 1
 
 # Bytes of a topic that can be signed; ours have at most 270.
@@ -148,11 +148,11 @@ def unseal(key: VerifyingKey, topic: str, raw: bytes) -> Envelope:
 
 def _signed(key_id: bytes, topic: str, epoch: int, counter: int, body: bytes) -> bytes:
     """The signed bytes; every part before the last has a fixed length or a length prefix."""
-    where = topic.encode()
-    if len(where) > MAX_TOPIC:
-        raise ProtocolError("topic of a signed message", expected=f"at most {MAX_TOPIC} bytes", got=len(where))
+    topic_bytes = topic.encode()
+    if len(topic_bytes) > MAX_TOPIC:
+        raise ProtocolError("topic of a signed message", expected=f"at most {MAX_TOPIC} bytes", got=len(topic_bytes))
     header = _HEADER.pack(MAGIC, VERSION, key_id, epoch, counter)
-    return _DOMAIN + header + struct.pack("<H", len(where)) + where + body
+    return _DOMAIN + header + struct.pack("<H", len(topic_bytes)) + topic_bytes + body
 
 
 def _check_number(what: str, value: int) -> None:
@@ -160,12 +160,12 @@ def _check_number(what: str, value: int) -> None:
         raise ProtocolError(f"{what} of a signed message", expected=f"0 to {MAX_NUMBER}", got=value)
 
 
-# Later messages that may overtake one.
+# Later messages that may overtake one. The window is one integer with a bit for each, 128 bytes per stream.
 WINDOW = 1024
 
 
 class Window:
-    """The numbers of one sender that have come.
+    """The epoch and counters of the messages that have come from one sender, to recognise replays.
 
     Attributes:
         epoch: The current epoch; -1 before the first message.
@@ -175,7 +175,7 @@ class Window:
     def __init__(self, epoch: int = -1) -> None:
         self.epoch, self.top = epoch, -1
         self._seen = 0  # a bit for each of the `WINDOW` counters up to `top`; the lowest bit is `top` itself
-        self._closed = True  # the whole epoch is over
+        self._closed = True  # the whole epoch is over: which of its counters have come is not known
 
     @classmethod
     def after(cls, epoch: int) -> Window:
@@ -219,13 +219,15 @@ class Window:
         return begins
 
 
-# Limit of milliseconds from the clock: a wrong one must not use up the numbers.
+# Limit of milliseconds from the clock, some 285,000 years: a wrong clock must not use up the numbers.
 _LAST_TIME = 2**53
 
-# Epochs that are written at once, so that a connecting fleet doesn't make its server wait for the disk each time.
+# Epochs that are reserved with one write: a server begins one per connecting board, and must not wait for the disk each
+# time.
 _BLOCK = 256
 
-# Epochs by which a sender is never ahead of its clock: no sender begins that many within a minute.
+# More epochs than any sender gets ahead of its clock: epochs are milliseconds, and no sender begins so many in a
+# minute.
 _AHEAD = 2**16
 
 
@@ -244,7 +246,7 @@ class EpochFile:
 
     @staticmethod
     def make(path: Path) -> None:
-        """Write a file without used epochs, so that a file that is missing later is known to be lost."""
+        """Write a file without used epochs. If it is missing later, it is known to be lost."""
         write_whole(path, json.dumps({"v": 1, "epoch": 0}).encode())
 
     def next(self) -> int:
@@ -258,11 +260,11 @@ class EpochFile:
         return self._latest
 
     def leap(self) -> None:
-        """Begin a new block: the receiver knows a later epoch, perhaps of a copy of this disk."""
+        """Skip the rest of the block: the receiver knows a later epoch, perhaps from a copy of this disk."""
         self._latest = self._written
 
     def pass_over(self) -> None:
-        """Skip all epochs that another holder of the key may have used: some ahead of the clock."""
+        """Skip all epochs that another holder of the key may have used, some of which are ahead of the clock."""
         end = max(self._written, int(min(1000 * self._clock(), _LAST_TIME))) + _AHEAD
         write_whole(self._path, json.dumps({"v": 1, "epoch": end}).encode())
         self._latest = self._written = end
@@ -290,10 +292,11 @@ def _read(path: Path) -> int:
 # Levels of a topic up to the device: fedprune/1/{site}/{device}.
 _LEVELS = 4
 
-# Past epochs of a stream whose last counter is remembered.
+# Past epochs of a stream whose last counter is kept, to tell a second sender from a replay.
 _OVER = 8
 
-# Streams of one sender: a device receives two of its server's, a server one of each device's.
+# Streams of one sender, so that it can't fill the memory with invented topics. A device receives two streams of its
+# server, a server one of each device.
 MAX_STREAMS = 16
 
 
@@ -358,7 +361,7 @@ class Opener:
         Raises:
             SignatureError: It is not signed, by another key, for another topic, or changed.
             TwoSignersError: Its epoch is over but it is new: two senders use the same key.
-            StaleEpochError: Its epoch is over; a sender that can't know this must be told.
+            StaleEpochError: Its epoch is over, which the sender may not know: send it a new `hello` or `birth`.
             ReplayError: It has come before.
             ProtocolError: It is too long or of another version.
             StorageError: `begun` failed; the message is not recorded.
@@ -370,13 +373,17 @@ class Opener:
             if len(self._windows) >= MAX_STREAMS:
                 raise ReplayError(f"a sender of too many streams: at most {MAX_STREAMS}", got=stream)
             window = Window()
-        over = self._over.setdefault(stream, {})
+        past_epochs = self._over.setdefault(stream, {})
         try:
             window.check(envelope.epoch, envelope.counter)
         except StaleEpochError as error:
-            if over and envelope.epoch >= min(over) and envelope.counter > over.get(envelope.epoch, -1):
-                over[envelope.epoch] = envelope.counter
-                _trim(over)
+            if (
+                past_epochs
+                and envelope.epoch >= min(past_epochs)
+                and envelope.counter > past_epochs.get(envelope.epoch, -1)
+            ):
+                past_epochs[envelope.epoch] = envelope.counter
+                _trim(past_epochs)
                 raise TwoSignersError(
                     "a signed message is new, and of an epoch that is over", got=envelope.epoch, hint=error.hint
                 ) from error
@@ -384,13 +391,13 @@ class Opener:
         if envelope.epoch > window.epoch:
             self._begun(stream, envelope.epoch)
             if window.top >= 0:
-                over[window.epoch] = window.top
-            _trim(over)
+                past_epochs[window.epoch] = window.top
+            _trim(past_epochs)
         window.accept(envelope.epoch, envelope.counter)
         self._windows[stream] = window
         return envelope.body
 
 
-def _trim(over: dict[int, int]) -> None:
-    while len(over) > _OVER:
-        del over[min(over)]
+def _trim(past_epochs: dict[int, int]) -> None:
+    while len(past_epochs) > _OVER:
+        del past_epochs[min(past_epochs)]

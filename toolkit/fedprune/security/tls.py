@@ -5,8 +5,8 @@ Its own check of times is therefore switched off (X509_V_FLAG_NO_CHECK_TIME) and
 before a byte of MQTT is sent, the broker's certificate must not have ended by the time floor. Everything else stays:
 the chain, the purpose (serverAuth), the host name.
 
-The floor is the later of this software's build and of the times in verified messages of the server. The true time is
-never before it. The price: an expired certificate is accepted until the board's next message from the server. The
+The floor is the latest of this software's build time and of the times in verified messages of the server. The true time
+is never before it. The price: an expired certificate is accepted until the board's next message from the server. The
 floor never decreases, so that a server whose clock is far ahead could lock its boards out. A time is therefore limited
 to the end of the board's own certificate, two years at most: a broker's certificate that is renewed with a right clock
 lasts longer. The floor is written at most once a day.
@@ -67,11 +67,11 @@ class _CheckedSocket(ssl.SSLSocket):
 def peer_name(connection: ssl.SSLSocket) -> str:
     """The common name in the peer's certificate, which OpenSSL has verified; empty if it has none or several."""
     subject: Any = (connection.getpeercert() or {}).get("subject", ())
-    names = [value for part in subject for key, value in part if key == "commonName"]
+    names = [value for name_part in subject for key, value in name_part if key == "commonName"]
     return str(names[0]) if len(names) == 1 else ""
 
 
-# Instead of an authority: all that the system trusts, for hosted brokers.
+# In place of an authority's path: trust all authorities that the system trusts, for hosted brokers.
 SYSTEM = Path("system")
 
 
@@ -87,7 +87,7 @@ def pinned_context(
         certificate: The client's certificate; None to join without one.
         floor: Returns the time floor in seconds since 1970.
     """
-    context = PinnedContext(ssl.PROTOCOL_TLS_CLIENT)  # which checks certificate and host name
+    context = PinnedContext(ssl.PROTOCOL_TLS_CLIENT)  # this protocol's default is to check certificate and host name
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.verify_flags |= ssl.VERIFY_X509_STRICT | NO_CHECK_TIME
     context.sslsocket_class = _CheckedSocket
@@ -121,11 +121,10 @@ def unpinned_context() -> ssl.SSLContext:
 
 
 def insecure_allowed(host: str, setting: str = "") -> None:
-    """Make sure that a connection without TLS, or without an identity, stays on this machine. Raises `ConfigError`
-    if it would leave it.
+    """Raise `ConfigError` if a connection without TLS, or without an identity, would leave this machine.
 
     Args:
-        setting: A server's setting that names the host; without it, the host is a broker's.
+        setting: The server's setting that names the host; empty if the host is a broker's.
     """
     if host not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(
@@ -138,31 +137,34 @@ def insecure_allowed(host: str, setting: str = "") -> None:
 
 
 def check_peer(der: bytes | None, floor: int) -> None:
-    """Make sure that a broker's certificate, which OpenSSL has verified except for its times, has not ended before the
-    floor. Raises `ssl.SSLCertVerificationError`."""
+    """Raise `ssl.SSLCertVerificationError` if a broker's certificate has ended before the floor.
+
+    OpenSSL has verified everything else about it.
+    """
     if der is None:
         raise _refused("it has no certificate")
     certificate = x509.load_der_x509_certificate(der)
-    ended = seconds_of(certificate.not_valid_after_utc)
-    if ended < floor:
+    ended_at = seconds_of(certificate.not_valid_after_utc)
+    if ended_at < floor:
         day = certificate.not_valid_after_utc.date().isoformat()
         raise _refused(f"its certificate ended on {day}")
 
 
-def _refused(why: str) -> ssl.SSLCertVerificationError:
-    error = ssl.SSLCertVerificationError(why)
-    error.reason = why  # shown by `fedprune.wire.link.failure`
+def _refused(reason: str) -> ssl.SSLCertVerificationError:
+    error = ssl.SSLCertVerificationError(reason)
+    error.reason = reason  # shown by `fedprune.wire.link.failure`
     return error
 
 
-# Build time in seconds since 1970: 1 November 2026, raised with every release.
+# Build time in seconds since 1970: 1 November 2026, raised with every release. The true time can't be earlier.
 BUILT = 1_793_491_200
 
+# The floor is written once a day at most: boards' cards wear out, and a certificate's end has no finer meaning.
 _DAY = 24 * 3600
 
 
 class TrustedTime:
-    """A board's time floor, stored in a file; a damaged one is ignored: the server sends the time again.
+    """A board's time floor, stored in a file. A damaged file is ignored, because the server sends the time again.
 
     Args:
         latest: Returns the limit of accepted times, the end of the board's certificate, in seconds since 1970.
@@ -181,8 +183,8 @@ class TrustedTime:
         return self._floor
 
     def learn(self, seconds: int) -> None:
-        """Take note of the time in a message of the server whose signature was right; without room it counts until the
-        next restart."""
+        """Raise the floor to the time in a verified message of the server. On a full disk it counts until the next
+        restart."""
         with self._lock:  # the board's loop and its renewal both learn
             self._floor = max(self._floor, min(seconds, self._latest()))
             if self._floor >= max(self._written, BUILT) + _DAY:

@@ -59,12 +59,12 @@ class Codec:
         if name != "top-k":
             return cls(name)
         try:
-            kept = float(share) if colon else DEFAULT_SHARE
+            kept_share = float(share) if colon else DEFAULT_SHARE
         except ValueError:
-            kept = 0.0
-        if not LEAST_SHARE <= kept <= 1:
+            kept_share = 0.0
+        if not LEAST_SHARE <= kept_share <= 1:
             raise ConfigError(what, expected=f"a share from {LEAST_SHARE} to 1", got=shown(text))
-        return cls(name, kept)
+        return cls(name, kept_share)
 
     @property
     def steps(self) -> int:
@@ -79,8 +79,8 @@ class Codec:
 WHOLE = Codec("half")
 
 
-def agreed(setting: str, known: Collection[str]) -> str | None:
+def agreed(setting: str, device_codecs: Collection[str]) -> str | None:
     """The codec of a device's updates as text; None for none, also where the device doesn't know the job's. Raises
     `ConfigError` if the setting is wrong."""
     codec = Codec.parse(setting)
-    return None if codec is None or codec.name not in known else str(codec)
+    return None if codec is None or codec.name not in device_codecs else str(codec)

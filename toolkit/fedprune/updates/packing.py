@@ -41,20 +41,20 @@ _MORE = 255
 
 def largest(values: npt.NDArray[np.float32], count: int) -> Indices:
     """Indices of the largest elements by magnitude, rising; of equal ones the first, on any processor."""
-    size = np.abs(values)
-    least = np.partition(size, values.size - count)[values.size - count]
-    above = np.flatnonzero(size > least)
-    level = np.flatnonzero(size == least)[: count - above.size]
-    found: Indices = np.sort(np.concatenate([above, level])).astype(np.int64)
-    return found
+    magnitudes = np.abs(values)
+    threshold = np.partition(magnitudes, values.size - count)[values.size - count]
+    above = np.flatnonzero(magnitudes > threshold)
+    equal = np.flatnonzero(magnitudes == threshold)[: count - above.size]
+    indices: Indices = np.sort(np.concatenate([above, equal])).astype(np.int64)
+    return indices
 
 
 def to_gaps(indices: Indices) -> Bytes:
     gaps = np.diff(indices, prepend=-1) - 1
-    more = gaps // _MORE
-    out = np.full(int(more.sum()) + gaps.size, _MORE, np.uint8)
-    out[np.cumsum(more + 1) - 1] = gaps % _MORE
-    return out
+    full_bytes = gaps // _MORE
+    encoded = np.full(int(full_bytes.sum()) + gaps.size, _MORE, np.uint8)
+    encoded[np.cumsum(full_bytes + 1) - 1] = gaps % _MORE
+    return encoded
 
 
 def from_gaps(gaps: Bytes, count: int, size: int, what: str) -> Indices:
@@ -63,10 +63,10 @@ def from_gaps(gaps: Bytes, count: int, size: int, what: str) -> Indices:
     ends = gaps != _MORE
     if gaps.ndim != 1 or not gaps.size or not ends[-1] or int(ends.sum()) != count:
         raise ProtocolError(f"indices of {what}", expected=f"{count} of them", got=f"{int(ends.sum())} or cut short")
-    found: Indices = np.cumsum(gaps, dtype=np.int64)[ends] + np.arange(count)
-    if found[-1] >= size:
-        raise ProtocolError(f"indices of {what}", expected=f"below {size}", got=int(found[-1]))
-    return found
+    indices: Indices = np.cumsum(gaps, dtype=np.int64)[ends] + np.arange(count)
+    if indices[-1] >= size:
+        raise ProtocolError(f"indices of {what}", expected=f"below {size}", got=int(indices[-1]))
+    return indices
 
 
 def to_bitmap(indices: Indices, size: int) -> Bytes:
@@ -81,10 +81,10 @@ def from_bitmap(bitmap: Bytes, count: int, size: int, what: str) -> Indices:
     if bitmap.shape != (bitmap_bytes(size),):
         raise ProtocolError(f"bitmap of {what}", expected=f"{bitmap_bytes(size)} bytes", got=bitmap.shape)
     bits = np.unpackbits(bitmap)
-    found: Indices = np.flatnonzero(bits).astype(np.int64)
-    if found.size != count or bits[size:].any():
-        raise ProtocolError(f"bitmap of {what}", expected=f"{count} of {size} bits", got=f"{found.size} bits")
-    return found
+    indices: Indices = np.flatnonzero(bits).astype(np.int64)
+    if indices.size != count or bits[size:].any():
+        raise ProtocolError(f"bitmap of {what}", expected=f"{count} of {size} bits", got=f"{indices.size} bits")
+    return indices
 
 
 def bitmap_bytes(size: int) -> int:
@@ -122,21 +122,21 @@ def is_packed(raw: bytes | memoryview) -> bool:
     return bytes(raw[:4]) == _MAGIC
 
 
-def pack(parts: Mapping[str, Array]) -> bytes:
+def pack(tensors: Mapping[str, Array]) -> bytes:
     """Tensors in an envelope, smaller where zlib can make them so. Raises `BundleError` if a tensor's type has no
     safetensors code."""
     # Numbers repeat themselves by chance; what is gained by that is less than what Huffman codes make of them.
-    squeezer = zlib.compressobj(_LEVEL, strategy=zlib.Z_FILTERED)
-    header = tensorfile.header_of(parts)
-    pieces, size = [squeezer.compress(header)], len(header)
-    for value in parts.values():
-        pieces.append(squeezer.compress(_sorted(value)))
+    compressor = zlib.compressobj(_LEVEL, strategy=zlib.Z_FILTERED)
+    header = tensorfile.header_of(tensors)
+    chunks, size = [compressor.compress(header)], len(header)
+    for value in tensors.values():
+        chunks.append(compressor.compress(_sorted(value)))
         size += value.nbytes
-    pieces.append(squeezer.flush())
+    chunks.append(compressor.flush())
     packing = _ZLIB
-    if sum(map(len, pieces)) >= size:
-        packing, pieces = _RAW, [tensorfile.encode(parts)]
-    return b"".join([_MAGIC, bytes([packing, 0, 0, 0]), size.to_bytes(8, "little"), *pieces])
+    if sum(map(len, chunks)) >= size:
+        packing, chunks = _RAW, [tensorfile.encode(tensors)]
+    return b"".join([_MAGIC, bytes([packing, 0, 0, 0]), size.to_bytes(8, "little"), *chunks])
 
 
 def unpack(raw: bytes, most: int) -> dict[str, Array]:
@@ -163,14 +163,14 @@ def unpack(raw: bytes, most: int) -> dict[str, Array]:
 def _inflated(body: memoryview, size: int) -> bytes:
     inflater = zlib.decompressobj()
     try:
-        out = inflater.decompress(body, size + 1)
+        inflated = inflater.decompress(body, size + 1)
     except zlib.error as error:
         raise ProtocolError("encoded update can't be inflated; it is damaged") from error
-    if len(out) == size and not inflater.eof:
+    if len(inflated) == size and not inflater.eof:
         raise ProtocolError("encoded update is cut short, or larger inside than it says", expected=f"{size} bytes")
     if inflater.unused_data:
         raise ProtocolError("encoded update has something behind its end", got=f"{len(inflater.unused_data)} bytes")
-    return out
+    return inflated
 
 
 def _sorted(value: Array) -> bytes:

@@ -105,8 +105,8 @@ class Privacy:
     @property
     def noise_std(self) -> float:
         """The standard deviation of the noise that a board adds to every element of its update."""
-        whole = self.noise_multiplier * self.clip
-        return whole if self.local else whole / math.sqrt(self.boards)
+        total_noise = self.noise_multiplier * self.clip
+        return total_noise if self.local else total_noise / math.sqrt(self.boards)
 
     @property
     def account(self) -> dict[str, Any]:
@@ -159,15 +159,15 @@ def noised(
     if not math.isfinite(size):
         raise TrainingError("the update is not finite", got=size)
     factor = 1.0 if size <= clip else clip / size
-    out: Tensors = {}
+    private: Tensors = {}
     for name, value in update.items():
         if name not in trained:
-            out[name] = np.array(received[name], np.float32)
+            private[name] = np.array(received[name], np.float32)
         elif factor == 1.0 and not noise:
-            out[name] = np.asarray(value)
+            private[name] = np.asarray(value)
         else:
-            out[name] = _moved(value, received[name], factor, noise, source)
-    return out
+            private[name] = _moved(value, received[name], factor, noise, source)
+    return private
 
 
 def norm(update: Mapping[str, Array], received: Mapping[str, Array], names: Collection[str]) -> float:
@@ -177,24 +177,24 @@ def norm(update: Mapping[str, Array], received: Mapping[str, Array], names: Coll
         for name in names:
             after, before = np.ravel(update[name]), np.ravel(received[name])
             for start in range(0, after.size, BLOCK):
-                moved = after[start : start + BLOCK].astype(np.float64) - before[start : start + BLOCK]
-                squares.append(float(np.dot(moved, moved)))
+                difference = after[start : start + BLOCK].astype(np.float64) - before[start : start + BLOCK]
+                squares.append(float(np.dot(difference, difference)))
     total = sum(squares)
     return math.sqrt(math.fsum(squares)) * _MARGIN if math.isfinite(total) else math.inf
 
 
 def _moved(after: Array, before: Array, factor: float, noise: float, source: GaussianNoise) -> npt.NDArray[np.float32]:
     """before + factor·(after − before) + noise, in blocks."""
-    out = np.empty(after.shape, np.float32)
-    flat, new, old = out.reshape(-1), np.ravel(after), np.ravel(before)
-    for start in range(0, flat.size, BLOCK):
-        at = slice(start, start + BLOCK)
-        base = old[at].astype(np.float64)
-        moved = base + factor * (new[at] - base)
+    shifted = np.empty(after.shape, np.float32)
+    shifted_flat, after_flat, before_flat = shifted.reshape(-1), np.ravel(after), np.ravel(before)
+    for start in range(0, shifted_flat.size, BLOCK):
+        block = slice(start, start + BLOCK)
+        base = before_flat[block].astype(np.float64)
+        values = base + factor * (after_flat[block] - base)
         if noise:
-            moved += noise * source.draw(base.size)
-        flat[at] = moved
-    return out
+            values += noise * source.draw(base.size)
+        shifted_flat[block] = values
+    return shifted
 
 
 # Deviates that are drawn at once, 512 KiB of them.

@@ -30,20 +30,20 @@ _NOWHERE = -1
 def relocation(before: Selection, now: Selection) -> bytes:
     """The places by one selection of what was laid out by another, as the bytes of an envelope."""
     lists: dict[bytes, int] = {}
-    rows: dict[str, npt.NDArray[np.int32]] = {}
+    axes_by_tensor: dict[str, npt.NDArray[np.int32]] = {}
     for spec in now.architecture.tensors:
-        numbers = []
+        list_numbers = []
         for size, old, new in zip(spec.shape, before.maps(spec.name), now.maps(spec.name), strict=True):
             if np.array_equal(old, new):
-                numbers.append(_NOWHERE)
+                list_numbers.append(_NOWHERE)
                 continue
             inverse = np.full(size, _NOWHERE, np.int32)
             inverse[old] = np.arange(old.size, dtype=np.int32)
-            numbers.append(lists.setdefault(inverse[new].tobytes(), len(lists)))
-        if any(n != _NOWHERE for n in numbers):
-            rows[spec.name + _AXES] = np.array(numbers, np.int32)
-    places = {str(k): np.frombuffer(raw, np.int32) for raw, k in lists.items()}
-    return packing.pack({**places, **rows})
+            list_numbers.append(lists.setdefault(inverse[new].tobytes(), len(lists)))
+        if any(n != _NOWHERE for n in list_numbers):
+            axes_by_tensor[spec.name + _AXES] = np.array(list_numbers, np.int32)
+    position_lists = {str(k): np.frombuffer(raw, np.int32) for raw, k in lists.items()}
+    return packing.pack({**position_lists, **axes_by_tensor})
 
 
 def relocated(tensors: Mapping[str, npt.NDArray[np.float32]], raw: bytes, most: int) -> Tensors:
@@ -59,23 +59,24 @@ def _placed(name: str, value: npt.NDArray[np.float32], lists: Lists, most: int) 
         return value
     if axes.dtype != np.int32 or axes.shape != (value.ndim,):
         raise ProtocolError(f"axes of {shown(name)} in a relocation", expected=f"{value.ndim}", got=axes.shape)
-    rows = {axis: _places(name, int(k), value.shape[axis], lists) for axis, k in enumerate(axes) if k != _NOWHERE}
-    shape = [rows[axis].size if axis in rows else n for axis, n in enumerate(value.shape)]
+    moved_axes = [(axis, int(k)) for axis, k in enumerate(axes) if k != _NOWHERE]
+    positions_by_axis = {axis: _places(name, k, value.shape[axis], lists) for axis, k in moved_axes}
+    shape = [positions_by_axis[axis].size if axis in positions_by_axis else n for axis, n in enumerate(value.shape)]
     if 4 * math.prod(shape) > most:
         raise ProtocolError(
             f"size of {shown(name)} in a relocation", expected=f"at most {most} bytes", got=tuple(shape)
         )
-    out = value
-    for axis, places in rows.items():
-        out = np.take(out, np.maximum(places, 0), axis) if out.shape[axis] else np.zeros(shape, np.float32)
-        np.moveaxis(out, axis, 0)[places == _NOWHERE] = 0
-    return out
+    moved = value
+    for axis, positions in positions_by_axis.items():
+        moved = np.take(moved, np.maximum(positions, 0), axis) if moved.shape[axis] else np.zeros(shape, np.float32)
+        np.moveaxis(moved, axis, 0)[positions == _NOWHERE] = 0
+    return moved
 
 
 def _places(name: str, number: int, size: int, lists: Lists) -> npt.NDArray[np.int32]:
-    places = lists.get(str(number))
-    if places is None or places.dtype != np.int32 or places.ndim != 1:
+    positions = lists.get(str(number))
+    if positions is None or positions.dtype != np.int32 or positions.ndim != 1:
         raise ProtocolError(f"places of {shown(name)} in a relocation", expected=f"list {number}", got="none")
-    if places.size and not _NOWHERE <= int(places.min()) <= int(places.max()) < size:
+    if positions.size and not _NOWHERE <= int(positions.min()) <= int(positions.max()) < size:
         raise ProtocolError(f"places of {shown(name)} in a relocation", expected=f"from -1 to {size - 1}")
-    return places
+    return positions

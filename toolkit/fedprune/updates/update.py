@@ -65,11 +65,11 @@ def encode(
         trained: Names of the tensors that are coded as differences.
         residual: By name what earlier updates left out of these tensors.
     """
-    parts: Parts = {}
-    left: Tensors = {}
+    encoded: Parts = {}
+    left_out: Tensors = {}
     for name, value in tensors.items():
         if name not in trained or not value.size:
-            parts[name] = _cut(value, 12) if codec.name == _SHORT and name in sent else value
+            encoded[name] = _cut(value, 12) if codec.name == _SHORT and name in sent else value
             continue
         with np.errstate(over="ignore", invalid="ignore"):
             difference = value - sent[name]
@@ -77,11 +77,11 @@ def encode(
                 difference += residual[name]
         if not np.isfinite(difference).all():
             raise ProtocolError(f"difference of {name} in an update", expected="finite numbers")
-        coded = _coded(codec, name, difference)
+        tensor_parts = _coded(codec, name, difference)
         form = _form(codec, name, value.shape, trained)
-        left[name] = difference - _difference(codec, name, form, coded, value.shape)
-        parts |= coded
-    return packing.pack(parts), left
+        left_out[name] = difference - _difference(codec, name, form, tensor_parts, value.shape)
+        encoded |= tensor_parts
+    return packing.pack(encoded), left_out
 
 
 def decode(codec: Codec, raw: bytes, sent: Mapping[str, Float32], trained: Collection[str]) -> Tensors:
@@ -92,8 +92,8 @@ def decode(codec: Codec, raw: bytes, sent: Mapping[str, Float32], trained: Colle
     """
     squares = {step_contract.squares(n): sent[n] for n in sent if n in trained}
     allowed = {**sent, **squares}
-    parts = packing.unpack(raw, _inner_bound(codec, {n: v.shape for n, v in allowed.items()}, trained))
-    return read(codec, parts, allowed, trained)
+    stored = packing.unpack(raw, _inner_bound(codec, {n: v.shape for n, v in allowed.items()}, trained))
+    return read(codec, stored, allowed, trained)
 
 
 def read(codec: Codec, parts: Mapping[str, Array], allowed: Mapping[str, Float32], trained: Collection[str]) -> Tensors:
@@ -103,21 +103,21 @@ def read(codec: Codec, parts: Mapping[str, Array], allowed: Mapping[str, Float32
     Raises `ProtocolError` if a part is wrong, or belongs to nothing of these.
     """
     unread = set(parts)
-    out: Tensors = {}
-    for name, start in allowed.items():
-        form = _form(codec, name, start.shape, trained)
+    tensors: Tensors = {}
+    for name, reference in allowed.items():
+        form = _form(codec, name, reference.shape, trained)
         names = form.keys() & parts.keys()
         if not names:
             continue
         unread -= names
         if name in names:
-            out[name] = _part(parts, form, name)
+            tensors[name] = _part(parts, form, name)
         else:
             with np.errstate(over="ignore"):  # what is not finite then is refused by the fold
-                out[name] = start + _difference(codec, name, form, parts, start.shape)
+                tensors[name] = reference + _difference(codec, name, form, parts, reference.shape)
     if unread:
         raise ProtocolError(f"update holds something that codec {codec} doesn't have: {shown(min(unread))}")
-    return out
+    return tensors
 
 
 def bound(codec: Codec, shapes: Mapping[str, Shape], trained: Collection[str]) -> int:
@@ -127,10 +127,10 @@ def bound(codec: Codec, shapes: Mapping[str, Shape], trained: Collection[str]) -
 
 def _inner_bound(codec: Codec, shapes: Mapping[str, Shape], trained: Collection[str]) -> int:
     rows = [
-        (part, code, largest)
+        (part_name, code, part_shape)
         for name, shape in shapes.items()
-        for part, (code, largest) in _form(codec, name, shape, trained).items()
-        if largest is not None
+        for part_name, (code, part_shape) in _form(codec, name, shape, trained).items()
+        if part_shape is not None
     ]
     return len(tensorfile.header(rows)) + sum(math.prod(s) * np.dtype(_TYPES[code]).itemsize for _, code, s in rows)
 
@@ -145,8 +145,8 @@ def _form(codec: Codec, name: str, shape: Shape, trained: Collection[str]) -> Fo
         return {name + HALF: ("F16", shape)}
     scales: Form = {name + _SCALES: ("F32", (_rows(codec, shape),))}
     if codec.name == "top-k":
-        where: Form = {name + _BITMAP: ("U8", (packing.bitmap_bytes(size),)), name + _GAPS: ("U8", None)}
-        return {name + _CODES: ("I8", (_count(codec, size),)), **scales, **where}
+        positions: Form = {name + _BITMAP: ("U8", (packing.bitmap_bytes(size),)), name + _GAPS: ("U8", None)}
+        return {name + _CODES: ("I8", (_count(codec, size),)), **scales, **positions}
     codes = ("U8", (-(-size // 2),)) if codec.name == _SHORT else ("I8", shape)
     return {name + _CODES: codes, **scales}
 
@@ -174,18 +174,18 @@ def _coded(codec: Codec, name: str, difference: Float32) -> Parts:
             raise ProtocolError(f"difference of {name} in an update", expected="numbers that float16 can hold")
         return {name + HALF: half}
     flat = difference.reshape(-1)
-    where: Parts = {}
+    positions: Parts = {}
     if codec.name == "top-k":
-        kept = packing.largest(flat, _count(codec, flat.size))
-        gaps, bitmap = packing.to_gaps(kept), packing.to_bitmap(kept, flat.size)
-        where = {name + _GAPS: gaps} if gaps.size < bitmap.size else {name + _BITMAP: bitmap}
-        flat = flat[kept]
+        indices = packing.largest(flat, _count(codec, flat.size))
+        gaps, bitmap = packing.to_gaps(indices), packing.to_bitmap(indices, flat.size)
+        positions = {name + _GAPS: gaps} if gaps.size < bitmap.size else {name + _BITMAP: bitmap}
+        flat = flat[indices]
     codes, scales = _quantised(flat.reshape(_rows(codec, difference.shape), -1), codec)
     if codec.name == _SHORT:
         codes = packing.to_pairs(codes, codec.steps)
-    elif not where:
+    elif not positions:
         codes = codes.reshape(difference.shape)
-    return {name + _CODES: codes, name + _SCALES: scales, **where}
+    return {name + _CODES: codes, name + _SCALES: scales, **positions}
 
 
 def _quantised(rows: Float32, codec: Codec) -> tuple[Array, Float32]:
@@ -203,8 +203,8 @@ def _quantised(rows: Float32, codec: Codec) -> tuple[Array, Float32]:
 def _cut(values: Float32, bits: int) -> Float32:
     """Numbers with their first significant bits: the others are 0, of which zlib makes next to nothing."""
     flat = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.int32)
-    kept: Float32 = (flat & np.int32(-(1 << (24 - bits)))).view(np.float32).reshape(values.shape)
-    return kept
+    shortened: Float32 = (flat & np.int32(-(1 << (24 - bits)))).view(np.float32).reshape(values.shape)
+    return shortened
 
 
 def _difference(codec: Codec, name: str, form: Form, parts: Mapping[str, Array], shape: Shape) -> Float32:
@@ -228,9 +228,9 @@ def _difference(codec: Codec, name: str, form: Form, parts: Mapping[str, Array],
     values: Float32 = codes.reshape(scales.size, -1).astype(np.float32) * scales[:, None]
     if codec.name != "top-k":
         return values.reshape(shape)
-    out = np.zeros(size, np.float32)
-    out[_places(name, form, parts, codes.size, size)] = values[0]
-    return out.reshape(shape)
+    scattered = np.zeros(size, np.float32)
+    scattered[_places(name, form, parts, codes.size, size)] = values[0]
+    return scattered.reshape(shape)
 
 
 def _places(name: str, form: Form, parts: Mapping[str, Array], count: int, size: int) -> npt.NDArray[np.int64]:
@@ -248,6 +248,6 @@ def _part(parts: Mapping[str, Array], form: Form, name: str) -> Array:
         raise ProtocolError(f"update lacks {shown(name)}")
     code, shape = form[name]
     if value.dtype != _TYPES[code] or shape not in (None, value.shape):
-        wanted = f"{np.dtype(_TYPES[code])} {'' if shape is None else shape}".strip()
-        raise ProtocolError(f"{shown(name)} in an update", expected=wanted, got=f"{value.dtype} {value.shape}")
+        expected = f"{np.dtype(_TYPES[code])} {'' if shape is None else shape}".strip()
+        raise ProtocolError(f"{shown(name)} in an update", expected=expected, got=f"{value.dtype} {value.shape}")
     return value

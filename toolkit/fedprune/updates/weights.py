@@ -40,8 +40,8 @@ def decode(codec: Codec, raw: bytes, base: Tensors | None, size: int) -> Tensors
     unpacked. Raises `ProtocolError` if they are damaged, or of other weights than the base."""
     if codec.name not in DOWN:
         raise ProtocolError("codec of weights", expected=" or ".join(DOWN), got=codec)
-    parts = packing.unpack(raw, 2 * size + 4096)  # of tiny tensors the names may be longer than the numbers
+    stored = packing.unpack(raw, 2 * size + 4096)  # of tiny tensors the names may be longer than the numbers
     if base is None:
         codec = WHOLE
-        base = {n.removesuffix(update.HALF): np.zeros(v.shape, np.float32) for n, v in parts.items()}
-    return update.read(codec, parts, base, {n for n in base if n not in parts})
+        base = {n.removesuffix(update.HALF): np.zeros(v.shape, np.float32) for n, v in stored.items()}
+    return update.read(codec, stored, base, {n for n in base if n not in stored})
