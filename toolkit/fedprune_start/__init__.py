@@ -1,4 +1,4 @@
-"""Entry points of all commands. They import nothing that takes long, so Ctrl-C ends a command from its first moment on.
+"""Entry points of all commands. Their imports are quick, so that Ctrl-C ends a command from its first moment on.
 
 This package needs the standard library alone; importing a package of fedprune imports numpy.
 """
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# Exit codes of `fedprune.core.errors`, which isn't imported yet.
+# Exit codes as in `fedprune.core.errors`, which isn't imported yet when they are needed.
 _USAGE, _INTERRUPTED = 2, 4
 
 
@@ -22,8 +22,8 @@ class _Command:
     Attributes:
         module: The module of its command line.
         extra: The extra of fedprune that it needs.
-        needs: Packages of that extra; if one is missing, the extra is.
-        what: What it does, for the help.
+        needs: Packages of that extra; if one is missing, the extra isn't installed.
+        what: A description for the help.
     """
 
     module: str

@@ -1,4 +1,4 @@
-"""`fedprune completion SHELL`: scripts by which shells complete command lines, made by shtab from the parsers."""
+"""`fedprune completion SHELL`: scripts that let a shell complete command lines, made by shtab from the parsers."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def completed_parser(module: str, files: object) -> CommandParser:
     """A program's parser with all of its commands, in which arguments that are paths are completed with `files`."""
     cli = importlib.import_module(module)
     parser: CommandParser = cli.build_parser()
-    if hasattr(cli, "command_parsers"):  # a program that is no command by itself and has others
+    if hasattr(cli, "command_parsers"):  # a program that takes a file or a command, as fedprune-export
         parser = _with_commands(parser, cli.command_parsers())
     _mark_paths(parser, files)
     return parser
 
 
 def _with_commands(file_parser: CommandParser, command_parsers: Mapping[str, CommandParser]) -> CommandParser:
-    """One grammar of a program whose first word is a file, which bash completes by itself, or a command."""
+    """Merge the parsers of a program whose first word is a command, or a file, which bash completes by itself."""
     parser = CommandParser(prog=file_parser.prog, description=file_parser.description, add_help=False)
     commands: Any = parser.add_subparsers()
     for name, command in command_parsers.items():

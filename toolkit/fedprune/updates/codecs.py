@@ -1,4 +1,4 @@
-"""Which codec an update travels in: what a job asks for, as far as a device knows it."""
+"""Codecs of updates and weights: a job's setting, and what a device supports of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLAIN = "none"
 # The strategy's own codec (`fedprune.strategies.strategy.Strategy.compression`).
 AUTO = "auto"
 
-# Codecs of a device's updates, and of the weights that it is sent, as text; None for plain files.
+# The codec of a device's updates, and that of the weights that it is sent, as text; None for plain files.
 Codecs = tuple[str | None, str | None]
 
 NO_CODECS: Codecs = (None, None)
@@ -21,7 +21,7 @@ NO_CODECS: Codecs = (None, None)
 # The largest code of a difference, which is a whole number times a scale.
 _STEPS = {"int8": 127, "int4": 7, "top-k": 127}
 
-# The codecs that a job may ask for; a device announces those that it knows in its birth.
+# The codecs that a job may ask for; a device announces those that it supports in its birth.
 CODECS = tuple(_STEPS)
 
 # Those for the weights that devices are sent. With `top-k` devices would train on from what most of the model once was,
@@ -42,7 +42,7 @@ class Codec:
     Attributes:
         name: `int8`, `int4`: differences to the weights that were sent, in 255 or 15 steps per row or tensor. `top-k`:
             the largest differences alone, in 255 steps.
-        share: With `top-k`, the share of each tensor's elements that travel.
+        share: Of `top-k`, the share of each tensor's elements that travels.
     """
 
     name: str
@@ -68,19 +68,19 @@ class Codec:
 
     @property
     def steps(self) -> int:
-        """The largest code of a difference; 0 for `WHOLE`."""
+        """The largest code of a difference; 0 for `WHOLE`, which has no codes."""
         return _STEPS.get(self.name, 0)
 
     def __str__(self) -> str:
         return f"{self.name}:{self.share!r}" if self.share else self.name
 
 
-# For weights that are no difference to others: float16. Coded in steps, they would be too coarse to train from.
+# Float16, for weights that are not the difference to others: coded in steps they would be too coarse to train from.
 WHOLE = Codec("half")
 
 
 def agreed(setting: str, device_codecs: Collection[str]) -> str | None:
-    """The codec of a device's updates as text; None for none, also where the device doesn't know the job's. Raises
+    """The codec of a device's updates as text; None if the job has none or the device doesn't support it. Raises
     `ConfigError` if the setting is wrong."""
     codec = Codec.parse(setting)
     return None if codec is None or codec.name not in device_codecs else str(codec)

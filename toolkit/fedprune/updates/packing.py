@@ -1,24 +1,26 @@
-"""The envelope of encoded tensors: a header with the packing, and zlib with a bound on what it unpacks.
+"""The envelope of encoded tensors: a header, and zlib with a bound on the unpacked size.
 
 | offset | bytes | |
 |---:|---:|---|
 | 0 | 3 | `FPU` |
 | 3 | 1 | version, 1 |
-| 4 | 1 | how it is packed: 0 not at all, 1 zlib |
+| 4 | 1 | packing: 0 none, 1 zlib |
 | 5 | 3 | zero |
 | 8 | 8 | bytes of the tensor file inside, little-endian |
 | 16 | | the tensor file, or what zlib made of it |
 
-For zlib the bytes of numbers of more than one byte are sorted: first all first ones, then all second ones. Exponents of
-a tensor's numbers are much alike, so that they shrink; their last bits don't, in any order.
+For zlib the bytes of numbers of more than one byte are grouped by their position: first all first bytes, then all
+second ones. The exponents of a tensor's numbers are much alike, and shrink when they stand together; their last bits
+never do.
 
-A tensor file begins with the length of its header, at most 16 MiB, which no envelope's first bytes can be read as.
+A plain tensor file can't be taken for an envelope: it begins with the length of its header, at most 16 MiB, and the
+first bytes of an envelope are a larger number.
 
-Sparse tensors have the indices of their elements as a bitmap or as gaps, whichever is smaller: for each index the
-number of elements skipped since the one before, in bytes that are added up; after 255 the next byte belongs to the same
-gap. However the bytes are chosen, indices that are read rise and none comes twice.
+Sparse tensors have the indices of their elements as a bitmap or as gaps, whichever is smaller. A gap is the number of
+elements skipped since the index before, as a sum of bytes: after 255 the next byte belongs to the same gap. Whatever
+bytes an attacker chooses, the indices that are read rise, and none comes twice.
 
-Small codes share bytes by twos: as the digits of a number, the first in the higher place.
+Two small codes share a byte, as the digits of a number, the first in the higher place.
 """
 
 from __future__ import annotations
@@ -36,11 +38,13 @@ from fedprune.core.errors import BundleError, ProtocolError
 Bytes = npt.NDArray[np.uint8]
 Indices = npt.NDArray[np.int64]
 
+# A byte of a gap after which the gap goes on.
 _MORE = 255
 
 
 def largest(values: npt.NDArray[np.float32], count: int) -> Indices:
-    """Indices of the largest elements by magnitude, rising; of equal ones the first, on any processor."""
+    """Ascending indices of the largest elements by magnitude; of equal ones the first, on any processor."""
+    # By a threshold, because argpartition picks any of equal elements, by processor and version.
     magnitudes = np.abs(values)
     threshold = np.partition(magnitudes, values.size - count)[values.size - count]
     above = np.flatnonzero(magnitudes > threshold)
@@ -58,7 +62,7 @@ def to_gaps(indices: Indices) -> Bytes:
 
 
 def from_gaps(gaps: Bytes, count: int, size: int, what: str) -> Indices:
-    """The `count` indices that gaps give, of a tensor with `size` elements. Raises `ProtocolError` if there are others,
+    """The `count` indices in gaps, of a tensor with `size` elements. Raises `ProtocolError` if their number is another,
     or they reach beyond the tensor."""
     ends = gaps != _MORE
     if gaps.ndim != 1 or not gaps.size or not ends[-1] or int(ends.sum()) != count:
@@ -92,7 +96,7 @@ def bitmap_bytes(size: int) -> int:
 
 
 def to_pairs(codes: npt.NDArray[np.int8], steps: int) -> Bytes:
-    """Codes from −steps to steps, at most 7, as bytes that hold two each; behind an odd last code the digit is 0."""
+    """Codes from −steps to steps, at most 7, as bytes of two codes each; after an odd last code the digit is 0."""
     digits = np.zeros(codes.size + codes.size % 2, np.uint8)
     digits[: codes.size] = codes + np.int8(steps)
     packed: Bytes = digits[::2] * np.uint8(2 * steps + 1) + digits[1::2]
@@ -114,6 +118,7 @@ Array = npt.NDArray[Any]
 HEAD = 16
 _MAGIC = b"FPU\x01"
 _RAW, _ZLIB = 0, 1
+# zlib's default: higher levels search longer for repetitions, which numbers hardly have.
 _LEVEL = 6
 
 
@@ -125,7 +130,8 @@ def is_packed(raw: bytes | memoryview) -> bool:
 def pack(tensors: Mapping[str, Array]) -> bytes:
     """Tensors in an envelope, smaller where zlib can make them so. Raises `BundleError` if a tensor's type has no
     safetensors code."""
-    # Numbers repeat themselves by chance; what is gained by that is less than what Huffman codes make of them.
+    # Filtered: numbers repeat themselves only by chance, so that Huffman codes gain more than searching for
+    # repetitions.
     compressor = zlib.compressobj(_LEVEL, strategy=zlib.Z_FILTERED)
     header = tensorfile.header_of(tensors)
     chunks, size = [compressor.compress(header)], len(header)
@@ -141,7 +147,7 @@ def pack(tensors: Mapping[str, Array]) -> bytes:
 
 def unpack(raw: bytes, most: int) -> dict[str, Array]:
     """The tensors of an envelope whose tensor file may have `most` bytes; no more are ever allocated. Raises
-    `ProtocolError` if it is damaged, or is larger inside than it may be or claims."""
+    `ProtocolError` if it is damaged, or larger inside than is allowed or than it claims."""
     if len(raw) < HEAD or not is_packed(raw) or raw[4] not in (_RAW, _ZLIB) or any(raw[5:8]):
         raise ProtocolError("head of an encoded update", expected="FPU, version 1, packed by zlib or not", got=raw[:8])
     size = int.from_bytes(raw[8:HEAD], "little")
@@ -163,6 +169,7 @@ def unpack(raw: bytes, most: int) -> dict[str, Array]:
 def _inflated(body: memoryview, size: int) -> bytes:
     inflater = zlib.decompressobj()
     try:
+        # One byte more than claimed, so that a longer stream shows as too long instead of as complete.
         inflated = inflater.decompress(body, size + 1)
     except zlib.error as error:
         raise ProtocolError("encoded update can't be inflated; it is damaged") from error
@@ -174,7 +181,7 @@ def _inflated(body: memoryview, size: int) -> bytes:
 
 
 def _sorted(value: Array) -> bytes:
-    """A tensor's bytes, those of equal rank in their numbers side by side."""
+    """A tensor's bytes grouped by their position within the numbers."""
     flat = np.ascontiguousarray(value).reshape(-1)
     if value.itemsize == 1 or not flat.size:
         return flat.tobytes()

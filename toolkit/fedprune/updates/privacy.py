@@ -1,22 +1,22 @@
-"""Differential privacy of boards' updates: a job's settings, the noise, and what a number of releases cost.
+"""Differential privacy of boards' updates: a job's settings, the noise, and the cost of a number of releases.
 
-Neighbouring are two fleets of which one board has its samples in the one, and in the other none, so that it would hand
-back what it was sent: the board takes part in either. `docs/privacy.md` derives what is promised.
+Two fleets are neighbouring if they differ in one board, which has its samples in one of them and none in the other,
+where it would return what it received. The board takes part in both. `docs/privacy.md` derives what is promised.
 
-With Δ = w_trained − w_received over all trained tensors that the board shares, it hands in
+With Δ = w_trained − w_received over all trained tensors that the board shares, it sends
 
     w_received + min(1, C/|Δ|)·Δ + s·z,   z ~ N(0, 1) per element,
 
 rounded to float32. C and s are the recipe's `update_clip` and `update_noise`. Batch-norm statistics, which are measured
 on the samples and have no bound, come back as they were received.
 
-Releases of noise multipliers z_1, z_2, ..., each chosen in the light of those before, cost as much as a single one of
-multiplier 1/μ with μ² = Σ 1/z² (Dong et al. 2019, Corollary 3.3), and that one's δ at an ε is
+Releases with noise multipliers z_1, z_2, ..., each chosen with knowledge of the earlier ones, cost as much as a single
+one with multiplier 1/μ, μ² = Σ 1/z² (Dong et al. 2019, Corollary 3.3). Its δ at an ε is
 
     δ(ε) = Φ(μ/2 − ε/μ) − e^ε·Φ(−μ/2 − ε/μ)
 
-(Balle and Wang 2018, Theorem 8). Where the second part is too small for a float it is taken for 0, which never makes
-the cost too small. Nothing is taken off for devices that a round doesn't ask.
+(Balle and Wang 2018, Theorem 8). If the second term is too small for a float, it counts as 0, which never makes the
+cost too small. There is no discount for devices that a round doesn't ask (no amplification by sampling).
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ LOCAL = "local"
 SHARED = "shared"
 NOISES = (LOCAL, SHARED)
 
-# Settings of a recipe that are written from these, never by people.
+# Settings of a recipe that are written from these. People can't set them: noise without an account promises nothing.
 WRITTEN = ("update_clip", "update_noise")
 
-# The least noise, in units of the clip: at that, one release costs an ε of thousands.
+# The least noise, in units of the clip: with so little, one release costs an ε of thousands.
 LEAST_NOISE = 0.01
 
 
@@ -54,12 +54,11 @@ class Privacy:
     """Settings of a job's privacy, `[job.privacy]`.
 
     Attributes:
-        clip: The most that a board's whole update may be long (L2 norm over all trained tensors that it shares); 0
-            turns privacy off.
+        clip: The maximum L2 norm of a board's update, over all trained tensors that it shares; 0 turns privacy off.
         noise_multiplier: σ, in units of `clip`.
         noise: `local`: every board adds all of the noise, so that its own update is private, to the server as well.
             `shared`: every board adds a part of it, so that the sum has the noise; the server is trusted.
-        boards: With `shared`, among how many boards the noise is shared out.
+        boards: With `shared`, the number of boards among which the noise is divided.
         delta: δ of the promise.
         epsilon_budget: The job ends before the round that would take a board beyond this ε; 0 for no end.
     """
@@ -110,16 +109,16 @@ class Privacy:
 
     @property
     def account(self) -> dict[str, Any]:
-        """The settings by which the account of what is spent goes, and the budget, as plain JSON types."""
+        """The settings that determine what a release costs, and the budget, as plain JSON types."""
         return {k: getattr(self, k) for k in ("noise_multiplier", "noise", "boards", "delta", "epsilon_budget")}
 
     def asked_of(self, recipe: Recipe) -> Recipe:
-        """The recipe of a board under these settings. Raises `ConfigError` if it has settings by which a board would
-        tell more than its update."""
+        """A board's recipe under these settings. Raises `ConfigError` if with it a board would reveal more than its
+        update."""
         return replace(recipe, update_clip=self.clip, update_noise=self.noise_std) if self.on else recipe
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types; empty where privacy is off."""
+        """As plain JSON types; empty if privacy is off."""
         return asdict(self) if self.on else {}
 
     @classmethod
@@ -129,7 +128,7 @@ class Privacy:
         return cls(**validation.known(cls, body, ("job", "privacy")))
 
 
-# More than a norm can be wrong by: blocks of squares are off by 2^-37 of themselves at most, their sum is exact.
+# Larger than the error of a norm: a block's sum of squares is off by 2^-37 of itself at most, and their sum is exact.
 _MARGIN = 1.0 + 2.0**-30
 
 Array = npt.NDArray[Any]
@@ -143,15 +142,15 @@ def noised(
     noise: float,
     source: GaussianNoise,
 ) -> Tensors:
-    """An update as it may leave the board.
+    """An update as it may leave the board: clipped, and with noise.
 
-    Where nothing is clipped and there is no noise, trained tensors keep their bits. Raises `TrainingError` if the
+    If nothing is clipped and there is no noise, trained tensors keep their bits. Raises `TrainingError` if the
     update is not finite.
 
     Args:
         received: The same tensors as the board received them.
-        trained: Names of those that were trained; all others are handed back as they were received.
-        clip: C, the most that the whole update may be long.
+        trained: Names of the tensors that were trained; all others are returned as they were received.
+        clip: C, the maximum L2 norm of the update.
         noise: s, the standard deviation of the noise on every element.
     """
     names = [n for n in update if n in trained]
@@ -171,7 +170,8 @@ def noised(
 
 
 def norm(update: Mapping[str, Array], received: Mapping[str, Array], names: Collection[str]) -> float:
-    """An upper bound of |Δ| over some tensors, larger than it by less than a billionth."""
+    """An upper bound of |Δ| over some tensors, too large by less than a billionth."""
+    # An upper bound, because a norm that is rounded down would let an update exceed what the noise is made for.
     squares = []
     with np.errstate(over="ignore", invalid="ignore"):
         for name in names:
@@ -197,7 +197,7 @@ def _moved(after: Array, before: Array, factor: float, noise: float, source: Gau
     return shifted
 
 
-# Deviates that are drawn at once, 512 KiB of them.
+# Deviates that are drawn at once: 512 KiB, so that a board's memory doesn't have to hold the noise of a whole tensor.
 BLOCK = 65_536
 
 _KEY_BYTES = 32
@@ -205,11 +205,11 @@ _UNIT = 2.0**-53
 
 
 class GaussianNoise:
-    """Standard normal deviates that can't be foretold without the key, 32 bytes that always give the same ones.
+    """Standard normal deviates that nobody can predict without the key of 32 bytes. Equal keys give equal deviates.
 
-    Their bits are the key stream of AES-256 in counter mode, turned into normal deviates by Box and Muller (1958):
-    numpy's own generators are made for experiments, and can be told from their output. A deviate is at most 8.6 in
-    magnitude, as a uniform number of 53 bits is at least 2^-53: what that leaves out is negligible next to any δ.
+    Their bits are the key stream of AES-256 in counter mode, turned into normal deviates by Box and Muller (1958).
+    numpy's own generators are made for experiments: their state can be computed from their output. A deviate is at most
+    8.6 in magnitude, as a uniform number of 53 bits is at least 2^-53; the missing tail is negligible next to any δ.
     """
 
     def __init__(self, key: bytes) -> None:
@@ -219,12 +219,12 @@ class GaussianNoise:
 
     @classmethod
     def secret(cls) -> GaussianNoise:
-        """Noise with a key of the operating system's randomness, which is not stored."""
+        """Noise with a key from the operating system's randomness, which is stored nowhere."""
         return cls(secrets.token_bytes(_KEY_BYTES))
 
     @classmethod
     def keyed(cls, *key: object) -> GaussianNoise:
-        """Noise that can be repeated with its key, for simulations: runs must be the same every time."""
+        """Noise that its key repeats, for simulations, whose runs must be the same every time."""
         return cls(hashlib.sha256("\x1f".join(["noise", *map(str, key)]).encode()).digest())
 
     def draw(self, count: int) -> npt.NDArray[np.float64]:
@@ -237,25 +237,26 @@ class GaussianNoise:
         return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
+# Bisections: floats run out of bits earlier, which ends the loop.
 _HALVES = 200
 # Beyond this e^ε is too large for a float.
 _FAR = 700.0
 
 
 def delta(cost: float, epsilon: float) -> float:
-    """δ at an ε from 0; `cost` is Σ 1/z², above 0."""
+    """δ at an ε of at least 0; `cost` is Σ 1/z², above 0."""
     mu = math.sqrt(cost)
     first, second = _tail(epsilon / mu - mu / 2), _tail(epsilon / mu + mu / 2)
     return first - (math.exp(epsilon) * second if second and epsilon < _FAR else 0.0)
 
 
 def epsilon(cost: float, delta_: float) -> float:
-    """The least ε that is promised at a δ; `cost` is Σ 1/z², 0 for nothing and infinite where there was no noise."""
+    """The least ε that holds at a δ; `cost` is Σ 1/z², 0 without a release and infinite for one without noise."""
     if cost <= 0:
         return 0.0
     if not math.isfinite(cost):
         return math.inf
-    # Enough for any cost: zero-concentrated privacy of ρ = cost/2 (Bun and Steinke 2016, Proposition 1.3).
+    # An upper bound for any cost: zero-concentrated privacy of ρ = cost/2 (Bun and Steinke 2016, Proposition 1.3).
     low, high = 0.0, cost / 2 + math.sqrt(2 * cost * math.log(1 / delta_))
     if delta(cost, 0.0) <= delta_:
         return 0.0
@@ -264,11 +265,11 @@ def epsilon(cost: float, delta_: float) -> float:
         if middle in (low, high):
             break
         low, high = (low, middle) if delta(cost, middle) <= delta_ else (middle, high)
-    return high
+    return high  # the upper end: rounding must not promise too much
 
 
 def most_cost(epsilon_: float, delta_: float) -> float:
-    """The most that Σ 1/z² may be, so that ε is no larger; arguments are those of `epsilon`."""
+    """The largest Σ 1/z² with which ε is not exceeded; arguments are those of `epsilon`."""
     low, high = 0.0, 1.0
     while epsilon(high, delta_) <= epsilon_:
         low, high = high, 2 * high

@@ -1,10 +1,11 @@
-"""Where the channels of one submodel are in another, so that a device can reuse what it keeps.
+"""Relocations: the positions of one submodel's channels in another, so that a device can reuse the tensors that it
+keeps.
 
-A server ranks channels again, or gives a device another width; what a device holds (its last weights, what its last
-update left out) is then of other channels, in another order. A relocation has, for a tensor `n` that is laid out
-differently now, `n::axes` (I32, one per axis): the number k of a list of places `k` (I32), or −1 for an axis that stays
-as it is. Places say for each index of the axis where it lay before, or −1 for a channel that wasn't there: its elements
-are 0. Arrays of a tensor's shape that belong to it (`n::momentum`) move as it does.
+A server ranks channels again, or gives a device another width. What the device holds (its last weights, and what its
+last update left out) then belongs to other channels, in another order. For each tensor `n` whose layout changes, a
+relocation has `n::axes` (I32, one entry per axis): the number k of a list of positions `k` (I32), or −1 for an axis
+that stays as it is. A list has for each index of the new axis its position on the old one, or −1 for a channel that
+wasn't there, whose elements become 0. Arrays of a tensor's shape that belong to it (`n::momentum`) move with it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _NOWHERE = -1
 
 
 def relocation(before: Selection, now: Selection) -> bytes:
-    """The places by one selection of what was laid out by another, as the bytes of an envelope."""
+    """The relocation from one selection to another, as the bytes of an envelope."""
     lists: dict[bytes, int] = {}
     axes_by_tensor: dict[str, npt.NDArray[np.int32]] = {}
     for spec in now.architecture.tensors:
@@ -47,8 +48,11 @@ def relocation(before: Selection, now: Selection) -> bytes:
 
 
 def relocated(tensors: Mapping[str, npt.NDArray[np.float32]], raw: bytes, most: int) -> Tensors:
-    """Tensors in the coordinates of another submodel, by what `relocation` gave; `most` bounds its bytes inside, and
-    those of each tensor. Raises `ProtocolError` if it is damaged, or not for tensors like these."""
+    """Move tensors into the coordinates of another submodel, by the bytes of `relocation`. Raises `ProtocolError` if
+    they are damaged, or not for tensors like these.
+
+    `most` bounds the unpacked bytes, and those of each tensor: a small relocation could ask for a huge one.
+    """
     lists = packing.unpack(raw, most)
     return {name: _placed(name, value, lists, most) for name, value in tensors.items()}
 

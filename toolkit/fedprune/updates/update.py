@@ -1,18 +1,18 @@
-"""An update in fewer bytes: each trained tensor as its difference to the weights that were sent, in a codec.
+"""Updates in fewer bytes: each trained tensor as its difference to the weights that were sent, in a codec.
 
-What wasn't trained (batch-norm statistics), and squared gradients, travel as they are; with `int4`, statistics have
-12 significant bits. Inside the envelope (`fedprune.updates.packing`) is a tensor file with, for a
-trained tensor `n`:
+Tensors that weren't trained (batch-norm statistics), and squared gradients, travel as they are; with `int4`, statistics
+have 12 significant bits. Inside the envelope (`fedprune.updates.packing`) is a tensor file with, for a trained tensor
+`n`:
 
 | part | type | codec | |
 |---|---|---|---|
 | `n::half` | F16, as `n` | whole weights; `top-k` for small tensors | the difference |
 | `n::codes`, `n::scales` | I8, as `n`; F32 | `int8` | difference = code · scale, with a scale per row or for all |
 | `n::codes`, `n::scales` | U8; F32 | `int4` | the same, with two codes per byte |
-| `n::codes`, `n::scales`, `n::gaps` or `n::bitmap` | I8, `[k]`; F32, `[1]`; U8 | `top-k` | the same for k places |
+| `n::codes`, `n::scales`, `n::gaps` or `n::bitmap` | I8, `[k]`; F32, `[1]`; U8 | `top-k` | the same for k elements |
 
-What a codec leaves out (error feedback: Seide et al. 2014; Stich et al. 2018, "Sparsified SGD with memory") is given
-back to be added to the next difference. With `n::squares` absolute values are meant, in float32.
+Encoding also returns what the codec leaves out, to be added to the next difference (error feedback: Seide et al. 2014;
+Stich et al. 2018, "Sparsified SGD with memory"). `n::squares` holds absolute values, not differences, in float32.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Parts = dict[str, Array]
 Shape = tuple[int, ...]
 Form = dict[str, tuple[str, Shape | None]]
 
-# Rows of at least this many elements have scales of their own; with shorter ones these would weigh too much.
+# Elements of a row from which it has a scale of its own: four bytes for fewer elements would be too large a share.
 ROW = 64
 
-# Smaller tensors are sent whole by `top-k`: there is little to be had.
+# Elements below which `top-k` sends a tensor whole, because there is little to gain.
 SMALL = 256
 
 HALF, _CODES, _SCALES, _GAPS, _BITMAP = "::half", "::codes", "::scales", "::gaps", "::bitmap"
@@ -56,14 +56,14 @@ def encode(
     trained: Collection[str],
     residual: Mapping[str, Float32] | None = None,
 ) -> tuple[bytes, Tensors]:
-    """An update in a codec: its bytes, and what they leave out.
+    """Encode an update; returns its bytes, and by tensor what they leave out.
 
     Raises `ProtocolError` if a difference can't be coded: it is not finite or too large for the codec.
 
     Args:
         sent: The weights that training started from, as they were sent.
         trained: Names of the tensors that are coded as differences.
-        residual: By name what earlier updates left out of these tensors.
+        residual: By tensor what earlier updates left out.
     """
     encoded: Parts = {}
     left_out: Tensors = {}
@@ -79,16 +79,17 @@ def encode(
             raise ProtocolError(f"difference of {name} in an update", expected="finite numbers")
         tensor_parts = _coded(codec, name, difference)
         form = _form(codec, name, value.shape, trained)
+        # By the receiver's own decoding, so that both sides agree to the bit on what has arrived.
         left_out[name] = difference - _difference(codec, name, form, tensor_parts, value.shape)
         encoded |= tensor_parts
     return packing.pack(encoded), left_out
 
 
 def decode(codec: Codec, raw: bytes, sent: Mapping[str, Float32], trained: Collection[str]) -> Tensors:
-    """The tensors of an update; the fold checks whether all are there, and their values. `sent` and `trained` are as
-    for `encode`.
+    """Decode the tensors of an update; `sent` and `trained` are as for `encode`.
 
-    Raises `ProtocolError` if it is damaged, larger than these tensors can be, or holds something else.
+    Whether all tensors are there, and their values, is checked by the fold. Raises `ProtocolError` if the update is
+    damaged, larger than these tensors can be, or holds something else.
     """
     squares = {step_contract.squares(n): sent[n] for n in sent if n in trained}
     allowed = {**sent, **squares}
@@ -97,10 +98,10 @@ def decode(codec: Codec, raw: bytes, sent: Mapping[str, Float32], trained: Colle
 
 
 def read(codec: Codec, parts: Mapping[str, Array], allowed: Mapping[str, Float32], trained: Collection[str]) -> Tensors:
-    """Tensors out of the parts that an envelope holds.
+    """Decode tensors from the parts in an envelope.
 
-    Trained tensors are the difference to those in `allowed`, of the others the shape counts; some may be missing.
-    Raises `ProtocolError` if a part is wrong, or belongs to nothing of these.
+    Trained tensors are coded as the difference to those in `allowed`; of the others only the shape is used. Some may be
+    missing. Raises `ProtocolError` if a part is wrong, or belongs to no tensor of `allowed`.
     """
     unread = set(parts)
     tensors: Tensors = {}
@@ -121,7 +122,7 @@ def read(codec: Codec, parts: Mapping[str, Array], allowed: Mapping[str, Float32
 
 
 def bound(codec: Codec, shapes: Mapping[str, Shape], trained: Collection[str]) -> int:
-    """The most bytes that an update of these tensors has in a codec."""
+    """The maximum number of bytes of an update of these tensors in a codec."""
     return packing.HEAD + _inner_bound(codec, shapes, trained)
 
 
@@ -136,8 +137,7 @@ def _inner_bound(codec: Codec, shapes: Mapping[str, Shape], trained: Collection[
 
 
 def _form(codec: Codec, name: str, shape: Shape, trained: Collection[str]) -> Form:
-    """A tensor's parts by their names: type, and shape. Gaps, which are as long as it happens but shorter than a
-    bitmap, have None."""
+    """The parts of a tensor by name: type, and shape. Gaps have None: their length varies, but is below a bitmap's."""
     size = math.prod(shape)
     if name not in trained or not size:
         return {name: ("F32", shape)}
@@ -195,20 +195,20 @@ def _quantised(rows: Float32, codec: Codec) -> tuple[Array, Float32]:
     if codec.name == _SHORT:
         scales = _cut(scales, 8)
     divisors = np.where(scales > 0, scales, np.float32(1))[:, None]
-    # Where a scale has lost digits, codes could leave their range.
+    # A scale that was shortened to fewer bits is too small, so that codes could leave their range.
     codes = np.clip(np.rint(rows / divisors), -steps, steps)
     return np.where(scales[:, None] > 0, codes, 0).astype(np.int8).reshape(-1), scales
 
 
 def _cut(values: Float32, bits: int) -> Float32:
-    """Numbers with their first significant bits: the others are 0, of which zlib makes next to nothing."""
+    """Numbers with only their first significant bits: the others are 0, which zlib compresses to nearly nothing."""
     flat = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.int32)
     shortened: Float32 = (flat & np.int32(-(1 << (24 - bits)))).view(np.float32).reshape(values.shape)
     return shortened
 
 
 def _difference(codec: Codec, name: str, form: Form, parts: Mapping[str, Array], shape: Shape) -> Float32:
-    """A tensor's difference as its parts say it. Raises `ProtocolError` if they are missing, of another type or
+    """Decode a tensor's difference from its parts. Raises `ProtocolError` if they are missing, of another type or
     shape, or out of range."""
     size = math.prod(shape)
     if _halved(codec, size):

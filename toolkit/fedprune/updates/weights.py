@@ -1,7 +1,7 @@
-"""The weights that a device is sent, in fewer bytes: as their difference to those that it holds, or whole, as float16.
+"""Weights for devices in fewer bytes: as their difference to those that the device holds, or whole, as float16.
 
-Server and device decode by the same code, and the server continues from what it decoded: both have the same bits. What
-a codec leaves out is part of the difference to the next weights, so that it never adds up.
+Server and device decode with the same code, and the server continues from what it decoded, so that both have the same
+bits. What a codec leaves out is part of the difference to the next weights, so that errors never add up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Tensors = dict[str, npt.NDArray[np.float32]]
 def encode(
     codec: Codec, weights: Mapping[str, npt.NDArray[Any]], base: Tensors | None, trained: Collection[str]
 ) -> bytes:
-    """Weights, in the order of their file, in a codec. Raises `ProtocolError` if they can't be coded.
+    """Encode weights, in the order of their file. Raises `ProtocolError` if they can't be coded.
 
     Args:
         codec: One of `DOWN`, for differences.
@@ -36,11 +36,11 @@ def encode(
 
 
 def decode(codec: Codec, raw: bytes, base: Tensors | None, size: int) -> Tensors:
-    """The weights, in the order of their file, from what `encode` gave; `size` (bytes of that file) bounds what is
-    unpacked. Raises `ProtocolError` if they are damaged, or of other weights than the base."""
+    """Decode weights, in the order of their file. `size`, the bytes of that file, bounds what is unpacked. Raises
+    `ProtocolError` if they are damaged, or of other weights than the base."""
     if codec.name not in DOWN:
         raise ProtocolError("codec of weights", expected=" or ".join(DOWN), got=codec)
-    stored = packing.unpack(raw, 2 * size + 4096)  # of tiny tensors the names may be longer than the numbers
+    stored = packing.unpack(raw, 2 * size + 4096)  # names may be longer than the numbers of tiny tensors
     if base is None:
         codec = WHOLE
         base = {n.removesuffix(update.HALF): np.zeros(v.shape, np.float32) for n, v in stored.items()}
