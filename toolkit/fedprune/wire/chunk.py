@@ -52,7 +52,7 @@ class Chunk:
     payload: bytes | memoryview
 
     def to_bytes(self) -> bytes:
-        """As it travels. Raises `ProtocolError` if the payload is empty or too long."""
+        """The chunk as it is sent. Raises `ProtocolError` if the payload is empty or too long."""
         _check_payload(len(self.payload))
         return b"".join((header(self.sha256, self.part, self.first), self.payload))
 
@@ -72,20 +72,20 @@ class Chunk:
 
     def leaves(self) -> Iterator[tuple[int, memoryview]]:
         view = memoryview(self.payload)
-        for at in range(0, len(view), LEAF):
-            yield self.first + at // LEAF, view[at : at + LEAF]
+        for offset in range(0, len(view), LEAF):
+            yield self.first + offset // LEAF, view[offset : offset + LEAF]
 
     def runs(self, indices: Container[int]) -> Iterator[tuple[int, memoryview]]:
-        """The leaves or pieces with these indices: each run of consecutive ones with its first index."""
+        """The leaves or pieces with these indices, as runs of consecutive ones with the index of their first."""
         view, count = memoryview(self.payload), -(-len(self.payload) // LEAF)
-        at = 0
-        while at < count:
-            end = at
+        position = 0
+        while position < count:
+            end = position
             while end < count and self.first + end in indices:
                 end += 1
-            if end > at:
-                yield self.first + at, view[at * LEAF : end * LEAF]
-            at = end + 1
+            if end > position:
+                yield self.first + position, view[position * LEAF : end * LEAF]
+            position = end + 1
 
 
 def header(sha256: str, part: str, first: int) -> bytes:
@@ -95,12 +95,13 @@ def header(sha256: str, part: str, first: int) -> bytes:
 def read_chunks(file: RawIOBase, sha256: str, first: int, count: int, step: int) -> Iterator[bytes]:
     """Encoded chunks of `step` leaves each, read from a blob's file as they are consumed: `count` leaves from `first`
     on, as far as the blob goes."""
-    made = bytearray(HEADER.size + step * LEAF)  # once for all: memory that is new costs more than what is read into it
-    with memoryview(made) as view:
-        for at in range(first, first + count, step):
-            view[: HEADER.size] = header(sha256, "data", at)
-            file.seek(at * LEAF)
-            length = file.readinto(view[HEADER.size : HEADER.size + min(step, first + count - at) * LEAF])
+    # One buffer for all chunks: fresh memory costs more time than reading into it.
+    buffer = bytearray(HEADER.size + step * LEAF)
+    with memoryview(buffer) as view:
+        for leaf in range(first, first + count, step):
+            view[: HEADER.size] = header(sha256, "data", leaf)
+            file.seek(leaf * LEAF)
+            length = file.readinto(view[HEADER.size : HEADER.size + min(step, first + count - leaf) * LEAF])
             if not length:
                 return
             yield bytes(view[: HEADER.size + length])
@@ -123,10 +124,10 @@ def _check_payload(length: int) -> None:
 
 
 class ChunkLimit:
-    """The number of leaves that a chunk may have on its way here, shared by all transfers through one broker.
+    """The number of leaves of a received chunk, shared by all transfers through one broker.
 
-    A broker with a lower packet limit drops a chunk silently, or disconnects its sender. So where chunks of several
-    leaves were requested and none came, smaller ones are requested. Where those don't come either, the size was not the
+    A broker with a lower packet limit drops a chunk silently, or disconnects its sender. If chunks of several leaves
+    were requested and none came, smaller ones are requested next. If those don't come either, the size was not the
     reason. `max_packet` is the largest MQTT packet, in bytes, that the broker is known to accept.
     """
 
@@ -136,15 +137,15 @@ class ChunkLimit:
 
     @property
     def wanted(self) -> int | None:
-        """The limit for a request; None where the sender applies it anyway."""
+        """The limit to put into a request; None if the sender applies it anyway."""
         return self.leaves if self.leaves < leaves_per_chunk(MAX_PACKET) else None
 
     def arrived(self, leaves: int) -> None:
-        """A chunk of this many leaves came through."""
+        """Note that a chunk of this many leaves has arrived."""
         self._proven = max(self._proven, leaves)
 
     def silent(self) -> None:
-        """Several leaves were requested, and none came."""
+        """Note that several leaves were requested and none came: halve the limit, or start again from the first one."""
         if self._proven >= self.leaves:
             return  # such chunks have come through: there is another reason
         self.leaves = max(self.leaves // 2, self._proven) if self.leaves > 1 else self._initial

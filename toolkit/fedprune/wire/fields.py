@@ -34,11 +34,11 @@ Count = Annotated[int, within(0, MAX_INT)]
 Round = Annotated[int, within(0, MAX_INT, description="The round.")]
 Attempt = Annotated[int, within(0, MAX_INT, description="The attempt.")]
 MetricName = Annotated[str, matching("[A-Za-z0-9_.:/-]{1,64}", "letters, digits and _.:/-")]
-# An object whose content others check: of at most 8 levels, with printable text and whole numbers of 64 bits.
+# An object whose content is checked elsewhere. Here it is limited to 8 levels, printable text and integers of 64 bits.
 FreeObject = dict[str, Any]
 
 Metrics = Annotated[dict[MetricName, float], items(64)]
-# Their classes check them: no error may show what an address hides.
+# Their own classes check them: msgspec's error would show the value, and an address may hold a secret.
 WebAddress = Annotated[str, Meta(extra_json_schema={"pattern": f"^(?:{URL_PATTERN}){END}", "maxLength": MAX_URL})]
 UploadAddress = Annotated[
     str, Meta(extra_json_schema={"pattern": f"^(?:{UPLOAD_PATTERN}){END}", "maxLength": MAX_UPLOAD_URL})
@@ -48,10 +48,10 @@ UploadAddress = Annotated[
 MAX_MESSAGE = 256 * 1024
 
 
-def base64_text(most: int) -> Meta:
+def base64_text(max_bytes: int) -> Meta:
     """Up to `most` bytes as text in base64 (RFC 4648, with padding)."""
     pattern = "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?"
-    return matching(pattern, f"base64 of at most {most} bytes", 4 * -(-most // 3))
+    return matching(pattern, f"base64 of at most {max_bytes} bytes", 4 * -(-max_bytes // 3))
 
 
 Made = TypeVar("Made", bound="CheckedMessage")
@@ -65,8 +65,8 @@ class _Kind:
 
 
 class CheckedMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field="type"):
-    """A message whose fields are checked when it is written as when it is read, so that whatever is sent can be
-    received."""
+    """A message whose fields are checked when it is written and when it is read, so that whatever is sent is
+    accepted."""
 
     kind: ClassVar[_Kind] = _Kind()
 
@@ -75,11 +75,11 @@ class CheckedMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field=
 
     @classmethod
     def from_dict(cls: type[Made], values: Mapping[str, object]) -> Made:
-        """A message of what JSON has. Raises `ProtocolError`, which names a missing or wrong field."""
+        """A message from plain values. Raises `ProtocolError`, which names a missing or wrong field."""
         return records.convert(cls, {**values, "type": cls.kind}, cls.kind, ProtocolError)
 
     def check(self) -> None:
-        """What the types of fields can't say. Raises `ProtocolError`."""
+        """Check what the types of fields can't express. Raises `ProtocolError`."""
 
     def to_bytes(self) -> bytes:
         """Canonical JSON in UTF-8. Raises `ProtocolError` if a field is wrong, or it is longer than a message may
@@ -94,6 +94,6 @@ class CheckedMessage(msgspec.Struct, frozen=True, omit_defaults=True, tag_field=
 
 
 class Header(msgspec.Struct):
-    """What tells how a message is to be read."""
+    """The field of a message that decides how the others are read."""
 
     type: Any = None

@@ -70,7 +70,7 @@ MAX_MANIFEST = 65_536
 # Limits of a release: its number, the bytes of its manifest, its files.
 MAX_FILES = 64
 
-# Attempts of a trial, and seconds of each.
+# Attempts of a trial, and seconds of each: a release that fails must end by itself on a board that nobody can reach.
 MAX_ATTEMPTS, MAX_SECONDS = 100, 3600.0
 
 ReleaseNumber = Annotated[int, within(0, MAX_NUMBER)]
@@ -174,7 +174,7 @@ class CrashStored(CheckedMessage, frozen=True, tag="crash_stored"):
     """The crash's number."""
 
 
-# Ability of a board: it spreads its reconnects as the server says, and disconnects for a time where it asks for it.
+# Ability of a board: it spreads its reconnects as the server says, and disconnects for a time if the server asks it to.
 RECONNECT = "reconnect"
 
 # The longest time for which a board is sent away.

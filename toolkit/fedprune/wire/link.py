@@ -1,10 +1,10 @@
 """The connection to the broker: paho-mqtt behind one thread-safe inbox.
 
 The network thread only enqueues: `get` returns messages and connection events in the order in which they happened.
-Sessions are clean: devices and server repeat what must not be lost, so that every connection starts from nothing, and
-is reported as up once its subscriptions are granted.
+Sessions are clean: devices and server repeat what must not be lost, so that every connection starts from nothing. It is
+reported as up once its subscriptions are granted.
 
-The protocol is MQTT 3.1.1: nothing here needs more, every broker has it, and some never answer a version 5 CONNECT.
+The protocol is MQTT 3.1.1: nothing here needs more, every broker speaks it, and some never answer a version 5 CONNECT.
 """
 
 from __future__ import annotations
@@ -59,20 +59,20 @@ def failure(error: OSError | FedpruneError) -> str:
 
 
 def _distrust(error: ssl.SSLCertVerificationError) -> str:
-    """Why a certificate isn't trusted, and the way out that fits the reason."""
-    why = (error.verify_message or "unknown authority").rstrip(".")
+    """The reason why a certificate isn't trusted, with the remedy for that reason."""
+    reason = (error.verify_message or "unknown authority").rstrip(".")
     if error.verify_code in _MISMATCHES:
         return (
-            f"its certificate is for another address: {why}. Connect to an address that it names, or give the broker a "
-            "certificate for this one: docs/runbook.md#the-server-has-another-address"
+            f"its certificate is for another address: {reason}. Connect to an address that it names, or give the broker "
+            "a certificate for this one: docs/runbook.md#the-server-has-another-address"
         )
     if error.verify_code in _DATES:
-        return f"{why}: see the clock of this machine, and the certificate's dates (docs/runbook.md)"
-    return f"its certificate is not trusted: {why}; --ca names the authorities to trust"
+        return f"{reason}: see the clock of this machine, and the certificate's dates (docs/runbook.md)"
+    return f"its certificate is not trusted: {reason}; --ca names the authorities to trust"
 
 
 class Subscriptions:
-    """The topics of all connections, and the state of this connection's requests; not thread-safe."""
+    """The topics to subscribe to, and the state of this connection's requests for them; not thread-safe."""
 
     def __init__(self, qos: int) -> None:
         self._qos = qos
@@ -92,9 +92,9 @@ class Subscriptions:
 
     def add(self, topics: Iterable[str]) -> list[str]:
         """Add topics; returns the new ones."""
-        new = [t for t in topics if t not in self._topics]
-        self._topics += new
-        return new
+        new_topics = [t for t in topics if t not in self._topics]
+        self._topics += new_topics
+        return new_topics
 
     def request(self, client: paho.Client) -> None:
         """Subscribe to the topics that this connection hasn't requested yet."""
@@ -107,7 +107,7 @@ class Subscriptions:
                 self._awaited[mid] = topic
 
     def answered(self, mid: int) -> str:
-        """The broker has answered a request; returns its topic."""
+        """Note the broker's answer to a request; returns the topic."""
         return self._awaited.pop(mid, "")
 
     def lost(self) -> None:
@@ -117,7 +117,7 @@ class Subscriptions:
 
 log = logging.getLogger(__name__)
 
-# Unsent bytes in the kernel, where no message can overtake them; its default is several MiB.
+# Unsent bytes in the kernel, where no message can overtake them. Linux' default is several MiB.
 _KERNEL_BYTES = 128 * 1024
 
 Will = tuple[str, bytes]
@@ -129,16 +129,17 @@ def longest_pause(failures: int, spread_s: float = 0.0) -> float:
 
 
 MAX_DELAY = 60.0
+# Seconds after which a connection counts as good, so that the back-off starts again.
 _STEADY = 10.0
 _NAP = 60.0
 _POLL = 1.0
-# Messages that are read at most before the network thread writes again.
+# Messages that the network thread reads at most before it writes again, so that a flood doesn't stop what is sent.
 _AT_ONCE = 64
 
 _REFUSED = "it refuses the connection"
 _BAD_CREDENTIALS = 134  # return code 4 of MQTT 3.1.1, as paho numbers it
 _DROPPED = "it ends the TLS connection without an answer"
-# Seconds that a broker may take for each answer, in addition to those for connecting.
+# Seconds that a broker may take for each answer, in addition to the time-out for connecting.
 _ANSWER_S = 5.0
 
 
@@ -154,8 +155,9 @@ class Link(Closing):
         pause_s: Seconds for which the connection is closed when the inbox is full; 0 to drop messages instead.
         wake: Called in the network thread for each received message.
         ignores: Whether to drop a topic's messages at once; called in the network thread.
-        qos: Quality of service of what is received. Sessions are clean, so that at 1, too, all that is on its way is
-            lost with the connection; at 0 no message costs this side an acknowledgement.
+        qos: Quality of service of received messages. With clean sessions, messages in flight are lost with the
+        connection
+            at 1, too; at 0 this side acknowledges nothing.
     """
 
     def __init__(
@@ -174,13 +176,11 @@ class Link(Closing):
     ) -> None:
         self.url = BrokerUrl.parse(url)
         self.client_id = client_id
-        self.dropped = 0
-        """Messages that didn't fit into the inbox."""
+        self.dropped = 0  # messages that didn't fit into the inbox
+        # The least limit of the pause before a reconnection, in seconds: many clients share a broker.
         self.spread_s = 0.0
-        """The least limit of pauses before a lost connection is opened again, in seconds: many clients share a
-        broker."""
+        # Topic prefix of the sender whose messages last filled the inbox; empty if there were many senders.
         self.overflowed = ""
-        """Topic prefix of the sender whose messages last filled the inbox; empty if there were many senders."""
         self._pause_s = pause_s
         self._wake = wake
         self._ignores = ignores
@@ -192,7 +192,7 @@ class Link(Closing):
         self._state = threading.Condition(threading.RLock())
         self._client: paho.Client | None = None
         self._up = False
-        self._asked_at = self._heard_at = 0.0  # when this connection was asked for, and when the broker last answered
+        self._asked_at = self._heard_at = 0.0  # times of the request for this connection, and of the last answer
         self._failure = ""
         self._reported = set[str]()  # reasons that were logged since the connection was last up
         self._tell = False
@@ -238,21 +238,21 @@ class Link(Closing):
 
     @property
     def away(self) -> bool:
-        """Whether the connection is closed for a time, as `leave` has asked."""
+        """Whether `leave` has closed the connection for a time."""
         return self._away_s is not None and not self._up
 
     @property
     def trouble(self) -> str:
-        """The reason why the connection is down; empty while it is up or where the reason is unknown."""
+        """The reason why the connection is down; empty if it is up or the reason is unknown."""
         return "" if self._up else self._failure
 
     def subscribe(self, topics: Iterable[str], timeout: float = 10.0) -> None:
         """Listen to these topics, now and after every reconnection. Raises `BrokerError` if the link is connected
         and the broker refuses or doesn't answer."""
         with self._state:
-            new = self._subscriptions.add(topics)
+            new_topics = self._subscriptions.add(topics)
             client = self._client
-            if not self._up or client is None or not new:
+            if not self._up or client is None or not new_topics:
                 return
             self._failure = ""
             self._subscriptions.request(client)
@@ -262,14 +262,16 @@ class Link(Closing):
             if self._subscriptions.awaited or self._failure:
                 raise BrokerError(
                     f"the MQTT broker at {self.url} doesn't grant a subscription",
-                    expected=", ".join(new),
+                    expected=", ".join(new_topics),
                     got=self._failure or "no answer",
                     hint="Check the broker's access control for this user.",
                 )
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send, without waiting; returns False while the connection is down or too much is queued: whatever matters is
-        repeated."""
+        """Queue a message without waiting; returns whether it was queued.
+
+        It isn't while the connection is down or too much is unsent. The caller repeats what matters.
+        """
         with self._state:
             client = self._client
             if not self._up or client is None or not self.room:
@@ -291,7 +293,7 @@ class Link(Closing):
         return self._unsent.size
 
     def flush(self, timeout: float) -> bool:
-        """Wait until everything is sent and, at QoS 1, acknowledged by the broker; returns whether it was in time."""
+        """Wait until everything is sent and, at QoS 1, acknowledged; returns whether that was within `timeout`."""
         with self._state:
             self._state.wait_for(lambda: not self._unsent or not self._up, timeout)
             return not self._unsent
@@ -299,7 +301,7 @@ class Link(Closing):
     def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | None:
         """The next message (topic, payload) or event within `timeout` seconds (None: without limit).
 
-        None if nothing came, or when the queue of unsent bytes falls below `LOW_WATER`.
+        Returns None if nothing came, or as soon as the unsent bytes fall below `LOW_WATER`.
         """
         return self._inbox.get(timeout)
 
@@ -330,7 +332,7 @@ class Link(Closing):
     def _run(self) -> None:
         attempt = 0
         while not self._closing.is_set():
-            began = time.monotonic()
+            started_at = time.monotonic()
             try:
                 reason = self._connection()
             except (OSError, FedpruneError) as error:
@@ -343,36 +345,37 @@ class Link(Closing):
                 self._wait(self._away_s)
                 self._away_s, attempt = None, 0
                 continue
-            if self._paused:  # no failure: a flood that continues must not keep it closed for longer and longer
+            if self._paused:  # no failure: a flood that continues must not lengthen the pauses
                 self._paused = False
                 self._closing.wait(self._pause_s)
                 continue
-            # Only a connection that has lasted resets the back-off: two clients of one name push each other out.
-            attempt = 0 if time.monotonic() - began > _STEADY else attempt + 1
+            # Only a connection that has lasted resets the back-off: two clients of one name disconnect each other at
+            # once.
+            attempt = 0 if time.monotonic() - started_at > _STEADY else attempt + 1
             self._closing.wait(SystemRandom().uniform(0, longest_pause(attempt, self.spread_s)))
 
     def _wait(self, seconds: float) -> None:
         """Wait by the monotonic clock, unless the link is closed."""
-        until = time.monotonic() + seconds
-        while not self._closing.is_set() and (left := until - time.monotonic()) > 0:
-            self._closing.wait(min(left, _NAP))
+        deadline = time.monotonic() + seconds
+        while not self._closing.is_set() and (remaining_s := deadline - time.monotonic()) > 0:
+            self._closing.wait(min(remaining_s, _NAP))
 
     def _connection(self) -> str:
-        """One connection from CONNECT to its end; returns why it ended."""
+        """Run one connection from CONNECT to its end; returns why it ended."""
         client = self._new_client()
         client.connect(self.url.host, self.url.port, self._keepalive)
         with self._state:
             self._client, self._failure = client, ""
         self._asked_at = self._heard_at = time.monotonic()
-        answered, closed_at = False, 0.0
+        was_up, closed_at = False, 0.0
         code = MQTTErrorCode.MQTT_ERR_SUCCESS
         try:
             while code == MQTTErrorCode.MQTT_ERR_SUCCESS:
                 _acknowledge_promptly(client.socket())
                 code = self._turn(client)
                 self._settle()
-                answered = answered or self._up
-                if not answered and time.monotonic() > self._heard_at + client.connect_timeout + _ANSWER_S:
+                was_up = was_up or self._up
+                if not was_up and time.monotonic() > self._heard_at + client.connect_timeout + _ANSWER_S:
                     return self._failure or "it accepts connections but doesn't answer an MQTT CONNECT"
                 if self._closing.is_set():  # DISCONNECT is on its way and ends the loop, unless the network is stuck
                     closed_at = closed_at or time.monotonic()
@@ -390,7 +393,7 @@ class Link(Closing):
         return f"{_DROPPED}, as if this client's certificate were revoked"
 
     def _turn(self, client: paho.Client) -> MQTTErrorCode:
-        """Wait for the network, and read all that has arrived: paho's `loop` polls the socket again for each packet."""
+        """Wait for the network, and read several packets at once: paho's `loop` polls the socket again for each."""
         received = self._received
         code = client.loop(_POLL)
         for _ in range(_AT_ONCE):
@@ -401,7 +404,7 @@ class Link(Closing):
         return code
 
     def _new_client(self) -> paho.Client:
-        # A new client for each connection: paho would send all that was left of the last one at once.
+        # A new client for each connection: paho would otherwise send everything that the last one left unsent.
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=self.client_id,
@@ -440,9 +443,9 @@ class Link(Closing):
 
     def _on_subscribe(self, client: paho.Client, _user: Any, mid: int, reasons: Any, _properties: Any) -> None:
         with self._state:
-            refused = any(r.is_failure for r in reasons)
+            is_refused = any(r.is_failure for r in reasons)
             topic = self._subscriptions.answered(mid)
-            if refused:
+            if is_refused:
                 self._failure = f"it refuses the subscription to {topic}"
                 log.error("MQTT broker %s: %s", self.url, self._failure)
             if not self._subscriptions.awaited and not self._up:
@@ -463,7 +466,8 @@ class Link(Closing):
     def _lost(self, reason: str) -> None:
         with self._state:
             was_up, self._up = self._up, False
-            news = not was_up and reason not in self._reported  # who uses a connection that was up logs its end
+            # The user of a connection that was up logs its end.
+            is_new_reason = not was_up and reason not in self._reported
             self._reported = set() if was_up else self._reported | {reason}
             self._client, self._failure = None, reason
             self._subscriptions.lost()
@@ -471,7 +475,7 @@ class Link(Closing):
             if was_up and not self._closing.is_set():
                 self._inbox.tell(ConnectionDown(reason))
             self._state.notify_all()
-        if news and self._tell and not self._closing.is_set() and not self.away:
+        if is_new_reason and self._tell and not self._closing.is_set() and not self.away:
             log.warning("no connection to the MQTT broker at %s: %s", self.url, reason)
 
     def _on_message(self, client: paho.Client, _user: Any, message: paho.MQTTMessage) -> None:
@@ -488,15 +492,16 @@ class Link(Closing):
         self.dropped += 1
         if self._pause_s and not self._paused:
             self._paused, self.overflowed = True, self._inbox.flooder()
-            client.disconnect()  # messages that wait at the broker are lost with the connection
+            # The session is clean: messages of the flood that wait at the broker are lost with the connection.
+            client.disconnect()
         elif self.dropped == 1 and not self._pause_s:
             log.warning("inbox of %s is full: messages are dropped", self.client_id)
 
     def _settle(self) -> None:
         with self._state:
-            before = self._unsent.size
+            size_before = self._unsent.size
             if self._unsent.settle():
-                if before >= LOW_WATER > self._unsent.size:
+                if size_before >= LOW_WATER > self._unsent.size:
                     self._inbox.wake()
                 self._state.notify_all()
 

@@ -1,8 +1,7 @@
-"""Notices that a broker drops pieces of blobs: requests for the same piece come again and again, and nothing else does.
+"""Detection of a broker that drops pieces of blobs: requests for the same piece are repeated, and there are no others.
 
-No broker of MQTT 3.1.1 says what it drops. It acknowledges a message that its rules don't let through, that is longer
-than it may be, or for which a queue has no room, and delivers it to nobody. So both ends of a transfer watch its
-requests: the one that asks, and the one that is asked.
+No broker of MQTT 3.1.1 says what it drops. It acknowledges a message that its rules forbid, that exceeds its size
+limit, or for which a queue has no room, and delivers it to nobody. So both ends of a transfer watch its requests.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ from fedprune.wire.messages import BlobRequest
 # `Pull` repeats after 5 and 15 s, so that this is noticed within 20 s.
 STUCK_REQUESTS, STUCK_S = 3, 10.0
 
-# Blobs of one transfer that are remembered: an offer names three, and a few more with lower precisions.
+# Blobs whose requests are remembered: an offer names three, and a few more with lower precisions.
 _BLOBS = 8
 
 
 @dataclass(slots=True)
 class _Frontier:
-    """The first piece of a blob that is still asked for, and the last one that was asked for."""
+    """The first piece of a blob that is still requested, and the last one that was."""
 
     part: str
     first: int
@@ -39,34 +38,36 @@ class LostPieces:
         self._blobs: OrderedDict[str, _Frontier] = OrderedDict()
 
     def note(self, want: BlobRequest, now: float) -> bool:
-        """Note a request; returns whether its piece seems to be dropped, the first time that it seems so."""
-        known = self._blobs.get(want.sha256)
-        # Once a piece was asked for again, a request beyond the window means that some have arrived.
-        moved = known is not None and known.count > 1 and want.first > known.last
-        if known is None or known.part != want.part or want.first < known.first or moved:
+        """Note a request; returns True once per piece, when the piece seems to be dropped."""
+        frontier = self._blobs.get(want.sha256)
+        # After a repetition, a request beyond the window means that some pieces have arrived.
+        has_advanced = frontier is not None and frontier.count > 1 and want.first > frontier.last
+        if frontier is None or frontier.part != want.part or want.first < frontier.first or has_advanced:
             self._blobs[want.sha256] = _Frontier(want.part, want.first, want.first, now, now)
             self._blobs.move_to_end(want.sha256)
             if len(self._blobs) > _BLOBS:
                 self._blobs.popitem(last=False)
             return False
-        if want.first > known.last:
-            known.last, known.latest = want.first, now  # the window's next request
+        if want.first > frontier.last:
+            frontier.last, frontier.latest = want.first, now  # the window's next request
             return False
-        if want.first != known.first:
-            if known.count == 1:  # what came before this piece has arrived, and this one is asked for again
-                self._blobs[want.sha256] = _Frontier(want.part, want.first, known.last, known.latest, now, count=2)
+        if want.first != frontier.first:
+            if frontier.count == 1:  # earlier pieces have arrived, and this one is requested again
+                self._blobs[want.sha256] = _Frontier(
+                    want.part, want.first, frontier.last, frontier.latest, now, count=2
+                )
             return False
-        before = _is_stuck(known)
-        known.count += 1
-        known.latest = now
-        return _is_stuck(known) and not before
+        was_stuck = _is_stuck(frontier)
+        frontier.count += 1
+        frontier.latest = now
+        return _is_stuck(frontier) and not was_stuck
 
     @property
     def stuck(self) -> bool:
         return any(map(_is_stuck, self._blobs.values()))
 
     def clear(self) -> None:
-        """All has arrived, or nothing more is asked for."""
+        """Forget all requests: everything has arrived, or the transfer has ended."""
         self._blobs.clear()
 
 
@@ -75,5 +76,5 @@ def _is_stuck(blob: _Frontier) -> bool:
 
 
 def broker_drops(what: str) -> str:
-    """What to say of a broker that acknowledges something, and delivers it to nobody."""
+    """The message about a broker that acknowledges something, and delivers it to nobody."""
     return f"the broker drops {what}: its rules (ACL), its limit of a message's size, or a full queue"

@@ -50,7 +50,7 @@ from fedprune.wire.fleet_messages import (
 )
 from fedprune.wire.urls import BlobUrl, UploadUrl
 
-# Rejected messages of one sender that are logged per period; the rest is counted.
+# Rejected messages of one sender that are logged per hour; the rest is counted, so that no board can fill the log.
 MOST = 20
 
 AGAIN_S = 3600.0
@@ -70,10 +70,10 @@ class RejectedMessageLog:
         self._since = clock()
 
     def about(self, topic: str, error: FedpruneError, sender: str = "") -> None:
-        """Note a rejected message.
+        """Log or count a rejected message.
 
         Args:
-            sender: Name of the device that sent it, if that is one of the fleet; empty for anybody else.
+            sender: Name of the device that sent it, if it belongs to the fleet; empty for anybody else.
         """
         now = self._clock()
         if now - self._since >= AGAIN_S:
@@ -87,8 +87,8 @@ class RejectedMessageLog:
             return
         self._log.warning("ignored a message on %s: %s", one_line(topic, 200), one_line(str(error)))
         if self._counts[sender] == MOST:
-            whose = f" of {sender}" if sender else ""
-            self._log.warning("further bad messages%s are counted for an hour, and not shown", whose)
+            of_sender = f" of {sender}" if sender else ""
+            self._log.warning("further bad messages%s are counted for an hour, and not shown", of_sender)
 
 
 _MOST_PRECISIONS = 8
@@ -159,23 +159,25 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
 
     @property
     def graphs(self) -> tuple[BlobRef, ...]:
-        frozen = () if self.base is None else (self.base,)
-        return (self.training, self.inference, *(self.lowered or {}).values(), *frozen)
+        base = () if self.base is None else (self.base,)
+        return (self.training, self.inference, *(self.lowered or {}).values(), *base)
 
     def blobs(self) -> tuple[BlobRef, ...]:
         """The blobs that it needs, graphs first."""
-        more = [blob for blob in (self.mask, self.moved) if blob is not None]
-        return (*self.graphs, self.weights, *more)
+        optional_blobs = [blob for blob in (self.mask, self.moved) if blob is not None]
+        return (*self.graphs, self.weights, *optional_blobs)
 
     def shorter(self, has: Callable[[str], bool]) -> tuple[BlobRef, ...]:
-        """The blobs to pull where missing weights can be decoded instead; `has` tells whether a blob is
-        here, by its digest."""
+        """The blobs to pull, with the encoded weights in place of plain ones if these are missing and can be decoded.
+
+        `has` tells whether a blob of a digest is here.
+        """
         if self.coded is None or has(self.weights.sha256) or not (self.held is None or has(self.held)):
             return self.blobs()
         return tuple(self.coded if r == self.weights else r for r in self.blobs())
 
 
-# Leaves or pieces of one `BlobRequest`.
+# Leaves or pieces of one `BlobRequest`: 32 MiB, far more than a window.
 MAX_REQUEST = 1024
 
 _MOST_CODECS = 64

@@ -10,10 +10,10 @@ from typing import Generic, TypeVar
 
 from paho.mqtt.client import MQTTMessageInfo
 
-# Limit in bytes; transfer windows keep the queue far below it, so that only a flood is dropped.
+# Limit of an inbox in bytes. Transfer windows keep the queue far below it, so that only a flood is dropped.
 BYTES = 64 * 1024 * 1024
 
-# Memory of a queued message in addition to its payload.
+# Memory of a queued message in addition to its payload: without it a flood of empty messages would be free.
 MESSAGE_BYTES = 500
 
 # A sender with more than 1 / `_FLOOD` of the limit is flooding.
@@ -33,28 +33,29 @@ class Inbox(Generic[E]):
 
     def __init__(self, limit: int = BYTES) -> None:
         self.limit = limit
-        self.size = 0
-        """Queued bytes."""
-        # No SimpleQueue: one waits for ever when a signal's handler takes longer than what is left of its timeout.
+        self.size = 0  # queued bytes
+        # No SimpleQueue: it waits forever if a signal's handler takes longer than what is left of its time-out.
         self._items: queue.Queue[tuple[str, bytes] | E | None] = queue.Queue()
         self._lock = threading.Lock()
         self._waiting: dict[str, int] = {}
         _keep_freed_memory()
 
     def offer(self, topic: str, payload: bytes) -> bool:
-        """Queue a message; returns False where there is no room for it."""
+        """Queue a message; returns whether there was room for it."""
         sender, size = _sender(topic), MESSAGE_BYTES + len(payload)
         with self._lock:
-            total, own = self.size + size, self._waiting.get(sender, 0) + size
+            total_bytes, sender_bytes = self.size + size, self._waiting.get(sender, 0) + size
             senders = len(self._waiting) + (sender not in self._waiting)
-            if total > self.limit or (total > self.limit // 2 and own > self.limit // 2 // senders):
+            if total_bytes > self.limit or (
+                total_bytes > self.limit // 2 and sender_bytes > self.limit // 2 // senders
+            ):
                 return False
-            self.size, self._waiting[sender] = total, own
+            self.size, self._waiting[sender] = total_bytes, sender_bytes
         self._items.put((topic, payload))
         return True
 
     def flooder(self) -> str:
-        """Topic prefix of the sender with most bytes queued; empty where no sender is flooding."""
+        """Topic prefix of the sender with most bytes queued; empty if no sender is flooding."""
         with self._lock:
             sender = max(self._waiting, key=lambda sender: self._waiting[sender], default="")
             return sender if self._waiting.get(sender, 0) > self.limit // _FLOOD else ""
@@ -83,9 +84,9 @@ class Inbox(Generic[E]):
         sender = _sender(topic)
         with self._lock:
             self.size -= size
-            left = self._waiting[sender] - size
-            if left:
-                self._waiting[sender] = left
+            remaining = self._waiting[sender] - size
+            if remaining:
+                self._waiting[sender] = remaining
             else:
                 del self._waiting[sender]
 
@@ -96,10 +97,10 @@ def _sender(topic: str) -> str:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep a little of what is freed, rather than return and clear it for each chunk.
+    """Let glibc keep some freed memory, instead of returning it to the kernel and clearing it anew for each chunk.
 
-    Freeing a larger block raises the limit from which glibc returns memory to twice its size (mallopt(3),
-    M_MMAP_THRESHOLD); this one is never written to.
+    Freeing a large block raises the size from which glibc returns memory to twice that block's (mallopt(3),
+    M_MMAP_THRESHOLD). This block is never written to, so that it takes no memory itself.
     """
     bytes(_KEPT_BYTES)
 
@@ -124,8 +125,7 @@ class Unsent:
     """
 
     def __init__(self) -> None:
-        self.size = 0
-        """Their payload bytes."""
+        self.size = 0  # payload bytes
         self._waiting: tuple[deque[tuple[MQTTMessageInfo, int]], ...] = (deque(), deque())
 
     def __len__(self) -> int:
@@ -140,12 +140,12 @@ class Unsent:
         self.size += size
 
     def settle(self) -> bool:
-        """Remove what was sent; returns whether that was anything."""
-        before = len(self)
+        """Remove the messages that were sent; returns whether there were any."""
+        count_before = len(self)
         for waiting in self._waiting:
             while waiting and waiting[0][0].is_published():
                 self.size -= waiting.popleft()[1]
-        return len(self) < before
+        return len(self) < count_before
 
     def clear(self) -> None:
         for waiting in self._waiting:

@@ -1,8 +1,9 @@
 """MQTT topics: fedprune/1/{site}/{device}/{job}/{channel}.
 
 - Channels are `up` and `down` for messages, `up/blob` and `down/blob` for chunks.
-- The job is `-` for messages that belong to none, the device is `all` for broadcasts.
-- A board that is not yet a member asks on `join` and is answered on `joined`; the device is the nonce of its request.
+- The job is `-` for messages that belong to no job, the device is `all` for broadcasts.
+- A board that is not yet a member asks on `join` and is answered on `joined`; the nonce of its request stands for the
+  device.
 - Servers of one identity find each other on `servers`, which no device reads or writes.
 """
 
@@ -25,6 +26,7 @@ JOIN, JOINED = "join", "joined"
 SERVERS = "servers"
 
 _NONCE = re.compile(r"[0-9a-f]{32}")
+# No slash, plus sign or hash, which MQTT reserves; no "." and "..", because names are also folders.
 NAME_PATTERN = r"(?!\.{1,2}(?![\s\S]))[A-Za-z0-9_.-]{1,64}"
 NAME_IN_WORDS = "a name of 1 to 64 letters, digits, _ . or -"
 _NAME = re.compile(NAME_PATTERN)
@@ -69,8 +71,8 @@ class Topics:
         return [f"{self._prefix}/+/+/up", f"{self._prefix}/+/+/up/blob"]
 
     def device_subscriptions(self, device: str) -> list[str]:
-        own = f"{self._prefix}/{check_device(device)}/+"
-        return [f"{own}/down", f"{own}/down/blob", self.broadcast()]
+        device_prefix = f"{self._prefix}/{check_device(device)}/+"
+        return [f"{device_prefix}/down", f"{device_prefix}/down/blob", self.broadcast()]
 
     def join(self, nonce: str) -> str:
         """Requests to join; the nonce is also the MQTT client id, by which brokers keep others out."""
@@ -90,17 +92,17 @@ class Topics:
 
     def parse_join(self, topic: str) -> str:
         """The nonce in the topic of a request of this site. Raises `ProtocolError` if it is another topic."""
-        parts = topic.split("/", 5)
-        if len(parts) != 6 or "/".join(parts[:3]) != self._prefix or parts[4:] != [NO_JOB, JOIN]:
+        levels = topic.split("/", 5)
+        if len(levels) != 6 or "/".join(levels[:3]) != self._prefix or levels[4:] != [NO_JOB, JOIN]:
             raise ProtocolError("topic", expected=f"{self._prefix}/<nonce>/{NO_JOB}/{JOIN}", got=repr(topic[:200]))
-        return check_nonce(parts[3])
+        return check_nonce(levels[3])
 
     def parse(self, topic: str) -> Address:
-        """Take a topic of this site apart. Raises `ProtocolError` if it is another topic."""
-        parts = topic.split("/", 5)
-        if len(parts) != 6 or "/".join(parts[:3]) != self._prefix:
+        """The parts of a topic of this site. Raises `ProtocolError` if it is another topic."""
+        levels = topic.split("/", 5)
+        if len(levels) != 6 or "/".join(levels[:3]) != self._prefix:
             raise ProtocolError("topic", expected=f"{self._prefix}/<device>/<job>/<channel>", got=repr(topic[:200]))
-        device, job, channel = parts[3:]
+        device, job, channel = levels[3:]
         if channel not in CHANNELS:
             raise ProtocolError("channel of a topic", expected=", ".join(CHANNELS), got=repr(channel[:80]))
         return Address(check_name(device, "device"), job if job == NO_JOB else check_job(job), channel)
@@ -127,7 +129,7 @@ def check_name(value: object, what: Subject, *, error: Error = ProtocolError) ->
 
 
 def as_name(text: str) -> str:
-    """A text cut to 64 characters, in which each that no name may have is a dash."""
+    """A text as a valid name: cut to 64 characters, with dashes in place of forbidden ones."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:64]
 
 

@@ -34,7 +34,8 @@ _Request = TypeVar("_Request", bound="BlobRequest | UploadRequest")
 
 
 def with_request_id(request: _Request) -> _Request:
-    # From the system, as all random pauses: a user's program may seed `random` alike on every board and at every start.
+    # The system's randomness, as for all pauses: a user's program may seed `random` alike on every board and at every
+    # start.
     return replace(request, number=secrets.randbits(31))
 
 
@@ -46,7 +47,7 @@ class SeenRequests:
         self._seen: OrderedDict[tuple[str, int], None] = OrderedDict()
 
     def is_duplicate(self, device: str, request: BlobRequest | UploadRequest) -> bool:
-        """Whether this very request has come from the device before; one without a number never has."""
+        """Whether this delivery of a request repeats an earlier one; a request without a number never does."""
         if request.number is None:
             return False
         key = device, request.number
@@ -61,8 +62,8 @@ class SeenRequests:
 MAX_PATIENCE = 120.0
 
 _DECAY = 0.95
-# Assumed response time, in multiples of the time for connecting, until the first response was measured. Pieces of blobs
-# are longer than the packets of a handshake, and queue behind each other.
+# Response time, in multiples of the time for connecting, that is assumed until the first one is measured: pieces of
+# blobs are longer than the packets of a handshake, and queue behind each other.
 _ROUND_TRIPS = 2.0
 
 
@@ -72,27 +73,27 @@ class ResponseTime:
     def __init__(self) -> None:
         self.slowest = 0.0
 
-    def connected(self, took: float) -> None:
-        """Connecting took this many seconds, which is two round trips."""
-        self.slowest = max(self.slowest, min(_ROUND_TRIPS * took, MAX_PATIENCE))
+    def connected(self, seconds: float) -> None:
+        """Note the seconds for connecting, which takes two round trips."""
+        self.slowest = max(self.slowest, min(_ROUND_TRIPS * seconds, MAX_PATIENCE))
 
     def told(self, slowest: float) -> None:
-        """The peer has measured this response time."""
+        """Note a response time that the peer has measured."""
         self.slowest = max(self.slowest, min(slowest, MAX_PATIENCE))
 
-    def came(self, took: float) -> None:
-        """A request that was sent once was answered after this many seconds."""
-        self.slowest = max(_DECAY * self.slowest, took)
+    def came(self, seconds: float) -> None:
+        """Note the response time of a request that was sent only once."""
+        self.slowest = max(_DECAY * self.slowest, seconds)
 
     def patience(self, least: float) -> float:
         """Seconds, at least `least`, after which a request or its answer was very likely lost."""
         return min(max(least, 2 * self.slowest), max(MAX_PATIENCE, least))
 
 
-# Leaves of a request at least.
+# The least number of leaves of a request: one full chunk.
 CHUNK_LEAVES = leaves_per_chunk(MAX_PACKET)
 
-# Outstanding leaves of one blob at first: 1 MiB.
+# Outstanding leaves of one blob at the beginning: 1 MiB.
 WINDOW_LEAVES = 32
 
 # Outstanding leaves on a fast link: 4 MiB. They wait in no queue there, and a small window would leave the link idle.
@@ -137,8 +138,7 @@ class Pull:
         lend: Callable[[PartialBlob], object] | None = None,
     ) -> None:
         self.ref = ref
-        self.stalls = 0
-        """Consecutive repetitions without any progress."""
+        self.stalls = 0  # consecutive repetitions without any progress
         self._partial = partial
         self._lend = lend
         self._limit = limit or ChunkLimit()
@@ -148,9 +148,8 @@ class Pull:
         self._window = self._least = min(window_leaves, WINDOW_LEAVES)
         self._answers = answers or ResponseTime()
         self._base = self._patience = patience_s
-        self._asked: dict[
-            int, tuple[int, float]
-        ] = {}  # outstanding leaf or piece: serial number and time of the request
+        # By outstanding leaf or piece the serial number and time of its request, in the order of the requests.
+        self._asked: dict[int, tuple[int, float]] = {}
         self._twice: set[int] = set()  # those requested twice, which may come twice
         self._serial = 0
         self._newest = 0  # highest serial number that has arrived
@@ -166,7 +165,7 @@ class Pull:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Leaves that have arrived, and leaves in all."""
+        """The number of leaves that have arrived, and of all leaves."""
         return self._partial.count, self.ref.leaf_count
 
     @property
@@ -175,7 +174,7 @@ class Pull:
         return len(self._asked)
 
     def start(self, now: float) -> list[BlobRequest]:
-        """Begin, or begin again after a reconnection: all outstanding leaves are considered lost. Raises
+        """Begin, or begin again after a reconnection, which has lost all outstanding leaves. Raises
         `ProtocolError` if the reference contradicts itself."""
         if self._partial.complete:
             self._asked.clear()
@@ -185,27 +184,29 @@ class Pull:
         self._moved_at = now
         self._patience, self._window = self._answers.patience(self._base), self._least
         self._twice.clear()
-        wants = self._again(list(self._asked), now)
-        return wants + self._advance(now)
+        requests = self._again(list(self._asked), now)
+        return requests + self._advance(now)
 
     def remind(self, now: float) -> list[BlobRequest]:
-        """Request again what should have arrived by now: the sender has reconnected and may have lost all requests."""
-        return self._repeat([i for i, (_, at) in self._asked.items() if now - at >= self._answers.slowest], now)
+        """Repeat the requests whose answers are due: the sender has reconnected, and may have lost all requests."""
+        return self._repeat(
+            [i for i, (_, asked_at) in self._asked.items() if now - asked_at >= self._answers.slowest], now
+        )
 
     def on_chunk(self, chunk: Chunk, now: float) -> list[BlobRequest]:
         """Process a chunk; leaves that were not requested are ignored. Raises `ProtocolError` if a leaf or the leaf
         table arrived damaged too often, or the reference contradicts itself."""
         if self._done or chunk.sha256 != self.ref.sha256 or chunk.part != self._part:
             return []
-        bad: list[int] = []
+        damaged: list[int] = []
         self._limit.arrived(-(-len(chunk.payload) // LEAF))
         for first, payload in chunk.runs(self._asked):
             self._came = True
-            bad += self._keep(first, payload, now)
-        return self._again(bad, now) + self._advance(now)
+            damaged += self._keep(first, payload, now)
+        return self._again(damaged, now) + self._advance(now)
 
     def on_tick(self, now: float) -> list[BlobRequest]:
-        """Request again what seems lost. Raises as `on_chunk`."""
+        """Repeat requests whose answers seem lost. Raises as `on_chunk`."""
         if self._done or not self._asked:
             return []
         if now - self._moved_at > self._patience:
@@ -214,6 +215,8 @@ class Pull:
             self.stalls += 1
             self._patience = min(2 * self._patience, max(MAX_PATIENCE, self._base))
             return self._repeat(list(self._asked), now)
+        # Leaves that later requests have overtaken for longer than the patience are lost, while the rest keeps
+        # arriving.
         overtaken = []
         for index, (serial, asked_at) in self._asked.items():  # in the order of asking
             if serial >= self._newest or now - asked_at <= self._patience:
@@ -222,7 +225,7 @@ class Pull:
         return self._repeat(overtaken, now)
 
     def give_up(self) -> None:
-        """Note that the outstanding leaves were in vain: if none has arrived, the chunks may have been too large, and
+        """Note that outstanding leaves don't come. If none has come at all, chunks may be too large for the broker, and
         smaller ones are requested next."""
         if len(self._asked) > 1 and not self._came:
             self._limit.silent()
@@ -236,31 +239,31 @@ class Pull:
         """Store consecutive requested leaves or pieces; returns the indices of damaged ones."""
         indices = range(first, first - (-len(payload) // LEAF))
         if self._part == "data":
-            bad = self._partial.write_leaves(first, payload)
+            damaged = self._partial.write_leaves(first, payload)
         else:
             length = self.ref.leaf_count * DIGEST
             pieces = {i: bytes(payload[(i - first) * LEAF : (i - first + 1) * LEAF]) for i in indices}
-            bad = [i for i, piece in pieces.items() if len(piece) != min(LEAF, length - i * LEAF)]
-            self._pieces.update({i: piece for i, piece in pieces.items() if i not in bad})
+            damaged = [i for i, piece in pieces.items() if len(piece) != min(LEAF, length - i * LEAF)]
+            self._pieces.update({i: piece for i, piece in pieces.items() if i not in damaged})
         for index in indices:
-            if index in bad:
+            if index in damaged:
                 self._count_try(index)
                 continue
             serial, asked_at = self._asked.pop(index)
             self._newest = max(self._newest, serial)
             self._progressed(None if index in self._twice else now - asked_at, now)
             self._twice.discard(index)
-        return bad
+        return damaged
 
-    def _progressed(self, took: float | None, now: float) -> None:
+    def _progressed(self, response_s: float | None, now: float) -> None:
         self.stalls = 0
         self._moved_at = now
-        if took is None:
+        if response_s is None:
             return  # either request may have been answered, so that the time is ambiguous (Karn's algorithm)
-        self._answers.came(took)
-        if took < _QUICK_S:
+        self._answers.came(response_s)
+        if response_s < _QUICK_S:
             self._window = min(self._window + 1, self._most)
-        elif took > _SLOW_S:
+        elif response_s > _SLOW_S:
             self._window = self._least
         self._patience = self._answers.patience(self._base)
 
@@ -274,7 +277,7 @@ class Pull:
             )
 
     def _advance(self, now: float) -> list[BlobRequest]:
-        """Request what fits into the window; go on to the data when the leaf table is complete."""
+        """Request as much as fits into the window: first the leaf table, and the data once that is complete."""
         if self._done:
             return []
         if self._part == "leaves":
@@ -298,27 +301,27 @@ class Pull:
         return self._fill(self.ref.leaf_count, now)
 
     def _fill(self, total: int, now: float) -> list[BlobRequest]:
-        data = self._part == "data"
-        free = self._window - len(self._asked)
-        if free < max(self._chunk, self._window // 4) and self._asked and total - self._cursor > free:
+        is_data = self._part == "data"
+        free_slots = self._window - len(self._asked)
+        if free_slots < max(self._chunk, self._window // 4) and self._asked and total - self._cursor > free_slots:
             return []  # each request costs both sides a message: wait until one can hold more
-        new: list[int] = []
-        while self._cursor < total and len(new) < free:
+        missing_indices: list[int] = []
+        while self._cursor < total and len(missing_indices) < free_slots:
             index = self._cursor
             self._cursor += 1
-            if not (self._partial.present[index] if data else index in self._pieces):
-                new.append(index)
-        return self._again(new, now)
+            if not (self._partial.present[index] if is_data else index in self._pieces):
+                missing_indices.append(index)
+        return self._again(missing_indices, now)
 
     def _repeat(self, indices: list[int], now: float) -> list[BlobRequest]:
-        """Request again what may still arrive; the patience starts again, so that the answers have time to come."""
+        """Repeat requests whose answers may still arrive; the patience starts again, so that they have time to come."""
         if indices:
             self._moved_at = now
         self._twice.update(indices)
         return self._again(indices, now)
 
     def _again(self, indices: Iterable[int], now: float) -> list[BlobRequest]:
-        wants: list[BlobRequest] = []
+        requests: list[BlobRequest] = []
         first = count = 0
         for index in sorted(indices):
             self._serial += 1
@@ -328,62 +331,62 @@ class Pull:
                 count += 1
                 continue
             if count:
-                wants.append(self._want(first, count))
+                requests.append(self._want(first, count))
             first, count = index, 1
         if count:
-            wants.append(self._want(first, count))
-        return wants
+            requests.append(self._want(first, count))
+        return requests
 
     def _want(self, first: int, count: int) -> BlobRequest:
         return BlobRequest(self.ref.sha256, self._part, first, count, self._limit.wanted)
 
 
 class BlobSender:
-    """Answers blob requests from the first of its stores that has the blob; it is stateless."""
+    """The stateless sender of blobs: it answers requests from the first of its stores that has the blob."""
 
     def __init__(self, *stores: BlobStore) -> None:
         self._stores = stores
 
     def leaves(self, sha256: str) -> int:
-        """Leaves of a blob; 0 for one that no store has."""
+        """The number of leaves of a blob; 0 if no store has it."""
         store = next((s for s in self._stores if s.has(sha256)), None)
         try:
             return 0 if store is None else -(-store.size(sha256) // LEAF)
         except StorageError:
             return 0
 
-    def answer(self, want: BlobRequest, max_packet: int = MAX_PACKET) -> Iterator[bytes] | BlobNotFound:
-        """The requested chunks, as far as the blob goes, read as they are consumed; or that no store has the blob.
+    def answer(self, request: BlobRequest, max_packet: int = MAX_PACKET) -> Iterator[bytes] | BlobNotFound:
+        """The requested chunks, as far as the blob goes, read while they are consumed; `BlobNotFound` if no store has
+        it.
 
         Raises `ProtocolError` if not even one leaf fits into an MQTT packet of `max_packet` bytes.
         """
-        step = min(leaves_per_chunk(max_packet), want.most or MAX_REQUEST)
-        store = next((s for s in self._stores if s.has(want.sha256)), None)
+        step = min(leaves_per_chunk(max_packet), request.most or MAX_REQUEST)
+        store = next((s for s in self._stores if s.has(request.sha256)), None)
         if store is None:
-            return BlobNotFound(want.sha256)
-        if want.part == "leaves":
+            return BlobNotFound(request.sha256)
+        if request.part == "leaves":
             try:
-                return _pieces(want, store.table(want.sha256), step)
+                return _pieces(request, store.table(request.sha256), step)
             except StorageError:
-                if store.has(want.sha256):
+                if store.has(request.sha256):
                     raise
-                return BlobNotFound(want.sha256)  # deleted meanwhile
-        return _leaves(store, want, step)
+                return BlobNotFound(request.sha256)  # deleted meanwhile
+        return _leaves(store, request, step)
 
 
-def _leaves(store: BlobStore, want: BlobRequest, step: int) -> Iterator[bytes]:
-    step = -(-want.count // -(-want.count // step))  # chunks of one size, where the last would be a small one
-    with (
-        suppress(StorageError, OSError),
-        store.open(want.sha256) as file,
-    ):  # deleted: the next request is answered accordingly
-        yield from read_chunks(file, want.sha256, want.first, want.count, step)
+def _leaves(store: BlobStore, request: BlobRequest, step: int) -> Iterator[bytes]:
+    # Chunks of equal size, instead of full ones and a small last one: each message costs the broker the same.
+    step = -(-request.count // -(-request.count // step))
+    # A blob that was deleted meanwhile ends the chunks; the next request gets `BlobNotFound`.
+    with suppress(StorageError, OSError), store.open(request.sha256) as file:
+        yield from read_chunks(file, request.sha256, request.first, request.count, step)
 
 
-def _pieces(want: BlobRequest, table: bytes, step: int) -> Iterator[bytes]:
-    end = want.first + want.count
-    for first in range(want.first, end, step):
+def _pieces(request: BlobRequest, table: bytes, step: int) -> Iterator[bytes]:
+    end = request.first + request.count
+    for first in range(request.first, end, step):
         payload = table[first * LEAF : min(first + step, end) * LEAF]
         if not payload:
             return
-        yield Chunk(want.sha256, "leaves", first, payload).to_bytes()
+        yield Chunk(request.sha256, "leaves", first, payload).to_bytes()

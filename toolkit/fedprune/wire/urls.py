@@ -1,6 +1,6 @@
-"""Addresses of brokers and of web servers, from which boards fetch blobs and to which they upload updates.
+"""Addresses of brokers, and of the web servers from which boards fetch blobs and to which they upload updates.
 
-Paths of blobs are those of a blob store's folder (`fedprune.blobs.blob_store`), so that any web server in front of one
+Paths of blobs are those in a blob store's folder (`fedprune.blobs.blob_store`), so that any web server in front of one
 suffices: `{base}/{first two digits}/{sha256}`, and the same with `.leaves` for the file of the leaf table
 (`fedprune.blobs.blob_ref`).
 """
@@ -21,7 +21,7 @@ MAX_URL = 512
 # Characters of an address for one upload, which may hold a signature and a token.
 MAX_UPLOAD_URL = 4096
 
-# Hosts that are reached without TLS, too: this machine.
+# Hosts that may be reached without TLS: this machine.
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 _SERVER = (
@@ -32,8 +32,8 @@ _URL = re.compile(_SERVER + r"(?P<path>(?:/[A-Za-z0-9._~-]{1,255})*)/?")
 _UPLOAD = re.compile(
     _SERVER + r"(?P<path>/[A-Za-z0-9._~!&'()*+,;=:@%/-]*)(?P<query>(?:\?[A-Za-z0-9._~!&'()*+,;=:@%/?-]*)?)"
 )
-# The same for other dialects of regular expressions, in JSON Schema.
-URL_PATTERN, UPLOAD_PATTERN = (re.sub("[?]P<[a-z]+>", "?:", known.pattern) for known in (_URL, _UPLOAD))
+# The same patterns for JSON Schema, whose regular expressions know no named groups of Python's form.
+URL_PATTERN, UPLOAD_PATTERN = (re.sub("[?]P<[a-z]+>", "?:", url.pattern) for url in (_URL, _UPLOAD))
 
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _PORTS = {True: 443, False: 80}
@@ -42,7 +42,7 @@ _EXPECTED = "https://host[:port][/path], or http:// for this machine alone, with
 
 @dataclass(frozen=True)
 class WebServer:
-    """Where a web server listens: `host` in lower case. Only this machine may do without TLS."""
+    """A web server's address: `host` is in lower case. Only this machine may do without TLS."""
 
     host: str
     port: int
@@ -64,15 +64,15 @@ class BlobUrl(WebServer):
     def parse(cls, url: object, where: str = "address of blobs") -> BlobUrl:
         """Read https://host[:port][/path]; http:// for this machine alone. Raises `ProtocolError`, which names
         `where`."""
-        found = _URL.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_URL else None
-        host = None if found is None else _server(found)
-        if found is None or host is None:
+        match = _URL.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_URL else None
+        server = None if match is None else _server(match)
+        if match is None or server is None:
             shortened = url.rpartition("@")[2] if isinstance(url, str) else url  # without a password
             what = f"{_EXPECTED}, of at most {MAX_URL} characters"
             raise ProtocolError(where, expected=what, got=shown(shortened))
-        if not host.tls and host.host not in LOOPBACK:
+        if not server.tls and server.host not in LOOPBACK:
             raise ProtocolError(where, expected="https://, since it is not on this machine", got=shown(url))
-        return cls(host.host, host.port, host.tls, found["path"])
+        return cls(server.host, server.port, server.tls, match["path"])
 
     def __str__(self) -> str:
         return f"{super().__str__()}{self.path}"
@@ -86,8 +86,7 @@ class BlobUrl(WebServer):
 
 @dataclass(frozen=True)
 class UploadUrl(WebServer):
-    """The address of one upload. Every client that knows `query` may upload, so it is never shown: str and errors leave
-    it out."""
+    """The address of one upload. Whoever knows `query` may upload, so `str`, `repr` and errors leave it out."""
 
     path: str
     query: str = field(repr=False)
@@ -96,12 +95,12 @@ class UploadUrl(WebServer):
     def parse(cls, url: object, where: str = "address of an upload") -> UploadUrl:
         """Read https://host[:port]/path[?query]; http:// for this machine alone. Raises `ProtocolError`, which names
         `where`."""
-        found = _UPLOAD.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_UPLOAD_URL else None
-        host = None if found is None else _server(found)
-        if found is None or host is None or not (host.tls or host.host in LOOPBACK):
+        match = _UPLOAD.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_UPLOAD_URL else None
+        server = None if match is None else _server(match)
+        if match is None or server is None or not (server.tls or server.host in LOOPBACK):
             what = "https://host[:port]/path, or http:// for this machine alone"
             raise ProtocolError(where, expected=f"{what}, of at most {MAX_UPLOAD_URL} characters", got="another")
-        return cls(host.host, host.port, host.tls, found["path"], found["query"])
+        return cls(server.host, server.port, server.tls, match["path"], match["query"])
 
     @property
     def target(self) -> str:
@@ -110,19 +109,19 @@ class UploadUrl(WebServer):
 
     @property
     def whole(self) -> str:
-        """All of it, to be sent and nowhere shown."""
+        """The address with its query, to be sent but never shown."""
         return f"{self}{self.query}"
 
     def __str__(self) -> str:
         return f"{super().__str__()}{self.path}"
 
 
-def _server(found: re.Match[str]) -> WebServer | None:
-    """Where a server listens, by an address that has the right form; None if it can't listen there."""
-    tls = found["scheme"] == "https"
-    host = _address(found["six"], 6) if found["six"] is not None else _name(found["host"].lower())
-    port = int(found["port"] or _PORTS[tls])
-    if host is None or port > 65_535 or any(part in (".", "..") for part in found["path"].split("/")):
+def _server(match: re.Match[str]) -> WebServer | None:
+    """The server in an address of the right form; None if no server can have that host, port or path."""
+    tls = match["scheme"] == "https"
+    host = _address(match["six"], 6) if match["six"] is not None else _name(match["host"].lower())
+    port = int(match["port"] or _PORTS[tls])
+    if host is None or port > 65_535 or any(segment in (".", "..") for segment in match["path"].split("/")):
         return None
     return WebServer(host, port, tls)
 
@@ -130,17 +129,19 @@ def _server(found: re.Match[str]) -> WebServer | None:
 def _name(host: str) -> str | None:
     """The host if it is a DNS name or an IPv4 address, else None."""
     labels = host.split(".")
-    if labels[-1].isdecimal() or labels[-1].startswith("0x"):  # what some would read as an address
+    if labels[-1].isdecimal() or labels[-1].startswith(
+        "0x"
+    ):  # some programs read such a name as a number, and connect to that IPv4 address
         return _address(host, 4)
     return host if all(_LABEL.fullmatch(label) for label in labels) else None
 
 
 def _address(host: str, version: int) -> str | None:
     try:
-        found = ipaddress.ip_address(host)
+        address = ipaddress.ip_address(host)
     except ValueError:
         return None
-    return str(found) if found.version == version else None
+    return str(address) if address.version == version else None
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ class BrokerUrl:
     def parse(cls, url: str) -> BrokerUrl:
         """Read mqtt://[user:password@]host[:port] or mqtts://... Raises `ConfigError` if it has another form."""
         try:
-            parts = urlsplit(url)
-            port = parts.port
+            split = urlsplit(url)
+            port = split.port
         except ValueError as error:
             raise ConfigError(
                 "broker URL",
@@ -168,19 +169,19 @@ class BrokerUrl:
         if "://" not in url:
             shown = url.rpartition("@")[2][:200]  # without a password
             raise ConfigError("broker URL", expected="mqtts://host[:port]", got=shown, hint=f"Try mqtts://{shown}.")
-        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path.strip("/") or port == 0:
+        if split.scheme not in ("mqtt", "mqtts") or not split.hostname or split.path.strip("/") or port == 0:
             raise ConfigError(
                 "broker URL",
                 expected="mqtt://[user:password@]host[:port] or mqtts://...",
-                got=f"scheme {parts.scheme!r}, host {parts.hostname!r}",
+                got=f"scheme {split.scheme!r}, host {split.hostname!r}",
             )
-        tls = parts.scheme == "mqtts"
+        tls = split.scheme == "mqtts"
         return cls(
-            parts.hostname,
+            split.hostname,
             port or (8883 if tls else 1883),
             tls,
-            unquote(parts.username) if parts.username is not None else None,
-            unquote(parts.password) if parts.password is not None else None,
+            unquote(split.username) if split.username is not None else None,
+            unquote(split.password) if split.password is not None else None,
         )
 
     @property
