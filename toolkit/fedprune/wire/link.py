@@ -63,8 +63,8 @@ def _distrust(error: ssl.SSLCertVerificationError) -> str:
     reason = (error.verify_message or "unknown authority").rstrip(".")
     if error.verify_code in _MISMATCHES:
         return (
-            f"its certificate is for another address: {reason}. Connect to an address that it names, or give the broker "
-            "a certificate for this one: docs/runbook.md#the-server-has-another-address"
+            f"its certificate is for another address: {reason}. Connect to an address that it names, or give the "
+            "broker a certificate for this one: docs/runbook.md#the-server-has-another-address"
         )
     if error.verify_code in _DATES:
         return f"{reason}: see the clock of this machine, and the certificate's dates (docs/runbook.md)"
