@@ -1,4 +1,4 @@
-"""The parts of a model: tensors, channel groups, layers. All that a planner, a board or an aggregator needs.
+"""Architectures: the tensors, channel groups and layers of a model, as planners, boards and aggregators need them.
 
 An axis of a tensor is a row of *segments*. A segment is a run of channels of one group, each taking `inner`
 neighbouring indices (a flattened 4×4 map has `inner` 16), or a run of fixed indices that no cut may touch.
@@ -39,11 +39,12 @@ __all__ = [
 
 FORMAT = "fedprune.architecture/3"
 
+# Axes of a tensor; weights have five at most. The file comes from other machines.
 _MAX_RANK = 8
 
 
 class TensorKind(str, Enum):
-    """The role of a tensor, which decides how the tensor is trained, pulled, masked and aggregated."""
+    """The role of a tensor, which decides whether it is trained, regularised and masked, and how it is aggregated."""
 
     WEIGHT = "weight"
     BIAS = "bias"
@@ -54,13 +55,13 @@ class TensorKind(str, Enum):
 
     @property
     def trainable(self) -> bool:
-        """Whether an optimiser moves it; batch-norm statistics are pooled by counts instead."""
+        """Whether an optimiser changes it; batch-norm statistics are pooled by counts instead."""
         return self not in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)
 
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Channels that can only be kept or cut together, over all the tensors that they touch."""
+    """Channels that can only be kept or cut together, in all tensors that they occur in."""
 
     name: str
     size: int
@@ -88,7 +89,7 @@ _BASE_TYPES: dict[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class BaseSpec:
-    """An array of the frozen base, which is a file of its own and no tensor: its name there, type and shape."""
+    """An array in the file of the frozen base, which is no tensor of the model: its name there, type and shape."""
 
     name: str
     code: str
@@ -110,11 +111,11 @@ class Architecture:
     Attributes:
         groups: The channel groups; segments refer to them by position.
         tensors: All weights and statistics, in the model's order.
-        layers: The cost table, in the order of the graph: what multiplies by weights, and whatever else takes time.
+        layers: The cost table, in the order of the graph: operators with weights, and others that take time.
         activations: The values whose memory a step needs.
         input_shape: One sample's shape, without the batch.
-        output_shape: One sample's output, without the batch. A model that tells classes apart has them on its first
-            axis, as torch's losses take them: [K], or [K, height, width] for one class per pixel.
+        output_shape: One sample's output, without the batch. A classifier has its classes on the first axis, as
+            torch's losses take them: [K], or [K, height, width] for one class per pixel.
         base: Arrays of frozen weights in low precision, in the order of their file; empty without one.
     """
 
@@ -163,41 +164,47 @@ class Architecture:
     def check_widths(self, widths: Sequence[int]) -> tuple[int, ...]:
         """The widths as a tuple of ints. Raises `BundleError` if their number is not that of the groups, or one is
         below 1 or above its group's size."""
-        got = tuple(int(w) for w in widths)
-        if len(got) != len(self.groups):
-            raise BundleError("widths don't fit the architecture", expected=f"{len(self.groups)} numbers", got=len(got))
-        for group, width in zip(self.groups, got, strict=True):
+        checked = tuple(int(w) for w in widths)
+        if len(checked) != len(self.groups):
+            raise BundleError(
+                "widths don't fit the architecture", expected=f"{len(self.groups)} numbers", got=len(checked)
+            )
+        for group, width in zip(self.groups, checked, strict=True):
             if not 1 <= width <= group.size:
                 raise BundleError(f"width of group {group.name}", expected=f"1 to {group.size} channels", got=width)
-        return got
+        return checked
 
     def output_axes(self, name: str) -> tuple[int, ...]:
-        """Axes of a tensor whose index is the channel that it makes, rather than the one that it reads.
+        """The axes of a tensor whose index is the channel that it produces, rather than the one that it reads.
 
         For a layer's weight that is the layer's output axis. Any other tensor (a bias, a norm's vector, an embedding)
         acts on the channels that it is indexed by, so that all its axes count.
         """
-        made = {n.output_axis for n in self.layers if name and n.weight == name}
-        return tuple(sorted(made)) if made else tuple(range(len(self.by_name[name].axes)))
+        axes = {n.output_axis for n in self.layers if name and n.weight == name}
+        return tuple(sorted(axes)) if axes else tuple(range(len(self.by_name[name].axes)))
 
     def members(self, group: int) -> tuple[str, ...]:
-        """Where a group's channels live, as text such as `conv3.weight[0]`."""
+        """The axes that a group's channels are on, as text such as `conv3.weight[0]`."""
         return tuple(f"{t.name}[{i}]" for t in self.tensors for i, a in enumerate(t.axes) if group in a.groups)
 
     def summary(self, group: int) -> tuple[str, ...]:
-        """Where a group's channels live, in short: `bn3.*` where all tensors `bn3.…` are vectors along them."""
+        """The same as `members`, in short: `bn3.*` if all tensors `bn3.…` are vectors along the group."""
         families: dict[str, list[TensorSpec]] = {}
-        for t in self.tensors:
-            families.setdefault(t.name.rpartition(".")[0], []).append(t)
-        out: list[str] = []
-        for t in self.tensors:
-            prefix = t.name.rpartition(".")[0]
+        for spec in self.tensors:
+            families.setdefault(spec.name.rpartition(".")[0], []).append(spec)
+        members: list[str] = []
+        for spec in self.tensors:
+            prefix = spec.name.rpartition(".")[0]
             family = families[prefix]
-            if prefix and len(family) > 1 and all(len(f.axes) == 1 and group in f.axes[0].groups for f in family):
-                out += [f"{prefix}.*"] if t is family[0] else []
+            if (
+                prefix
+                and len(family) > 1
+                and all(len(member.axes) == 1 and group in member.axes[0].groups for member in family)
+            ):
+                members += [f"{prefix}.*"] if spec is family[0] else []
             else:
-                out += [f"{t.name}[{i}]" for i, a in enumerate(t.axes) if group in a.groups]
-        return tuple(out)
+                members += [f"{spec.name}[{i}]" for i, a in enumerate(spec.axes) if group in a.groups]
+        return tuple(members)
 
     def describe(self) -> str:
         return "\n".join(
@@ -209,7 +216,7 @@ class Architecture:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Canonical JSON: the same architecture always gives the same text."""
+        """Canonical JSON: the same architecture always gives the same text, whose sha256 is its digest."""
         body = {
             "format": FORMAT,
             "name": self.name,
@@ -236,7 +243,7 @@ class Architecture:
                 raise BundleError(
                     "architecture format", expected=FORMAT, got=shown(body["format"]), hint="Export the model again."
                 )
-            arch = cls(
+            architecture = cls(
                 name=str(body["name"]),
                 groups=tuple(ChannelGroup(str(n), whole(s)) for n, s in body["groups"]),
                 tensors=tuple(
@@ -256,12 +263,12 @@ class Architecture:
                 f"this is not an architecture ({type(error).__name__}: {error})",
                 hint="Export the model again.",
             ) from error
-        arch.validate()
-        return arch
+        architecture.validate()
+        return architecture
 
     def validate(self) -> None:
-        """Check that the parts fit each other. Raises `BundleError` if a size is out of range, a name comes twice,
-        or a segment reaches outside its group."""
+        """Check that the parts agree with each other. Raises `BundleError` if a size is out of range, a name comes
+        twice, or a segment reaches outside its group."""
         names = [t.name for t in self.tensors] + [b.name for b in self.base]
         for array in self.base:
             if array.code not in _BASE_TYPES or len(array.shape) > _MAX_RANK or math.prod(array.shape) > MAX_SIZE**2:
@@ -309,22 +316,26 @@ class Architecture:
         self._check_axis(layer.name, layer.inner)
 
     def _check_axis(self, name: str, axis: Axis) -> None:
-        seen: dict[int, dict[int, int]] = {}  # per group, where the number of indices per channel changes
-        for s in axis.segments:
-            if s.count < 0 or s.start < 0 or s.inner < 1 or s.length > MAX_SIZE:
-                raise BundleError(f"architecture: a segment of {name} is out of range", got=s)
-            if s.group == FIXED:
+        changes_by_group: dict[
+            int, dict[int, int]
+        ] = {}  # per group, the channels at which the number of indices changes
+        for segment in axis.segments:
+            if segment.count < 0 or segment.start < 0 or segment.inner < 1 or segment.length > MAX_SIZE:
+                raise BundleError(f"architecture: a segment of {name} is out of range", got=segment)
+            if segment.group == FIXED:
                 continue
-            if not 0 <= s.group < len(self.groups) or s.start + s.count > self.groups[s.group].size:
-                raise BundleError(f"architecture: a segment of {name} reaches outside its group", got=s)
-            # Only the ends of segments are looked at: a file may claim two thousand million channels.
-            steps = seen.setdefault(s.group, {})
-            steps[s.start] = steps.get(s.start, 0) + s.inner * (s.count > 0)
-            steps[s.start + s.count] = steps.get(s.start + s.count, 0) - s.inner * (s.count > 0)
-        for g, steps in seen.items():
-            size = self.groups[g].size
-            if not steps.get(0) or any(n and c not in (0, size) for c, n in steps.items()):
-                raise BundleError(f"architecture: channels of group {self.groups[g].name} are uneven on {name}")
+            end = segment.start + segment.count
+            if not 0 <= segment.group < len(self.groups) or end > self.groups[segment.group].size:
+                raise BundleError(f"architecture: a segment of {name} reaches outside its group", got=segment)
+            # Only the ends of segments are visited: a file may claim two thousand million channels.
+            changes = changes_by_group.setdefault(segment.group, {})
+            inner = segment.inner if segment.count else 0
+            changes[segment.start] = changes.get(segment.start, 0) + inner
+            changes[end] = changes.get(end, 0) - inner
+        for group, changes in changes_by_group.items():
+            size = self.groups[group].size
+            if not changes.get(0) or any(change and channel not in (0, size) for channel, change in changes.items()):
+                raise BundleError(f"architecture: channels of group {self.groups[group].name} are uneven on {name}")
 
 
 def widths_at(architecture: Architecture, density: float) -> tuple[int, ...]:
@@ -332,21 +343,21 @@ def widths_at(architecture: Architecture, density: float) -> tuple[int, ...]:
     Raises `BundleError` if the density is not above 0 and at most 1."""
     if not 0 < density <= 1:
         raise BundleError("density", expected="above 0 and at most 1", got=density)
-    # The product may land a hair above a whole number (0.7 × 10): that hair is not a channel.
+    # The product may be rounded to just above a whole number (0.7 × 10), which must not add a channel.
     widths = [max(1, min(g.size, -int(-(density * g.size - 1e-9) // 1))) for g in architecture.groups]
     return architecture.check_widths(widths)
 
 
 def widths_with_least(architecture: Architecture, widths: Sequence[int], least: int) -> tuple[int, ...]:
-    """Widths with at least so many channels of every group, or all of its channels where it has less."""
+    """Widths with at least `least` channels of every group, or all channels of a group that has fewer."""
     return tuple(max(width, min(size, least)) for width, size in zip(widths, architecture.sizes, strict=True))
 
 
 def kept_share(architecture: Architecture, widths: Sequence[int]) -> float:
-    """The share of all channels that these widths keep, all groups together: 1 at full width.
+    """The share of the channels of all groups that these widths keep: 1 at full width.
 
-    At equal shares of all groups it is the `density` of `widths_at`, except for rounding; where a planner keeps more of
-    one group than of another it is their mean, a group counting by its channels.
+    If all groups keep equal shares, it is the `density` of `widths_at`, except for rounding. Otherwise it is the mean
+    of the groups' shares, weighted by their sizes.
     """
-    whole = sum(architecture.sizes)
-    return sum(widths) / whole if whole else 1.0
+    all_channels = sum(architecture.sizes)
+    return sum(widths) / all_channels if all_channels else 1.0

@@ -10,7 +10,7 @@ from fedprune.core import records, validation
 from fedprune.core.errors import ConfigError, ModelError, shown
 from fedprune.core.records import items, one_of, within
 
-# Augmentations of a recipe.
+# Augmentations of a recipe, each of which makes the training graph larger.
 MOST = 16
 
 # Augmentations that move the values of a sample to other places.
@@ -48,7 +48,7 @@ class Augmentation:
 
     Attributes:
         values: Its numbers, in the order of the entry.
-        input: The input of the model that it changes; empty for the only one that it fits.
+        input: The input of the model that it changes; empty if only one input fits.
     """
 
     name: str
@@ -60,28 +60,28 @@ class Augmentation:
         """Read an entry. Raises `ConfigError` if it is unknown, or a number of it is missing or out of range."""
         setting = ("recipe", "augment")
         validation.text(setting, text, _LONGEST)
-        given, at, of_input = str(text).partition("@")
-        name, *numbers = given.split(":")
+        entry, separator, input_name = str(text).partition("@")
+        name, *numbers = entry.split(":")
         limits = _LIMITS.get(name)
-        least = len(limits or ()) - _OPTIONAL.get(name, 0)
-        if limits is None or not least <= len(numbers) <= len(limits) or (at and not of_input):
+        required = len(limits or ()) - _OPTIONAL.get(name, 0)
+        if limits is None or not required <= len(numbers) <= len(limits) or (separator and not input_name):
             expected = " or ".join(_FORMS.values()) if limits is None else _FORMS[name]
             raise ConfigError(
                 shown(text), path=setting, expected=f"{expected}, each with @INPUT where a model has several inputs"
             )
         values = []
-        for place, (number, (low, high)) in enumerate(zip(numbers, limits, strict=False)):
-            whole = (name, place) in _WHOLE
+        for position, (number, (low, high)) in enumerate(zip(numbers, limits, strict=False)):
+            is_whole = (name, position) in _WHOLE
             try:
-                value = int(number) if whole else float(number)
+                value = int(number) if is_whole else float(number)
             except ValueError:
                 raise ConfigError(setting, expected=_FORMS[name], got=shown(text)) from None
-            if whole:
+            if is_whole:
                 validation.whole(setting, value, int(low), int(high))
             else:
                 validation.number(setting, value, low, high, above=True)
             values.append(value)
-        return cls(name, tuple(values), of_input)
+        return cls(name, tuple(values), input_name)
 
 
 def checked(value: object) -> tuple[str, ...]:
@@ -92,7 +92,7 @@ def checked(value: object) -> tuple[str, ...]:
     return entries
 
 
-# Numbers of a sample: beyond these an index of them is no size of real data.
+# Numbers of a sample. No real sample has more, and int32 can index them.
 MAX_NUMBERS = 2**28
 
 
@@ -101,9 +101,9 @@ class AugmentStep:
     """One augmentation of a training graph's samples.
 
     Attributes:
-        begin: Where its input begins in a row of several inputs; 0 for the only one.
+        begin: The position of its input in a row of several inputs; 0 for the only one.
         shape: One sample of that input.
-        first: The first of its random numbers in those of a sample.
+        first: The position of its first random number among those of a sample.
         axes: Axes that it moves or masks, from the last one: -1, -2, -3.
     """
 
@@ -116,7 +116,7 @@ class AugmentStep:
 
     @property
     def moves(self) -> bool:
-        """Whether values get to other places."""
+        """Whether it moves values, so that labels of positions have to move along."""
         return self.name in GEOMETRIC
 
     @property
@@ -148,7 +148,7 @@ class AugmentPlan:
     """All augmentations of a training graph's samples.
 
     Attributes:
-        fill: The label of places that come in from outside; None where labels are of whole samples and don't move.
+        fill: The label of positions that move in from outside; None if labels are of whole samples and don't move.
     """
 
     steps: Annotated[tuple[AugmentStep, ...], items(MOST)]
@@ -166,10 +166,10 @@ class AugmentPlan:
     def from_json(cls, text: str) -> AugmentPlan:
         """Read a plan. Raises `ModelError` if it isn't one."""
         plan = records.read(cls, text.encode(), "augmentations of the training graph", ModelError)
-        first = 0
+        next_number = 0
         for step in plan.steps:
             step.check()
-            if step.first != first:
-                raise ModelError("the first random number of an augmentation", expected=first, got=step.first)
-            first += step.numbers
+            if step.first != next_number:
+                raise ModelError("the first random number of an augmentation", expected=next_number, got=step.first)
+            next_number += step.numbers
         return plan

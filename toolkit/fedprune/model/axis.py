@@ -10,7 +10,7 @@ from typing import Any
 # The group number of indices that belong to no channel group.
 FIXED = -1
 
-# The largest allowed count or length.
+# The largest count or length: more than any model has, and products of two still fit into 64 bits.
 MAX_SIZE = 2**31 - 1
 
 
@@ -60,18 +60,18 @@ class Axis:
     def size(self, widths: Sequence[int], sizes: Sequence[int]) -> int:
         """Its length at these widths; `sizes` are the groups' full widths."""
         total = 0
-        per_group: dict[int, int] = {}
-        for s in self.segments:
-            if s.group == FIXED:
-                total += s.length
+        lengths: dict[int, int] = {}
+        for segment in self.segments:
+            if segment.group == FIXED:
+                total += segment.length
             else:
-                per_group[s.group] = per_group.get(s.group, 0) + s.length
-        return total + sum(n * widths[g] // sizes[g] for g, n in per_group.items())
+                lengths[segment.group] = lengths.get(segment.group, 0) + segment.length
+        return total + sum(length * widths[group] // sizes[group] for group, length in lengths.items())
 
 
 @dataclass(frozen=True)
 class Volume:
-    """How many elements a value has for one sample: `positions` for each combination of indices of its channel axes."""
+    """The size of a value for one sample: `positions` elements for each combination of indices of its channel axes."""
 
     axes: tuple[Axis, ...] = ()
     positions: int = 0
@@ -84,10 +84,10 @@ class Volume:
         return total
 
 
-# The volume of a row that reads or writes no data.
+# Of a row of the cost table that reads or writes no data.
 NOTHING = Volume()
 
-# The axis of a row that has none.
+# Of a row of the cost table without an inner axis.
 NO_AXIS = Axis(())
 
 
@@ -108,8 +108,8 @@ class Layer:
         weight: Name of its weight tensor; empty where it multiplies by none.
         positions: How often each weight is used per sample (output height × width for a convolution).
         output_axis: The weight's axis that makes output channels; a channel's score is taken over it.
-        reads: What it reads of one sample, without weights.
-        makes: What it makes of one sample.
+        reads: The input that it reads for one sample, without weights.
+        makes: The output that it writes for one sample.
         kernel: Elements of its window.
         stride: Product of its strides.
         groups: Groups of a convolution at full width.
@@ -137,15 +137,16 @@ class Layer:
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> Layer:
         """Read what `to_row` gave. Raises `ValueError, TypeError` if it is something else."""
-        name, op, weight, positions, axis, read, reads, made, makes, kernel, stride, groups, inner = row
+        name, op, weight, positions, axis, read_axes, read_positions, made_axes, made_positions, *numbers, inner = row
+        kernel, stride, groups = numbers
         return cls(
             str(name),
             str(op),
             str(weight),
             whole(positions),
             whole(axis),
-            Volume(tuple(map(Axis.from_rows, read)), whole(reads)),
-            Volume(tuple(map(Axis.from_rows, made)), whole(makes)),
+            Volume(tuple(map(Axis.from_rows, read_axes)), whole(read_positions)),
+            Volume(tuple(map(Axis.from_rows, made_axes)), whole(made_positions)),
             whole(kernel),
             whole(stride),
             whole(groups),
@@ -175,5 +176,5 @@ class Activation:
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> Activation:
         """Read what `to_row` gave. Raises `ValueError, TypeError` if it is something else."""
-        name, channels, positions, kept = row
-        return cls(str(name), Axis.from_rows(channels), whole(positions), bool(whole(kept)))
+        name, channels, positions, is_kept = row
+        return cls(str(name), Axis.from_rows(channels), whole(positions), bool(whole(is_kept)))

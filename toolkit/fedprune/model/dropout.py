@@ -1,11 +1,11 @@
 """Dropout in training steps: masks that a graph takes as inputs and the trainer draws.
 
-A mask holds 0 where a number is dropped and 1 / (1 − ratio) elsewhere. Which numbers these are depends on the key that
-they are drawn by alone, so a board and a simulation of it drop the same ones. Evaluation feeds ones.
+A mask holds 0 where a number is dropped and 1 / (1 − ratio) elsewhere. Only the key of the random generator decides
+which numbers are dropped, so that a board and its simulation drop the same ones. Evaluation feeds ones.
 
 A mask's shape is that of the value that it multiplies, with 1 along axes on which numbers are dropped together
 (channels, whole samples). Widths in it are names, as in all shapes of a training graph: polynomials of the batch and
-the widths of channel groups, such as `g0*4+16`. What they are is read off the shapes of the weights that are fed.
+the widths of channel groups, such as `g0*4+16`. Their values follow from the shapes of the weights that are fed.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class DropoutMasks:
         masks: dict[str, Array] = {}
         for name, shape in self._sized(arrays, samples).items():
             ratio = self.ratios[name]
-            kept = keyed(seed, *key, name).random(shape, np.float32) >= ratio
-            masks[name] = kept * np.float32(1 / (1 - ratio) if ratio < 1 else 0)
+            is_kept = keyed(seed, *key, name).random(shape, np.float32) >= ratio
+            masks[name] = is_kept * np.float32(1 / (1 - ratio) if ratio < 1 else 0)
         return masks
 
     def ones(self, arrays: Mapping[str, Array], samples: int) -> dict[str, Array]:
@@ -82,8 +82,8 @@ class DropoutMasks:
 
 def mask_shapes(shapes: Mapping[str, Shape], arrays: Mapping[str, Array], samples: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a graph's masks for a batch, by the graph's input shapes and what is fed to it."""
-    fed = {name: array.shape for name, array in arrays.items() if name in shapes and "::" not in name}
-    sizes = solved_sizes({name: (shapes[name], shape) for name, shape in fed.items()}) | {BATCH: samples}
+    fed_shapes = {name: array.shape for name, array in arrays.items() if name in shapes and "::" not in name}
+    sizes = solved_sizes({name: (shapes[name], shape) for name, shape in fed_shapes.items()}) | {BATCH: samples}
     return {name: sized(shape, sizes) for name, shape in shapes.items() if is_dropout_mask(name)}
 
 
@@ -104,20 +104,23 @@ def sized(shape: Shape, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def solved_sizes(pairs: Mapping[str, tuple[Shape, Sequence[int]]]) -> dict[str, int]:
-    """The sizes that names in shapes stand for, from arrays of these shapes: what can be solved one by one."""
-    open_pairs = [(_terms(d), n) for shape, sizes in pairs.values() for d, n in zip(shape, sizes, strict=False)
+    """Solve for the names in shapes, from arrays of these shapes, as far as the equations can be solved one by one.
+
+    Each dimension is linear in every name: with all others known, its values at 0 and 1 give the name's size.
+    """
+    equations = [(_terms(d), n) for shape, sizes in pairs.values() for d, n in zip(shape, sizes, strict=False)
                   if isinstance(d, str) and d]  # fmt: skip
     solved: dict[str, int] = {}
     while True:
-        before = len(solved)
-        for terms, size in open_pairs:
+        count_before = len(solved)
+        for terms, size in equations:
             unknown = [f for factors, _ in terms for f in factors if f not in solved]
             if len(unknown) != 1:
                 continue
-            rest, factor = (_value(terms, {**solved, unknown[0]: n}) or 0 for n in (0, 1))
-            if factor != rest:
-                solved[unknown[0]] = (size - rest) // (factor - rest)
-        if len(solved) == before:
+            offset, at_one = (_value(terms, {**solved, unknown[0]: n}) or 0 for n in (0, 1))
+            if at_one != offset:
+                solved[unknown[0]] = (size - offset) // (at_one - offset)
+        if len(solved) == count_before:
             return solved
 
 
@@ -125,13 +128,13 @@ Terms = list[tuple[list[str], int]]  # names whose product, times a number, is a
 
 
 def _terms(text: str) -> Terms:
-    """`g0*4+16` in parts: [(["g0"], 4), ([], 16)]."""
-    out: Terms = []
+    """The terms of a sum: `g0*4+16` gives [(["g0"], 4), ([], 16)]."""
+    terms: Terms = []
     for term in text.split("+"):
         factors = term.split("*")
         numbers = [int(f) for f in factors if _WHOLE.fullmatch(f)]
-        out.append(([f for f in factors if not _WHOLE.fullmatch(f)], math.prod(numbers)))
-    return out
+        terms.append(([f for f in factors if not _WHOLE.fullmatch(f)], math.prod(numbers)))
+    return terms
 
 
 def _value(terms: Terms, sizes: Mapping[str, int]) -> int | None:

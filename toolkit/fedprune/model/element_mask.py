@@ -1,4 +1,4 @@
-"""Masks of elements as files: a bit for each element, and of masked tensors the active values alone."""
+"""Element masks as files: a bit for each element, and only the active values of masked tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedprune.model.selection import Active, Selection, Tensors, mesh
 
 
 def gathered(mask: Active, selection: Selection) -> Active:
-    """The mask of a submodel, out of the whole model's."""
+    """The mask of a submodel, gathered from that of the whole model."""
     return {name: bits[mesh(selection.maps(name))] for name, bits in mask.items()}
 
 
@@ -23,18 +23,18 @@ def pack(mask: Active, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensor
 
 
 def unpack(mask: Active, packed: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
-    """The input of `pack`, with 0 where masked. Raises `BundleError` if a masked tensor has another number of
+    """The inverse of `pack`, with 0 where masked. Raises `BundleError` if a masked tensor has another number of
     values than the mask has active elements, or another type."""
-    out: Tensors = dict(packed)
+    tensors: Tensors = dict(packed)
     for name in mask.keys() & packed.keys():
         value, active = packed[name], mask[name]
         if value.shape != (int(active.sum()),):
             raise BundleError(f"active values of {name}", expected=int(active.sum()), got=value.shape)
         if value.dtype != np.float32:
             raise BundleError(f"type of {name}", expected="float32", got=value.dtype)
-        out[name] = np.zeros(active.shape, np.float32)
-        out[name][active] = value
-    return out
+        tensors[name] = np.zeros(active.shape, np.float32)
+        tensors[name][active] = value
+    return tensors
 
 
 def to_bits(mask: Active) -> dict[str, npt.NDArray[np.uint8]]:

@@ -1,7 +1,7 @@
-"""A loss: what a recipe, a planner and a compiler ask of it. Each is a file of `fedprune.model.losses`.
+"""The interface of a loss for recipes, planners and the compiler. Each loss is a file of `fedprune.model.losses`.
 
-Losses are written into training graphs by way of `GraphWriter`, so that a loss is one file, although boards read its
-labels and the number that it takes without having a compiler.
+Losses write themselves into training graphs through `GraphWriter`. So a loss is one file, although boards, which have
+no compiler, need its labels and its setting.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ HITS = "hits"
 
 
 class GraphWriter(Protocol):
-    """The training graph, as a loss adds to it; values go by their names."""
+    """The compiler's training graph, to which a loss adds operators; values are known by their names."""
 
     def emit(self, op: str, *inputs: str, attrs: Mapping[str, Any] | None = None, out: str | None = None) -> str:
         """Append an operator of ONNX (opset 17), and return its output."""
@@ -47,7 +47,7 @@ class GraphWriter(Protocol):
 
 
 class LossTerms(Protocol):
-    """Of a training graph's features those that a loss itself writes; see `fedprune.model.recipe.Features`."""
+    """The features of a training graph that a loss writes itself; see `fedprune.model.recipe.Features`."""
 
     @property
     def class_weight(self) -> bool: ...
@@ -70,7 +70,7 @@ class LossParts:
         row: Loss of every label [N, 1, ...], or of every sample: [N, 1, 1, ...], or [N] for the model's own.
         gradient: Its gradient by the logits [N, K, ...], times a number or weights of `row`'s shape, by their name.
         weight: Weights that go with `row`, or empty.
-        divisor: What the sum is divided by, or empty for the number of labels.
+        divisor: The value that divides the sum, or empty for the number of labels.
     """
 
     row: str
@@ -81,18 +81,18 @@ class LossParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """All that fedprune knows of a loss.
+    """A loss.
 
     Attributes:
-        labels: What it compares with: `classes` (the number of one), `multi`, `values`, or its `own`.
-        write: Write it for logits [N, K, ...], whose shape without N is the third argument.
-        value: What `verify` compares a graph's loss with: its mean in float64, of outputs and what a step is fed,
-            where all classes weigh the same; None where there is nothing to compare with.
-        copies: Arrays of the size of a model's output that it needs in addition, where outputs are of places; one row
-            of outputs per sample is too small to count. Counted in training graphs of U-Nets with 2 to 40 classes.
-        reads_logits: It applies a sigmoid or softmax itself.
-        setting: The number of the recipe that its graph reads, by the same name.
-        terms: Settings of the recipe that have a meaning for this loss, and not for others.
+        labels: The kind of its labels: `classes` (class numbers), `multi`, `values`, or its `own`.
+        write: Writes it for logits [N, K, ...], whose shape without N is the third argument.
+        value: The mean loss in float64 of outputs and a step's feeds, with equal class weights, with which `verify`
+            compares the graph's; None if there is nothing to compare with.
+        copies: The number of arrays of the output's size that it needs in addition, for outputs with positions; one
+            row of outputs per sample is too small to count. Measured on training graphs of U-Nets with 2 to 40 classes.
+        reads_logits: Whether it applies a sigmoid or softmax itself.
+        setting: The number in the recipe that its graph reads, by the same name.
+        terms: Settings of the recipe that only this loss and some others support.
         can_mix: Whether labels of two samples can be mixed.
     """
 
@@ -107,23 +107,23 @@ class Loss:
 
 
 def along_classes(g: GraphWriter, vector: str, outputs: Shape) -> str:
-    """A vector over classes [K] as [K, 1, ...], which goes along axis 1 of the outputs."""
-    further = range(1, len(outputs))
-    return g.emit("Unsqueeze", vector, g.ints(*further)) if further else vector
+    """A vector over classes [K] as [K, 1, ...], which broadcasts along axis 1 of the outputs."""
+    trailing_axes = range(1, len(outputs))
+    return g.emit("Unsqueeze", vector, g.ints(*trailing_axes)) if trailing_axes else vector
 
 
 def class_numbers(g: GraphWriter, outputs: Shape) -> str:
-    """Numbers of the classes along axis 1 of the outputs."""
+    """The class numbers 0 to K − 1 along axis 1 of the outputs."""
     return g.constant(np.arange(outputs[0]).reshape(1, -1, *[1] * (len(outputs) - 1)), np.int64)
 
 
-def sample_means(g: GraphWriter, each: str, slope: str, outputs: Shape) -> LossParts:
-    """The mean over each sample's outputs, of what each costs and of its slope."""
-    row = g.emit("ReduceMean", each, attrs={"axes": list(range(1, len(outputs) + 1)), "keepdims": 1})
+def sample_means(g: GraphWriter, losses: str, slope: str, outputs: Shape) -> LossParts:
+    """A loss that is the mean over each sample's outputs, from the loss of each output and its derivative."""
+    row = g.emit("ReduceMean", losses, attrs={"axes": list(range(1, len(outputs) + 1)), "keepdims": 1})
     return LossParts(row, partial(g.emit, "Mul", g.emit("Mul", slope, g.scalar(1 / math.prod(outputs)))))
 
 
-def count_hits(g: GraphWriter, right: str) -> None:
-    """Make the number of labels that are right an output."""
-    g.emit("ReduceSum", g.emit("Cast", right, attrs={"to": 7}), attrs={"keepdims": 0}, out=HITS)
+def count_hits(g: GraphWriter, is_right: str) -> None:
+    """Add an output with the number of correct labels."""
+    g.emit("ReduceSum", g.emit("Cast", is_right, attrs={"to": 7}), attrs={"keepdims": 0}, out=HITS)
     g.add_output(HITS, (), np.int64)

@@ -15,7 +15,7 @@ from fedprune.core.settings import bounded
 from fedprune.model.loss import Array
 from fedprune.model.rule import Rule
 
-# With a smaller α hardly a draw would mix anything; with the smallest, 1/α is no number and there is no draw.
+# With a smaller α hardly any draw would mix anything; with the smallest floats 1/α overflows, and drawing fails.
 LEAST_MIXUP = 1e-3
 
 _HINT = "Only labels that all count, and are classes or values but not a teacher's outputs, can be mixed."
@@ -46,28 +46,28 @@ class Mixup:
         return self.mixup > 0
 
     def mixed(
-        self, parts: Sequence[tuple[Make, Array]], seed: int, round_: int, device: str, step: int
+        self, batches: Sequence[tuple[Make, Array]], seed: int, round_: int, device: str, step: int
     ) -> tuple[list[tuple[Make, Array, Array | None]], npt.NDArray[np.float32]]:
-        """Mix the samples of a batch, within each of its parts, when the part's samples are requested.
+        """Mix the samples of a batch within each micro-batch, when its samples are requested.
 
         As in the authors' code: one λ per batch, whose samples are paired with a permutation of themselves. Numbers to
         predict, and labels from 0 to 1, are mixed like samples; classes stay, and have partners.
 
         Args:
-            parts: What makes the samples of each part, and their labels.
+            batches: Per micro-batch a function that makes its samples, and their labels.
 
         Returns:
-            The same of the mixed batch with the partners' classes, and λ (float32, shape []), the share of each sample
-            itself.
+            The same for the mixed samples, with the partners' classes; and λ (float32, shape []), the share of each
+            sample itself.
         """
         rng = keyed(seed, round_, device, "mixup", step)
         share = np.float32(rng.beta(self.mixup, self.mixup))
-        out: list[tuple[Make, Array, Array | None]] = []
-        for make, y in parts:
+        mixed_batches: list[tuple[Make, Array, Array | None]] = []
+        for make, y in batches:
             order = rng.permutation(len(y))
             labels = (y, y[order]) if y.dtype.kind == "i" else (_mix(y, order, share), None)
-            out.append((partial(_mix_made, make, order, share), *labels))
-        return out, np.asarray(share)
+            mixed_batches.append((partial(_mix_made, make, order, share), *labels))
+        return mixed_batches, np.asarray(share)
 
 
 def _mix_made(make: Make, order: npt.NDArray[np.int64], share: np.float32) -> Array:
@@ -75,8 +75,8 @@ def _mix_made(make: Make, order: npt.NDArray[np.int64], share: np.float32) -> Ar
 
 
 def _mix(value: Array, order: npt.NDArray[np.int64], share: np.float32) -> Array:
-    """λ·v + (1 − λ)·v in another order, in float32."""
-    out = np.asarray(value[order], np.float32)
-    out *= np.float32(1) - share
-    out += share * value
-    return out
+    """λ·v + (1 − λ)·v′ in float32, where v′ is v in another order."""
+    mixed = np.asarray(value[order], np.float32)
+    mixed *= np.float32(1) - share
+    mixed += share * value
+    return mixed

@@ -3,9 +3,9 @@
 Tensors of a submodel are in rank order, so that a narrower submodel is a prefix of every run of channels. A step at
 narrower widths trains that prefix; the rest of weights and optimiser state stays as it is for that step.
 
-`nested` makes a wide model that answers as the narrow ones within it. The channels of a model that was just made
-answer by chance, those that no device has trained yet among them. Where trained channels listen to these, the wide
-model is the narrow one with noise on top.
+`nested` makes a wide model that computes the same as the narrow ones within it. Channels that no device has trained yet
+still have their random initial weights. As long as trained channels read from these, the wide model is the narrow one
+with added noise.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ _MAX_SIZE = 2**31 - 1
 
 @dataclass(frozen=True)
 class TensorAxes:
-    """How channels are on the axes of a model's tensors: sizes of every group in the whole model, and per tensor its
-    axes."""
+    """The channels on the axes of a model's tensors: the full size of every group, and the axes of every tensor."""
 
     sizes: tuple[int, ...]
     axes: Mapping[str, tuple[Axis, ...]]
@@ -49,11 +48,11 @@ class TensorAxes:
             axes = {
                 str(name): tuple(
                     Axis(tuple(Segment(_whole(g, FIXED), _whole(s), _whole(c), _whole(i, 1)) for g, s, c, i in rows))
-                    for rows in of_tensor
+                    for rows in axes_rows
                 )
-                for name, of_tensor in body["axes"].items()
+                for name, axes_rows in body["axes"].items()
             }
-            if any(s.group >= len(sizes) for of in axes.values() for a in of for s in a.segments):
+            if any(s.group >= len(sizes) for tensor_axes in axes.values() for a in tensor_axes for s in a.segments):
                 raise BundleError("axes of a training graph name a group that isn't there")
         except BundleError:
             raise
@@ -63,16 +62,16 @@ class TensorAxes:
 
     @cached_property
     def prefixed(self) -> frozenset[int]:
-        """Groups of which fewer channels are a prefix of every run of theirs, so that they can be narrowed.
+        """The groups that can be narrowed, because their first channels are a prefix of each of their runs.
 
-        Where a part of a group's channels is apart (shuffled or split channels), only the ranks would tell how
-        many of them are left, and where on that axis anything else begins.
+        If a group's channels are in several runs (shuffled or split channels), only the ranks would tell how many of
+        each run are left, and where the next one begins.
         """
-        out = set(range(len(self.sizes)))
+        groups = set(range(len(self.sizes)))
         for axis in (a for of_tensor in self.axes.values() for a in of_tensor):
             if any(s.group != FIXED and (s.start, s.count) != (0, self.sizes[s.group]) for s in axis.segments):
-                out.difference_update(axis.groups)
-        return frozenset(out)
+                groups.difference_update(axis.groups)
+        return frozenset(groups)
 
     def plans(self, widths: Sequence[int], densities: Sequence[float]) -> list[tuple[int, ...]]:
         """The widths at which a device's steps train: its own first, then those of the densities, none wider.
@@ -83,11 +82,11 @@ class TensorAxes:
         self._fit(widths)
         plans = [tuple(widths)]
         for density in densities:
-            # A hair above a whole number (0.7 × 10) is not a channel.
-            wanted = [max(1, -int(-(density * n - 1e-9) // 1)) for n in self.sizes]
+            # As in `widths_at`: rounding to just above a whole number must not add a channel.
+            density_widths = [max(1, -int(-(density * n - 1e-9) // 1)) for n in self.sizes]
             plan = tuple(
-                min(new, own) if group in self.prefixed else own
-                for group, (new, own) in enumerate(zip(wanted, widths, strict=True))
+                min(density_width, own_width) if group in self.prefixed else own_width
+                for group, (density_width, own_width) in enumerate(zip(density_widths, widths, strict=True))
             )
             if plan not in plans:
                 plans.append(plan)
@@ -112,40 +111,44 @@ class TensorAxes:
                 )
 
     def narrowed(self, arrays: Mapping[str, Array], widths: Sequence[int], narrower: Sequence[int]) -> dict[str, Array]:
-        """The arrays of a submodel: prefixes, which may be views.
+        """The arrays of a submodel, which are prefixes and may be views.
 
-        Besides tensors there may be arrays of their shape that belong to them (`name::momentum`); what belongs to no
-        tensor, and numbers, are passed on.
+        Arrays of a tensor's shape that belong to it (`name::momentum`) are cut as it is. Numbers, and arrays that
+        belong to no tensor, are returned unchanged.
         """
-        out = dict(arrays)
+        narrow_arrays = dict(arrays)
         for name, value in arrays.items():
             axes = self.axes.get(name.partition("::")[0])
             if axes is not None and len(axes) == value.ndim:
-                out[name] = np.asarray(value[self._prefix(axes, widths, narrower)], order="C")
-        return out
+                narrow_arrays[name] = np.asarray(value[self._prefix(axes, widths, narrower)], order="C")
+        return narrow_arrays
 
     def write_back(
-        self, onto: Mapping[str, Array], moved: Mapping[str, Array], widths: Sequence[int], narrower: Sequence[int]
+        self,
+        onto: Mapping[str, Array],
+        narrow_arrays: Mapping[str, Array],
+        widths: Sequence[int],
+        narrower: Sequence[int],
     ) -> None:
-        """Write a submodel's arrays to their places in `onto`; the rest of it stays as it is."""
-        for name, value in moved.items():
+        """Write a submodel's arrays to their positions in `onto`; the rest of it stays as it is."""
+        for name, value in narrow_arrays.items():
             onto[name][self._prefix(self.axes[name.partition("::")[0]], widths, narrower)] = value
 
     def _prefix(self, axes: Sequence[Axis], widths: Sequence[int], narrower: Sequence[int]) -> tuple[Any, ...]:
         return mesh([self._kept(axis, widths, narrower) for axis in axes])
 
     def _kept(self, axis: Axis, widths: Sequence[int], narrower: Sequence[int]) -> Indices:
-        """Indices of an axis at `widths` that are left at narrower ones."""
+        """The indices of an axis at `widths` that remain at narrower ones."""
         if all(widths[g] == narrower[g] for g in axis.groups):
             return np.arange(axis.size(widths, self.sizes), dtype=np.int64)
-        parts, at = [], 0
+        runs, start = [], 0
         for s in axis.segments:
-            length, kept = s.length, s.length
+            length, kept_length = s.length, s.length
             if s.group != FIXED:
-                length, kept = s.inner * widths[s.group], s.inner * narrower[s.group]
-            parts.append(np.arange(at, at + kept, dtype=np.int64))
-            at += length
-        return np.concatenate(parts)
+                length, kept_length = s.inner * widths[s.group], s.inner * narrower[s.group]
+            runs.append(np.arange(start, start + kept_length, dtype=np.int64))
+            start += length
+        return np.concatenate(runs)
 
 
 def axes_json(architecture: Architecture) -> str:
@@ -163,7 +166,7 @@ def _whole(value: object, low: int = 0) -> int:
     return value
 
 
-# The initial values of all frameworks; scales are 0 in a block that starts as the identity.
+# The initial values of norms in all frameworks. Scales are 0 in residual blocks that start as the identity.
 _AS_MADE = {
     TensorKind.NORM_SCALE: (1.0, 0.0),
     TensorKind.NORM_BIAS: (0.0,),
@@ -174,20 +177,20 @@ _AS_MADE = {
 
 _DRAWN = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
-# Of fewer weights the largest needn't come near the bound that they were drawn within.
+# Weights from which the largest one comes near the bound of the distribution that they were drawn from.
 _FEW = 256
 
 
 def just_made(architecture: Architecture, model: Mapping[str, Array]) -> bool:
     """Whether a model has never been trained.
 
-    Its normalisations tell, whose numbers training moves, every one. In a model without any the layers' weights tell
-    if they are as torch makes them: 0, or drawn from ±1 / √(inputs), a bound that training carries some across. Other
-    models without normalisations don't tell, and don't count as just made: nothing of a trained model may be lost.
+    Training changes every number of a normalisation, so these decide. In a model without normalisations the layers'
+    weights decide if they look as torch initialises them: 0, or uniform within ±1 / √(inputs), a bound that training
+    exceeds. All other models count as trained, because nothing of a trained model may be lost.
     """
-    told = [s for s in architecture.tensors if s.kind in _AS_MADE]
-    if told:
-        return all(np.isin(model[s.name], _AS_MADE[s.kind]).all() for s in told)
+    norm_tensors = [s for s in architecture.tensors if s.kind in _AS_MADE]
+    if norm_tensors:
+        return all(np.isin(model[s.name], _AS_MADE[s.kind]).all() for s in norm_tensors)
     layers = [layer for layer in architecture.layers if layer.weight in model and layer.op in _DRAWN]
     return any(model[n.weight].size >= _FEW for n in layers) and all(
         _as_drawn(model[n.weight], 0 if n.op == "ConvTranspose" else n.output_axis) for n in layers
@@ -196,48 +199,50 @@ def just_made(architecture: Architecture, model: Mapping[str, Array]) -> bool:
 
 def _as_drawn(weights: Array, output_axis: int) -> bool:
     largest = float(np.abs(weights).max(initial=0.0))
-    reached = largest * math.sqrt(weights.size / weights.shape[output_axis])
-    return largest == 0 or (reached <= 1 + 1e-6 and (reached > 0.98 or weights.size < _FEW))
+    relative_bound = largest * math.sqrt(weights.size / weights.shape[output_axis])
+    return largest == 0 or (relative_bound <= 1 + 1e-6 and (relative_bound > 0.98 or weights.size < _FEW))
 
 
-def nested(architecture: Architecture, model: Mapping[str, Array], held: Iterable[Sequence[int]]) -> dict[str, Array]:
-    """The model, in which no channel listens to one that only wider models have: those weights are 0.
+def nested(
+    architecture: Architecture, model: Mapping[str, Array], widths_list: Iterable[Sequence[int]]
+) -> dict[str, Array]:
+    """The model with 0 for all weights by which a channel reads one that only wider models have.
 
     So the whole model, and its first channels at any of the widths in `held`, answer alike, as long as nothing but
-    weights mixes channels (a softmax or a norm over channels does, too). Silent weights are trained as all others are,
-    wherever both of their channels are there. Raises `BundleError` if widths don't fit.
+    weights mixes channels (a softmax or a norm over channels does, too). The weights that are 0 are trained like all
+    others wherever both of their channels exist. Raises `BundleError` if widths don't fit.
     """
-    own = [np.arange(n) for n in architecture.sizes]
-    narrow = [Selection.of(architecture, widths, own) for widths in held]
-    out = dict(model)
+    own_order = [np.arange(n) for n in architecture.sizes]
+    selections = [Selection.of(architecture, widths, own_order) for widths in widths_list]
+    model_copy = dict(model)
     for spec in architecture.trainable:
         axes = _into_and_from(architecture, spec)
         if axes is None:
             continue
-        out[spec.name] = np.array(model[spec.name])
-        weights = np.moveaxis(out[spec.name], axes, (0, 1))
-        for selection in narrow:
-            into, heard = (selection.maps(spec.name)[axis] for axis in axes)
-            weights[np.ix_(into, np.setdiff1d(np.arange(weights.shape[1]), heard))] = 0
-    return out
+        model_copy[spec.name] = np.array(model[spec.name])
+        weights = np.moveaxis(model_copy[spec.name], axes, (0, 1))
+        for selection in selections:
+            outputs, inputs = (selection.maps(spec.name)[axis] for axis in axes)
+            weights[np.ix_(outputs, np.setdiff1d(np.arange(weights.shape[1]), inputs))] = 0
+    return model_copy
 
 
 def _into_and_from(architecture: Architecture, spec: TensorSpec) -> tuple[int, int] | None:
-    """The axis of the channels that a weight makes and that of those over which it sums; None where that isn't sure.
+    """The axes of a weight's output channels and of its input channels; None if they are not certain.
 
-    A tensor that several layers read in different ways, heads' weights in one tensor and grouped transposed
-    convolutions, whose first axis is of inputs and outputs at once, are left as they are.
+    They aren't for a tensor that several layers read in different ways, for several heads' weights in one tensor, and
+    for grouped transposed convolutions, whose first axis is of inputs and outputs at once.
     """
-    found = set()
+    axis_pairs = set()
     for layer in architecture.layers:
         if layer.weight != spec.name or spec.kind is not TensorKind.WEIGHT:
             continue
         if layer.op == "Conv":
-            summed = 1
+            input_axis = 1
         elif layer.op == "ConvTranspose":
-            summed = 0 if layer.groups == 1 else layer.output_axis
+            input_axis = 0 if layer.groups == 1 else layer.output_axis
         else:
-            summed = 1 - layer.output_axis if len(spec.axes) == 2 else layer.output_axis
-        found.add((layer.output_axis, summed))
-    into, summed = found.pop() if len(found) == 1 else (0, 0)
-    return None if into == summed else (into, summed)
+            input_axis = 1 - layer.output_axis if len(spec.axes) == 2 else layer.output_axis
+        axis_pairs.add((layer.output_axis, input_axis))
+    output_axis, input_axis = axis_pairs.pop() if len(axis_pairs) == 1 else (0, 0)
+    return None if output_axis == input_axis else (output_axis, input_axis)

@@ -1,7 +1,7 @@
-"""A board's work on its data in one round.
+"""Recipes: the settings of local training in one round.
 
-The *features* of a recipe decide which inputs a training graph has, so they name the graph; everything else is a number
-that is fed at run time and never needs a new graph.
+The *features* of a recipe decide which inputs a training graph has, so they identify the graph. Everything else is a
+number that is fed at run time and never needs a new graph.
 """
 
 from __future__ import annotations
@@ -92,18 +92,18 @@ class Features:
     @property
     def key(self) -> str:
         """Short text that names this combination."""
-        parts = []
+        names = []
         for field in fields(self):
             value = getattr(self, field.name)
             if value == field.default:
                 continue
             # As JSON, because a pattern may have a comma or a plus sign.
             text = json.dumps(value) if isinstance(value, tuple) else str(value)
-            parts.append(field.name if value is True else f"{field.name}={text}")
-        return "+".join(parts) or "plain"
+            names.append(field.name if value is True else f"{field.name}={text}")
+        return "+".join(names) or "plain"
 
 
-# The loss that the model itself brings, a graph of outputs and labels.
+# The model's own loss, a graph of outputs and labels.
 CUSTOM = "custom"
 
 # The loss whose labels are a teacher's outputs.
@@ -112,7 +112,7 @@ DISTILL = "distill"
 # Labels of 0 or 1 for every class.
 MULTI = "multi"
 
-# Labels that outputs are right or wrong about.
+# Kinds of labels about which outputs are right or wrong, so that they have an accuracy.
 JUDGED = ("classes", MULTI)
 
 
@@ -128,10 +128,10 @@ METRICS_OF = {
     for kind in dict.fromkeys(loss.labels for loss in LOSSES.values())
 }
 
-# Optimisers, and how many arrays of a tensor's shape each keeps between steps.
+# Optimisers, with the number of arrays of a tensor's shape that each keeps between steps.
 OPTIMIZERS = {"sgd": 1, "adam": 2, "adamw": 2, "lion": 1}
 
-# Courses of the learning rate over a job's rounds.
+# Schedules of the learning rate over a job's rounds.
 SCHEDULES = ("constant", "cosine")
 
 MASKS = ("none", "hard", "threshold")
@@ -140,7 +140,7 @@ _MOST = 1000
 # Entries of a list of patterns or densities, and letters of a pattern.
 _LONGEST = 1000
 
-# Settings as they were after their check, by what was given: every round repeats the recipes of the one before.
+# Checked settings by the given ones, because every round repeats the recipes of the round before.
 _CHECKED: dict[tuple[object, ...], dict[str, Any]] = {}
 _MOST_CHECKED = 256
 
@@ -288,14 +288,14 @@ class Recipe(LocalMethod, PlainTraining):
     """Local training of one round."""
 
     def __post_init__(self) -> None:
-        # Types count: 1 and numpy's 1 may have the same text, True and 1 are equal.
-        given = repr(vars(self)), *map(type, vars(self).values())
-        checked = _CHECKED.get(given)  # another thread may clear them
+        # With types: 1 and numpy's 1 may have the same text, and True equals 1.
+        settings_key = repr(vars(self)), *map(type, vars(self).values())
+        checked = _CHECKED.get(settings_key)  # one look-up, since another thread may clear them in between
         if checked is None:
             self._check()
             if len(_CHECKED) >= _MOST_CHECKED:
                 _CHECKED.clear()
-            checked = _CHECKED[given] = dict(vars(self))
+            checked = _CHECKED[settings_key] = dict(vars(self))
         vars(self).update(checked)
 
     def _check(self) -> None:
@@ -307,24 +307,24 @@ class Recipe(LocalMethod, PlainTraining):
                 name, getattr(self, name), "patterns of tensor names, such as ['layer1.*']", _is_pattern
             )
             object.__setattr__(self, name, patterns)
-        dropout, kind = self.ordered_dropout, "densities above 0 and up to 1"
-        dropout = _entries("ordered_dropout", dropout, kind, lambda share: is_number(share, 0, 1) and share > 0)
+        dropout, expected = self.ordered_dropout, "densities above 0 and up to 1"
+        dropout = _entries("ordered_dropout", dropout, expected, lambda share: is_number(share, 0, 1) and share > 0)
         object.__setattr__(self, "ordered_dropout", tuple(map(float, dropout)))
         object.__setattr__(self, "augment", augmentation.checked(self.augment))
         check_rules(self, RULES, ("recipe",))
 
-    def rate(self, round_: int, done: float) -> float:
-        """The learning rate at a point of a job: `done`, a share from 0 to 1, of round `round_`, from 1.
+    def rate(self, round_: int, done_share: float) -> float:
+        """The learning rate at a point of a job: `done_share`, a share from 0 to 1, of round `round_`, from 1.
 
         A step takes that of its middle, so that neither the first one nor the last one is lost.
         """
-        at, rounds = round_ - 1 + done, max(1, self.lr_rounds)
-        if at < self.lr_warmup:
-            return self.lr * at / self.lr_warmup
+        elapsed, rounds = round_ - 1 + done_share, max(1, self.lr_rounds)
+        if elapsed < self.lr_warmup:
+            return self.lr * elapsed / self.lr_warmup
         if self.lr_schedule == "constant":
             return self.lr
-        passed = (at - self.lr_warmup) / (rounds - self.lr_warmup) if at < rounds else 1.0
-        return self.lr * (1 + math.cos(math.pi * passed)) / 2
+        decayed_share = (elapsed - self.lr_warmup) / (rounds - self.lr_warmup) if elapsed < rounds else 1.0
+        return self.lr * (1 + math.cos(math.pi * decayed_share)) / 2
 
     @property
     def can_mix(self) -> bool:
@@ -333,7 +333,7 @@ class Recipe(LocalMethod, PlainTraining):
 
     @property
     def plain(self) -> Recipe:
-        """The same training without what strategies add to it."""
+        """The same training without the settings that strategies add."""
         return replace(self, **vars(LocalMethod()))
 
     @property
@@ -388,8 +388,8 @@ class Recipe(LocalMethod, PlainTraining):
         Those are the average as it was and as it is, the received weights that are blended into what serves, the best
         epoch's weights, and the optimiser's state as it was.
         """
-        best = self.patience > 0 and self.best_epoch
-        return 2 * (self.average > 0) + (self.blend > 0) + best + self._kept_states
+        best_epoch_copy = self.patience > 0 and self.best_epoch
+        return 2 * (self.average > 0) + (self.blend > 0) + best_epoch_copy + self._kept_states
 
     @property
     def _kept_states(self) -> int:
@@ -398,21 +398,21 @@ class Recipe(LocalMethod, PlainTraining):
 
     @property
     def micro_batch(self) -> int:
-        """Most samples that are in memory at once."""
+        """The maximum number of samples that are in memory at once."""
         return -(-self.batch_size // self.accumulate)
 
     def part_sizes(self, samples: int) -> list[int]:
-        """Samples of the parts of a full batch, largest first: they differ by one at most. Fewer local samples make a
-        smaller batch."""
+        """The sizes of a full batch's micro-batches, largest first, which differ by one at most. Fewer local samples
+        make a smaller batch."""
         batch = min(self.batch_size, samples)
-        parts = -(-batch // self.micro_batch)
-        least, more = divmod(batch, parts)
-        return [least + 1] * more + [least] * (parts - more)
+        count = -(-batch // self.micro_batch)
+        smallest, larger_count = divmod(batch, count)
+        return [smallest + 1] * larger_count + [smallest] * (count - larger_count)
 
     def in_parts(self, accumulate: int) -> Recipe:
-        """The recipe with at least this many parts of a batch, as far as a batch has that many samples."""
-        parts = min(max(self.accumulate, accumulate), self.batch_size)
-        return self if parts == self.accumulate else replace(self, accumulate=parts)
+        """The recipe with at least this many micro-batches, as far as a batch has that many samples."""
+        count = min(max(self.accumulate, accumulate), self.batch_size)
+        return self if count == self.accumulate else replace(self, accumulate=count)
 
     def steps(self, samples: int) -> int:
         """Optimiser steps for this many local samples."""
@@ -424,16 +424,16 @@ class Recipe(LocalMethod, PlainTraining):
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def to_offer(self) -> dict[str, Any]:
-        """As plain JSON types, without settings that are as by default: most are, and every offer has a recipe.
+        """As plain JSON types, without settings that have their default: most do, and every offer carries a recipe.
 
-        So a board must have the same defaults: they are part of the protocol.
+        Boards must therefore have the same defaults, which are part of the protocol.
         """
-        plain = {f.name: f.default for f in fields(self)}
-        return {k: v for k, v in self.to_dict().items() if getattr(self, k) != plain[k]}
+        defaults = {f.name: f.default for f in fields(self)}
+        return {k: v for k, v in self.to_dict().items() if getattr(self, k) != defaults[k]}
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Recipe:
-        """Read and check; what is missing is as by default. Raises `ConfigError` for an unknown key, a wrong type or
+        """Read and check; missing settings have their default. Raises `ConfigError` for an unknown key, a wrong type or
         a number out of range."""
         return cls(**validation.known(cls, body, ("recipe",)))
 
@@ -442,14 +442,14 @@ class Recipe(LocalMethod, PlainTraining):
 
 
 def _of_losses(setting: str) -> Rule:
-    """The rule of a setting that only some losses have a term for."""
+    """The rule of a setting that only some losses support."""
     losses = [name for name, loss in LOSSES.items() if setting in loss.terms]
     return Rule(setting, "loss", lambda r: r.loss in losses, f"loss {' or '.join(losses)}")
 
 
 _TOLD = "A board would tell {}, which no noise covers."
 
-# Settings that have no meaning together.
+# Settings that exclude each other, or mean nothing without another one.
 RULES = (
     *map(_of_losses, sorted(frozenset().union(*(loss.terms for loss in LOSSES.values())))),
     *mixup.RULES,
@@ -473,7 +473,7 @@ RULES = (
 
 
 def judged_by(recipe: Mapping[str, Any]) -> str:
-    """The name of the metric by which a recipe's models are judged; what is missing is as by default."""
+    """The name of the metric by which a recipe's models are judged; missing settings have their default."""
     metric = recipe.get("metric", Recipe.metric)
     if metric:
         return SCORE if metric == CUSTOM else str(metric)

@@ -1,4 +1,4 @@
-"""Rules on settings that mean something only beside certain values of others."""
+"""Rules on settings that depend on the values of others."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from fedprune.core.errors import ConfigError, KeyPath, shown
 
 
 class Rule(NamedTuple):
-    """A setting that, unless it is as by default, needs another one to be of certain values.
+    """A setting that, unless it has its default, requires certain values of another one.
 
     Attributes:
-        holds: Whether settings keep the rule.
+        holds: Tells whether settings keep the rule.
     """
 
     setting: str
@@ -25,10 +25,10 @@ class Rule(NamedTuple):
 def check_rules(settings: Any, rules: Iterable[Rule], path: KeyPath) -> None:
     """Raise `ConfigError` for the first rule that settings break; `path` is their table's."""
     for rule in rules:
-        value, other = getattr(settings, rule.setting), getattr(settings, rule.other)
+        value, other_value = getattr(settings, rule.setting), getattr(settings, rule.other)
         if value != getattr(type(settings), rule.setting) and not rule.holds(settings):
             raise ConfigError(
-                f"with {rule.other} {shown(other)}",
+                f"with {rule.other} {shown(other_value)}",
                 path=(*path, rule.setting),
                 expected=rule.expected,
                 got=shown(value),

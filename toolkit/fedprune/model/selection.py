@@ -1,4 +1,4 @@
-"""Submodels as maps: which channels of every group a device holds, in which order.
+"""Submodels as selections of channels: which ones of every group a device holds, in which order.
 
 A `Selection` ranks each group's channels and keeps the first `width` of them. Tensors of a submodel are laid out in
 rank order, so a narrower submodel of the same ranks is a prefix of a wider one.
@@ -25,7 +25,7 @@ Tensors = dict[str, npt.NDArray[np.float32]]
 Indices = npt.NDArray[np.int64]
 Bits = npt.NDArray[np.bool_]
 
-# Single elements that are active, by tensor and of its shape; a tensor that isn't named is active as a whole.
+# The active elements of tensors, as arrays of their shapes; tensors without an entry are active as a whole.
 Active = Mapping[str, Bits]
 
 # Every element of every tensor.
@@ -40,7 +40,7 @@ def check_mask(mask: Active, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 class _Piece(NamedTuple):
-    """How a tensor is gathered: what to slice (axes that hold a run), which axes to take indices of."""
+    """The plan for gathering a tensor: slices for axes that hold a run, indices for the others."""
 
     name: str
     whole: tuple[int, ...]
@@ -61,7 +61,7 @@ class Selection:
     def of(
         cls, architecture: Architecture, widths: Sequence[int], ranks: Sequence[npt.ArrayLike] | None = None
     ) -> Selection:
-        """A checked selection; without ranks, channels keep their own order. Raises `BundleError` if widths or ranks
+        """A checked selection; without ranks, channels keep the model's order. Raises `BundleError` if widths or ranks
         don't fit the architecture."""
         checked = architecture.check_widths(widths)
         if ranks is None:
@@ -73,7 +73,7 @@ class Selection:
             order = np.array(rank, dtype=np.int64)
             if order.shape != (group.size,) or not np.array_equal(np.sort(order), np.arange(group.size)):
                 raise BundleError(f"rank of group {group.name}", expected=f"a permutation of {group.size} channels")
-            order.setflags(write=False)
+            order.setflags(write=False)  # digest and maps are computed once and must stay true
             orders.append(order)
         return cls(architecture, tuple(orders), checked)
 
@@ -92,25 +92,27 @@ class Selection:
         return self.widths == self.architecture.sizes
 
     def indices(self, axis: Axis) -> Indices:
-        """Full-width indices of an axis that the submodel holds, in its order."""
-        offset, parts = 0, []
-        for s in axis.segments:
-            if s.group == FIXED:
-                parts.append(np.arange(offset, offset + s.length, dtype=np.int64))
+        """The full-width indices of an axis that the submodel holds, in its order."""
+        offset, runs = 0, []
+        for segment in axis.segments:
+            if segment.group == FIXED:
+                runs.append(np.arange(offset, offset + segment.length, dtype=np.int64))
             else:
-                kept = self.ranks[s.group][: self.widths[s.group]]
-                kept = kept[(kept >= s.start) & (kept < s.start + s.count)] - s.start
-                inner = np.arange(s.inner, dtype=np.int64)
-                parts.append((offset + kept[:, None] * s.inner + inner[None, :]).reshape(-1))
-            offset += s.length
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+                channels = self.ranks[segment.group][: self.widths[segment.group]]
+                channels = (
+                    channels[(channels >= segment.start) & (channels < segment.start + segment.count)] - segment.start
+                )
+                inner = np.arange(segment.inner, dtype=np.int64)
+                runs.append((offset + channels[:, None] * segment.inner + inner[None, :]).reshape(-1))
+            offset += segment.length
+        return np.concatenate(runs) if runs else np.zeros(0, np.int64)
 
     @cached_property
     def _maps(self) -> dict[str, tuple[Indices, ...]]:
         return {t.name: tuple(self.indices(a) for a in t.axes) for t in self.architecture.tensors}
 
     def maps(self, name: str) -> tuple[Indices, ...]:
-        """Per axis of tensor `name`, the full-width indices that the submodel holds, in its order."""
+        """The `indices` of each axis of tensor `name`."""
         return self._maps[name]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -121,44 +123,44 @@ class Selection:
         return self.architecture.shapes(self.widths)
 
     def gather(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
-        """The submodel's tensors out of the full model's. Raises `BundleError` if a tensor is missing or has another
-        shape than the architecture says."""
-        pieces = self._pieces
-        wholes = [_expect(tensors, piece.name, piece.whole) for piece in pieces]
-        out: Tensors = {}
-        for full, piece in zip(wholes, pieces, strict=True):
-            part = out[piece.name] = np.empty(piece.shape, np.float32)
-            _take(full[piece.cut], piece.rows, part)
-        return out
+        """Extract the submodel's tensors from the full model's. Raises `BundleError` if a tensor is missing or has
+        another shape than the architecture says."""
+        plans = self._pieces
+        full_tensors = [_expect(tensors, plan.name, plan.whole) for plan in plans]
+        submodel: Tensors = {}
+        for full, plan in zip(full_tensors, plans, strict=True):
+            submodel_tensor = submodel[plan.name] = np.empty(plan.shape, np.float32)
+            _take(full[plan.cut], plan.rows, submodel_tensor)
+        return submodel
 
     @cached_property
     def _pieces(self) -> tuple[_Piece, ...]:
-        """How every tensor is gathered, in the architecture's order."""
-        out, shapes = [], self.shapes()
+        """The plans for gathering every tensor, in the architecture's order."""
+        plans, shapes = [], self.shapes()
         for spec in self.architecture.tensors:
             maps = self.maps(spec.name)
             runs = [_run(m) for m in maps]
             cut = (*(slice(None) if r is None else r for r in runs), ...)
             rows = tuple((axis, maps[axis]) for axis, r in enumerate(runs) if r is None)
-            out.append(_Piece(spec.name, spec.shape, shapes[spec.name], cut, rows))
-        return tuple(out)
+            plans.append(_Piece(spec.name, spec.shape, shapes[spec.name], cut, rows))
+        return tuple(plans)
 
     def scatter(
         self, submodel: Mapping[str, npt.NDArray[np.float32]], onto: Mapping[str, npt.NDArray[np.float32]]
     ) -> Tensors:
-        """Reconstruct: the submodel's tensors at their places in a copy of `onto`. Raises `BundleError` if a tensor
+        """Write the submodel's tensors to their positions in a copy of `onto`. Raises `BundleError` if a tensor
         is missing or has another shape than this selection says."""
         shapes = self.shapes()
-        out: Tensors = {}
+        tensors: Tensors = {}
         for spec in self.architecture.tensors:
-            part = _expect(submodel, spec.name, shapes[spec.name])
-            full = _expect(onto, spec.name, spec.shape).copy()
-            full[mesh(self.maps(spec.name))] = part
-            out[spec.name] = full
-        return out
+            submodel_tensor = _expect(submodel, spec.name, shapes[spec.name])
+            full_tensor = _expect(onto, spec.name, spec.shape).copy()
+            full_tensor[mesh(self.maps(spec.name))] = submodel_tensor
+            tensors[spec.name] = full_tensor
+        return tensors
 
     def covered(self, name: str) -> npt.NDArray[np.bool_]:
-        """Which coordinates of the full tensor the submodel holds."""
+        """A mask of the full tensor's elements that the submodel holds."""
         spec = self.architecture.by_name[name]
         mask = np.zeros(spec.shape, np.bool_)
         mask[mesh(self.maps(name))] = True
@@ -205,13 +207,13 @@ class Selection:
 def mesh(maps: Sequence[Indices]) -> tuple[Any, ...]:
     """An index for the outer product of index rows, one per axis.
 
-    It is slices where rows are runs, from the last axis on: an index array per kernel position would cost twenty
-    times as much.
+    Trailing axes whose rows are runs become slices, which are copied as blocks: with index arrays every kernel position
+    would be gathered by itself, in twenty times the time.
     """
     runs = [_run(m) for m in maps]
-    last = max((i for i, r in enumerate(runs) if r is None), default=-1)
-    arrays = np.ix_(*maps[: last + 1]) if last >= 0 else ()
-    return (*arrays, *(r for r in runs[last + 1 :] if r is not None), ...)
+    last_irregular = max((i for i, r in enumerate(runs) if r is None), default=-1)
+    arrays = np.ix_(*maps[: last_irregular + 1]) if last_irregular >= 0 else ()
+    return (*arrays, *(r for r in runs[last_irregular + 1 :] if r is not None), ...)
 
 
 def _run(row: Indices) -> slice | None:
@@ -222,15 +224,17 @@ def _run(row: Indices) -> slice | None:
     return slice(start, stop) if stop - start == row.size and bool((np.diff(row) == 1).all()) else None
 
 
-def _take(part: npt.NDArray[np.float32], rows: Sequence[tuple[int, Indices]], out: npt.NDArray[np.float32]) -> None:
+def _take(source: npt.NDArray[np.float32], rows: Sequence[tuple[int, Indices]], out: npt.NDArray[np.float32]) -> None:
     """Write the outer product of index rows into `out`, taking one axis after the other."""
     if not rows:
-        np.copyto(out, part)
+        np.copyto(out, source)
         return
     for axis, row in rows[:-1]:
-        part = part.take(row, axis=axis)
+        source = source.take(row, axis=axis)
     axis, row = rows[-1]
-    np.take(part, row, axis=axis, out=out, mode="clip")  # nothing is clipped, but this mode writes without a buffer
+    np.take(
+        source, row, axis=axis, out=out, mode="clip"
+    )  # no index is out of range; the default mode would write through a buffer
 
 
 def _expect(

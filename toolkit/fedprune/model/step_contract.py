@@ -83,10 +83,11 @@ LOGIT_OFFSET = "logit_offset"
 CLASS_MASK = "class_mask"
 OUTPUT_SCALE = "output_scale"
 LOSS = "loss"
-# The output of an inference graph (its input is `x`), and the value of a training graph that the loss is made of.
+# The output of an inference graph (its input is `x`), and the value in a training graph from which the loss is
+# computed.
 LOGITS = "logits"
 
-# Inputs that have an entry for every sample.
+# Inputs with an entry for every sample.
 OF_SAMPLES = frozenset({X, Y, Y_PARTNER})
 
 
@@ -95,7 +96,7 @@ class Number:
     """A number that training graphs read (shape []).
 
     Attributes:
-        setting: The recipe's with its value; empty where it isn't the same in every step.
+        setting: The recipe's setting with its value; empty if it differs from step to step.
         is_read: Whether the graph of these features reads it.
     """
 
@@ -184,7 +185,7 @@ def mask(name: str) -> str:
 
 
 def threshold(name: str) -> str:
-    """Size θ below which elements of a tensor count as 0 (input)."""
+    """Magnitude θ below which elements of a tensor count as 0 (input)."""
     return f"{name}::threshold"
 
 
@@ -237,9 +238,9 @@ Array = npt.NDArray[Any]
 
 
 def numbers(recipe: Recipe) -> dict[str, Array]:
-    """The numbers that a recipe sets, the same in every step except for the share of labels where samples are mixed."""
-    read = {name: n for name, n in NUMBERS.items() if n.setting and n.is_read(recipe.features)}
-    out: dict[str, Array] = {name: np.array(getattr(recipe, n.setting), n.dtype) for name, n in read.items()}
+    """The numbers that a recipe sets. They are the same in every step, except for λ where samples are mixed."""
+    read_numbers = {name: n for name, n in NUMBERS.items() if n.setting and n.is_read(recipe.features)}
+    out: dict[str, Array] = {name: np.array(getattr(recipe, n.setting), n.dtype) for name, n in read_numbers.items()}
     return out | ({Y_SHARE: np.array(1, np.float32)} if recipe.features.label_pairs else {})
 
 
@@ -252,32 +253,31 @@ def anchors(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[st
 
 
 def weight_of(y: Array, ignored: int | None = None, class_weight: Array | None = None) -> float:
-    """The contribution of labels of a batch, or of a part of it, to the divisor of its loss, where labels are right or
-    wrong; otherwise every sample counts 1."""
+    """The contribution of labels to the divisor of their batch's loss: class labels by their weights, others 1 each."""
     if y.dtype.kind != "i":
         return float(len(y))
-    counted = y if ignored is None else y[y != ignored]
-    return float(counted.size if class_weight is None else class_weight[counted].sum(dtype=np.float64))
+    counted_labels = y if ignored is None else y[y != ignored]
+    return float(counted_labels.size if class_weight is None else class_weight[counted_labels].sum(dtype=np.float64))
 
 
 def first_step(
     recipe: Recipe, tensors: Mapping[str, Array], inputs: Collection[str], y: Array, classes: int
 ) -> dict[str, Array]:
-    """Everything but samples and labels that the first step of a round on labels `y` is fed, where classes count alike;
-    only what `inputs` name."""
+    """The feeds of a round's first step on labels `y`, except samples and labels, with equal class weights; only those
+    that `inputs` names."""
     trained = [n for n in tensors if buffer(n) in inputs]
-    out: dict[str, Array] = {n: np.asarray(v, order="C") for n, v in tensors.items()}
-    out |= numbers(recipe) | anchors(recipe, tensors, trained)
-    out[STEP_NUMBER] = np.array(1, np.int64)
-    out[OUTPUT_SCALE] = out[Y_SHARE] = np.array(1, np.float32)
-    out[Y_PARTNER] = y
+    inputs_by_name: dict[str, Array] = {n: np.asarray(v, order="C") for n, v in tensors.items()}
+    inputs_by_name |= numbers(recipe) | anchors(recipe, tensors, trained)
+    inputs_by_name[STEP_NUMBER] = np.array(1, np.int64)
+    inputs_by_name[OUTPUT_SCALE] = inputs_by_name[Y_SHARE] = np.array(1, np.float32)
+    inputs_by_name[Y_PARTNER] = y
     weight = weight_of(y, recipe.ignore_label) if recipe.features.scores else len(y)
-    out[DIVISOR] = np.array(weight, np.float32)
-    out[LOGIT_OFFSET] = np.zeros(classes, np.float32)
-    out[CLASS_WEIGHT] = out[CLASS_MASK] = np.ones(classes, np.float32)
+    inputs_by_name[DIVISOR] = np.array(weight, np.float32)
+    inputs_by_name[LOGIT_OFFSET] = np.zeros(classes, np.float32)
+    inputs_by_name[CLASS_WEIGHT] = inputs_by_name[CLASS_MASK] = np.ones(classes, np.float32)
     for name in trained:
-        out[mask(name)] = np.ones_like(out[name])
-        out[threshold(name)] = np.array(0, np.float32)
+        inputs_by_name[mask(name)] = np.ones_like(inputs_by_name[name])
+        inputs_by_name[threshold(name)] = np.array(0, np.float32)
         for array in (*states(recipe.optimizer), total):
-            out[array(name)] = np.zeros_like(out[name])
-    return {n: v for n, v in out.items() if n in inputs}
+            inputs_by_name[array(name)] = np.zeros_like(inputs_by_name[name])
+    return {n: v for n, v in inputs_by_name.items() if n in inputs}

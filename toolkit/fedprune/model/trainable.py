@@ -1,4 +1,4 @@
-"""Which tensors a round trains, and which stay as they are."""
+"""The tensors that a round trains, and those that it leaves frozen."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from fedprune.core.errors import ConfigError, KeyPath
 from fedprune.model.architecture import Architecture, TensorKind, TensorSpec
 from fedprune.model.recipe import Features
 
-# A pattern that stands for the last layer's tensors, where tensors are named by patterns.
+# In lists of patterns: the last layer's tensors, whatever their names are.
 HEAD = "@head"
 
 
 def head_axes(architecture: Architecture, setting: KeyPath = ("recipe",)) -> dict[str, int]:
-    """The last layer's tensors, with the axis of each along which the outputs are.
+    """The last layer's tensors, with the output axis of each.
 
-    That is the last layer with a weight whose outputs no cut may touch, and its bias: of all biases as long as there
-    are outputs the one that is called like the layer, or else the first behind its weight. Raises `ConfigError` if
-    there is none; the message names `setting` needs it.
+    The last layer is the last one with a weight whose outputs no cut may touch. Its bias is, of the biases with as many
+    elements as there are outputs, the one with the layer's name, or else the first one after its weight. Raises
+    `ConfigError`, which names `setting`, if there is no such layer.
     """
     for layer in reversed(architecture.layers):
         spec = architecture.by_name.get(layer.weight)
@@ -28,17 +28,17 @@ def head_axes(architecture: Architecture, setting: KeyPath = ("recipe",)) -> dic
         outputs = spec.axes[layer.output_axis].length
         if len(architecture.output_shape) == 1 and outputs != architecture.classes:
             continue
-        out = {spec.name: layer.output_axis}
+        axes = {spec.name: layer.output_axis}
         names = [t.name for t in architecture.tensors]
         biases = [
             t.name for t in architecture.tensors if t.kind is TensorKind.BIAS and t.shape == (outputs,)
             and not t.axes[0].groups
         ]  # fmt: skip
         prefix = spec.name.rpartition(".")[0]
-        named = [b for b in biases if prefix and b.rpartition(".")[0] == prefix]
-        behind = [b for b in biases if names.index(b) > names.index(spec.name)]
-        out.update(dict.fromkeys((named or behind)[:1], 0))
-        return out
+        same_prefix = [b for b in biases if prefix and b.rpartition(".")[0] == prefix]
+        later_biases = [b for b in biases if names.index(b) > names.index(spec.name)]
+        axes.update(dict.fromkeys((same_prefix or later_biases)[:1], 0))
+        return axes
     raise ConfigError(
         "the model has no last layer with weights of its own",
         path=setting,
@@ -48,42 +48,43 @@ def head_axes(architecture: Architecture, setting: KeyPath = ("recipe",)) -> dic
 
 
 def spelt(patterns: Collection[str], architecture: Architecture, setting: KeyPath = ("recipe",)) -> tuple[str, ...]:
-    """Patterns of tensors with `@head` spelt out. Raises as `head_axes` if it is among them."""
-    out: list[str] = []
+    """Patterns of tensors with the last layer's tensors in place of `@head`. Raises as `head_axes` if they are
+    needed."""
+    names: list[str] = []
     for pattern in patterns:
-        out += [escape(n) for n in head_axes(architecture, setting)] if pattern == HEAD else [pattern]
-    return tuple(out)
+        names += [escape(n) for n in head_axes(architecture, setting)] if pattern == HEAD else [pattern]
+    return tuple(names)
 
 
 def frozen_tensors(architecture: Architecture, features: Features, frozen: Collection[str] = ()) -> frozenset[str]:
-    """Names of the tensors that stay as they are.
+    """The names of the tensors that are not trained.
 
-    Those are what the model itself froze (`requires_grad=False` in torch) or, where the features name what is
-    trainable, everything else; and whatever matches a pattern of `features.frozen`. Batch-norm statistics are tensors,
-    too: a frozen one isn't measured again. Raises `ConfigError` if a pattern matches no tensor, no tensor is left to
-    train, or `@head` is among the patterns and the model has no last layer.
+    These are the ones that the model itself froze (`requires_grad=False` in torch) or, if `features.trainable` has
+    patterns, all that match none of them; and all that match a pattern of `features.frozen`. Batch-norm statistics are
+    tensors, too: a frozen one isn't measured again. Raises `ConfigError` if a pattern matches no tensor, no tensor is
+    left to train, or `@head` is among the patterns and the model has no last layer.
     """
     names = [t.name for t in architecture.tensors]
-    out = set(frozen).intersection(names)
+    frozen_names = set(frozen).intersection(names)
     if features.trainable:
-        out = set(names) - matching(architecture, features.trainable, ("recipe", "trainable"))
-    out |= matching(architecture, features.frozen, ("recipe", "frozen"))
-    if architecture.trainable and out.issuperset(t.name for t in architecture.trainable):
+        frozen_names = set(names) - matching(architecture, features.trainable, ("recipe", "trainable"))
+    frozen_names |= matching(architecture, features.frozen, ("recipe", "frozen"))
+    if architecture.trainable and frozen_names.issuperset(t.name for t in architecture.trainable):
         raise ConfigError(
             "every tensor is frozen",
             path=("recipe", "frozen"),
             expected="at least one that is trained",
             hint="Let recipe.frozen match less, or recipe.trainable more.",
         )
-    return frozenset(out)
+    return frozenset(frozen_names)
 
 
 def trained_tensors(
     architecture: Architecture, features: Features, frozen: Collection[str] = ()
 ) -> tuple[TensorSpec, ...]:
-    """The tensors that an optimiser moves; arguments and errors are those of `frozen_tensors`."""
-    still = frozen_tensors(architecture, features, frozen)
-    return tuple(t for t in architecture.trainable if t.name not in still)
+    """The tensors that an optimiser changes; arguments and errors are those of `frozen_tensors`."""
+    frozen_names = frozen_tensors(architecture, features, frozen)
+    return tuple(t for t in architecture.trainable if t.name not in frozen_names)
 
 
 def matching(architecture: Architecture, patterns: Collection[str], setting: KeyPath) -> frozenset[str]:

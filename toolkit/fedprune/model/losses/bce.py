@@ -1,6 +1,6 @@
 """Binary cross-entropy of every label, from logits.
 
-With positive weight p: (1 − y)·softplus(x) + p·y·softplus(−x), its slope (1 − y)·σ(x) − p·y·σ(−x). All of it is
+With positive weight p: (1 − y)·softplus(x) + p·y·softplus(−x), its derivative (1 − y)·σ(x) − p·y·σ(−x). Both are
 written with e = exp(−|x|) and without differences, so that small losses keep their digits.
 """
 
@@ -26,27 +26,27 @@ from fedprune.model.loss import (
 def _write(g: GraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> LossParts:
     zero, one = g.scalar(0), g.scalar(1)
     e = g.emit("Exp", g.emit("Neg", g.emit("Abs", logits)))
-    above = g.emit("Add", one, e)
-    # log(1 + e) where the sum rounds e off: log(u)·e/(u − 1), in which the rounding of u cancels.
-    rounded = g.emit("Sub", above, one)
-    lost = g.emit("Equal", rounded, zero)
-    exact = g.emit("Div", g.emit("Mul", g.emit("Log", above), e), g.emit("Where", lost, one, rounded))
-    soft = g.emit("Where", lost, e, exact)
+    one_plus_e = g.emit("Add", one, e)
+    # log1p(e), which ONNX lacks: with u = 1 + e rounded, log(u)·e/(u − 1), in which the rounding of u cancels.
+    rounded = g.emit("Sub", one_plus_e, one)
+    is_lost = g.emit("Equal", rounded, zero)
+    exact = g.emit("Div", g.emit("Mul", g.emit("Log", one_plus_e), e), g.emit("Where", is_lost, one, rounded))
+    log_one_plus_e = g.emit("Where", is_lost, e, exact)
     positive = g.emit("Greater", logits, zero)
     absent, present = g.emit("Sub", one, Y), Y
     if terms.class_weight:
         present = g.emit("Mul", present, along_classes(g, CLASS_WEIGHT, outputs))
 
     def side(load: str, x: str, up: str, down: str) -> tuple[str, str]:
-        """A kind of labels' loss and the size of its slope."""
-        softplus = g.emit("Add", soft, g.emit("Relu", x))
-        sigma = g.emit("Div", g.emit("Where", positive, up, down), above)
+        """The loss of one kind of labels, and the size of its derivative."""
+        softplus = g.emit("Add", log_one_plus_e, g.emit("Relu", x))
+        sigma = g.emit("Div", g.emit("Where", positive, up, down), one_plus_e)
         return g.emit("Mul", load, softplus), g.emit("Mul", load, sigma)
 
     of_absent, down = side(absent, logits, one, e)
     of_present, up = side(present, g.emit("Neg", logits), e, one)
-    each, slope = g.emit("Add", of_absent, of_present), g.emit("Sub", down, up)
-    return sample_means(g, each, slope, outputs)
+    losses, slope = g.emit("Add", of_absent, of_present), g.emit("Sub", down, up)
+    return sample_means(g, losses, slope, outputs)
 
 
 def _value(outputs: Outputs, feeds: Feeds) -> float:

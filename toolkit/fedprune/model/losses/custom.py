@@ -1,4 +1,4 @@
-"""The loss that a model itself brings: a graph of outputs and labels, which the compiler writes in its place."""
+"""A model's own loss: a graph of outputs and labels, which the compiler writes in place of this one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""T² · KL(softmax(y / T) ‖ softmax(z / T)) over classes, the mean over places; labels are a teacher's outputs.
+"""T² · KL(softmax(y / T) ‖ softmax(z / T)) over classes, the mean over positions; labels are a teacher's outputs.
 
-Its slope is T · (softmax(z / T) − softmax(y / T)): cross-entropy with the teacher's softened shares, less its own
-entropy, so that 0 is the least; T² keeps the size of gradients (Hinton, Vinyals and Dean, "Distilling the knowledge
+Its derivative is T · (softmax(z / T) − softmax(y / T)): cross-entropy with the teacher's softened shares, less its own
+entropy, so that the minimum is 0; T² keeps the size of gradients (Hinton, Vinyals and Dean, "Distilling the knowledge
 in a neural network", arXiv:1503.02531, Sec. 2).
 """
 
@@ -23,14 +23,16 @@ def _write(g: GraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> Los
             expected="[n, classes, ...], with two classes or more",
             got=shape_text("n", *outputs),
         )
-    heat, places = _TEMPERATURE, math.prod(outputs[1:])
-    student, teacher = (g.emit("Div", value, heat) for value in (logits, Y))
-    own, aim = (g.emit("Softmax", value, attrs={"axis": 1}) for value in (student, teacher))
-    log_own, log_aim = (g.emit("LogSoftmax", value, attrs={"axis": 1}) for value in (student, teacher))
-    each = g.emit("Mul", aim, g.emit("Sub", log_aim, log_own))
-    row = g.emit("ReduceSum", each, g.ints(*range(1, len(outputs) + 1)), attrs={"keepdims": 1})
-    row = g.emit("Mul", row, g.emit("Div", g.emit("Mul", heat, heat), g.scalar(places)))
-    slope = g.emit("Mul", g.emit("Sub", own, aim), g.emit("Div", heat, g.scalar(places)))
+    temperature, positions = _TEMPERATURE, math.prod(outputs[1:])
+    student, teacher = (g.emit("Div", value, temperature) for value in (logits, Y))
+    student_shares, teacher_shares = (g.emit("Softmax", value, attrs={"axis": 1}) for value in (student, teacher))
+    student_logs, teacher_logs = (g.emit("LogSoftmax", value, attrs={"axis": 1}) for value in (student, teacher))
+    divergence = g.emit("Mul", teacher_shares, g.emit("Sub", teacher_logs, student_logs))
+    row = g.emit("ReduceSum", divergence, g.ints(*range(1, len(outputs) + 1)), attrs={"keepdims": 1})
+    row = g.emit("Mul", row, g.emit("Div", g.emit("Mul", temperature, temperature), g.scalar(positions)))
+    slope = g.emit(
+        "Mul", g.emit("Sub", student_shares, teacher_shares), g.emit("Div", temperature, g.scalar(positions))
+    )
     return LossParts(row, partial(g.emit, "Mul", slope))
 
 

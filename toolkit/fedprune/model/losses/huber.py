@@ -1,4 +1,4 @@
-"""Huber's error of every output: with c = min(|d|, δ) it is c·(|d| − c/2), its slope d within ±δ."""
+"""Huber's error of every output: with c = min(|d|, δ) it is c·(|d| − c/2), its derivative d clipped to ±δ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Absolute error of every output: |d|, slope sign(d)."""
+"""Absolute error of every output: |d|, derivative sign(d)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Squared error of every output: d², slope 2·d."""
+"""Squared error of every output: d², derivative 2·d."""
 
 from __future__ import annotations
 
