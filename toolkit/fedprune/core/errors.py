@@ -162,16 +162,16 @@ _SYNONYMS = {
 }
 
 
-def meant(given: object, known: Iterable[str]) -> str:
+def meant(name: object, candidates: Iterable[str]) -> str:
     """A suggestion for an unknown name, as " (did you mean 'x'?)"; empty if no known name is similar."""
-    if not isinstance(given, str):
+    if not isinstance(name, str):
         return ""
-    names = list(known)
-    near = [_SYNONYMS[given]] if _SYNONYMS.get(given) in names else []
-    if len(given) <= _LONGEST_NAME:
-        names_by_lower_case = {name.lower(): name for name in names}
+    names = list(candidates)
+    near = [_SYNONYMS[name]] if _SYNONYMS.get(name) in names else []
+    if len(name) <= _LONGEST_NAME:
+        names_by_lower_case = {known_name.lower(): known_name for known_name in names}
         near = near or [
-            names_by_lower_case[match] for match in get_close_matches(given.lower(), names_by_lower_case, 1, _ALIKE)
+            names_by_lower_case[match] for match in get_close_matches(name.lower(), names_by_lower_case, 1, _ALIKE)
         ]
     return f" (did you mean {near[0]!r}?)" if near else ""
 

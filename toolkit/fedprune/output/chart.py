@@ -321,7 +321,7 @@ def strip(name: str, channels: int, channel_runs: Iterable[Mapping[str, Any]]) -
     """Lay out one group of the coverage; `channel_runs` are runs that the same share of the devices (or updates)
     holds."""
     runs: list[Run] = []
-    start, share_sum, least = 0, 0.0, 1.0
+    start, share_sum, min_share = 0, 0.0, 1.0
     for run in channel_runs:
         count, share = min(int(run["channels"]), channels - start), float(run["share"])
         if count <= 0:
@@ -332,8 +332,8 @@ def strip(name: str, channels: int, channel_runs: Iterable[Mapping[str, Any]]) -
             runs[-1] = Run(runs[-1].x, runs[-1].width + count, level)
         else:
             runs.append(Run(start, count, level))
-        start, share_sum, least = start + count, share_sum + count * share, min(least, share)
-    return Strip(name, channels, tuple(runs), least if start else 0.0, share_sum / start if start else 0.0)
+        start, share_sum, min_share = start + count, share_sum + count * share, min(min_share, share)
+    return Strip(name, channels, tuple(runs), min_share if start else 0.0, share_sum / start if start else 0.0)
 
 
 def _stretches(points: Sequence[tuple[float, float | None]]) -> tuple[tuple[str, ...], tuple[str, ...]]:

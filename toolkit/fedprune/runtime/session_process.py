@@ -183,8 +183,8 @@ class _RemoteObject:
         given: The request that sends it.
     """
 
-    def __init__(self, process: SessionProcess, *given: Any) -> None:
-        self._process, self.number, self.given = process, process.number(), given
+    def __init__(self, process: SessionProcess, *creation_request: Any) -> None:
+        self._process, self.number, self.given = process, process.number(), creation_request
 
     def __del__(self) -> None:
         self._process.drop(self.number)
@@ -212,13 +212,15 @@ class RemoteSession(_RemoteObject):
     def keep(self, feeds: Mapping[str, Any]) -> RemoteFeeds:
         return RemoteFeeds(self._process, feeds)
 
-    def run(self, names: Sequence[str], feeds: Mapping[str, Any], kept: Mapping[str, Any] | None = None) -> list[Any]:
+    def run(
+        self, names: Sequence[str], feeds: Mapping[str, Any], kept_feeds: Mapping[str, Any] | None = None
+    ) -> list[Any]:
         """Arrays of these outputs. Raises `FedpruneError` if they can't be computed."""
         objects: list[_RemoteObject] = [self]
-        if isinstance(kept, RemoteFeeds):
-            objects.append(kept)
+        if isinstance(kept_feeds, RemoteFeeds):
+            objects.append(kept_feeds)
         else:
-            feeds = {**feeds, **(kept or {})}
+            feeds = {**feeds, **(kept_feeds or {})}
         arrays: list[Any] = self._process.ask("run", objects, list(names), dict(feeds))
         return arrays
 

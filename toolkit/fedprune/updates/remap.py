@@ -70,11 +70,15 @@ def _placed(name: str, value: npt.NDArray[np.float32], lists: Lists, most: int) 
         raise ProtocolError(
             f"size of {shown(name)} in a relocation", expected=f"at most {most} bytes", got=tuple(shape)
         )
-    moved = value
+    relocated_value = value
     for axis, positions in positions_by_axis.items():
-        moved = np.take(moved, np.maximum(positions, 0), axis) if moved.shape[axis] else np.zeros(shape, np.float32)
-        np.moveaxis(moved, axis, 0)[positions == _NOWHERE] = 0
-    return moved
+        relocated_value = (
+            np.take(relocated_value, np.maximum(positions, 0), axis)
+            if relocated_value.shape[axis]
+            else np.zeros(shape, np.float32)
+        )
+        np.moveaxis(relocated_value, axis, 0)[positions == _NOWHERE] = 0
+    return relocated_value
 
 
 def _places(name: str, number: int, size: int, lists: Lists) -> npt.NDArray[np.int32]:

@@ -97,25 +97,27 @@ def decode(codec: Codec, raw: bytes, sent: Mapping[str, Float32], trained: Colle
     return read(codec, stored, allowed, trained)
 
 
-def read(codec: Codec, parts: Mapping[str, Array], allowed: Mapping[str, Float32], trained: Collection[str]) -> Tensors:
+def read(
+    codec: Codec, encoded_parts: Mapping[str, Array], allowed: Mapping[str, Float32], trained: Collection[str]
+) -> Tensors:
     """Decode tensors from the parts in an envelope.
 
     Trained tensors are coded as the difference to those in `allowed`; of the others only the shape is used. Some may be
     missing. Raises `ProtocolError` if a part is wrong, or belongs to no tensor of `allowed`.
     """
-    unread = set(parts)
+    unread = set(encoded_parts)
     tensors: Tensors = {}
     for name, reference in allowed.items():
         form = _form(codec, name, reference.shape, trained)
-        names = form.keys() & parts.keys()
+        names = form.keys() & encoded_parts.keys()
         if not names:
             continue
         unread -= names
         if name in names:
-            tensors[name] = _part(parts, form, name)
+            tensors[name] = _part(encoded_parts, form, name)
         else:
             with np.errstate(over="ignore"):  # what is not finite then is refused by the fold
-                tensors[name] = reference + _difference(codec, name, form, parts, reference.shape)
+                tensors[name] = reference + _difference(codec, name, form, encoded_parts, reference.shape)
     if unread:
         raise ProtocolError(f"update holds something that codec {codec} doesn't have: {shown(min(unread))}")
     return tensors
@@ -207,43 +209,43 @@ def _cut(values: Float32, bits: int) -> Float32:
     return shortened
 
 
-def _difference(codec: Codec, name: str, form: Form, parts: Mapping[str, Array], shape: Shape) -> Float32:
+def _difference(codec: Codec, name: str, form: Form, encoded_parts: Mapping[str, Array], shape: Shape) -> Float32:
     """Decode a tensor's difference from its parts. Raises `ProtocolError` if they are missing, of another type or
     shape, or out of range."""
     size = math.prod(shape)
     if _halved(codec, size):
-        half = _part(parts, form, name + HALF)
+        half = _part(encoded_parts, form, name + HALF)
         if not np.isfinite(half).all():
             raise ProtocolError(f"values of {shown(name + HALF)} in an update", expected="finite numbers")
         return half.astype(np.float32)
     steps = codec.steps
-    codes = _part(parts, form, name + _CODES)
+    codes = _part(encoded_parts, form, name + _CODES)
     if codes.dtype == np.uint8:
         codes = packing.from_pairs(codes, steps, size, f"{shown(name)} in an update")
     elif int(codes.min()) < -steps:
         raise ProtocolError(f"values of {shown(name + _CODES)} in an update", expected=f"from {-steps} to {steps}")
-    scales = _part(parts, form, name + _SCALES)
+    scales = _part(encoded_parts, form, name + _SCALES)
     if not np.isfinite(scales).all() or float(scales.min()) < 0:
         raise ProtocolError(f"values of {shown(name + _SCALES)} in an update", expected="finite numbers from 0 up")
     values: Float32 = codes.reshape(scales.size, -1).astype(np.float32) * scales[:, None]
     if codec.name != "top-k":
         return values.reshape(shape)
     scattered = np.zeros(size, np.float32)
-    scattered[_places(name, form, parts, codes.size, size)] = values[0]
+    scattered[_places(name, form, encoded_parts, codes.size, size)] = values[0]
     return scattered.reshape(shape)
 
 
-def _places(name: str, form: Form, parts: Mapping[str, Array], count: int, size: int) -> npt.NDArray[np.int64]:
+def _places(name: str, form: Form, encoded_parts: Mapping[str, Array], count: int, size: int) -> npt.NDArray[np.int64]:
     gaps, bitmap = name + _GAPS, name + _BITMAP
-    if (gaps in parts) == (bitmap in parts):
+    if (gaps in encoded_parts) == (bitmap in encoded_parts):
         raise ProtocolError(f"indices of {shown(name)} in an update", expected="gaps or a bitmap", got="both or none")
-    if bitmap in parts:
-        return packing.from_bitmap(_part(parts, form, bitmap), count, size, f"{shown(name)} in an update")
-    return packing.from_gaps(_part(parts, form, gaps), count, size, f"{shown(name)} in an update")
+    if bitmap in encoded_parts:
+        return packing.from_bitmap(_part(encoded_parts, form, bitmap), count, size, f"{shown(name)} in an update")
+    return packing.from_gaps(_part(encoded_parts, form, gaps), count, size, f"{shown(name)} in an update")
 
 
-def _part(parts: Mapping[str, Array], form: Form, name: str) -> Array:
-    value = parts.get(name)
+def _part(encoded_parts: Mapping[str, Array], form: Form, name: str) -> Array:
+    value = encoded_parts.get(name)
     if value is None:
         raise ProtocolError(f"update lacks {shown(name)}")
     code, shape = form[name]

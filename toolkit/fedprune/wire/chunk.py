@@ -62,13 +62,13 @@ class Chunk:
         `ProtocolError` if the header or the payload's length is wrong."""
         if len(raw) < HEADER.size:
             raise ProtocolError("chunk is cut short", expected=f"more than {HEADER.size} bytes", got=len(raw))
-        magic, version, part, zero, first, digest = HEADER.unpack_from(raw)
+        magic, version, part_number, zero, first, digest = HEADER.unpack_from(raw)
         if magic != _MAGIC or version != _VERSION or zero != b"\0" * 3:
             raise ProtocolError("chunk header", expected="FPC, version 1", got=raw[:8].hex())
-        if part >= len(PARTS):
-            raise ProtocolError("part of a chunk", expected="0 or 1", got=part)
+        if part_number >= len(PARTS):
+            raise ProtocolError("part of a chunk", expected="0 or 1", got=part_number)
         _check_payload(len(raw) - HEADER.size)
-        return cls(digest.hex(), PARTS[part], first, memoryview(raw)[HEADER.size :])
+        return cls(digest.hex(), PARTS[part_number], first, memoryview(raw)[HEADER.size :])
 
     def leaves(self) -> Iterator[tuple[int, memoryview]]:
         view = memoryview(self.payload)

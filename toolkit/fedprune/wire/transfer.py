@@ -85,9 +85,9 @@ class ResponseTime:
         """Note the response time of a request that was sent only once."""
         self.slowest = max(_DECAY * self.slowest, seconds)
 
-    def patience(self, least: float) -> float:
+    def patience(self, min_s: float) -> float:
         """Seconds, at least `least`, after which a request or its answer was very likely lost."""
-        return min(max(least, 2 * self.slowest), max(MAX_PATIENCE, least))
+        return min(max(min_s, 2 * self.slowest), max(MAX_PATIENCE, min_s))
 
 
 # The least number of leaves of a request: one full chunk.

@@ -167,8 +167,10 @@ class BrokerUrl:
                 hint="A port is a number from 1 to 65535, and an IPv6 address is written in brackets.",
             ) from error
         if "://" not in url:
-            shown = url.rpartition("@")[2][:200]  # without a password
-            raise ConfigError("broker URL", expected="mqtts://host[:port]", got=shown, hint=f"Try mqtts://{shown}.")
+            visible_url = url.rpartition("@")[2][:200]  # without a password
+            raise ConfigError(
+                "broker URL", expected="mqtts://host[:port]", got=visible_url, hint=f"Try mqtts://{visible_url}."
+            )
         if split.scheme not in ("mqtt", "mqtts") or not split.hostname or split.path.strip("/") or port == 0:
             raise ConfigError(
                 "broker URL",
