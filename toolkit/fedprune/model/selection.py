@@ -232,9 +232,8 @@ def _take(source: npt.NDArray[np.float32], rows: Sequence[tuple[int, Indices]], 
     for axis, row in rows[:-1]:
         source = source.take(row, axis=axis)
     axis, row = rows[-1]
-    np.take(
-        source, row, axis=axis, out=out, mode="clip"
-    )  # no index is out of range; the default mode would write through a buffer
+    # No index is out of range; the default mode would write through a buffer.
+    np.take(source, row, axis=axis, out=out, mode="clip")
 
 
 def _expect(

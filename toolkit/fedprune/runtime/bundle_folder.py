@@ -220,9 +220,8 @@ def _sweep(folder: Path) -> None:
     if partial.exists():
         shutil.rmtree(partial)
     if complete.exists():
-        complete.rename(
-            partial
-        )  # renamed first, since deleting takes many steps: a reader must never find a part of it
+        # Renamed first, since deleting takes many steps: a reader must never find a part of it.
+        complete.rename(partial)
         sync_folder(folder)
         shutil.rmtree(partial)
 

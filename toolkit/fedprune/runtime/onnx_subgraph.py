@@ -99,9 +99,8 @@ def _cut(graph: bytes, output_names: set[str], replaced: frozenset[str]) -> byte
     if missing:
         raise ModelError("the graph lacks outputs", got=", ".join(sorted(missing)[:5]))
     kept_rows, needed_values, replaced_here = set(), set(output_names), set[str]()
-    for index in reversed(
-        range(len(rows))
-    ):  # backwards: ONNX requires operators to stand in the order in which they run
+    # Backwards: ONNX requires operators to stand in the order in which they run.
+    for index in reversed(range(len(rows))):
         number, _, value = rows[index]
         if number != _NODE:
             continue
@@ -111,9 +110,8 @@ def _cut(graph: bytes, output_names: set[str], replaced: frozenset[str]) -> byte
             continue
         kept_rows.add(index)
         needed_values.update(_reads(value))
-        needed_values.discard(
-            ""
-        )  # the name of absent optional inputs, which absent optional outputs of other operators share
+        # The name of absent optional inputs, which absent optional outputs of other operators share.
+        needed_values.discard("")
     if replaced - replaced_here:
         raise ModelError("the graph lacks values", got=", ".join(sorted(replaced - replaced_here)[:5]))
     kept_fields = [_field(_INPUT, _BYTES, _float_input(name)) for name in sorted(replaced)]

@@ -174,9 +174,8 @@ class Session:
         if placed and runs is None:  # the GPU has failed since
             feeds, into = {n: np.asarray(v) for n, v in feeds.items()}, _in_memory(into)
         for name, array in into.items():
-            if name not in names or not (
-                isinstance(array, PlacedArray) or array.flags.carray
-            ):  # its memory is written by address
+            # The array's memory is written by address, so its layout has to be right.
+            if name not in names or not (isinstance(array, PlacedArray) or array.flags.carray):
                 raise ModelError(
                     f"array for output {name}",
                     expected="an output that is computed, and a writeable array in C order",

@@ -86,10 +86,8 @@ class SessionProcess(Closing):
         with self._lock:
             try:
                 return self._answer(kind, objects, values)
-            except (
-                OSError,
-                EOFError,
-            ):  # killed, as by lack of memory, or hanging: requests change nothing, so try again
+            except (OSError, EOFError):
+                # Killed, as by lack of memory, or hanging. Requests change nothing, so this one is repeated.
                 self._end()
             try:
                 return self._answer(kind, objects, values)
@@ -167,9 +165,8 @@ class SessionProcess(Closing):
                 raise RuntimeUnavailableError(
                     f"the process in which onnxruntime runs can't be started ({reason(error)})"
                 ) from error
-            threading.Thread(
-                target=child.wait, name="fedprune-onnxruntime", daemon=True
-            ).start()  # waited for, so that it doesn't stay as a zombie
+            # Somebody has to wait for the process when it ends by itself, or it stays as a zombie.
+            threading.Thread(target=child.wait, name="fedprune-onnxruntime", daemon=True).start()
         if self._connection is None or self._closed:  # `close` may have been called on another thread meanwhile
             raise EOFError
         return self._connection
@@ -247,9 +244,8 @@ def serve(load: Callable[..., Any]) -> None:
     Args:
         load: Makes an `onnxruntime.InferenceSession` of the arguments of a request.
     """
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # systemd sends it to the whole service: the server ends by it, and with it this process's connection
+    # systemd sends the signal to the whole service. The server ends by it, and this process with the connection.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     descriptor, idle_s = sys.argv[1:]
     objects: dict[int, Any] = {}
     with Connection(int(descriptor)) as connection, suppress(EOFError, OSError):

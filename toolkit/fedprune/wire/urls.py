@@ -129,9 +129,8 @@ def _server(match: re.Match[str]) -> WebServer | None:
 def _name(host: str) -> str | None:
     """The host if it is a DNS name or an IPv4 address, else None."""
     labels = host.split(".")
-    if labels[-1].isdecimal() or labels[-1].startswith(
-        "0x"
-    ):  # some programs read such a name as a number, and connect to that IPv4 address
+    # Some programs read such a name as a number, and connect to that IPv4 address.
+    if labels[-1].isdecimal() or labels[-1].startswith("0x"):
         return _address(host, 4)
     return host if all(_LABEL.fullmatch(label) for label in labels) else None
 
