@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
+# The module of each public name. The imports above are the same list for type checkers, which can't run `__getattr__`.
 _MODULES = {
     "Architecture": "model.architecture",
     "Closing": "strategies.values",

@@ -34,6 +34,7 @@ class _Command:
     @property
     def missing(self) -> bool:
         """Whether its extra is not installed."""
+        # Finding a package doesn't import it, which would take seconds for all of them.
         return any(importlib.util.find_spec(name) is None for name in self.needs)
 
 
@@ -91,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"fedprune {version('fedprune')}")
         return 0
-    if words[0] == "completion":
+    if words[0] == "completion":  # no program of its own, so that it isn't in the table
         from fedprune_start.completion import main as completion
 
         installed = {name: command.module for name, command in _COMMANDS.items() if not command.missing}

@@ -46,7 +46,7 @@ def script(shell: str, modules: Mapping[str, str]) -> str:
     programs = {name: completed_parser(module, shtab.FILE) for name, module in modules.items()}
     for name, parser in programs.items():
         commands.add_parser(name, help=parser.description)
-        commands.choices[name] = parser
+        commands.choices[name] = parser  # the whole parser in place of the new one, which argparse can't be given
     commands.add_parser("completion", help="print such a script").add_argument("shell", choices=SHELLS)
     return "\n".join(shtab.complete(parser, shell) for parser in (umbrella, *programs.values()))
 

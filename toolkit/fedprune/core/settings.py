@@ -99,6 +99,7 @@ def _declared(cls: Any) -> Mapping[str, _Declared]:
     hints, rules = get_type_hints(cls), {}
     for f in fields(cls):
         kind, optional = hints[f.name], False
+        # `int | None` is checked as `int`, with None allowed. The two spellings of a union have different origins.
         if get_origin(kind) in (Union, UnionType) and type(None) in get_args(kind):
             kind, optional = get_args(kind)[0], True
         words = get_args(kind) if get_origin(kind) is Literal else f.metadata.get(_CHOICES, ())

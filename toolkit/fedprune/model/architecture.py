@@ -229,6 +229,7 @@ class Architecture:
             "input_shape": list(self.input_shape),
             "output_shape": list(self.output_shape),
         }
+        # Left out if it is empty, so that the digest of a model without a base doesn't depend on it.
         if self.base:
             body["base"] = [[b.name, b.code, list(b.shape)] for b in self.base]
         return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -258,6 +259,7 @@ class Architecture:
             )
         except BundleError:
             raise
+        # A file of another machine may hold anything: these are what reading the wrong JSON values raises.
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise BundleError(
                 f"this is not an architecture ({type(error).__name__}: {error})",
@@ -322,7 +324,7 @@ class Architecture:
         for segment in axis.segments:
             if segment.count < 0 or segment.start < 0 or segment.inner < 1 or segment.length > MAX_SIZE:
                 raise BundleError(f"architecture: a segment of {name} is out of range", got=segment)
-            if segment.group == FIXED:
+            if segment.group == FIXED:  # no channels: a cut leaves it as it is
                 continue
             end = segment.start + segment.count
             if not 0 <= segment.group < len(self.groups) or end > self.groups[segment.group].size:

@@ -30,7 +30,7 @@ def unpack(mask: Active, packed: Mapping[str, npt.NDArray[np.float32]]) -> Tenso
         value, active = packed[name], mask[name]
         if value.shape != (int(active.sum()),):
             raise BundleError(f"active values of {name}", expected=int(active.sum()), got=value.shape)
-        if value.dtype != np.float32:
+        if value.dtype != np.float32:  # assigning would convert it silently
             raise BundleError(f"type of {name}", expected="float32", got=value.dtype)
         tensors[name] = np.zeros(active.shape, np.float32)
         tensors[name][active] = value
@@ -56,6 +56,7 @@ def from_bits(packed: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, tuple
                 got=f"{bits.dtype} {bits.shape}",
             )
         flags = np.unpackbits(bits).astype(np.bool_)
+        # Spare bits have to be 0, so that a mask has one form only: its file is known by its digest.
         if flags[count:].any():
             raise BundleError(f"mask of {name}", expected=f"0 behind its {count} bits")
         mask[name] = flags[:count].reshape(shape)

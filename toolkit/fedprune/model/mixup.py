@@ -60,6 +60,7 @@ class Mixup:
             The same for the mixed samples, with the partners' classes; and λ (float32, shape []), the share of each
             sample itself.
         """
+        # Keyed by device and step, so that a resumed round and a simulation mix the same samples.
         rng = keyed(seed, round_, device, "mixup", step)
         share = np.float32(rng.beta(self.mixup, self.mixup))
         mixed_batches: list[tuple[Make, Array, Array | None]] = []
@@ -76,6 +77,7 @@ def _mix_made(make: Make, order: npt.NDArray[np.int64], share: np.float32) -> Ar
 
 def _mix(value: Array, order: npt.NDArray[np.int64], share: np.float32) -> Array:
     """λ·v + (1 − λ)·v′ in float32, where v′ is v in another order."""
+    # Indexing by an array copies, so that the mixing can be done in place: a batch may be a step's largest array.
     mixed = np.asarray(value[order], np.float32)
     mixed *= np.float32(1) - share
     mixed += share * value

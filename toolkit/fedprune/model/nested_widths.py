@@ -88,7 +88,7 @@ class TensorAxes:
                 min(density_width, own_width) if group in self.prefixed else own_width
                 for group, (density_width, own_width) in enumerate(zip(density_widths, widths, strict=True))
             )
-            if plan not in plans:
+            if plan not in plans:  # equal widths would be trained twice as often as others
                 plans.append(plan)
         return plans
 

@@ -222,38 +222,38 @@ def together(
     return positions, {name: [values.get(x) for x in positions] for name, values in values_by_curve.items()}
 
 
-def figure(drawn: Chart, *, legend: bool = True) -> str:
+def figure(chart: Chart, *, legend: bool = True) -> str:
     """A chart as HTML, with a legend of its own if asked for."""
-    is_inline = len(drawn.curves) <= MOST_SAID
+    is_inline = len(chart.curves) <= MOST_SAID
     latest = ", ".join(
-        f"{c.name} {_last(c.values)}" if len(drawn.curves) > 1 else _last(c.values) for c in drawn.curves
+        f"{c.name} {_last(c.values)}" if len(chart.curves) > 1 else _last(c.values) for c in chart.curves
     )
-    keys_html = legend_of([(c.name, c.style) for c in drawn.curves]) if legend and len(drawn.curves) > 1 else ""
-    heading = f"{drawn.along} {drawn.places[-1]}" if drawn.along == "round" else f"{drawn.places[-1]} {drawn.along}"
+    keys_html = legend_of([(c.name, c.style) for c in chart.curves]) if legend and len(chart.curves) > 1 else ""
+    heading = f"{chart.along} {chart.places[-1]}" if chart.along == "round" else f"{chart.places[-1]} {chart.along}"
     latest_html = text(f"{heading}: {latest}")
     output = f'<output aria-hidden="true">{latest_html}</output>' if is_inline else ""
-    plot_html = "".join(f'<line class="rule" x1="0" x2="{WIDTH}" y1="{y:g}" y2="{y:g}"/>' for y in drawn.rules)
-    for i, curve in enumerate(drawn.curves):
+    plot_html = "".join(f'<line class="rule" x1="0" x2="{WIDTH}" y1="{y:g}" y2="{y:g}"/>' for y in chart.rules)
+    for i, curve in enumerate(chart.curves):
         shapes = "".join(f'<polyline class="{curve.style}" points="{points}"/>' for points in curve.paths)
         shapes += "".join(f'<path class="{curve.style} dot" d="{d}"/>' for d in curve.dots)
         plot_html += f'<g data-curve="{i}">{shapes}</g>'
     data = {
-        "along": drawn.along,
-        "names": [c.name for c in drawn.curves],
-        "styles": [c.style for c in drawn.curves],
-        "at": drawn.at,
-        "places": drawn.places,
-        "values": drawn.values,
+        "along": chart.along,
+        "names": [c.name for c in chart.curves],
+        "styles": [c.style for c in chart.curves],
+        "at": chart.at,
+        "places": chart.places,
+        "values": chart.values,
     }
     serialised = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in data.items()}
     attributes = " ".join(f'data-{k}="{text(v)}"' for k, v in serialised.items())
     return (
-        f'<figure id="chart-{text(drawn.key)}"{" data-charts" * legend}>'
+        f'<figure id="chart-{text(chart.key)}"{" data-charts" * legend}>'
         f'<div class="keys">{keys_html}{output}</div><div class="chart">'
-        f'<div class="ys" aria-hidden="true">{_spans(drawn.marks_y)}</div><div class="plot" {attributes}>'
+        f'<div class="ys" aria-hidden="true">{_spans(chart.marks_y)}</div><div class="plot" {attributes}>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{text(drawn.summary)}">{plot_html}</svg></div>'
-        f'<div class="xs" aria-hidden="true">{_spans(drawn.marks_x)}</div></div>{_numbers(drawn)}</figure>'
+        f'aria-label="{text(chart.summary)}">{plot_html}</svg></div>'
+        f'<div class="xs" aria-hidden="true">{_spans(chart.marks_x)}</div></div>{_numbers(chart)}</figure>'
     )
 
 
@@ -294,22 +294,22 @@ def scale(lowest: str = "none", highest: str = "all") -> str:
     )
 
 
-def _numbers(drawn: Chart) -> str:
+def _numbers(chart: Chart) -> str:
     """The table of values below a chart; empty if it would have too many columns."""
-    if len(drawn.curves) > MOST_COLUMNS:
+    if len(chart.curves) > MOST_COLUMNS:
         return ""
-    name = text(f"{drawn.title} as numbers")
-    head = "".join(f'<th scope="col" class="num">{text(c.name)}</th>' for c in drawn.curves)
+    name = text(f"{chart.title} as numbers")
+    head = "".join(f'<th scope="col" class="num">{text(c.name)}</th>' for c in chart.curves)
     rows = "".join(
         f'<tr><th scope="row">{text(place)}</th>'
         + "".join(f'<td class="num">{text(v) or "–"}</td>' for v in values)
         + "</tr>"
-        for place, values in drawn.numbers
+        for place, values in chart.numbers
     )
     return (
-        f'<details class="numbers" id="numbers-{text(drawn.key)}"><summary>{name}</summary>'
+        f'<details class="numbers" id="numbers-{text(chart.key)}"><summary>{name}</summary>'
         f'<div class="table" tabindex="0" role="region" aria-label="{name}"><table><thead><tr>'
-        f'<th scope="col">{text(drawn.along)}</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>'
+        f'<th scope="col">{text(chart.along)}</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>'
     )
 
 

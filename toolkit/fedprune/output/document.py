@@ -119,6 +119,7 @@ def _markdown(block: Block) -> Iterator[str]:
 
 
 def _row(cells: Sequence[str]) -> str:
+    # An unescaped bar would begin another cell.
     return "| " + " | ".join(_line(cell).replace("|", "\\|") for cell in cells) + " |"
 
 

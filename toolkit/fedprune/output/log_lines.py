@@ -72,7 +72,7 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             body["error"] = self.formatException(record.exc_info)
-        return json.dumps(body, default=str)
+        return json.dumps(body, default=str)  # the context may hold values of any type
 
 
 def printable(text: str) -> str:
@@ -93,6 +93,7 @@ def logged_to_stdout(*, verbose: bool, form: str = TEXT, stream: TextIO | None =
     before = (logger.handlers[:], logger.level, logger.propagate)
     handler = logging.StreamHandler(stream or sys.stdout)
     handler.setFormatter(JsonLines() if form == JSON else OneLine("%(asctime)s %(message)s", "%H:%M:%S"))
+    # No propagation: with a handler of the root logger, as tests and notebooks set one, each line would appear twice.
     logger.handlers[:], logger.propagate = [handler], False
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     try:

@@ -116,12 +116,12 @@ def stacked(amounts: Sequence[float], total: float) -> tuple[Part, ...]:
     return tuple(segments)
 
 
-def charts(drawn: Sequence[Chart], key: str) -> str:
+def charts(panels: Sequence[Chart], key: str) -> str:
     """Charts of the same curves next to each other, with one legend."""
     # That of the chart with the most curves: the others lack curves without a value.
-    curves = max((c.curves for c in drawn), key=len, default=())
+    curves = max((c.curves for c in panels), key=len, default=())
     legend = f'<div class="keys">{legend_of([(c.name, c.style) for c in curves])}</div>' if len(curves) > 1 else ""
-    figures = "".join(f"<div><h3>{text(c.title)}</h3>{figure(c, legend=False)}</div>" for c in drawn)
+    figures = "".join(f"<div><h3>{text(c.title)}</h3>{figure(c, legend=False)}</div>" for c in panels)
     return f'<div data-charts id="{text(key)}">{legend}<div class="charts">{figures}</div></div>'
 
 

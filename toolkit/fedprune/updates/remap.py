@@ -40,6 +40,7 @@ def relocation(before: Selection, now: Selection) -> bytes:
                 continue
             inverse = np.full(size, _NOWHERE, np.int32)
             inverse[old] = np.arange(old.size, dtype=np.int32)
+            # Many tensors have the same channels on an axis: equal lists are sent once.
             list_numbers.append(lists.setdefault(inverse[new].tobytes(), len(lists)))
         if any(n != _NOWHERE for n in list_numbers):
             axes_by_tensor[spec.name + _AXES] = np.array(list_numbers, np.int32)
@@ -66,6 +67,7 @@ def _placed(name: str, value: npt.NDArray[np.float32], lists: Lists, most: int) 
     moved_axes = [(axis, int(k)) for axis, k in enumerate(axes) if k != _NOWHERE]
     positions_by_axis = {axis: _places(name, k, value.shape[axis], lists) for axis, k in moved_axes}
     shape = [positions_by_axis[axis].size if axis in positions_by_axis else n for axis, n in enumerate(value.shape)]
+    # Before anything is allocated: the lists come from the network.
     if 4 * math.prod(shape) > most:
         raise ProtocolError(
             f"size of {shown(name)} in a relocation", expected=f"at most {most} bytes", got=tuple(shape)

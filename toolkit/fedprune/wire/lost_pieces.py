@@ -37,24 +37,24 @@ class LostPieces:
     def __init__(self) -> None:
         self._blobs: OrderedDict[str, _Frontier] = OrderedDict()
 
-    def note(self, want: BlobRequest, now: float) -> bool:
+    def note(self, request: BlobRequest, now: float) -> bool:
         """Note a request; returns True once per piece, when the piece seems to be dropped."""
-        frontier = self._blobs.get(want.sha256)
+        frontier = self._blobs.get(request.sha256)
         # After a repetition, a request beyond the window means that some pieces have arrived.
-        has_advanced = frontier is not None and frontier.count > 1 and want.first > frontier.last
-        if frontier is None or frontier.part != want.part or want.first < frontier.first or has_advanced:
-            self._blobs[want.sha256] = _Frontier(want.part, want.first, want.first, now, now)
-            self._blobs.move_to_end(want.sha256)
+        has_advanced = frontier is not None and frontier.count > 1 and request.first > frontier.last
+        if frontier is None or frontier.part != request.part or request.first < frontier.first or has_advanced:
+            self._blobs[request.sha256] = _Frontier(request.part, request.first, request.first, now, now)
+            self._blobs.move_to_end(request.sha256)
             if len(self._blobs) > _BLOBS:
                 self._blobs.popitem(last=False)
             return False
-        if want.first > frontier.last:
-            frontier.last, frontier.latest = want.first, now  # the window's next request
+        if request.first > frontier.last:
+            frontier.last, frontier.latest = request.first, now  # the window's next request
             return False
-        if want.first != frontier.first:
+        if request.first != frontier.first:
             if frontier.count == 1:  # earlier pieces have arrived, and this one is requested again
-                self._blobs[want.sha256] = _Frontier(
-                    want.part, want.first, frontier.last, frontier.latest, now, count=2
+                self._blobs[request.sha256] = _Frontier(
+                    request.part, request.first, frontier.last, frontier.latest, now, count=2
                 )
             return False
         was_stuck = _is_stuck(frontier)

@@ -155,6 +155,7 @@ class Offer(CheckedMessage, frozen=True, tag="offer"):
         if self.secure is not None:
             check_free(self.secure, "offer: secure", ProtocolError)
         if self.blobs_at is not None:
+            # Normalised once, so that equal addresses are equal texts.
             force_setattr(self, "blobs_at", str(BlobUrl.parse(self.blobs_at, "offer: blobs_at")))
 
     @property
@@ -483,6 +484,7 @@ def parse(raw: bytes) -> Message:
     """
     if len(raw) > MAX_MESSAGE:
         raise ProtocolError("message is too long", expected=f"at most {MAX_MESSAGE} bytes", got=len(raw))
+    # Decoded twice: the type decides the class, and messages are small.
     kind = records.read(Header, raw, "message", ProtocolError).type
     cls = _TYPES.get(kind) if isinstance(kind, str) else None
     if cls is None:

@@ -72,6 +72,7 @@ class Topics:
 
     def device_subscriptions(self, device: str) -> list[str]:
         device_prefix = f"{self._prefix}/{check_device(device)}/+"
+        # One wildcard for all jobs: jobs begin and end while the device stays connected.
         return [f"{device_prefix}/down", f"{device_prefix}/down/blob", self.broadcast()]
 
     def join(self, nonce: str) -> str:
@@ -99,7 +100,7 @@ class Topics:
 
     def parse(self, topic: str) -> Address:
         """The parts of a topic of this site. Raises `ProtocolError` if it is another topic."""
-        levels = topic.split("/", 5)
+        levels = topic.split("/", 5)  # no further: a channel may contain a slash
         if len(levels) != 6 or "/".join(levels[:3]) != self._prefix:
             raise ProtocolError("topic", expected=f"{self._prefix}/<device>/<job>/<channel>", got=repr(topic[:200]))
         device, job, channel = levels[3:]

@@ -38,6 +38,7 @@ def _write(g: GraphWriter, logits: str, outputs: Shape, terms: LossTerms) -> Los
     is_counted = count_weight = ""
     if terms.ignore_label is not None:
         is_counted = g.emit("Not", g.emit("Equal", Y, g.constant(terms.ignore_label, np.int64)))
+        # Class 0 stands in for ignored labels, which may be no class at all (255) and would be out of range.
         label = g.emit("Where", g.emit("Unsqueeze", is_counted, g.ints(1)), label, g.constant(0, np.int64))
         count_weight = g.emit("Cast", g.emit("Unsqueeze", is_counted, g.ints(1)), attrs={"to": 1})
     is_label = g.emit("Equal", label, class_numbers(g, outputs))
