@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+# Numbers of a model from which on compiling is worth its few seconds and 180 MB.
 WORTH = 2**22
-"""Numbers of a model from which on compiling is worth its few seconds and 180 MB."""
 
+# Sums that a scatter works on at once: 1 MiB.
 _CACHED = 131_072
-"""Sums that a scatter works on at once: 1 MiB."""
+# float64 holds every whole number up to this magnitude.
 _EXACT = 2**53
-"""float64 holds every whole number up to this magnitude."""
+# How many updates `add` takes at once: with eight it is no faster, where the sums are too large for the cache.
 _TOGETHER = 4
-"""How many updates `add` takes at once: with eight it is no faster, where the sums are too large for the cache."""
 
 _LOG = logging.getLogger(__name__)
 

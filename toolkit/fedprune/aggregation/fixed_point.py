@@ -24,18 +24,18 @@ import numpy.typing as npt
 from fedprune.aggregation import compiled_kernels
 from fedprune.core.errors import OutOfRangeError, ProtocolError
 
+# The largest total weight of a sum.
 MAX_WEIGHT = 2**24
-"""The largest total weight of a sum."""
 
 VALUE_BITS = 38
 
+# Doublings above the largest magnitude of what a range is made for.
 _HEADROOM = 3
-"""Doublings above the largest magnitude of what a range is made for."""
 
 _BLOCK = 262_144  # float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call
 _LONGEST = 32_768  # numbers of one row at once
+# The largest weight of several rows that are added by one product in float64.
 _LIGHT = 2 ** (53 - VALUE_BITS)
-"""The largest weight of several rows that are added by one product in float64."""
 
 _CHECKED = 131_072  # squares added at once at most: many hide what a call costs
 _CHECKED_LEAST = 8_192  # few enough that the squares of usual weights don't add up to the bound's

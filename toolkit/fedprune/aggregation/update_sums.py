@@ -40,8 +40,8 @@ from fedprune.model.selection import Active, Selection, mesh
 
 Whole = npt.NDArray[np.int64]
 
+# Which array: the kind of sum (`value`, `moved` or `square`), the tensor, and the limb (`fixed_point`).
 Key = tuple[str, str, int]
-"""Which array: the kind of sum (`value`, `moved` or `square`), the tensor, and the limb (`fixed_point`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +108,11 @@ def _counted(part: PartialSums) -> dict[str, int]:
     return {selection.digest: weight for selection, weight in part.shares}
 
 
+# Updates that are added together: the sums are read and written once for all of them.
 _TOGETHER = 8
-"""Updates that are added together: the sums are read and written once for all of them."""
 
+# Movement per step, saturated at 1/4: its square must keep its digits where it is small, not where it is absurd.
 _MOVE_RANGE = Range(-2)
-"""Movement per step, saturated at 1/4: its square must keep its digits where it is small, not where it is absurd."""
 _SQUARED_MOVE_RANGE = Range(-4)
 
 

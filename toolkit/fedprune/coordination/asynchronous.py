@@ -71,10 +71,10 @@ class AsynchronousCoordinator(Coordinator):
 
     def _open(self, now: float) -> Commands:
         state = self.state
-        changed = self._begin_round(now)
+        densities_changed = self._begin_round(now)
         state.opened_at = state.deadline = None
-        due = changed or (state.round - 1) % self.schedule.score_every == 0
-        if state.ranking is not None and not due:
+        is_due = densities_changed or (state.round - 1) % self.schedule.score_every == 0
+        if state.ranking is not None and not is_due:
             return self._collect(now)
         state.phase = Phase.SCORING
         state.ranking = state.order = None
@@ -86,7 +86,7 @@ class AsynchronousCoordinator(Coordinator):
         return do.Score(state.round, state.model, dict(state.memory), tuple(ready))
 
     def _collect(self, now: float) -> Commands:
-        """Let go of what has become too stale, and begin to collect what is there."""
+        """Cancel parts that have become too stale, and add the updates that wait for a round."""
         state = self.state
         state.phase, state.opened_at = Phase.TRAINING, now
         commands: Commands = []
@@ -103,32 +103,38 @@ class AsynchronousCoordinator(Coordinator):
         return f"the model has moved more than {self.schedule.max_staleness} times since"
 
     def _offers(self, now: float) -> Commands:
-        """Parts in the current model for idle devices, as many as may work at a time."""
+        """Begin parts of the current model for idle devices, as many as may work at a time."""
         state = self.state
         if state.phase is not Phase.TRAINING or state.paused:
             return []
-        room = len(state.devices)
+        free_turns = len(state.devices)
         if self.schedule.concurrent:
-            room = self.schedule.concurrent - self._availability.busy
-        if room <= 0:
+            free_turns = self.schedule.concurrent - self._availability.busy
+        if free_turns <= 0:
             return []
-        idle = self._availability.first(room)
+        idle = self._availability.first(free_turns)
         if not idle:
-            over = not self._availability.at_work and not self._availability.arrivals and self.privacy_budget.barred()
-            return self._finish_budget_spent(state.round - 1) if over else []
+            is_over = (
+                not self._availability.at_work and not self._availability.arrivals and self.privacy_budget.barred()
+            )
+            return self._finish_budget_spent(state.round - 1) if is_over else []
+        # The part keeps what it was cut from: the model moves while its device trains.
         basis = plain(self._basis())
         for name in idle:
-            device, last = state.devices[name], state.tasks.get(name)
-            again = last is not None and state.round_of(last) == state.round
-            attempt = last.attempt + 1 if last is not None and again else 1
+            device, former_task = state.devices[name], state.tasks.get(name)
+            is_repeated = former_task is not None and state.round_of(former_task) == state.round
+            attempt = former_task.attempt + 1 if former_task is not None and is_repeated else 1
             state.tasks[name] = self._new_task(device, attempt, basis=basis)
         return self._extracts(idle)
 
     def _turn(self, name: str) -> float:
-        """Number that orders a device in the queue for offers: the round of its last offer, and its lot among those of
-        that round. It stays as it is while the device waits."""
-        last = self.state.devices[name].last_offered_round
-        return last + keyed(self.job.seed, last, name, "turn").random()
+        """A device's number in the queue for offers: the round of its last offer, plus a lot among those of that round.
+
+        By names alone the last ones would starve where few devices may work at a time. The number stays as it is while
+        the device waits.
+        """
+        offered_round = self.state.devices[name].last_offered_round
+        return offered_round + keyed(self.job.seed, offered_round, name, "turn").random()
 
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
         task = self._task(event, Progress.EXTRACTING)
@@ -153,7 +159,7 @@ class AsynchronousCoordinator(Coordinator):
         return self._fold(name, task, self._weights.weight(name))
 
     def _folds(self) -> Commands:
-        """Add what came while no sums were open."""
+        """Add updates that came while no sums were open."""
         return [self._fold_again(n, t) for n, t in self._availability.stored()]
 
     def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
@@ -161,7 +167,7 @@ class AsynchronousCoordinator(Coordinator):
         return self._give_up(task, event, now)
 
     def _give_up(self, task: Task | None, event: on.UpdateRejected | on.OfferRefused, now: float) -> Commands:
-        """A device that can't do its part is asked again when its deadline has passed, not at once."""
+        """Give a failed part its deadline, when the device is asked again: at once it would fail in the same way."""
         if task is not None:
             task.deadline = task.deadline or now + self.job.deadline_s
         return super()._give_up(task, event, now)
@@ -178,18 +184,20 @@ class AsynchronousCoordinator(Coordinator):
         if state.wake_times and now < min(state.wake_times):
             return [do.Wake(min(state.wake_times))]  # a clock was set back
         state.wake_times = [at for at in state.wake_times if at > now]
-        late: dict[str, tuple[int, int]] = {}
+        late_rounds: dict[str, tuple[int, int]] = {}
         for name in self._availability.late(now):
             task = state.tasks[name]
             task.deadline = None
             if task.progress is not Progress.REFUSED:
-                late[name] = (state.round_of(task), task.attempt)
+                late_rounds[name] = (state.round_of(task), task.attempt)
                 task.refuse(LATE, FailureKind.LATE)
         commands = self._go_on(now)
         # A device that is asked for the same again gets an offer instead of a cancellation: it continues.
-        again = {c.part.device for c in commands if isinstance(c, do.Extract)}
-        again = {n for n in again if n in late and late[n][0] == state.round}
-        cancels: Commands = [do.Cancel(n, number, a, LATE) for n, (number, a) in late.items() if n not in again]
+        names_asked_again = {c.part.device for c in commands if isinstance(c, do.Extract)}
+        names_asked_again = {n for n in names_asked_again if n in late_rounds and late_rounds[n][0] == state.round}
+        cancels: Commands = [
+            do.Cancel(n, number, a, LATE) for n, (number, a) in late_rounds.items() if n not in names_asked_again
+        ]
         return cancels + commands
 
     def _wake(self, now: float) -> Commands:
@@ -198,11 +206,11 @@ class AsynchronousCoordinator(Coordinator):
         if state.phase is Phase.FINISHED:
             return []
         times = [self._availability.next_deadline, state.deadline if state.phase is Phase.TRAINING else None]
-        due = min((at for at in times if at is not None), default=None)
-        if due is None or any(at <= due for at in state.wake_times):
+        due_at = min((at for at in times if at is not None), default=None)
+        if due_at is None or any(at <= due_at for at in state.wake_times):
             return []
-        state.wake_times = [*state.wake_times, due]
-        return [do.Wake(due)]
+        state.wake_times = [*state.wake_times, due_at]
+        return [do.Wake(due_at)]
 
     # A round ends.
 
@@ -210,15 +218,16 @@ class AsynchronousCoordinator(Coordinator):
         state = self.state
         if state.phase is not Phase.TRAINING or state.opened_at is None:
             return []
-        times = self._availability.arrivals
-        working = self._availability.at_work
-        state.deadline = self.schedule.closes_at(state.opened_at, times, working or self._availability.absent, now)
-        if state.deadline is None and times and not working:
+        arrivals = self._availability.arrivals
+        at_work = self._availability.at_work
+        state.deadline = self.schedule.closes_at(state.opened_at, arrivals, at_work or self._availability.absent, now)
+        if state.deadline is None and arrivals and not at_work:
             # Devices that are away had time to come back.
             state.deadline = state.opened_at + self.job.deadline_s
         if state.deadline is None or state.deadline > now:
             return []
         fresh = self._availability.done()[: self.schedule.arrivals or None]
+        # Saved with the state: after a restart the same updates enter with the same weights.
         state.closing = self._weights.entering(dict(fresh))
         state.phase, state.deadline = Phase.CLOSING, None
         return [self._close()]
@@ -226,32 +235,32 @@ class AsynchronousCoordinator(Coordinator):
     def _close(self) -> do.Close:
         state = self.state
         closing = state.closing or {}
-        parts, new = [], set(closing["fresh"])
+        contributions, fresh_names = [], set(closing["fresh"])
         for name, weight in sorted(closing["weights"].items()):
-            if name in new:
-                parts.append(self._contribution(name, state.tasks[name], weight))
+            if name in fresh_names:
+                contributions.append(self._contribution(name, state.tasks[name], weight))
             else:
                 buffer = state.devices[name].buffer or {}
-                parts.append(replace(convert(buffer["contribution"], do.Contribution), weight=weight))
+                contributions.append(replace(convert(buffer["contribution"], do.Contribution), weight=weight))
         fresh = tuple(closing["fresh"])  # those whose updates have not been seen before
-        return do.Close(state.round, state.model, dict(state.memory), fresh, tuple(parts), closing["rate"])
+        return do.Close(state.round, state.model, dict(state.memory), fresh, tuple(contributions), closing["rate"])
 
     def _closed(self, event: on.Closed, now: float) -> Commands:
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round or state.closing is None:
             return []
-        new = set(state.closing["fresh"])
+        fresh_names = set(state.closing["fresh"])
         for name, weight in state.closing["weights"].items():
-            fresh = name in new
-            if name in event.rejected and fresh:
+            is_fresh = name in fresh_names
+            if name in event.rejected and is_fresh:
                 state.tasks[name].refuse(event.rejected[name], event.kinds.get(name, FailureKind.OTHER))
             elif name in event.rejected:
                 state.devices[name].buffer = None
-            elif fresh:
+            elif is_fresh:
                 task = state.tasks[name]
                 task.reason = event.limited.get(name, "")
-                found = self._contribution(name, task, weight)
-                state.devices[name].buffer = self._weights.buffer(task, plain(found))
+                contribution = self._contribution(name, task, weight)
+                state.devices[name].buffer = self._weights.buffer(task, plain(contribution))
                 self._keep_past(name, task)
         if state.closing["weights"].keys() <= event.rejected.keys():
             # No update is left: the round continues collecting, and its devices are asked again, but not at once.
@@ -260,8 +269,9 @@ class AsynchronousCoordinator(Coordinator):
             state.closing = None
             return self._collect(now)
         state.model, state.memory = event.model, dict(event.memory)
-        seldom = state.round % self.schedule.evaluate_every and state.round < self.job.rounds
-        if seldom and not self.job.privacy.epsilon_budget and not spent_total(self.job, state, now):
+        skips_evaluation = state.round % self.schedule.evaluate_every and state.round < self.job.rounds
+        # The last round is evaluated always, and so is any that may turn out to be the last.
+        if skips_evaluation and not self.job.privacy.epsilon_budget and not spent_total(self.job, state, now):
             return self._end({}, now)
         state.phase = Phase.EVALUATING
         return [self._evaluate()]
@@ -269,16 +279,18 @@ class AsynchronousCoordinator(Coordinator):
     def _end(self, metrics: dict[str, float], now: float) -> Commands:
         state = self.state
         number = state.round
-        fresh = set((state.closing or {}).get("fresh", ()))
-        ended = {n: state.tasks[n] for n in sorted(fresh | self._availability.refused()) if n in state.tasks}
-        news = {n: t for n, t in ended.items() if not t.in_summary}
-        more = {n: {"staleness": number - state.round_of(t), "seconds": t.seconds} for n, t in news.items()}
-        devices = {n: t.summary() | more[n] for n, t in news.items()}
+        fresh_names = set((state.closing or {}).get("fresh", ()))
+        ended_tasks = {
+            n: state.tasks[n] for n in sorted(fresh_names | self._availability.refused()) if n in state.tasks
+        }
+        new_tasks = {n: t for n, t in ended_tasks.items() if not t.in_summary}
+        timings = {n: {"staleness": number - state.round_of(t), "seconds": t.seconds} for n, t in new_tasks.items()}
+        devices = {n: t.summary() | timings[n] for n, t in new_tasks.items()}
         state.history.append({"round": number, "at": now, "model": state.model, "metrics": metrics, "devices": devices})
-        for task in news.values():
+        for task in new_tasks.values():
             task.in_summary = True
         # A device that refused waits for its deadline, whatever becomes of the model meanwhile.
-        for name, task in ended.items():
+        for name, task in ended_tasks.items():
             if task.deadline is None:
                 del state.tasks[name]
         state.closing = None

@@ -13,14 +13,15 @@ from heapq import heapify, heappop, heappush
 
 from fedprune.jobs.state import Progress, State, Task
 
+# The device has something to do, or is about to get it.
 WORKING = (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
-"""The device has something to do, or is about to get it."""
 
 
 class _Queue:
     """Names in the order of a number that each has.
 
-    A heap; a pair in it whose name has another number by now, or none, is dropped when it comes to the front.
+    It is a heap. A pair whose name has another number by now, or none, is dropped when it comes to the front: to find
+    it earlier would mean to look at all of them.
     """
 
     def __init__(self) -> None:
@@ -34,24 +35,27 @@ class _Queue:
         elif self.numbers.get(name) != number:
             self.numbers[name] = number
             heappush(self._heap, (number, name))
+            # Outdated pairs may outnumber the others by as much before the heap is made anew, which then costs little
+            # per change.
             if len(self._heap) > 2 * len(self.numbers) + 100:
                 self._heap = [(n, name) for name, n in self.numbers.items()]
                 heapify(self._heap)
 
-    def first(self, most: float = math.inf, until: float = math.inf) -> list[str]:
-        """The names with the smallest numbers, up to a number."""
-        found: list[tuple[float, str]] = []
-        while self._heap and len(found) < most and self._heap[0][0] <= until:
+    def first(self, count: float = math.inf, until: float = math.inf) -> list[str]:
+        """The names with the smallest numbers: at most `count` of them, with numbers up to `until`."""
+        pairs: list[tuple[float, str]] = []
+        while self._heap and len(pairs) < count and self._heap[0][0] <= until:
             pair = heappop(self._heap)
-            if self.numbers.get(pair[1]) == pair[0] and pair not in found[-1:]:
-                found.append(pair)
-        for pair in found:
+            if self.numbers.get(pair[1]) == pair[0] and pair not in pairs[-1:]:
+                pairs.append(pair)
+        # What was read stays in the queue: `put` alone takes names out.
+        for pair in pairs:
             heappush(self._heap, pair)
-        return [name for _, name in found]
+        return [name for _, name in pairs]
 
 
 class Availability:
-    """Reads the state, and never changes it.
+    """Sets of devices by what they do. It reads the state, and never changes it.
 
     Args:
         may: Whether a device may be offered anything at all, by its entry in the state.
@@ -79,7 +83,7 @@ class Availability:
 
     @property
     def at_work(self) -> bool:
-        """Whether an update, or its check, is awaited of any device that is connected."""
+        """Whether any device may still bring an update: it works or is idle, or its update isn't checked yet."""
         return bool(self._state.tasks.count(*WORKING, Progress.STORED)) or self.idle > 0
 
     @property
@@ -106,10 +110,10 @@ class Availability:
         self._refresh()
         return next((self._deadlines.numbers[n] for n in self._deadlines.first(1)), None)
 
-    def first(self, most: int) -> list[str]:
+    def first(self, count: int) -> list[str]:
         """Names of idle devices, sorted; where there are more than `most`, those whose turn comes first."""
         self._refresh()
-        return sorted(self._idle.first(most))
+        return sorted(self._idle.first(count))
 
     def late(self, now: float) -> list[str]:
         """Names of devices whose deadline has passed, sorted."""
@@ -141,23 +145,24 @@ class Availability:
     def _list(self, name: str) -> None:
         device, task = self._state.devices.get(name), self._state.tasks.get(name)
         progress = None if task is None else task.progress
-        idle = away = False
+        is_idle = is_away = False
         if device is not None and not device.excluded:
-            waiting = task is not None and task.deadline is not None
-            away = not device.online and progress in (None, Progress.REFUSED)
-            idle = device.online and progress in (None, Progress.REFUSED) and not waiting and self._may(name)
-        turn = 0.0 if self._turn is None or not idle else self._turn(name)
-        self._idle.put(name, turn if idle else None)
+            # A device that refused waits for its deadline; without one it may be asked at once.
+            is_waiting = task is not None and task.deadline is not None
+            is_away = not device.online and progress in (None, Progress.REFUSED)
+            is_idle = device.online and progress in (None, Progress.REFUSED) and not is_waiting and self._may(name)
+        turn = 0.0 if self._turn is None or not is_idle else self._turn(name)
+        self._idle.put(name, turn if is_idle else None)
         self._deadlines.put(name, None if task is None else task.deadline)
         if name in self._done:
             del self._arrivals[bisect_left(self._arrivals, self._done.pop(name))]
         if task is not None and progress is Progress.FOLDED:
             self._done[name] = task.arrived_at or 0.0
             insort(self._arrivals, self._done[name])
-        listed = (
-            (self._away, away),
+        memberships = (
+            (self._away, is_away),
             (self._stored, progress is Progress.STORED),
             (self._refused, progress is Progress.REFUSED),
         )
-        for names, wanted in listed:
-            (names.add if wanted else names.discard)(name)
+        for names, is_member in memberships:
+            (names.add if is_member else names.discard)(name)

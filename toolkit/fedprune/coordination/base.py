@@ -32,8 +32,9 @@ from fedprune.updates.codecs import CODECS
 
 Commands = list[do.Command]
 
+# Offers refused or updates rejected in a row after which a device is left out until it connects again. One that fails
+# always would otherwise be offered every round, and make others wait for it.
 MAX_FAILURES = 3
-"""Offers refused or updates rejected in a row after which a device is left out until it connects again."""
 
 
 class Coordinator(ABC):
@@ -48,8 +49,8 @@ class Coordinator(ABC):
         frozen: Tensors that the model's author froze.
     """
 
+    # Whether the server learns only sums of updates, and never a single one.
     is_masked = False
-    """Whether sums of updates are all that is ever known of them."""
 
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
         self.job = job
@@ -151,19 +152,19 @@ class Coordinator(ABC):
 
     @abstractmethod
     def _collect(self, now: float) -> Commands:
-        """The round has its ranking: its parts begin."""
+        """Begin the parts of a round whose channels are ranked."""
 
     @abstractmethod
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
-        """A part is ready: offer it, and set its deadline or the round's."""
+        """Offer a part that is ready, and set its deadline or the round's."""
 
     @abstractmethod
     def _close(self) -> do.Command:
-        """Turn sums into the next model."""
+        """The command that turns sums into the next model."""
 
     @abstractmethod
     def _resume_round(self, now: float) -> Commands:
-        """Continue while a round is awaited, ranked or trained."""
+        """Continue after a restart, before a round or while its channels are ranked or its devices train."""
 
     def _is_late(self, event: on.UpdateAnnounced) -> bool:
         """Whether an update can't count any more, whichever part it is of."""
@@ -171,11 +172,12 @@ class Coordinator(ABC):
 
     @abstractmethod
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
-        """An update is here: acknowledge it, so that the device lets go of it, and add it while sums are open."""
+        """Acknowledge an update that is on the disk, so that the device may delete it, and add it while sums are
+        open."""
 
     @abstractmethod
     def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
-        """An update that was pulled or added doesn't count: the device's part has failed."""
+        """Give up the part of a device whose update was pulled or added, but doesn't count."""
 
     @abstractmethod
     def _go_on(self, now: float) -> Commands:
@@ -183,19 +185,19 @@ class Coordinator(ABC):
 
     @abstractmethod
     def _closed(self, event: on.Closed, now: float) -> Commands:
-        """The sums have become the next model: note whose updates counted, and continue; repeat if none did."""
+        """Note whose updates are in the next model, and have it evaluated; repeat the round if none is."""
 
     @abstractmethod
     def _end(self, metrics: dict[str, float], now: float) -> Commands:
-        """The round has ended: note it, and begin the next or finish."""
+        """Add a round to the history, and begin the next one or finish."""
 
     @abstractmethod
     def _ticked(self, event: on.Ticked, now: float) -> Commands:
-        """Time has passed: give up what is late, and ask to be woken where a clock was set back."""
+        """Give up what is late; where a clock was set back, ask again to be woken."""
 
     @abstractmethod
     def _go_on_again(self, now: float) -> Commands:
-        """The job was paused and is not any more, or devices have come: begin what can begin now."""
+        """Begin what can begin now that the job is resumed or devices have come."""
 
     # What they have in common.
 
@@ -213,19 +215,19 @@ class Coordinator(ABC):
         return commands
 
     def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
-        """A device has trained: pull its update if it is expected, repeat the earlier answer, or cancel."""
-        task, late = self.state.tasks.get(event.device), self._is_late(event)
-        mine = task is not None and event.round == self.state.round_of(task)
-        if task is not None and mine and event.attempt == task.attempt and based(event, task):
+        """Answer a device that has trained: pull its update if it is expected, repeat the earlier answer, or cancel."""
+        task, is_late = self.state.tasks.get(event.device), self._is_late(event)
+        is_of_round = task is not None and event.round == self.state.round_of(task)
+        if task is not None and is_of_round and event.attempt == task.attempt and based(event, task):
             if task.progress in (Progress.STORED, Progress.FOLDED):
                 return [self._settle_announcement(event, task)]
             if task.progress is Progress.REFUSED:
                 return [do.Cancel(event.device, event.round, event.attempt, task.reason)]
-            if not late:
+            if not is_late:
                 return [self._pull(event, task)]
-        if task is not None and mine and task.progress in TO_COME:
+        if task is not None and is_of_round and task.progress in TO_COME:
             return []  # the offer that it gets in a moment says whether this update still counts
-        reason = "the round is over" if late or task is None else "another offer took this one's place"
+        reason = "the round is over" if is_late or task is None else "another offer took this one's place"
         return [do.Cancel(event.device, event.round, event.attempt, reason)]
 
     def _offer(self, task: Task, event: on.Extracted, now: float, deadline: float | None) -> do.SendOffer:
@@ -236,18 +238,18 @@ class Coordinator(ABC):
         return do.SendOffer(event.device, event.round, event.attempt, event.offer)
 
     def _born(self, event: on.DeviceBorn, now: float) -> Commands:
-        """A device has come: take it in, and give it what it has missed; with enough devices a job begins."""
-        before = self.state.devices.get(event.device)
+        """Add or renew a device, and give it what it has missed; with enough devices a job begins."""
+        former = self.state.devices.get(event.device)
         if not self._admit(event):
             return []
         if self.state.phase is Phase.FINISHED:
             return [do.TellFinished(event.device, self.state.model)]
-        commands = self._resume_part(event.device, before)
+        commands = self._resume_part(event.device, former)
         return commands if event.more else commands + self._go_on_again(now)
 
     def _paused(self, event: on.Paused, now: float) -> Commands:
-        before, self.state.paused = self.state.paused, event.paused
-        return self._go_on_again(now) if before and not event.paused else []
+        was_paused, self.state.paused = self.state.paused, event.paused
+        return self._go_on_again(now) if was_paused and not event.paused else []
 
     def _scored(self, event: on.Scored, now: float) -> Commands:
         state = self.state
@@ -262,7 +264,9 @@ class Coordinator(ABC):
             return []
         task.progress = Progress.FOLDED
         device, offer = self.state.devices[event.device], task.offer or {}
+        # Failures count in a row: an update that passes its checks ends the row.
         device.failures = 0
+        # The device continues from these channels in its next part, so that their order must be known then.
         if self._is_continued(offer):
             weights = offer["weights"]["sha256"] if "weights_codec" in offer else None
             device.held = {k: offer[k] for k in ("selection", "ranking", "widths")} | {"weights": weights}
@@ -280,7 +284,7 @@ class Coordinator(ABC):
         return self._end(dict(event.metrics), now)
 
     def _give_up(self, task: Task | None, event: on.UpdateRejected | on.OfferRefused, now: float) -> Commands:
-        """A device's part has failed, if it is one that was awaited: the others go on."""
+        """Record that a device's part has failed, if it was awaited, and continue with the others."""
         if task is None:
             return []
         self._fail(task, event)
@@ -298,16 +302,16 @@ class Coordinator(ABC):
         return task if task.progress is progress else None
 
     def _admit(self, event: on.DeviceBorn) -> bool:
-        """Take in an announcement; False for one of an earlier connection, delivered late.
+        """Add or renew a device by its announcement; False for one of an earlier connection, delivered late.
 
         An offline device is believed: if it lost its storage it counts its connections from the beginning.
         """
         state = self.state
-        known = state.devices.get(event.device)
-        if known is not None and known.online and event.session < known.session:
+        former = state.devices.get(event.device)
+        if former is not None and former.online and event.session < former.session:
             return False
-        known_codecs = tuple(c for c in CODECS if c in event.codecs)  # others would be kept for ever
-        codecs = self._codecs.setdefault(known_codecs, list(known_codecs))
+        shared_codecs = tuple(c for c in CODECS if c in event.codecs)  # others would be kept for ever
+        codecs = self._codecs.setdefault(shared_codecs, list(shared_codecs))
         device = Device(
             event.session,
             True,
@@ -317,23 +321,24 @@ class Coordinator(ABC):
             codecs=codecs,
             effective_classes=event.effective_classes,
         )
-        if known is None:
+        if former is None:
             device.last_offered_round = state.round
         else:
-            device.past, device.last_counted_round, device.held = known.past, known.last_counted_round, known.held
-            device.last_offered_round, device.missed_rounds = known.last_offered_round, known.missed_rounds
-            device.allocation, device.buffer, device.releases = known.allocation, known.buffer, known.releases
-            if known.session == event.session:
-                device.failures = known.failures  # it worked for another job, and has not connected again
+            # What the server remembers of a device outlives its connection.
+            device.past, device.last_counted_round, device.held = former.past, former.last_counted_round, former.held
+            device.last_offered_round, device.missed_rounds = former.last_offered_round, former.missed_rounds
+            device.allocation, device.buffer, device.releases = former.allocation, former.buffer, former.releases
+            if former.session == event.session:
+                device.failures = former.failures  # it worked for another job, and has not connected again
         state.devices[event.device] = device
-        self.allocator.admit(self.fleet, event.device, known)
+        self.allocator.admit(self.fleet, event.device, former)
         return True
 
     def _extracts(self, names: Iterable[str]) -> Commands:
         return [self._extract(name, self.state.tasks[name]) for name in names]
 
-    def _resume_part(self, name: str, before: Device | None) -> Commands:
-        """What a device that has come again needs for its part, before its update is here: the offer or a pull.
+    def _resume_part(self, name: str, former: Device | None) -> Commands:
+        """Commands for the part of a device that has connected again, before its update is here: the offer or a pull.
 
         On the same connection it still has what it announced: that is pulled once more, which changes nothing while it
         is under way. On a new one it may have missed the offer or, with its storage, have lost the update: then nobody
@@ -342,11 +347,11 @@ class Coordinator(ABC):
         task = self.state.tasks.get(name)
         if task is None or not task.offer or task.progress not in (Progress.OFFERED, Progress.PULLING):
             return []
-        number, announced = self.state.round_of(task), task.progress is Progress.PULLING
-        is_new_connection = before is None or before.session != self.state.devices[name].session
-        if announced and task.update is not None and not is_new_connection:
+        number, is_announced = self.state.round_of(task), task.progress is Progress.PULLING
+        is_new_connection = former is None or former.session != self.state.devices[name].session
+        if is_announced and task.update is not None and not is_new_connection:
             return [do.PullUpdate(name, number, task.attempt, task.update)]
-        return [do.SendOffer(name, number, task.attempt, task.offer, announced)]
+        return [do.SendOffer(name, number, task.attempt, task.offer, is_announced)]
 
     def _pull(self, event: on.UpdateAnnounced, task: Task) -> do.PullUpdate:
         """Pull what a device announces; another update than before replaces that one, which the device has no more."""
@@ -378,12 +383,12 @@ class Coordinator(ABC):
         return []
 
     def _mark_all_offline(self) -> None:
-        """After a restart: devices are offline until they announce themselves, and settings may have changed."""
+        """After a restart, mark devices as offline until they announce themselves, and allocate their shares again."""
         for name, device in self.state.devices.items():
             device.online, device.excluded, device.excluded_by = False, "", ""
             self.allocator.admit(self.fleet, name, None)
 
-    def _new_task(self, device: Device, attempt: int, **more: Any) -> Task:
+    def _new_task(self, device: Device, attempt: int, **settings: Any) -> Task:
         """A device's part of the present round."""
         return Task(
             attempt,
@@ -392,7 +397,7 @@ class Coordinator(ABC):
             past=device.past,
             last_counted_round=device.last_counted_round,
             accumulate=device.accumulate,
-            **more,
+            **settings,
         )
 
     def _basis(self) -> do.Basis:
@@ -434,23 +439,32 @@ class Coordinator(ABC):
         self.state.devices[name].last_counted_round = self.state.round_of(task)
         if self.strategy.keeps_past:
             # As it was sent: an extractor may have chosen fewer channels than the part says, or others.
-            sent = self._contribution(name, task, task.weight)
-            ranking, widths = sent.ranking or sent.basis.ranking, sent.widths or task.widths
-            base = sent.sent if sent.codec else None
-            past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask, sent.codec, base)
+            contribution = self._contribution(name, task, task.weight)
+            ranking, widths = contribution.ranking or contribution.basis.ranking, contribution.widths or task.widths
+            sent_weights = contribution.sent if contribution.codec else None
+            past = do.Past(
+                contribution.basis.round,
+                task.weights,
+                ranking,
+                widths,
+                contribution.mask,
+                contribution.codec,
+                sent_weights,
+            )
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
     def _fail(self, task: Task, event: on.UpdateRejected | on.OfferRefused) -> None:
-        """A device's part came to nothing."""
+        """Record that a device's part came to nothing; exclude the device after `MAX_FAILURES` in a row."""
         device = self.state.devices[event.device]
         device.failures += 1
         task.refuse(event.reason, event.kind)
+        # The kind is that of the last failure: an operator can act on that one.
         if device.failures >= MAX_FAILURES:
             device.excluded_by = task.kind
             device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {event.reason}"
 
     def _finish_budget_spent(self, number: int) -> Commands:
-        """The end of a job of which no device may be asked once more: it stays with the model of its last round."""
+        """End a job of which no device may be asked once more; its result is the model of its last round."""
         self.state.round, self.state.phase = number, Phase.FINISHED
         self.state.tasks, self.state.deadline = TrackedDict(), None
         return [self._finish()]
@@ -460,9 +474,9 @@ class Coordinator(ABC):
         self.state.round += 1
         if self.state.began_at is None:
             self.state.began_at = now
-        changed = self.allocator.open(self.fleet)
+        densities_changed = self.allocator.open(self.fleet)
         self.grants.begin_round()
-        return changed
+        return densities_changed
 
     def _finish(self) -> do.Finish:
         return do.Finish(self.state.model, early_end(self.job, self.state))
@@ -470,27 +484,28 @@ class Coordinator(ABC):
     def _finish_if_over(self) -> Commands:
         """End a job that is between two rounds and may have no other: a restart may have lowered what it may have, also
         within its first round, if updates were sent that couldn't be used."""
-        over = self._last() if self.state.history else bool(spent_total(self.job, self.state))
-        if not over:
+        is_over = self._last() if self.state.history else bool(spent_total(self.job, self.state))
+        if not is_over:
             return []
         self.state.phase = Phase.FINISHED
         return [self._finish()]
 
     def _last(self) -> bool:
         """Whether the job ends with the round that has just ended."""
-        spent = self._exhausted() or bool(spent_total(self.job, self.state))
-        return self.state.round >= self.job.rounds or spent or self.allocator.done(self.fleet)
+        is_spent = self._exhausted() or bool(spent_total(self.job, self.state))
+        return self.state.round >= self.job.rounds or is_spent or self.allocator.done(self.fleet)
 
     def _exhausted(self) -> bool:
         """Whether another round would take a device beyond the budget of privacy."""
         budget, history = self.job.privacy.epsilon_budget, self.state.history
-        under = self.state.spent_under or {}  # seen when a round closed, not before
-        if budget and self.job.privacy.account.items() <= under.items():
+        exhausted_account = self.state.spent_under or {}  # seen when a round closed, not before
+        if budget and self.job.privacy.account.items() <= exhausted_account.items():
             return True
         return bool(budget and history and history[-1]["metrics"].get(EPSILON_NEXT, 0.0) > budget)
 
     def _evaluate(self) -> do.Evaluate:
-        """Beside a core nothing was trained yet: the rest isn't measured, since it answers by chance."""
+        """The command that measures the model. Where the fleet shares a core, only the core is measured: channels
+        beside it are untrained, and answer by chance."""
         state, budget = self.state, self.privacy_budget
         widths = self.grants.core if state.ranking else ()
         return do.Evaluate(state.round, state.model, budget.spent(), budget.foreseen(), state.ranking or "", widths)
@@ -514,10 +529,12 @@ def part_of(name: str, task: Task) -> do.Part:
 
 def based(event: on.UpdateAnnounced, task: Task) -> bool:
     """Whether an update was trained from the weights of this task's offer, and not in an earlier run of the job."""
+    # Round and attempt begin at 1 again in a job that was started anew, so that they can't tell the runs apart.
     return task.offer is not None and event.base == task.offer["weights"]["sha256"]
 
 
 def steps_of(event: on.UpdateAnnounced, task: Task) -> int:
     """Optimiser steps behind an update: as many as it reports, at most those of its recipe."""
     recipe = Recipe.from_dict((task.offer or {})["recipe"])
+    # More steps than the recipe has are not believed: evidence divides movements by their number.
     return max(1, min(event.steps, recipe.steps(task.samples)))

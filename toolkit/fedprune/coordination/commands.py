@@ -113,7 +113,7 @@ class Coding:
     Attributes:
         update: The codec of its update, or None.
         weights: That of the weights that it is sent, or None.
-        held: What it continues from; None where nothing is known.
+        held: What it continues from; None for nothing, or where the server doesn't know.
     """
 
     update: str | None = None
@@ -268,8 +268,8 @@ class Close:
         model: Digest of the global model that is moved.
         memory: Digests of what the job remembers, by name.
         participants: The devices of the round, sorted.
-        rate: Share of the way to the sums' mean that is gone.
-        sums: The sums of all contributions, where none is known by itself.
+        rate: Share of the way from the model to the sums' mean that the model moves.
+        sums: The sums of all contributions, where updates are masked and none is known by itself.
     """
 
     round: int

@@ -38,8 +38,8 @@ class JobDemand:
         return self.weight > 0 and takers >= max(1, self.least)
 
 
+# Tells whether a job can give a device something to do, by the names of the job and the device.
 Fits = Callable[[str, str], bool]
-"""Whether a job can give a device something to do; takes job and device."""
 
 
 class FairScheduler:
@@ -62,7 +62,8 @@ class FairScheduler:
             self._worked[job, device] += seconds
 
     def used(self, job: str) -> float:
-        """Seconds of devices' time that a job is charged with: a job can't save up time while it waits."""
+        """Seconds of devices' time that a job is charged with, more than it had if it was away from the line: a job
+        can't save up time."""
         return self._used[job]
 
     def able(self, borrowers: Sequence[JobDemand], present: Collection[str], takes: Fits) -> list[JobDemand]:
@@ -101,28 +102,32 @@ class FairScheduler:
         able = self.able(borrowers, present, takes) if able is None else able
         self._enter(able)
         total = sum(b.weight for b in able)
-        left, found = set(free), dict[str, list[str]]()
+        unassigned, assignments = set(free), dict[str, list[str]]()
         for borrower in sorted((b for b in able if b.most > 0), key=self._served):
             job = borrower.job
+            # 1e-9: a share that is a whole number must not be rounded up by a floating-point error.
             share = math.ceil(len(present) * borrower.weight / total - 1e-9) - borrower.holds
-            wanted = min(max(0 if borrower.holds else borrower.least, share, 0), borrower.most)
-            if not wanted:
+            count = min(max(0 if borrower.holds else borrower.least, share, 0), borrower.most)
+            if not count:
                 continue
             # Those that have worked least for a job come first: it is to learn from all devices.
-            fitting = (d for d in left if fits(job, d))
-            fit = sorted(fitting, key=lambda d: (self._worked[job, d], self._turns[job, d], d))
-            if len(fit) >= borrower.least:
-                found[job] = fit[:wanted]
-                self._turns.update((job, d) for d in found[job])
-            left.difference_update(fit[:wanted])
-        return {job: devices for job, devices in found.items() if devices}
+            fitting_devices = (d for d in unassigned if fits(job, d))
+            candidates = sorted(fitting_devices, key=lambda d: (self._worked[job, d], self._turns[job, d], d))
+            if len(candidates) >= borrower.least:
+                assignments[job] = candidates[:count]
+                self._turns.update((job, d) for d in assignments[job])
+            # Too few are held back all the same, or a job that needs many devices would starve behind those that need
+            # few.
+            unassigned.difference_update(candidates[:count])
+        return {job: devices for job, devices in assignments.items() if devices}
 
     def _enter(self, able: Sequence[JobDemand]) -> None:
-        """Who was away from the line, or is new, has no claim on the time that the others have had meanwhile."""
-        floor = min((self._served(b) for b in able if b.job in self._queue), default=0.0)
+        """Charge jobs that are new, or come back to the line, with as much time as the one that has had least: they
+        have no claim on what the others have had meanwhile."""
+        least_served = min((self._served(b) for b in able if b.job in self._queue), default=0.0)
         for borrower in able:
             if borrower.job not in self._queue:
-                self._used[borrower.job] = max(self._used[borrower.job], floor * borrower.weight)
+                self._used[borrower.job] = max(self._used[borrower.job], least_served * borrower.weight)
         self._queue = frozenset(b.job for b in able)
 
     def _served(self, borrower: JobDemand) -> float:

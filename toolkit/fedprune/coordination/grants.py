@@ -26,16 +26,16 @@ from fedprune.strategies.shared_core import SharedCore
 
 Widths = tuple[int, ...]
 
+# The share of the whole model's MACs that narrower boards are to spend: at half the channels twice the epochs, with
+# which a core learns as much in a round as FedAvg does.
 WORK_SHARE = 0.5
-"""The share of the whole model's MACs that narrower boards are to spend: at half the channels twice the epochs, with
-which a core learns as much in a round as FedAvg does."""
 
+# The most epochs that a recipe accepts.
 MOST_EPOCHS = 10_000
-"""What a recipe takes."""
 
+# How often the planned training must fit a board's time before steps may all be as wide as the board. Plans count the
+# shorter steps of ordered dropout: whole ones take longer, but less than this many times.
 WHOLE_STEPS = 2.0
-"""How often the planned training must fit a board's time before steps may all be as wide as the board: more than steps
-of ordered dropout are shorter."""
 
 
 class Grant(NamedTuple):
@@ -57,7 +57,7 @@ class Grant(NamedTuple):
 
 
 class Grants:
-    """Decides what devices train, once per round for the fleet; what devices can hold is the allocator's to say.
+    """Decides what devices train, once per round for the fleet. What devices can hold, the allocator decides.
 
     Args:
         asks_alike: Whether devices of the same widths must be asked for the same.
@@ -85,13 +85,13 @@ class Grants:
         """
         core, state = self._core, self._state
         if core is not None and core.evenness and state.suits_core is None:
-            first = state.round == 1 and state.untrained
-            state.suits_core = first and self._suits_core(core)
+            is_first = state.round == 1 and state.untrained
+            state.suits_core = is_first and self._suits_core(core)
         state.untrained = self._is_shared
         self._decide()
-        plain, state.plain_model = state.plain_model, ""
-        if plain and (self._has_core or not state.mixed):
-            state.model = plain
+        plain_model, state.plain_model = state.plain_model, ""
+        if plain_model and (self._has_core or not state.mixed):
+            state.model = plain_model
 
     def of(self, device: Device) -> Grant:
         """What a device trains in the present round."""
@@ -110,8 +110,11 @@ class Grants:
         if self._core is None:
             return ""
         if self.core:
-            most, share = f"{self._state.core_density:.3g} of the model's channels", f"{self._core.board_share:.0%}"
-            return f"boards share a core: they train at most {most}, which {share} of them can hold"
+            core_share, share = (
+                f"{self._state.core_density:.3g} of the model's channels",
+                f"{self._core.board_share:.0%}",
+            )
+            return f"boards share a core: they train at most {core_share}, which {share} of them can hold"
         if not self._state.mixed:
             return "all boards train the same width: no ordered dropout and no mixed samples by default"
         return "each board trains all that it can hold" if self._has_core else ""
@@ -135,7 +138,7 @@ class Grants:
         return [d for d in self._state.devices.values() if d.widths and not d.excluded]
 
     def _decide(self) -> None:
-        """Look at what the fleet's devices can hold."""
+        """Decide, by what the fleet's devices can hold, on the core and whether boards train different widths."""
         state = self._state
         state.core_widths, state.core_density, state.mixed, state.longest_s = [], 1.0, True, 0.0
         if self._core is None:
@@ -146,19 +149,23 @@ class Grants:
             state.core_density, core = self._core.of(kinds)
             state.core_widths = list(core)
         trained = {self._least(widths, density)[0] for density, widths in kinds}
-        alike = len(trained) == 1 and self._sees_fleet
-        state.mixed = not (alike and self._fit_whole_steps(devices))
+        trains_alike = len(trained) == 1 and self._sees_fleet
+        state.mixed = not (trains_alike and self._fit_whole_steps(devices))
         if self._has_core:
             state.longest_s = self._longest(devices)
 
     def _suits_core(self, core: SharedCore) -> bool:
-        """Whether a core is better than ordered dropout for boards that tell classes apart: where they are nearly as
-        wide as each other, or labels are even. They are where, of all classes or of as many as a board has samples, the
-        median board's labels are worth the core's `evenness`. Boards that don't say count as worth none."""
+        """Whether a core is better than ordered dropout for classifiers.
+
+        It is where boards are nearly as wide as each other, or labels are even: where the median board's labels are
+        worth at least the share `evenness` of all classes, or of as many as the board has samples. Boards that don't
+        report that count as worth none.
+        """
         devices = self._devices
         if self._job.privacy.on or self._asks_alike or not self._sees_fleet:
             return False
         kinds = Counter((d.density, d.widths) for d in devices)
+        # Boards of one width hold all that any holds: there is nothing beside a core.
         if len(kinds) < 2 or not self._fit_whole_steps(devices):
             return False
         (narrowest, _), (widest, _) = min(kinds), max(kinds)
@@ -169,31 +176,33 @@ class Grants:
         return statistics.median(shares) >= core.evenness
 
     def _fit_whole_steps(self, devices: Iterable[Device]) -> bool:
-        """Whether boards have time for steps as wide as themselves: plans go by those of ordered dropout."""
+        """Whether all boards have time for steps as wide as themselves."""
         return all(self._fits(d, d.widths) >= WHOLE_STEPS for d in devices)
 
     def _least(self, widths: Widths, density: float) -> tuple[Widths, float]:
-        """The lesser of what a device can hold and the core."""
+        """The smaller of what a device can hold and the core, group by group."""
         core = self.core
-        least = tuple(map(min, widths, core)) if core else widths
-        if least == widths:
+        narrowed = tuple(map(min, widths, core)) if core else widths
+        if narrowed == widths:
             return widths, density
-        return least, self._state.core_density if least == core else kept_share(self._architecture, least)
+        return narrowed, self._state.core_density if narrowed == core else kept_share(self._architecture, narrowed)
 
     def _work(self, device: Device, widths: Widths) -> int:
         if self._core is None or not self._has_core or not widths or self._asks_alike:
             return 1
         whole_steps = WHOLE_STEPS if self._core.evenness else 1.0
-        wanted = round(WORK_SHARE * self._training_macs(self._architecture.sizes) / self._training_macs(widths))
-        most = min(self._core.work, wanted, MOST_EPOCHS // self._recipe.epochs)
-        if most <= 1:
+        epochs_for_share = round(
+            WORK_SHARE * self._training_macs(self._architecture.sizes) / self._training_macs(widths)
+        )
+        max_work = min(self._core.work, epochs_for_share, MOST_EPOCHS // self._recipe.epochs)
+        if max_work <= 1:
             return 1
         seconds, longest = self._seconds(device, widths), self._state.longest_s
-        nearly = round(min(most, longest / seconds)) if seconds and longest else most
-        return max(1, math.floor(min(nearly, self._fits(device, widths) / whole_steps)))
+        work_in_time = round(min(max_work, longest / seconds)) if seconds and longest else max_work
+        return max(1, math.floor(min(work_in_time, self._fits(device, widths) / whole_steps)))
 
     def _fits(self, device: Device, widths: Widths) -> float:
-        """How often the training at these widths fits the time and energy that a device's plan has."""
+        """How many times the training at these widths fits the time and energy of a device's plan."""
         if device.plan is None:
             return math.inf
         key = (device.plan, widths)
@@ -206,23 +215,26 @@ class Grants:
         return self._repeats[key]
 
     def _longest(self, devices: Iterable[Device]) -> float:
-        """How long the whole model would take the slowest board, in seconds: a round of FedAvg. Small nets' steps take
-        as long at any width, and as many of them as of large ones would make rounds longer than that."""
+        """Seconds that a round of the whole model would take the slowest board, as in FedAvg.
+
+        It limits the work of narrower boards: where steps of a small net take as long at any width, more of them would
+        make rounds longer than FedAvg's.
+        """
         return max((self._seconds(d, self._architecture.sizes) for d in devices), default=0.0)
 
     def _seconds(self, device: Device, widths: Widths) -> float:
-        """Time of the recipe's training at these widths on a board of the device's kind, as its profile has it; 0 where
+        """Seconds of the recipe's training at these widths on a board of the device's kind, by its profile; 0 where
         there is no such profile. Boards' own measurements are left out: reading them all would take a large fleet
         longer than it gains."""
         key = (str(device.profile.get("name")), widths)
         profile, step_s = self._steps.get(key, (None, 0.0))
         if profile != device.profile:
             # A step of a whole batch, whatever samples the device has: boards of a kind are alike in any order.
-            like_it = Device(
+            typical_device = Device(
                 session=0, online=True, profile=device.profile, probe=None, samples=self._recipe.batch_size
             )
             try:
-                step_s = self._predicted(like_it, widths).step_s
+                step_s = self._predicted(typical_device, widths).step_s
             except ProfileError:
                 step_s = 0.0
             self._steps[key] = (device.profile, step_s)

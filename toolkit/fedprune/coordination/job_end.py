@@ -6,8 +6,8 @@ from fedprune.core.text import amount
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, State
 
+# Metric of an evaluation: the ε that a device would have after another round like its most expensive one.
 EPSILON_NEXT = "epsilon_next"
-"""Metric of an evaluation: the ε that a device would have after another round like its most expensive one."""
 
 
 def early_end(job: Job, state: State) -> str:
@@ -37,13 +37,13 @@ def spent_total(job: Job, state: State, now: float | None = None) -> str:
 
 
 def spent_after(job: Job, state: State) -> float:
-    """The share of a total that will be spent after the present round, if that takes as much as the finished ones did;
-    the greatest where a job has several, 0 in a first round and without a total."""
+    """The share of a job's total that will be spent after the present round, if that takes as much as the finished ones
+    did on average: the greatest share where a job has several totals, 0 in a first round and without a total."""
     if not state.history:  # what updates that couldn't be used have cost says nothing of rounds
         return 0.0
-    hours, finished = _hours(state, None), max(1, state.round - 1)
+    hours, finished_rounds = _hours(state, None), max(1, state.round - 1)
     spent = ((state.spent_bytes, job.total_bytes), (state.spent_macs, job.total_macs), (hours, job.total_hours))
-    return max((used / total for used, total in spent if total), default=0.0) * (finished + 1) / finished
+    return max((used / total for used, total in spent if total), default=0.0) * (finished_rounds + 1) / finished_rounds
 
 
 def _hours(state: State, now: float | None) -> float:
@@ -54,9 +54,9 @@ def _hours(state: State, now: float | None) -> float:
 
 def _spent_privacy(job: Job, state: State) -> str:
     budget = job.privacy.epsilon_budget
-    following = state.history[-1]["metrics"].get(EPSILON_NEXT, 0.0) if state.history else 0.0
-    if budget and following > budget:
-        return f"another round would cost ε {following:.3g} > {budget:g}, the budget of a board's privacy"
+    next_epsilon = state.history[-1]["metrics"].get(EPSILON_NEXT, 0.0) if state.history else 0.0
+    if budget and next_epsilon > budget:
+        return f"another round would cost ε {next_epsilon:.3g} > {budget:g}, the budget of a board's privacy"
     if budget:  # shared noise, whose cost is known when a round closes
         return f"the updates that came in the next round would have cost more than the budget of ε {budget:g}"
     return ""

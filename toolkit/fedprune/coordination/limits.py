@@ -41,72 +41,77 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Tensors
 from fedprune.strategies.values import Memories, Report, Scene, Submodel
 
+# Key of the references in a job's memory: per tensor its reference and its scale. They outlive a round, since a single
+# round's median is whatever its boards say.
 MEMORY = "move_reference"
-"""Key of the references in a job's memory: per tensor its reference and its scale."""
 
+# Limit of a single tensor, as a multiple of `move_limit`: tensors differ more between boards than updates do.
 TENSOR_FACTOR = 2.0
-"""Limit of a single tensor, as a multiple of `move_limit`: tensors differ more between boards than updates do."""
 
+# An update longer than this many limits is rejected. None of the honest updates that we measured was.
 REJECT_FACTOR = 8.0
-"""An update longer than this many limits is rejected. None of the honest updates that we measured was."""
 
+# Fewest updates that have an honest majority if one of them is hostile.
 _MAJORITY = 3
-"""Fewest updates that have an honest majority if one of them is hostile."""
+# Largest factor by which a reference grows in a round, and by which a round's median counts as longer than it.
 _GROWTH = 2.0
-"""Largest factor by which a reference grows in a round, and by which a round's median counts as longer than it."""
+# Largest factor by which a trained tensor's reference falls in a round; for batch-norm statistics it is `_GROWTH`.
 _FALL = 2.0 ** (1 / 20)
-"""Largest factor by which a trained tensor's reference falls in a round; for batch-norm statistics it is `_GROWTH`."""
+# Lower end of a reference, as a multiple of its tensor's scale.
 _LEAST = 2.0**-10
-"""Lower end of a reference, as a multiple of its tensor's scale."""
+# Numbers of a tensor that are squared at once: 256 KiB of float64, which stay in a core's own cache.
 _BLOCK = 2**15
-"""Numbers of a tensor that are squared at once."""
+# Significant digits of a length: the last bits of a sum of squares differ between machines, and models must not.
 _DIGITS = 6
-"""Significant digits of a length: the last bits of a sum of squares differ between machines, and models must not."""
+# An update is reported if less than this share of it counts. An honest board with many samples takes more steps, and
+# moves a few times as far as others.
 _NOTED = 0.25
-"""An update is reported if less than this share of it counts. An honest board with many samples takes more steps, and
-moves a few times as far as others."""
 
+# The same for a batch-norm statistic: between honest boards with unlike data, statistics differ more than weights.
 _NOTED_STATISTICS = 0.1
-"""The same for a batch-norm statistic: between honest boards with unlike data, statistics differ more than weights."""
 
+# Key of all trained tensors together.
 WHOLE = ""
-"""Key of all trained tensors together."""
 
+# Root mean square of an update's change: by tensor of the whole model, and under `WHOLE` over all trained tensors.
+# Elements of channels that the board doesn't hold count as unchanged; a mask's inactive ones are left out of the
+# mean.
 Lengths = Mapping[str, float]
-"""Root mean square of an update's change: by tensor of the whole model, and under `WHOLE` over all trained tensors.
-Elements of channels that the board doesn't hold count as unchanged; a mask's inactive ones are left out of the mean."""
 
 
 def lengths(report: Report) -> Lengths:
+    """How far an update moves each tensor, and all trained ones together."""
     sent, trained = report.sent.tensors, report.trained
-    found: dict[str, float] = {}
-    squares, count = 0.0, 0.0
+    update_lengths: dict[str, float] = {}
+    all_squares, count = 0.0, 0.0
     for spec in trained.selection.architecture.tensors:
-        size, square = float(math.prod(spec.shape)), 0.0
-        now, before = trained.tensors.get(spec.name), sent.get(spec.name)
-        if now is not None and before is not None and now.shape == before.shape and now.size:
+        size, square_sum = float(math.prod(spec.shape)), 0.0
+        value, sent_value = trained.tensors.get(spec.name), sent.get(spec.name)
+        if value is not None and sent_value is not None and value.shape == sent_value.shape and value.size:
             mask = trained.mask.get(spec.name)
+            # The mean divides an element by the updates whose mask holds it: what is masked must not dilute the length.
             if mask is not None:
-                size *= max(1, int(np.count_nonzero(mask))) / now.size
-            square = _squared(now.reshape(-1), before.reshape(-1), None if mask is None else mask.reshape(-1))
-            found[spec.name] = _rounded(math.sqrt(square / size))
+                size *= max(1, int(np.count_nonzero(mask))) / value.size
+            square_sum = _squared(value.reshape(-1), sent_value.reshape(-1), None if mask is None else mask.reshape(-1))
+            update_lengths[spec.name] = _rounded(math.sqrt(square_sum / size))
+        # Statistics have limits of their own: they follow the data's scale, which says nothing of training.
         if spec.kind.trainable:
-            squares, count = squares + square, count + size
-    return found | {WHOLE: _rounded(math.sqrt(squares / max(1.0, count)))}
+            all_squares, count = all_squares + square_sum, count + size
+    return update_lengths | {WHOLE: _rounded(math.sqrt(all_squares / max(1.0, count)))}
 
 
 def _squared(
-    now: npt.NDArray[np.float32], before: npt.NDArray[np.float32], active: npt.NDArray[np.bool_] | None
+    values: npt.NDArray[np.float32], sent_values: npt.NDArray[np.float32], active: npt.NDArray[np.bool_] | None
 ) -> float:
     """Sum of squares of a change, block by block in the cache."""
-    square = 0.0
-    for start in range(0, now.size, _BLOCK):
-        part = slice(start, start + _BLOCK)
-        moved = np.subtract(now[part], before[part], dtype=np.float64)
+    total = 0.0
+    for start in range(0, values.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        change = np.subtract(values[block], sent_values[block], dtype=np.float64)
         if active is not None:
-            moved *= active[part]
-        square += float(np.dot(moved, moved))
-    return square
+            change *= active[block]
+        total += float(np.dot(change, change))
+    return total
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,7 @@ class Bounds:
 
 def bounds(
     updates: Mapping[str, Lengths],
-    remembered: Mapping[str, npt.NDArray[np.float64]],
+    references: Mapping[str, npt.NDArray[np.float64]],
     architecture: Architecture,
     model: Tensors,
     times: float,
@@ -141,38 +146,46 @@ def bounds(
         model: The global model; in the first round the initial one, from which the scales are taken.
         times: Limit of a whole update, as a multiple of the median.
     """
+    # The first round has no references: its limits are the medians alone.
     trained = {t.name for t in architecture.trainable}
     scaled = trained | {WHOLE}
-    rejected = _rejected(updates, times, float(remembered[WHOLE][0]) if WHOLE in remembered else 0.0)
-    kept = {device: found for device, found in updates.items() if device not in rejected}
-    typical, reference = {}, {}
-    for name in sorted({name for found in updates.values() for name in found} | {WHOLE}):
-        before, scale = map(float, remembered.get(name, (0.0, _scale(name, trained, model))))
-        most, fall, floor = (scale, _FALL, before) if name in scaled else (math.inf, _GROWTH, 0.0)
-        moved = _moved(name, updates)
-        reference[name] = np.array([_renewed(before, moved, scale * _LEAST, most, fall), scale])
-        usual = _typical(before, _moved(name, kept), majority=len(moved) >= _MAJORITY)
-        typical[name] = min(max(usual, floor), most)
-    limits = {n: times * TENSOR_FACTOR * max(v, typical[WHOLE]) for n, v in typical.items()} | {
-        WHOLE: times * typical[WHOLE]
+    rejected = _rejected(updates, times, float(references[WHOLE][0]) if WHOLE in references else 0.0)
+    accepted = {device: lengths_of_device for device, lengths_of_device in updates.items() if device not in rejected}
+    usual_lengths, reference = {}, {}
+    for name in sorted({name for lengths_of_device in updates.values() for name in lengths_of_device} | {WHOLE}):
+        reference_before, scale = map(float, references.get(name, (0.0, _scale(name, trained, model))))
+        upper, max_fall, lower = (scale, _FALL, reference_before) if name in scaled else (math.inf, _GROWTH, 0.0)
+        nonzero_lengths = _moved(name, updates)
+        reference[name] = np.array(
+            [_renewed(reference_before, nonzero_lengths, scale * _LEAST, upper, max_fall), scale]
+        )
+        # All updates renew the reference, also rejected ones; the limits of this round go by those that are left.
+        usual_length = _typical(reference_before, _moved(name, accepted), majority=len(nonzero_lengths) >= _MAJORITY)
+        usual_lengths[name] = min(max(usual_length, lower), upper)
+    # No tensor is held to less than what is usual over all of them: a median near 0 would forbid any move.
+    limits = {n: times * TENSOR_FACTOR * max(v, usual_lengths[WHOLE]) for n, v in usual_lengths.items()} | {
+        WHOLE: times * usual_lengths[WHOLE]
     }
     shares, reasons = {}, {}
-    for device, found in sorted(kept.items()):
-        whole = _share(found[WHOLE], limits[WHOLE])
-        mine = {n: _share(v, limits[n]) for n, v in found.items() if n != WHOLE}
-        mine = {n: min(s, whole) if n in trained else s for n, s in mine.items()}
-        least = min(mine, key=lambda n: mine[n], default=WHOLE)
-        shares[device] = {n: s for n, s in mine.items() if s < 1}
-        if least and mine[least] < (_NOTED if least in trained else _NOTED_STATISTICS):
-            name = WHOLE if least in trained and mine[least] == whole else least
-            part = f"tensor {name}: " if name else ""
-            how = _far(found[name], typical[name])
-            reasons[device] = f"its update stands out: {part}{how}; {mine[least]:.2g} of that counted"
-    return Bounds(rejected, shares, reasons, {**remembered, **reference})
+    for device, lengths_of_device in sorted(accepted.items()):
+        update_share = _share(lengths_of_device[WHOLE], limits[WHOLE])
+        tensor_shares = {n: _share(v, limits[n]) for n, v in lengths_of_device.items() if n != WHOLE}
+        # One share for all trained tensors keeps an update's direction; a single wild tensor is shortened further.
+        tensor_shares = {n: min(s, update_share) if n in trained else s for n, s in tensor_shares.items()}
+        smallest = min(tensor_shares, key=lambda n: tensor_shares[n], default=WHOLE)
+        shares[device] = {n: s for n, s in tensor_shares.items() if s < 1}
+        if smallest and tensor_shares[smallest] < (_NOTED if smallest in trained else _NOTED_STATISTICS):
+            name = WHOLE if smallest in trained and tensor_shares[smallest] == update_share else smallest
+            subject = f"tensor {name}: " if name else ""
+            distance = _far(lengths_of_device[name], usual_lengths[name])
+            reasons[device] = (
+                f"its update stands out: {subject}{distance}; {tensor_shares[smallest]:.2g} of that counted"
+            )
+    return Bounds(rejected, shares, reasons, {**references, **reference})
 
 
 def shortened(report: Report, shares: Mapping[str, float]) -> Report:
-    """An update with only a share of each tensor's change; tensors without a share stay bit for bit the same."""
+    """The update with only a share of each tensor's change; tensors without a share stay bit for bit the same."""
     tensors = dict(report.trained.tensors)
     for name in shares.keys() & tensors.keys():
         before = report.sent.tensors[name].astype(np.float64)
@@ -180,67 +193,74 @@ def shortened(report: Report, shares: Mapping[str, float]) -> Report:
     return replace(report, trained=Submodel(report.trained.selection, tensors, report.trained.mask))
 
 
-def capped(samples: Mapping[str, int], times: float, most: int = 0) -> dict[str, int]:
+def capped(samples: Mapping[str, int], times: float, absolute: int = 0) -> dict[str, int]:
     """Weights of devices: their samples, up to `times` the median and up to `most` (0 for no limit)."""
-    limit = weight_limit(samples.values(), times, most)
+    limit = weight_limit(samples.values(), times, absolute)
     return {name: min(count, limit) for name, count in samples.items()}
 
 
-def weight_limit(samples: Iterable[int], times: float, most: int = 0) -> int:
+def weight_limit(samples: Iterable[int], times: float, absolute: int = 0) -> int:
     """Largest weight of a device; arguments as for `capped`."""
-    return limit_of(Counter(samples), times, most)
+    return limit_of(Counter(samples), times, absolute)
 
 
-def limit_of(counts: Mapping[int, int], times: float, most: int = 0) -> int:
-    """The same by how many devices have each number of samples."""
-    limit, known = most or 2**62, sum(counts.values())
-    if times and known >= _MAJORITY:
-        ordered = sorted(counts)
-        below = accumulate(counts[n] for n in ordered)
-        median = next(n for n, end in zip(ordered, below, strict=True) if 2 * end >= known)
+def limit_of(counts: Mapping[int, int], times: float, absolute: int = 0) -> int:
+    """The largest weight of a device, from the number of devices that have each number of samples."""
+    limit, devices = absolute or 2**62, sum(counts.values())  # more samples than 2^62 no job accepts
+    if times and devices >= _MAJORITY:
+        sample_counts = sorted(counts)
+        devices_up_to = accumulate(counts[n] for n in sample_counts)
+        median = next(n for n, end in zip(sample_counts, devices_up_to, strict=True) if 2 * end >= devices)
         limit = min(limit, math.ceil(times * max(1, median)))
     return limit
 
 
 def _rejected(updates: Mapping[str, Lengths], times: float, reference: float) -> dict[str, str]:
     """Reasons by device whose update is too long to count; fewer than half of the updates, as the median is one."""
-    moved = _moved(WHOLE, updates)
-    if len(moved) < _MAJORITY:
+    nonzero_lengths = _moved(WHOLE, updates)
+    if len(nonzero_lengths) < _MAJORITY:
         return {}
-    middle = max(statistics.median_high(moved), reference)
-    far = {device: found[WHOLE] for device, found in updates.items() if found[WHOLE] > REJECT_FACTOR * times * middle}
-    return {device: f"its update stands out: {_far(length, middle)}" for device, length in far.items()}
+    # The higher of two medians, and never less than the reference: in a quiet round no honest board is to stand out.
+    usual = max(statistics.median_high(nonzero_lengths), reference)
+    too_long = {device: row[WHOLE] for device, row in updates.items() if row[WHOLE] > REJECT_FACTOR * times * usual}
+    return {device: f"its update stands out: {_far(length, usual)}" for device, length in too_long.items()}
 
 
 def _moved(name: str, updates: Mapping[str, Lengths]) -> list[float]:
     """Lengths of a tensor's changes, sorted, without those that are 0."""
-    return sorted(found[name] for found in updates.values() if found.get(name))
+    return sorted(lengths_of_device[name] for lengths_of_device in updates.values() if lengths_of_device.get(name))
 
 
-def _typical(before: float, moved: Sequence[float], *, majority: bool) -> float:
+def _typical(reference: float, nonzero_lengths: Sequence[float], *, majority: bool) -> float:
     """The length of which limits are multiples."""
-    if not moved:
-        return before
+    if not nonzero_lengths:
+        return reference
     if not majority:
-        return before or moved[-1]
-    middle = statistics.median_low(moved)
-    return min(middle, _GROWTH * before) if before else middle
+        return reference or nonzero_lengths[-1]
+    # The lower of two medians: of an even number of updates half may be hostile and long.
+    median = statistics.median_low(nonzero_lengths)
+    return min(median, _GROWTH * reference) if reference else median
 
 
-def _renewed(before: float, moved: Sequence[float], least: float, most: float, fall: float) -> float:
+def _renewed(reference: float, nonzero_lengths: Sequence[float], lower: float, upper: float, max_fall: float) -> float:
     """The next reference; 0 as long as no update has changed the tensor."""
-    if not moved:
-        return before
-    low, high = (statistics.median_low(moved),) * 2 if len(moved) >= _MAJORITY else (moved[0], moved[-1])
-    after = min(max(before or low, low), high)
-    if before:
-        after = min(max(after, before / fall), before * _GROWTH)
-    return min(max(after, least), most)
+    if not nonzero_lengths:
+        return reference
+    # Without a majority the reference moves only as far as the nearest update is from it.
+    nearest_low, nearest_high = (
+        (statistics.median_low(nonzero_lengths),) * 2
+        if len(nonzero_lengths) >= _MAJORITY
+        else (nonzero_lengths[0], nonzero_lengths[-1])
+    )
+    renewed = min(max(reference or nearest_low, nearest_low), nearest_high)
+    if reference:
+        renewed = min(max(renewed, reference / max_fall), reference * _GROWTH)
+    return min(max(renewed, lower), upper)
 
 
 def _far(length: float, usual: float) -> str:
-    over = length / usual if usual > 0 else math.inf
-    return f"it moved {over:.3g} times as far as is usual"
+    factor = length / usual if usual > 0 else math.inf
+    return f"it moved {factor:.3g} times as far as is usual"
 
 
 def _scale(name: str, trained: Collection[str], model: Tensors) -> float:
@@ -255,6 +275,7 @@ def _share(length: float, limit: float) -> float:
 
 
 def _rounded(length: float) -> float:
+
     return float(f"{length:.{_DIGITS}g}")
 
 
@@ -269,7 +290,7 @@ class RoundUpdate:
         samples: Training samples that the client reports.
         read: Reads and decodes it; all is checked that doesn't depend on the round's sums.
         shares: By tensor the share of its change that counts, where that is less than all of it.
-        checked: It is in memory and has passed `Round.check`; it isn't checked again.
+        checked: Whether it is in memory and has passed `Round.check`, so that it isn't checked again.
     """
 
     device: str
@@ -288,16 +309,23 @@ class RoundUpdate:
 
 _LOG = logging.getLogger(__name__)
 
+# A device is named that reports more samples than this multiple of its limit: honest boards have a few times the
+# median.
 _REPORTED = 8
-"""A device is named that reports more samples than this multiple of its limit: honest boards have a few times the
-median."""
 
 
 @dataclass(frozen=True)
 class LimitedUpdates:
-    """A round's updates with the shares of their change that count, reasons of what doesn't, what the job remembers
-    of it, and the devices whose update counts for less than it is, by however little, or whose samples count for much
-    less."""
+    """A round's updates under its limits.
+
+    Attributes:
+        updates: Those that count, with the shares of their change that do.
+        rejected: By device, why its update doesn't count.
+        reasons: By device, why much less of its update counts than it sent.
+        memories: The references that the job keeps for the next round.
+        reduced: Devices whose update counts for less than it is, by however little, or whose samples count for much
+            less.
+    """
 
     updates: tuple[RoundUpdate, ...]
     rejected: Mapping[str, str]
@@ -307,7 +335,11 @@ class LimitedUpdates:
 
 
 class UpdateLimits:
-    """Keeps how far updates moved, so that none is read twice for its limits; `uniform` where devices count alike."""
+    """Limits a round's updates, and keeps how far each moved, so that none is read twice.
+
+    Args:
+        uniform: Whether devices count alike, whatever their samples.
+    """
 
     def __init__(self, job: Job, *, uniform: bool) -> None:
         self._job = job
@@ -316,16 +348,16 @@ class UpdateLimits:
         self._times = 0.0 if job.privacy.on and not job.privacy.local else job.move_limit
         self._lengths: dict[Hashable, Lengths] = {}
 
-    def learn(self, update: RoundUpdate, known: Report | Lengths) -> None:
+    def learn(self, update: RoundUpdate, measured: Report | Lengths) -> None:
         """Note how far an update moved, from its checked report or from its lengths."""
         if self._times and update.key not in self._lengths:
-            self._lengths[update.key] = lengths(known) if isinstance(known, Report) else known
+            self._lengths[update.key] = lengths(measured) if isinstance(measured, Report) else measured
 
     def apply(self, scene: Scene, updates: Sequence[RoundUpdate]) -> LimitedUpdates:
         """Apply the limits to all updates of a round; those that can't be read are left as they are."""
-        heavy, reasons = self._heavy(updates)
+        heavy_devices, reasons = self._heavy(updates)
         if not self._times or not updates:
-            return LimitedUpdates(tuple(updates), {}, reasons, {}, heavy)
+            return LimitedUpdates(tuple(updates), {}, reasons, {}, heavy_devices)
         for update in updates:
             if update.key not in self._lengths:
                 try:
@@ -334,20 +366,21 @@ class UpdateLimits:
                     raise
                 except Exception:  # noqa: BLE001 - it fails again where it is read to be added, with its reason
                     _LOG.debug("length of the update of %s", update.device, exc_info=True)
+        # Lengths of updates that are not in this round any more would pile up over a job.
         self._lengths = {u.key: self._lengths[u.key] for u in updates if u.key in self._lengths}
-        known = [u for u in updates if u.key in self._lengths]
-        found = bounds(
-            {u.device: self._lengths[u.key] for u in known},
+        measured = [u for u in updates if u.key in self._lengths]
+        limits = bounds(
+            {u.device: self._lengths[u.key] for u in measured},
             scene.memory.get(MEMORY, {}),
             scene.architecture,
             scene.model,
             self._times,
         )
-        left = [u for u in updates if u.device not in found.rejected]
-        limited = tuple(replace(u, shares=found.shares.get(u.device, {})) for u in left)
-        reduced = heavy.union(u.device for u in limited if u.shares) - found.rejected.keys()
-        reasons = {**reasons, **found.reasons}
-        return LimitedUpdates(limited, found.rejected, reasons, {MEMORY: found.reference}, reduced)
+        accepted = [u for u in updates if u.device not in limits.rejected]
+        limited = tuple(replace(u, shares=limits.shares.get(u.device, {})) for u in accepted)
+        reduced = heavy_devices.union(u.device for u in limited if u.shares) - limits.rejected.keys()
+        reasons = {**reasons, **limits.reasons}
+        return LimitedUpdates(limited, limits.rejected, reasons, {MEMORY: limits.reference}, reduced)
 
     def _heavy(self, updates: Sequence[RoundUpdate]) -> tuple[frozenset[str], dict[str, str]]:
         """Devices that count for much less than the samples that they report, and why."""

@@ -54,7 +54,7 @@ class MaskedCoordinator(SynchronousCoordinator):
         return super()._is_continued(offer) or MaskedForm.from_json(offer[SECURE]).coded
 
     def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
-        """A device has an update to mask: it is part of the round's sum from now on."""
+        """Count a device that has an update to mask as part of the round's sum."""
         state, task = self.state, self.state.tasks.get(event.device)
         if task is None or (event.round, event.attempt) != (state.round, task.attempt) or not based(event, task):
             if task is not None and event.round == state.round and task.progress in TO_COME:
@@ -71,7 +71,7 @@ class MaskedCoordinator(SynchronousCoordinator):
         return self._folded(on.Folded(event.device, event.round, event.attempt), now)
 
     def _close(self) -> do.Close | do.SumMasked:
-        """Have updates summed; with their sums, close the round."""
+        """The command that sums the masked updates or, once their sums are known, closes the round."""
         closing = self.state.closing or {}
         if "sums" in closing:
             return self._close_with(convert(closing["sums"], tuple[do.CohortSum, ...]))
@@ -81,12 +81,13 @@ class MaskedCoordinator(SynchronousCoordinator):
         return do.SumMasked(self.state.round, tuple(map(tuple, self.state.closing["division"])))
 
     def _cohorts(self, names: Iterable[str]) -> list[list[str]]:
-        """Cohorts of devices that were asked for the same; devices in none of them have no part in the round."""
+        """Cohorts of devices that were asked for the same; those that are left out of all of them lose their part."""
         state = self.state
         groups: dict[str, list[str]] = {}
         for name in names:
             offer = state.tasks[name].offer or {}
             digest = task_digest(offer["selection"], offer["weights"]["sha256"], offer["recipe"], offer[SECURE])
+            # Boards sign this digest, so that no sum can hold boards that were asked for something else.
             groups.setdefault(digest, []).append(name)
         cohorts: list[list[str]] = []
         for digest, members in sorted(groups.items()):
@@ -99,17 +100,19 @@ class MaskedCoordinator(SynchronousCoordinator):
         return cohorts
 
     def _unmasked(self, event: on.Unmasked, now: float) -> Commands:
-        """The sums of masked updates are known: the round can close."""
+        """Close the round with the sums of masked updates; without any, start it again."""
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round or "sums" in (state.closing or {}):
             return []
         state.closing = None
-        lost = {name for cohort in event.cohorts for names in cohort["lost"].values() for name in names}
+        lost_devices = {name for cohort in event.cohorts for names in cohort["lost"].values() for name in names}
         for name in event.dropped.keys() & state.tasks.keys():
-            state.tasks[name].refuse(event.dropped[name], FailureKind.LOST if name in lost else FailureKind.OTHER)
+            state.tasks[name].refuse(
+                event.dropped[name], FailureKind.LOST if name in lost_devices else FailureKind.OTHER
+            )
         if not event.sums:
-            narrowed = self._suspect((), event.false)
-            return self._again(now) if narrowed else self._restart_after_unusable_updates(now)
+            retry_at_once = self._suspect((), event.false)
+            return self._again(now) if retry_at_once else self._restart_after_unusable_updates(now)
         state.closing = {"sums": event.sums, "cohorts": event.cohorts, "false": event.false}
         return [self._close()]
 
@@ -129,14 +132,14 @@ class MaskedCoordinator(SynchronousCoordinator):
         return {**super()._summary(metrics, now), "notes": [sum_line(report) for report in reports]}
 
     def _suspect(self, true_cohorts: Collection[Sequence[str]], false_cohorts: Collection[Sequence[str]]) -> bool:
-        """Learn from a round's sums which devices may have spoilt one. Returns whether less are suspected than before,
+        """Learn from a round's sums which devices may have spoilt one. Returns whether fewer are suspected than before,
         so that the next attempt needs no pause."""
-        state, before = self.state, self.state.suspects
-        state.suspects, at_fault = narrow_suspects(before, true_cohorts, false_cohorts)
+        state, former_suspects = self.state, self.state.suspects
+        state.suspects, at_fault = narrow_suspects(former_suspects, true_cohorts, false_cohorts)
         for name in sorted(at_fault):
             state.at_fault = sorted({*state.at_fault, name})
             self._exclude_at_fault(name)
-        return bool(false_cohorts) and state.suspects != before
+        return bool(false_cohorts) and state.suspects != former_suspects
 
     def _exclude_at_fault(self, name: str) -> None:
         device = self.state.devices[name]

@@ -25,15 +25,19 @@ from fedprune.updates.privacy import Privacy, most_cost
 
 
 class PrivacyBudget:
-    """A job's ledger. Raises `ConfigError` if the job has begun with noise and would continue without, or the other way
-    round."""
+    """The ledger of a job's releases, by device.
+
+    Raises `ConfigError` if the job has begun with noise and would continue without, or the other way round.
+    """
 
     def __init__(self, state: State, privacy: Privacy) -> None:
         self._state = state
         self._privacy = privacy
+        # Clipping without noise promises nothing, so that there is nothing to count.
         self._keeps = privacy.on and privacy.noise_multiplier > 0
-        bounded = self._keeps and privacy.epsilon_budget
-        self._most = most_cost(privacy.epsilon_budget, privacy.delta) if bounded else None
+        has_limit = self._keeps and privacy.epsilon_budget
+        self._most = most_cost(privacy.epsilon_budget, privacy.delta) if has_limit else None
+        # A job without a round or release may still choose; afterwards a change would void what was promised.
         if state.round == 0 and not any(d.releases for d in state.devices.values()):
             state.private = self._keeps
         elif self._keeps != state.private:
@@ -47,7 +51,7 @@ class PrivacyBudget:
             )
 
     def offered(self, device: str) -> None:
-        """A device is offered a part."""
+        """Count an offer to a device as a release, where noise is local."""
         if self._keeps and self._privacy.local:
             self._add(device, self._privacy.noise_multiplier)
 
@@ -77,13 +81,18 @@ class PrivacyBudget:
         if not self._keeps or self._privacy.local:
             return True
         # The multiplier at which a round's sums tell of each device.
-        whole, boards = self._privacy.noise_multiplier, self._privacy.boards
-        found = {name: len(cohort) for cohort in cohorts for name in cohort} or holding(tasks)
-        told = {name: whole * math.sqrt(max(1, holders - 1) / boards) for name, holders in found.items()}
+        noise, boards = self._privacy.noise_multiplier, self._privacy.boards
+        holders_of_device = {name: len(cohort) for cohort in cohorts for name in cohort} or holding(tasks)
+        effective_multipliers = {
+            name: noise * math.sqrt(max(1, holders - 1) / boards) for name, holders in holders_of_device.items()
+        }
         devices = self._state.devices
-        if self._most is not None and any(spent(devices[n].releases) + z**-2 > self._most for n, z in told.items()):
+        # All or nothing: a sum can't be published for some of its devices.
+        if self._most is not None and any(
+            spent(devices[n].releases) + z**-2 > self._most for n, z in effective_multipliers.items()
+        ):
             return False
-        for name, multiplier in told.items():
+        for name, multiplier in effective_multipliers.items():
             self._add(name, multiplier)
         return True
 
@@ -94,15 +103,15 @@ class PrivacyBudget:
         return max((spent(d.releases) for d in self._state.devices.values()), default=0.0)
 
     def foreseen(self) -> float | None:
-        """The same after one more release, as dear as the dearest so far; None where nothing is promised."""
+        """`spent` after one more release, as costly as the costliest so far; None where nothing is promised."""
         if not self._keeps:
             return None
-        least = min((float(z) for d in self._state.devices.values() for z in d.releases), default=None)
-        return (self.spent() or 0.0) + float(least or self._privacy.noise_multiplier) ** -2
+        smallest = min((float(z) for d in self._state.devices.values() for z in d.releases), default=None)
+        return (self.spent() or 0.0) + float(smallest or self._privacy.noise_multiplier) ** -2
 
     def _add(self, device: str, multiplier: float) -> None:
-        found, key = self._state.devices[device], repr(multiplier)
-        found.releases = found.releases | {key: found.releases.get(key, 0) + 1}
+        device_state, key = self._state.devices[device], repr(multiplier)
+        device_state.releases = device_state.releases | {key: device_state.releases.get(key, 0) + 1}
 
 
 def spent(row: Mapping[str, int]) -> float:
@@ -111,18 +120,24 @@ def spent(row: Mapping[str, int]) -> float:
 
 
 def holding(tasks: Mapping[str, Task]) -> dict[str, int]:
-    """By device, how many devices' submodels hold all of its own, itself among them.
+    """By device, the number of devices whose submodels hold all channels of its own, itself among them.
 
     Submodels of one ranking hold one another where no width is larger; of those of different rankings nothing is said.
     """
-    kinds: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    rows_by_ranking: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, task in tasks.items():
         offer = task.offer or {}
-        kinds.setdefault(str(offer.get("ranking")), []).append((name, tuple(offer.get("widths", task.widths))))
-    out: dict[str, int] = {}
-    for members in kinds.values():
-        widths, place, counts = np.unique([w for _, w in members], axis=0, return_inverse=True, return_counts=True)
-        held = (widths[None, :, :] <= widths[:, None, :]).all(axis=2)  # [holder, held]
-        holders = counts @ held
-        out |= {name: int(holders[at]) for (name, _), at in zip(members, np.ravel(place), strict=True)}
-    return out
+        rows_by_ranking.setdefault(str(offer.get("ranking")), []).append(
+            (name, tuple(offer.get("widths", task.widths)))
+        )
+    holders_of_device: dict[str, int] = {}
+    for members in rows_by_ranking.values():
+        widths, row_of_member, counts = np.unique(
+            [w for _, w in members], axis=0, return_inverse=True, return_counts=True
+        )
+        holds = (widths[None, :, :] <= widths[:, None, :]).all(axis=2)  # [holder, held]
+        holders = counts @ holds
+        holders_of_device |= {
+            name: int(holders[row]) for (name, _), row in zip(members, np.ravel(row_of_member), strict=True)
+        }
+    return holders_of_device

@@ -1,4 +1,4 @@
-"""Which devices a round may ask, kept up to date by what changes, so that a round begins without a look at all of them.
+"""The devices that a round may ask, updated by changes, so that a round begins without a look at all of them.
 
 Names are sorted once; who is ready is an array in their order, which numpy goes through in milliseconds for a
 million.
@@ -18,7 +18,9 @@ Integers = npt.NDArray[np.int64]
 
 
 class ReadyDevices:
-    """Reads the state, and never changes it. A device's *place* is its index among all names, until others join.
+    """The devices that are ready. A device's *place* is its index among all names, until others join.
+
+    It reads the state, and never changes it.
 
     Args:
         may: Whether a device may be offered anything at all, by its entry in the state.
@@ -37,7 +39,7 @@ class ReadyDevices:
         return np.flatnonzero(self._ready)
 
     def names(self, places: Integers) -> list[str]:
-        return [self._names[at] for at in places.tolist()]
+        return [self._names[place] for place in places.tolist()]
 
     def _refresh(self) -> None:
         devices, changed = self._state.devices, self._changed
@@ -45,9 +47,9 @@ class ReadyDevices:
             self._names = sorted(devices)
             self._ready = np.zeros(len(devices), bool)
             changed = set(devices)
-        elif new := sorted(n for n in changed if n in devices and self._place(n) is None):
-            self._ready = np.insert(self._ready, [bisect_left(self._names, n) for n in new], False)
-            self._names = sorted([*self._names, *new])
+        elif new_names := sorted(n for n in changed if n in devices and self._place(n) is None):
+            self._ready = np.insert(self._ready, [bisect_left(self._names, n) for n in new_names], False)
+            self._names = sorted([*self._names, *new_names])
         for name in changed:
             if (place := self._place(name)) is not None:
                 self._note(place, devices.get(name))
@@ -58,5 +60,5 @@ class ReadyDevices:
         self._ready[place] = can_start and self._may(self._names[place])
 
     def _place(self, name: str) -> int | None:
-        at = bisect_left(self._names, name)
-        return at if at < len(self._names) and self._names[at] == name else None
+        place = bisect_left(self._names, name)
+        return place if place < len(self._names) and self._names[place] == name else None

@@ -79,17 +79,17 @@ class Round:
             self.fold.check(report.trained.selection, report.trained.tensors)
         return report
 
-    def merge(self, updates: Sequence[RoundUpdate], parts: Sequence[PartialSums]) -> None:
+    def merge(self, updates: Sequence[RoundUpdate], sums: Sequence[PartialSums]) -> None:
         """Add the sums that other processes have made of checked updates, none of which is in the sums yet. Raises
         `BundleError` if these are not the sums of these updates, of all tensors."""
         weight = sum(u.weight for u in updates)
         self._make_room(weight)
         if any(u.device in self.included for u in updates):
             raise BundleError("partial sums hold an update that is in the sums already")
-        if not parts or parts[0].updates != len(updates) or parts[0].weight != weight:
+        if not sums or sums[0].updates != len(updates) or sums[0].weight != weight:
             raise BundleError("partial sums", expected=f"{len(updates)} updates of weight {weight}")
         try:
-            self.fold.take(parts)
+            self.fold.take(sums)
         except FedpruneError:
             raise  # raised before anything is added
         except BaseException:
@@ -115,21 +115,21 @@ class Round:
         by_strategy = 0
         while True:
             limited = self.limited([u for u in updates if u.device not in at_fault])
-            found = _outliers(limited.rejected) or self._include_exactly(limited.updates)
-            if not found:
+            failures = _outliers(limited.rejected) or self._include_exactly(limited.updates)
+            if not failures:
                 try:
                     result = self._finish(limited, replace(self.scene, participants=participants), rate)
                     break
                 except _AtFaultError as error:
-                    found = {error.device: error.failure}
+                    failures = {error.device: error.failure}
                     by_strategy += error.read
-            at_fault |= found
+            at_fault |= failures
             if by_strategy > 1 and len(at_fault) == len(updates):
                 reason = next(reversed(at_fault.values())).reason
                 raise StrategyError(f"the strategy fails on every update of round {self.scene.round}: {reason}")
         self.reset()
         rejected = dict(sorted((at_fault | dict(result.rejected)).items()))
-        reasons = {device: why for device, why in limited.reasons.items() if device not in rejected}
+        reasons = {device: reason for device, reason in limited.reasons.items() if device not in rejected}
         return replace(result, rejected=rejected, limited=reasons, reduced=len(limited.reduced - rejected.keys()))
 
     def close_sums(self, sums: Sequence[PartialSums], participants: tuple[str, ...]) -> RoundResult:
@@ -137,12 +137,12 @@ class Round:
         `BundleError` if they don't fit."""
         self.reset()
         scene = replace(self.scene, participants=participants)
-        for part in sums:
-            self.fold.take([part])
+        for addend in sums:
+            self.fold.take([addend])
         closing = self._strategy.close(self.fold, scene, 1.0, lambda: iter(()))
-        learnt = self._strategy.learn(scene, self.fold, lambda: iter(()))
+        observations = self._strategy.learn(scene, self.fold, lambda: iter(()))
         self.reset()
-        return RoundResult(closing.model, {**closing.memories, **learnt})
+        return RoundResult(closing.model, {**closing.memories, **observations})
 
     def lifted(self, report: Report) -> Submodel:
         """An update as it enters the sums."""
@@ -155,11 +155,11 @@ class Round:
 
     def _include_exactly(self, updates: Sequence[RoundUpdate]) -> dict[str, Failure]:
         """Make the sums those of exactly these updates; returns by device why one can't be added."""
-        wanted = {u.device: u for u in updates}
-        if any(wanted.get(device) != update for device, update in self.included.items()):
+        updates_by_device = {u.device: u for u in updates}
+        if any(updates_by_device.get(device) != update for device, update in self.included.items()):
             self.reset()
-        found = {u.device: self._add(u) for u in updates}
-        return {device: failure for device, failure in found.items() if failure}
+        outcomes = {u.device: self._add(u) for u in updates}
+        return {device: failure for device, failure in outcomes.items() if failure}
 
     def _add(self, update: RoundUpdate) -> Failure | None:
         if update.device in self.included:
@@ -191,10 +191,10 @@ class Round:
             closing = strategy.close(self.fold, scene, rate, lambda: ((r, self.lifted(r)) for r in reports(folded)))
         rejected |= _outliers(closing.rejected)
         with self._blaming() as observed:  # after the rejections, so that a scorer learns only from what counts
-            learnt = strategy.learn(scene, self.fold, lambda: reports(observed))
+            observations = strategy.learn(scene, self.fold, lambda: reports(observed))
         if scene.round <= strategy.explores and not strategy.explorers_count:
-            return RoundResult(None, {**limited.memories, **learnt}, limited.updates, rejected)
-        memories = {**limited.memories, **closing.memories, **learnt}
+            return RoundResult(None, {**limited.memories, **observations}, limited.updates, rejected)
+        memories = {**limited.memories, **closing.memories, **observations}
         return RoundResult(closing.model, memories, limited.updates, rejected)
 
     @contextmanager

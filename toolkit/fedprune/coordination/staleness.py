@@ -15,7 +15,10 @@ from fedprune.jobs.state import Progress, State, Task
 
 
 class UpdateWeights:
-    """The schedule's arithmetic on a job's state.
+    """Weights of updates, by a schedule's formulas and a job's state.
+
+    An event changes one device. Sums over the fleet are corrected by the devices that have changed, so that the work
+    of an event doesn't grow with the fleet.
 
     Args:
         state: The coordinator's; read, never changed.
@@ -40,18 +43,19 @@ class UpdateWeights:
         """A device's weight if the fleet stays as it is; otherwise the sums are made again."""
         self._refresh()
         state, schedule = self._state, self._schedule
-        first = self._arrival(state.tasks[name])
-        others: list[Arrival]
+        arrival = self._arrival(state.tasks[name])
+        other_arrivals: list[Arrival]
         if schedule.mixing != "unbiased":
             # All that matters of others is whether any is stale: of every kind one will do.
             number, share, _ = self._listed[name]
             kinds = (k for k, count in self._kinds.items() if count > (k == (number, share)))
-            others = [Arrival(state.round - number, 1, 0.0, share) for number, share in kinds]
+            other_arrivals = [Arrival(state.round - number, 1, 0.0, share) for number, share in kinds]
+        # Below the limit of the sums no weight is scaled down, so that none depends on the others.
         elif schedule.fit(self._whole, len(self._listed), self._total):
-            others = []
+            other_arrivals = []
         else:
-            others = [a for n in self._listed if n != name and (a := self._counted(n)) is not None]
-        return schedule.weights([first, *others], self._total, uniform=self._uniform)[0]
+            other_arrivals = [a for n in self._listed if n != name and (a := self._counted(n)) is not None]
+        return schedule.weights([arrival, *other_arrivals], self._total, uniform=self._uniform)[0]
 
     def entering(self, fresh: dict[str, Task]) -> dict[str, Any]:
         """The addends of the sums: these updates and, if the schedule keeps them, the other devices' last ones.
@@ -62,19 +66,20 @@ class UpdateWeights:
         self._refresh()
         state, schedule = self._state, self._schedule
         entering = {n: self._arrival(t) for n, t in fresh.items()}
-        others = []
+        other_arrivals = []
         for name, device in sorted(state.devices.items()) if schedule.keep or schedule.compares else ():
-            kept = None if device.buffer is None else self._kept(device.buffer)
-            if name in entering or (device.excluded and kept is None):
+            kept_arrival = None if device.buffer is None else self._kept(device.buffer)
+            # An excluded device that has no kept update takes no part: its share must not shorten the step.
+            if name in entering or (device.excluded and kept_arrival is None):
                 continue
-            if schedule.keep and kept is not None and schedule.fits(kept.staleness):
-                entering[name] = kept
+            if schedule.keep and kept_arrival is not None and schedule.fits(kept_arrival.staleness):
+                entering[name] = kept_arrival
             else:
-                others.append(kept or Arrival(0, min(device.samples, self._limit)))
+                other_arrivals.append(kept_arrival or Arrival(0, min(device.samples, self._limit)))
         names = sorted(entering)
         arrivals = [entering[n] for n in names]
         weights = schedule.weights(arrivals, self._total, uniform=self._uniform)
-        rate = schedule.step(arrivals, others, uniform=self._uniform)
+        rate = schedule.step(arrivals, other_arrivals, uniform=self._uniform)
         return {"rate": rate, "fresh": sorted(fresh), "weights": dict(zip(names, weights, strict=True))}
 
     def buffer(self, task: Task, contribution: dict[str, Any]) -> dict[str, Any]:
@@ -97,32 +102,40 @@ class UpdateWeights:
         devices, names = self._state.devices, set().union(*self._changed)
         for changed in self._changed:
             changed.clear()
-        new = {n: devices[n].samples for n in names if n in devices and self._samples.get(n) != devices[n].samples}
-        if new:
-            self._counts.subtract(self._samples[n] for n in new if n in self._samples)
-            self._counts.update(new.values())
+        new_samples = {
+            name: devices[name].samples
+            for name in names
+            if name in devices and self._samples.get(name) != devices[name].samples
+        }
+        if new_samples:
+            self._counts.subtract(self._samples[name] for name in new_samples if name in self._samples)
+            self._counts.update(new_samples.values())
             self._counts += Counter()  # without the zeros
-            self._samples |= new
+            self._samples |= new_samples
             limit = limit_of(self._counts, self._job.weight_limit, self._job.most_samples)
             if limit != self._limit:
                 names |= self._listed.keys()  # it may change what they count for
             self._limit = limit
-            self._total = sum(c * (1 if self._uniform else max(1, min(n, limit))) for n, c in self._counts.items())
+            self._total = sum(
+                count * (1 if self._uniform else max(1, min(samples, limit))) for samples, count in self._counts.items()
+            )
         for name in names:
             if name in self._listed:
-                number, share, whole = self._listed.pop(name)
+                number, share, unbiased_weight = self._listed.pop(name)
                 self._kinds[number, share] -= 1
-                self._whole -= whole
+                self._whole -= unbiased_weight
                 if not self._kinds[number, share]:
                     del self._kinds[number, share]
             arrival = self._counted(name)
             if arrival is not None:
-                number, whole = self._state.round - arrival.staleness, 0
+                number, unbiased_weight = self._state.round - arrival.staleness, 0
                 if self._schedule.mixing == "unbiased":
-                    whole = self._schedule.windows(arrival) * (1 if self._uniform else max(1, arrival.samples))
-                self._listed[name] = (number, arrival.share, whole)
+                    unbiased_weight = self._schedule.windows(arrival) * (
+                        1 if self._uniform else max(1, arrival.samples)
+                    )
+                self._listed[name] = (number, arrival.share, unbiased_weight)
                 self._kinds[number, arrival.share] += 1
-                self._whole += whole
+                self._whole += unbiased_weight
 
     def _counted(self, name: str) -> Arrival | None:
         """A device's update that enters the sums if all that may come does, or else its last one, where it is kept."""
@@ -142,6 +155,6 @@ class UpdateWeights:
 
 
 def plain(value: do.Basis | do.Contribution) -> dict[str, Any]:
-    """As JSON, with lists for tuples."""
+    """As JSON, with lists for tuples: a state that was saved and read again must be equal to the one in memory."""
     body: dict[str, Any] = json.loads(json.dumps(asdict(value)))
     return body

@@ -13,22 +13,22 @@ from collections import Counter
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress, State, Task
 
+# Rounds in a row that may close before a device is done; its next one waits for it.
 MAX_CUTS = 3
-"""Rounds in a row that may close before a device is done; its next one waits for it."""
 
 ENOUGH = "enough updates are in"
 
+# How often devices are looked at while a deadline passes, where each has a deadline of its own.
 LOOKS = 20
-"""How often devices are looked at while a deadline passes, where each has a deadline of its own."""
 
 LATE = "the deadline has passed"
 
+# The device has not been offered its part yet.
 TO_COME = (Progress.QUEUED, Progress.EXTRACTING)
-"""The device has not been offered its part yet."""
 
 
 class Stragglers:
-    """Decides by the state, and lets go."""
+    """Decides by a job's state for which devices a round no longer waits."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -53,24 +53,25 @@ class Stragglers:
     def rest(self, tally: Counter[Progress]) -> list[tuple[str, Task]]:
         """The parts that a round needs no longer, as enough updates are in.
 
-        What is on the disk already is waited for, and so are all while one is that was let go too often.
+        There are none while an update is on the disk but not checked, or while the round waits for a device that was
+        dropped too often.
         """
-        wanted = self._state.target_updates
-        if not wanted or tally[Progress.FOLDED] < wanted or tally[Progress.STORED] or self._waits():
+        target = self._state.target_updates
+        if not target or tally[Progress.FOLDED] < target or tally[Progress.STORED] or self._waits():
             return []
         return [(n, t) for n, t in sorted(self._state.tasks.items()) if not t.progress.over]
 
     def _waits(self) -> bool:
-        """Whether a device works that others closed without too often; looks at the parts that have changed."""
+        """Whether the round waits for a device that was dropped too often; only changed parts are looked at."""
         for name in self._changed:
             task = self._state.tasks.get(name)
-            open_ = task is not None and not task.progress.over
-            (self._waited_for.add if open_ and self._owed(name) else self._waited_for.discard)(name)
+            is_open = task is not None and not task.progress.over
+            (self._waited_for.add if is_open and self._owed(name) else self._waited_for.discard)(name)
         self._changed.clear()
         return bool(self._waited_for)
 
     def let_go(self, name: str, task: Task, reason: str) -> None:
-        """Wait for a device no longer. That is no failure of it; what counts is how often others were quicker."""
+        """Stop waiting for a device. This is no failure of it; how often it was dropped in a row is counted."""
         device = self._state.devices[name]
         if reason != ENOUGH:
             device.missed_rounds = 0  # it had all the time that anybody has
@@ -79,12 +80,12 @@ class Stragglers:
         task.refuse(reason, FailureKind.LATE)
 
     def _owed(self, name: str) -> bool:
-        """Whether a round waits for a device because others closed without it too often."""
+        """Whether a device was dropped in so many rounds that the present one waits for it."""
         return self._state.devices[name].missed_rounds >= MAX_CUTS
 
 
 def places(share: float, ready: int) -> int:
-    """How many of the devices that are ready a round needs, at least one.
+    """The number of devices that a round needs of those that are ready, at least one.
 
     Args:
         share: Above 0, at most 1.
@@ -94,10 +95,10 @@ def places(share: float, ready: int) -> int:
 
 
 def beyond(count: int, over_selection: float, ready: int) -> int:
-    """How many a round asks that needs `count` of those that are ready."""
+    """The number of devices that a round asks if it needs `count` of those that are ready."""
     return min(ready, _ceil(count * (1 + over_selection)))
 
 
 def _ceil(value: float) -> int:
-    """Up to the next whole number, but not for what only rounding has put above one."""
+    """The value rounded up, except where only a floating-point error has put it above a whole number."""
     return math.ceil(value - 1e-9)

@@ -70,7 +70,7 @@ def narrow_suspects(
         The groups, and the devices that are found to be at fault; they are in none of them.
     """
     cleared = {name for cohort in true_cohorts for name in cohort}
-    groups = [rest for group in suspects if (rest := sorted(set(group) - cleared))]
+    groups = [remaining for group in suspects if (remaining := sorted(set(group) - cleared))]
     at_fault: set[str] = set()
     for cohort in false_cohorts:
         outside, inside = list[list[str]](), list[list[str]]()

@@ -27,8 +27,8 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
 
+# A round that all devices refuse first pauses for this part of the deadline: with the usual 600 s, 1 minute.
 PAUSES = 10
-"""A round that all devices refuse first pauses for this part of the deadline: with the usual 600 s, 1 minute."""
 
 
 class SynchronousCoordinator(Coordinator):
@@ -85,8 +85,8 @@ class SynchronousCoordinator(Coordinator):
         state = self.state
         if state.phase is not Phase.WAITING:
             return []
-        if over := self._finish_if_over():
-            return over
+        if finish := self._finish_if_over():
+            return finish
         if state.paused or state.devices.count(True) < self._least:
             return []
         if self.privacy_budget.barred():
@@ -112,23 +112,23 @@ class SynchronousCoordinator(Coordinator):
         if number <= self.strategy.explores:
             share = 1.0
         count = places(share, len(ready))
-        asked = beyond(count, self.job.over_selection, len(ready))
+        count_asked = beyond(count, self.job.over_selection, len(ready))
         # A round that no device finished isn't offered to the same silent devices for ever.
-        lot = ("participation",) if attempt == 1 else ("participation", attempt)
-        lots = ready[keyed(self.job.seed, number, *lot).permutation(len(ready))]
-        self.state.target_updates = count if count < asked else 0
-        return self._ready.names(np.sort(lots[:asked]))
+        lot_key = ("participation",) if attempt == 1 else ("participation", attempt)
+        drawn = ready[keyed(self.job.seed, number, *lot_key).permutation(len(ready))]
+        self.state.target_updates = count if count < count_asked else 0
+        return self._ready.names(np.sort(drawn[:count_asked]))
 
     def _tasks(self, asked: list[str], attempt: int) -> TrackedDict[Task]:
         """Parts for these devices, each with its widths and weight of now."""
-        chosen = {n: self.state.devices[n] for n in asked}
+        devices = {n: self.state.devices[n] for n in asked}
         # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
-        counts = {n: 1 if self.uniform else d.samples for n, d in chosen.items()}
+        counts = {n: 1 if self.uniform else d.samples for n, d in devices.items()}
         counts = capped(counts, self.job.weight_limit, self.job.most_samples)
         total = sum(counts.values())
         tasks = TrackedDict[Task]()
-        for name, device in chosen.items():
-            tasks[name] = self._new_task(device, attempt, weight=weight_in(counts[name], total, len(chosen)))
+        for name, device in devices.items():
+            tasks[name] = self._new_task(device, attempt, weight=weight_in(counts[name], total, len(devices)))
         return tasks
 
     def _score(self) -> Commands:
@@ -140,12 +140,14 @@ class SynchronousCoordinator(Coordinator):
         state = self.state
         for name, task in list(state.tasks.items()):
             device = state.devices[name]
+            # The job's settings, and with them the plans, may have changed since the round began.
             task.widths, task.density, task.work, task.mixed, task.core = self.grants.of(device)
             task.accumulate = device.accumulate
             if not task.widths:
                 del state.tasks[name]
         if state.tasks:
             return self._score()
+        # The round has not begun for anybody: its number is used again.
         state.round -= 1
         state.phase = Phase.WAITING
         return self._begin(now)
@@ -161,20 +163,20 @@ class SynchronousCoordinator(Coordinator):
         return self._extracts(sorted(state.tasks))
 
     def _next_turns(self, tally: Counter[Progress]) -> Commands:
-        """Parts for those who waited, as many as may work at a time."""
+        """Begin the parts of devices that waited, as many as may work at a time."""
         tasks = self.state.tasks
         if not tally[Progress.QUEUED] or self.state.paused:
             return []
-        room = self.job.in_flight or len(tasks)
-        room -= sum(tally[p] for p in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING))
+        free_turns = self.job.in_flight or len(tasks)
+        free_turns -= sum(tally[p] for p in (Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING))
         self._queue = self._queue or WaitQueue(self.state)
-        names = self._queue.next(room)
+        names = self._queue.next(free_turns)
         for name in names:
             tasks[name].progress = Progress.EXTRACTING
         return self._extracts(names)
 
     def _tally(self) -> Counter[Progress]:
-        """How many of the round's parts are how far."""
+        """Numbers of the round's parts by progress."""
         return self.state.tasks.counts
 
     def _extracted(self, event: on.Extracted, now: float) -> Commands:
@@ -185,7 +187,7 @@ class SynchronousCoordinator(Coordinator):
         return [self._offer(task, event, now, deadline), *self._start_clock(now)]
 
     def _start_clock(self, now: float) -> Commands:
-        """Set the deadline once everything has been offered."""
+        """Set the round's deadline once all parts have been offered: a slow extraction must not cost devices time."""
         state = self.state
         if state.deadline is not None or state.tasks.count(*TO_COME):
             return []
@@ -220,28 +222,31 @@ class SynchronousCoordinator(Coordinator):
         state = self.state
         if state.phase is not Phase.TRAINING:
             return []
-        over = state.deadline is not None and now >= state.deadline
-        if not over and not self.job.in_flight:
+        is_over = state.deadline is not None and now >= state.deadline
+        if not is_over and not self.job.in_flight:
             return [] if state.deadline is None else [do.Wake(state.deadline)]  # a clock was set back
-        late, number = self._stragglers.late(now, over=over), state.round
-        for name, task in late:
+        late_tasks, number = self._stragglers.late(now, over=is_over), state.round
+        for name, task in late_tasks:
             self._stragglers.let_go(name, task, LATE)
         commands = self._go_on(now)
         # A device that is asked again gets an offer instead of a cancellation: the same work continues.
-        again = {n for n, t in state.tasks.items() if t.progress in TO_COME}
-        return [*(do.Cancel(n, number, t.attempt, LATE) for n, t in late if n not in again), *commands]
+        names_asked_again = {n for n, t in state.tasks.items() if t.progress in TO_COME}
+        return [
+            *(do.Cancel(n, number, t.attempt, LATE) for n, t in late_tasks if n not in names_asked_again),
+            *commands,
+        ]
 
     def _look_again(self, now: float) -> Commands:
-        """Ask for the next look at the devices, unless that was asked for."""
-        state, until = self.state, now + self.job.deadline_s / LOOKS
+        """Ask to be woken for the next look at deadlines of single devices, unless that was asked for."""
+        state, next_look = self.state, now + self.job.deadline_s / LOOKS
         if (
             not self.job.in_flight
             or state.phase is not Phase.TRAINING
-            or any(now < at <= until for at in state.wake_times)
+            or any(now < at <= next_look for at in state.wake_times)
         ):
             return []
-        state.wake_times = [until]
-        return [do.Wake(until)]
+        state.wake_times = [next_look]
+        return [do.Wake(next_look)]
 
     def _folded(self, event: on.Folded, now: float) -> Commands:
         if self._task(event, Progress.STORED) is not None:
@@ -251,18 +256,19 @@ class SynchronousCoordinator(Coordinator):
     def _go_on(self, now: float) -> Commands:
         state, tally = self.state, self._tally()
         cancels: Commands = []
-        for name, task in (rest := self._stragglers.rest(tally)):
+        for name, task in (dispensable := self._stragglers.rest(tally)):
             self._stragglers.let_go(name, task, ENOUGH)
             cancels.append(do.Cancel(name, state.round, task.attempt, ENOUGH))
-        if not rest and not all(p.over for p, count in tally.items() if count):
+        if not dispensable and not all(p.over for p, count in tally.items() if count):
             return self._next_turns(tally)
+        # Whatever is in the sums counts: a round with one update closes, too.
         if tally[Progress.FOLDED]:
             state.phase = Phase.CLOSING
             return [*cancels, self._close()]
         return self._again_soon(now)
 
     def _restart_after_unusable_updates(self, now: float) -> Commands:
-        """None of the updates in the sums could be used: the round starts again after its deadline."""
+        """Start the round again after its deadline, as none of the updates in the sums could be used."""
         state = self.state
         state.phase = Phase.TRAINING
         if state.deadline is None or now < state.deadline:
@@ -270,7 +276,7 @@ class SynchronousCoordinator(Coordinator):
         return self._again(now)
 
     def _again_soon(self, now: float) -> Commands:
-        """No device is left in the round and none delivered: start it again after a pause, by its deadline.
+        """Start a round again in which all devices refused, after a pause and at its deadline at the latest.
 
         The pause gives devices that refused time to recover, and keeps a fault that all have from making rounds spin:
         it doubles with each attempt.
@@ -286,14 +292,14 @@ class SynchronousCoordinator(Coordinator):
     def _again(self, now: float) -> Commands:
         """Start the round again with the devices that are present; wait for more if they are too few.
 
-        Others than those of the last attempt are ranked for, too: scorers may go by who takes part.
+        If these are others than in the last attempt, channels are ranked again: scorers may go by who takes part.
         """
         state = self.state
         state.deadline = None
         ready = self._ready.places()
-        before, attempt = set(state.tasks), 1 + max((t.attempt for t in state.tasks.values()), default=0)
-        able = len(ready) >= self._least and not state.paused
-        asked = self._draw(ready, state.round, attempt) if able else []
+        former_devices, attempt = set(state.tasks), 1 + max((t.attempt for t in state.tasks.values()), default=0)
+        is_able = len(ready) >= self._least and not state.paused
+        asked = self._draw(ready, state.round, attempt) if is_able else []
         if not asked:
             state.tasks = TrackedDict()
             state.round -= 1
@@ -302,7 +308,8 @@ class SynchronousCoordinator(Coordinator):
                 return self._finish_budget_spent(state.round)
             return self._finish_if_over()
         state.tasks = self._tasks(asked, attempt)
-        if set(state.tasks) == before:
+        # The ranking was made for these devices, and still fits them.
+        if set(state.tasks) == former_devices:
             return self._collect(now)
         state.phase = Phase.SCORING
         state.ranking = state.order = None
@@ -316,32 +323,32 @@ class SynchronousCoordinator(Coordinator):
         return self._close_with(())
 
     def _close_with(self, sums: tuple[do.CohortSum, ...]) -> do.Close:
-        state, done = self.state, self._done()
-        parts = tuple(self._contribution(n, t, t.weight) for n, t in done.items())
-        return do.Close(state.round, state.model, dict(state.memory), tuple(done), parts, sums=sums)
+        state, tasks = self.state, self._done()
+        contributions = tuple(self._contribution(n, t, t.weight) for n, t in tasks.items())
+        return do.Close(state.round, state.model, dict(state.memory), tuple(tasks), contributions, sums=sums)
 
     def _judge_sums(self, event: on.Closed) -> tuple[list[list[str]], bool]:
-        """Which devices' updates are known by their sum alone, by cohort; and whether the next attempt at the round
-        needs no pause, since less devices are suspected of having spoilt one."""
+        """The cohorts whose updates are known by their sum alone; and whether the next attempt at the round needs no
+        pause, since fewer devices are suspected of having spoilt a sum."""
         return [], False
 
     def _closed(self, event: on.Closed, now: float) -> Commands:
         state = self.state
         if state.phase is not Phase.CLOSING or event.round != state.round:
             return []
-        cohorts, narrowed = self._judge_sums(event)
+        cohorts, retry_at_once = self._judge_sums(event)
         for name in event.limited.keys() & state.tasks.keys():
             state.tasks[name].reason = event.limited[name]
         for name in event.rejected.keys() & state.tasks.keys():
             state.tasks[name].refuse(event.rejected[name], event.kinds.get(name, FailureKind.OTHER))
-        folded = self._done()
-        if not folded:
+        counted = self._done()
+        if not counted:
             state.closing = None
-            return self._again(now) if narrowed else self._restart_after_unusable_updates(now)
-        if not self.privacy_budget.release(folded, cohorts):  # too few delivered: their sum is not published
+            return self._again(now) if retry_at_once else self._restart_after_unusable_updates(now)
+        if not self.privacy_budget.release(counted, cohorts):  # too few delivered: their sum is not published
             state.spent_under, state.closing = self.job.privacy.account, None
             return self._finish_budget_spent(state.round - 1)
-        for name, task in folded.items():
+        for name, task in counted.items():
             self._keep_past(name, task)
         state.model, state.memory = event.model, dict(event.memory)
         state.phase = Phase.EVALUATING
@@ -351,6 +358,7 @@ class SynchronousCoordinator(Coordinator):
         state = self.state
         state.history.append(self._summary(metrics, now))
         state.closing = None
+        # After the history has the round, and before the next one is planned.
         self.allocator.review(self.fleet, metrics)
         if self._last():
             state.phase = Phase.FINISHED
@@ -370,7 +378,7 @@ class SynchronousCoordinator(Coordinator):
 
 
 class WaitQueue:
-    """Says whose turn is next. It is made from the state when it is first asked, and looks at each device a few times.
+    """The order in which devices of a round get their offers, made of the state once: an event must not sort a fleet.
 
     Devices have their turns in the order of their names; a device that is away when its turn comes lets the others go
     first.
@@ -383,15 +391,15 @@ class WaitQueue:
 
     def next(self, count: int) -> list[str]:
         """The next devices; fewer where no more wait."""
-        found: list[str] = []
-        while len(found) < count and (self._here or self._away):
-            line = self._here or self._away
-            name = line.popleft()
+        names: list[str] = []
+        while len(names) < count and (self._here or self._away):
+            waiting = self._here or self._away
+            name = waiting.popleft()
             task = self._state.tasks.get(name)
             if task is None or task.progress is not Progress.QUEUED:
                 continue
-            if line is self._here and not self._state.devices[name].online:
+            if waiting is self._here and not self._state.devices[name].online:
                 self._away.append(name)
             else:
-                found.append(name)
-        return found
+                names.append(name)
+        return names

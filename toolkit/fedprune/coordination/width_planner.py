@@ -20,13 +20,18 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import Strategy
 from fedprune.strategies.allocation import Allocator, Fleet
 
+# Plans that are remembered. Boards of one kind with as many samples share a plan, unless they have measured themselves;
+# a fleet whose boards all have would otherwise fill the memory.
 PLANS = 4096
-"""Plans that are remembered: boards of one kind with as many samples have one, unless they have measured themselves."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """A plan that devices share, or the error of planning it, and the recipes that planning used, by widths."""
+    """A plan that devices share, or the error of planning it.
+
+    Attributes:
+        recipes: The recipes that planning used, by widths: the plan holds for a device whose own are the same.
+    """
 
     recipes: Mapping[tuple[int, ...], Recipe]
     error: FedpruneError | None = None
@@ -65,45 +70,49 @@ class WidthPlanner:
             if self.job.density:
                 device.widths, device.density = self._fixed, self.job.density
                 return
-            learnt = Correction(**device.correction)
-            self._give(device, self._planned(name, device, learnt, learnt.of_memory(), NO_CORRECTION))
+            correction = Correction(**device.correction)
+            self._give(device, self._planned(name, device, correction, correction.of_memory(), NO_CORRECTION))
         except StrategyError:  # no device's fault
             raise
         except FedpruneError as error:
             device.excluded = str(error)
 
-    def replace(self, name: str, known: Device | None, device: Device) -> None:
-        """Plan a device that announced itself, with what still holds of what was known of it."""
-        if known is not None and known.profile == device.profile and _as_fast(known, device):
-            device.correction = known.correction
-        said = (device.profile, device.probe, device.samples, device.codecs)
-        before = None if known is None else (known.profile, known.probe, known.samples, known.codecs)
-        if known is not None and known.widths and before == said:
-            device.plan, device.widths, device.density = known.plan, known.widths, known.density
+    def replace(self, name: str, former: Device | None, device: Device) -> None:
+        """Plan a device that announced itself, keeping what still holds of its former plan and correction."""
+        if former is not None and former.profile == device.profile and _as_fast(former, device):
+            device.correction = former.correction
+        inputs = (device.profile, device.probe, device.samples, device.codecs)
+        former_inputs = None if former is None else (former.profile, former.probe, former.samples, former.codecs)
+        if former is not None and former.widths and former_inputs == inputs:
+            device.plan, device.widths, device.density = former.plan, former.widths, former.density
         else:
             self.plan(name, device)
 
     def learn(self, name: str, device: Device, task: Task) -> None:
-        """Let a round's own times and memory correct a device's predicted ones; plan again where they were far off."""
+        """Correct a device's predicted times and memory by a round's measured ones; plan again where they were far
+        off."""
+        # A round in other parts of a batch says nothing of the memory that this plan takes.
         if device.plan is None or device.accumulate != task.accumulate:
             return
-        before = self._plan_of(device.plan)
-        room = before.limit(MEMORY).limit
-        expected = before.prediction if device.widths == task.widths else self._predicted(name, device, task, before)
-        learnt = Correction(**device.correction).after(expected, before.correction, task.metrics, room)
-        device.correction = vars(learnt)
-        overran = task.metrics.get("peak_memory_bytes", 0.0) > room and learnt != before.correction
-        if not overran and not learnt.moved(before.correction, before.prediction):
+        former_plan = self._plan_of(device.plan)
+        room = former_plan.limit(MEMORY).limit
+        expected = (
+            former_plan.prediction if device.widths == task.widths else self._predicted(name, device, task, former_plan)
+        )
+        correction = Correction(**device.correction).after(expected, former_plan.correction, task.metrics, room)
+        device.correction = vars(correction)
+        overran = task.metrics.get("peak_memory_bytes", 0.0) > room and correction != former_plan.correction
+        if not overran and not correction.moved(former_plan.correction, former_plan.prediction):
             return
         try:
-            self._give(device, self._planned(name, device, learnt, *([learnt.of_memory()] if overran else [])))
+            self._give(device, self._planned(name, device, correction, *([correction.of_memory()] if overran else [])))
         except StrategyError:
             raise
         except FedpruneError:  # too slow at any width: it delivered all the same, and continues as it is
             return
 
-    def _predicted(self, name: str, device: Device, task: Task, made: Plan) -> Prediction:
-        """What a device's plan would have predicted for the other widths of a task."""
+    def _predicted(self, name: str, device: Device, task: Task, plan: Plan) -> Prediction:
+        """The prediction that a device's plan would have made for the widths of a task, where these are others."""
         key = (device.plan, task.widths, task.samples)
         if key not in self._predictions:
             self._predictions[key] = predict_round(
@@ -116,22 +125,22 @@ class WidthPlanner:
                 kept_share(self.architecture, task.widths),
                 task.samples,
                 accumulate=task.accumulate,
-                correction=made.correction,
+                correction=plan.correction,
                 frozen=self.frozen,
             )
             forget_first(self._predictions)
         return self._predictions[key]
 
     def _plan_of(self, body: Mapping[str, Any]) -> Plan:
-        """A plan, from what devices share of it."""
+        """A plan read from its JSON, which devices share."""
         if body not in self._read:
             self._read[body] = Plan.from_dict(body)
             forget_first(self._read)
         return self._read[body]
 
-    def _give(self, device: Device, made: _Made) -> None:
-        """A plan's widths; strategies that go by a device's density (a pull, a scaler) need to know their share."""
-        device.plan, device.widths, device.density = made.plan, made.widths, made.density
+    def _give(self, device: Device, shared_plan: _Made) -> None:
+        """Set a device's plan, and with it widths and density: strategies go by the latter, too (a pull, a scaler)."""
+        device.plan, device.widths, device.density = shared_plan.plan, shared_plan.widths, shared_plan.density
 
     def _recipe(self, name: str, device: Device, widths: tuple[int, ...]) -> Recipe:
         """The device's recipe at these widths."""
@@ -139,38 +148,40 @@ class WidthPlanner:
             self.job, name, widths, kept_share(self.architecture, widths), device.samples
         )
 
-    def _planned(self, name: str, device: Device, correction: Correction, *others: Correction) -> _Made:
-        """The plan by the first of the corrections by which one fits."""
-        made = self._remembered(name, device, correction)
-        if made.error is None:
-            return made
-        if isinstance(made.error, PlanError) and set(others) - {correction}:
-            return self._planned(name, device, *others)
-        raise made.error.with_traceback(None)
+    def _planned(self, name: str, device: Device, correction: Correction, *fallbacks: Correction) -> _Made:
+        """The plan by the first of the corrections with which a width fits. Raises the last error if none does."""
+        shared_plan = self._remembered(name, device, correction)
+        if shared_plan.error is None:
+            return shared_plan
+        if isinstance(shared_plan.error, PlanError) and set(fallbacks) - {correction}:
+            return self._planned(name, device, *fallbacks)
+        # The error is kept for other devices; a traceback would keep the frames of this call alive with it.
+        raise shared_plan.error.with_traceback(None)
 
     def _remembered(self, name: str, device: Device, correction: Correction) -> _Made:
         """The plan of another device like this one whose recipes agree, for the whole model and as planned."""
         device.profile, profile = self._profile(device.profile)
         key = (id(profile), device.probe, device.samples, tuple(device.codecs), correction)
-        made = self._plans.pop(key, None)
-        if made is None or any(self._recipe(name, device, w) != r for w, r in made.recipes.items()):
-            made = self._made(name, device, profile, correction)
-        self._plans[key] = made
+        shared_plan = self._plans.pop(key, None)
+        if shared_plan is None or any(self._recipe(name, device, w) != r for w, r in shared_plan.recipes.items()):
+            shared_plan = self._made(name, device, profile, correction)
+        self._plans[key] = shared_plan
         forget_first(self._plans)
-        return made
+        return shared_plan
 
     def _profile(self, body: dict[str, Any]) -> tuple[dict[str, Any], HardwareProfile]:
-        """A profile as devices share it, as JSON and checked."""
-        known = self._profiles.get(str(body.get("name")))
-        if known is None or known[0] != body:
-            known = self._profiles[str(body.get("name"))] = (body, HardwareProfile.from_dict(body))
+        """A profile as JSON and checked; devices of one kind share both, since a fleet's own copies fill a memory."""
+        shared_profile = self._profiles.get(str(body.get("name")))
+        if shared_profile is None or shared_profile[0] != body:
+            shared_profile = self._profiles[str(body.get("name"))] = (body, HardwareProfile.from_dict(body))
+            # Keys hold the identity of a profile's object, which another one may get after it is freed.
             self._plans.clear()
-        return known
+        return shared_profile
 
     def _made(self, name: str, device: Device, profile: HardwareProfile, correction: Correction) -> _Made:
-        whole = self.architecture.sizes
+        full_widths = self.architecture.sizes
         try:
-            made = PlanSearch(
+            plan = PlanSearch(
                 self.architecture,
                 profile,
                 partial(self._recipe, name, device),
@@ -187,29 +198,29 @@ class WidthPlanner:
         except StrategyError:
             raise
         except FedpruneError as error:
-            return _Made({whole: self._recipe(name, device, whole)}, error)
-        recipes = {w: self._recipe(name, device, w) for w in (whole, made.widths)}
-        return _Made(recipes, None, PackedJson(made.to_dict()), made.widths, kept_share(self.architecture, made.widths))
+            return _Made({full_widths: self._recipe(name, device, full_widths)}, error)
+        recipes = {w: self._recipe(name, device, w) for w in (full_widths, plan.widths)}
+        return _Made(recipes, None, PackedJson(plan.to_dict()), plan.widths, kept_share(self.architecture, plan.widths))
 
 
 class PlannedWidths(Allocator):
-    """The allocator of jobs whose strategy has none: the planner."""
+    """The allocator of jobs whose strategy has none: each device gets the width that the planner gives it."""
 
     def __init__(self, planner: WidthPlanner) -> None:
         self._planner = planner
 
-    def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
-        self._planner.replace(name, known, fleet.state.devices[name])
+    def admit(self, fleet: Fleet, name: str, former: Device | None) -> None:
+        self._planner.replace(name, former, fleet.state.devices[name])
 
     def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
         self._planner.learn(name, fleet.state.devices[name], task)
 
 
-def _as_fast(known: Device, device: Device) -> bool:
+def _as_fast(former: Device, device: Device) -> bool:
     """Whether the measurement that a correction belongs to is the same."""
-    if known.probe == device.probe:
+    if former.probe == device.probe:
         return True
-    return (known.probe or {}).get("latency") == (device.probe or {}).get("latency")
+    return (former.probe or {}).get("latency") == (device.probe or {}).get("latency")
 
 
 def predict_round(
@@ -251,6 +262,6 @@ def predict_round(
 
 
 def forget_first(remembered: dict[Any, Any]) -> None:
-    """Forget what was remembered first, beyond `PLANS`."""
+    """Forget the oldest entry of a cache that has more than `PLANS`: dictionaries keep the order of insertion."""
     if len(remembered) > PLANS:
         del remembered[next(iter(remembered))]

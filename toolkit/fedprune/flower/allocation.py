@@ -18,14 +18,14 @@ from fedprune.planning.plan import PlanSearch
 from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, check_density
 from fedprune.strategies.strategy import Strategy
 
+# A density, or the name of a hardware profile for which widths are planned.
 DensityOrProfile = float | str
-"""A density, or the name of a hardware profile for which widths are planned."""
 
+# One for all; tiers; by node; or None: the strategy's own tiers or, where it has none, what nodes answer.
 Densities = float | str | Sequence[float] | Mapping[int, DensityOrProfile] | Callable[[int], DensityOrProfile] | None
-"""One for all; tiers; by node; or None: the strategy's own tiers or, where it has none, what nodes answer."""
 
+# Every node is asked for its own share.
 ASK = "ask"
-"""Every node is asked for its own share."""
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from fedprune.core.errors import ProtocolError, shown
 
+# The record's name in a message's content.
 RECORD = "fedprune"
-"""The record's name in a message's content."""
 
 FORMAT = "fedprune.flower/1"
 
+# The type of the message in which a node is asked what it carries; its app answers `@app.query("fedprune")`.
 ASKING = "query.fedprune"
-"""The type of the message in which a node is asked what it carries; its app answers `@app.query("fedprune")`."""
 
+# Metric: the optimiser steps behind an update.
 STEPS = "num-steps"
-"""Metric: the optimiser steps behind an update."""
 
 
 def check_format(record: object) -> None:

@@ -12,8 +12,8 @@ from fedprune.strategies import compose
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Turn
 
+# Names of the strategies that work under Flower.
 PRESETS = ("fedavg", "fedprox", "fedprune", "fedrolex", "heterofl", "plain")
-"""Names of the strategies that work under Flower."""
 
 
 def composed(job: Job) -> Strategy:

@@ -25,8 +25,8 @@ from fedprune.model.architecture import TensorKind
 from fedprune.model.recipe import Features, Recipe
 from fedprune.model.selection import Tensors
 
+# Seconds that nodes have to answer for their share; late ones are asked again in the next round.
 _ASK_S = 60.0
-"""Seconds that nodes have to answer for their share; late ones are asked again in the next round."""
 
 _COUNTER = "num_batches_tracked"
 

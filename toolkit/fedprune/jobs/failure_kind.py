@@ -11,32 +11,32 @@ from fedprune.core.errors import BundleError, ExitCode, FedpruneError, OutOfRang
 class FailureKind(str, Enum):
     """Why a device's part of a round came to nothing; the reason next to it is a text for people."""
 
+    # Training ended in numbers that are not finite, or far too large.
     DIVERGED = "diverged"
-    """Training ended in numbers that are not finite, or far too large."""
     LATE = "late"
+    # The device was in a secure sum, and left it before its update was.
     LOST = "lost"
-    """The device was in a secure sum, and left it before its update was."""
+    # The sum of masked updates that it is in is false, by the fault of one of its boards.
     FALSE_SUM = "false sum"
-    """The sum of masked updates that it is in is false, by the fault of one of its boards."""
+    # The update was in none of the round's sums, to find out which board has spoilt one.
     LEFT_OUT = "left out"
-    """The update was in none of the round's sums, to find out which board has spoilt one."""
+    # The update stands out among those of the round.
     OUTLIER = "outlier"
-    """The update stands out among those of the round."""
     QUARANTINED = "quarantined"
     REVOKED = "revoked"
+    # The device no longer has the update that it announced.
     GONE = "gone"
-    """The device no longer has the update that it announced."""
+    # No honest board sends such an update, since it checks its weights before it announces them.
     MALFORMED = "malformed"
-    """No honest board sends such an update, since it checks its weights before it announces them."""
     NO_ROOM = "no room"
     DATA = "data"
+    # The model or its ranking changed in the meantime.
     STALE = "stale"
-    """The model or its ranking changed in the meantime."""
     OTHER = "other"
 
 
+# Kinds of failure of a device that delivered nothing; nothing of it was refused.
 ABSENT = (FailureKind.LATE, FailureKind.LOST, FailureKind.GONE)
-"""Kinds of failure of a device that delivered nothing; nothing of it was refused."""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ RULES = get_args(Rule)
 
 SCORERS = ("ordered", "magnitude", "curvature")
 
+# Settings that only the plain strategy reads.
 _PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
-"""Settings that only the plain strategy reads."""
 
 
 @dataclass(frozen=True)

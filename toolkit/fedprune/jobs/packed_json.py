@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
+# Objects that are kept as they were read; boards of one kind share them.
 _READ = 512
-"""Objects that are kept as they were read; boards of one kind share them."""
 
 
 class PackedJson(Mapping[str, Any]):

@@ -50,8 +50,8 @@ Kind = Literal["synchronous", "asynchronous"]
 Decay = Literal["constant", "polynomial", "hinge"]
 Mixing = Literal["damped", "normalised", "share", "unbiased"]
 
+# What any staleness leaves: 0 would be no update at all, and is what large powers are rounded to.
 _LEAST_SHARE = 2.0**-50
-"""What any staleness leaves: 0 would be no update at all, and is what large powers are rounded to."""
 
 
 @dataclass(frozen=True)
@@ -295,5 +295,5 @@ def _exponent(total: int) -> int:
     return math.floor(math.log2(MAX_WEIGHT / max(1, total)))
 
 
+# Rounds as the job's own keys describe them.
 SYNCHRONOUS = Schedule()
-"""Rounds as the job's own keys describe them."""

@@ -17,11 +17,11 @@ from fedprune.jobs.packed_json import PackedJson
 
 FORMAT = "fedprune.state/3"
 
+# Attributes of a device that only its next connection or part needs: most of its size.
 PUT_AWAY = ("plan", "probe")
-"""Attributes of a device that only its next connection or part needs: most of its size."""
 
+# Shared by the devices of a fleet: what an attribute holds is replaced, never changed in place.
 _NOTHING: dict[str, Any] = {}
-"""Shared by the devices of a fleet: what an attribute holds is replaced, never changed in place."""
 
 
 class Phase(str, Enum):

@@ -30,22 +30,22 @@ from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.updates import NO_CODECS, WHOLE, Codec, Codecs, bound
 
+# How far a measured time may correct a predicted one: beyond that something else is wrong.
 BOUNDS = 0.2, 5.0
-"""How far a measured time may correct a predicted one: beyond that something else is wrong."""
 
+# Limits of the correction of memory. The first: the smallest corrected prediction, as a share of the uncorrected one.
+# The second: the largest measurement that counts, as a multiple of the prediction or of the board's memory, whichever
+# is more.
 MEMORY_BOUNDS = 0.75, 2.0
-"""Limits of the correction of memory. The first: the smallest corrected prediction, as a share of the uncorrected one.
-The second: the largest measurement that counts, as a multiple of the prediction or of the board's memory, whichever is
-more."""
 
+# How far a measured time may be from the predicted one before a device is planned for again.
 OFF = 1.25
-"""How far a measured time may be from the predicted one before a device is planned for again."""
 
+# The same for memory, where too much ends the process.
 MEMORY_OFF = 1.1
-"""The same for memory, where too much ends the process."""
 
+# How far predicted memory may be below the measured one (docs/planner.md).
 TOO_LOW = 0.05
-"""How far predicted memory may be below the measured one (docs/planner.md)."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +179,8 @@ class Correction:
         return not all(1 / OFF < t < OFF for t in times) or not 1 / MEMORY_OFF < memory < MEMORY_OFF
 
 
+# Nothing was measured yet.
 NO_CORRECTION = Correction()
-"""Nothing was measured yet."""
 
 
 def predict(

@@ -23,83 +23,83 @@ from fedprune.planning.kernel_workload import ArchitectureKey, workload
 
 Numbers = npt.NDArray[np.float64]
 
+# Bytes of a float32.
 FLOAT = 4
-"""Bytes of a float32."""
 
+# A board's process before it trains: Python, numpy, onnxruntime 1.31 with a loaded graph, the MQTT client and the
+# agent. A board that measures it reports its own: 1.23 takes 8 MB less, 1.32 2 MB more.
 PROCESS_BYTES = 85_000_000
-"""A board's process before it trains: Python, numpy, onnxruntime 1.31 with a loaded graph, the MQTT client and the
-agent. A board that measures it reports its own: 1.23 takes 8 MB less, 1.32 2 MB more."""
 
+# Bytes that a round adds to that for any model: threads, buffers, and what allocators round up.
 ROUND_BYTES = 10_900_000
-"""Bytes that a round adds to that for any model: threads, buffers, and what allocators round up."""
 
+# Bytes of a loaded graph per activation of the model, which is some thirty nodes of a training graph.
 VALUE_BYTES = 131_000
-"""Bytes of a loaded graph per activation of the model, which is some thirty nodes of a training graph."""
 
+# Samples up to this size are held in memory; larger arrays stay on the disk and are read as batches are drawn.
 HELD_BYTES = 4 * 2**20
-"""Samples up to this size are held in memory; larger arrays stay on the disk and are read as batches are drawn."""
 
+# Arrays of the size of all weights that exist at the peak of a step: weights as received, weights and momentum before
+# and after the step, and what remains of gradients and temporaries of the update.
 WEIGHT_COPIES = 5.82
-"""Arrays of the size of all weights that exist at the peak of a step: weights as received, weights and momentum before
-and after the step, and what remains of gradients and temporaries of the update."""
 
+# The same of weights that aren't trained: as received, and as the step reads them.
 FROZEN_COPIES = 2
-"""The same of weights that aren't trained: as received, and as the step reads them."""
 
+# Arrays of the size of the largest frozen weight while a layer reads it: transposed as stored, and dequantised.
 DEQUANTISED_COPIES = 1.5
-"""Arrays of the size of the largest frozen weight while a layer reads it: transposed as stored, and dequantised."""
 
+# Memory over size of all activations: the backward pass doesn't need all of them, and the allocator leaves gaps.
 ACTIVATION_COPIES = 0.69
-"""Memory over size of all activations: the backward pass doesn't need all of them, and the allocator leaves gaps."""
 
+# Memory of activations over size of those that the backward pass needs, where a base is frozen. Next to a frozen
+# layer's output are an adapter's and their sum, of which only the sum stays, and no nodes make a weight's gradient.
 KEPT_COPIES = 1.5
-"""Memory of activations over size of those that the backward pass needs, where a base is frozen. Next to a frozen
-layer's output are an adapter's and their sum, of which only the sum stays, and no nodes make a weight's gradient."""
 
+# The same of the lines that depthwise and grouped convolutions read (`unrolled_elements`).
 UNROLLED_COPIES = 1.26
-"""The same of the lines that depthwise and grouped convolutions read (`unrolled_elements`)."""
 
+# Arrays of the size of the largest activation that exist in addition: the gradients that go in and out of a layer.
 TRANSIENTS = 1.94
-"""Arrays of the size of the largest activation that exist in addition: the gradients that go in and out of a layer."""
 
+# Arrays of the size of the samples of a step (or of a part of it) that augmentation needs, and how many more with
+# noise. Measured with batches of 64 colour images of 224 × 224.
 AUGMENT_COPIES, NOISE_COPIES = 3.0, 2.0
-"""Arrays of the size of the samples of a step (or of a part of it) that augmentation needs, and how many more with
-noise. Measured with batches of 64 colour images of 224 × 224."""
 
+# Memory of activations in steps of several parts, over that in steps of one: sums and statistics of a part come and
+# go in the allocator's memory, and leave more gaps.
 GAPS_OF_PARTS = 1.12
-"""Memory of activations in steps of several parts, over that in steps of one: sums and statistics of a part come and go
-in the allocator's memory, and leave more gaps."""
 
+# Area of a map that is one line, longest line that stays whole, and blocks of longer ones, as in training graphs.
 _TINY_MAP, _WHOLE_LINE, _BLOCK = 16, 64, 16
-"""Area of a map that is one line, longest line that stays whole, and blocks of longer ones, as in training graphs."""
 
+# How often a training step moves its activations through main memory where caches don't help.
 ACTIVATION_PASSES = 12
-"""How often a training step moves its activations through main memory where caches don't help."""
 
+# The same of its weights.
 WEIGHT_PASSES = 6
-"""The same of its weights."""
 
+# Bytes that a process which only predicts saves: the MQTT client and the agent.
 AGENT_BYTES = 17_200_000
-"""Bytes that a process which only predicts saves: the MQTT client and the agent."""
 
+# Arrays of the size of the weights while a model is loaded: of most weights, and of those of convolutions and
+# recurrent layers (`_LAID_OUT`), which onnxruntime lays out again while the former arrays still exist.
 INFERENCE_COPIES, INFERENCE_KERNEL_COPIES = 1.26, 3.37
-"""Arrays of the size of the weights while a model is loaded: of most weights, and of those of convolutions and
-recurrent layers (`_LAID_OUT`), which onnxruntime lays out again while the former arrays still exist."""
 
 _LAID_OUT = ("Conv", "GRU", "LSTM", "RNN")
 
+# Largest activations that live at once in a forward pass: a layer's input, its output, a branch that waits.
 INFERENCE_VALUES = 3
-"""Largest activations that live at once in a forward pass: a layer's input, its output, a branch that waits."""
 
+# Weights files that a board holds at its worst moment: as received, as trained, and those of its two model slots.
 WEIGHT_FILES = 4
-"""Weights files that a board holds at its worst moment: as received, as trained, and those of its two model slots."""
 
+# Inference graphs at that moment: the offer's, and in the slots perhaps others of earlier rounds.
 INFERENCE_FILES = 3
-"""Inference graphs at that moment: the offer's, and in the slots perhaps others of earlier rounds."""
 
 TRAINING_GRAPH_BYTES = 4_000
+# Bytes of graphs on the disk per activation of the model, rounded up from those of the tests' nets.
 INFERENCE_GRAPH_BYTES = 500
-"""Bytes of graphs on the disk per activation of the model, rounded up from those of the tests' nets."""
 
 
 @dataclass(frozen=True)

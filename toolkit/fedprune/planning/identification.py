@@ -43,6 +43,7 @@ class JetPack:
 # https://developer.nvidia.com/embedded/jetpack-sdk-51, https://github.com/dusty-nv/jetson-containers (6.0),
 # https://github.com/pytorch/TensorRT/pull/3453 (6.1, 6.2), https://github.com/roboflow/inference/pull/2531 (7.2),
 # https://developer.nvidia.com/embedded/jetpack/downloads/archive-7.1.md (7.0, 7.1).
+# Ascending by L4T release.
 RELEASES = (
     JetPack("4.6", (32, 6), "3.6", "8.0"),
     JetPack("4.6.1", (32, 7), "3.6", "8.2"),
@@ -54,7 +55,6 @@ RELEASES = (
     JetPack("7.1", (38, 4), "3.12", "10.13"),
     JetPack("7.2", (39, 2), "3.12", "10.16"),
 )
-"""Ascending by L4T release."""
 
 
 def l4t_release(text: str) -> str:
@@ -73,8 +73,8 @@ def jetpack(l4t: str) -> JetPack | None:
     return fitting[-1] if fitting else None
 
 
+# Firmware and kernel take up to this share of a board's memory before Linux counts it.
 _MEMORY_SLACK = 0.15
-"""Firmware and kernel take up to this share of a board's memory before Linux counts it."""
 
 _CLOCK_SLACK = 0.05
 

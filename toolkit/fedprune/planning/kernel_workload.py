@@ -19,10 +19,12 @@ from fedprune.model.axis import Axis
 
 Numbers = npt.NDArray[np.float64]
 
+# The units of a kernel's work: calls, parts into which a call falls (samples × taps), MACs, elements that go in and
+# out, and weights.
 FEATURES = ("call", "part", "mac", "move", "weight")
-"""The units of a kernel's work: calls, parts into which a call falls (samples × taps), MACs, elements that go
-in and out, and weights."""
 
+# Kinds of kernels. In training convolutions differ by the size of their map (which decides their formulation); in
+# inference by whether onnxruntime computes them with channels in blocks or, "plain", without.
 KINDS = (
     "conv",
     "conv1x1",
@@ -50,23 +52,21 @@ KINDS = (
     "copy",
     "run",
 )
-"""Kinds of kernels. In training convolutions differ by the size of their map (which decides their formulation); in
-inference by whether onnxruntime computes them with channels in blocks or, "plain", without."""
 
+# Places of a map from which, and up to which, a training graph's convolutions are formulated in their own way.
 LARGE_MAP, TINY_MAP = 64, 4
-"""Places of a map from which, and up to which, a training graph's convolutions are formulated in their own way."""
 
+# Channels that onnxruntime's blocked kernels want a multiple of; with others it falls back to plain ones.
 ALIGNMENT = 4
-"""Channels that onnxruntime's blocked kernels want a multiple of; with others it falls back to plain ones."""
 
+# Channels of a block that processors use, as far as known (1: no blocks).
 BLOCKS = (1, 4, 8, 16)
-"""Channels of a block that processors use, as far as known (1: no blocks)."""
 
+# Counts that a workload remembers.
 _COUNTS = 256
-"""Counts that a workload remembers."""
 
+# Columns that a matrix product computes at once; narrower ones cost as much.
 TILE = 32
-"""Columns that a matrix product computes at once; narrower ones cost as much."""
 
 _CHEAP = frozenset(
     {"Relu", "Clip", "Add", "Sub", "Mul", "Neg", "Abs", "LeakyRelu", "Max", "Min", "Sum", "Mean", "PRelu", "Where"}
@@ -74,8 +74,8 @@ _CHEAP = frozenset(
 _NORMS = frozenset({"LayerNormalization", "GroupNormalization", "RMSNormalization", "InstanceNormalization"})
 _POOLS = frozenset({"MaxPool", "AveragePool", "LpPool", "Resize"})
 _COPIES = frozenset({"Concat", "Transpose", "Slice", "Split", "Pad", "Gather", "Expand", "DepthToSpace", "Tile"})
+# Activations that onnxruntime lets a convolution do as it writes.
 _FUSED = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
-"""Activations that onnxruntime lets a convolution do as it writes."""
 
 _INDEX = {kind: i for i, kind in enumerate(KINDS)}
 

@@ -27,39 +27,39 @@ from fedprune.planning.kernel_workload import BLOCKS, FEATURES, KINDS, workload
 Numbers = npt.NDArray[np.float64]
 
 TYPICAL_TRAINING = {"call": 2e-5, "part": 3e-7, "mac": 6e-11, "move": 1.2e-9, "weight": 4e-9}
+# Seconds per unit of any kernel on the machine of `TYPICAL_RATE`; a step has some thirty operators per layer.
 TYPICAL_INFERENCE = {"call": 2e-6, "part": 1e-6, "mac": 2e-11, "move": 3e-10, "weight": 1e-10}
-"""Seconds per unit of any kernel on the machine of `TYPICAL_RATE`; a step has some thirty operators per layer."""
 
+# FLOP/s of the probe's training step on that machine: one thread of a server's processor.
 TYPICAL_RATE = 50e9
-"""FLOP/s of the probe's training step on that machine: one thread of a server's processor."""
 
+# Seconds that each operator takes on a GPU however small it is: an estimate of onnxruntime's dispatch and a kernel's
+# launch on a Jetson.
 GPU_LAUNCH = 1e-5
-"""Seconds that each operator takes on a GPU however small it is: an estimate of onnxruntime's dispatch and a kernel's
-launch on a Jetson."""
 
+# Share of a GPU's peak rate that products reach in float32: an estimate.
 GPU_SHARE = 1 / 3
-"""Share of a GPU's peak rate that products reach in float32: an estimate."""
 
+# FLOP/s and bytes per second of the smallest GPU that trains, a Jetson Orin Nano's.
 GPU_PEAK, GPU_BANDWIDTH = 1.31e12, 68e9
-"""FLOP/s and bytes per second of the smallest GPU that trains, a Jetson Orin Nano's."""
 
+# Operators of a training step per row of the cost table: 27 to 32 in the probe's nets of convolutions.
 _OPERATORS = 30
-"""Operators of a training step per row of the cost table: 27 to 32 in the probe's nets of convolutions."""
 
+# Kinds of which training moves more elements than of others.
 _DEAR = {"depthwise": 4.0, "depthwise-small": 4.0, "norm": 3.0, "recurrent": 2.0}
-"""Kinds of which training moves more elements than of others."""
 
+# How strongly a fit holds on to what is typical, where measurements say little.
 _TRUST = 0.01
-"""How strongly a fit holds on to what is typical, where measurements say little."""
 
 _SWEEPS = 300
 _MAX_SECONDS = 1e3
+# The least time, whatever a received table has for some kinds: times are divided by one another.
 _LEAST_SECONDS = 1e-9
-"""The least time, whatever a received table has for some kinds: times are divided by one another."""
 
 Row = Annotated[tuple[Annotated[float, within(0, _MAX_SECONDS)], ...], items(len(FEATURES), len(FEATURES))]
+# Seconds per unit (`FEATURES`) by kind of kernel.
 Rows = Mapping[str, Row]
-"""Seconds per unit (`FEATURES`) by kind of kernel."""
 
 _DIGITS = 5
 _STEPS, _PREDICTIONS = "training", "inference"

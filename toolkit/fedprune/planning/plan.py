@@ -31,11 +31,11 @@ from fedprune.planning.profile import TIERS, HardwareProfile, Power
 from fedprune.planning.width_candidates import Rung, rungs
 from fedprune.updates import NO_CODECS, Codecs
 
+# Candidates, widest first: from the whole model down to a sixteenth of every group.
 DENSITIES: tuple[float, ...] = tuple(k / 64 for k in range(64, 3, -1))
-"""Candidates, widest first: from the whole model down to a sixteenth of every group."""
 
+# The binding limit of a plan of full width.
 NOTHING = "nothing"
-"""The binding limit of a plan of full width."""
 
 MEMORY = "memory"
 TIME = "time"
@@ -45,21 +45,21 @@ ENERGY = "energy"
 STORAGE = "storage"
 LIMITS = (MEMORY, TIME, LINK, BYTES, ENERGY, STORAGE)
 
+# Fewest samples in a part of a full batch where batch norm takes its statistics from each part. Smaller parts make
+# noisy statistics (Wu and He 2018, "Group Normalization", fig. 1); a recipe that asks for smaller ones gets them.
 NORMALISED_SAMPLES = 8
-"""Fewest samples in a part of a full batch where batch norm takes its statistics from each part. Smaller parts make
-noisy statistics (Wu and He 2018, "Group Normalization", fig. 1); a recipe that asks for smaller ones gets them."""
 
 
+# A plan that keeps a smaller share of the weights warns.
 LITTLE = 0.25
-"""A plan that keeps a smaller share of the weights warns."""
 
+# Per limit of a job the setting that raises it.
 JOB_SETTINGS: Mapping[str, str] = {
     MEMORY: "recipe.accumulate = {}",
     TIME: "deadline_s = {}",
     BYTES: "byte_budget = {}",
     ENERGY: "energy_budget = {}",
 }
-"""Per limit of a job the setting that raises it."""
 
 
 @dataclass(frozen=True)
@@ -550,6 +550,7 @@ def _terms(use: MemoryBreakdown) -> str:
     return ", ".join(f"{title} {amount(count, 'bytes')}" for count, title in terms if count)
 
 
+# Titles of the terms of `MemoryBreakdown`.
 _TERMS = {
     "samples": "samples",
     "activations": "activations",
@@ -558,7 +559,6 @@ _TERMS = {
     "graph": "loaded graph",
     "learnt": "learnt from its rounds",
 }
-"""Titles of the terms of `MemoryBreakdown`."""
 
 
 def _enough(limit: Limit) -> str:
@@ -568,6 +568,7 @@ def _enough(limit: Limit) -> str:
     return f"{Context(prec=3, rounding=ROUND_CEILING).create_decimal(limit.value).normalize():f}"
 
 
+# Per limit what raises it: a setting that `names` has a name for, or one of the profile.
 _SETTINGS = {
     MEMORY: "smaller parts of a batch ({})",
     TIME: "a longer deadline ({})",
@@ -576,7 +577,6 @@ _SETTINGS = {
     ENERGY: "more energy per round ({})",
     STORAGE: "storage.budget_bytes = {} in the board's profile",
 }
-"""Per limit what raises it: a setting that `names` has a name for, or one of the profile."""
 
 _HINTS = {
     MEMORY: "Use a smaller batch, or a smaller model.",

@@ -12,8 +12,8 @@ from fedprune.planning.latency_model import LatencyTable
 
 _MAX_TEXT = 200
 
+# Units that compute, by the names that `Session.provider` has for them.
 CPU, CUDA = UNITS = ("cpu", "cuda")
-"""Units that compute, by the names that `Session.provider` has for them."""
 
 Rate = Annotated[float, within(1, 1e17)]
 

@@ -19,9 +19,9 @@ from fedprune.core.errors import ProfileError
 from fedprune.core.records import convert, matching, one_of, within, write
 from fedprune.core.toml_file import read_toml
 
+# The providers of a board, as far as they work there: with the first all on its processor, with the second all on its
+# GPU, with the third predictions in TensorRT engines and the rest on the GPU; where it doesn't, on the processor.
 TIERS = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt")
-"""The providers of a board, as far as they work there: with the first all on its processor, with the second all on its
-GPU, with the third predictions in TensorRT engines and the rest on the GPU; where it doesn't, on the processor."""
 
 Watts = Annotated[float, within(0, 10**5)]
 Text = Annotated[str, matching(r"\s*\S[\s\S]*", "a text")]
@@ -117,6 +117,7 @@ class Software:
     tensorrt: Text | None = None
 
 
+# Tables of a profile: their classes.
 SECTIONS: dict[str, type] = {
     "cpu": Cpu,
     "memory": Memory,
@@ -127,20 +128,19 @@ SECTIONS: dict[str, type] = {
     "storage": Storage,
     "software": Software,
 }
-"""Tables of a profile: their classes."""
 
 
 FORMAT = "fedprune.profile/1"
+# How a source begins: an address, a calculation from other figures, or a reasoned guess.
 SCHEMES = ("https://", "http://", "derived: ", "estimate: ")
-"""How a source begins: an address, a calculation from other figures, or a reasoned guess."""
 
 ARCHES = ("aarch64", "x86_64")
+# The pattern of profile names.
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
-"""The pattern of profile names."""
 _MIN_REASON = 8
 
+# Full: the runtime runs on the software that the board ships with. Limited: it needs a newer Python of the user's.
 SUPPORT = ("full", "limited")
-"""Full: the runtime runs on the software that the board ships with. Limited: it needs a newer Python of the user's."""
 
 
 @dataclass(frozen=True)

@@ -21,20 +21,20 @@ from fedprune.planning.costs import memory_seconds
 from fedprune.planning.kernel_workload import ArchitectureKey, workload
 from fedprune.planning.latency_model import LatencyTable
 
+# The multiples to which channels are rounded, in the order of trial; small groups take a smaller one.
 MULTIPLES = (16, 8, 4)
-"""The multiples to which channels are rounded, in the order of trial; small groups take a smaller one."""
 
+# Multiples that a group must have room for.
 _PER_GROUP = 4
-"""Multiples that a group must have room for."""
 
+# Shares of uniform width among which the one of equal work is looked for.
 _FINE = 256
-"""Shares of uniform width among which the one of equal work is looked for."""
 
+# How much longer a candidate may take, step and latency together, than the fastest of the same density.
 _ABOUT = 1.1
-"""How much longer a candidate may take, step and latency together, than the fastest of the same density."""
 
+# Times that differ by less are the same: sums of many terms.
 _EQUAL = 1 + 1e-9
-"""Times that differ by less are the same: sums of many terms."""
 
 Times = npt.NDArray[np.float64]
 

@@ -21,16 +21,16 @@ from fedprune.security.keys import SIGNATURE as SIGNATURE_BYTES
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.wire.fleet_messages import MAX_FILES, MAX_MANIFEST, MAX_NUMBER
 
+# Names in a release's folder.
 MANIFEST, SIGNATURE, FILES = "release.json", "release.sig", "files"
-"""Names in a release's folder."""
 
 MAX_FILE = 2**30
 MAX_BYTES = 2**31
+# Limits of a release: bytes of a file, of all files, and of all unpacked files.
 MAX_UNPACKED = 2**32
-"""Limits of a release: bytes of a file, of all files, and of all unpacked files."""
 
+# Domain of the signature, so that signatures for other purposes are invalid here.
 _PURPOSE = b"fedprune release 1\n"
-"""Domain of the signature, so that signatures for other purposes are invalid here."""
 
 Label = Annotated[str, text(64)]
 Module = Annotated[str, matching(r"[A-Za-z_][A-Za-z0-9_]{0,63}", "the name of a package")]

@@ -30,8 +30,8 @@ MAX_STAGES = 32
 MAX_SECONDS = 366 * 86_400.0
 KINDS = ("release", "model", "bundle")
 
+# Deadlines that have moved and may be left in the heap of a small rollout; of a large one as many as it has boards.
 _FORMER_DEADLINES = 64
-"""Deadlines that have moved and may be left in the heap of a small rollout; of a large one as many as it has boards."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Stage:
             raise ConfigError("a stage's success and errors", expected="at most 1 together", got=self)
 
 
+# One board, a tenth of the fleet, all.
 CAREFUL = (Stage(1e-9), Stage(0.1, success=0.9, errors=0.1), Stage(1.0, success=0.9, errors=0.1))
-"""One board, a tenth of the fleet, all."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,16 @@ class Fate(str, Enum):
     GIVEN = "given"
     WELL = "well"
     FAILED = "failed"
+    # It left the fleet before it had ended: it counts neither way.
     GONE = "gone"
-    """It left the fleet before it had ended: it counts neither way."""
 
 
 class RolloutPhase(str, Enum):
     """A rollout's progress."""
 
     RUNNING = "running"
+    # Boards that were given it continue with it; no further board and no further stage begins.
     PAUSED = "paused"
-    """Boards that were given it continue with it; no further board and no further stage begins."""
     DONE = "done"
     STOPPED = "stopped"
 

@@ -21,8 +21,8 @@ from packaging.version import Version
 from fedprune.core.errors import FedpruneError, reason
 from fedprune.core.zip_limits import read_member
 
+# This project's package, whose extra names a board's requirements.
 OWN = "fedprune"
-"""This project's package, whose extra names a board's requirements."""
 
 _MAX_METADATA = 4 * 2**20
 

@@ -35,17 +35,17 @@ from fedprune.core.validation import whole
 from fedprune.model.selection import Selection, Tensors
 from fedprune.secure_aggregation.masks import Vector
 
+# The field of an offer that says how the update becomes a vector to be masked (`MaskedForm`).
 SECURE = "secure"
-"""The field of an offer that says how the update becomes a vector to be masked (`MaskedForm`)."""
 
+# The largest code of a difference.
 CODES = 127
-"""The largest code of a difference."""
 
 _MOST_TENSORS = 65_536
+# A step is at least twice the fold's unit, as a power of two of the bound.
 _LEAST = 1 - VALUE_BITS
-"""A step is at least twice the fold's unit, as a power of two of the bound."""
+# With larger steps, codes could leave the range.
 _MOST = -8
-"""With larger steps, codes could leave the range."""
 
 Float32s = npt.NDArray[np.float32]
 

@@ -31,14 +31,14 @@ from fedprune.secure_aggregation.session import Session
 from fedprune.secure_aggregation.shamir import SECRET, SHARE, check_share
 from fedprune.security.keys import SIGNATURE, SigningKey, VerifyingKey, transcript
 
+# Bytes of a public key, and of a commitment.
 PUBLIC = 32
-"""Bytes of a public key, and of a commitment."""
 
+# Bytes of an advertisement.
 ADVERTISEMENT = 3 * PUBLIC + SIGNATURE
-"""Bytes of an advertisement."""
 
+# Bytes of a sealed pair of shares, with its tag.
 SEALED = 2 * SHARE + 16
-"""Bytes of a sealed pair of shares, with its tag."""
 
 _NONCE = bytes(12)  # each key encrypts one message only
 

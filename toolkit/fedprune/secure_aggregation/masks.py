@@ -15,8 +15,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from fedprune.core.errors import ProtocolError
 from fedprune.secure_aggregation.session import Session
 
+# Bytes of a mask's key.
 MASK_KEY = 16
-"""Bytes of a mask's key."""
 
 _BLOCK = 65_536  # bytes: a mask is added while it is in the cache
 _ZEROS = bytes(_BLOCK)

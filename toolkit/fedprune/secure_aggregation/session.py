@@ -29,22 +29,22 @@ from fedprune.core.json_file import decode_json
 from fedprune.core.validation import whole
 from fedprune.security.keys import transcript
 
+# Fewest boards of a sum: of two boards, each knows the other's update.
 MIN_BOARDS = 3
-"""Fewest boards of a sum: of two boards, each knows the other's update."""
 
 MAX_BOARDS = 100_000
+# Bytes of a context.
 MAX_CONTEXT = 1024
-"""Bytes of a context."""
 
+# Words of a vector.
 MAX_WORDS = 2**31
-"""Words of a vector."""
 
 _MAX_TASK = 64
 _DOMAIN = "fedprune secure sum 1"
+# Probability that colluding and absent boards are placed so that the server learns more than the sum.
 _PRIVATE = 2.0**-40
-"""Probability that colluding and absent boards are placed so that the server learns more than the sum."""
+# Probability that absent boards are placed so that the sum is lost.
 _RELIABLE = 2.0**-20
-"""Probability that absent boards are placed so that the sum is lost."""
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from collections.abc import Mapping
 
 from fedprune.core.errors import ProtocolError
 
+# The smallest prime above all secrets.
 PRIME = 2**256 + 297
-"""The smallest prime above all secrets."""
 
+# Bytes of a secret.
 SECRET = 32
-"""Bytes of a secret."""
 
+# Bytes of a share: an element of the field, big-endian.
 SHARE = 33
-"""Bytes of a share: an element of the field, big-endian."""
 
 
 def split(secret: bytes, holders: int, threshold: int) -> list[bytes]:
