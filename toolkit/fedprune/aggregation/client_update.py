@@ -16,13 +16,14 @@ from fedprune.core.validation import is_whole, whole
 from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.model.selection import Active, Selection, Tensors, mesh
 
+# No recipe has more steps: a larger count is a mistake or a lie, and evidence divides by it.
 MAX_STEPS = 2**31 - 1
 
 
 def check_model(architecture: Architecture, base: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
     """The tensors that a fold begins with. Raises `BundleError`, which names one that is missing, not float32, of
     another shape or not finite."""
-    out: Tensors = {}
+    tensors: Tensors = {}
     for spec in architecture.tensors:
         value = base.get(spec.name)
         if value is None or value.dtype != np.float32 or value.shape != spec.shape:
@@ -36,8 +37,8 @@ def check_model(architecture: Architecture, base: Mapping[str, npt.NDArray[np.fl
             square = float(np.dot(flat, flat))  # a quarter of what looking at every value costs
         if not math.isfinite(square) and not math.isfinite(magnitude(value)):
             raise BundleError(f"tensor {spec.name} of the fold's base", expected="finite numbers")
-        out[spec.name] = value
-    return out
+        tensors[spec.name] = value
+    return tensors
 
 
 def check_submodel(
@@ -74,14 +75,14 @@ def check_submodel(
             raise ProtocolError(f"type of {spec.name} in an update", expected="float32", got=value.dtype)
         if value.shape != shapes[spec.name]:
             raise ProtocolError(f"shape of {spec.name} in an update", expected=shapes[spec.name], got=value.shape)
-    there = [t for t in architecture.tensors if t.name in submodel]
-    for spec in there:
+    present = [t for t in architecture.tensors if t.name in submodel]
+    for spec in present:
         check_range(spec.name, submodel[spec.name], bounds[spec.name])
-    for spec in there:
+    for spec in present:
         if spec.kind is TensorKind.STAT_VAR and submodel[spec.name].size:
-            least = float(submodel[spec.name].min())
-            if least < 0:
-                raise ProtocolError(f"values of {spec.name}", expected="variances from 0 up", got=f"{least:g}")
+            smallest = float(submodel[spec.name].min())
+            if smallest < 0:
+                raise ProtocolError(f"values of {spec.name}", expected="variances from 0 up", got=f"{smallest:g}")
 
 
 def check_squares(selection: Selection, squares: Mapping[str, npt.NDArray[Any]], reported: Collection[str]) -> None:
@@ -105,12 +106,12 @@ def check_squares(selection: Selection, squares: Mapping[str, npt.NDArray[Any]],
             raise ProtocolError(f"values of {what}", expected="numbers from 0 up", got=f"{float(value.min()):g}")
 
 
-def check_counts(weight: object, steps: object, most: int) -> None:
+def check_counts(weight: object, steps: object, max_weight: int) -> None:
     """Make sure that an update's weight (at most `most`) and optimiser steps are counts. Raises `ProtocolError`."""
-    if not is_whole(weight, 1, most):
+    if not is_whole(weight, 1, max_weight):
         raise ProtocolError(
             "weight of an update",
-            expected=f"a whole number from 1 to {most} (a fold takes {MAX_WEIGHT} in all)",
+            expected=f"a whole number from 1 to {max_weight} (a fold takes {MAX_WEIGHT} in all)",
             got=repr(weight),
         )
     whole("steps of an update", steps, 1, MAX_STEPS, error=ProtocolError)
@@ -157,17 +158,18 @@ def rebased(
         bounds: By tensor the largest magnitude that a sum accepts.
         left_out: Tensors that don't enter the sums.
     """
-    out: dict[str, npt.NDArray[Any]] = dict(trained)
+    rebased_tensors: dict[str, npt.NDArray[Any]] = dict(trained)
     for spec in architecture.trainable:
         name = spec.name
         if name in left_out:
             continue
-        now = base[name][mesh(selection.maps(name))]
-        if np.array_equal(now, sent[name]):
+        base_value = base[name][mesh(selection.maps(name))]
+        if np.array_equal(base_value, sent[name]):
             continue
-        moved = trained[name].astype(np.float64)
-        moved -= sent[name]
-        moved += now
-        check_range(f"{name}, moved as an earlier model was", moved, bounds[name])
-        out[name] = moved
-    return out
+        value = trained[name].astype(np.float64)
+        value -= sent[name]
+        value += base_value
+        # Each of the two was within bounds, but their difference from the base needn't be.
+        check_range(f"{name}, moved as an earlier model was", value, bounds[name])
+        rebased_tensors[name] = value
+    return rebased_tensors

@@ -91,26 +91,26 @@ def add(
 ) -> bool:
     """Add Σ weight · round(values · 2^scale) to `total` in place, one weight per row; scaled values are at most 2^bits
     in magnitude. Not done for products that float64 can't hold, of boards with very many samples."""
-    kernel, most = _compiled.get("add"), _EXACT >> bits
+    kernel, max_weight = _compiled.get("add"), _EXACT >> bits
     if kernel is None or not total.size or any(r.dtype != np.float32 or r.shape != total.shape for r in rows):
         return False
-    if max(weights) > most:
+    if max(weights) > max_weight:
         return False
     lines = _lines([total, *rows])
     if lines is None:
         return False
     count, width, (stride, step, *steps) = lines
-    if any(other != step for other in steps):
+    if any(row_step != step for row_step in steps):
         return False
-    into, *flat = (
+    target, *memories = (
         _memory(part, count, width, by) for part, by in zip((total, *rows), (stride, step, *steps), strict=True)
     )
     factor = np.float32(math.ldexp(1.0, scale))
-    for first, several in runs(weights, most, _TOGETHER):
-        sent, lacking = flat[first : first + len(several)], _TOGETHER - len(several)
+    for first, run in runs(weights, max_weight, _TOGETHER):
+        run_rows, lacking = memories[first : first + len(run)], _TOGETHER - len(run)
         # The rows that are lacking have the weight 0, and their numbers are in the cache.
-        padded = np.array([*several, *[0] * lacking], np.float64)
-        kernel(into, stride, (*sent, *sent[:1] * lacking), step, count, width, padded, factor)
+        padded = np.array([*run, *[0] * lacking], np.float64)
+        kernel(target, stride, (*run_rows, *run_rows[:1] * lacking), step, count, width, padded, factor)
     return True
 
 
@@ -130,32 +130,32 @@ class Scattered(NamedTuple):
     weight: int
 
 
-def scatter(total: npt.NDArray[np.int64], several: Sequence[Scattered], scale: int) -> bool:
+def scatter(total: npt.NDArray[np.int64], scattered: Sequence[Scattered], scale: int) -> bool:
     """Add weight · round(values · 2^scale) at rows and columns of sums [rows, columns, numbers side by side], in
     place."""
     kernel = _compiled.get("scatter")
     _, across, inner = total.shape
     if kernel is None or not total.size:
         return False
-    if not all(p.flags.c_contiguous for p in (total, *(one.values for one in several))):
+    if not all(p.flags.c_contiguous for p in (total, *(item.values for item in scattered))):
         return False
-    for one in several:
-        fits = one.values.size == one.rows.size * one.columns.size * inner
-        if one.values.dtype != np.float32 or not fits:
+    for item in scattered:
+        fits = item.values.size == item.rows.size * item.columns.size * inner
+        if item.values.dtype != np.float32 or not fits:
             return False
-    factor, into = np.float32(math.ldexp(1.0, scale)), total.reshape(-1)
+    factor, target = np.float32(math.ldexp(1.0, scale)), total.reshape(-1)
     # The sums are traversed in memory order, and a block of them gets all values while it is in the cache.
-    orders = [(np.argsort(one.rows), np.argsort(one.columns)) for one in several]
-    ordered = [(one.rows[r], one.columns[c]) for one, (r, c) in zip(several, orders, strict=True)]
+    orders = [(np.argsort(item.rows), np.argsort(item.columns)) for item in scattered]
+    ordered = [(item.rows[r], item.columns[c]) for item, (r, c) in zip(scattered, orders, strict=True)]
     if not all(_inside(rows, len(total)) and _inside(columns, across) for rows, columns in ordered):
         return False
     step = max(1, _CACHED // (across * inner))
     for start in range(0, total.shape[0], step):
-        for one, (by_row, by_column), (rows, columns) in zip(several, orders, ordered, strict=True):
+        for item, (by_row, by_column), (rows, columns) in zip(scattered, orders, ordered, strict=True):
             first, last = np.searchsorted(rows, (start, start + step))
             if first < last:
-                which = (rows[first:last], by_row[first:last], columns, by_column)
-                kernel(into, across, inner, *which, one.values.reshape(-1), one.weight, factor)
+                indices = (rows[first:last], by_row[first:last], columns, by_column)
+                kernel(target, across, inner, *indices, item.values.reshape(-1), item.weight, factor)
     return True
 
 
@@ -179,8 +179,11 @@ def close(
         base: Of `total`'s shape, as `out`.
     """
     kernel = _compiled.get("close")
-    alike = base.shape == out.shape == total.shape and share.shape == total.shape[:2] == (rows.size, columns.size)
-    if kernel is None or not alike or not all(part.flags.c_contiguous for part in (total, share, base, out)):
+    shapes_match = base.shape == out.shape == total.shape and share.shape == total.shape[:2] == (
+        rows.size,
+        columns.size,
+    )
+    if kernel is None or not shapes_match or not all(part.flags.c_contiguous for part in (total, share, base, out)):
         return False
     if not (_inside(np.sort(rows), len(total)) and _inside(np.sort(columns), total.shape[1])):
         return False
@@ -188,12 +191,12 @@ def close(
     return True
 
 
-def runs(weights: Sequence[int], most: int, together: int) -> Iterator[tuple[int, list[int]]]:
+def runs(weights: Sequence[int], max_sum: int, max_count: int) -> Iterator[tuple[int, list[int]]]:
     """Runs of weights that are added at once, of at most `together` weights and the sum `most`: where they begin, and
     the weights. One that is over `most` is alone."""
     first = 0
     for i in range(1, len(weights) + 1):
-        if i == len(weights) or i - first == together or sum(weights[first : i + 1]) > most:
+        if i == len(weights) or i - first == max_count or sum(weights[first : i + 1]) > max_sum:
             yield first, list(weights[first:i])
             first = i
 
@@ -213,10 +216,10 @@ def _lines(parts: Sequence[npt.NDArray[Any]]) -> tuple[int, int, list[int]] | No
         width *= shape[axis]
     if not axis:
         return 1, width, [width] * len(parts)
-    steps = [p.strides[0] // p.itemsize for p in parts]
-    if axis > 1 or any(s < width or p.strides[0] % p.itemsize for s, p in zip(steps, parts, strict=True)):
+    row_steps = [p.strides[0] // p.itemsize for p in parts]
+    if axis > 1 or any(s < width or p.strides[0] % p.itemsize for s, p in zip(row_steps, parts, strict=True)):
         return None
-    return shape[0], width, steps
+    return shape[0], width, row_steps
 
 
 def _memory(part: npt.NDArray[Any], count: int, width: int, step: int) -> npt.NDArray[Any]:
@@ -255,33 +258,33 @@ def _scatter(
     factor: Any,
 ) -> None:
     length = columns.size * inner
-    line = np.empty(length, np.int64)  # a pass of its own: scattered numbers have no vector instructions
+    weighted = np.empty(length, np.int64)  # a pass of its own: scattered numbers have no vector instructions
     for j in range(rows.size):
-        given, start = values[from_rows[j] * length : (from_rows[j] + 1) * length], rows[j] * across
+        source_row, start = values[from_rows[j] * length : (from_rows[j] + 1) * length], rows[j] * across
         for i in range(length):
-            line[i] = np.int64(np.rint(given[i] * factor)) * weight
+            weighted[i] = np.int64(np.rint(source_row[i] * factor)) * weight
         if inner == 1:
             for c in range(columns.size):
-                total[np.uint64(start + columns[c])] += line[np.uint64(from_columns[c])]
+                total[np.uint64(start + columns[c])] += weighted[np.uint64(from_columns[c])]
         else:
             for c in range(columns.size):
-                to, at = np.uint64((start + columns[c]) * inner), np.uint64(from_columns[c] * inner)
+                target, source = np.uint64((start + columns[c]) * inner), np.uint64(from_columns[c] * inner)
                 for i in range(np.uint64(inner)):
-                    total[to + i] += line[at + i]
+                    total[target + i] += weighted[source + i]
 
 
 def _close(total: Any, share: Any, factor: float, inner: int, rows: Any, columns: Any, base: Any, out: Any) -> None:
     for j in range(rows.size):
         start = rows[j] * columns.size
         for c in range(columns.size):
-            at, to = np.uint64((j * columns.size + c) * inner), np.uint64((start + columns[c]) * inner)
-            part = share[j, c]
-            if part > 0:
+            source, target = np.uint64((j * columns.size + c) * inner), np.uint64((start + columns[c]) * inner)
+            cell_share = share[j, c]
+            if cell_share > 0:
                 for i in range(np.uint64(inner)):
-                    out[to + i] = (total[at + i] * factor) * part
+                    out[target + i] = (total[source + i] * factor) * cell_share
             else:
                 for i in range(np.uint64(inner)):
-                    out[to + i] = base[to + i]
+                    out[target + i] = base[target + i]
 
 
 def _add(total: Any, stride: int, rows: Any, step: int, count: int, width: int, weights: Any, factor: Any) -> None:
@@ -304,8 +307,8 @@ def _load() -> None:
     try:
         use(_compile())
     except Exception as error:  # noqa: BLE001  numpy does the same work, whatever numba's reason is
-        why = str(error).split("\n", 1)[0]
-        _LOG.warning("numba can't compile the loops that sum updates, numpy does it: %s", why)
+        reason = str(error).split("\n", 1)[0]
+        _LOG.warning("numba can't compile the loops that sum updates, numpy does it: %s", reason)
     else:
         _LOG.info("compiled the loops that sum updates in %.1f s", time.perf_counter() - start)
 
@@ -325,24 +328,35 @@ def _compile() -> dict[str, Kernel]:
     import numba  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     types: Any = numba.types
-    whole, single, double = types.int64, types.float32, types.float64
+    int64, float32, float64 = types.int64, types.float32, types.float64
 
-    def read(kind: Any, axes: int = 1) -> Any:
+    def read_only_array(kind: Any, axes: int = 1) -> Any:
         # A device's tensors may be part of a read-only buffer.
         return types.Array(kind, axes, "C", readonly=True, aligned=False)
 
-    def made(kernel: Kernel, returns: Any, *given: Any) -> Kernel:
+    def compile_kernel(kernel: Kernel, returns: Any, *argument_types: Any) -> Kernel:
         # Sums of products are whole numbers that float64 holds: contracting the two changes no bit.
-        out: Kernel = numba.njit(returns(*given), nogil=True, fastmath={"contract"})(kernel)
-        return out
+        compiled: Kernel = numba.njit(returns(*argument_types), nogil=True, fastmath={"contract"})(kernel)
+        return compiled
 
-    sums, indices, rows = whole[::1], read(whole), types.UniTuple(read(single), _TOGETHER)
+    sums, indices, rows = int64[::1], read_only_array(int64), types.UniTuple(read_only_array(float32), _TOGETHER)
     return {
-        "largest": made(_largest, single, read(types.int32)),
-        "scale": made(_scale, types.void, sums, double, single[::1]),
-        "scatter": made(_scatter, types.void, sums, whole, whole, *[indices] * 4, read(single), whole, single),
-        "close": made(
-            _close, types.void, sums, read(double, 2), double, whole, indices, indices, read(single), single[::1]
+        "largest": compile_kernel(_largest, float32, read_only_array(types.int32)),
+        "scale": compile_kernel(_scale, types.void, sums, float64, float32[::1]),
+        "scatter": compile_kernel(
+            _scatter, types.void, sums, int64, int64, *[indices] * 4, read_only_array(float32), int64, float32
         ),
-        "add": made(_add, types.void, sums, whole, rows, whole, whole, whole, double[::1], single),
+        "close": compile_kernel(
+            _close,
+            types.void,
+            sums,
+            read_only_array(float64, 2),
+            float64,
+            int64,
+            indices,
+            indices,
+            read_only_array(float32),
+            float32[::1],
+        ),
+        "add": compile_kernel(_add, types.void, sums, int64, rows, int64, int64, int64, float64[::1], float32),
     }

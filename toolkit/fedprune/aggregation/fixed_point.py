@@ -24,17 +24,20 @@ import numpy.typing as npt
 from fedprune.aggregation import compiled_kernels
 from fedprune.core.errors import OutOfRangeError, ProtocolError
 
-# The largest total weight of a sum.
+# The largest total weight of a sum (see the module: it keeps int64 from overflowing).
 MAX_WEIGHT = 2**24
 
+# Bits of a value as a whole number. 38 and the 24 of `MAX_WEIGHT` stay below the 63 of an int64.
 VALUE_BITS = 38
 
-# Doublings above the largest magnitude of what a range is made for.
+# Doublings above the largest magnitude of what a range is made for: devices agree on the range before they train, and
+# weights grow while they do.
 _HEADROOM = 3
 
 _BLOCK = 262_144  # float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call
 _LONGEST = 32_768  # numbers of one row at once
-# The largest weight of several rows that are added by one product in float64.
+# The largest weight of several rows that are added by one product in float64: 2^38 times it is 2^53, up to which
+# float64 holds every whole number.
 _LIGHT = 2 ** (53 - VALUE_BITS)
 
 _CHECKED = 131_072  # squares added at once at most: many hide what a call costs
@@ -93,6 +96,7 @@ def magnitude(values: npt.NDArray[Any]) -> float:
     if compiled is not None:
         return compiled
     low, high = float(values.min()), float(values.max())
+    # Only NaN differs from itself: minimum and maximum of values with a NaN are NaN.
     return abs(max(-low, high)) if low == low else low
 
 
@@ -124,8 +128,8 @@ def check_range(name: str, values: npt.NDArray[Any], bound: float) -> None:
 def _check_block(name: str, block: npt.NDArray[Any], bound: float) -> None:
     top = magnitude(block)
     if not top <= bound:
-        kind = OutOfRangeError if math.isfinite(top) else ProtocolError
-        raise kind(
+        error_class = OutOfRangeError if math.isfinite(top) else ProtocolError
+        raise error_class(
             f"values of {name}",
             expected=f"finite numbers of magnitude up to {bound:g}",
             got="a number that is not finite" if not math.isfinite(top) else f"{top:g}",
@@ -157,28 +161,28 @@ class FixedSum:
             self._add_limbs(rows, weights, at)
             return
         total = self.limbs[0]
-        part = total[at]
-        _add(part, rows, weights, VALUE_BITS - self.span.exponent)
-        if not np.may_share_memory(part, total):  # an open mesh gives a copy
-            total[at] = part
+        target = total[at]
+        _add(target, rows, weights, VALUE_BITS - self.span.exponent)
+        if not np.may_share_memory(target, total):  # an open mesh gives a copy
+            total[at] = target
 
     def _add_limbs(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], at: Index) -> None:
-        rest = np.stack([values.astype(np.float64) for values in rows])
-        rest *= np.array(weights, np.float64).reshape(-1, *[1] * rows[0].ndim)
+        remainder = np.stack([values.astype(np.float64) for values in rows])
+        remainder *= np.array(weights, np.float64).reshape(-1, *[1] * rows[0].ndim)
         for i, limb in enumerate(self.limbs, start=1):
             scale = VALUE_BITS * i - self.span.exponent
-            whole = np.rint(rest * math.ldexp(1.0, scale))
-            limb[at] += whole.astype(np.int64).sum(axis=0)
-            rest -= whole * math.ldexp(1.0, -scale)
+            rounded = np.rint(remainder * math.ldexp(1.0, scale))
+            limb[at] += rounded.astype(np.int64).sum(axis=0)
+            remainder -= rounded * math.ldexp(1.0, -scale)
 
-    def scatter(self, several: Sequence[compiled_kernels.Scattered], inner: int) -> bool:
+    def scatter(self, scattered: Sequence[compiled_kernels.Scattered], inner: int) -> bool:
         """Add weights·values at rows and columns of `inner` numbers, if that is compiled; returns whether it was
         done."""
         total = self.limbs[0]
         if self.span.limbs > 1 or not total.size:
             return False
         shaped = total.reshape(total.shape[0], -1, inner)
-        return compiled_kernels.scatter(shaped, several, VALUE_BITS - self.span.exponent)
+        return compiled_kernels.scatter(shaped, scattered, VALUE_BITS - self.span.exponent)
 
     def close_to(
         self,
@@ -202,7 +206,7 @@ class FixedSum:
         if self.span.limbs > 1 or not out.size:
             return False
         shape = (rows.size, columns.size, inner)
-        shaped = (part.reshape(shape) for part in (base, out))
+        shaped = (array.reshape(shape) for array in (base, out))
         return compiled_kernels.close(self.limbs[0].reshape(shape), share, self.span.unit, rows, columns, *shaped)
 
     def round_to(self, out: npt.NDArray[np.float32], factor: float) -> bool:
@@ -239,51 +243,52 @@ def _add(total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights
     if not total.ndim:
         total, rows = total.reshape(1), [r.reshape(1) for r in rows]
     width = total.size // total.shape[0]
-    most = min(_LONGEST, _BLOCK // len(rows))
-    if not most:
+    max_width = min(_LONGEST, _BLOCK // len(rows))
+    if not max_width:
+        # More rows than a block has room for: the order of additions is free.
         half = len(rows) // 2
         _add(total, rows[:half], weights[:half], scale)
         _add(total, rows[half:], weights[half:], scale)
-    elif width > most and total.ndim > 1:
+    elif width > max_width and total.ndim > 1:
         for i in range(total.shape[0]):
             _add(total[i], [r[i] for r in rows], weights, scale)
     else:
-        step = max(1, most // width)
+        step = max(1, max_width // width)
         groups = [(first, np.array(w, np.float64)) for first, w in compiled_kernels.runs(weights, _LIGHT, len(rows))]
         for start in range(0, total.shape[0], step):
-            into = total[start : start + step]
-            whole = _rounded([r[start : start + step] for r in rows], scale)
+            target = total[start : start + step]
+            rounded = _rounded([r[start : start + step] for r in rows], scale)
             for first, group in groups:
-                into += _weighted(whole[first : first + group.size], group).reshape(into.shape)
+                target += _weighted(rounded[first : first + group.size], group).reshape(target.shape)
 
 
 def _rounded(rows: Sequence[npt.NDArray[Any]], scale: int) -> npt.NDArray[np.float64]:
     """Values times 2^scale as whole numbers [rows, values], in this thread's scratch memory."""
     shape, size = rows[0].shape, rows[0].size
-    own = _scratch()
-    whole = own.whole[: len(rows) * size].reshape(len(rows), size)
+    scratch = _scratch()
+    rounded = scratch.whole[: len(rows) * size].reshape(len(rows), size)
     # Scaling by a power of two and rounding to whole numbers are exact in float32, too, at half the cost.
     narrow = rows[0].dtype == np.float32
-    out: npt.NDArray[Any] = own.narrow[: len(rows) * size].reshape(len(rows), size) if narrow else whole
-    factor = out.dtype.type(math.ldexp(1.0, scale))
-    for values, row in zip(rows, out, strict=True):
+    scaled: npt.NDArray[Any] = scratch.narrow[: len(rows) * size].reshape(len(rows), size) if narrow else rounded
+    factor = scaled.dtype.type(math.ldexp(1.0, scale))
+    for values, row in zip(rows, scaled, strict=True):
         np.multiply(values, factor, out=row.reshape(shape))
-    np.rint(out, out=out)
+    np.rint(scaled, out=scaled)
     if narrow:
-        np.copyto(whole, out)
-    return whole
+        np.copyto(rounded, scaled)
+    return rounded
 
 
-def _weighted(whole: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+def _weighted(rounded: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
     """Σ weight · whole [values], in this thread's scratch memory."""
     if weights.sum() > _LIGHT:  # one weight alone
-        heavy: npt.NDArray[np.int64] = whole[0].astype(np.int64) * int(weights[0])
-        return heavy
-    total = _scratch().total[: whole.shape[1]]
+        product: npt.NDArray[np.int64] = rounded[0].astype(np.int64) * int(weights[0])
+        return product
+    total = _scratch().total[: rounded.shape[1]]
     if len(weights) == 1:
-        np.multiply(whole[0], weights[0], out=total)
+        np.multiply(rounded[0], weights[0], out=total)
     else:
-        np.dot(weights, whole, out=total)
+        np.dot(weights, rounded, out=total)
     counts = total.view(np.int64)
     np.copyto(counts, total, casting="unsafe")  # in its own memory, which is in the cache
     return counts
@@ -299,7 +304,7 @@ class _Scratch:
 
 
 def _scratch() -> _Scratch:
-    own: _Scratch | None = getattr(_OWN, "scratch", None)
-    if own is None:
-        own = _OWN.scratch = _Scratch()
-    return own
+    scratch: _Scratch | None = getattr(_OWN, "scratch", None)
+    if scratch is None:
+        scratch = _OWN.scratch = _Scratch()
+    return scratch

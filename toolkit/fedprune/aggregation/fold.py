@@ -112,11 +112,11 @@ class Fold:
 
     def narrowed(self, names: Collection[str]) -> Fold:
         """An empty fold of the same kind for some of the tensors: its share of a fold that is split."""
-        out = copy.copy(self)
-        out.excluded = self.excluded | {t.name for t in self.architecture.tensors if t.name not in names}
-        out._shared = tuple(t for t in self._shared if t.name in names)
-        out.clear()
-        return out
+        fold = copy.copy(self)
+        fold.excluded = self.excluded | {t.name for t in self.architecture.tensors if t.name not in names}
+        fold._shared = tuple(t for t in self._shared if t.name in names)
+        fold.clear()
+        return fold
 
     @property
     def shared(self) -> tuple[TensorSpec, ...]:
@@ -133,18 +133,18 @@ class Fold:
         names = frozenset(t.name for t in self._shared)
         return PartialSums(names, coverage.expect_layout, shares, self.updates, self._sums.arrays())
 
-    def take(self, parts: Sequence[PartialSums]) -> None:
+    def take(self, partial_sums: Sequence[PartialSums]) -> None:
         """Add what narrowed folds have summed of the same updates, which together hold all tensors.
 
         Raises `BundleError` if they don't, or are of another architecture, of different updates, or of other sums than
         these, and `ProtocolError` if the total weight would be too large.
         """
-        check_parts(parts, self.architecture, (t.name for t in self._shared))
-        weight = parts[0].weight
+        check_parts(partial_sums, self.architecture, (t.name for t in self._shared))
+        weight = partial_sums[0].weight
         if self.weight + weight > MAX_WEIGHT:
             raise ProtocolError("total weight of sums", expected=f"up to {MAX_WEIGHT}", got=self.weight + weight)
-        self._sums.take(parts)
-        self.updates += parts[0].updates
+        self._sums.take(partial_sums)
+        self.updates += partial_sums[0].updates
 
     @property
     def weight(self) -> int:
@@ -167,7 +167,7 @@ class Fold:
         return self._spans[name].bound
 
     def check(self, selection: Selection, submodel: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Check an update before anything of it is added. Raises as `check_submodel`."""
+        """Check an update before any of it is added: sums can't be taken back. Raises as `check_submodel`."""
         bounds = {name: span.bound for name, span in self._spans.items()}
         check_submodel(self.architecture, selection, submodel, bounds, self.excluded)
 
@@ -201,16 +201,17 @@ class Fold:
             for tensors in (submodel,) if sent is None else (submodel, sent):
                 self.check(selection, tensors)
         active = partly_active(self.architecture, selection, mask, self.excluded)
-        copied = sent is not None or bool(active)
-        addition = ClientUpdate(selection, submodel, weight, steps, mask, sent)
+        # Copies don't wait to be added together: with many waiting they would take as much memory as the sums.
+        is_copied = sent is not None or bool(active)
+        update = ClientUpdate(selection, submodel, weight, steps, mask, sent)
         if self._collected is not None:
-            self._collected.append(addition)
+            self._collected.append(update)
             return
         values: Mapping[str, npt.NDArray[Any]] = submodel
         if sent is not None:
             bounds = {name: span.bound for name, span in self._spans.items()}
             values = rebased(self.architecture, selection, submodel, sent, self.base, bounds, self.excluded)
-        self._sums.add(selection, values, weight, steps, active, copied=copied)
+        self._sums.add(selection, values, weight, steps, active, copied=is_copied)
         self.updates += 1
 
     def close(
@@ -240,24 +241,26 @@ class Fold:
         step = ServerStep(rate, server_momentum, damped)
         means = self._sums.means(self.rule)
         model: Tensors = {}
-        moving: Tensors = {}
+        next_velocity: Tensors = {}
         for spec in self.architecture.tensors:
-            before = (velocity or {}).get(spec.name)
-            if before is not None and before.shape != spec.shape:
-                raise BundleError(f"shape of velocity of {spec.name}", expected=spec.shape, got=before.shape)
+            former_velocity = (velocity or {}).get(spec.name)
+            if former_velocity is not None and former_velocity.shape != spec.shape:
+                raise BundleError(f"shape of velocity of {spec.name}", expected=spec.shape, got=former_velocity.shape)
             if spec.name in self.excluded:
                 model[spec.name] = self.base[spec.name].copy()
             elif self._sums.coverage.layout is None:
                 model[spec.name] = self.base[spec.name].copy()
                 if server_momentum and spec.kind.trainable:
-                    moving[spec.name] = (
-                        np.zeros(spec.shape, np.float32) if before is None else before.astype(np.float32)
+                    next_velocity[spec.name] = (
+                        np.zeros(spec.shape, np.float32)
+                        if former_velocity is None
+                        else former_velocity.astype(np.float32)
                     )
             elif server_momentum and spec.kind.trainable:
-                model[spec.name], moving[spec.name] = means.moving(spec, step, before)
+                model[spec.name], next_velocity[spec.name] = means.moving(spec, step, former_velocity)
             else:
                 model[spec.name] = means.following(spec, step)
-        return model, moving if server_momentum else None
+        return model, next_velocity if server_momentum else None
 
     def mass(self, name: str) -> npt.NDArray[np.int64]:
         """M_i per coordinate of a tensor: the weight of the updates that hold it."""
@@ -267,8 +270,8 @@ class Fold:
         mass = self._sums.coverage.mass(spec)
         if mass is None:
             return np.full(spec.shape, self.weight, np.int64)
-        whole = np.array(np.broadcast_to(mass, spec.shape))
-        return to_global(whole, spec, self._sums.coverage.layout)
+        full_mass = np.array(np.broadcast_to(mass, spec.shape))
+        return to_global(full_mass, spec, self._sums.coverage.layout)
 
     def movement(self, name: str) -> tuple[Float64s, Float64s, npt.NDArray[np.bool_]]:
         """First and second moments of a trainable tensor's movement per step; raises `BundleError` if they weren't
@@ -285,13 +288,14 @@ class Fold:
         layout = self._sums.coverage.layout
         if layout is None or name in self.excluded:
             return np.zeros(spec.shape), np.zeros(spec.shape), mass > 0
-        part = np.maximum(mass, 1)
+        divisor = np.maximum(mass, 1)
         first, second = (to_global(s[name].value(), spec, layout) for s in (self._sums.moved, self._sums.squared))
-        return first / part, second / part, mass > 0
+        return first / divisor, second / divisor, mass > 0
 
 
 def _span(spec: TensorSpec, base: npt.NDArray[np.float32]) -> Range:
-    """Weights: 8 and 8 times the base's largest, or more. Statistics follow the data's scale: 2^24, in two limbs."""
+    """The range of a tensor's sum. Weights may be up to 8, or 8 times the base's largest, and at most twice as much.
+    Statistics follow the data's scale and have no natural bound: up to 2^24 or more, in two limbs."""
     if spec.kind.trainable:
         return Range.around(base)
     return Range.around(base, least=24, limbs=2)

@@ -23,11 +23,16 @@ from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.model.architecture import FIXED, Architecture, Axis, TensorSpec
 from fedprune.model.selection import Active, Indices, Selection, mesh
 
+# Numbers of a run of rows: 512 KiB of int64 sums stay in a core's cache while they are worked on.
 _CHUNK = 65_536
 
 
 def places(layout: Selection, spec: TensorSpec, selection: Selection) -> Iterator[tuple[Index, Index]]:
-    """Pairs of an index into the sums of a tensor and an index into a submodel's tensor."""
+    """Pairs of an index into the sums of a tensor and an index into a submodel's tensor.
+
+    A submodel of the layout's ranks is a prefix of each segment, so that its pairs are slices, and views of the sums.
+    Others get one open mesh of index arrays, which copies.
+    """
     if all(_same_ranks(layout, selection, axis) for axis in spec.axes):
         if all(selection.widths[g] == layout.widths[g] for axis in spec.axes for g in axis.groups):
             yield (...,), (...,)
@@ -35,14 +40,17 @@ def places(layout: Selection, spec: TensorSpec, selection: Selection) -> Iterato
         for pairs in itertools.product(*(_pieces(axis, selection) for axis in spec.axes)):
             yield tuple(p[0] for p in pairs), tuple(p[1] for p in pairs)
         return
-    into = [
-        np.argsort(order)[own] for order, own in zip(layout.maps(spec.name), selection.maps(spec.name), strict=True)
+    sum_indices = [
+        np.argsort(order)[own_order]
+        for order, own_order in zip(layout.maps(spec.name), selection.maps(spec.name), strict=True)
     ]
-    yield mesh(into), (...,)
+    yield mesh(sum_indices), (...,)
 
 
 class Grid(NamedTuple):
     """Coordinates of one tensor's numbers in another, if only the first two axes are permuted.
+
+    Compiled kernels take these alone: in convolutions and dense layers channels are on the first two axes.
 
     `rows` and `columns` give, by index of the first and second axis, the other's; `inner` is the product of all further
     axes, whose numbers are contiguous in both.
@@ -54,17 +62,17 @@ class Grid(NamedTuple):
 
 
 def into_sums(layout: Selection, spec: TensorSpec, selection: Selection) -> Grid | None:
-    """Coordinates of a submodel's tensor in the sums."""
-    orders, held = layout.maps(spec.name), selection.maps(spec.name)
-    if not _as_they_are(orders[2:]) or not _as_they_are(held[2:]) or not orders:
+    """Coordinates of a submodel's tensor in the sums; None where further axes are permuted or cut."""
+    orders, selected = layout.maps(spec.name), selection.maps(spec.name)
+    if not _as_they_are(orders[2:]) or not _as_they_are(selected[2:]) or not orders:
         return None
-    if any(a.size != b.size for a, b in zip(orders[2:], held[2:], strict=True)):
+    if any(a.size != b.size for a, b in zip(orders[2:], selected[2:], strict=True)):
         return None
-    return _grid(spec, [np.argsort(order)[own] for order, own in zip(orders[:2], held[:2], strict=True)])
+    return _grid(spec, [np.argsort(order)[own] for order, own in zip(orders[:2], selected[:2], strict=True)])
 
 
 def into_model(layout: Selection, spec: TensorSpec) -> Grid | None:
-    """Coordinates of a tensor of the sums in the global model's."""
+    """Coordinates of a tensor of the sums in the global model's; None where further axes are permuted."""
     orders = layout.maps(spec.name)
     return _grid(spec, orders) if orders and _as_they_are(orders[2:]) else None
 
@@ -73,9 +81,9 @@ def _as_they_are(orders: Sequence[Indices]) -> bool:
     return all(_identity(order) for order in orders)
 
 
-def _grid(spec: TensorSpec, places: Sequence[Indices]) -> Grid:
-    columns = places[1] if len(places) > 1 else np.zeros(1, np.int64)
-    return Grid(places[0], columns, math.prod(spec.shape[2:]))
+def _grid(spec: TensorSpec, orders: Sequence[Indices]) -> Grid:
+    columns = orders[1] if len(orders) > 1 else np.zeros(1, np.int64)
+    return Grid(orders[0], columns, math.prod(spec.shape[2:]))
 
 
 def in_order(layout: Selection, selection: Selection) -> bool:
@@ -86,7 +94,14 @@ def in_order(layout: Selection, selection: Selection) -> bool:
 
 
 class Expansion:
-    """A submodel's tensor as a whole one, in a layout; `absent` is the value of coordinates that it doesn't hold."""
+    """A submodel's tensor as a whole one, in a layout.
+
+    Rows are made when they are asked for: whole tensors of all updates that are added together would not fit a cache,
+    and those of a large round no memory.
+
+    Args:
+        absent: The value of coordinates that the submodel doesn't hold.
+    """
 
     def __init__(
         self,
@@ -96,66 +111,70 @@ class Expansion:
         value: npt.NDArray[Any],
         absent: float = 0.0,
     ) -> None:
-        own = []
-        last = 0  # after the last permuted axis, numbers are contiguous and copied together
+        source_indices = []
+        last_permuted = 0  # after the last permuted axis, numbers are contiguous and copied together
         for i, (axis, order) in enumerate(zip(spec.axes, layout.maps(spec.name), strict=True)):
-            numbers = np.arange(order.size)
+            positions = np.arange(order.size)
             if not axis.groups:
-                own.append(numbers)
+                source_indices.append(positions)
                 continue
-            where, held = np.full(order.size, -1), selection.maps(spec.name)[i]
-            where[held] = numbers[: held.size]
-            where = where[order]
-            own.append(where)
-            last = last if np.array_equal(where, numbers) else i
-        self._first = own[0]
+            indices, selected = np.full(order.size, -1), selection.maps(spec.name)[i]
+            # -1 marks channels that the submodel doesn't hold.
+            indices[selected] = positions[: selected.size]
+            indices = indices[order]
+            source_indices.append(indices)
+            last_permuted = last_permuted if np.array_equal(indices, positions) else i
+        self._first = source_indices[0]
         self._rest: npt.NDArray[np.int64] | None = None
-        if last:
+        if last_permuted:
             flat, missing = np.zeros((), np.int64), np.zeros((), np.bool_)
-            for i, where in enumerate(own[1 : last + 1], start=1):
-                flat = flat[..., None] + where * math.prod(value.shape[i + 1 : last + 1])
-                missing = missing[..., None] | (where < 0)
+            for i, indices in enumerate(source_indices[1 : last_permuted + 1], start=1):
+                flat = flat[..., None] + indices * math.prod(value.shape[i + 1 : last_permuted + 1])
+                missing = missing[..., None] | (indices < 0)
             self._rest = np.where(missing, -1, flat).reshape(-1)
         self._value = np.ascontiguousarray(value)
         self._shape = spec.shape
         self._absent = absent
-        self._side_by_side = math.prod(value.shape[last + 1 :])
+        self._side_by_side = math.prod(value.shape[last_permuted + 1 :])
         self._row: npt.NDArray[Any] = np.empty(0, value.dtype)
         self._places: npt.NDArray[np.int64] = np.empty((0, 0), np.int64)
 
     def rows(self, start: int, stop: int, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
         """Rows from `start` to before `stop` of the whole tensor; `out` is where they may be put, C-contiguous [stop −
         start, ...]."""
-        first, shape = self._first[start:stop], (stop - start, *self._shape[1:])
-        if self._rest is None and first.size and _identity(first - first[0]) and first[0] >= 0:
-            return self._value[first[0] : first[0] + first.size].reshape(shape)
+        source_rows, shape = self._first[start:stop], (stop - start, *self._shape[1:])
+        if self._rest is None and source_rows.size and _identity(source_rows - source_rows[0]) and source_rows[0] >= 0:
+            return self._value[source_rows[0] : source_rows[0] + source_rows.size].reshape(shape)
         out = np.empty(shape, self._value.dtype) if out is None else out
         if not self._value.size:
             out[...] = self._absent
             return out
         flat = self._value.reshape(len(self._value), -1)
         if self._rest is None:
-            flat.take(first, axis=0, mode="clip", out=out.reshape(len(first), -1))
+            flat.take(source_rows, axis=0, mode="clip", out=out.reshape(len(source_rows), -1))
         else:
-            self._spread(flat, first, out)
-        missing = np.flatnonzero(first < 0)
+            self._spread(flat, source_rows, out)
+        missing = np.flatnonzero(source_rows < 0)
         if missing.size:
             out[missing] = self._absent
         return out
 
-    def _spread(self, flat: npt.NDArray[Any], first: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
-        """Whole rows first, then what belongs together within them: what is absent comes from one place before them."""
-        rest, beside = self._rest, self._side_by_side
-        if rest is None:
+    def _spread(self, flat: npt.NDArray[Any], source_rows: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+        """Take whole rows first, then the numbers within them, whole runs of neighbours at a time.
+
+        Absent numbers are taken from a run of `absent` values that lies before the rows.
+        """
+        offsets, run = self._rest, self._side_by_side
+        if offsets is None:
             return
-        if len(first) > len(self._places):
-            self._row = np.full(beside + len(first) * flat.shape[1], self._absent, flat.dtype)
-            begin = 1 + np.arange(len(first)) * (flat.shape[1] // beside)
-            self._places = np.where(rest < 0, 0, begin[:, None] + rest)
-        taken = self._row[beside : beside + len(first) * flat.shape[1]].reshape(len(first), -1)
-        flat.take(first, axis=0, mode="clip", out=taken)
-        places = self._places[: len(first)].reshape(-1)
-        self._row.reshape(-1, beside).take(places, axis=0, mode="clip", out=out.reshape(-1, beside))
+        if len(source_rows) > len(self._places):
+            self._row = np.full(run + len(source_rows) * flat.shape[1], self._absent, flat.dtype)
+            row_starts = 1 + np.arange(len(source_rows)) * (flat.shape[1] // run)
+            self._places = np.where(offsets < 0, 0, row_starts[:, None] + offsets)
+        rows = self._row[run : run + len(source_rows) * flat.shape[1]].reshape(len(source_rows), -1)
+        flat.take(source_rows, axis=0, mode="clip", out=rows)
+        sources = self._places[: len(source_rows)].reshape(-1)
+        self._row.reshape(-1, run).take(sources, axis=0, mode="clip", out=out.reshape(-1, run))
 
 
 def mass_in(
@@ -170,24 +189,25 @@ def mass_in(
     weights = np.array([n for _, n in shares], np.float64)  # sums of at most 2^24 are exact
     shape, letters, memberships = [1] * len(spec.axes), "", []
     for axis, order in enumerate(layout.maps(spec.name)):
-        held = np.zeros((len(shares), order.size))
-        for row, (selection, _) in zip(held, shares, strict=True):
+        members = np.zeros((len(shares), order.size))
+        for row, (selection, _) in zip(members, shares, strict=True):
             row[selection.maps(spec.name)[axis]] = 1.0
-        if not held.all():
-            memberships.append(held[:, order])
+        if not members.all():
+            memberships.append(members[:, order])
             letters += "abcdefgh"[axis]
             shape[axis] = order.size
     if not memberships:
         return None
     first, *rest = memberships
+    # One product over the updates per axis that is cut, instead of a pass over the tensor per update.
     heavy = first.T * weights
     if not rest:
         mass = heavy.sum(axis=1)
     elif len(rest) == 1:
         mass = heavy @ rest[0]
     else:
-        others = ",".join(f"k{letter}" for letter in letters[1:])
-        mass = np.einsum(f"{letters[0]}k,{others}->{letters}", heavy, *rest, optimize=True)
+        other_operands = ",".join(f"k{letter}" for letter in letters[1:])
+        mass = np.einsum(f"{letters[0]}k,{other_operands}->{letters}", heavy, *rest, optimize=True)
     return np.asarray(mass, np.int64).reshape(shape)
 
 
@@ -217,30 +237,35 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[Index]:
         yield (slice(start, min(shape[0], start + rows)),)
 
 
-def _same_ranks(one: Selection, other: Selection, axis: Axis) -> bool:
-    return one.ranks is other.ranks or all(
-        one.ranks[g] is other.ranks[g] or np.array_equal(one.ranks[g], other.ranks[g]) for g in axis.groups
+def _same_ranks(first: Selection, second: Selection, axis: Axis) -> bool:
+    return first.ranks is second.ranks or all(
+        first.ranks[g] is second.ranks[g] or np.array_equal(first.ranks[g], second.ranks[g]) for g in axis.groups
     )
 
 
 def _pieces(axis: Axis, selection: Selection) -> list[tuple[slice, slice]]:
-    """Runs of a submodel's axis: slices of the whole axis in rank order and of its own, neighbours joined."""
+    """Runs of a submodel's axis: slices of the whole axis in rank order and of its own.
+
+    Neighbouring runs are joined: the fewer slices, the larger the blocks that are added at once.
+    """
     runs: list[tuple[int, int, int]] = []
-    full = own = 0
+    whole_start = submodel_start = 0
     for s in axis.segments:
         length = s.length
         if s.group != FIXED:
-            kept = selection.ranks[s.group][: selection.widths[s.group]]
-            whole = s.count == selection.ranks[s.group].size
+            kept_channels = selection.ranks[s.group][: selection.widths[s.group]]
+            covers_group = s.count == selection.ranks[s.group].size
             length = (
-                kept.size * s.inner if whole else int(((kept >= s.start) & (kept < s.start + s.count)).sum()) * s.inner
+                kept_channels.size * s.inner
+                if covers_group
+                else int(((kept_channels >= s.start) & (kept_channels < s.start + s.count)).sum()) * s.inner
             )
-        if runs and runs[-1][0] + runs[-1][2] == full and runs[-1][1] + runs[-1][2] == own:
+        if runs and runs[-1][0] + runs[-1][2] == whole_start and runs[-1][1] + runs[-1][2] == submodel_start:
             runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + length)
         elif length:
-            runs.append((full, own, length))
-        full += s.length
-        own += length
+            runs.append((whole_start, submodel_start, length))
+        whole_start += s.length
+        submodel_start += length
     return [(slice(a, a + n), slice(b, b + n)) for a, b, n in runs]
 
 
@@ -252,7 +277,7 @@ Mass = npt.NDArray[np.int64]
 
 
 class Coverage:
-    """Which updates hold what, in the layout of the first one's ranks."""
+    """The weight of the updates that hold each coordinate, in the layout of the first one's ranks."""
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
@@ -270,20 +295,21 @@ class Coverage:
         return self.layout
 
     def settle(self, selection: Selection) -> Selection:
-        """The layout; the first selection decides it."""
+        """The layout, which the first selection decides."""
         if self.layout is None:
             self.layout = selection.narrowed(self.architecture.sizes)
         return self.layout
 
     def known(self, selection: Selection) -> Selection:
-        """The selection, or an equal one that was here before: of its ranks it is known that they are the layout's."""
-        layout, found = self.settle(selection), self._known.get(selection.digest)
-        if found is None:
-            found = selection
+        """A selection equal to this one, the same object for all updates. If its ranks are the layout's, it has their
+        arrays, so that comparing them costs nothing."""
+        layout, shared = self.settle(selection), self._known.get(selection.digest)
+        if shared is None:
+            shared = selection
             if in_order(layout, selection):
-                found = layout if selection.widths == layout.widths else layout.narrowed(selection.widths)
-            self._known[selection.digest] = found
-        return found
+                shared = layout if selection.widths == layout.widths else layout.narrowed(selection.widths)
+            self._known[selection.digest] = shared
+        return shared
 
     def add(self, selection: Selection, weight: int, active: Active) -> None:
         """Count an update of this weight; `active` is, per tensor that it holds only in part, which elements."""
@@ -292,8 +318,8 @@ class Coverage:
             spec = self.architecture.by_name[name]
             if name not in self._single:
                 self._single[name] = np.zeros(spec.shape, np.int64)
-            for at, part in places(layout, spec, selection):
-                self._single[name][at] += weight * mask[part]
+            for sum_index, update_index in places(layout, spec, selection):
+                self._single[name][sum_index] += weight * mask[update_index]
         key = (selection.digest, frozenset(active))
         _, before = self._shares.get(key, (selection, 0))
         self._shares[key] = (selection, before + weight)
@@ -304,10 +330,10 @@ class Coverage:
         every update holds as a whole may be 1 long."""
         layout = self.expect_layout
         shares = [share for (_, single), share in self._shares.items() if spec.name not in single]
-        whole = mass_in(layout, spec, shares) if shares else np.zeros(spec.shape, np.int64)
+        selected_mass = mass_in(layout, spec, shares) if shares else np.zeros(spec.shape, np.int64)
         if spec.name not in self._single:
-            return whole
-        return self._single[spec.name] + (sum(w for _, w in shares) if whole is None else whole)
+            return selected_mass
+        return self._single[spec.name] + (sum(w for _, w in shares) if selected_mass is None else selected_mass)
 
     def shares(self) -> tuple[tuple[Selection, int], ...] | None:
         """Selections and the weight of all updates of each; None where masks of single elements were counted."""
@@ -319,12 +345,12 @@ class Coverage:
 def partly_active(
     architecture: Architecture, selection: Selection, mask: Active, left_out: Collection[str] = ()
 ) -> Active:
-    """The tensors of which a mask, in the submodel's coordinates, leaves something out; what it leaves whole goes the
-    cheap way.
+    """The masks, in the submodel's coordinates, that leave something out of their tensor. Whole tensors need no counts
+    per coordinate.
 
     Raises `ProtocolError` if a mask is of an unknown tensor, of batch-norm statistics, or of another shape or type.
     """
-    out = {}
+    active_masks = {}
     for name, active in mask.items():
         spec = architecture.by_name.get(name)
         if spec is None or not spec.kind.trainable:
@@ -333,5 +359,5 @@ def partly_active(
         if active.shape != shape or active.dtype != np.bool_:
             raise ProtocolError(f"mask of {name}", expected=f"bool {shape}", got=f"{active.dtype} {active.shape}")
         if name not in left_out and not active.all():
-            out[name] = active
-    return out
+            active_masks[name] = active
+    return active_masks

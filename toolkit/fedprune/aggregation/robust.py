@@ -20,7 +20,8 @@ from fedprune.model.selection import Selection, Tensors, mesh
 Centre = Literal["median", "trimmed"]
 
 _BLOCK = 131_072  # float32s of all devices together, 512 KiB: they stay in the cache
-_NETWORK = 256  # devices
+# Devices up to which a network of exchanges is faster than sorting: it has more steps, but vector instructions.
+_NETWORK = 256
 
 
 @dataclass(frozen=True)
@@ -41,37 +42,37 @@ def slabs(specs: Sequence[TensorSpec], updates: int, budget: int) -> Iterator[li
     """Parts of a model that fit into a memory budget in bytes together, for a number of float32 updates; a single row
     may be more."""
     room = max(1, budget // (4 * max(1, updates)))
-    taken = 0
+    numbers = 0
     batch: list[Slab] = []
     for spec in specs:
         rows = spec.shape[0] if spec.axes else 1
-        row = max(1, math.prod(spec.shape[1:]))
-        step = max(1, room // row)
+        row_size = max(1, math.prod(spec.shape[1:]))
+        step = max(1, room // row_size)
         for start in range(0, rows, step):
             stop = min(rows, start + step)
-            if batch and taken + (stop - start) * row > room:
+            if batch and numbers + (stop - start) * row_size > room:
                 yield batch
-                taken, batch = 0, []
+                numbers, batch = 0, []
             batch.append(Slab(spec, start, stop) if spec.axes else Slab(spec, 0, 0))
-            taken += (stop - start) * row
+            numbers += (stop - start) * row_size
     if batch:
         yield batch
 
 
-def rows_of(slab: Slab, addition: ClientUpdate, base: Tensors, whole: Selection) -> npt.NDArray[np.float32]:
+def rows_of(slab: Slab, update: ClientUpdate, base: Tensors, full_selection: Selection) -> npt.NDArray[np.float32]:
     """An update's values w_t + Δ_k in a slab: infinite where it holds none. `base` is the fold's, `whole` the model in
     its own order."""
-    spec, selection = slab.spec, addition.selection
-    value = addition.tensors[spec.name]
+    spec, selection = slab.spec, update.selection
+    value = update.tensors[spec.name]
     if spec.kind.trainable:
-        if addition.sent is not None:
-            now = base[spec.name][mesh(selection.maps(spec.name))]
-            value = (value.astype(np.float64) - addition.sent[spec.name] + now).astype(np.float32)
-        if spec.name in addition.mask:
-            value = np.where(addition.mask[spec.name], value, np.float32(np.inf))
+        if update.sent is not None:
+            base_value = base[spec.name][mesh(selection.maps(spec.name))]
+            value = (value.astype(np.float64) - update.sent[spec.name] + base_value).astype(np.float32)
+        if spec.name in update.mask:
+            value = np.where(update.mask[spec.name], value, np.float32(np.inf))
     if not spec.axes:
         return value
-    return Expansion(whole, spec, selection, value, np.inf).rows(slab.start, slab.stop)
+    return Expansion(full_selection, spec, selection, value, np.inf).rows(slab.start, slab.stop)
 
 
 def centre(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0) -> npt.NDArray[np.float32]:
@@ -90,23 +91,25 @@ def centre(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0) -> 
     step = max(64, _BLOCK // devices)
     for start in range(0, flat.shape[1], step):
         block = flat[:, start : start + step]
+        # Where all devices hold all coordinates, none needs to be counted.
         if block.max(initial=0) < np.inf:
-            counts, held = [devices], None
+            counts, holders = [devices], None
         else:
-            held = np.add.reduce(np.isfinite(block), axis=0, dtype=np.int32)
-            counts = np.flatnonzero(np.bincount(held)).tolist()
+            holders = np.add.reduce(np.isfinite(block), axis=0, dtype=np.int32)
+            counts = np.flatnonzero(np.bincount(holders)).tolist()
         rows = _ordered(block, devices if kind != "median" else counts[-1] // 2 + 1)
-        into = out[start : start + step]
+        target = out[start : start + step]
         for count in counts:
-            at: Any = ... if held is None else np.flatnonzero(held == count)
-            into[at] = np.inf if not count else _middle([rows[i][at] for i in _counted(count, kind, trim)])
+            indices: Any = ... if holders is None else np.flatnonzero(holders == count)
+            target[indices] = np.inf if not count else _middle([rows[i][indices] for i in _counted(count, kind, trim)])
     return out.reshape(values.shape[1:])
 
 
 def _counted(count: int, kind: Centre, trim: float) -> range:
-    """The ordered values that are averaged."""
+    """Indices of the ordered values that are averaged, of `count` devices."""
     if kind == "median":
         return range((count - 1) // 2, count // 2 + 1)
+    # 1e-9: trim · count may be a whole number but for a floating-point error, and must not lose it.
     cut = math.floor(trim * count + 1e-9)
     return range(cut, count - cut)
 
@@ -119,8 +122,8 @@ def _middle(rows: list[npt.NDArray[np.float32]]) -> npt.NDArray[np.float64]:
     return total
 
 
-def _ordered(block: npt.NDArray[np.float32], wanted: int) -> list[npt.NDArray[np.float32]]:
-    """The columns of [devices, numbers] in ascending order: the rows from the lowest on, as many as are wanted.
+def _ordered(block: npt.NDArray[np.float32], count: int) -> list[npt.NDArray[np.float32]]:
+    """The columns of [devices, numbers] in ascending order, as rows from the lowest on: at least the first `count`.
 
     A network of exchanges (Batcher 1968) does whole rows at a time, in the cache; from many devices on, sorting takes
     fewer steps.
@@ -128,7 +131,7 @@ def _ordered(block: npt.NDArray[np.float32], wanted: int) -> list[npt.NDArray[np
     if len(block) > _NETWORK:
         return list(np.sort(block, axis=0))
     rows, spare = list(block), np.empty(block.shape[1], np.float32)
-    for i, j in _exchanges(len(block), wanted):
+    for i, j in _exchanges(len(block), count):
         low, high = rows[i], rows[j]
         np.minimum(low, high, out=spare)
         np.maximum(low, high, out=high)
@@ -137,21 +140,21 @@ def _ordered(block: npt.NDArray[np.float32], wanted: int) -> list[npt.NDArray[np
 
 
 @lru_cache(maxsize=256)
-def _exchanges(size: int, wanted: int) -> tuple[tuple[int, int], ...]:
+def _exchanges(size: int, count: int) -> tuple[tuple[int, int], ...]:
     """Batcher's odd-even merge sort, without the exchanges that the lowest `wanted` values don't depend on."""
     pairs = []
-    run = 1
-    while run < size:
-        step = run
+    run_length = 1
+    while run_length < size:
+        step = run_length
         while step:
-            for first in range(step % run, size - step, 2 * step):
-                places = range(first, min(first + step, size - step))
-                pairs += [(i, i + step) for i in places if i // (2 * run) == (i + step) // (2 * run)]
+            for first in range(step % run_length, size - step, 2 * step):
+                positions = range(first, min(first + step, size - step))
+                pairs += [(i, i + step) for i in positions if i // (2 * run_length) == (i + step) // (2 * run_length)]
             step //= 2
-        run *= 2
-    needed, kept = set(range(wanted)), []
+        run_length *= 2
+    needed, kept_pairs = set(range(count)), []
     for pair in reversed(pairs):
         if needed & set(pair):
             needed |= set(pair)
-            kept.append(pair)
-    return tuple(reversed(kept))
+            kept_pairs.append(pair)
+    return tuple(reversed(kept_pairs))

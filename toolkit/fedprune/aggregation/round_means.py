@@ -18,6 +18,7 @@ from fedprune.model.architecture import TensorSpec
 
 Float64s = npt.NDArray[np.float64]
 
+# The largest step of the server, so that a round can be closed whatever the configuration and the devices.
 MAX_RATE = 1000.0
 
 
@@ -107,18 +108,19 @@ class RoundMeans:
         layout = self._coverage.expect_layout
         out = np.empty(spec.shape, np.float32)
         mass = self._mass(spec)
+        # The mean itself needs no base, and compiled kernels can write it in one pass.
         if step.rate == 1:
             if mass is None and self._sums[spec.name].round_to(out, 1.0 / self._coverage.weight):
                 return to_global(out, spec, layout)
             if mass is not None and self._close_to(out, spec, mass):
                 return out
-        for rows, mean, held, base in self._by_rows(spec, mass, follows=step.rate != 1):
-            end = mean if base is None else step.towards(base, mean, measured=not spec.kind.trainable)
-            if held is None or base is None:
-                out[rows] = end
+        for rows, mean, covered, base in self._by_rows(spec, mass, follows=step.rate != 1):
+            next_rows = mean if base is None else step.towards(base, mean, measured=not spec.kind.trainable)
+            if covered is None or base is None:
+                out[rows] = next_rows
             else:
                 out[rows] = base
-                np.copyto(out[rows], end, where=held, casting="same_kind")
+                np.copyto(out[rows], next_rows, where=covered, casting="same_kind")
         return to_global(out, spec, layout)
 
     def moving(
@@ -127,28 +129,31 @@ class RoundMeans:
         """A trained tensor of the next model, and its velocity, from that of the round before (None for zero)."""
         layout = self._coverage.expect_layout
         base = to_layout(self._base[spec.name], spec, layout)
-        start = np.zeros(spec.shape, np.float32) if velocity is None else velocity
-        moving = np.array(to_layout(start, spec, layout), np.float32)
+        former_velocity = np.zeros(spec.shape, np.float32) if velocity is None else velocity
+        moving = np.array(to_layout(former_velocity, spec, layout), np.float32)
         out = np.empty(spec.shape, np.float32)
-        for rows, mean, held, _ in self._by_rows(spec, self._mass(spec), follows=False):
+        for rows, mean, covered, _ in self._by_rows(spec, self._mass(spec), follows=False):
             following, speed = step.moving(base[rows], mean, moving[rows])
-            if held is None:
+            if covered is None:
                 out[rows], moving[rows] = following, speed
             else:
-                out[rows] = np.where(held, following, base[rows])
-                moving[rows] = np.where(held, speed, moving[rows])
+                out[rows] = np.where(covered, following, base[rows])
+                moving[rows] = np.where(covered, speed, moving[rows])
         return to_global(out, spec, layout), to_global(moving, spec, layout)
 
     def _close_to(self, out: npt.NDArray[np.float32], spec: TensorSpec, mass: npt.NDArray[np.int64]) -> bool:
-        """Put a tensor that not all updates hold entirely into `out`, in the model's order, if that is compiled."""
+        """Put a tensor that not all updates hold entirely into `out`, in the model's order, if that is compiled.
+
+        Returns whether it was done: `fill` adds the base's own weight, and further cut axes have no kernel.
+        """
         grid = into_model(self._coverage.expect_layout, spec) if compiled_kernels.in_use() and mass.size else None
         if grid is None or self._rule == "fill" or mass.size > mass.shape[0] * math.prod(mass.shape[1:2]):
             return False
-        held = mass.reshape(mass.shape[0], -1)
-        share = np.where(held > 0, 1.0 / np.maximum(held, 1), 0.0)
-        whole = np.ascontiguousarray(np.broadcast_to(share, (grid.rows.size, grid.columns.size)))
+        row_mass = mass.reshape(mass.shape[0], -1)
+        share = np.where(row_mass > 0, 1.0 / np.maximum(row_mass, 1), 0.0)
+        full_share = np.ascontiguousarray(np.broadcast_to(share, (grid.rows.size, grid.columns.size)))
         base = np.ascontiguousarray(self._base[spec.name])
-        return self._sums[spec.name].close_to(out, base, whole, *grid)
+        return self._sums[spec.name].close_to(out, base, full_share, *grid)
 
     def _mass(self, spec: TensorSpec) -> npt.NDArray[np.int64] | None:
         """The divisor of a tensor's sums; None for all weight."""
@@ -156,7 +161,10 @@ class RoundMeans:
         return None if self._rule == "zero" and spec.kind.trainable else self._coverage.mass(spec)
 
     def _by_rows(self, spec: TensorSpec, mass: npt.NDArray[np.int64] | None, *, follows: bool) -> Iterator[Rows]:
-        """Means by runs of rows, in the fold's layout; with the base where it is asked for or needed."""
+        """Means by runs of rows, in the fold's layout; with the base where it is asked for or needed.
+
+        By runs, float64 temporaries stay in the cache and don't double the memory of a large tensor.
+        """
         sums, weight = self._sums[spec.name], self._coverage.weight
         fill = self._rule == "fill" and spec.kind.trainable and mass is not None
         everywhere = mass is None or int(mass.min(initial=MAX_WEIGHT)) > 0
@@ -165,18 +173,20 @@ class RoundMeans:
             base = to_layout(self._base[spec.name], spec, self._coverage.expect_layout)
         share = None if mass is None or fill else np.broadcast_to(1.0 / np.maximum(mass, 1), spec.shape)
         mass = None if mass is None else np.broadcast_to(mass, spec.shape)
-        spare: Float64s | None = None
+        buffer: Float64s | None = None
         for rows in row_blocks(spec.shape):
-            before = None if base is None else base[rows]
-            held = None if everywhere or mass is None else mass[rows] > 0
-            if fill and mass is not None and before is not None:
+            base_rows = None if base is None else base[rows]
+            covered = None if everywhere or mass is None else mass[rows] > 0
+            if fill and mass is not None and base_rows is not None:
                 # As if every device without a coordinate had sent the base's value back.
-                kept = np.rint(np.ldexp(before.astype(np.float64), VALUE_BITS - sums.span.exponent)).astype(np.int64)
-                mean = (sums.limbs[0][rows] + kept * (weight - mass[rows])) * (sums.span.unit * (1.0 / weight))
+                filled = np.rint(np.ldexp(base_rows.astype(np.float64), VALUE_BITS - sums.span.exponent)).astype(
+                    np.int64
+                )
+                mean = (sums.limbs[0][rows] + filled * (weight - mass[rows])) * (sums.span.unit * (1.0 / weight))
             else:
                 size = sums.limbs[0][rows].shape
-                spare = np.empty(size) if spare is None else spare
-                mean = sums.value(rows, 1.0 / weight if share is None else 1.0, spare[: size[0]] if size else spare)
+                buffer = np.empty(size) if buffer is None else buffer
+                mean = sums.value(rows, 1.0 / weight if share is None else 1.0, buffer[: size[0]] if size else buffer)
                 if share is not None:
                     mean *= share[rows]
-            yield Rows(rows, mean, held, before)
+            yield Rows(rows, mean, covered, base_rows)

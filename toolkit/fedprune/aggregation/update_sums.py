@@ -40,7 +40,7 @@ from fedprune.model.selection import Active, Selection, mesh
 
 Whole = npt.NDArray[np.int64]
 
-# Which array: the kind of sum (`value`, `moved` or `square`), the tensor, and the limb (`fixed_point`).
+# Identifies an array: the kind of sum (`value`, `moved` or `square`), the tensor, and the limb (`fixed_point`).
 Key = tuple[str, str, int]
 
 
@@ -67,7 +67,7 @@ class PartialSums:
         return sum(weight for _, weight in self.shares)
 
     def same_updates(self, other: PartialSums) -> bool:
-        """Whether another one's updates weigh and cover the same, in the same layout."""
+        """Whether these are sums of the same updates as another's, by their weights, channels and layout."""
         return (
             self.updates == other.updates
             and self.layout.digest == other.layout.digest
@@ -75,43 +75,45 @@ class PartialSums:
         )
 
 
-def check_parts(parts: Sequence[PartialSums], architecture: Architecture, expected: Iterable[str]) -> None:
+def check_parts(partial_sums: Sequence[PartialSums], architecture: Architecture, expected: Iterable[str]) -> None:
     """Make sure that sums of the same updates make up a model's, each tensor once. Raises `BundleError` if they
     don't."""
-    names = [name for part in parts for name in part.names]
+    names = [name for sums in partial_sums for name in sums.names]
     if sorted(names) != sorted(expected):
         raise BundleError("partial sums", expected="each tensor of the model once", got=f"{len(names)} tensors")
-    for part in parts:
-        if part.layout.architecture.digest != architecture.digest:
+    for sums in partial_sums:
+        if sums.layout.architecture.digest != architecture.digest:
             raise BundleError("partial sums are of another architecture")
-        if not part.same_updates(parts[0]):
+        if not sums.same_updates(partial_sums[0]):
             raise BundleError("partial sums are of different updates")
 
 
-def blocks(specs: Sequence[TensorSpec], most: int, least: int) -> list[frozenset[str]]:
-    """Tensors dealt into `most` blocks of about the same size; fewer where they would have less than `least` numbers.
+def blocks(specs: Sequence[TensorSpec], max_blocks: int, min_numbers: int) -> list[frozenset[str]]:
+    """Tensors divided into `max_blocks` blocks of about the same size; fewer where these would have less than
+    `min_numbers` numbers.
 
     A tensor is never split. The largest go first, each to the block that is smallest so far.
     """
     sizes = {spec.name: math.prod(spec.shape) for spec in specs}
-    count = max(1, min(most, sum(sizes.values()) // max(1, least), len(sizes)))
-    dealt: list[list[str]] = [[] for _ in range(count)]
-    filled = [0] * count
+    count = max(1, min(max_blocks, sum(sizes.values()) // max(1, min_numbers), len(sizes)))
+    names_of_block: list[list[str]] = [[] for _ in range(count)]
+    block_sizes = [0] * count
     for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
-        at = filled.index(min(filled))
-        dealt[at].append(name)
-        filled[at] += sizes[name]
-    return [frozenset(names) for names in dealt if names]
+        smallest = block_sizes.index(min(block_sizes))
+        names_of_block[smallest].append(name)
+        block_sizes[smallest] += sizes[name]
+    return [frozenset(names) for names in names_of_block if names]
 
 
-def _counted(part: PartialSums) -> dict[str, int]:
-    return {selection.digest: weight for selection, weight in part.shares}
+def _counted(sums: PartialSums) -> dict[str, int]:
+    return {selection.digest: weight for selection, weight in sums.shares}
 
 
 # Updates that are added together: the sums are read and written once for all of them.
 _TOGETHER = 8
 
-# Movement per step, saturated at 1/4: its square must keep its digits where it is small, not where it is absurd.
+# Movement per step, saturated at 1/4: small movements, and their squares, must keep their digits; larger ones than that
+# are absurd.
 _MOVE_RANGE = Range(-2)
 _SQUARED_MOVE_RANGE = Range(-4)
 
@@ -125,7 +127,7 @@ def free_steps(steps: int, momentum: float) -> float:
 
 
 class _Waiting(NamedTuple):
-    """A checked update that is not in the sums yet."""
+    """A checked update that is not in the sums yet: several are added together."""
 
     selection: Selection
     values: Mapping[str, npt.NDArray[Any]]
@@ -184,13 +186,13 @@ class UpdateSums:
             copied: Whether its arrays were made for it alone: they then don't wait, which would take memory.
         """
         selection = self.coverage.known(selection)
-        one = _Waiting(selection, values, weight)
+        update = _Waiting(selection, values, weight)
         if copied:
-            self._add_together([one], active)
+            self._add_together([update], active)
         else:
-            self._waiting.append(one)
+            self._waiting.append(update)
         for spec in self._observed:
-            self._add_moments(spec, one, steps, active)
+            self._add_moments(spec, update, steps, active)
         self.coverage.add(selection, weight, active)
         if len(self._waiting) >= _TOGETHER:
             self.settle()
@@ -198,91 +200,102 @@ class UpdateSums:
     def settle(self) -> None:
         waiting, self._waiting = self._waiting, []
         groups: dict[str, list[_Waiting]] = {}
-        for one in waiting:
-            first = in_order(self.coverage.expect_layout, one.selection)
-            groups.setdefault(one.selection.digest if first else "", []).append(one)
-        for alike in groups.values():
-            self._add_together(alike, {})
+        for update in waiting:
+            is_in_order = in_order(self.coverage.expect_layout, update.selection)
+            # Updates out of order are expanded to whole tensors, so that their selections may differ within a group.
+            groups.setdefault(update.selection.digest if is_in_order else "", []).append(update)
+        for group in groups.values():
+            self._add_together(group, {})
 
     def arrays(self) -> dict[Key, npt.NDArray[np.int64]]:
         kinds = {"value": self._values, "moved": self.moved, "square": self.squared}
         return {
             (kind, name, i): limb
             for kind, sums in kinds.items()
-            for name, total in sums.items()
-            for i, limb in enumerate(total.limbs)
+            for name, fixed_sum in sums.items()
+            for i, limb in enumerate(fixed_sum.limbs)
         }
 
     def take(self, parts: Sequence[PartialSums]) -> None:
         """Add sums of the same updates, which together hold all tensors. Raises `BundleError` if they are of other
         sums than these."""
-        theirs = {key: value for part in parts for key, value in part.arrays.items()}
+        their_arrays = {key: value for weight in parts for key, value in weight.arrays.items()}
         for key, limb in self.arrays().items():
-            found = theirs.get(key)
-            if found is None or found.dtype != np.int64 or found.shape != limb.shape:
+            array = their_arrays.get(key)
+            if array is None or array.dtype != np.int64 or array.shape != limb.shape:
                 raise BundleError(f"partial sums of {key[1]}", expected=f"int64 {limb.shape}")
         self.settle()
+        # The first sums may decide the layout; later ones may come from processes whose first update had other ranks.
         their_layout = parts[0].layout
         layout = self.coverage.settle(their_layout)
-        alike = in_order(layout, their_layout)
+        same_order = in_order(layout, their_layout)
         for key, limb in self.arrays().items():
-            spec, more = self._architecture.by_name[key[1]], theirs[key]
-            limb += more if alike else to_layout(to_global(more, spec, their_layout), spec, layout)
-        for selection, part in parts[0].shares:
-            self.coverage.add(selection, part, {})
+            spec, addend = self._architecture.by_name[key[1]], their_arrays[key]
+            limb += addend if same_order else to_layout(to_global(addend, spec, their_layout), spec, layout)
+        for selection, weight in parts[0].shares:
+            self.coverage.add(selection, weight, {})
 
     def means(self, rule: str) -> RoundMeans:
         """The result of a rule of `fedprune.aggregation.fold`; nothing may be added before it is done."""
         self.settle()
         return RoundMeans(self._base, rule, self.coverage, self._values)
 
-    def _add_together(self, alike: list[_Waiting], active: Active) -> None:
+    def _add_together(self, updates: list[_Waiting], active: Active) -> None:
         """Add updates of equal selections, or of any that are not in the sums' order."""
         for spec in self._specs:
-            self._add_tensor(spec, alike, active.get(spec.name))
+            self._add_tensor(spec, updates, active.get(spec.name))
 
-    def _add_tensor(self, spec: TensorSpec, alike: list[_Waiting], mask: npt.NDArray[np.bool_] | None) -> None:
-        rows = [one.values[spec.name] for one in alike]
+    def _add_tensor(self, spec: TensorSpec, updates: list[_Waiting], mask: npt.NDArray[np.bool_] | None) -> None:
+        rows = [update.values[spec.name] for update in updates]
         if mask is not None:
             rows = [row * mask for row in rows]  # np.where takes ten times as long
-        weights, sums, layout = [one.weight for one in alike], self._values[spec.name], self.coverage.expect_layout
-        if not spec.axes or in_order(layout, alike[0].selection):
-            for at, part in places(layout, spec, alike[0].selection):
-                sums.add_all([row[part] for row in rows], weights, at)
+        weights, sums, layout = (
+            [update.weight for update in updates],
+            self._values[spec.name],
+            self.coverage.expect_layout,
+        )
+        if not spec.axes or in_order(layout, updates[0].selection):
+            for sum_index, update_index in places(layout, spec, updates[0].selection):
+                sums.add_all([row[update_index] for row in rows], weights, sum_index)
             return
-        if self._scatter(spec, alike, rows):
+        if self._scatter(spec, updates, rows):
             return
-        whole = [Expansion(layout, spec, one.selection, row) for one, row in zip(alike, rows, strict=True)]
-        spare: list[npt.NDArray[Any]] = []
-        for at in row_blocks(spec.shape):
-            start, stop = at[0].start, at[0].stop
-            spare = spare or [np.empty((stop - start, *spec.shape[1:]), row.dtype) for row in rows]
-            parts = [each.rows(start, stop, out[: stop - start]) for each, out in zip(whole, spare, strict=True)]
-            sums.add_all(parts, weights, at)
+        expansions = [Expansion(layout, spec, update.selection, row) for update, row in zip(updates, rows, strict=True)]
+        buffers: list[npt.NDArray[Any]] = []
+        for sum_index in row_blocks(spec.shape):
+            start, stop = sum_index[0].start, sum_index[0].stop
+            buffers = buffers or [np.empty((stop - start, *spec.shape[1:]), row.dtype) for row in rows]
+            blocks = [
+                expansion.rows(start, stop, out[: stop - start])
+                for expansion, out in zip(expansions, buffers, strict=True)
+            ]
+            sums.add_all(blocks, weights, sum_index)
 
-    def _scatter(self, spec: TensorSpec, several: list[_Waiting], rows: Sequence[npt.NDArray[Any]]) -> bool:
+    def _scatter(self, spec: TensorSpec, updates: list[_Waiting], rows: Sequence[npt.NDArray[Any]]) -> bool:
         """Add what is not in the sums' order, number by number, if that is compiled."""
         if not compiled_kernels.in_use():
             return False
-        grids = [into_sums(self.coverage.expect_layout, spec, one.selection) for one in several]
+        grids = [into_sums(self.coverage.expect_layout, spec, update.selection) for update in updates]
         scattered = [
-            Scattered(grid.rows, grid.columns, row, one.weight)
-            for grid, row, one in zip(grids, rows, several, strict=True)
+            Scattered(grid.rows, grid.columns, row, update.weight)
+            for grid, row, update in zip(grids, rows, updates, strict=True)
             if grid is not None
         ]
         return len(scattered) == len(grids) and self._values[spec.name].scatter(scattered, math.prod(spec.shape[2:]))
 
-    def _add_moments(self, spec: TensorSpec, one: _Waiting, steps: int, active: Active) -> None:
-        moved = np.array(one.values[spec.name], np.float64)
-        moved -= self._base[spec.name][mesh(one.selection.maps(spec.name))]
+    def _add_moments(self, spec: TensorSpec, update: _Waiting, steps: int, active: Active) -> None:
+        movement = np.array(update.values[spec.name], np.float64)
+        movement -= self._base[spec.name][mesh(update.selection.maps(spec.name))]
         if spec.name in active:
-            moved *= active[spec.name]
-        moved /= free_steps(steps, self._momentum)
-        spread = np.multiply(moved, math.sqrt(steps), out=np.empty_like(moved))
-        for values in (moved, spread):
+            movement *= active[spec.name]
+        # Per step of a constant gradient: boards take unlike numbers of steps.
+        movement /= free_steps(steps, self._momentum)
+        scaled = np.multiply(movement, math.sqrt(steps), out=np.empty_like(movement))
+        for values in (movement, scaled):
+            # Movements were never checked against a bound: one that is out of range must not overflow its sum.
             np.clip(values, -_MOVE_RANGE.bound, _MOVE_RANGE.bound, out=values)
-        spread *= spread
-        pairs = list(places(self.coverage.expect_layout, spec, one.selection))
-        for at, part in pairs:
-            self.moved[spec.name].add(moved[part], one.weight, at)
-            self.squared[spec.name].add(spread[part], one.weight, at)
+        scaled *= scaled
+        pairs = list(places(self.coverage.expect_layout, spec, update.selection))
+        for sum_index, update_index in pairs:
+            self.moved[spec.name].add(movement[update_index], update.weight, sum_index)
+            self.squared[spec.name].add(scaled[update_index], update.weight, sum_index)
