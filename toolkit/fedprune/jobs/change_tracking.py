@@ -14,24 +14,26 @@ _Self = TypeVar("_Self", bound="TrackedEntry")
 
 
 class TrackedEntry:
-    """Entry of a `TrackedDict`; reports assignments to it.
+    """Entry of a `TrackedDict`, which it tells of every assignment.
 
-    Values of attributes are replaced, never changed in place, which would go unnoticed.
+    Values of attributes are replaced, never changed in place: the dictionary would not notice.
 
     Attributes:
-        saved: Hash of the text as which it was saved last; its successor under the same name takes it over.
+        saved: Hash of the text as which it was saved last, so that an equal text isn't written again. Its successor
+            under the same name takes it over.
     """
 
-    __slots__ = ("_kind", "_name", "_roll", "saved")
+    __slots__ = ("_kind", "_name", "_owner", "saved")
     __match_args__: ClassVar[tuple[str, ...]]
     _kind: Hashable
     _name: str
-    _roll: TrackedDict[Any] | None
+    _owner: TrackedDict[Any] | None
     saved: int | None
 
     def __new__(cls: type[_Self], *_: Any, **__: Any) -> _Self:
+        # By `object`: `__setattr__` below needs both attributes, also while a dataclass sets the others.
         entry = object.__new__(cls)
-        object.__setattr__(entry, "_roll", None)
+        object.__setattr__(entry, "_owner", None)
         object.__setattr__(entry, "saved", None)
         return entry
 
@@ -40,7 +42,7 @@ class TrackedEntry:
 
     @property
     def counted_as(self) -> Hashable:
-        """The key of the entry."""
+        """The kind under which the dictionary counts the entry."""
         return None
 
     def references(self) -> set[str]:
@@ -48,26 +50,27 @@ class TrackedEntry:
         return set()
 
     def __setattr__(self, name: str, value: object) -> None:
-        if self._roll is None:
+        if self._owner is None:
             object.__setattr__(self, name, value)
             return
-        before = getattr(self, name)
+        former = getattr(self, name)
         object.__setattr__(self, name, value)
-        if before is not value and (type(before) is not type(value) or before != value):
-            self._roll.note(self._name)
+        if former is not value and (type(former) is not type(value) or former != value):
+            self._owner.note(self._name)
 
     def put_away(self, names: Iterable[str]) -> None:
         """Drop these attributes from memory, except those that are None; they are saved, and the dictionary's `fetch`
         gives them back when one of them is read."""
         for name in names:
             if getattr(self, name) is not None:
+                # `__getattr__` of the class fetches what is missing.
                 object.__delattr__(self, name)
 
     def to_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__match_args__}
 
     def __getstate__(self) -> tuple[None, dict[str, Any]]:
-        return None, self.to_dict()  # a copy is on no roll
+        return None, self.to_dict()  # a copy belongs to no dictionary
 
 
 E = TypeVar("E", bound=TrackedEntry)
@@ -77,7 +80,7 @@ class TrackedDict(dict[str, E], Generic[E]):
     """A dictionary of entries by name.
 
     Args:
-        entries: What is on it from the beginning; all of that counts as changed.
+        entries: Its first entries; all of them count as changed.
 
     Attributes:
         changed: Names of entries that were put, replaced, changed or taken away since `settle`.
@@ -102,20 +105,20 @@ class TrackedDict(dict[str, E], Generic[E]):
         self._watches.append(set(self))
         return self._watches[-1]
 
-    def follow(self, before: TrackedDict[E]) -> None:
-        """Take another roll's place: entries of both count as changed, and the other's watches go on here."""
-        self.changed |= before.keys() | before.changed
-        for names in before._watches:
-            names |= before.keys() | self.keys()
-        self._watches += before._watches
-        self.fetch = self.fetch or before.fetch
+    def follow(self, former: TrackedDict[E]) -> None:
+        """Take another dictionary's place: entries of both count as changed, and the other's watches continue here."""
+        self.changed |= former.keys() | former.changed
+        for names in former._watches:
+            names |= former.keys() | self.keys()
+        self._watches += former._watches
+        self.fetch = self.fetch or former.fetch
 
     def settle(self) -> None:
         """Forget the recorded changes, which are saved now."""
         self.changed = set()
 
     def note(self, name: str) -> None:
-        """An entry has changed, or has come or gone."""
+        """Record that an entry has changed, or was added or removed."""
         for names in (self.changed, *self._watches):
             names.add(name)
         entry = self.get(name)
@@ -124,33 +127,33 @@ class TrackedDict(dict[str, E], Generic[E]):
             object.__setattr__(entry, "_kind", entry.counted_as)
             self._count(entry, 1)
 
-    def _count(self, entry: E, more: int) -> None:
-        self.counts[entry._kind] += more
+    def _count(self, entry: E, change: int) -> None:
+        self.counts[entry._kind] += change
 
     def __setitem__(self, name: str, entry: E) -> None:
-        before = self.get(name)
-        same = before is not None and before == entry
-        if before is not None:
-            name = before._name  # the key's own object: a second copy of each name would take as much as the row
-            self._count(before, -1)
-            object.__setattr__(entry, "saved", before.saved)
+        former = self.get(name)
+        is_equal = former is not None and former == entry
+        if former is not None:
+            name = former._name  # the key's own object: a second copy of each name would take as much as the row
+            self._count(former, -1)
+            object.__setattr__(entry, "saved", former.saved)
         super().__setitem__(name, entry)
         object.__setattr__(entry, "_name", name)
-        object.__setattr__(entry, "_roll", self)
+        object.__setattr__(entry, "_owner", self)
         object.__setattr__(entry, "_kind", entry.counted_as)
         self._count(entry, 1)
-        if not same:
+        if not is_equal:
             self.note(name)
 
     def __delitem__(self, name: str) -> None:
         entry = self[name]
-        object.__setattr__(entry, "_roll", None)
+        object.__setattr__(entry, "_owner", None)
         object.__setattr__(entry, "saved", None)
         self._count(entry, -1)
         super().__delitem__(name)
         self.note(name)
 
-    # Through the two above, which a dictionary's own would pass by.
+    # By the two methods above: a dictionary's own methods would bypass them.
     update = MutableMapping.update
     setdefault = MutableMapping.setdefault
     popitem = MutableMapping.popitem
@@ -164,6 +167,6 @@ class TrackedDict(dict[str, E], Generic[E]):
         del self[name]
         return entry
 
-    def __ior__(self, other: Any) -> TrackedDict[E]:  # type: ignore[override,misc]
-        self.update(other)
+    def __ior__(self, entries: Any) -> TrackedDict[E]:  # type: ignore[override,misc]
+        self.update(entries)
         return self

@@ -20,7 +20,7 @@ RULES = get_args(Rule)
 
 SCORERS = ("ordered", "magnitude", "curvature")
 
-# Settings that only the plain strategy reads.
+# Settings that only the plain strategy reads: another one would ignore them, so that a job that has both is refused.
 _PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
 
 
@@ -126,10 +126,10 @@ class Job:
         for path, compression in compressions.items():
             if compression != AUTO:
                 Codec.parse(compression, path)
-        written = dict.fromkeys(WRITTEN, "[job.privacy], which says what it is")
-        for name, place in (written | {"secure_aggregation": "secure_aggregation in [job]"}).items():
+        written_elsewhere = dict.fromkeys(WRITTEN, "[job.privacy], which says what it is")
+        for name, right_place in (written_elsewhere | {"secure_aggregation": "secure_aggregation in [job]"}).items():
             if getattr(self.recipe, name):
-                raise ConfigError(("job", "recipe", name), expected=place, got=getattr(self.recipe, name))
+                raise ConfigError(("job", "recipe", name), expected=right_place, got=getattr(self.recipe, name))
         self.privacy.asked_of(self.training)  # what doesn't go with privacy or rounds is better known now
         self._check_ranked()
         for name in ("byte_budget", "energy_budget") if self.density else ():
@@ -141,6 +141,7 @@ class Job:
                     got=shown(getattr(self, name)),
                     hint="The planner keeps to budgets, and with a density it plans nothing: density = 0 lets it plan.",
                 )
+        # Other optimisers scale moves by their own state, so that gradients can't be computed from them.
         if self.scorer == "curvature" and self.recipe.optimizer != "sgd":
             raise ConfigError(
                 "'curvature' learns gradients from how far devices' SGD moves",
@@ -152,6 +153,7 @@ class Job:
     def _check_ranked(self) -> None:
         """Refuse keys of the plain strategy together with another one, which would ignore them."""
         if self.strategy == "plain":
+            # All other settings of the plain strategy are keys of the job itself.
             if set(self.options) - {"robust"}:
                 raise ConfigError(
                     "with strategy 'plain'",
@@ -172,20 +174,21 @@ class Job:
     @property
     def training(self) -> Recipe:
         """The recipe with the rounds over which its learning rate falls, and whether updates are masked."""
-        own = self.recipe.lr_schedule == "constant" or self.recipe.lr_rounds
-        rounds = self.recipe.lr_rounds if own else self.rounds
+        has_own_rounds = self.recipe.lr_schedule == "constant" or self.recipe.lr_rounds
+        # A falling rate needs an end: by default that of the job, which a recipe alone doesn't know.
+        rounds = self.recipe.lr_rounds if has_own_rounds else self.rounds
         return replace(self.recipe, lr_rounds=rounds, secure_aggregation=self.secure_aggregation)
 
     @property
     def sums_alone(self) -> bool:
-        """Whether nothing is made of single updates: they are masked, or the noise is shared by all. Codecs of single
-        updates are none of that; those of masked ones have a step for all boards."""
+        """Whether the server may make nothing of single updates, only of their sum: they are masked, or the noise that
+        protects them is shared by all boards."""
         return self.secure_aggregation or (self.privacy.on and not self.privacy.local)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""
-        own = {"recipe": self.recipe.to_dict(), "privacy": self.privacy.to_dict(), "precision": list(self.precision)}
-        return asdict(self) | own
+        nested = {"recipe": self.recipe.to_dict(), "privacy": self.privacy.to_dict(), "precision": list(self.precision)}
+        return asdict(self) | nested
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Job:

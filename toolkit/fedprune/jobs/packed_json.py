@@ -8,17 +8,20 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
-# Objects that are kept as they were read; boards of one kind share them.
+# Objects that are kept as they were read. Boards of one kind share them, so that a fleet needs few.
 _READ = 512
 
 
 class PackedJson(Mapping[str, Any]):
-    """Compressed text, which is read when an entry is asked for. What entries hold must not be changed. Two of them are
-    equal if their texts are: 0 isn't 0.0."""
+    """A JSON object as compressed text, which is read when an entry is asked for.
+
+    What it returns must not be changed: others get the same objects. Two are equal if their texts are: 0 isn't 0.0.
+    """
 
     __slots__ = ("raw",)
 
     def __init__(self, body: Mapping[str, Any]) -> None:
+        # The fastest level: every device's plan is packed when it is admitted.
         self.raw = zlib.compress(json.dumps(body, sort_keys=True, separators=(",", ":")).encode(), 1)
 
     @property

@@ -50,7 +50,8 @@ Kind = Literal["synchronous", "asynchronous"]
 Decay = Literal["constant", "polynomial", "hinge"]
 Mixing = Literal["damped", "normalised", "share", "unbiased"]
 
-# What any staleness leaves: 0 would be no update at all, and is what large powers are rounded to.
+# The least that staleness leaves of an update's weight. Large powers are rounded to 0, and a round of such updates
+# alone could not be closed.
 _LEAST_SHARE = 2.0**-50
 
 
@@ -181,21 +182,21 @@ class Schedule:
         names it."""
         values = validation.known(cls, body, ("schedule",))
         if isinstance(values.get("staleness"), Mapping):
-            stale = validation.known(Staleness, values["staleness"], ("schedule", "staleness"))
-            values["staleness"] = Staleness(**stale)
+            staleness = validation.known(Staleness, values["staleness"], ("schedule", "staleness"))
+            values["staleness"] = Staleness(**staleness)
         return cls(**values)
 
     # When a round closes.
 
-    def closes_at(self, opened: float, arrivals: Sequence[float], working: bool, now: float) -> float | None:
-        """When the round closes that is being collected.
+    def closes_at(self, opened_at: float, arrivals: Sequence[float], is_awaited: bool, now: float) -> float | None:
+        """The time at which the round that collects updates closes.
 
         It waits for no more than can come: a device trains a model once, so if none is at work no update follows.
 
         Args:
-            opened: When it began.
+            opened_at: When it began.
             arrivals: When its updates came, sorted; some may have come before it began.
-            working: Whether something is still awaited of anybody.
+            is_awaited: Whether an update of any device is still awaited.
             now: The present.
 
         Returns:
@@ -204,14 +205,14 @@ class Schedule:
         if not arrivals:
             return None
         if self.arrivals:
-            return now if len(arrivals) >= self.arrivals or not working else None
-        end = opened + self.window_s
+            return now if len(arrivals) >= self.arrivals or not is_awaited else None
+        end = opened_at + self.window_s
         if len(arrivals) < self.least:
-            return None if working else end
-        missing = arrivals[self.least - 1]
-        if missing <= end or not working:
-            return max(end, missing)
-        return missing + (self.extension_s or self.window_s)
+            return None if is_awaited else end
+        last_needed = arrivals[self.least - 1]
+        if last_needed <= end or not is_awaited:
+            return max(end, last_needed)
+        return last_needed + (self.extension_s or self.window_s)
 
     # What counts for how much.
 
@@ -235,38 +236,40 @@ class Schedule:
             uniform: Devices count alike, whatever their samples.
         """
         factors = [self._factor(a) * (1 if uniform else max(1, a.samples)) for a in arrivals]
-        exact = self.mixing == "unbiased" or all(self.share(a) == 1 for a in arrivals)
-        scale = 2.0 ** min(0 if exact else math.inf, _exponent(total))
+        is_exact = self.mixing == "unbiased" or all(self.share(a) == 1 for a in arrivals)
+        scale = 2.0 ** min(0 if is_exact else math.inf, _exponent(total))
         weights = [max(1, round(f * scale)) for f in factors]
+        # Rounding each share up to 1 may exceed the sums' limit, where many devices have few samples.
         while sum(weights) > MAX_WEIGHT:
             scale /= 2
             weights = [max(1, round(f * scale)) for f in factors]
         return weights
 
-    def fit(self, whole: int, count: int, total: int) -> bool:
+    def fit(self, unbiased_weight: int, count: int, total: int) -> bool:
         """Whether `unbiased` shares certainly stay within `MAX_WEIGHT`, so that none depends on the others.
 
         Args:
-            whole: Σ p_i·ceil(τ_i / Δt) of the updates that enter the sums.
+            unbiased_weight: Σ p_i·ceil(τ_i / Δt) of the updates that enter the sums.
             count: Their number, by which rounding may enlarge the sum.
             total: As in `weights`.
         """
-        return whole * 2.0 ** min(0, _exponent(total)) + count <= MAX_WEIGHT
+        return unbiased_weight * 2.0 ** min(0, _exponent(total)) + count <= MAX_WEIGHT
 
     def windows(self, arrival: Arrival) -> int:
         """ceil(τ_i / Δt), at least 1."""
+        # 1e-9: a round that ends with its window must not count as two by a floating-point error.
         return max(1, math.ceil(arrival.seconds / self.window_s - 1e-9))
 
-    def step(self, arrivals: Sequence[Arrival], others: Sequence[Arrival], *, uniform: bool = False) -> float:
-        """ρ: the share of the way to the sums' mean that is gone, above 0 and at most
-        `aggregation.server_optimizer.MAX_RATE`.
+    def step(self, arrivals: Sequence[Arrival], other_arrivals: Sequence[Arrival], *, uniform: bool = False) -> float:
+        """ρ: the share of the way to the sums' mean that the model moves, above 0 and at most
+        `aggregation.round_means.MAX_RATE`.
 
-        That is the most that a server's step may go: only `unbiased` shares of rounds that last over a thousand windows
-        could be more.
+        Only `unbiased` shares of rounds that last over a thousand windows could be more than the latter.
 
         Args:
             arrivals: The updates that enter the sums.
-            others: The last updates of all other devices that have ever delivered; of one that hasn't, a fresh one.
+            other_arrivals: The last updates of all other devices that have ever delivered; of one that hasn't, a fresh
+                one.
             uniform: As in `weights`.
         """
 
@@ -275,14 +278,14 @@ class Schedule:
 
         if self.mixing == "normalised" or not arrivals:
             return self.rate
-        part = math.fsum(importance(a) * self._factor(a) for a in arrivals)
+        entering = math.fsum(importance(a) * self._factor(a) for a in arrivals)
         if self.mixing == "damped":
-            whole = math.fsum(importance(a) for a in arrivals)
+            total = math.fsum(importance(a) for a in arrivals)
         elif self.mixing == "share":
-            whole = math.fsum(importance(a) * self._factor(a) for a in (*arrivals, *others))
+            total = math.fsum(importance(a) * self._factor(a) for a in (*arrivals, *other_arrivals))
         else:
-            whole = math.fsum(importance(a) for a in (*arrivals, *others))
-        return min(max(self.rate * part / whole, sys.float_info.min), MAX_RATE)
+            total = math.fsum(importance(a) for a in (*arrivals, *other_arrivals))
+        return min(max(self.rate * entering / total, sys.float_info.min), MAX_RATE)
 
     def _factor(self, arrival: Arrival) -> float:
         if self.mixing == "unbiased":
@@ -295,5 +298,5 @@ def _exponent(total: int) -> int:
     return math.floor(math.log2(MAX_WEIGHT / max(1, total)))
 
 
-# Rounds as the job's own keys describe them.
+# The schedule of strategies without one: synchronous rounds, as the job's own keys describe them.
 SYNCHRONOUS = Schedule()

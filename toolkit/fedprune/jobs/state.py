@@ -15,9 +15,11 @@ from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
 from fedprune.jobs.failure_kind import ABSENT, FailureKind
 from fedprune.jobs.packed_json import PackedJson
 
+# A state of another format is refused: fields have other meanings in it, and a round would continue wrongly.
 FORMAT = "fedprune.state/3"
 
-# Attributes of a device that only its next connection or part needs: most of its size.
+# Attributes of a device that only its next connection or part needs. They are most of its size, and stay in the
+# database between a large fleet's rounds.
 PUT_AWAY = ("plan", "probe")
 
 # Shared by the devices of a fleet: what an attribute holds is replaced, never changed in place.
@@ -53,7 +55,7 @@ class Progress(str, Enum):
 
 
 def outcome(progress: str, kind: str) -> str:
-    """How far a part is, in a word for people: `late`, `lost` or `gone` where a device delivered nothing."""
+    """A part's progress as a word for people: `late`, `lost` or `gone` where a device delivered nothing."""
     return kind if progress == Progress.REFUSED and kind in ABSENT else progress
 
 
@@ -125,15 +127,15 @@ class Device(TrackedEntry):
                 setattr(self, name, PackedJson(value))
 
     def __getattr__(self, name: str) -> Any:
-        """Read what was put away; it stays in memory until that is done again."""
+        """Read an attribute that was put away; it stays in memory until it is put away again."""
         if name not in PUT_AWAY:
             raise AttributeError(f"device: {name}")
-        if self._roll is None or self._roll.fetch is None:
+        if self._owner is None or self._owner.fetch is None:
             raise StorageError(
                 f"device: its {name} is in the database alone", expected="a device of a job's state",
                 got="one that was taken out of it", hint=f"Read its {name} before it is taken out.",
             )  # fmt: skip
-        for key, value in self._roll.fetch(self._name).items():
+        for key, value in self._owner.fetch(self._name).items():
             object.__setattr__(self, key, value)
         return object.__getattribute__(self, name)
 
@@ -231,9 +233,9 @@ class Task(TrackedEntry):
 
     def references(self) -> set[str]:
         """Digests of the blobs that it needs."""
-        found = {self.weights, (self.offer or {}).get("ranking")}
-        found |= update_digests(self.past) | basis_digests(self.basis) | named_in(self.offer or {})
-        return {d for d in found if d}
+        digests = {self.weights, (self.offer or {}).get("ranking")}
+        digests |= update_digests(self.past) | basis_digests(self.basis) | named_in(self.offer or {})
+        return {d for d in digests if d}
 
     def refuse(self, reason: str, kind: str) -> None:
         """Note that its update doesn't count.
@@ -337,10 +339,10 @@ class State:
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("devices", "tasks"):
             # Replacing all entries also changes those that were there before.
-            before: TrackedDict[Any] = self.__dict__.get(name, TrackedDict())
+            former: TrackedDict[Any] = self.__dict__.get(name, TrackedDict())
             value = value if isinstance(value, TrackedDict) else TrackedDict(cast(dict[str, Any], value))
-            if value is not before:
-                value.follow(before)
+            if value is not former:
+                value.follow(former)
         object.__setattr__(self, name, value)
 
     def settle(self) -> None:
@@ -348,11 +350,11 @@ class State:
         self.devices.settle()
         self.tasks.settle()
 
-    def slim(self, parts: int) -> None:
-        """Drop the device summaries of finished rounds except the latest `parts`; the rounds' results stay."""
+    def slim(self, kept_summaries: int) -> None:
+        """Drop the device summaries of finished rounds except the latest; the rounds' results stay."""
         for summary in reversed(self.history):
-            parts -= len(summary["devices"])
-            if parts < 0 and summary["devices"]:
+            kept_summaries -= len(summary["devices"])
+            if kept_summaries < 0 and summary["devices"]:
                 summary["devices"] = {}
 
     def best_round(self, judged_by: str) -> dict[str, Any] | None:
@@ -364,15 +366,17 @@ class State:
 
     def references(self) -> set[str]:
         """Digests of the blobs that this state needs."""
-        found = self.own_references()
+        digests = self.own_references()
         for entry in chain[TrackedEntry](self.devices.values(), self.tasks.values()):
-            found |= entry.references()
-        return found
+            digests |= entry.references()
+        return digests
 
     def own_references(self) -> set[str]:
         """Digests of the blobs that the state itself needs, without those of its devices and tasks."""
-        sums = [found["total"] for found in (self.closing or {}).get("sums", ())]
-        return {d for d in (self.model, self.plain_model, self.ranking, self.order, *self.memory.values(), *sums) if d}
+        totals = [cohort_sum["total"] for cohort_sum in (self.closing or {}).get("sums", ())]
+        return {
+            d for d in (self.model, self.plain_model, self.ranking, self.order, *self.memory.values(), *totals) if d
+        }
 
     def round_of(self, task: Task) -> int:
         """The round that a part was offered in."""
@@ -397,6 +401,7 @@ class State:
         self.ranking = self.order = self.closing = None
         self.core_widths, self.core_density = [], 1.0  # of an architecture that is another now
         for device in self.devices.values():
+            # All of these name channels by the old ranking.
             device.past = device.buffer = device.held = None
         if any(t.basis is not None for t in self.tasks.values()):
             for task in self.tasks.values():
@@ -426,8 +431,8 @@ class State:
             )
 
     def keep_to(self, *, asynchronous: bool, masked: bool = False) -> None:
-        """Drop parts that were made under another kind of schedule, or offered with other masks; a round that has begun
-        with them starts again.
+        """Drop parts that were made under another kind of schedule, or offered with other masks, as after a change of
+        settings; a round that has begun with them starts again.
 
         Args:
             asynchronous: Whether the job is asynchronous now.
@@ -477,13 +482,13 @@ class State:
 
 
 def _sharing(device: Mapping[str, Any], shared: dict[str, Any]) -> Mapping[str, Any]:
-    """A device's JSON with the profile and codecs that another of its kind has, if they are the same: a profile takes
-    10 kB."""
+    """A device's JSON, sharing the profile and codecs of another device of its kind if they are equal: a profile takes
+    10 kB, which a large fleet has no memory for."""
     profile, codecs = device["profile"], device["codecs"]
-    known = shared.setdefault(f"profile {profile.get('name')}", profile)
+    shared_profile = shared.setdefault(f"profile {profile.get('name')}", profile)
     return {
         **device,
-        "profile": known if known == profile else profile,
+        "profile": shared_profile if shared_profile == profile else profile,
         "codecs": shared.setdefault(f"codecs {codecs}", codecs),
     }
 
@@ -494,11 +499,11 @@ def update_digests(update: Mapping[str, Any] | None) -> set[str]:
 
 
 def named_in(offer: Mapping[str, Any]) -> set[str]:
-    """Digests of the blobs that an offer names, alone, in a list, or by precision and the like."""
-    found = [v for v in offer.values() if isinstance(v, dict)]
-    found += [v for named in found for v in named.values() if isinstance(v, dict)]
-    found += [v for listed in offer.values() if isinstance(listed, list) for v in listed if isinstance(v, dict)]
-    return {v["sha256"] for v in found if isinstance(v.get("sha256"), str)}
+    """Digests of the blobs that an offer names: in a field of their own, in a list, or in a table, as by precision."""
+    references = [v for v in offer.values() if isinstance(v, dict)]
+    references += [v for named in references for v in named.values() if isinstance(v, dict)]
+    references += [v for entry in offer.values() if isinstance(entry, list) for v in entry if isinstance(v, dict)]
+    return {v["sha256"] for v in references if isinstance(v.get("sha256"), str)}
 
 
 def basis_digests(basis: Mapping[str, Any] | None) -> set[str]:
