@@ -33,12 +33,14 @@ from fedprune.updates import NO_CODECS, WHOLE, Codec, Codecs, bound
 # How far a measured time may correct a predicted one: beyond that something else is wrong.
 BOUNDS = 0.2, 5.0
 
-# Limits of the correction of memory. The first: the smallest corrected prediction, as a share of the uncorrected one.
+# Limits of the correction of memory, which a faulty measurement must not turn into a plan that ends the process.
+# The first: the smallest corrected prediction, as a share of the uncorrected one.
 # The second: the largest measurement that counts, as a multiple of the prediction or of the board's memory, whichever
 # is more.
 MEMORY_BOUNDS = 0.75, 2.0
 
-# How far a measured time may be from the predicted one before a device is planned for again.
+# How far a measured time may be from the predicted one before a device is planned for again: plans that follow every
+# measurement would change widths in every few rounds.
 OFF = 1.25
 
 # The same for memory, where too much ends the process.
@@ -133,50 +135,57 @@ class Correction:
             room: Bytes that training may take.
         """
         low, high = BOUNDS
-        learnt = self
+        correction = self
         for name, predicted in (("step", prediction.step_s), ("latency", prediction.latency_s)):
             seconds = measured.get(f"{name}_seconds", 0.0)
             if seconds > 0 and predicted > 0:
                 factor = min(high, max(low, getattr(used, name) * seconds / predicted))
-                learnt = replace(learnt, **{name: factor})
+                correction = replace(correction, **{name: factor})
         peak = measured.get("peak_memory_bytes", 0.0)
-        return learnt._after_peak(prediction.memory, peak, room) if peak > 0 else learnt
+        return correction._after_peak(prediction.memory, peak, room) if peak > 0 else correction
 
-    def _after_peak(self, use: MemoryBreakdown, peak: float, room: float) -> Correction:
+    def _after_peak(self, memory: MemoryBreakdown, peak: float, room: float) -> Correction:
         low, high = MEMORY_BOUNDS
-        bound = high * (max(use.uncorrected, room) if math.isfinite(room) else use.uncorrected)
-        more, at = min(bound, max(low * use.uncorrected, peak)) - use.uncorrected, float(use.of_width)
+        bound = high * (max(memory.uncorrected, room) if math.isfinite(room) else memory.uncorrected)
+        excess, memory_at = min(bound, max(low * memory.uncorrected, peak)) - memory.uncorrected, float(memory.of_width)
         if peak <= room:
-            fitting = replace(self, memory=more, memory_at=at)
-            return fitting if at < self.overrun_at else replace(fitting, overrun=0.0, overrun_at=0.0)
-        if 0 < self.overrun_at < at:
+            within_room = replace(self, memory=excess, memory_at=memory_at)
+            return within_room if memory_at < self.overrun_at else replace(within_room, overrun=0.0, overrun_at=0.0)
+        # A larger plan than the smallest that is known to overrun tells nothing new.
+        if 0 < self.overrun_at < memory_at:
             return self
-        over = replace(self, overrun=more, overrun_at=at)
-        return over if 0 < self.memory_at < at else replace(over, memory=more, memory_at=at)
+        with_overrun = replace(self, overrun=excess, overrun_at=memory_at)
+        return (
+            with_overrun
+            if 0 < self.memory_at < memory_at
+            else replace(with_overrun, memory=excess, memory_at=memory_at)
+        )
 
     def of_memory(self) -> Correction:
         """The same without the times."""
         return replace(self, step=1.0, latency=1.0)
 
-    def memory_beyond(self, use: MemoryBreakdown) -> int:
+    def memory_beyond(self, memory: MemoryBreakdown) -> int:
         """Bytes that a round is expected to take beyond an uncorrected prediction.
 
         After rounds of one width this is a constant. Once one plan has taken more than the board's memory and a smaller
         one has not, it is interpolated linearly between the two, so that every plan at least as large as the first is
         predicted to take too much.
         """
-        more = self.memory
+        excess = self.memory
         if 0 < self.memory_at < self.overrun_at:
             slope = (self.overrun - self.memory) / (self.overrun_at - self.memory_at)
-            more += slope * (use.of_width - self.memory_at)
-        return math.ceil(max(more, (MEMORY_BOUNDS[0] - 1) * use.uncorrected))
+            # Bytes that depend on the width are all that differs between plans of one board.
+            excess += slope * (memory.of_width - self.memory_at)
+        return math.ceil(max(excess, (MEMORY_BOUNDS[0] - 1) * memory.uncorrected))
 
     def moved(self, earlier: Correction, prediction: Prediction) -> bool:
-        """Whether predictions change so much that a plan made with an earlier correction is out of date."""
-        times = (self.step / earlier.step, self.latency / earlier.latency)
-        use = prediction.memory
-        memory = (use.uncorrected + self.memory_beyond(use)) / use.total
-        return not all(1 / OFF < t < OFF for t in times) or not 1 / MEMORY_OFF < memory < MEMORY_OFF
+        """Whether predictions differ so much from those with an earlier correction that a plan made with it is out of
+        date."""
+        time_ratios = (self.step / earlier.step, self.latency / earlier.latency)
+        memory = prediction.memory
+        memory_ratio = (memory.uncorrected + self.memory_beyond(memory)) / memory.total
+        return not all(1 / OFF < t < OFF for t in time_ratios) or not 1 / MEMORY_OFF < memory_ratio < MEMORY_OFF
 
 
 # Nothing was measured yet.
@@ -207,20 +216,20 @@ def predict(
     steps = recipe.steps(samples)
     table = latency_table(profile, probe)
     # Each part of a batch runs the graph once: its calls and its passes over the weights are paid per part.
-    trained = np.array(_trained_widths(architecture, widths, recipe))
+    trained_widths = np.array(_trained_widths(architecture, widths, recipe))
     step_s = 0.0
     for size, count in Counter(recipe.part_sizes(samples)).items():
-        once = np.maximum(
-            table.step_seconds(architecture, trained, size),
-            memory_seconds(architecture, trained, size, bandwidth(profile, probe)),
+        times = np.maximum(
+            table.step_seconds(architecture, trained_widths, size),
+            memory_seconds(architecture, trained_widths, size, bandwidth(profile, probe)),
         )
-        step_s += count * float(once.mean())
+        step_s += count * float(times.mean())
     latency_s = float(table.latency_seconds(architecture, widths)[0])
     step_s, latency_s = step_s * correction.step, latency_s * correction.latency
     link, power = profile.link, profile.power
-    first, down, up = _travels(architecture, widths, costs.wire_bytes, recipe, codecs)
+    first_bytes, down_bytes, up_bytes = _travels(architecture, widths, costs.wire_bytes, recipe, codecs)
     # Two transfers, each announced and acknowledged: a round trip before, one after.
-    transfer_s = down / link.down_bytes_s + up / link.up_bytes_s + 4 * link.latency_s
+    transfer_s = down_bytes / link.down_bytes_s + up_bytes / link.up_bytes_s + 4 * link.latency_s
     watts = None
     if power is not None and power.load_w is not None and power.idle_w is not None:
         watts = power.load_w - power.idle_w
@@ -242,28 +251,28 @@ def predict(
         train_j=None if watts is None else watts * steps * step_s,
         latency_j=None if watts is None else watts * latency_s,
         memory=memory,
-        first_bytes=first,
-        down_bytes=down,
-        up_bytes=up,
+        first_bytes=first_bytes,
+        down_bytes=down_bytes,
+        up_bytes=up_bytes,
     )
 
 
 def _travels(
-    architecture: Architecture, widths: Sequence[int], plain: int, recipe: Recipe, codecs: Codecs
+    architecture: Architecture, widths: Sequence[int], plain_bytes: int, recipe: Recipe, codecs: Codecs
 ) -> tuple[int, int, int]:
     """The most bytes of whole weights, of weights that are coded as a difference, and of an update; `plain` is the
     size of the weights' own file."""
-    up, down = (None if text is None else Codec.parse(text) for text in codecs)
-    whole = None if down is None else WHOLE
-    if up is down is whole is None and not recipe.report_squares:
-        return plain, plain, plain
+    up_codec, down_codec = (None if text is None else Codec.parse(text) for text in codecs)
+    whole_codec = None if down_codec is None else WHOLE
+    if up_codec is down_codec is whole_codec is None and not recipe.report_squares:
+        return plain_bytes, plain_bytes, plain_bytes
     trained, weights = {t.name for t in architecture.trainable}, architecture.shapes(widths)
-    sizes = {c: plain if c is None else bound(c, weights, trained) for c in {whole, down, up}}
-    update = sizes[up]
+    sizes = {c: plain_bytes if c is None else bound(c, weights, trained) for c in {whole_codec, down_codec, up_codec}}
+    update_bytes = sizes[up_codec]
     if recipe.report_squares:
-        answer = weights | {step_contract.squares(n): s for n, s in weights.items() if n in trained}
-        update = file_bytes(answer) if up is None else bound(up, answer, trained)
-    return sizes[whole], sizes[down], update
+        update_shapes = weights | {step_contract.squares(n): s for n, s in weights.items() if n in trained}
+        update_bytes = file_bytes(update_shapes) if up_codec is None else bound(up_codec, update_shapes, trained)
+    return sizes[whole_codec], sizes[down_codec], update_bytes
 
 
 def _trained_widths(architecture: Architecture, widths: Sequence[int], recipe: Recipe) -> list[tuple[int, ...]]:
@@ -288,7 +297,7 @@ def memory_use(
     """Peak memory of a training process; arguments are those of `predict`, and the costs at these widths."""
     trained = _trained(architecture, widths, recipe, costs.parameters, frozen)
     batch, process = recipe.part_sizes(samples)[0], None if probe is None else probe.process_bytes
-    use = costs.training_memory(batch, recipe.features, samples, trained, recipe.own_copies, process)
+    memory = costs.training_memory(batch, recipe.features, samples, trained, recipe.own_copies, process)
     # Where labels are numbers, they are held as they were read, and as float32; one class per sample hardly counts.
     size = math.prod(recipe.features.target_shape(architecture.output_shape))
     labels = 0 if size == 1 and recipe.features.scores else 2 * FLOAT * samples * size
@@ -296,8 +305,8 @@ def memory_use(
     losses = int(FLOAT * outputs * LOSSES[recipe.loss].copies)
     copies = AUGMENT_COPIES + NOISE_COPIES * any(a.startswith("noise") for a in recipe.augment) if recipe.augment else 0
     augmented = int(FLOAT * batch * math.prod(architecture.input_shape) * copies)
-    use = replace(use, samples=use.samples + labels, activations=use.activations + losses + augmented)
-    return replace(use, learnt=correction.memory_beyond(use))
+    memory = replace(memory, samples=memory.samples + labels, activations=memory.activations + losses + augmented)
+    return replace(memory, learnt=correction.memory_beyond(memory))
 
 
 def _trained(
@@ -307,13 +316,13 @@ def _trained(
     features = recipe.features
     if not (features.frozen or features.trainable or frozen):
         return 1.0
-    moved = trained_tensors(architecture, features, frozen)
-    return sum(math.prod(architecture.shape(t.name, widths)) for t in moved) / max(1, parameters)
+    moved_tensors = trained_tensors(architecture, features, frozen)
+    return sum(math.prod(architecture.shape(t.name, widths)) for t in moved_tensors) / max(1, parameters)
 
 
 def trains_on(profile: HardwareProfile, probe: ProbeReport | None) -> str:
-    """The unit that plans count: what the board measured, which is its processor where its GPU doesn't work, else what
-    the profile promises."""
+    """The unit that trains: the one that the board measured (its processor where its GPU doesn't work), else the one
+    that the profile promises."""
     if probe is not None:
         return probe.unit
     return CPU if profile.gpu is None else CUDA

@@ -43,7 +43,7 @@ HELD_BYTES = 4 * 2**20
 # and after the step, and what remains of gradients and temporaries of the update.
 WEIGHT_COPIES = 5.82
 
-# The same of weights that aren't trained: as received, and as the step reads them.
+# Arrays of the size of weights that aren't trained: as received, and as the step reads them.
 FROZEN_COPIES = 2
 
 # Arrays of the size of the largest frozen weight while a layer reads it: transposed as stored, and dequantised.
@@ -56,7 +56,7 @@ ACTIVATION_COPIES = 0.69
 # layer's output are an adapter's and their sum, of which only the sum stays, and no nodes make a weight's gradient.
 KEPT_COPIES = 1.5
 
-# The same of the lines that depthwise and grouped convolutions read (`unrolled_elements`).
+# Memory over size of the lines that depthwise and grouped convolutions read (`unrolled_elements`).
 UNROLLED_COPIES = 1.26
 
 # Arrays of the size of the largest activation that exist in addition: the gradients that go in and out of a layer.
@@ -76,7 +76,7 @@ _TINY_MAP, _WHOLE_LINE, _BLOCK = 16, 64, 16
 # How often a training step moves its activations through main memory where caches don't help.
 ACTIVATION_PASSES = 12
 
-# The same of its weights.
+# How often it moves its weights.
 WEIGHT_PASSES = 6
 
 # Bytes that a process which only predicts saves: the MQTT client and the agent.
@@ -94,7 +94,8 @@ INFERENCE_VALUES = 3
 # Weights files that a board holds at its worst moment: as received, as trained, and those of its two model slots.
 WEIGHT_FILES = 4
 
-# Inference graphs at that moment: the offer's, and in the slots perhaps others of earlier rounds.
+# Inference graphs that a board holds at that moment: the offer's, and those of its two slots, which may be of earlier
+# rounds.
 INFERENCE_FILES = 3
 
 TRAINING_GRAPH_BYTES = 4_000
@@ -179,7 +180,7 @@ class Costs:
         features: Features,
         samples: int,
         trained: float = 1.0,
-        own: int = 0,
+        own_copies: int = 0,
         process: int | None = None,
     ) -> MemoryBreakdown:
         """Peak memory of a board's process that trains, by what takes it.
@@ -188,13 +189,14 @@ class Costs:
             batch: Samples that are worked on at once.
             samples: Local samples; of many only `HELD_BYTES` are held in memory.
             trained: Share of the parameters that are trained; the others are only held.
-            own: Further copies of all weights that it holds (`Recipe.own_copies`).
+            own_copies: Further copies of all weights that it holds (`Recipe.own_copies`).
             process: What the process takes before it trains, as the board measured it; None for a typical one.
         """
-        more = 2 * (features.proximal + features.element_mask + features.threshold)
-        more += 2 * (len(step.states(features.optimizer)) - 1)
-        more += features.gradients + features.accumulate
-        copies = own + FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + more)
+        extra_copies = 2 * (features.proximal + features.element_mask + features.threshold)
+        # Each is there twice: what goes into a step, and what comes out of it.
+        extra_copies += 2 * (len(step.states(features.optimizer)) - 1)
+        extra_copies += features.gradients + features.accumulate
+        copies = own_copies + FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + extra_copies)
         frozen = self.base_bytes > 0
         sample = KEPT_COPIES * self.kept_bytes if frozen else ACTIVATION_COPIES * self.activation_bytes
         sample += UNROLLED_COPIES * self.unrolled_bytes + TRANSIENTS * self.largest_bytes
@@ -215,11 +217,11 @@ class Costs:
         weights += self.base_bytes + DEQUANTISED_COPIES * self.dequantised_bytes
         return int(fixed + weights + batch * (self.inference_activation_bytes + self.sample_bytes))
 
-    def storage_bytes(self, own: int = 0) -> int:
+    def storage_bytes(self, own_files: int = 0) -> int:
         """Bytes on a board's disk for rounds of this submodel, with further files that the recipe makes the board keep
         (`Recipe.own_files`)."""
         graphs = TRAINING_GRAPH_BYTES * self.values, INFERENCE_GRAPH_BYTES * self.values
-        return storage_bytes(self.wire_bytes, *graphs, own) + self.base_bytes
+        return storage_bytes(self.wire_bytes, *graphs, own_files) + self.base_bytes
 
 
 def file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -228,13 +230,13 @@ def file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return len(head) + FLOAT * sum(map(prod, shapes.values()))
 
 
-def storage_bytes(weights: int, training: int, inference: int, own: int = 0) -> int:
+def storage_bytes(weights: int, training: int, inference: int, own_files: int = 0) -> int:
     """Most bytes that a board's state directory takes for a submodel, from the sizes of its three files.
 
-    Rounds leave and overwrite files of the size of the weights; `own` is the number of further ones
+    Rounds leave and overwrite files of the size of the weights; `own_files` is the number of further ones
     (`Recipe.own_files`).
     """
-    return (WEIGHT_FILES + own) * weights + training + INFERENCE_FILES * inference
+    return (WEIGHT_FILES + own_files) * weights + training + INFERENCE_FILES * inference
 
 
 def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
@@ -243,14 +245,14 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
 
 
 @lru_cache(maxsize=512)
-def _costs_at(key: ArchitectureKey, checked: tuple[int, ...]) -> Costs:
+def _costs_at(key: ArchitectureKey, widths: tuple[int, ...]) -> Costs:
     architecture = key.architecture
-    shapes = architecture.shapes(checked)
-    macs = [layer_macs(architecture, layer, checked, shapes) for layer in architecture.layers]
+    shapes = architecture.shapes(widths)
+    macs = [layer_macs(architecture, layer, widths, shapes) for layer in architecture.layers]
     forward = sum(macs)
     sizes = architecture.sizes
-    values = [FLOAT * v.positions * v.channels.size(checked, sizes) for v in architecture.activations]
-    kept = [b for v, b in zip(architecture.activations, values, strict=True) if v.kept]
+    values = [FLOAT * v.positions * v.channels.size(widths, sizes) for v in architecture.activations]
+    kept_bytes = [b for v, b in zip(architecture.activations, values, strict=True) if v.kept]
     parameters = sum(prod(shape) for shape in shapes.values())
     kernels = {r.weight for r in architecture.layers if r.op in _LAID_OUT and r.weight}
     return Costs(
@@ -260,10 +262,10 @@ def _costs_at(key: ArchitectureKey, checked: tuple[int, ...]) -> Costs:
         training_macs=3 * forward - next(filter(None, macs), 0),
         wire_bytes=file_bytes(shapes),
         activation_bytes=sum(values),
-        kept_bytes=sum(kept),
+        kept_bytes=sum(kept_bytes),
         largest_bytes=max(values, default=0),
         unrolled_bytes=sum(
-            _unrolled_bytes(r, checked, architecture, shapes[r.weight][2:] if r.weight else ())
+            _unrolled_bytes(r, widths, architecture, shapes[r.weight][2:] if r.weight else ())
             for r in architecture.layers
         ),
         inference_activation_bytes=sum(sorted(values)[-INFERENCE_VALUES:]),
@@ -272,7 +274,7 @@ def _costs_at(key: ArchitectureKey, checked: tuple[int, ...]) -> Costs:
         values=len(values),
         base_bytes=architecture.base_bytes,
         dequantised_bytes=FLOAT * max((prod(b.shape) for b in architecture.base), default=0),
-        kept_values=len(kept),
+        kept_values=len(kept_bytes),
     )
 
 
@@ -284,13 +286,13 @@ def active_macs_share(architecture: Architecture, widths: Sequence[int], mask: A
     checked = architecture.check_widths(widths)
     shapes = architecture.shapes(checked)
     check_mask(mask, shapes)
-    whole, left = (np.zeros(len(architecture.layers)) for _ in range(2))
+    macs, active_macs = (np.zeros(len(architecture.layers)) for _ in range(2))
     for i, layer in enumerate(architecture.layers):
-        whole[i] = layer_macs(architecture, layer, checked, shapes)
+        macs[i] = layer_macs(architecture, layer, checked, shapes)
         bits = mask.get(layer.weight)
-        left[i] = whole[i] if bits is None or not bits.size else whole[i] * bits.mean()
-    first = int(np.argmax(whole > 0))  # the gradient of the model's input isn't needed
-    return float((3 * left.sum() - left[first]) / max(3 * whole.sum() - whole[first], 1))
+        active_macs[i] = macs[i] if bits is None or not bits.size else macs[i] * bits.mean()
+    first_layer = int(np.argmax(macs > 0))  # the gradient of the model's input isn't needed
+    return float((3 * active_macs.sum() - active_macs[first_layer]) / max(3 * macs.sum() - macs[first_layer], 1))
 
 
 def memory_seconds(architecture: Architecture, widths: npt.ArrayLike, batch: int, bandwidth: float) -> Numbers:
@@ -301,8 +303,8 @@ def memory_seconds(architecture: Architecture, widths: npt.ArrayLike, batch: int
         bandwidth: Bytes per second of main memory, read plus write; may be infinite.
     """
     elements, parameters = workload(architecture).contents(widths)
-    moved: Numbers = FLOAT * (ACTIVATION_PASSES * batch * elements + WEIGHT_PASSES * parameters)
-    return moved / bandwidth
+    moved_bytes: Numbers = FLOAT * (ACTIVATION_PASSES * batch * elements + WEIGHT_PASSES * parameters)
+    return moved_bytes / bandwidth
 
 
 def layer_macs(
@@ -325,15 +327,15 @@ def unrolled_elements(layer: Layer, channels: int, kernel: Sequence[int]) -> int
     taken as square. `channels` are those of the input, `kernel` the sizes of the window.
     """
     areas = layer.reads.positions, layer.positions, layer.stride
-    size, made, stride = (round(math.pow(n, 1 / len(kernel))) for n in areas)
-    if layer.reads.positions <= _TINY_MAP or not made:
+    size, made_size, stride = (round(math.pow(n, 1 / len(kernel))) for n in areas)
+    if layer.reads.positions <= _TINY_MAP or not made_size:
         return channels * layer.reads.positions
-    lines = channels * prod(kernel[:-1]) * layer.positions // made
+    lines = channels * prod(kernel[:-1]) * layer.positions // made_size
     if size <= _WHOLE_LINE:
         return lines * size
     step = max(_BLOCK // stride, 1)
     blocks = ((step - 1) * stride + kernel[-1] - 1) // (step * stride) + 1
-    return lines * blocks * -(-made // step) * step * stride
+    return lines * blocks * -(-made_size // step) * step * stride
 
 
 def _unrolled_bytes(layer: Layer, widths: Sequence[int], architecture: Architecture, kernel: Sequence[int]) -> int:

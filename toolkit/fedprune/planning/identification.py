@@ -59,8 +59,8 @@ RELEASES = (
 
 def l4t_release(text: str) -> str:
     """The release in the first line of /etc/nv_tegra_release, such as "36.4.3"; empty where it names none."""
-    found = _RELEASE.match(text.strip())
-    return f"{found[1]}.{found[2]}" if found else ""
+    match = _RELEASE.match(text.strip())
+    return f"{match[1]}.{match[2]}" if match else ""
 
 
 def jetpack(l4t: str) -> JetPack | None:
@@ -143,15 +143,16 @@ def identify(facts: Facts, folders: Sequence[Path] = ()) -> Identification:
     fits, then the one whose clock fits is taken; where nothing tells them apart, the one with less memory. Raises
     `ProfileError` if no profile fits and there is no generic one, or the L4T release is no number.
     """
-    known = jetpack(facts.l4t) if facts.l4t else None
+    jetpack_release = jetpack(facts.l4t) if facts.l4t else None
     profiles = [profile_store.find(name, folders) for name in profile_store.names(folders)]
     profiles = [p for p in profiles if p.arch == facts.machine]
     texts = (facts.model, *facts.compatible)
-    named = [(len(t), p, t) for p in profiles for t in p.identify if any(t in text for text in texts)]
-    if named:
-        longest = max(length for length, _, _ in named)
-        fitting = [p for length, p, _ in named if length == longest]
-        evidence = [f"device tree: {next(t for length, _, t in named if length == longest)}"]
+    matches = [(len(t), p, t) for p in profiles for t in p.identify if any(t in text for text in texts)]
+    if matches:
+        # The longer text is the more particular one.
+        longest = max(length for length, _, _ in matches)
+        fitting = [p for length, p, _ in matches if length == longest]
+        evidence = [f"device tree: {next(t for length, _, t in matches if length == longest)}"]
     elif fitting := [p for p in profiles if p.soc and any(c.rpartition(",")[2] == p.soc for c in facts.compatible)]:
         evidence = [f"processor: {fitting[0].soc}"]
     else:
@@ -164,8 +165,13 @@ def identify(facts: Facts, folders: Sequence[Path] = ()) -> Identification:
         elif facts.clock_hz is not None:
             evidence.append(f"clock: {facts.clock_hz / 1e9:.2f} GHz")
     if facts.l4t:
-        evidence.append(f"L4T {facts.l4t}" + (f": JetPack {known.name}" if known else ", which is not known here"))
-    return Identification(profile, tuple(evidence), tuple(_differences(profile, facts, known)), known)
+        evidence.append(
+            f"L4T {facts.l4t}"
+            + (f": JetPack {jetpack_release.name}" if jetpack_release else ", which is not known here")
+        )
+    return Identification(
+        profile, tuple(evidence), tuple(_differences(profile, facts, jetpack_release)), jetpack_release
+    )
 
 
 def _generic(facts: Facts, folders: Sequence[Path]) -> HardwareProfile:
@@ -181,27 +187,33 @@ def _generic(facts: Facts, folders: Sequence[Path]) -> HardwareProfile:
 
 def _distance(profile: HardwareProfile, facts: Facts) -> tuple[float, float]:
     """How far memory and clock are from the profile's, as magnitudes of ratios; 0 where they aren't known or fit."""
-    out = []
+    distances = []
     for measured, promised, slack in (
         (facts.memory_total, profile.memory.total_bytes, _MEMORY_SLACK),
         (facts.clock_hz, profile.cpu.clock_hz, _CLOCK_SLACK),
     ):
-        away = abs(math.log(measured / promised)) if measured else 0.0
-        out.append(0.0 if away <= slack else away)
-    return out[0], out[1]
+        distance = abs(math.log(measured / promised)) if measured else 0.0
+        distances.append(0.0 if distance <= slack else distance)
+    return distances[0], distances[1]
 
 
-def _differences(profile: HardwareProfile, facts: Facts, known: JetPack | None) -> list[str]:
-    out = []
+def _differences(profile: HardwareProfile, facts: Facts, release: JetPack | None) -> list[str]:
+    differences = []
     memory, clock = _distance(profile, facts)
     if memory and facts.memory_total and profile.identify:
-        out.append(f"it has {facts.memory_total / 1e9:.1f} GB of memory, not {profile.memory.total_bytes / 1e9:.1f}")
+        differences.append(
+            f"it has {facts.memory_total / 1e9:.1f} GB of memory, not {profile.memory.total_bytes / 1e9:.1f}"
+        )
     if clock and facts.clock_hz and profile.identify:
-        out.append(f"its processor runs at {facts.clock_hz / 1e9:.2f} GHz, not {profile.cpu.clock_hz / 1e9:.2f}")
-    if known is not None:
+        differences.append(
+            f"its processor runs at {facts.clock_hz / 1e9:.2f} GHz, not {profile.cpu.clock_hz / 1e9:.2f}"
+        )
+    if release is not None:
         promised = profile.software.tensorrt
-        if promised is not None and promised != known.tensorrt:
-            out.append(f"JetPack {known.name} has TensorRT {known.tensorrt}, not {promised}")
-        if not known.runs_the_runtime and profile.support == "full":
-            out.append(f"JetPack {known.name} has Python {known.python}, and the runtime needs 3.10: flash a newer one")
-    return out
+        if promised is not None and promised != release.tensorrt:
+            differences.append(f"JetPack {release.name} has TensorRT {release.tensorrt}, not {promised}")
+        if not release.runs_the_runtime and profile.support == "full":
+            differences.append(
+                f"JetPack {release.name} has Python {release.python}, and the runtime needs 3.10: flash a newer one"
+            )
+    return differences

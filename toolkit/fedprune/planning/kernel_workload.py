@@ -53,7 +53,7 @@ KINDS = (
     "run",
 )
 
-# Places of a map from which, and up to which, a training graph's convolutions are formulated in their own way.
+# Positions of a map from which, and up to which, a training graph's convolutions are formulated in their own way.
 LARGE_MAP, TINY_MAP = 64, 4
 
 # Channels that onnxruntime's blocked kernels want a multiple of; with others it falls back to plain ones.
@@ -62,10 +62,10 @@ ALIGNMENT = 4
 # Channels of a block that processors use, as far as known (1: no blocks).
 BLOCKS = (1, 4, 8, 16)
 
-# Counts that a workload remembers.
+# Counts that a workload remembers; each is some hundred float64s.
 _COUNTS = 256
 
-# Columns that a matrix product computes at once; narrower ones cost as much.
+# Columns that a matrix product computes at once: a product of fewer columns takes as long.
 TILE = 32
 
 _CHEAP = frozenset(
@@ -94,29 +94,29 @@ class Workload:
         shapes = {t.name: t.axes for t in architecture.tensors}
         # A product of two activations sums over `inner` what each of its outputs needs.
         self._layers = architecture.layers
-        reads, makes, weights, outs, inners, inner = [], [], [], [], [], []
+        reads, makes, weights, outs, weight_inners, product_inners = [], [], [], [], [], []
         for layer in self._layers:
             reads.append(self._factors(layer.reads.axes))
             makes.append(self._factors(layer.makes.axes))
             axes = shapes.get(layer.weight, ())
             weights.append(self._factors(axes))
-            out = axes[layer.output_axis : layer.output_axis + 1]
-            outs.append(self._factors(out))
-            others = [a for i, a in enumerate(axes) if i != layer.output_axis]
-            inners.append(self._factors(others[:1]))
-            inner.append(self._factors((layer.inner,) if layer.inner.segments else ()))
+            output_axes = axes[layer.output_axis : layer.output_axis + 1]
+            outs.append(self._factors(output_axes))
+            other_axes = [a for i, a in enumerate(axes) if i != layer.output_axis]
+            weight_inners.append(self._factors(other_axes[:1]))
+            product_inners.append(self._factors((layer.inner,) if layer.inner.segments else ()))
         self._reads, self._makes, self._weights = map(_table, (reads, makes, weights))
-        self._outs, self._inners, self._inner = map(_table, (outs, inners, inner))
+        self._outs, self._inners, self._inner = map(_table, (outs, weight_inners, product_inners))
         self._tensors = _table([self._factors(t.axes) for t in architecture.tensors])
         self._values = _table([self._factors((v.channels,)) for v in architecture.activations])
         self._slopes = np.zeros((len(architecture.groups), len(self._places)))
         self._starts = np.zeros(len(self._places))
-        for axis, place in self._places.items():
+        for axis, index in self._places.items():
             for s in axis.segments:
                 if s.group < 0:
-                    self._starts[place] += s.length
+                    self._starts[index] += s.length
                 else:
-                    self._slopes[s.group, place] += s.length / architecture.groups[s.group].size
+                    self._slopes[s.group, index] += s.length / architecture.groups[s.group].size
         self._read_positions = np.array([n.reads.positions for n in self._layers], float)
         self._make_positions = np.array([n.makes.positions for n in self._layers], float)
         self._positions = np.array([n.positions for n in self._layers], float)
@@ -169,9 +169,9 @@ class Workload:
 
     def _count(self, widths: tuple[tuple[float, ...], ...], batch: int, block: int) -> Numbers:
         """The work of predictions, or of training steps where `block` is 0."""
-        found = self._inference_work(widths, batch, block) if block else self._training_work(widths, batch)
-        found.setflags(write=False)
-        return found
+        work = self._inference_work(widths, batch, block) if block else self._training_work(widths, batch)
+        work.setflags(write=False)
+        return work
 
     def _training_work(self, widths: npt.ArrayLike, batch: int) -> Numbers:
         sizes = self.sizes(widths)
@@ -182,8 +182,8 @@ class Workload:
         taps = np.where((self._kernels > 1) & self._weighted, self._kernels / self._strides, 1.0)
         # A depthwise layer's input gradient is as large as its input, whatever the stride.
         taps = np.where(self._depthwise, self._kernels, taps)
-        windows = self._positions >= LARGE_MAP
-        parts = np.where(self._weighted, batch * np.where(windows, self._kernels, 1.0), 0.0)
+        large_maps = self._positions >= LARGE_MAP
+        parts = np.where(self._weighted, batch * np.where(large_maps, self._kernels, 1.0), 0.0)
         parts = np.broadcast_to(parts, macs.shape)
         ones = np.ones_like(macs)
         rows = np.stack([ones, parts, macs * batch, (reads * taps + makes) * batch, weights], -1)
@@ -196,41 +196,43 @@ class Workload:
         out, inner = sizes[:, self._outs].prod(-1), sizes[:, self._inners].prod(-1)
         kinds = np.broadcast_to(self._inference, macs.shape).copy()
         plain = self._plain(kinds, inner, out, block)
-        filled = _filled(out, block) * np.where(inner >= block, _filled(inner, block), 1.0)
+        padding = _filled(out, block) * np.where(inner >= block, _filled(inner, block), 1.0)
         convolutions = np.isin(self._inference, _CONVOLUTIONS)
-        padded = np.where(plain, 1.0, np.where(convolutions, filled, _filled(out, block)))
-        places = np.maximum(self._positions, 1)
-        columns = np.where(plain, np.ceil(places / TILE) * TILE / places, 1.0)
-        macs = np.where(convolutions, macs * padded * columns, np.where(self._depthwise, macs * padded, macs))
+        padding_factor = np.where(plain, 1.0, np.where(convolutions, padding, _filled(out, block)))
+        positions = np.maximum(self._positions, 1)
+        tile_factor = np.where(plain, np.ceil(positions / TILE) * TILE / positions, 1.0)
+        macs = np.where(
+            convolutions, macs * padding_factor * tile_factor, np.where(self._depthwise, macs * padding_factor, macs)
+        )
         # Plain kernels lay out every window of their input first.
         taps = np.where(plain & (self._kernels > 1) & (kinds == _INDEX["conv"]), self._kernels / self._strides, 1.0)
         small = self._positions < LARGE_MAP
-        for blocked, other in _PLAIN.items():
-            chosen = plain & (kinds == _INDEX[blocked])
-            kinds[chosen & ~small] = _INDEX[other]
-            kinds[chosen & small] = _INDEX.get(f"{other}-small", _INDEX[other])
-        moved = (reads * taps + makes) * batch
-        rows = np.stack([np.ones_like(macs), np.zeros_like(macs), macs, moved, weights], -1)
+        for blocked, plain_kind in _PLAIN.items():
+            is_plain_kind = plain & (kinds == _INDEX[blocked])
+            kinds[is_plain_kind & ~small] = _INDEX[plain_kind]
+            kinds[is_plain_kind & small] = _INDEX.get(f"{plain_kind}-small", _INDEX[plain_kind])
+        moved_elements = (reads * taps + makes) * batch
+        rows = np.stack([np.ones_like(macs), np.zeros_like(macs), macs, moved_elements, weights], -1)
         return self._gather(np.where((kinds >= 0)[..., None], rows, 0.0), np.maximum(kinds, 0))
 
     @staticmethod
     def _plain(kinds: npt.NDArray[np.int64], inner: Numbers, out: Numbers, block: int) -> npt.NDArray[np.bool_]:
-        """Where onnxruntime can't use its blocked kernels."""
-        wide = np.isin(kinds, [_INDEX["conv"], _INDEX["conv1x1"]])
+        """Whether onnxruntime can't use its blocked kernels, per widths and layer."""
+        dense_kinds = np.isin(kinds, [_INDEX["conv"], _INDEX["conv1x1"]])
         # Less than a block of input channels (an image's) has a kernel of its own.
-        bad = (inner >= block) & (inner % ALIGNMENT > 0)
-        narrow = (kinds == _INDEX["depthwise"]) & (out % ALIGNMENT > 0)
-        return np.asarray((wide & bad) | narrow)
+        misaligned = (inner >= block) & (inner % ALIGNMENT > 0)
+        misaligned_depthwise = (kinds == _INDEX["depthwise"]) & (out % ALIGNMENT > 0)
+        return np.asarray((dense_kinds & misaligned) | misaligned_depthwise)
 
     def _gather(self, rows: Numbers, kinds: npt.NDArray[np.int64]) -> Numbers:
-        """Sums of rows by kind, with one "run" for the whole."""
-        out = np.zeros((len(rows), len(KINDS), len(FEATURES)))
+        """Sums of rows by kind, with one "run" for the whole graph."""
+        sums = np.zeros((len(rows), len(KINDS), len(FEATURES)))
         for k in range(len(KINDS) - 1):
             mask = kinds == k
             if mask.any():
-                out[:, k] = np.where(mask[..., None], rows, 0.0).sum(1)
-        out[:, -1, 0] = 1
-        return out.reshape(len(out), -1)
+                sums[:, k] = np.where(mask[..., None], rows, 0.0).sum(1)
+        sums[:, -1, 0] = 1
+        return sums.reshape(len(sums), -1)
 
 
 _CONVOLUTIONS = [_INDEX["conv"], _INDEX["conv1x1"]]
@@ -238,7 +240,7 @@ _PLAIN = {"conv": "conv-plain", "conv1x1": "conv1x1-plain", "depthwise": "depthw
 
 
 def _filled(channels: Numbers, block: int) -> Numbers:
-    """By how much channels grow when they fill whole blocks."""
+    """The factor by which channels grow when they fill whole blocks."""
     return np.asarray(np.ceil(channels / block) * block / np.maximum(channels, 1))
 
 
@@ -286,19 +288,19 @@ def _training_kind(layer: Layer) -> str:
     return kind
 
 
-def _inference_kind(layers: Sequence[Layer], place: int) -> int:
-    """The kind's number; -1 for what a convolution before it does in passing."""
-    layer = layers[place]
+def _inference_kind(layers: Sequence[Layer], index: int) -> int:
+    """The kind's index in `KINDS`; -1 for a layer that onnxruntime fuses into the convolution before it."""
+    layer = layers[index]
     kind = _kind(layer)
     if kind == "conv" and layer.kernel == 1:
         kind = "conv1x1"
-    before = layers[place - 1] if place else None
-    if layer.op == "BatchNormalization" and before is not None and before.op == "Conv":
+    former_layer = layers[index - 1] if index else None
+    if layer.op == "BatchNormalization" and former_layer is not None and former_layer.op == "Conv":
         return -1
-    if layer.op in _FUSED and before is not None:
-        if before.op == "BatchNormalization" and place > 1:
-            before = layers[place - 2]
-        if before.op in ("Conv", "Gemm") and before.makes == layer.makes:
+    if layer.op in _FUSED and former_layer is not None:
+        if former_layer.op == "BatchNormalization" and index > 1:
+            former_layer = layers[index - 2]
+        if former_layer.op in ("Conv", "Gemm") and former_layer.makes == layer.makes:
             return -1
     return _INDEX[kind]
 

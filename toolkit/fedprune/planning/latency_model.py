@@ -52,9 +52,10 @@ _DEAR = {"depthwise": 4.0, "depthwise-small": 4.0, "norm": 3.0, "recurrent": 2.0
 # How strongly a fit holds on to what is typical, where measurements say little.
 _TRUST = 0.01
 
+# Sweeps of coordinate descent in a fit: enough for tables of this size to settle.
 _SWEEPS = 300
 _MAX_SECONDS = 1e3
-# The least time, whatever a received table has for some kinds: times are divided by one another.
+# The least time, whatever a received table says of some kinds: times are divided by one another.
 _LEAST_SECONDS = 1e-9
 
 Row = Annotated[tuple[Annotated[float, within(0, _MAX_SECONDS)], ...], items(len(FEATURES), len(FEATURES))]
@@ -124,13 +125,13 @@ class LatencyTable:
         Raises `ProfileError` if it is not what `to_dict` writes."""
         if not isinstance(body, Mapping):
             raise ProfileError("latency table", expected="a table", got=type(body).__name__)
-        parts = {}
+        tables = {}
         for name in (_STEPS, _PREDICTIONS):
             if not isinstance(rows := body.get(name), Mapping):
                 raise ProfileError(f"latency table: {name}", expected="a table", got=type(rows).__name__)
             typical = getattr(typical_table(), name)
-            parts[name] = {kind: rows.get(kind, typical[kind]) for kind in KINDS}
-        return convert(cls, {**body, **parts}, "latency table", ProfileError)
+            tables[name] = {kind: rows.get(kind, typical[kind]) for kind in KINDS}
+        return convert(cls, {**body, **tables}, "latency table", ProfileError)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
@@ -142,8 +143,8 @@ def typical_table(rate: float = TYPICAL_RATE) -> LatencyTable:
     slower = TYPICAL_RATE / rate
     training, inference = {}, {}
     for kind in KINDS:
-        dear = _DEAR.get(kind, 1.0)
-        training[kind] = tuple(slower * v * (dear if f == "move" else 1.0) for f, v in TYPICAL_TRAINING.items())
+        move_factor = _DEAR.get(kind, 1.0)
+        training[kind] = tuple(slower * v * (move_factor if f == "move" else 1.0) for f, v in TYPICAL_TRAINING.items())
         inference[kind] = tuple(slower * v for v in TYPICAL_INFERENCE.values())
     return LatencyTable(16, training, inference)
 
@@ -170,18 +171,18 @@ def fitted(measured: Sequence[Measurement], typical: LatencyTable | None = None)
         raise ProfileError("latency table: measurements", expected="training steps and predictions")
     typical = typical or typical_table()
     work = np.concatenate([workload(m.architecture).training(m.widths, m.batch) for m in steps])
-    training, wrong = _fit(work, steps, typical.training)
+    training, training_errors = _fit(work, steps, typical.training)
     best: tuple[float, int, Numbers, Numbers] | None = None
     for block in BLOCKS:
         work = np.concatenate([workload(m.architecture).inference(m.widths, m.batch, block) for m in predictions])
-        found, errors = _fit(work, predictions, typical.inference)
+        seconds_per_unit, errors = _fit(work, predictions, typical.inference)
         score = float(np.sqrt(np.mean(errors**2)))
         # A smaller block must explain clearly more: without blocked kernels all of them say the same.
         if best is None or score < 0.98 * best[0]:
-            best = score, block, found, errors
+            best = score, block, seconds_per_unit, errors
     if best is None:
         raise ProfileError("latency table: no block was tried")
-    error = float(np.median(np.abs(np.concatenate([wrong, best[3]]))))
+    error = float(np.median(np.abs(np.concatenate([training_errors, best[3]]))))
     return LatencyTable(best[1], _rows(training), _rows(best[2]), round(error, 4), len(measured))
 
 
@@ -193,12 +194,13 @@ def _fit(work: Numbers, measured: Sequence[Measurement], typical: Rows) -> tuple
     # In multiples of what is typical, so that all unknowns are near 1 and are held there alike.
     scaled = work / seconds[:, None] * prior
     square = scaled.T @ scaled
-    used = np.flatnonzero(scaled.any(0))
+    used_columns = np.flatnonzero(scaled.any(0))
     target = scaled.sum(0) + _TRUST
     square[np.diag_indices_from(square)] += _TRUST
     factor = np.ones(len(prior))
+    # Coordinate descent: each factor's best value given the others, cut off at 0, since no kernel takes negative time.
     for _ in range(_SWEEPS):
-        for j in used:
+        for j in used_columns:
             factor[j] = max(0.0, factor[j] - (square[j] @ factor - target[j]) / square[j, j])
     return prior * factor, scaled @ factor - 1
 

@@ -34,7 +34,7 @@ from fedprune.updates import NO_CODECS, Codecs
 # Candidates, widest first: from the whole model down to a sixteenth of every group.
 DENSITIES: tuple[float, ...] = tuple(k / 64 for k in range(64, 3, -1))
 
-# The binding limit of a plan of full width.
+# Stands for the binding limit of a plan that nothing limits.
 NOTHING = "nothing"
 
 MEMORY = "memory"
@@ -64,8 +64,14 @@ JOB_SETTINGS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit of a board or job (memory, time, link, bytes or storage), and what a submodel would use of it, in bytes
-    or s."""
+    """One limit of a board or job, and what a submodel would use of it.
+
+    Attributes:
+        name: One of `LIMITS`.
+        value: What the submodel uses.
+        limit: What it may use.
+        unit: `bytes`, `s` or `J`.
+    """
 
     name: str
     value: float
@@ -130,59 +136,60 @@ class Plan:
         return next(limit for limit in self.limits if limit.name == name)
 
     def repeats(self, share: float = 1.0) -> float:
-        """How often a round's training fits the limits of time and energy; infinite where there are none.
+        """The number of times that a round's training fits the limits of time and energy; infinite without any.
 
         Args:
             share: What a step costs of a planned one.
         """
         p = self.prediction
-        taken = {TIME: p.train_s * share, ENERGY: (p.train_j or 0.0) * share}
-        beside = {TIME: p.transfer_s, ENERGY: 0.0}
-        rooms = [(m.limit - beside[m.name]) / taken[m.name] for m in self.limits if taken.get(m.name)]
-        return min(rooms, default=math.inf)
+        used = {TIME: p.train_s * share, ENERGY: (p.train_j or 0.0) * share}
+        reserved = {TIME: p.transfer_s, ENERGY: 0.0}
+        repeats = [(m.limit - reserved[m.name]) / used[m.name] for m in self.limits if used.get(m.name)]
+        return min(repeats, default=math.inf)
 
-    def describe(self, whole: int | None = None) -> str:
-        """A few lines for people: width, costs, every limit, the binding one marked, and the notes; `whole` as in
-        `summary`."""
-        lines = self.summary(whole)
+    def describe(self, full_parameters: int | None = None) -> str:
+        """Lines for people: `summary`, every limit with the binding one marked, and the notes."""
+        lines = self.summary(full_parameters)
         for limit in self.limits:
             mark = "  <- binds" if limit.name == self.bound else ""
             lines.append(f"  {limit.describe()}{mark}")
             if limit.name == MEMORY:
-                left = amount(limit.limit - limit.value, "bytes")
-                lines.append(f"    {_terms(self.prediction.memory)}, {left} left")
+                free = amount(limit.limit - limit.value, "bytes")
+                lines.append(f"    {_terms(self.prediction.memory)}, {free} left")
         if unbound := self.unbound():
             lines.append(f"  {unbound}")
         return "\n".join([*lines, *self.notes])
 
     def unbound(self) -> str:
-        """A line that tells that no limit binds; empty where one does."""
+        """A line that says that no limit binds; empty where one does."""
         if self.bound != NOTHING:
             return ""
         # The whole model is always tried first, unless the density was not the planner's to choose.
         reason = "the whole model fits" if self.density == 1 else f"density {self.density:.3g}, as asked"
         return f"nothing binds: {reason}"
 
-    def summary(self, whole: int | None = None) -> list[str]:
+    def summary(self, full_parameters: int | None = None) -> list[str]:
         """Lines on the width, the costs and what was learnt.
 
         With the parameters of the whole model they say which share of the weights is kept, which is less than the
         density: a layer loses inputs as well as outputs.
         """
         p = self.prediction
-        kept = f"{p.parameters:,}"
-        if whole:
-            kept = f"keeps {p.parameters / whole:.0%} of the weights: {kept} of {whole:,}"
+        weights_text = f"{p.parameters:,}"
+        if full_parameters:
+            weights_text = (
+                f"keeps {p.parameters / full_parameters:.0%} of the weights: {weights_text} of {full_parameters:,}"
+            )
         lines = [
-            f"density {self.density:.3g} ({kept} parameters, {p.forward_macs:,} MACs per sample)",
+            f"density {self.density:.3g} ({weights_text} parameters, {p.forward_macs:,} MACs per sample)",
             f"a round: {p.steps} steps of {amount(p.step_s, 's')}, {amount(p.transfer_s, 's')} on the link",
             f"a prediction: {amount(p.latency_s, 's')}{self._energy()}",
         ]
         if self.correction != NO_CORRECTION:
-            c, beyond = self.correction, p.memory.learnt
-            more = "more" if beyond > 0 else "less"
-            memory = f", {amount(abs(beyond), 'bytes')} {more} memory" if beyond else ""
-            times = f"steps take {c.step:.2f}, predictions {c.latency:.2f} times as long"
+            correction, learnt_bytes = self.correction, p.memory.learnt
+            direction = "more" if learnt_bytes > 0 else "less"
+            memory = f", {amount(abs(learnt_bytes), 'bytes')} {direction} memory" if learnt_bytes else ""
+            times = f"steps take {correction.step:.2f}, predictions {correction.latency:.2f} times as long"
             lines.append(f"learnt from its rounds: {times}{memory}")
         return lines
 
@@ -190,8 +197,8 @@ class Plan:
         p = self.prediction
         if p.step_j is None or p.train_j is None or p.latency_j is None:
             return ""
-        step, round_, latency = (amount(value, "J") for value in (p.step_j, p.train_j, p.latency_j))
-        return f"; {step} per step, {round_} per round, {latency} per prediction"
+        step_text, round_text, latency_text = (amount(value, "J") for value in (p.step_j, p.train_j, p.latency_j))
+        return f"; {step_text} per step, {round_text} per round, {latency_text} per prediction"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -289,41 +296,44 @@ class PlanSearch:
     def plan(self) -> Plan:
         """The plan. Raises `PlanError` if not even the narrowest candidate fits, or there is no candidate."""
         first: Rung | None = None
-        wider: tuple[int, ...] | None = None
+        wider_widths: tuple[int, ...] | None = None
         for rung in self._candidates():
             first = first or rung
             # Memory is looked at first: it takes a fraction of the time that a prediction takes.
             if not self._in_parts(rung.widths, self._asked(rung.widths))[1]:
-                wider = rung.widths
+                wider_widths = rung.widths
                 continue
-            found = self._predicted(rung.widths)
-            if all(limit.fits for limit in found.limits):
-                widest = found if wider is None else self._predicted(first.widths)
-                kept = found.prediction.parameters / widest.prediction.parameters
-                missing = "" if wider is None or tuple(self.densities) != DENSITIES else self._missing(widest)
-                little = kept < LITTLE and missing
-                return self._made(
-                    found,
-                    rung.density,
-                    self._predicted(wider).worst.name if wider else NOTHING,
-                    (missing,) if missing and not little else (),
-                    f"only {kept:.1%} of the weights are kept. {missing}" if little else "",
+            candidate = self._predicted(rung.widths)
+            if all(limit.fits for limit in candidate.limits):
+                widest = candidate if wider_widths is None else self._predicted(first.widths)
+                kept_share = candidate.prediction.parameters / widest.prediction.parameters
+                explanation = (
+                    "" if wider_widths is None or tuple(self.densities) != DENSITIES else self._missing(widest)
                 )
-            wider = rung.widths
+                warns = kept_share < LITTLE and explanation
+                return self._made(
+                    candidate,
+                    rung.density,
+                    self._predicted(wider_widths).worst.name if wider_widths else NOTHING,
+                    (explanation,) if explanation and not warns else (),
+                    f"only {kept_share:.1%} of the weights are kept. {explanation}" if warns else "",
+                )
+            wider_widths = rung.widths
         if first is None:
             raise PlanError("there is no density to choose from")
         last = self._predicted(rung.widths)
-        worst, use = last.worst, last.prediction.memory
-        if [m.name for m in last.limits if not m.fits] == [MEMORY] and use.uncorrected <= self.room:
+        worst, memory = last.worst, last.prediction.memory
+        # A board that has trained can train: memory that its rounds measured never excludes it.
+        if [m.name for m in last.limits if not m.fits] == [MEMORY] and memory.uncorrected <= self.room:
             measured = "the narrowest model takes more memory than the board has, by what its rounds measured"
             return self._made(last, rung.density, MEMORY, (), f"{measured}: {worst.describe()}")
         raise self._nothing_fits(last)
 
     def _nothing_fits(self, last: _Candidate) -> PlanError:
         worst, name, target = last.worst, self.architecture.name, self.profile.name
-        others = [m.describe() for m in last.limits if not m.fits and m is not worst]
-        also = f"It also breaks {'; '.join(others)}. " if others else ""
-        memory = f"Memory is for: {_terms(last.prediction.memory)}. " if worst.name == MEMORY else ""
+        other_limits = [m.describe() for m in last.limits if not m.fits and m is not worst]
+        others_text = f"It also breaks {'; '.join(other_limits)}. " if other_limits else ""
+        memory_text = f"Memory is for: {_terms(last.prediction.memory)}. " if worst.name == MEMORY else ""
         remedies = self._remedies(last) or "No setting of the recipe or the board frees enough."
         return PlanError(
             f"no width of {name} fits {target}: even the narrowest breaks {worst.name}"
@@ -331,28 +341,30 @@ class PlanSearch:
             else f"{name} at density {max(self.densities):.3g} doesn't fit {target}: it breaks {worst.name}",
             expected=f"at most {amount(worst.limit, worst.unit)}",
             got=f"{amount(worst.value, worst.unit)}, {amount(worst.value - worst.limit, worst.unit)} too much",
-            hint=f"{also}{memory}{remedies} {_HINTS[worst.name]}{self._processor_fits()}",
+            hint=f"{others_text}{memory_text}{remedies} {_HINTS[worst.name]}{self._processor_fits()}",
         )
 
     def _processor_fits(self) -> str:
-        """That the board's processor fits where its GPU doesn't; empty where it doesn't either."""
+        """A sentence if the model fits the board's processor, but not its GPU; else empty."""
         if self._unit == CPU:
             return ""
         try:
-            made = self._on_processor().plan()
+            plan = self._on_processor().plan()
         except PlanError:
             return ""
         tier = f'software.tier = "{TIERS[0]}" in its profile, fedprune-device run --tier {TIERS[0]} on the board'
-        return f" Or train on its processor, which fits (density {made.density:.3g}): {tier}."
+        return f" Or train on its processor, which fits (density {plan.density:.3g}): {tier}."
 
     def _on_processor(self) -> PlanSearch:
-        """The same search for the board's processor, by the profile; rounds on the GPU taught its memory alone."""
+        """The same search for the board's processor, by its profile. Of what rounds on the GPU taught, only memory
+        holds there."""
         probe = self.probe and replace(self.probe, unit=CPU, latency=None, train_rate=None, infer_rate=None)
         profile = replace(self.profile, software=replace(self.profile.software, tier=TIERS[0]))
         return replace(self, profile=profile, probe=probe, correction=self.correction.of_memory())
 
     def _candidates(self) -> Iterator[Rung]:
-        """Candidates, widest first. The whole model is the first of the planner's own, and needs no look at others."""
+        """Candidates, widest first. Of the planner's own the whole model is the first, and is yielded before the others
+        are computed: most boards that can hold all of it need no more."""
         if tuple(self.densities) == DENSITIES:
             yield Rung(1.0, self.architecture.sizes, 1)
             batch = min(self._asked(self.architecture.sizes).batch_size, self.samples)
@@ -360,11 +372,11 @@ class PlanSearch:
             narrower = rungs(self.architecture, table, batch, self.densities, rate)[1:]
             yield from dict.fromkeys(replace(rung, widths=self._with_least(rung.widths)) for rung in narrower)
             return
-        found: dict[tuple[int, ...], Rung] = {}
+        rung_of_widths: dict[tuple[int, ...], Rung] = {}
         for density in sorted(set(self.densities), reverse=True):
             widths = self._with_least(widths_at(self.architecture, density))
-            found.setdefault(widths, Rung(density, widths, 1))
-        yield from found.values()
+            rung_of_widths.setdefault(widths, Rung(density, widths, 1))
+        yield from rung_of_widths.values()
 
     def _with_least(self, widths: tuple[int, ...]) -> tuple[int, ...]:
         return widths_with_least(self.architecture, widths, self.least_channels)
@@ -392,8 +404,8 @@ class PlanSearch:
     def _predicted(self, widths: tuple[int, ...]) -> _Candidate:
         asked = self._asked(widths)
         recipe = self._in_parts(widths, asked)[0]
-        seen = self._prediction(widths, recipe)
-        return _Candidate(widths, asked, recipe, seen, self._limits(seen))
+        prediction = self._prediction(widths, recipe)
+        return _Candidate(widths, asked, recipe, prediction, self._limits(prediction))
 
     def _limits(self, prediction: Prediction) -> tuple[Limit, ...]:
         limits = [Limit(MEMORY, prediction.memory_bytes, self.room, "bytes")]
@@ -407,136 +419,140 @@ class PlanSearch:
         limits.append(Limit(STORAGE, prediction.storage_bytes, self.profile.storage.budget_bytes, "bytes"))
         return tuple(limits)
 
-    def _in_parts(self, widths: tuple[int, ...], recipe: Recipe, smallest: int | None = None) -> tuple[Recipe, bool]:
+    def _in_parts(self, widths: tuple[int, ...], recipe: Recipe, min_samples: int | None = None) -> tuple[Recipe, bool]:
         """The recipe with the fewest parts of a batch with which memory suffices, else those that need least memory;
-        and whether it does. Parts have at least `smallest` samples, by default as many as don't harm training."""
+        and whether it does. Parts have at least `min_samples` samples, by default as many as don't harm training."""
         costs = costs_at(self.architecture, widths)
-        best, least = recipe, math.inf
-        for parts in _parts(recipe, self.samples, smallest or self._smallest(recipe)):
-            tried = recipe.in_parts(parts)
-            taken = memory_use(
+        best, least_bytes = recipe, math.inf
+        for parts in _parts(recipe, self.samples, min_samples or self._smallest(recipe)):
+            split_recipe = recipe.in_parts(parts)
+            needed = memory_use(
                 self.architecture,
                 widths,
                 costs,
-                tried,
+                split_recipe,
                 self.samples,
                 self.frozen,
                 probe=self.probe,
                 correction=self.correction,
             ).total
-            if taken < least:
-                best, least = tried, taken
-            if taken <= self.room:
-                return tried, True
+            if needed < least_bytes:
+                best, least_bytes = split_recipe, needed
+            if needed <= self.room:
+                return split_recipe, True
         return best, False
 
     def _smallest(self, recipe: Recipe) -> int:
-        """Fewest samples of a part of a batch that don't harm training."""
+        """Fewest samples of a part of a batch that don't harm training. Mixing takes two samples."""
         if normalises(self.architecture, recipe, self.frozen):
             return NORMALISED_SAMPLES
         return 2 if recipe.mixes_samples else 1
 
-    def _made(self, found: _Candidate, density: float, bound: str, notes: tuple[str, ...], warning: str) -> Plan:
+    def _made(self, candidate: _Candidate, density: float, bound: str, notes: tuple[str, ...], warning: str) -> Plan:
         return Plan(
-            found.widths,
+            candidate.widths,
             density,
-            found.prediction,
-            found.limits,
+            candidate.prediction,
+            candidate.limits,
             bound,
             self.correction,
-            found.recipe.accumulate,
-            (*self._on_gpu(found), *self._notes(found), *notes),
-            " ".join(filter(None, (warning, self._unlimited(found.prediction)))),
+            candidate.recipe.accumulate,
+            (*self._on_gpu(candidate), *self._notes(candidate), *notes),
+            " ".join(filter(None, (warning, self._unlimited(candidate.prediction)))),
         )
 
     def _unlimited(self, prediction: Prediction) -> str:
-        """That a board's energy was to be limited, but its power is unknown."""
+        """A warning if energy is to be limited, but the profile doesn't say the board's power; else empty."""
         if self.energy_budget is None or prediction.train_j is not None:
             return ""
         power = self.profile.power or Power()
-        missing = " and ".join(f"power.{n}" for n in ("idle_w", "load_w") if getattr(power, n) is None)
-        return f"energy isn't limited: {self.profile.name} has no {missing}."
+        missing_figures = " and ".join(f"power.{n}" for n in ("idle_w", "load_w") if getattr(power, n) is None)
+        return f"energy isn't limited: {self.profile.name} has no {missing_figures}."
 
-    def _on_gpu(self, found: _Candidate) -> tuple[str, ...]:
-        """That the GPU trains, where it does, and whether the processor would take less time by the profile."""
+    def _on_gpu(self, candidate: _Candidate) -> tuple[str, ...]:
+        """Notes for a board that trains on its GPU: whether its processor would take less time, by its profile."""
         if self._unit == CPU:
             return ()
-        seen = self._on_processor()._prediction(found.widths, found.recipe)
-        if seen.step_s >= found.prediction.step_s:
+        on_processor = self._on_processor()._prediction(candidate.widths, candidate.recipe)
+        if on_processor.step_s >= candidate.prediction.step_s:
             return ("trains on: GPU",)
-        step = f"{amount(seen.step_s, 's')} per step instead of {amount(found.prediction.step_s, 's')}"
-        return (f"trains on: GPU; its processor would take {step} (fedprune-device run --tier {TIERS[0]})",)
+        step_text = f"{amount(on_processor.step_s, 's')} per step instead of {amount(candidate.prediction.step_s, 's')}"
+        return (f"trains on: GPU; its processor would take {step_text} (fedprune-device run --tier {TIERS[0]})",)
 
-    def _notes(self, found: _Candidate) -> tuple[str, ...]:
-        """Why a batch is worked through in more parts than the recipe asks for, and what that changes."""
-        recipe = found.recipe
-        if recipe.accumulate == found.asked.accumulate:
+    def _notes(self, candidate: _Candidate) -> tuple[str, ...]:
+        """Notes for a batch that is split into more parts than the recipe asks for: why, and what that changes."""
+        recipe = candidate.recipe
+        if recipe.accumulate == candidate.asked.accumulate:
             return ()
-        why = (
+        reason = (
             f"batches of {min(recipe.batch_size, self.samples)} are split into parts of "
             f"{recipe.part_sizes(self.samples)[0]} (accumulate = {recipe.accumulate}): whole ones don't fit the memory"
         )
         if not normalises(self.architecture, recipe, self.frozen):
-            return (why,)
+            return (reason,)
         statistics = (
             "batch norm takes its statistics from each part, not from the whole batch: "
             f"parts of full batches have at least {NORMALISED_SAMPLES} samples; "
             "GroupNorm or LayerNorm would not depend on that"
         )
-        return why, statistics
+        return reason, statistics
 
     def _missing(self, widest: _Candidate) -> str:
-        """Why the whole model doesn't fit, and what would make it fit."""
-        broken = [
+        """Sentences on why the whole model doesn't fit, and what would make it fit."""
+        broken_limits = [
             f"{m.describe()}: {_terms(widest.prediction.memory)}" if m.name == MEMORY else m.describe()
             for m in widest.limits
             if not m.fits
         ]
         remedies = self._remedies(widest) or "On this board only a narrower model fits."
-        return f"The whole model exceeds the limit of {'; and of '.join(broken)}. {remedies}"
+        return f"The whole model exceeds the limit of {'; and of '.join(broken_limits)}. {remedies}"
 
-    def _remedies(self, found: _Candidate) -> str:
+    def _remedies(self, candidate: _Candidate) -> str:
         """Settings with which a candidate would fit, one for each limit that it breaks; for memory, all that
         suffice. Empty if no setting frees enough memory."""
-        needed = []
-        for limit in found.limits:
+        settings = []
+        for limit in candidate.limits:
             if limit.fits:
                 continue
             if limit.name == MEMORY:
-                ways = self._memory_remedies(found, limit)
-                if not ways:
+                remedies = self._memory_remedies(candidate, limit)
+                if not remedies:
                     return ""
-                needed.append(", or ".join(ways))
+                settings.append(", or ".join(remedies))
             else:
-                needed.append(self._setting(limit.name, _enough(limit)))
-        return f"It fits with {'; and with '.join(needed)}."
+                settings.append(self._setting(limit.name, _enough(limit)))
+        return f"It fits with {'; and with '.join(settings)}."
 
     def _setting(self, limit: str, value: object) -> str:
         return _SETTINGS[limit].format(self.names.get(limit, "{}").format(value))
 
-    def _memory_remedies(self, found: _Candidate, limit: Limit) -> list[str]:
+    def _memory_remedies(self, candidate: _Candidate, limit: Limit) -> list[str]:
         """Settings each of which would make a candidate fit the memory, the least harmful first."""
-        ways: list[str] = []
-        smaller, fits = self._in_parts(found.widths, found.asked, smallest=1)
+        remedies: list[str] = []
+        split_recipe, fits = self._in_parts(candidate.widths, candidate.asked, min_samples=1)
         if fits:
-            ways.append(self._setting(MEMORY, smaller.accumulate))
+            remedies.append(self._setting(MEMORY, split_recipe.accumulate))
         share = self.profile.memory.training_share * limit.overshoot
         if share <= 1:
             share = math.ceil(100 * share) / 100
-            ways.append(f"a larger share of the board's memory (memory.training_share = {share:.2g} in its profile)")
-        return ways
+            remedies.append(
+                f"a larger share of the board's memory (memory.training_share = {share:.2g} in its profile)"
+            )
+        return remedies
 
 
-def _parts(recipe: Recipe, samples: int, smallest: int) -> list[int]:
-    """Numbers of parts of a batch to choose from, fewest first: the recipe's own, doubled until parts are smallest."""
-    batch, held = recipe.batch_size, min(recipe.batch_size, samples)
+def _parts(recipe: Recipe, samples: int, min_samples: int) -> list[int]:
+    """Numbers of parts of a batch to choose from, fewest first: the recipe's own, and its doubles until parts
+    would get too small."""
+    batch, batch_samples = recipe.batch_size, min(recipe.batch_size, samples)
     # The size of equal parts of which the smallest has at least that many samples.
-    size = -(-held // max(1, held // smallest))
-    most = min(-(-batch // size), (batch - 1) // (size - 1)) if size > 1 else batch
-    out = [recipe.accumulate]
-    while 2 * out[-1] < most:
-        out.append(2 * out[-1])
-    return out + [most] * (most > out[-1])
+    size = -(-batch_samples // max(1, batch_samples // min_samples))
+    max_parts = min(-(-batch // size), (batch - 1) // (size - 1)) if size > 1 else batch
+    # Doubling finds a number within twice the least with a few predictions of memory.
+    counts = [recipe.accumulate]
+    while 2 * counts[-1] < max_parts:
+        counts.append(2 * counts[-1])
+    return counts + [max_parts] * (max_parts > counts[-1])
 
 
 def normalises(architecture: Architecture, recipe: Recipe, frozen: Collection[str] = ()) -> bool:

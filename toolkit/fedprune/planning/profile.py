@@ -137,6 +137,7 @@ SCHEMES = ("https://", "http://", "derived: ", "estimate: ")
 ARCHES = ("aarch64", "x86_64")
 # The pattern of profile names.
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+# Characters after a source's scheme: "estimate: ?" is no source.
 _MIN_REASON = 8
 
 # Full: the runtime runs on the software that the board ships with. Limited: it needs a newer Python of the user's.
@@ -202,13 +203,13 @@ class HardwareProfile:
 
     def figures(self) -> dict[str, Any]:
         """Every figure that is set, by dotted name, in the order of the schema."""
-        parts = ((section, getattr(self, section)) for section in SECTIONS)
+        sections = ((section, getattr(self, section)) for section in SECTIONS)
         return {
             f"{section}.{f.name}": value
-            for section, part in parts
-            if part is not None
-            for f in fields(part)
-            if (value := getattr(part, f.name)) is not None
+            for section, section_figures in sections
+            if section_figures is not None
+            for f in fields(section_figures)
+            if (value := getattr(section_figures, f.name)) is not None
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -232,8 +233,8 @@ class HardwareProfile:
         if body.get("format", FORMAT) != FORMAT:
             raise ProfileError(f"{where}: format", expected=FORMAT, got=repr(body["format"]))
         for section, kind in SECTIONS.items():
-            if isinstance(part := body.get(section), Mapping):
-                validation.only([f.name for f in fields(kind)], part, f"{where}: {section}", error=ProfileError)
+            if isinstance(section_body := body.get(section), Mapping):
+                validation.only([f.name for f in fields(kind)], section_body, f"{where}: {section}", error=ProfileError)
         plain = {key: _plainly(value) for key, value in body.items()}
         values = {**plain, "sources": _flat_sources(body.get("sources", {}), where)}
         try:
@@ -313,15 +314,15 @@ def _plainly(value: object) -> object:
 
 
 def _flat_sources(body: object, where: str) -> dict[str, str]:
-    out: dict[str, str] = {}
+    sources: dict[str, str] = {}
     if not isinstance(body, Mapping):
         raise ProfileError(f"{where}: sources", expected="a table", got=type(body).__name__)
-    for section, part in body.items():
+    for section, section_sources in body.items():
         # `cpu.cores = "..."` in TOML is a table in a table; a quoted "cpu.cores" is a key.
-        rows = part.items() if isinstance(part, Mapping) else [("", part)]
+        rows = section_sources.items() if isinstance(section_sources, Mapping) else [("", section_sources)]
         for figure, source in rows:
             key = f"{section}.{figure}" if figure else str(section)
             if not isinstance(source, str):
                 raise ProfileError(f"{where}: sources.{key}", expected="a text", got=repr(source))
-            out[key] = source
-    return out
+            sources[key] = source
+    return sources

@@ -27,11 +27,11 @@ def shipped() -> tuple[str, ...]:
 
 
 def names(folders: Sequence[Path] = ()) -> tuple[str, ...]:
-    """Names of all profiles that `find` finds by name, sorted. Raises `ProfileError` if one of the folders isn't
+    """Sorted names of all profiles, shipped and in these folders. Raises `ProfileError` if one of the folders isn't
     there."""
     _check(folders)
-    own = (p.stem for folder in folders for s in _SUFFIXES for p in folder.glob(f"*{s}"))
-    return tuple(sorted({*own, *shipped()}))
+    own_names = (p.stem for folder in folders for s in _SUFFIXES for p in folder.glob(f"*{s}"))
+    return tuple(sorted({*own_names, *shipped()}))
 
 
 def read(path: Path) -> HardwareProfile:
@@ -53,8 +53,10 @@ def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProf
     """
     _check(folders)
     text = str(name_or_path)
+    # A name never has a slash or a suffix, so that a path can't be taken for one.
     if isinstance(name_or_path, Path) or "/" in text or text.endswith(_SUFFIXES):
         return read(Path(name_or_path))
+    # A user's folders come first: a profile of theirs replaces a shipped one of its name.
     for folder in (*folders, shipped_folder()):
         for suffix in _SUFFIXES:
             path = folder / f"{text}{suffix}"
@@ -65,17 +67,17 @@ def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProf
                         f"{path}: name", expected=repr(text), got=repr(profile.name), hint="Rename the file."
                     )
                 return profile
-    known = names(folders)
+    available = names(folders)
     raise UnknownProfileError(
-        f"there is no hardware profile called {text!r}{meant(text, known)}",
-        expected=f"one of {', '.join(known)}, or a path",
+        f"there is no hardware profile called {text!r}{meant(text, available)}",
+        expected=f"one of {', '.join(available)}, or a path",
         hint="docs/add-a-board.md shows how to write one, and where to put it.",
     )
 
 
 def chosen(name_or_path: str, folders: Sequence[Path] = ()) -> HardwareProfile:
-    """As `find`, for what a user of this machine typed: says so where it is a folder, or a file of another kind. Raises
-    `ProfileError` as `find`."""
+    """The profile of a name or path that a user typed. Raises `ProfileError` as `find`, and says so if it is a folder,
+    or a file of another kind."""
     try:
         return find(name_or_path, folders)
     except ProfileError as error:

@@ -27,13 +27,13 @@ MULTIPLES = (16, 8, 4)
 # Multiples that a group must have room for.
 _PER_GROUP = 4
 
-# Shares of uniform width among which the one of equal work is looked for.
+# Shares of uniform width among which the one of equal work is searched.
 _FINE = 256
 
 # How much longer a candidate may take, step and latency together, than the fastest of the same density.
 _ABOUT = 1.1
 
-# Times that differ by less are the same: sums of many terms.
+# Times that differ by a smaller factor are equal: they are sums of many terms, whose rounding errors differ.
 _EQUAL = 1 + 1e-9
 
 Times = npt.NDArray[np.float64]
@@ -67,15 +67,16 @@ def rungs(
 
 
 def snapped(architecture: Architecture, density: float, multiple: int) -> tuple[int, ...]:
-    """Widths near a share of every group that are multiples of a power of two; a small group's of a smaller one."""
+    """Widths near a share of every group that are multiples of a power of two; those of a small group, of a smaller
+    one."""
     widths = []
     for group in architecture.groups:
-        m = multiple
-        while m > 1 and group.size < _PER_GROUP * m:
-            m //= 2
+        group_multiple = multiple
+        while group_multiple > 1 and group.size < _PER_GROUP * group_multiple:
+            group_multiple //= 2
         # The whole group is as good as a multiple: a kernel pads it no more than the whole model's.
-        near = max(m, round(density * group.size / m) * m)
-        widths.append(min(near, group.size))
+        nearest = max(group_multiple, round(density * group.size / group_multiple) * group_multiple)
+        widths.append(min(nearest, group.size))
     return tuple(widths)
 
 
@@ -87,7 +88,7 @@ class _Uniform:
     macs: tuple[float, ...]
 
     def covering(self, macs: float) -> int:
-        """The place of the narrowest widths with at least as many MACs."""
+        """The index of the narrowest widths with at least as many MACs."""
         return min(bisect_left(self.macs, macs), len(self.macs) - 1)
 
 
@@ -113,41 +114,43 @@ class _Model:
 
 @lru_cache(maxsize=8)
 def _uniform(key: ArchitectureKey) -> _Uniform:
-    found: dict[tuple[int, ...], float] = {}
+    density_of_widths: dict[tuple[int, ...], float] = {}
     for k in range(1, _FINE + 1):
-        found.setdefault(widths_at(key.architecture, k / _FINE), k / _FINE)
-    widths = list(found)
+        density_of_widths.setdefault(widths_at(key.architecture, k / _FINE), k / _FINE)
+    widths = list(density_of_widths)
     macs = workload(key.architecture).forward_macs(widths)
     order = np.argsort(macs, kind="stable")
-    return _Uniform(tuple(Rung(found[widths[i]], widths[i], 1) for i in order), tuple(macs[order].tolist()))
+    return _Uniform(tuple(Rung(density_of_widths[widths[i]], widths[i], 1) for i in order), tuple(macs[order].tolist()))
 
 
 @lru_cache(maxsize=8)
 def _rungs(model: _Model, densities: tuple[float, ...]) -> tuple[Rung, ...]:
     architecture, uniform = model.architecture, _uniform(ArchitectureKey(model.architecture))
     times = model.times([r.widths for r in uniform.rungs])
-    out: list[Rung] = []
-    last = architecture.sizes
+    chosen_rungs: list[Rung] = []
+    widths_above = architecture.sizes
     for density in densities:
-        whole = widths_at(architecture, density)
-        shapes = {whole: 1}
+        uniform_widths = widths_at(architecture, density)
+        multiple_of_widths = {uniform_widths: 1}
         if density < 1:
             for m in MULTIPLES:
-                shapes.setdefault(snapped(architecture, density, m), m)
+                multiple_of_widths.setdefault(snapped(architecture, density, m), m)
         # Clipped to the rung above, so that rungs nest.
-        candidates = list(dict.fromkeys(Rung(density, tuple(map(min, w, last)), m) for w, m in shapes.items()))
-        gains, macs = _gains(model, candidates, uniform, times, last)
+        candidates = list(
+            dict.fromkeys(Rung(density, tuple(map(min, w, widths_above)), m) for w, m in multiple_of_widths.items())
+        )
+        gains, macs = _gains(model, candidates, uniform, times, widths_above)
         # Of those that are about as fast the widest: coarse steps would leave a board's room unused.
-        good = [i for i in range(len(candidates)) if gains[i] <= _ABOUT * min(gains)]
-        at = max(good, key=lambda i: (candidates[i].widths != last, macs[i]))
+        nearly_fastest = [i for i in range(len(candidates)) if gains[i] <= _ABOUT * min(gains)]
+        index = max(nearly_fastest, key=lambda i: (candidates[i].widths != widths_above, macs[i]))
         if density == densities[-1]:
-            at = 0  # what the smallest board can hold is no question of speed
-        elif gains[at] == math.inf:
+            index = 0  # what the smallest board can hold is no question of speed
+        elif gains[index] == math.inf:
             continue
-        if candidates[at].widths != last or not out:
-            out.append(candidates[at])
-            last = candidates[at].widths
-    return tuple(out)
+        if candidates[index].widths != widths_above or not chosen_rungs:
+            chosen_rungs.append(candidates[index])
+            widths_above = candidates[index].widths
+    return tuple(chosen_rungs)
 
 
 def _gains(
