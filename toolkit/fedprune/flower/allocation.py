@@ -21,7 +21,8 @@ from fedprune.strategies.strategy import Strategy
 # A density, or the name of a hardware profile for which widths are planned.
 DensityOrProfile = float | str
 
-# One for all; tiers; by node; or None: the strategy's own tiers or, where it has none, what nodes answer.
+# What users may say: one density for all; a list of tiers; a density by node; or None for the strategy's own tiers or,
+# where it has none, what nodes answer.
 Densities = float | str | Sequence[float] | Mapping[int, DensityOrProfile] | Callable[[int], DensityOrProfile] | None
 
 # Every node is asked for its own share.
@@ -44,8 +45,8 @@ class NodeShare:
 
 
 class Allocation:
-    """Decides on shares, and remembers what nodes said. Raises `ConfigError` if a density is not above 0 and at most 1,
-    or there is no such profile."""
+    """Decides on nodes' shares, and remembers what nodes answered. Raises `ConfigError` if a density is not above 0 and
+    at most 1, or there is no such profile."""
 
     def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, wishes: Densities = None) -> None:
         self._job, self._strategy, self._architecture = job, strategy, architecture
@@ -58,6 +59,7 @@ class Allocation:
         elif isinstance(wishes, str):
             if wishes != ASK:
                 self._by_node = lambda node: wishes
+                # A profile that doesn't exist or fit shows now, not in the first round.
                 self.of(wishes, 1)
         elif isinstance(wishes, Mapping):
             self._by_node = _named(dict(wishes))
@@ -74,20 +76,20 @@ class Allocation:
         return self._allocator is None and self._by_node is None
 
     def unknown(self, nodes: Sequence[int]) -> list[int]:
-        """The nodes that are to be asked, and haven't answered yet."""
+        """The nodes that are to be asked: those that haven't answered yet."""
         return [n for n in nodes if n not in self._said] if self.asks else []
 
     def heard(self, node: int, density: object, profile: object, samples: object) -> None:
-        """A node's description of itself.
+        """Note the share that a node asks for by its answer.
 
         Raises:
             ProtocolError: It is neither a density nor a profile that comes with fedprune.
             PlanError: No width fits that profile.
         """
         if isinstance(profile, str) and density is None:
-            known = profile_store.shipped()  # names only: text from a node never names a file here
-            if profile not in known:
-                raise ProtocolError(f"a node's profile {shown(profile)}{meant(profile, known)} isn't known here")
+            available = profile_store.shipped()  # names only: text from a node never names a file here
+            if profile not in available:
+                raise ProtocolError(f"a node's profile {shown(profile)}{meant(profile, available)} isn't known here")
             count = samples if isinstance(samples, int) and 1 <= samples <= 10**9 else 1
             self._said[node] = self.of(profile, count)
             return
@@ -108,11 +110,11 @@ class Allocation:
                 state.devices[str(node)] = Device(session=0, online=True, profile={}, probe=None, samples=1)
                 self._allocator.admit(self._fleet, str(node), None)
         self._allocator.open(self._fleet)
-        dealt = {n: state.devices[str(n)] for n in nodes}
-        return {n: NodeShare(d.widths, d.density) for n, d in dealt.items()}
+        devices = {n: state.devices[str(n)] for n in nodes}
+        return {n: NodeShare(d.widths, d.density) for n, d in devices.items()}
 
     def of(self, wish: DensityOrProfile, samples: int) -> NodeShare:
-        """The share that a density or a profile comes to.
+        """The share of a density, or the one that is planned for a profile.
 
         Raises:
             ConfigError: It is neither.
@@ -121,8 +123,8 @@ class Allocation:
         """
         if isinstance(wish, str):
             recipe = partial(self._recipe, wish, samples)
-            made = PlanSearch(self._architecture, profile_store.find(wish), recipe, samples).plan()
-            return NodeShare(made.widths, kept_share(self._architecture, made.widths), made.accumulate)
+            plan = PlanSearch(self._architecture, profile_store.find(wish), recipe, samples).plan()
+            return NodeShare(plan.widths, kept_share(self._architecture, plan.widths), plan.accumulate)
         check_density("density of a node", wish)
         return NodeShare(widths_at(self._architecture, wish), float(wish))
 

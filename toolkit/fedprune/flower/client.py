@@ -97,10 +97,10 @@ class Part:
         for name, sent in self.tensors.items():
             if name not in tensors:
                 raise ConfigError(f"the reply lacks tensor {name}", expected=f"float32 {sent.shape}")
-            value = _array(tensors[name])
-            if value.shape != sent.shape:
-                raise ConfigError(f"shape of {name} in the reply", expected=sent.shape, got=value.shape)
-            arrays[name] = Array(value)
+            array = _array(tensors[name])
+            if array.shape != sent.shape:
+                raise ConfigError(f"shape of {name} in the reply", expected=sent.shape, got=array.shape)
+            arrays[name] = Array(array)
         key = str(self.message.content[RECORD]["arrays"])
         return self._said({key: ArrayRecord(arrays)}, samples, {STEPS: int(steps), **metrics})
 
@@ -110,10 +110,10 @@ class Part:
 
     def _said(self, records: dict[str, Any], samples: int, metrics: Mapping[str, float]) -> Message:
         weight = str(self.message.content[RECORD]["weight"])
-        said = MetricRecord(
+        metric_record = MetricRecord(
             {weight: int(samples), **{k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}}
         )
-        return Message(RecordDict({**records, "metrics": said}), reply_to=self.message)
+        return Message(RecordDict({**records, "metrics": metric_record}), reply_to=self.message)
 
 
 def answer(
@@ -130,8 +130,8 @@ def answer(
     """
     if (density is None) == (profile is None):
         raise ConfigError("what a node carries", expected="a density or a profile", got=(density, profile))
-    said = {"format": FORMAT, "density": density, "profile": profile, "samples": samples}
-    record = ConfigRecord({k: v for k, v in said.items() if v is not None})
+    body = {"format": FORMAT, "density": density, "profile": profile, "samples": samples}
+    record = ConfigRecord({k: v for k, v in body.items() if v is not None})
     return Message(RecordDict({RECORD: record}), reply_to=message)
 
 

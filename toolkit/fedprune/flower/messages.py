@@ -18,11 +18,11 @@ STEPS = "num-steps"
 
 def check_format(record: object) -> None:
     """Check that a record is of this format. Raises `ProtocolError` if the record has another format, or none."""
-    found = record.get("format") if hasattr(record, "get") else None
-    if found != FORMAT:
+    format_name = record.get("format") if hasattr(record, "get") else None
+    if format_name != FORMAT:
         raise ProtocolError(
             f"record {RECORD!r} of a message",
             expected=FORMAT,
-            got="nothing" if found is None else shown(found),
+            got="nothing" if format_name is None else shown(format_name),
             hint="Does the ServerApp use FedpruneStrategy of the same version?",
         )

@@ -31,6 +31,7 @@ from fedprune.strategies.values import Cut, Memories, Report, Scene, Submodel, T
 
 FORMAT = "fedprune.flower-state/1"
 
+# The tensor that holds the state's head as JSON: one file, so that it is replaced in one step.
 _HEAD = "fedprune"
 
 _LOG = logging.getLogger("flwr.fedprune")
@@ -116,9 +117,9 @@ class Rounds:
             model: What Flower continues from: what the user began with, as long as no round has given anything.
         """
         base = check_model(self.architecture, model)
-        if self.number == 0 and (begun := self.strategy.begin(self.architecture, base)) is not base:
-            still = self._frozen_by(self.job.recipe)
-            base = {**begun, **{n: v for n, v in base.items() if n in still}}
+        if self.number == 0 and (first_model := self.strategy.begin(self.architecture, base)) is not base:
+            frozen = self._frozen_by(self.job.recipe)
+            base = {**first_model, **{n: v for n, v in base.items() if n in frozen}}
         self.model = base
         return base
 
@@ -141,7 +142,7 @@ class Rounds:
         return self._tasks[node]
 
     def serving(self, round_: int, shares: Mapping[str, NodeShare]) -> dict[str, Task]:
-        """The submodels of the present model, to be looked at instead of trained."""
+        """The submodels of the present model for evaluation; the open round stays as it is."""
         return self._made(self._at(max(1, round_), ()), shares)
 
     def close(self, updates: Iterable[tuple[str, Update]]) -> Outcome:
@@ -163,13 +164,14 @@ class Rounds:
                 _LOG.warning("round %d: node %s answered twice; its first answer counts", scene.round, node)
                 continue
             try:
-                found = self._received(node, update)
-                round_.check(found)
-                received[node] = replace(found, checked=True)
+                round_update = self._received(node, update)
+                round_.check(round_update)
+                received[node] = replace(round_update, checked=True)
                 refused.pop(node, None)
             except FedpruneError as error:
                 refused[node] = str(error)
         samples = {node: 1 if uniform else update.samples for node, update in received.items()}
+        # Weights are decided when all updates are in, so that their order doesn't matter.
         weights = capped(samples, self.job.weight_limit, self.job.most_samples)
         weighted = [replace(received[node], weight=weights[node]) for node in sorted(received)]
         result = round_.close(weighted, 1.0, scene.participants)
@@ -206,27 +208,27 @@ class Rounds:
         text = np.frombuffer(json.dumps(head, sort_keys=True).encode(), np.uint8)
         tensors: dict[str, npt.NDArray[Any]] = {_HEAD: text}
         tensors |= {f"model/{n}": v for n, v in self.model.items()}
-        for number, held in enumerate(self._memory.values()):
-            tensors |= {f"memory/{number}/{key}": np.asarray(v) for key, v in held.items()}
+        for number, tensors_of_memory in enumerate(self._memory.values()):
+            tensors |= {f"memory/{number}/{key}": np.asarray(v) for key, v in tensors_of_memory.items()}
         write_whole(path, tensorfile.encode(tensors))
 
     def restore(self, path: Path) -> bool:
-        """Go on from what `save` wrote; False where there is no such file. Raises `StorageError` if it is damaged, or
-        of another model or strategy."""
+        """Continue from what `save` wrote; False if there is no file. Raises `StorageError` if it is damaged, or of
+        another model or strategy."""
         if not is_there(path, file=True):
             return False
         try:
-            held = tensorfile.decode(path.read_bytes())
-            head = json.loads(held.pop(_HEAD).tobytes())
+            stored = tensorfile.decode(path.read_bytes())
+            head = json.loads(stored.pop(_HEAD).tobytes())
             kinds = {"format": str, "architecture": str, "strategy": str, "round": int, "samples": dict, "last": dict}
             kinds |= {"memory": list}
             if {k: type(head[k]) for k in kinds} != kinds:
                 raise ValueError("its head")
-            model = {n.removeprefix("model/"): v for n, v in held.items() if n.startswith("model/")}
+            model = {n.removeprefix("model/"): v for n, v in stored.items() if n.startswith("model/")}
             memory: Memories = {}
             for number, name in enumerate(head["memory"]):
                 prefix = f"memory/{number}/"
-                memory[str(name)] = {n.removeprefix(prefix): v for n, v in held.items() if n.startswith(prefix)}
+                memory[str(name)] = {n.removeprefix(prefix): v for n, v in stored.items() if n.startswith(prefix)}
             expected = {"format": FORMAT, "architecture": self.architecture.digest, "strategy": self.job.strategy}
             for key, value in expected.items():
                 if head[key] != value:
@@ -248,13 +250,13 @@ class Rounds:
 
     def _made(self, scene: Scene, shares: Mapping[str, NodeShare]) -> dict[str, Task]:
         ranking = self.strategy.rank(scene)
-        whole = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
+        full_selection = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
         selections: dict[tuple[int, ...], Selection] = {}
-        made: dict[tuple[tuple[int, ...], float], Submodel] = {}
-        out: dict[str, Task] = {}
+        submodel_of_share: dict[tuple[tuple[int, ...], float], Submodel] = {}
+        tasks: dict[str, Task] = {}
         for node, share in sorted(shares.items()):
             key = (share.widths, share.density)
-            selection = selections.setdefault(share.widths, whole.narrowed(share.widths))
+            selection = selections.setdefault(share.widths, full_selection.narrowed(share.widths))
             turn = Turn(
                 scene.seed,
                 scene.round,
@@ -265,13 +267,13 @@ class Rounds:
                 self._last.get(node, 0),
             )
             cut = Cut(scene, turn, selection, ranking.order)
-            submodel = made.get(key) if self.strategy.device_independent else None
+            submodel = submodel_of_share.get(key) if self.strategy.device_independent else None
             if submodel is None:
                 submodel = self.strategy.extract(cut)
-                made[key] = submodel
+                submodel_of_share[key] = submodel
             recipe = self.strategy.recipe(scene.recipe, turn)
-            out[node] = Task(cut, submodel, recipe.in_parts(share.accumulate))
-        return out
+            tasks[node] = Task(cut, submodel, recipe.in_parts(share.accumulate))
+        return tasks
 
     def _received(self, node: str, update: Update) -> RoundUpdate:
         """A node's update, for the open round. Raises `ProtocolError` if the node has no part in the round, or a count
@@ -279,7 +281,9 @@ class Rounds:
         if node not in self._tasks:
             raise ProtocolError("it has no part in this round")
         task = self._tasks[node]
+        # Checked here alone: Flower passes on whatever a node's app answers.
         check_counts(update.samples, update.steps, MAX_WEIGHT)
+        # Frozen tensors count as they were sent, whatever a node's own loop has done to them.
         frozen = self._frozen_by(task.recipe)
         tensors = {**update.tensors, **{n: v for n, v in task.submodel.tensors.items() if n in frozen}}
         cut = replace(task.cut, turn=replace(task.cut.turn, samples=update.samples))

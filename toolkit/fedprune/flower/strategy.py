@@ -28,6 +28,7 @@ from fedprune.model.selection import Tensors
 # Seconds that nodes have to answer for their share; late ones are asked again in the next round.
 _ASK_S = 60.0
 
+# Names that torch's batch norms have in a state dict.
 _COUNTER = "num_batches_tracked"
 
 _VAR = "running_var"
@@ -183,14 +184,14 @@ class FedpruneStrategy(FedAvg):
 
     def _dealt(self, nodes: list[int], number: int, grid: Grid) -> dict[str, NodeShare]:
         self._ask(self._allocation.unknown(nodes), grid)
-        dealt = self._allocation.deal(nodes, number)
-        if nodes and not dealt:
+        shares = self._allocation.deal(nodes, number)
+        if nodes and not shares:
             raise ConfigError(
                 "no node says what it carries",
                 expected='an @app.query("fedprune") in the ClientApp that returns answer(message, density=...)',
                 hint="Or give FedpruneStrategy a density for all, or a list of them.",
             )
-        return {str(node): share for node, share in dealt.items()}
+        return {str(node): share for node, share in shares.items()}
 
     def _ask(self, nodes: list[int], grid: Grid) -> None:
         """Ask nodes what they carry; who doesn't answer is left out, and asked again when its turn comes."""
@@ -211,18 +212,19 @@ class FedpruneStrategy(FedAvg):
                 _LOG.warning("node %s is excluded: %s", node, error)
 
     def _messages(self, tasks: Mapping[str, Task], kind: str, config: ConfigRecord, group: str) -> list[Message]:
-        sent: dict[int, ArrayRecord] = {}
-        out = []
+        records: dict[int, ArrayRecord] = {}
+        messages = []
         for node, task in tasks.items():
             tensors = task.submodel.tensors
-            if id(tensors) not in sent:
-                sent[id(tensors)] = self._record(tensors)
-            words = self._words(node, task)
+            # Nodes of equal shares get the same tensors: they are encoded once.
+            if id(tensors) not in records:
+                records[id(tensors)] = self._record(tensors)
+            body = self._words(node, task)
             if kind == MessageType.TRAIN and self._training is not None:
-                words["graph"] = self._graph(task.recipe.features)
-            content = {self.arrayrecord_key: sent[id(tensors)], self.configrecord_key: config, RECORD: words}
-            out.append(Message(RecordDict(content), int(node), kind, group_id=group))
-        return out
+                body["graph"] = self._graph(task.recipe.features)
+            content = {self.arrayrecord_key: records[id(tensors)], self.configrecord_key: config, RECORD: body}
+            messages.append(Message(RecordDict(content), int(node), kind, group_id=group))
+        return messages
 
     def _graph(self, features: Features) -> bytes:
         if features.key not in self._graphs and self._training is not None:
@@ -257,28 +259,30 @@ class FedpruneStrategy(FedAvg):
         """The model in an ArrayRecord; what else is in it goes along with every message. Raises `ConfigError` if a
         tensor is missing or has another type or shape, or one goes by several names."""
         architecture = self._rounds.architecture
-        out: Tensors = {}
+        tensors: Tensors = {}
         try:
             for spec in architecture.tensors:
                 if spec.name not in arrays:
                     raise ProtocolError(f"tensor {spec.name} is missing")
-                out[spec.name] = float32_array(arrays[spec.name].data, spec.shape, f"tensor {spec.name}")
+                tensors[spec.name] = float32_array(arrays[spec.name].data, spec.shape, f"tensor {spec.name}")
         except ProtocolError as error:
             raise ConfigError(f"the arrays are not the model's: {error}", hint="Start with strategy.arrays.") from error
-        beside = {n: a for n, a in arrays.items() if n not in out}
+        other_arrays = {n: a for n, a in arrays.items() if n not in tensors}
+        # Weights that two layers share are two arrays of a state dict, but one tensor of the imported model: trained,
+        # the second name would keep its old values. Later models come from here.
         if self._rounds.number == 0:
-            bits = {(v.shape, v.tobytes()): n for n, v in out.items()}
-            for name, array in beside.items():
+            name_of_value = {(v.shape, v.tobytes()): n for n, v in tensors.items()}
+            for name, array in other_arrays.items():
                 value = array.numpy()
-                twin = bits.get((value.shape, value.tobytes())) if value.dtype == np.float32 else None
-                if twin is not None:
+                same_tensor = name_of_value.get((value.shape, value.tobytes())) if value.dtype == np.float32 else None
+                if same_tensor is not None:
                     raise ConfigError(
-                        f"array {name} is the same as {twin}: weights that go by several names",
+                        f"array {name} is the same as {same_tensor}: weights that go by several names",
                         expected="each once",
                         hint="Start with strategy.arrays.",
                     )
-        self._beside = beside or self._beside
-        return out
+        self._beside = other_arrays or self._beside
+        return tensors
 
     def _update(self, node: str, reply: Message) -> Update:
         """An answer's tensors and counts; `Rounds.close` checks them further. Raises `ProtocolError` if it isn't one of
@@ -296,28 +300,28 @@ class FedpruneStrategy(FedAvg):
                 expected="one of arrays and one of metrics",
                 got=f"{len(records)} and {len(metrics)}",
             )
-        (arrays,), (said,) = records.values(), metrics.values()
+        (arrays,), (metric_record,) = records.values(), metrics.values()
         tensors: dict[str, npt.NDArray[Any]] = {}
         for name, shape in shapes.items():
             if name not in arrays:
                 raise ProtocolError(f"update lacks tensor {name}")
             tensors[name] = float32_array(arrays[name].data, shape, f"tensor {name} in an update")
-        samples, steps = _whole(said.get(self.weighted_by_key)), _whole(said.get(STEPS, 1))
+        samples, steps = _whole(metric_record.get(self.weighted_by_key)), _whole(metric_record.get(STEPS, 1))
         return Update(tensors, samples, steps)
 
     def _averaged(
         self, contents: list[RecordDict], average: Callable[[list[RecordDict], str], MetricRecord]
     ) -> MetricRecord | None:
         """Metrics of answers that name the same ones: the most frequent kind, so that no single one is in the way."""
-        shapes = [_kind(content, self.weighted_by_key) for content in contents]
-        known = Counter(s for s in shapes if s is not None)
-        if not known:
+        kinds = [_kind(content, self.weighted_by_key) for content in contents]
+        counts = Counter(s for s in kinds if s is not None)
+        if not counts:
             return None
-        usual = min(known, key=lambda s: (-known[s], s))
-        used = [c for c, s in zip(contents, shapes, strict=True) if s == usual]
-        if len(used) < len(contents):
-            _LOG.warning("%d answers have other metrics than most, which don't count", len(contents) - len(used))
-        return average(used, self.weighted_by_key)
+        most_frequent = min(counts, key=lambda s: (-counts[s], s))
+        counted = [c for c, s in zip(contents, kinds, strict=True) if s == most_frequent]
+        if len(counted) < len(contents):
+            _LOG.warning("%d answers have other metrics than most, which don't count", len(contents) - len(counted))
+        return average(counted, self.weighted_by_key)
 
 
 def _counters(rounds: Rounds) -> dict[str, Array]:

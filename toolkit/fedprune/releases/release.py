@@ -26,7 +26,8 @@ MANIFEST, SIGNATURE, FILES = "release.json", "release.sig", "files"
 
 MAX_FILE = 2**30
 MAX_BYTES = 2**31
-# Limits of a release: bytes of a file, of all files, and of all unpacked files.
+# Limits of a release: bytes of a file, of all files, and of all unpacked files. A board checks them before it pulls a
+# byte, so that a wrong manifest can't fill its disk.
 MAX_UNPACKED = 2**32
 
 # Domain of the signature, so that signatures for other purposes are invalid here.
@@ -94,10 +95,12 @@ class Release:
             raise ReleaseError(what, expected=f"at most {MAX_MANIFEST} bytes", got=len(data))
         release = records.read(cls, data, what, ReleaseError)
         files = release.files
+        # Files are stored by digest and installed by name: neither may stand for two of them.
         if len({f.name for f in files}) < len(files) or len({f.sha256 for f in files}) < len(files):
             raise ReleaseError(f"{what}: files", expected="each of them once", got=f"{len(files)} entries")
         if release.size > MAX_BYTES:
             raise ReleaseError(f"{what}: files", expected=f"at most {MAX_BYTES} bytes together", got=release.size)
+        # Both are shown in logs and at terminals, where a line break could forge a line.
         return replace(release, version=one_line(release.version), created=one_line(release.created))
 
 
@@ -115,13 +118,14 @@ def is_signed(manifest: bytes, signature: bytes, key: VerifyingKey) -> bool:
 
 
 def opened(manifest: bytes, signature: bytes, key: VerifyingKey) -> Release:
-    """Verify a manifest's signature by the server's key, then parse it. Raises `ReleaseError` if the signature isn't
-    the server's, or the manifest is invalid."""
+    """The release of a manifest that the server has signed. Raises `ReleaseError` if the signature isn't the server's,
+    or the manifest is invalid."""
     if len(manifest) > MAX_MANIFEST or not is_signed(manifest, signature, key):
         raise ReleaseError(
             "the release's signature is not the server's",
             hint=f"This board takes releases of key {key.fingerprint} alone. Have the release made again there.",
         )
+    # Parsed only now: nothing that a stranger wrote reaches the parser.
     return Release.from_bytes(manifest)
 
 
@@ -149,34 +153,35 @@ def write_release(
     release makes no sense."""
     with storage_errors(f"can't make a release in {folder}"):
         (folder / FILES).mkdir(parents=True, exist_ok=True)
-        rows = []
+        files = []
         for wheel in sorted(wheels, key=lambda w: w.name):
-            row = ReleaseFile(wheel.name, file_digest(wheel), wheel.stat().st_size)
-            write_whole(folder / FILES / row.sha256, wheel.read_bytes())
-            rows.append(row)
-    return _sign_into(folder, release(tuple(rows)), key)
+            file = ReleaseFile(wheel.name, file_digest(wheel), wheel.stat().st_size)
+            write_whole(folder / FILES / file.sha256, wheel.read_bytes())
+            files.append(file)
+    return _sign_into(folder, release(tuple(files)), key)
 
 
 def write_again(folder: Path, old: Path, key: SigningKey, *, number: int, version: str = "", created: str) -> Release:
     """Make an earlier release again under a new number, to go back to it; the version is the earlier one's by default.
     Raises `ReleaseError` if the earlier release, signed by the same key, is not whole, or the number is not above its
     own."""
-    before, _, _ = read_release(old, key.verifying)
-    if number <= before.number:
-        raise ReleaseError("number of a release", expected=f"above {before.number}, as of {old}", got=number)
+    earlier, _, _ = read_release(old, key.verifying)
+    if number <= earlier.number:
+        raise ReleaseError("number of a release", expected=f"above {earlier.number}, as of {old}", got=number)
     with storage_errors(f"can't make a release in {folder}"):
         (folder / FILES).mkdir(parents=True, exist_ok=True)
-        for file in before.files:
+        for file in earlier.files:
             write_whole(folder / FILES / file.sha256, (old / FILES / file.sha256).read_bytes())
-    again = replace(before, number=number, version=version or before.version, created=created)
-    return _sign_into(folder, again, key)
+    release = replace(earlier, number=number, version=version or earlier.version, created=created)
+    return _sign_into(folder, release, key)
 
 
 def _sign_into(folder: Path, release: Release, key: SigningKey) -> Release:
-    made = Release.from_bytes(release.to_bytes())
-    write_whole(folder / MANIFEST, made.to_bytes())
-    write_whole(folder / SIGNATURE, signed(made.to_bytes(), key))
-    return made
+    # Read back as boards read it: a release that they would refuse must not be signed.
+    checked = Release.from_bytes(release.to_bytes())
+    write_whole(folder / MANIFEST, checked.to_bytes())
+    write_whole(folder / SIGNATURE, signed(checked.to_bytes(), key))
+    return checked
 
 
 def _read(path: Path, limit: int) -> bytes:

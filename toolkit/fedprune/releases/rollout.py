@@ -26,11 +26,12 @@ from fedprune.core.settings import bounded, check_fields
 from fedprune.core.text import one_line, quantity
 
 FORMAT = "fedprune.rollout/1"
+# More stages than anybody plans by hand; a report looks at all that have begun.
 MAX_STAGES = 32
 MAX_SECONDS = 366 * 86_400.0
 KINDS = ("release", "model", "bundle")
 
-# Deadlines that have moved and may be left in the heap of a small rollout; of a large one as many as it has boards.
+# Outdated deadlines that may stay in the heap of a small rollout; in that of a large one, as many as boards are busy.
 _FORMER_DEADLINES = 64
 
 
@@ -88,11 +89,12 @@ class RolloutPlan:
     def groups(self, boards: Iterable[str]) -> list[list[str]]:
         """The boards of each stage: in an order that depends on the seed and nothing else."""
         order = sorted(set(boards), key=lambda b: hashlib.sha256(f"{self.seed}/{b}".encode()).digest())
-        groups, begun = [], 0
+        groups, start = [], 0
         for stage in self.stages:
-            end = max(math.ceil(stage.share * len(order) - 1e-9), min(begun + 1, len(order)))
-            groups.append(order[begun:end])
-            begun = end
+            # 1e-9: a share that is a whole number of boards must not be rounded up by a floating-point error.
+            end = max(math.ceil(stage.share * len(order) - 1e-9), min(start + 1, len(order)))
+            groups.append(order[start:end])
+            start = end
         return groups
 
 
@@ -123,7 +125,13 @@ class RolloutPhase(str, Enum):
 
 @dataclass
 class BoardFate:
-    """One board's part. The deadline is None unless the board was given the new thing."""
+    """One board's part in a rollout.
+
+    Attributes:
+        stage: The stage that it belongs to, from 0.
+        deadline: The time by which it must report; None unless it was given the new thing.
+        reason: Why it failed.
+    """
 
     stage: int
     fate: Fate = Fate.WAITING
@@ -212,7 +220,7 @@ class Rollout:
         return self._onward(now)
 
     def well(self, name: str, now: float) -> list[RolloutCommand]:
-        """A board reports success; ignored where it wasn't given anything, or too late."""
+        """Count a board's report of success; it is ignored if the board wasn't given anything, or reports too late."""
         board = self.boards.get(name)
         if not self.phase.under_way or board is None or board.fate is not Fate.GIVEN:
             return []
@@ -221,7 +229,7 @@ class Rollout:
         return self.tick(now)
 
     def failed(self, name: str, reason: str, now: float) -> list[RolloutCommand]:
-        """A board reports a rollback, also after its success."""
+        """Count a board's report of a rollback, also after its success."""
         board = self.boards.get(name)
         if not self.phase.under_way or board is None or board.fate not in (Fate.GIVEN, Fate.WELL):
             return []
@@ -234,7 +242,7 @@ class Rollout:
         return 1 + max([0, self.stage, *(n for n, counts in enumerate(self._counts) if counts.total())])
 
     def heard(self, name: str, now: float, seconds: float) -> list[RolloutCommand]:
-        """A board reports progress: it fails unless it reports again within this many seconds."""
+        """Count a board's report of progress: it fails unless it reports again within this many seconds."""
         board = self.boards.get(name)
         if not self.phase.under_way or board is None or board.fate is not Fate.GIVEN:
             return []
@@ -243,8 +251,8 @@ class Rollout:
         return self.tick(now)
 
     def resumed(self, now: float) -> list[RolloutCommand]:
-        """Boards couldn't report for a while, as when the server was down: those that are busy get their full time
-        again."""
+        """Give busy boards their full time again, since they couldn't report for a while, as when the server was
+        down."""
         if not self.phase.under_way:
             return []
         until = now + self.plan.board_seconds
@@ -256,17 +264,17 @@ class Rollout:
 
     def join(self, name: str, now: float) -> list[RolloutCommand]:
         """Add a board to the last stage: a new one, or one that had left the fleet."""
-        known = self.boards.get(name)
-        if not self.phase.under_way or (known is not None and known.fate is not Fate.GONE):
+        former = self.boards.get(name)
+        if not self.phase.under_way or (former is not None and former.fate is not Fate.GONE):
             return []
-        if known is not None:
-            self._counts[known.stage][known.fate] -= 1
+        if former is not None:
+            self._counts[former.stage][former.fate] -= 1
         self.boards[name] = BoardFate(len(self.plan.stages) - 1)
         self._counts[-1][Fate.WAITING] += 1
         self.changed.add(name)
-        begun = self.phase is RolloutPhase.RUNNING and self.stage == len(self.plan.stages) - 1
-        given = [self._give(name, now)] if begun else []
-        return [*given, *self.tick(now)]
+        may_begin = self.phase is RolloutPhase.RUNNING and self.stage == len(self.plan.stages) - 1
+        commands = [self._give(name, now)] if may_begin else []
+        return [*commands, *self.tick(now)]
 
     def without(self, names: Iterable[str], now: float) -> list[RolloutCommand]:
         """Remove boards that left the fleet: finished ones still count, the others count neither way.
@@ -279,18 +287,18 @@ class Rollout:
             board = self.boards.get(name)
             if board is not None and board.fate in (Fate.WAITING, Fate.GIVEN):
                 self._change(name, Fate.GONE)
-        given = []
+        commands = []
         for number in range(max(self.stage, 0), len(self.plan.stages) - 1):
-            later = [n for n in sorted(self.boards) if self._waits(n) and self.boards[n].stage > number]
-            if later and not self._size(number):
-                heir = min(later, key=lambda n: self.boards[n].stage)
+            waiting = [n for n in sorted(self.boards) if self._waits(n) and self.boards[n].stage > number]
+            if waiting and not self._size(number):
+                heir = min(waiting, key=lambda n: self.boards[n].stage)
                 self._counts[self.boards[heir].stage][Fate.WAITING] -= 1
                 self._counts[number][Fate.WAITING] += 1
                 self.boards[heir].stage = number
                 self.changed.add(heir)
-                begun = self.phase is RolloutPhase.RUNNING and number == self.stage
-                given += [self._give(heir, now)] if begun else []
-        return [*given, *self.tick(now)]
+                may_begin = self.phase is RolloutPhase.RUNNING and number == self.stage
+                commands += [self._give(heir, now)] if may_begin else []
+        return [*commands, *self.tick(now)]
 
     def stop(self, reason: str) -> list[RolloutCommand]:
         return self._halt(f"stopped: {one_line(reason, 300)}") if self.phase.under_way else []
@@ -306,10 +314,10 @@ class Rollout:
         if self.phase is not RolloutPhase.PAUSED:
             return self.tick(now)
         self.phase, self.why = RolloutPhase.RUNNING, ""
-        late = [n for n in sorted(self.boards) if self._waits(n) and self.boards[n].stage <= self.stage]
-        if late:
+        late_boards = [n for n in sorted(self.boards) if self._waits(n) and self.boards[n].stage <= self.stage]
+        if late_boards:
             self.stage_ends[self.stage] = max(self.stage_ends[self.stage], now + self.plan.stages[self.stage].seconds)
-        return [*(self._give(name, now) for name in late), *self.tick(now)]
+        return [*(self._give(name, now) for name in late_boards), *self.tick(now)]
 
     def failures(self) -> dict[str, str]:
         return {n: b.reason for n, b in sorted(self.boards.items()) if b.fate is Fate.FAILED}
@@ -330,26 +338,26 @@ class Rollout:
         if not self.given and self.stage == len(self.plan.stages) - 1 and not waiting:
             self.phase, self.why = RolloutPhase.DONE, ""
             return commands
-        ends = [end for n, end in enumerate(self.stage_ends) if self._counts[n][Fate.GIVEN]]
+        times = [end for n, end in enumerate(self.stage_ends) if self._counts[n][Fate.GIVEN]]
         if (first := self._next_deadline()) is not None:
-            ends.append(first[0])
-        return [*commands, Wake(min(ends, default=math.inf))]  # a paused one may have nothing to wait for
+            times.append(first[0])
+        return [*commands, Wake(min(times, default=math.inf))]  # a paused one may have nothing to wait for
 
     def _trouble(self, number: int) -> str:
         """Why a stage stops the rollout; empty if it doesn't."""
         size = self._size(number)
         if self._counts[number][Fate.FAILED] <= self.plan.stages[number].errors * size + 1e-9:
             return ""
-        bad = [n for n in self._of(number) if self.boards[n].fate is Fate.FAILED]
-        told = "; ".join(f"{n}: {self.boards[n].reason}" for n in bad[:20])
-        more = f"; and {len(bad) - 20} more" if len(bad) > 20 else ""
-        return f"stage {number + 1}: {len(bad)} of {quantity(size, 'board')} failed ({told}{more})"
+        failed_boards = [n for n in self._of(number) if self.boards[n].fate is Fate.FAILED]
+        reasons = "; ".join(f"{n}: {self.boards[n].reason}" for n in failed_boards[:20])
+        more_text = f"; and {len(failed_boards) - 20} more" if len(failed_boards) > 20 else ""
+        return f"stage {number + 1}: {len(failed_boards)} of {quantity(size, 'board')} failed ({reasons}{more_text})"
 
     def _passed(self, number: int) -> bool:
         return self._counts[number][Fate.WELL] >= self.plan.stages[number].success * self._size(number) - 1e-9
 
     def _size(self, number: int) -> int:
-        """How many boards of a stage count."""
+        """The number of boards of a stage that count."""
         return self._counts[number].total() - self._counts[number][Fate.GONE]
 
     def _of(self, number: int) -> list[str]:
@@ -368,10 +376,10 @@ class Rollout:
 
     def _halt(self, why: str) -> list[RolloutCommand]:
         self.phase, self.why = RolloutPhase.STOPPED, why
-        given = sorted(self.given)
-        for name in given:
+        withdrawn = sorted(self.given)
+        for name in withdrawn:
             self._change(name, Fate.WAITING)
-        return [Withdraw(name) for name in given]
+        return [Withdraw(name) for name in withdrawn]
 
     def _change(self, name: str, fate: Fate, deadline: float | None = None) -> None:
         board = self.boards[name]
@@ -390,7 +398,7 @@ class Rollout:
             self._sort_deadlines()
 
     def _sort_deadlines(self) -> None:
-        """Begin the heap anew, without deadlines that have moved since."""
+        """Make the heap anew, without outdated deadlines."""
         deadlines = ((self.boards[name].deadline, name) for name in self.given)
         self._deadlines = [(deadline, name) for deadline, name in deadlines if deadline is not None]
         heapq.heapify(self._deadlines)
@@ -404,7 +412,7 @@ class Rollout:
         return None
 
     def settle(self) -> None:
-        """The changed boards are saved."""
+        """Forget the recorded changes, which are saved now."""
         self.changed.clear()
 
     def head(self) -> dict[str, Any]:
@@ -428,7 +436,7 @@ class Rollout:
                 raise ValueError("stage")
             if not all(0 <= b.stage < len(plan.stages) for b in boards.values()):
                 raise ValueError("a board's stage")
-            phase, why, now = RolloutPhase(body["phase"]), str(body["why"]), float(body["now"])
-            return cls(plan, boards, stage, ends, phase, why, now)
+            phase, reason, now = RolloutPhase(body["phase"]), str(body["why"]), float(body["now"])
+            return cls(plan, boards, stage, ends, phase, reason, now)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ConfigError) as error:
             raise StorageError(f"the record of a rollout is not one ({error!r})") from error

@@ -24,6 +24,7 @@ from fedprune.core.zip_limits import read_member
 # This project's package, whose extra names a board's requirements.
 OWN = "fedprune"
 
+# Bytes of a wheel's metadata; it is read whole, also from archives that lie about their size.
 _MAX_METADATA = 4 * 2**20
 
 Refuse = type[FedpruneError]
@@ -47,8 +48,8 @@ def supported(minor: int, platforms: Sequence[str]) -> frozenset[Tag]:
 
 def environment(minor: int, machine: str) -> dict[str, str]:
     """The environment of markers on Linux with CPython 3.`minor` and a processor as of `uname -m`."""
-    found = {str(k): str(v) for k, v in default_environment().items()}
-    found.update(
+    markers = {str(k): str(v) for k, v in default_environment().items()}
+    markers.update(
         python_version=f"3.{minor}",
         python_full_version=f"3.{minor}.0",
         platform_machine=machine,
@@ -58,7 +59,7 @@ def environment(minor: int, machine: str) -> dict[str, str]:
         implementation_name="cpython",
         platform_python_implementation="CPython",
     )
-    return found
+    return markers
 
 
 def unmet(
@@ -73,18 +74,19 @@ def unmet(
     """
     versions = {name: version for name, version, _ in (parsed(wheel, refuse) for wheel in wheels)}
     for wheel in wheels:
-        around = markers | {"extra": extra if parsed(wheel, refuse)[0] == OWN else ""}
+        environment_of_wheel = markers | {"extra": extra if parsed(wheel, refuse)[0] == OWN else ""}
         for line in required(wheel, refuse):
             try:
-                wanted = Requirement(line)
+                requirement = Requirement(line)
             except InvalidRequirement as error:
                 raise refuse(f"{wheel.name} requires {line!r:.80}, which can't be read") from error
-            name = canonicalize_name(wanted.name)
-            if (wanted.marker and not wanted.marker.evaluate(around)) or provided(name):
+            name = canonicalize_name(requirement.name)
+            if (requirement.marker and not requirement.marker.evaluate(environment_of_wheel)) or provided(name):
                 continue
-            found = versions.get(name)
-            if found is None or not wanted.specifier.contains(found, prereleases=True):
-                yield wheel, wanted, found
+            version = versions.get(name)
+            # A pre-release that somebody put there on purpose satisfies a requirement.
+            if version is None or not requirement.specifier.contains(version, prereleases=True):
+                yield wheel, requirement, version
 
 
 def required(wheel: Path, refuse: Refuse) -> list[str]:

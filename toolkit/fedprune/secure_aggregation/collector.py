@@ -85,6 +85,7 @@ class Collector:
             return
         keys = Advertisement.from_bytes(message)
         keys.verify(self._session, board, self._directory[board])
+        # Verified before it is stored: a board that is refused can send its right advertisement later.
         self._keys[board] = keys
         self._note(board, message)
 
@@ -92,13 +93,17 @@ class Collector:
         """End the step of keys: each board's message."""
         self._end(_ADVERTISE)
         self._graph = self._session.neighbours(tuple(self._keys), self._random)
-        return {board: encode_roster({n: self._keys[n] for n in around}) for board, around in self._graph.items()}
+        return {
+            board: encode_roster({n: self._keys[n] for n in neighbours}) for board, neighbours in self._graph.items()
+        }
 
     def add_shares(self, board: str, message: bytes) -> None:
         if not self._new(_SHARE, board, message, self._graph):
             return
-        around = self._graph[board]
-        self._sealed[board] = dict(zip(around, split(message, SEALED, len(around), "sealed shares"), strict=True))
+        neighbours = self._graph[board]
+        self._sealed[board] = dict(
+            zip(neighbours, split(message, SEALED, len(neighbours), "sealed shares"), strict=True)
+        )
         self._note(board, message)
 
     def deliveries(self) -> dict[str, bytes]:
@@ -136,8 +141,8 @@ class Collector:
     @property
     def ready(self) -> bool:
         """Whether enough boards have answered for `total`."""
-        least = self._session.threshold
-        return self._step == _UNMASK and all(len(self._shares.get(b, ())) >= least for b in self._needed())
+        threshold = self._session.threshold
+        return self._step == _UNMASK and all(len(self._shares.get(b, ())) >= threshold for b in self._needed())
 
     def total(self) -> Vector:
         """The sum of the vectors of `boards`. Raises `ProtocolError`, which names a board, if too few shares of its
@@ -156,12 +161,13 @@ class Collector:
         return tuple(b for b in self._sealed if b in alive or any(n in alive for n in self._graph[b]))
 
     def _unmasked(self, board: str, alive: Collection[str]) -> list[tuple[bytes, bool]]:
-        """The keys of masks that a board's shares give, and whether to subtract them."""
-        around, keys = self._graph[board], self._keys[board]
-        shares = {around.index(holder) + 1: share for holder, share in self._shares[board].items()}
+        """The keys of masks that a board's restored secret gives, and whether to subtract them."""
+        neighbours, keys = self._graph[board], self._keys[board]
+        shares = {neighbours.index(holder) + 1: share for holder, share in self._shares[board].items()}
         try:
             secret = join(shares, self._session.threshold)
             if board in alive:
+                # A wrong seed would subtract a wrong mask, and leave a sum of noise.
                 if commitment_to(self._session, board, secret) != keys.commitment:
                     raise ProtocolError("restored seed", expected="the board's own", got="another one")
                 return [(own_mask_key(self._session, board, secret), True)]
@@ -173,35 +179,38 @@ class Collector:
             ) from error
         # What a survivor has added with this board is subtracted, and the other way round.
         return [
-            (pair_mask_key(self._session, key, board, n, self._keys[n].mask), board > n) for n in around if n in alive
+            (pair_mask_key(self._session, key, board, n, self._keys[n].mask), board > n)
+            for n in neighbours
+            if n in alive
         ]
 
-    def _check_left(self, boards: Collection[str], left: Collection[str]) -> None:
-        """Make sure that each board has as many neighbours among the left ones as restore its secret. Raises
-        `ProtocolError`, and ends the sum, if one hasn't, or none are left."""
+    def _check_left(self, boards: Collection[str], remaining_boards: Collection[str]) -> None:
+        """Make sure that enough neighbours of each board remain to restore its secret. Raises `ProtocolError`, and ends
+        the sum, if one has too few, or no board remains."""
         for board in boards:
-            found = sum(n in left for n in self._graph[board])
-            if found < self._session.threshold:
+            remaining = sum(n in remaining_boards for n in self._graph[board])
+            if remaining < self._session.threshold:
                 self._step = _END
                 raise ProtocolError(
                     f"neighbours of {board} that are left in a secure sum",
                     expected=f"{self._session.threshold} or more",
-                    got=found,
+                    got=remaining,
                     hint="Too many boards have dropped out. Repeat the round.",
                 )
-        if not left:
+        if not remaining_boards:
             self._step = _END
             raise ProtocolError(
                 "boards that are left in a secure sum", expected="some", got=0, hint="Repeat the round."
             )
 
     def _new(self, step: str, board: str, message: bytes, members: Collection[str]) -> bool:
-        """Whether a message of a step has not come before. Raises `ProtocolError` if it may not come."""
+        """Whether a board's message of a step is new. Raises `ProtocolError` if it may not come, or differs from an
+        earlier one."""
         if board not in members:
             raise ProtocolError(f"{step} for a secure sum", expected="a board that takes part", got=board)
-        before = self._seen[step].get(board)
-        if before is not None:
-            if before != hashlib.sha256(message).digest():
+        former_digest = self._seen[step].get(board)
+        if former_digest is not None:
+            if former_digest != hashlib.sha256(message).digest():
                 raise ProtocolError(f"{step} of {board}", expected="the same as before", got="a different message")
             return False
         if step != self._step:
@@ -211,6 +220,7 @@ class Collector:
         return True
 
     def _note(self, board: str, message: bytes) -> None:
+        # By digest: a masked vector is as large as a model.
         self._seen[self._step][board] = hashlib.sha256(message).digest()
 
     def _end(self, step: str) -> None:

@@ -41,6 +41,7 @@ SECURE = "secure"
 # The largest code of a difference.
 CODES = 127
 
+# An offer of more tensors than any model has is refused before it is read.
 _MOST_TENSORS = 65_536
 # A step is at least twice the fold's unit, as a power of two of the bound.
 _LEAST = 1 - VALUE_BITS
@@ -86,15 +87,15 @@ class VectorForm:
     @classmethod
     def from_json(cls, rows: object) -> VectorForm:
         """Read what `to_json` gives. Raises `ProtocolError`."""
-        found: dict[str, TensorGrid] = {}
+        grids: dict[str, TensorGrid] = {}
         for row in validation.items("tensors of a vector", rows, _MOST_TENSORS, "rows", least=1, error=ProtocolError):
-            if not isinstance(row, (list, tuple)) or len(row) != 4 or not isinstance(row[0], str) or row[0] in found:
+            if not isinstance(row, (list, tuple)) or len(row) != 4 or not isinstance(row[0], str) or row[0] in grids:
                 raise ProtocolError("tensor of a vector", expected="name, exponent, limbs and step", got=shown(row))
             exponent = whole("exponent of a tensor's range", row[1], -1100, 1100, error=ProtocolError)
             limbs = whole("limbs of a tensor's range", row[2], 1, 4, error=ProtocolError)
             step = None if row[3] is None else whole("step of a tensor", row[3], -1100, 1100, error=ProtocolError)
-            found[row[0]] = TensorGrid(Range(exponent, limbs), step)
-        return cls(found)
+            grids[row[0]] = TensorGrid(Range(exponent, limbs), step)
+        return cls(grids)
 
     def to_json(self) -> list[list[Any]]:
         return [[name, grid.span.exponent, grid.span.limbs, grid.step] for name, grid in self.tensors.items()]
@@ -105,7 +106,7 @@ class VectorForm:
         sent: Mapping[str, Float32s],
         residual: Mapping[str, Float32s] | None = None,
     ) -> tuple[Vector, Tensors]:
-        """A board's update as a vector, and what the codes leave out of coded tensors.
+        """A board's update as a vector, and by coded tensor what the codes leave out.
 
         Raises `ProtocolError` if a tensor is missing, of another shape than it was sent, not finite or out of range.
 
@@ -115,8 +116,9 @@ class VectorForm:
             residual: By name what earlier updates left out.
         """
         narrow: list[npt.NDArray[np.int32]] = []
+        # The number of updates is the first number: masked like all others, it tells the server how many are in a sum.
         wide: list[npt.NDArray[np.int64]] = [np.array([1], np.int64)]
-        left: Tensors = {}
+        residuals: Tensors = {}
         for name, grid in self.tensors.items():
             if name not in trained or name not in sent:
                 raise ProtocolError(f"update lacks tensor {name}")
@@ -125,19 +127,20 @@ class VectorForm:
                 raise ProtocolError(f"type of {name} in an update", expected="float32", got=value.dtype)
             if value.shape != before.shape:
                 raise ProtocolError(f"shape of {name} in an update", expected=before.shape, got=value.shape)
+            # The server never sees the vector and can't check it: honest boards make sure that theirs fits.
             check_range(name, value, grid.span.bound)
             if grid.step is None:
-                added = FixedSum(value.shape, grid.span)
-                added.add(value, 1)
-                wide += [limb.reshape(-1) for limb in added.limbs]
+                fixed_sum = FixedSum(value.shape, grid.span)
+                fixed_sum.add(value, 1)
+                wide += [limb.reshape(-1) for limb in fixed_sum.limbs]
                 continue
             difference = value.astype(np.float64) - before
             if residual is not None and name in residual:
                 difference += residual[name]
             codes = np.clip(np.rint(np.ldexp(difference, -grid.step)), -CODES, CODES)
-            left[name] = (difference - np.ldexp(codes, grid.step)).astype(np.float32)
+            residuals[name] = (difference - np.ldexp(codes, grid.step)).astype(np.float32)
             narrow.append(codes.astype(np.int32).reshape(-1))
-        return Vector(_joined(narrow, np.int32).view(np.uint32), _joined(wide, np.int64).view(np.uint64)), left
+        return Vector(_joined(narrow, np.int32).view(np.uint32), _joined(wide, np.int64).view(np.uint64)), residuals
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ class MaskedForm:
 
 
 class Grid:
-    """The numbers of a cohort's updates.
+    """Turns the sum of a cohort's vectors into sums of a fold.
 
     Args:
         selection: What all boards of the cohort hold.
@@ -198,12 +201,12 @@ class Grid:
         boards: int,
         withheld: Mapping[str, Range] | None = None,
     ) -> None:
-        known = selection.architecture.by_name
-        unknown = sorted(set(tensors) - set(known))
+        spec_of_name = selection.architecture.by_name
+        unknown = sorted(set(tensors) - set(spec_of_name))
         if unknown or not tensors:
             raise ProtocolError("tensors of a grid", expected="some of the model's", got=", ".join(unknown) or "none")
         for name, grid in tensors.items():
-            if grid.step is not None and not known[name].kind.trainable:
+            if grid.step is not None and not spec_of_name[name].kind.trainable:
                 raise ProtocolError(f"step of {name}", expected="none for statistics", got=grid.step)
         whole("boards of a cohort", boards, 1, MAX_WEIGHT, error=ProtocolError)
         self.selection = selection
@@ -244,33 +247,34 @@ class Grid:
                 got=f"{total.narrow.size} and {total.wide.size} of {boards}",
             )
         narrow, wide = total.narrow.view(np.int32), total.wide.view(np.int64)
+        # A board that masked more or less than one update, or none, shows here, before its numbers count.
         if int(wide[0]) != boards:
             raise ProtocolError("updates in the sum of a cohort", expected=boards, got=int(wide[0]))
         layout = self.selection.narrowed(self.selection.architecture.sizes)
         arrays: dict[Key, npt.NDArray[np.int64]] = {}
-        at_narrow, at_wide = 0, 1
+        narrow_start, wide_start = 0, 1
         for spec in self._specs:
             size, shape = self._sizes[spec.name], self.selection.shapes()[spec.name]
             grid = self._tensors.get(spec.name)
             if grid is None or grid.step is not None:
-                start = FixedSum(shape, self._withheld[spec.name] if grid is None else grid.span)
-                start.add(np.asarray(sent[spec.name]), boards)
-                limbs = list(start.limbs)
+                sent_sum = FixedSum(shape, self._withheld[spec.name] if grid is None else grid.span)
+                sent_sum.add(np.asarray(sent[spec.name]), boards)
+                limbs = list(sent_sum.limbs)
             if grid is not None and grid.step is not None:
-                codes = narrow[at_narrow : at_narrow + size].reshape(shape).astype(np.int64)
-                at_narrow += size
+                codes = narrow[narrow_start : narrow_start + size].reshape(shape).astype(np.int64)
+                narrow_start += size
                 _check_sums(spec.name, codes, CODES * boards)
                 limbs[0] = limbs[0] + codes * grid.units
             elif grid is not None:
                 limbs = []
                 for i in range(grid.span.limbs):
-                    limbs.append(wide[at_wide : at_wide + size].reshape(shape))
-                    at_wide += size
+                    limbs.append(wide[wide_start : wide_start + size].reshape(shape))
+                    wide_start += size
                     _check_sums(spec.name, limbs[i], boards << (VALUE_BITS if not i else VALUE_BITS - 1))
             for i, limb in enumerate(limbs):
                 whole_tensor = np.zeros(spec.shape, np.int64)
-                for into, part in places(layout, spec, self.selection):
-                    whole_tensor[into] = limb[part]
+                for sum_index, limb_index in places(layout, spec, self.selection):
+                    whole_tensor[sum_index] = limb[limb_index]
                 arrays["value", spec.name, i] = whole_tensor
         names = frozenset(spec.name for spec in self._specs)
         return PartialSums(names, layout, ((self.selection, boards),), boards, arrays)
@@ -282,16 +286,16 @@ def step_exponent(largest: float) -> int:
     return exponent - 1 if mantissa == 0.5 else exponent
 
 
-def _joined(parts: Sequence[npt.NDArray[Any]], kind: type[np.integer[Any]]) -> npt.NDArray[Any]:
-    return np.concatenate(parts) if parts else np.zeros(0, kind)
+def _joined(arrays: Sequence[npt.NDArray[Any]], kind: type[np.integer[Any]]) -> npt.NDArray[Any]:
+    return np.concatenate(arrays) if arrays else np.zeros(0, kind)
 
 
-def _check_sums(name: str, sums: npt.NDArray[np.int64], most: int) -> None:
+def _check_sums(name: str, sums: npt.NDArray[np.int64], bound: int) -> None:
     """Make sure that sums are those of values within their bounds. Raises `ProtocolError`, which names the tensor."""
-    if sums.size and not -most <= int(sums.min()) <= int(sums.max()) <= most:
+    if sums.size and not -bound <= int(sums.min()) <= int(sums.max()) <= bound:
         raise ProtocolError(
             f"sums of {name}",
-            expected=f"at most {most} in magnitude",
+            expected=f"at most {bound} in magnitude",
             got="more",
             hint="A board's vector was out of range. No single update can be blamed.",
         )

@@ -105,11 +105,12 @@ class BoardKeys:
             check_share(share)
         return shares
 
-    def mask_key(self, session: Session, board: str, other: str, theirs: Advertisement) -> bytes:
+    def mask_key(self, session: Session, board: str, neighbour: str, theirs: Advertisement) -> bytes:
         """The key of the mask of this board and another one."""
-        return pair_mask_key(session, self._mask, board, other, theirs.mask)
+        return pair_mask_key(session, self._mask, board, neighbour, theirs.mask)
 
     def _sealing_key(self, session: Session, sender: str, receiver: str, theirs: Advertisement) -> bytes:
+        # One key per direction: under one key, the nonce, which is constant, would be used twice.
         purpose = transcript("fedprune secure sum shares 1", session.digest, sender, receiver)
         return _derived(_agreed(self._channel, theirs.channel), purpose)
 
@@ -119,9 +120,10 @@ def own_mask_key(session: Session, board: str, seed: bytes) -> bytes:
     return _derived(seed, transcript("fedprune secure sum own mask 1", session.digest, board))
 
 
-def pair_mask_key(session: Session, secret: X25519PrivateKey, board: str, other: str, public: bytes) -> bytes:
+def pair_mask_key(session: Session, secret: X25519PrivateKey, board: str, neighbour: str, public: bytes) -> bytes:
     """The key of two boards' mask, from the secret mask key of one and the public one of the other."""
-    purpose = transcript("fedprune secure sum pair mask 1", session.digest, *sorted((board, other)))
+    # Both boards must get the same key, whoever computes it: the names are sorted.
+    purpose = transcript("fedprune secure sum pair mask 1", session.digest, *sorted((board, neighbour)))
     return _derived(_agreed(secret, public), purpose)
 
 

@@ -51,19 +51,19 @@ class Vector:
     def copy(self) -> Vector:
         return Vector(self.narrow.astype("<u4"), self.wide.astype("<u8"))
 
-    def add(self, other: Vector) -> None:
-        self.narrow += other.narrow
-        self.wide += other.wide
+    def add(self, addend: Vector) -> None:
+        self.narrow += addend.narrow
+        self.wide += addend.wide
 
     def add_mask(self, key: bytes, *, negative: bool = False) -> None:
         """Add the mask of a key, or subtract it."""
         stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
-        for part in self._blocks():
-            drawn = np.frombuffer(stream.update(memoryview(_ZEROS)[: part.nbytes]), part.dtype)
+        for block in self._blocks():
+            mask = np.frombuffer(stream.update(memoryview(_ZEROS)[: block.nbytes]), block.dtype)
             if negative:
-                part -= drawn
+                block -= mask
             else:
-                part += drawn
+                block += mask
 
     def _blocks(self) -> Iterable[npt.NDArray[np.unsignedinteger]]:
         for words in (self.narrow, self.wide):

@@ -32,21 +32,23 @@ def encode_roster(neighbours: Mapping[str, Advertisement]) -> bytes:
 def decode_roster(raw: bytes, session: Session) -> dict[str, Advertisement]:
     """A board's neighbours by name, in order, not verified. Raises `ProtocolError` if there are too few or too many, a
     name is invalid or out of order, or bytes are missing."""
-    found: dict[str, Advertisement] = {}
-    at, last = 0, ""
-    while at < len(raw):
-        end = at + 1 + raw[at]
-        name = check_device(raw[at + 1 : end].decode("latin-1"), "neighbour in a roster")
-        if name <= last:
+    neighbours: dict[str, Advertisement] = {}
+    start, former_name = 0, ""
+    while start < len(raw):
+        end = start + 1 + raw[start]
+        name = check_device(raw[start + 1 : end].decode("latin-1"), "neighbour in a roster")
+        # In order, no name comes twice, and both sides mean the same board by a bit.
+        if name <= former_name:
             raise ProtocolError("neighbours in a roster", expected="names in order", got=shown(name))
-        found[name] = Advertisement.from_bytes(raw[end : end + ADVERTISEMENT])
-        at, last = end + ADVERTISEMENT, name
-        if len(found) > session.degree:
+        neighbours[name] = Advertisement.from_bytes(raw[end : end + ADVERTISEMENT])
+        start, former_name = end + ADVERTISEMENT, name
+        # The sender must not decide how many keys are read.
+        if len(neighbours) > session.degree:
             break
-    if not session.threshold <= len(found) <= session.degree:
+    if not session.threshold <= len(neighbours) <= session.degree:
         expected = f"from {session.threshold} to {session.degree}"
-        raise ProtocolError("neighbours in a roster", expected=expected, got=len(found))
-    return found
+        raise ProtocolError("neighbours in a roster", expected=expected, got=len(neighbours))
+    return neighbours
 
 
 def encode_bits(names: Sequence[str], among: Iterable[str]) -> bytes:
@@ -61,15 +63,15 @@ def decode_bits(raw: bytes, names: Sequence[str], session: Session, what: str) -
     bits = int.from_bytes(raw, "little")
     if len(raw) != _bitmap_bytes(len(names)) or bits >> len(names):
         raise ProtocolError(f"bits of {what}", expected=f"{len(names)} bits", got=f"{len(raw)} bytes")
-    found = tuple(name for i, name in enumerate(names) if bits >> i & 1)
-    if len(found) < session.threshold:
+    marked = tuple(name for i, name in enumerate(names) if bits >> i & 1)
+    if len(marked) < session.threshold:
         raise ProtocolError(
             what,
             expected=f"{session.threshold} or more",
-            got=len(found),
+            got=len(marked),
             hint="A sum of fewer updates would tell too much of each.",
         )
-    return found
+    return marked
 
 
 def encode_delivery(names: Sequence[str], sealed: Mapping[str, bytes]) -> bytes:
@@ -99,7 +101,7 @@ def split(raw: bytes, size: int, count: int, what: str) -> list[bytes]:
     """Bytes in parts of equal size. Raises `ProtocolError`, which names `what`, for another length."""
     if len(raw) != size * count:
         raise ProtocolError(f"bytes of {what}", expected=size * count, got=len(raw))
-    return [raw[at : at + size] for at in range(0, len(raw), size)]
+    return [raw[start : start + size] for start in range(0, len(raw), size)]
 
 
 def _bitmap_bytes(count: int) -> int:

@@ -60,9 +60,9 @@ class Participant:
             ProtocolError: The roster is damaged, has too few neighbours, one whose identity key the board doesn't know
                 or an invalid key, or is another one than before.
         """
-        known = self._answered("roster", roster)
-        if known is not None:
-            return known
+        former_answer = self._answered("roster", roster)
+        if former_answer is not None:
+            return former_answer
         neighbours = decode_roster(roster, self._session)
         for name, theirs in neighbours.items():
             key = self._directory.get(name)
@@ -70,9 +70,12 @@ class Participant:
                 raise ProtocolError(
                     "neighbour in a roster", expected="another board whose identity key is known", got=name
                 )
+            # The server passes keys on: only a neighbour's own signature shows that it hasn't replaced them.
             theirs.verify(self._session, name, key)
-        holders, least = len(neighbours), self._session.threshold
-        pairs = zip(split(self._keys.seed, holders, least), split(self._keys.mask_secret, holders, least), strict=True)
+        holders, threshold = len(neighbours), self._session.threshold
+        pairs = zip(
+            split(self._keys.seed, holders, threshold), split(self._keys.mask_secret, holders, threshold), strict=True
+        )
         answer = b"".join(
             self._keys.seal(self._session, self._name, name, theirs, seed + mask)
             for (name, theirs), (seed, mask) in zip(neighbours.items(), pairs, strict=True)
@@ -96,6 +99,7 @@ class Participant:
             theirs = self._neighbours[name]
             received[name] = self._keys.open(self._session, self._name, name, theirs, raw)
             keys[name] = self._keys.mask_key(self._session, self._name, name, theirs)
+        # Set before any mask is added: from here on a second vector is refused.
         self._received = received
         vector.add_mask(own_mask_key(self._session, self._name, self._keys.seed))
         for name, key in keys.items():
@@ -108,12 +112,13 @@ class Participant:
         Raises `ProtocolError` if too few survived, a survivor had not shared, the board itself has not sent its vector,
         or other survivors were named before: both shares of a board would unmask its update.
         """
-        known = self._answered("survivors", survivors)
-        if known is not None:
-            return known
+        former_answer = self._answered("survivors", survivors)
+        if former_answer is not None:
+            return former_answer
         if self._received is None:
             raise ProtocolError("survivors of a secure sum", expected="a delivery of shares before", got="none")
         alive = decode_bits(survivors, tuple(self._neighbours), self._session, "neighbours that survived")
+        # Of one that had not shared there is nothing to answer with, and no honest server names it.
         strangers = set(alive) - set(self._received)
         if strangers:
             raise ProtocolError("survivors of a secure sum", expected="boards that had shared", got=min(strangers))
@@ -123,8 +128,8 @@ class Participant:
         return self._answer("survivors", survivors, answer)
 
     def _answered(self, what: str, message: bytes) -> bytes | None:
-        before, answer = self._answers.get(what, (message, None))
-        if before != message:
+        former_message, answer = self._answers.get(what, (message, None))
+        if former_message != message:
             raise ProtocolError(f"{what} of a secure sum", expected="the same as before", got="a different message")
         return answer
 

@@ -39,6 +39,7 @@ MAX_CONTEXT = 1024
 # Words of a vector.
 MAX_WORDS = 2**31
 
+# Characters of a sha256 in hexadecimal.
 _MAX_TASK = 64
 _DOMAIN = "fedprune secure sum 1"
 # Probability that colluding and absent boards are placed so that the server learns more than the sum.
@@ -104,12 +105,16 @@ class Session:
         whole("boards of a secure sum", boards, MIN_BOARDS, MAX_BOARDS)
         absent, curious = math.ceil(dropping * boards), math.ceil(colluding * boards)
         for degree in range(2, boards + 1, 2):
-            threshold, held = degree // 2 + 1, min(degree, boards - 1)
-            if held < threshold:
+            threshold, neighbours = degree // 2 + 1, min(degree, boards - 1)
+            if neighbours < threshold:
                 continue
-            lost = boards * _at_least(held - threshold + 1, boards - 1, absent, held)
-            known = boards * _at_least(threshold, boards - 1, curious, held)
-            if lost <= _RELIABLE and known + _divided(boards, absent + curious, held) <= _PRIVATE:
+            # Union bounds: any of the boards may be the one whose neighbours drop out or collude.
+            loss_probability = boards * _at_least(neighbours - threshold + 1, boards - 1, absent, neighbours)
+            exposure_probability = boards * _at_least(threshold, boards - 1, curious, neighbours)
+            if (
+                loss_probability <= _RELIABLE
+                and exposure_probability + _divided(boards, absent + curious, neighbours) <= _PRIVATE
+            ):
                 return cls(context, degree, threshold, narrow, wide, task)
         raise ConfigError(
             "boards of a secure sum",
@@ -147,6 +152,7 @@ class Session:
         boards."""
         if len(boards) <= self.threshold:
             raise ProtocolError("boards of a secure sum", expected=f"more than {self.threshold}", got=len(boards))
+        # In an order of its own: shuffled from any other, the same random numbers would give another circle.
         circle = sorted(boards)
         if len(circle) <= self.degree + 1:
             return {name: tuple(n for n in circle if n != name) for name in circle}
@@ -168,16 +174,18 @@ def task_digest(selection: str, weights: str, recipe: Mapping[str, Any], secure:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _at_least(least: int, others: int, marked: int, drawn: int) -> float:
-    """The probability that of `drawn` boards out of `others` this many are marked (hypergeometric)."""
-    ways = sum(
-        math.comb(marked, i) * math.comb(others - marked, drawn - i) for i in range(least, min(marked, drawn) + 1)
+def _at_least(min_marked: int, population: int, marked: int, drawn: int) -> float:
+    """The probability that at least `min_marked` of `drawn` boards are marked, if `marked` of the `population` are
+    (hypergeometric)."""
+    favourable = sum(
+        math.comb(marked, i) * math.comb(population - marked, drawn - i)
+        for i in range(min_marked, min(marked, drawn) + 1)
     )
-    return ways / math.comb(others, drawn)
+    return favourable / math.comb(population, drawn)
 
 
 def _divided(boards: int, removed: int, degree: int) -> float:
-    """A bound of the probability that removed boards cut the circle in two: they fill two arcs of k/2 places each."""
+    """A bound of the probability that removed boards cut the circle in two: for this they fill two arcs of k/2 each."""
     if removed < degree or boards <= degree + 1:
         return 0.0
     return math.comb(boards, 2) * math.prod((removed - i) / (boards - i) for i in range(degree))

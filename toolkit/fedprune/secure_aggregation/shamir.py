@@ -44,13 +44,14 @@ def join(shares: Mapping[int, bytes], threshold: int) -> bytes:
     total = 0
     for x in points:
         # Lagrange's basis polynomial of x at 0.
-        above = below = 1
-        for other in points:
-            if other != x:
-                above = above * other % PRIME
-                below = below * (other - x) % PRIME
-        total += int.from_bytes(shares[x], "big") * above * pow(below, -1, PRIME)
+        numerator = denominator = 1
+        for other_point in points:
+            if other_point != x:
+                numerator = numerator * other_point % PRIME
+                denominator = denominator * (other_point - x) % PRIME
+        total += int.from_bytes(shares[x], "big") * numerator * pow(denominator, -1, PRIME)
     secret = total % PRIME
+    # Only some forged shares show here: most give a wrong secret, which callers compare with what the board has signed.
     if secret >> (8 * SECRET):
         raise ProtocolError("shares of a secret", expected="shares of one secret", got="a share that was changed")
     return secret.to_bytes(SECRET, "big")
