@@ -102,7 +102,7 @@ class Fold:
 
     @contextmanager
     def collecting(self) -> Iterator[list[ClientUpdate]]:
-        """Collect updates in a list instead of adding them: the sums stay as they are, and so does their weight."""
+        """Collect updates in a list instead of adding them. The sums and their weight stay as they are."""
         collected: list[ClientUpdate] = []
         self._collected = collected
         try:
@@ -111,9 +111,10 @@ class Fold:
             self._collected = None
 
     def narrowed(self, names: Collection[str]) -> Fold:
-        """An empty fold of the same kind for some of the tensors: its share of a fold that is split."""
+        """An empty fold of the same kind for some of the tensors, as a part of a fold that is split over processes."""
         fold = copy.copy(self)
         fold.excluded = self.excluded | {t.name for t in self.architecture.tensors if t.name not in names}
+        # Only the tensors that are left need sums: each process of a split fold holds its share of the memory.
         fold._shared = tuple(t for t in self._shared if t.name in names)
         fold.clear()
         return fold
@@ -128,6 +129,7 @@ class Fold:
         self._sums.settle()
         coverage = self._sums.coverage
         shares = coverage.shares()
+        # Masks have a count per coordinate, which a process would have to send along for every tensor.
         if shares is None:
             raise BundleError("sums of masked elements can't be split")
         names = frozenset(t.name for t in self._shared)
@@ -248,6 +250,7 @@ class Fold:
                 raise BundleError(f"shape of velocity of {spec.name}", expected=spec.shape, got=former_velocity.shape)
             if spec.name in self.excluded:
                 model[spec.name] = self.base[spec.name].copy()
+            # An empty fold: the model stays as it is, and so does what moves it.
             elif self._sums.coverage.layout is None:
                 model[spec.name] = self.base[spec.name].copy()
                 if server_momentum and spec.kind.trainable:

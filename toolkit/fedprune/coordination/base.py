@@ -313,11 +313,11 @@ class Coordinator(ABC):
         shared_codecs = tuple(c for c in CODECS if c in event.codecs)  # others would be kept for ever
         codecs = self._codecs.setdefault(shared_codecs, list(shared_codecs))
         device = Device(
-            event.session,
-            True,
-            event.profile,
-            event.probe,
-            event.samples,
+            session=event.session,
+            online=True,
+            profile=event.profile,
+            probe=event.probe,
+            samples=event.samples,
             codecs=codecs,
             effective_classes=event.effective_classes,
         )
@@ -418,16 +418,16 @@ class Coordinator(ABC):
         offer = task.offer or {}
         mask = offer.get("mask")
         return do.Contribution(
-            self._basis_of(task),
-            part_of(name, task),
-            offer["weights"]["sha256"],
-            mask["sha256"] if mask else None,
-            task.weights,
-            weight,
-            task.steps,
-            tuple(offer["widths"]),
-            offer.get("ranking"),
-            offer.get("codec"),
+            basis=self._basis_of(task),
+            part=part_of(name, task),
+            sent=offer["weights"]["sha256"],
+            mask=mask["sha256"] if mask else None,
+            weights=task.weights,
+            weight=weight,
+            steps=task.steps,
+            widths=tuple(offer["widths"]),
+            ranking=offer.get("ranking"),
+            codec=offer.get("codec"),
         )
 
     def _fold(self, name: str, task: Task, weight: int) -> do.Fold:
@@ -443,13 +443,13 @@ class Coordinator(ABC):
             ranking, widths = contribution.ranking or contribution.basis.ranking, contribution.widths or task.widths
             sent_weights = contribution.sent if contribution.codec else None
             past = do.Past(
-                contribution.basis.round,
-                task.weights,
-                ranking,
-                widths,
-                contribution.mask,
-                contribution.codec,
-                sent_weights,
+                round=contribution.basis.round,
+                weights=task.weights,
+                ranking=ranking,
+                widths=widths,
+                mask=contribution.mask,
+                codec=contribution.codec,
+                sent=sent_weights,
             )
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
@@ -514,13 +514,13 @@ class Coordinator(ABC):
 def part_of(name: str, task: Task) -> do.Part:
     """A part as the worker needs to know it."""
     return do.Part(
-        name,
-        task.attempt,
-        task.widths,
-        task.density,
-        task.samples,
-        convert(task.past, do.Past | None),
-        task.last_counted_round,
+        device=name,
+        attempt=task.attempt,
+        widths=task.widths,
+        density=task.density,
+        samples=task.samples,
+        past=convert(task.past, do.Past | None),
+        last_counted_round=task.last_counted_round,
         work=task.work,
         mixed=task.mixed,
         core=task.core,

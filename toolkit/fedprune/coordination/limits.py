@@ -82,7 +82,7 @@ Lengths = Mapping[str, float]
 def lengths(report: Report) -> Lengths:
     """How far an update moves each tensor, and all trained ones together."""
     sent, trained = report.sent.tensors, report.trained
-    update_lengths: dict[str, float] = {}
+    tensor_lengths: dict[str, float] = {}
     all_squares, count = 0.0, 0.0
     for spec in trained.selection.architecture.tensors:
         size, square_sum = float(math.prod(spec.shape)), 0.0
@@ -93,11 +93,11 @@ def lengths(report: Report) -> Lengths:
             if mask is not None:
                 size *= max(1, int(np.count_nonzero(mask))) / value.size
             square_sum = _squared(value.reshape(-1), sent_value.reshape(-1), None if mask is None else mask.reshape(-1))
-            update_lengths[spec.name] = _rounded(math.sqrt(square_sum / size))
+            tensor_lengths[spec.name] = _rounded(math.sqrt(square_sum / size))
         # Statistics have limits of their own: they follow the data's scale, which says nothing of training.
         if spec.kind.trainable:
             all_squares, count = all_squares + square_sum, count + size
-    return update_lengths | {WHOLE: _rounded(math.sqrt(all_squares / max(1.0, count)))}
+    return tensor_lengths | {WHOLE: _rounded(math.sqrt(all_squares / max(1.0, count)))}
 
 
 def _squared(

@@ -43,7 +43,8 @@ class ReadyDevices:
 
     def _refresh(self) -> None:
         devices, changed = self._state.devices, self._changed
-        if 2 * len(changed) > len(self._names):  # most are new, as at a start
+        # One sort beats many insertions, each of which copies the array; few changes are inserted one by one.
+        if 2 * len(changed) > len(self._names):
             self._names = sorted(devices)
             self._ready = np.zeros(len(devices), bool)
             changed = set(devices)

@@ -48,7 +48,12 @@ class RoundResult:
 
 
 class Round:
-    """The sums of one round; `included` are the updates in them, by device."""
+    """The sums of one round.
+
+    Attributes:
+        scene: What the round began with.
+        included: The updates in the sums, by device.
+    """
 
     def __init__(self, strategy: Strategy, scene: Scene, limits: UpdateLimits) -> None:
         self.scene = scene
@@ -67,8 +72,8 @@ class Round:
         self._fold, self.included = None, {}
 
     def receive(self, update: RoundUpdate) -> Failure | None:
-        """Read, check and add an update; returns why it can't count, None if it was added or its device's was before.
-        Raises `StorageError` if it can't be read from the disk."""
+        """Read, check and add an update; returns why it can't count, or None if it was added or was in the sums
+        already. Raises `StorageError` if it can't be read from the disk."""
         self._make_room(update.weight)
         return self._add(update)
 
@@ -82,6 +87,7 @@ class Round:
     def merge(self, updates: Sequence[RoundUpdate], sums: Sequence[PartialSums]) -> None:
         """Add the sums that other processes have made of checked updates, none of which is in the sums yet. Raises
         `BundleError` if these are not the sums of these updates, of all tensors."""
+        # All or nothing: sums of which a part was added could never be told from whole ones.
         weight = sum(u.weight for u in updates)
         self._make_room(weight)
         if any(u.device in self.included for u in updates):
@@ -114,6 +120,8 @@ class Round:
         at_fault: dict[str, Failure] = {}
         by_strategy = 0
         while True:
+            # Leaving one update out changes the medians, and with them what counts of the others: all limits are
+            # applied again.
             limited = self.limited([u for u in updates if u.device not in at_fault])
             failures = _outliers(limited.rejected) or self._include_exactly(limited.updates)
             if not failures:
@@ -124,6 +132,8 @@ class Round:
                     failures = {error.device: error.failure}
                     by_strategy += error.read
             at_fault |= failures
+            # One update may be to blame for a strategy's error, but not all of them: the strategy is wrong, and the
+            # job must stop.
             if by_strategy > 1 and len(at_fault) == len(updates):
                 reason = next(reversed(at_fault.values())).reason
                 raise StrategyError(f"the strategy fails on every update of round {self.scene.round}: {reason}")
@@ -145,7 +155,7 @@ class Round:
         return RoundResult(closing.model, {**closing.memories, **observations})
 
     def lifted(self, report: Report) -> Submodel:
-        """An update as it enters the sums."""
+        """A trained submodel as it enters the sums: in the channels of the global model, as the strategy maps them."""
         return self._strategy.reconstruct(report)
 
     def _make_room(self, weight: int) -> None:
@@ -192,6 +202,7 @@ class Round:
         rejected |= _outliers(closing.rejected)
         with self._blaming() as observed:  # after the rejections, so that a scorer learns only from what counts
             observations = strategy.learn(scene, self.fold, lambda: reports(observed))
+        # Rounds of exploration collect evidence; whether they also move the model, the strategy decides.
         if scene.round <= strategy.explores and not strategy.explorers_count:
             return RoundResult(None, {**limited.memories, **observations}, limited.updates, rejected)
         memories = {**limited.memories, **closing.memories, **observations}

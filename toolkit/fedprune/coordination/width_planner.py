@@ -198,9 +198,14 @@ class WidthPlanner:
         except StrategyError:
             raise
         except FedpruneError as error:
-            return _Made({full_widths: self._recipe(name, device, full_widths)}, error)
+            return _Made({full_widths: self._recipe(name, device, full_widths)}, error=error)
         recipes = {w: self._recipe(name, device, w) for w in (full_widths, plan.widths)}
-        return _Made(recipes, None, PackedJson(plan.to_dict()), plan.widths, kept_share(self.architecture, plan.widths))
+        return _Made(
+            recipes,
+            plan=PackedJson(plan.to_dict()),
+            widths=plan.widths,
+            density=kept_share(self.architecture, plan.widths),
+        )
 
 
 class PlannedWidths(Allocator):

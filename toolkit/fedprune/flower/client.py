@@ -58,6 +58,7 @@ class Part:
         record = content.get(RECORD)
         check_format(record)
         try:
+            # Names of records are settings of the server's strategy, so that they travel in the message.
             arrays = content[str(record["arrays"])]
             names = [str(n) for n in record["tensors"]]
             config = dict(content[str(record["config"])])
@@ -109,6 +110,7 @@ class Part:
         return self._said({}, samples, metrics)
 
     def _said(self, records: dict[str, Any], samples: int, metrics: Mapping[str, float]) -> Message:
+        # Flower averages metrics by the record that the server's strategy names.
         weight = str(self.message.content[RECORD]["weight"])
         metric_record = MetricRecord(
             {weight: int(samples), **{k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}}

@@ -258,13 +258,13 @@ class Rounds:
             key = (share.widths, share.density)
             selection = selections.setdefault(share.widths, full_selection.narrowed(share.widths))
             turn = Turn(
-                scene.seed,
-                scene.round,
-                node,
-                share.widths,
-                share.density,
-                self._samples.get(node, 1),
-                self._last.get(node, 0),
+                seed=scene.seed,
+                round=scene.round,
+                device=node,
+                widths=share.widths,
+                density=share.density,
+                samples=self._samples.get(node, 1),
+                last=self._last.get(node, 0),
             )
             cut = Cut(scene, turn, selection, ranking.order)
             submodel = submodel_of_share.get(key) if self.strategy.device_independent else None

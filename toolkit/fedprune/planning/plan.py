@@ -314,9 +314,9 @@ class PlanSearch:
                 return self._made(
                     candidate,
                     rung.density,
-                    self._predicted(wider_widths).worst.name if wider_widths else NOTHING,
-                    (explanation,) if explanation and not warns else (),
-                    f"only {kept_share:.1%} of the weights are kept. {explanation}" if warns else "",
+                    bound=self._predicted(wider_widths).worst.name if wider_widths else NOTHING,
+                    notes=(explanation,) if explanation and not warns else (),
+                    warning=f"only {kept_share:.1%} of the weights are kept. {explanation}" if warns else "",
                 )
             wider_widths = rung.widths
         if first is None:
@@ -326,7 +326,7 @@ class PlanSearch:
         # A board that has trained can train: memory that its rounds measured never excludes it.
         if [m.name for m in last.limits if not m.fits] == [MEMORY] and memory.uncorrected <= self.room:
             measured = "the narrowest model takes more memory than the board has, by what its rounds measured"
-            return self._made(last, rung.density, MEMORY, (), f"{measured}: {worst.describe()}")
+            return self._made(last, rung.density, bound=MEMORY, warning=f"{measured}: {worst.describe()}")
         raise self._nothing_fits(last)
 
     def _nothing_fits(self, last: _Candidate) -> PlanError:
@@ -448,17 +448,19 @@ class PlanSearch:
             return NORMALISED_SAMPLES
         return 2 if recipe.mixes_samples else 1
 
-    def _made(self, candidate: _Candidate, density: float, bound: str, notes: tuple[str, ...], warning: str) -> Plan:
+    def _made(
+        self, candidate: _Candidate, density: float, *, bound: str, notes: tuple[str, ...] = (), warning: str = ""
+    ) -> Plan:
         return Plan(
-            candidate.widths,
-            density,
-            candidate.prediction,
-            candidate.limits,
-            bound,
-            self.correction,
-            candidate.recipe.accumulate,
-            (*self._on_gpu(candidate), *self._notes(candidate), *notes),
-            " ".join(filter(None, (warning, self._unlimited(candidate.prediction)))),
+            widths=candidate.widths,
+            density=density,
+            prediction=candidate.prediction,
+            limits=candidate.limits,
+            bound=bound,
+            correction=self.correction,
+            accumulate=candidate.recipe.accumulate,
+            notes=(*self._on_gpu(candidate), *self._notes(candidate), *notes),
+            warning=" ".join(filter(None, (warning, self._unlimited(candidate.prediction)))),
         )
 
     def _unlimited(self, prediction: Prediction) -> str:

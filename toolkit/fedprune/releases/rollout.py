@@ -437,6 +437,6 @@ class Rollout:
             if not all(0 <= b.stage < len(plan.stages) for b in boards.values()):
                 raise ValueError("a board's stage")
             phase, reason, now = RolloutPhase(body["phase"]), str(body["why"]), float(body["now"])
-            return cls(plan, boards, stage, ends, phase, reason, now)
+            return cls(plan, boards, stage=stage, stage_ends=ends, phase=phase, why=reason, now=now)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ConfigError) as error:
             raise StorageError(f"the record of a rollout is not one ({error!r})") from error

@@ -120,6 +120,8 @@ class Collector:
     def add_masked(self, board: str, message: bytes) -> None:
         if not self._new(_MASK, board, message, self._sealed):
             return
+        # Added on arrival and not kept: memory would grow with the cohort. So a board can't be taken out of the sum
+        # later.
         self._sum.add(Vector.from_bytes(message, self._session))
         self._note(board, message)
 
