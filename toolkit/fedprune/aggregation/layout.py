@@ -68,7 +68,9 @@ def into_sums(layout: Selection, spec: TensorSpec, selection: Selection) -> Grid
         return None
     if any(a.size != b.size for a, b in zip(orders[2:], selected[2:], strict=True)):
         return None
-    return _grid(spec, [np.argsort(order)[own] for order, own in zip(orders[:2], selected[:2], strict=True)])
+    return _grid(
+        spec, [np.argsort(order)[own_order] for order, own_order in zip(orders[:2], selected[:2], strict=True)]
+    )
 
 
 def into_model(layout: Selection, spec: TensorSpec) -> Grid | None:

@@ -60,7 +60,7 @@ def slabs(specs: Sequence[TensorSpec], updates: int, budget: int) -> Iterator[li
 
 
 def rows_of(slab: Slab, update: ClientUpdate, base: Tensors, full_selection: Selection) -> npt.NDArray[np.float32]:
-    """An update's values w_t + Δ_k in a slab: infinite where it holds none. `base` is the fold's, `whole` the model in
+    """An update's values w_t + Δ_k in a slab: infinite where it holds none. `base` is the fold's, `full_selection` the model in
     its own order."""
     spec, selection = slab.spec, update.selection
     value = update.tensors[spec.name]

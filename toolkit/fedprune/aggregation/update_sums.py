@@ -216,23 +216,23 @@ class UpdateSums:
             for i, limb in enumerate(fixed_sum.limbs)
         }
 
-    def take(self, parts: Sequence[PartialSums]) -> None:
+    def take(self, partial_sums: Sequence[PartialSums]) -> None:
         """Add sums of the same updates, which together hold all tensors. Raises `BundleError` if they are of other
         sums than these."""
-        their_arrays = {key: value for weight in parts for key, value in weight.arrays.items()}
+        their_arrays = {key: value for sums in partial_sums for key, value in sums.arrays.items()}
         for key, limb in self.arrays().items():
             array = their_arrays.get(key)
             if array is None or array.dtype != np.int64 or array.shape != limb.shape:
                 raise BundleError(f"partial sums of {key[1]}", expected=f"int64 {limb.shape}")
         self.settle()
         # The first sums may decide the layout; later ones may come from processes whose first update had other ranks.
-        their_layout = parts[0].layout
+        their_layout = partial_sums[0].layout
         layout = self.coverage.settle(their_layout)
         same_order = in_order(layout, their_layout)
         for key, limb in self.arrays().items():
             spec, addend = self._architecture.by_name[key[1]], their_arrays[key]
             limb += addend if same_order else to_layout(to_global(addend, spec, their_layout), spec, layout)
-        for selection, weight in parts[0].shares:
+        for selection, weight in partial_sums[0].shares:
             self.coverage.add(selection, weight, {})
 
     def means(self, rule: str) -> RoundMeans:
