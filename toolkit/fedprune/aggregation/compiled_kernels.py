@@ -41,13 +41,14 @@ _compiled: dict[str, Kernel] = {}
 
 
 def load(numbers: int = WORTH) -> bool:
-    """Have folds use compiled kernels, from the first model of this process on that has enough numbers.
+    """Compile kernels for the folds of this process, once, if a model has enough numbers for it.
 
     Returns whether there are kernels now: a model was large enough, numba is installed, and it may and can compile
     here.
     """
     global _tried
     with _lock:
+        # Tried once: what fails here fails again, and would cost each job its seconds.
         if numbers >= WORTH and not _tried:
             _tried = True
             if importlib.util.find_spec("numba") is not None:
@@ -70,7 +71,7 @@ def in_use() -> bool:
 
 
 def magnitude(values: npt.NDArray[Any]) -> float | None:
-    """The largest |value| of some float32s, NaN where one is; None where it wasn't done."""
+    """The largest |value| of some float32s, NaN if any is; None if nothing is compiled for them."""
     kernel = _compiled.get("largest")
     if kernel is None or values.dtype != np.float32 or not values.flags.c_contiguous:
         return None
@@ -192,8 +193,10 @@ def close(
 
 
 def runs(weights: Sequence[int], max_sum: int, max_count: int) -> Iterator[tuple[int, list[int]]]:
-    """Runs of weights that are added at once, of at most `together` weights and the sum `most`: where they begin, and
-    the weights. One that is over `most` is alone."""
+    """Runs of weights that are added at once: where each begins, and its weights.
+
+    A run has at most `max_count` weights, and a sum of at most `max_sum`; a larger weight has a run of its own.
+    """
     first = 0
     for i in range(1, len(weights) + 1):
         if i == len(weights) or i - first == max_count or sum(weights[first : i + 1]) > max_sum:
@@ -207,8 +210,12 @@ def _inside(indices: npt.NDArray[np.int64], length: int) -> bool:
 
 
 def _lines(parts: Sequence[npt.NDArray[Any]]) -> tuple[int, int, list[int]] | None:
-    """The memory of arrays of one shape, as lines of neighbours: their number, length, and by array the distance from
-    one to the next, in numbers; None where the memory is not that simple."""
+    """The memory of arrays of one shape as lines of neighbouring numbers.
+
+    Returns:
+        The number of lines, their length, and by array the distance from one line to the next, in numbers; None where
+        the memory is not that simple, as after a transposition.
+    """
     shape, width = parts[0].shape, 1
     axis = len(shape)
     while axis and all(shape[axis - 1] == 1 or p.strides[axis - 1] == width * p.itemsize for p in parts):

@@ -280,7 +280,7 @@ def _rounded(rows: Sequence[npt.NDArray[Any]], scale: int) -> npt.NDArray[np.flo
 
 
 def _weighted(rounded: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Σ weight · whole [values], in this thread's scratch memory."""
+    """Σ weight · rounded [values], in this thread's scratch memory."""
     if weights.sum() > _LIGHT:  # one weight alone
         product: npt.NDArray[np.int64] = rounded[0].astype(np.int64) * int(weights[0])
         return product

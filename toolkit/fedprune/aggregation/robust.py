@@ -60,8 +60,12 @@ def slabs(specs: Sequence[TensorSpec], updates: int, budget: int) -> Iterator[li
 
 
 def rows_of(slab: Slab, update: ClientUpdate, base: Tensors, full_selection: Selection) -> npt.NDArray[np.float32]:
-    """An update's values w_t + Δ_k in a slab: infinite where it holds none. `base` is the fold's, `full_selection` the model in
-    its own order."""
+    """An update's values w_t + Δ_k in a slab: infinite where it holds none.
+
+    Args:
+        base: The fold's base, w_t.
+        full_selection: The whole model, in its own order of channels.
+    """
     spec, selection = slab.spec, update.selection
     value = update.tensors[spec.name]
     if spec.kind.trainable:
@@ -141,7 +145,7 @@ def _ordered(block: npt.NDArray[np.float32], count: int) -> list[npt.NDArray[np.
 
 @lru_cache(maxsize=256)
 def _exchanges(size: int, count: int) -> tuple[tuple[int, int], ...]:
-    """Batcher's odd-even merge sort, without the exchanges that the lowest `wanted` values don't depend on."""
+    """Batcher's odd-even merge sort, without exchanges on which the lowest `count` values don't depend."""
     pairs = []
     run_length = 1
     while run_length < size:

@@ -51,7 +51,7 @@ class AsynchronousCoordinator(Coordinator):
         return self._resumed_parts(now) + commands + self._wake(now)
 
     def _resume_round(self, now: float) -> Commands:
-        """The round's window starts again."""
+        """Continue a round after a restart; its window starts again, since the former shell's clock is gone."""
         state = self.state
         if state.phase is Phase.SCORING:
             return [self._score()]
@@ -114,10 +114,10 @@ class AsynchronousCoordinator(Coordinator):
             return []
         idle = self._availability.first(free_turns)
         if not idle:
-            is_over = (
+            budget_is_spent = (
                 not self._availability.at_work and not self._availability.arrivals and self.privacy_budget.barred()
             )
-            return self._finish_budget_spent(state.round - 1) if is_over else []
+            return self._finish_budget_spent(state.round - 1) if budget_is_spent else []
         # The part keeps what it was cut from: the model moves while its device trains.
         basis = plain(self._basis())
         for name in idle:
@@ -184,19 +184,19 @@ class AsynchronousCoordinator(Coordinator):
         if state.wake_times and now < min(state.wake_times):
             return [do.Wake(min(state.wake_times))]  # a clock was set back
         state.wake_times = [at for at in state.wake_times if at > now]
-        late_rounds: dict[str, tuple[int, int]] = {}
+        late_attempts: dict[str, tuple[int, int]] = {}
         for name in self._availability.late(now):
             task = state.tasks[name]
             task.deadline = None
             if task.progress is not Progress.REFUSED:
-                late_rounds[name] = (state.round_of(task), task.attempt)
+                late_attempts[name] = (state.round_of(task), task.attempt)
                 task.refuse(LATE, FailureKind.LATE)
         commands = self._go_on(now)
         # A device that is asked for the same again gets an offer instead of a cancellation: it continues.
         names_asked_again = {c.part.device for c in commands if isinstance(c, do.Extract)}
-        names_asked_again = {n for n in names_asked_again if n in late_rounds and late_rounds[n][0] == state.round}
+        names_asked_again = {n for n in names_asked_again if n in late_attempts and late_attempts[n][0] == state.round}
         cancels: Commands = [
-            do.Cancel(n, number, a, LATE) for n, (number, a) in late_rounds.items() if n not in names_asked_again
+            do.Cancel(n, number, a, LATE) for n, (number, a) in late_attempts.items() if n not in names_asked_again
         ]
         return cancels + commands
 

@@ -111,7 +111,7 @@ class Availability:
         return next((self._deadlines.numbers[n] for n in self._deadlines.first(1)), None)
 
     def first(self, count: int) -> list[str]:
-        """Names of idle devices, sorted; where there are more than `most`, those whose turn comes first."""
+        """Names of idle devices, sorted; where there are more than `count`, those whose turn comes first."""
         self._refresh()
         return sorted(self._idle.first(count))
 

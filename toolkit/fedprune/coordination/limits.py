@@ -142,7 +142,7 @@ def bounds(
 
     Args:
         updates: Lengths by device.
-        remembered: References of the round before, empty in the first.
+        references: References of the round before, empty in the first.
         model: The global model; in the first round the initial one, from which the scales are taken.
         times: Limit of a whole update, as a multiple of the median.
     """
@@ -194,7 +194,7 @@ def shortened(report: Report, shares: Mapping[str, float]) -> Report:
 
 
 def capped(samples: Mapping[str, int], times: float, absolute: int = 0) -> dict[str, int]:
-    """Weights of devices: their samples, up to `times` the median and up to `most` (0 for no limit)."""
+    """Weights of devices: their samples, up to `times` the median and up to `absolute` (0 for no limit)."""
     limit = weight_limit(samples.values(), times, absolute)
     return {name: min(count, limit) for name, count in samples.items()}
 

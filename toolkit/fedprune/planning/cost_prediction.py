@@ -260,8 +260,8 @@ def predict(
 def _travels(
     architecture: Architecture, widths: Sequence[int], plain_bytes: int, recipe: Recipe, codecs: Codecs
 ) -> tuple[int, int, int]:
-    """The most bytes of whole weights, of weights that are coded as a difference, and of an update; `plain` is the
-    size of the weights' own file."""
+    """The most bytes of whole weights, of weights that are coded as a difference, and of an update; `plain_bytes` is
+    the size of the weights' own file."""
     up_codec, down_codec = (None if text is None else Codec.parse(text) for text in codecs)
     whole_codec = None if down_codec is None else WHOLE
     if up_codec is down_codec is whole_codec is None and not recipe.report_squares:

@@ -295,31 +295,33 @@ class PlanSearch:
 
     def plan(self) -> Plan:
         """The plan. Raises `PlanError` if not even the narrowest candidate fits, or there is no candidate."""
-        first: Rung | None = None
+        widest_rung: Rung | None = None
         wider_widths: tuple[int, ...] | None = None
         for rung in self._candidates():
-            first = first or rung
+            widest_rung = widest_rung or rung
             # Memory is looked at first: it takes a fraction of the time that a prediction takes.
             if not self._in_parts(rung.widths, self._asked(rung.widths))[1]:
                 wider_widths = rung.widths
                 continue
             candidate = self._predicted(rung.widths)
             if all(limit.fits for limit in candidate.limits):
-                widest = candidate if wider_widths is None else self._predicted(first.widths)
-                kept_share = candidate.prediction.parameters / widest.prediction.parameters
+                widest_candidate = candidate if wider_widths is None else self._predicted(widest_rung.widths)
+                kept_weights = candidate.prediction.parameters / widest_candidate.prediction.parameters
                 explanation = (
-                    "" if wider_widths is None or tuple(self.densities) != DENSITIES else self._missing(widest)
+                    ""
+                    if wider_widths is None or tuple(self.densities) != DENSITIES
+                    else self._missing(widest_candidate)
                 )
-                warns = kept_share < LITTLE and explanation
+                warns = kept_weights < LITTLE and explanation
                 return self._made(
                     candidate,
                     rung.density,
                     bound=self._predicted(wider_widths).worst.name if wider_widths else NOTHING,
                     notes=(explanation,) if explanation and not warns else (),
-                    warning=f"only {kept_share:.1%} of the weights are kept. {explanation}" if warns else "",
+                    warning=f"only {kept_weights:.1%} of the weights are kept. {explanation}" if warns else "",
                 )
             wider_widths = rung.widths
-        if first is None:
+        if widest_rung is None:
             raise PlanError("there is no density to choose from")
         last = self._predicted(rung.widths)
         worst, memory = last.worst, last.prediction.memory

@@ -304,8 +304,8 @@ class HardwareProfile:
 
 
 def _plainly(value: object) -> object:
-    """TOML writes 1.8e9 as a float: where it is a whole number, that is what was meant. What isn't finite becomes text,
-    so that the check names its place."""
+    """A TOML value with floats that are whole numbers as integers: people write 1.8e9, which TOML reads as a float.
+    Numbers that are not finite become text, so that the check of types refuses them and names their key."""
     if isinstance(value, Mapping):
         return {key: _plainly(inner) for key, inner in value.items()}
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Where profiles are found: shipped with the package, in a checkout, in a user's folders."""
+"""The hardware profiles on this machine: shipped with the package, in a checkout, or in folders of users."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Width plans from wide to narrow: near a uniform share of all groups, but on the cheap side of the board's cliffs.
+"""Candidates for a board's widths, from wide to narrow, each near a uniform share of all groups.
 
-A rung keeps of every group a multiple of channels that the board's kernels like. Rungs nest: what a
-narrow one keeps, every wider one keeps, so that a looser limit never gives a narrower model. A rung that the table
-expects to be slower than uniform width at as many MACs isn't one: the uniform widths take its place.
+Kernels take channels in blocks, so that times jump where a width passes a multiple of a block. A candidate keeps a
+multiple of channels of every group. Candidates nest: what a narrow one keeps, every wider one keeps, so that a looser
+limit never gives a narrower model. Where the table expects uniform widths of as many MACs to be faster, these are the
+candidate.
 """
 
 from __future__ import annotations
@@ -41,8 +42,13 @@ Times = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Rung:
-    """One width plan near a share of every group; its widths are multiples of `multiple` (1: uniform) where groups are
-    large enough."""
+    """Widths near a share of every group.
+
+    Attributes:
+        density: That share.
+        widths: Kept channels per group.
+        multiple: What the widths are multiples of, where groups are large enough; 1 for uniform widths.
+    """
 
     density: float
     widths: tuple[int, ...]
@@ -56,7 +62,7 @@ def rungs(
     densities: Sequence[float],
     bandwidth: float = math.inf,
 ) -> tuple[Rung, ...]:
-    """The width plans of a model on a board, widest first: at most one for each share.
+    """The candidates of a model on a board, widest first: at most one for each share.
 
     Args:
         table: What the board's kernels take.
@@ -82,7 +88,7 @@ def snapped(architecture: Architecture, density: float, multiple: int) -> tuple[
 
 @dataclass(frozen=True)
 class _Uniform:
-    """Uniform widths by rising MACs."""
+    """Uniform widths, sorted by their MACs: what candidates are compared with."""
 
     rungs: tuple[Rung, ...]
     macs: tuple[float, ...]
@@ -93,7 +99,7 @@ class _Uniform:
 
 
 class _Model:
-    """Inputs of the times, compared by digests."""
+    """Computes times of steps and predictions. Two are equal if their digests are, so that results can be cached."""
 
     def __init__(self, architecture: Architecture, table: LatencyTable, key: str, batch: int, bandwidth: float) -> None:
         self.architecture, self.table, self.batch, self.bandwidth = architecture, table, batch, bandwidth
@@ -156,10 +162,10 @@ def _rungs(model: _Model, densities: tuple[float, ...]) -> tuple[Rung, ...]:
 def _gains(
     model: _Model, candidates: Sequence[Rung], uniform: _Uniform, uniform_s: Times, above: Sequence[int]
 ) -> tuple[list[float], Times]:
-    """Step time times latency, each per MAC (the less, the better), and MACs.
+    """By candidate, the product of step time and latency, each per MAC (less is better), and its MACs.
 
-    Infinite where uniform widths of equal work are faster, and where a narrower model would be slower than the rung
-    above it.
+    The former is infinite where uniform widths of equal work are faster, or where the candidate is slower than the
+    wider one above it.
     """
     widths = [*(c.widths for c in candidates), tuple(above)]
     macs = workload(model.architecture).forward_macs(widths)

@@ -5,7 +5,7 @@ commands are returned, and the state is plain data. A board that reports a rollb
 failed; a stage with too many failures stops the rollout, which names the boards and reasons.
 
 A report costs the same in a fleet of 20,000 boards as in one of ten: boards are counted by stage and fate, and those
-that were given the new thing are in a heap by their deadlines.
+that were given the subject are in a heap by their deadlines.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class BoardFate:
 
     Attributes:
         stage: The stage that it belongs to, from 0.
-        deadline: The time by which it must report; None unless it was given the new thing.
+        deadline: The time by which it must report; None unless it was given the subject.
         reason: Why it failed.
     """
 
@@ -144,7 +144,7 @@ class BoardFate:
 
 @dataclass(frozen=True)
 class Give:
-    """Offer the new thing to a board."""
+    """Offer the rollout's subject to a board."""
 
     board: str
 
@@ -176,7 +176,7 @@ class Rollout:
         stage_ends: For each stage that has begun, the time after which its boards have failed.
         why: The reason why it stopped or is paused.
         now: The last time that it was given: after a restart the clock continues from there.
-        given: Boards that have the new thing and haven't ended, in the order in which they were given it.
+        given: Boards that were given the subject and haven't reported an end, in the order in which they got it.
         changed: Boards whose parts have changed since `settle`.
     """
 
@@ -416,7 +416,7 @@ class Rollout:
         self.changed.clear()
 
     def head(self) -> dict[str, Any]:
-        """All but the boards, as `from_dict` reads it."""
+        """The record without the boards, which are saved one by one."""
         body = {"stage": self.stage, "stage_ends": list(self.stage_ends), "phase": self.phase.value, "why": self.why}
         return {"format": FORMAT, "plan": asdict(self.plan), **body, "now": self.now}
 
