@@ -107,7 +107,7 @@ def check_squares(selection: Selection, squares: Mapping[str, npt.NDArray[Any]],
 
 
 def check_counts(weight: object, steps: object, max_weight: int) -> None:
-    """Make sure that an update's weight (at most `max_weight`) and optimiser steps are counts. Raises `ProtocolError`."""
+    """Make sure that an update's weight, up to `max_weight`, and optimiser steps are counts. Raises `ProtocolError`."""
     if not is_whole(weight, 1, max_weight):
         raise ProtocolError(
             "weight of an update",

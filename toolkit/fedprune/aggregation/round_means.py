@@ -167,6 +167,7 @@ class RoundMeans:
         """
         sums, weight = self._sums[spec.name], self._coverage.weight
         fill = self._rule == "fill" and spec.kind.trainable and mass is not None
+        # Where each coordinate is held by some update, none keeps the base's value, and the base isn't read.
         everywhere = mass is None or int(mass.min(initial=MAX_WEIGHT)) > 0
         base = None
         if follows or fill or not everywhere:

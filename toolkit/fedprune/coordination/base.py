@@ -295,7 +295,7 @@ class Coordinator(ABC):
         event: on.Extracted | on.UpdateStored | on.Folded | on.UpdateRejected | on.OfferRefused,
         progress: Progress,
     ) -> Task | None:
-        """The task that an event is about, if it is still awaited and at this point."""
+        """The task that an event is about, if it is still awaited and has this progress."""
         task = self.state.part(event.device, event.round, event.attempt)
         if task is None or not self.state.awaits(task):
             return None

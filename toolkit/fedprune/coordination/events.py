@@ -10,7 +10,7 @@ from fedprune.jobs.failure_kind import FailureKind
 
 @dataclass(frozen=True)
 class DeviceBorn:
-    """A device announced itself (again), or is free for this job (again).
+    """A device announced itself, perhaps not for the first time, or has become free for this job.
 
     Attributes:
         session: Number of its connection.
@@ -182,7 +182,7 @@ class Ticked:
 
 @dataclass(frozen=True)
 class Paused:
-    """Somebody wants the job to stand still, or to go on: nothing new is begun while `paused`."""
+    """An operator pauses or resumes the job: while it is `paused`, nothing new begins."""
 
     paused: bool
 

@@ -302,7 +302,7 @@ class RoundUpdate:
     checked: bool = field(default=False, compare=False)
 
     def report(self) -> Report:
-        """Read it, as far as it counts."""
+        """Read the update, with the share of its change that counts."""
         report = replace(self.read(), weight=self.weight)
         return shortened(report, self.shares) if self.shares else report
 

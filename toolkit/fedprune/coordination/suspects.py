@@ -30,6 +30,7 @@ def divide_into_cohorts(
     Returns:
         The cohorts, and the devices that are left out of this attempt.
     """
+    # By lot: a fixed order would always leave the same boards out, or fill up halves with the same ones.
     shuffled = [devices[i] for i in rng.permutation(len(devices)).tolist()]
     groups = [[name for name in shuffled if name in group] for group in suspects]
     unsuspected = [name for name in shuffled if not any(name in group for group in groups)]
@@ -79,6 +80,7 @@ def narrow_suspects(
             inside.append([name for name in group if name in cohort])
         outside, inside = [group for group in outside if group], [group for group in inside if group]
         inside = inside or [sorted(cohort)]  # of boards of which none was suspected, all are
+        # The false sum has one suspect: all others in it were in true sums before, or were never suspected.
         is_single = len(inside) == 1 and len(inside[0]) == 1
         at_fault |= set(inside[0]) if is_single else set()
         groups = outside if is_single else outside + inside

@@ -119,6 +119,7 @@ class Rounds:
         base = check_model(self.architecture, model)
         if self.number == 0 and (first_model := self.strategy.begin(self.architecture, base)) is not base:
             frozen = self._frozen_by(self.job.recipe)
+            # A strategy's own start must not move what the author froze.
             base = {**first_model, **{n: v for n, v in base.items() if n in frozen}}
         self.model = base
         return base
@@ -175,6 +176,7 @@ class Rounds:
         weights = capped(samples, self.job.weight_limit, self.job.most_samples)
         weighted = [replace(received[node], weight=weights[node]) for node in sorted(received)]
         result = round_.close(weighted, 1.0, scene.participants)
+        # Closed: a late answer finds no open round.
         self._tasks, self._scene = {}, None
         refused |= {node: failure.reason for node, failure in result.rejected.items()}
         for node, reason in sorted(refused.items()):
@@ -267,6 +269,7 @@ class Rounds:
                 last=self._last.get(node, 0),
             )
             cut = Cut(scene, turn, selection, ranking.order)
+            # Of equal shares the strategy makes equal submodels, unless it looks at the device: then each has its own.
             submodel = submodel_of_share.get(key) if self.strategy.device_independent else None
             if submodel is None:
                 submodel = self.strategy.extract(cut)

@@ -230,6 +230,7 @@ def predict(
     first_bytes, down_bytes, up_bytes = _travels(architecture, widths, costs.wire_bytes, recipe, codecs)
     # Two transfers, each announced and acknowledged: a round trip before, one after.
     transfer_s = down_bytes / link.down_bytes_s + up_bytes / link.up_bytes_s + 4 * link.latency_s
+    # Without both figures nothing is said of energy: a guess would limit or exclude boards.
     watts = None
     if power is not None and power.load_w is not None and power.idle_w is not None:
         watts = power.load_w - power.idle_w
@@ -363,5 +364,6 @@ def training_memory(profile: HardwareProfile, probe: ProbeReport | None) -> int:
     """Bytes that training may take: of the memory that is really there, and no more than was free."""
     if probe is None:
         return profile.training_bytes
+    # What was free at the probe is a limit, too: applications of the user's run beside the board's training.
     free = min(probe.memory_total - profile.memory.reserve_bytes, probe.memory_available)
     return round(max(0, free) * profile.memory.training_share)

@@ -81,7 +81,7 @@ _CLOCK_SLACK = 0.05
 
 @dataclass(frozen=True)
 class Facts:
-    """Identification of a board by its system.
+    """What a board's system says of the board.
 
     Attributes:
         model: /proc/device-tree/model; empty if it does not exist.

@@ -68,11 +68,14 @@ _COUNTS = 256
 # Columns that a matrix product computes at once: a product of fewer columns takes as long.
 TILE = 32
 
+# Operators of one pass over their input: arithmetic that costs no more than moving the numbers.
 _CHEAP = frozenset(
     {"Relu", "Clip", "Add", "Sub", "Mul", "Neg", "Abs", "LeakyRelu", "Max", "Min", "Sum", "Mean", "PRelu", "Where"}
 )
+# Normalisations by statistics of each sample; batch norm has a kind of its own.
 _NORMS = frozenset({"LayerNormalization", "GroupNormalization", "RMSNormalization", "InstanceNormalization"})
 _POOLS = frozenset({"MaxPool", "AveragePool", "LpPool", "Resize"})
+# Operators that move numbers without computing any.
 _COPIES = frozenset({"Concat", "Transpose", "Slice", "Split", "Pad", "Gather", "Expand", "DepthToSpace", "Tile"})
 # Activations that onnxruntime lets a convolution do as it writes.
 _FUSED = frozenset({"Relu", "Clip", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid"})
@@ -90,6 +93,8 @@ class Workload:
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
         self._counted = lru_cache(maxsize=_COUNTS)(self._count)
+        # Each axis of the model has an index. That of length 1 is 0, which fills up the shorter rows of the tables
+        # below.
         self._places: dict[Axis, int] = {Axis.fixed(1): 0}
         shapes = {t.name: t.axes for t in architecture.tensors}
         # A product of two activations sums over `inner` what each of its outputs needs.
@@ -109,6 +114,7 @@ class Workload:
         self._outs, self._inners, self._inner = map(_table, (outs, weight_inners, product_inners))
         self._tensors = _table([self._factors(t.axes) for t in architecture.tensors])
         self._values = _table([self._factors((v.channels,)) for v in architecture.activations])
+        # An axis's length is linear in the groups' widths, so that one product gives all lengths at many widths.
         self._slopes = np.zeros((len(architecture.groups), len(self._places)))
         self._starts = np.zeros(len(self._places))
         for axis, index in self._places.items():
@@ -125,6 +131,7 @@ class Workload:
         self._strides = np.array([n.stride for n in self._layers], float)
         self._weighted = np.array([bool(n.weight) for n in self._layers], bool)
         self._depthwise = np.array([_kind(n) == "depthwise" for n in self._layers], bool)
+        # The first layer with weights reads the model's input.
         self._first = int(np.argmax(self._weighted)) if self._weighted.any() else -1
         self._training = np.array([_INDEX[_training_kind(n)] for n in self._layers], int)
         self._inference = np.array([_inference_kind(self._layers, i) for i in range(len(self._layers))], int)
@@ -179,10 +186,12 @@ class Workload:
         macs = self._macs(sizes, reads, makes, weights)
         if self._first >= 0:
             macs[:, self._first] *= 2 / 3  # the gradient of the model's input isn't needed
+        # Every output reads a window of its input: an element goes in once per tap, and less often by the stride.
         taps = np.where((self._kernels > 1) & self._weighted, self._kernels / self._strides, 1.0)
         # A depthwise layer's input gradient is as large as its input, whatever the stride.
         taps = np.where(self._depthwise, self._kernels, taps)
         large_maps = self._positions >= LARGE_MAP
+        # A call falls into a part per sample and, on large maps, per tap.
         parts = np.where(self._weighted, batch * np.where(large_maps, self._kernels, 1.0), 0.0)
         parts = np.broadcast_to(parts, macs.shape)
         ones = np.ones_like(macs)
@@ -198,6 +207,7 @@ class Workload:
         plain = self._plain(kinds, inner, out, block)
         padding = _filled(out, block) * np.where(inner >= block, _filled(inner, block), 1.0)
         convolutions = np.isin(self._inference, _CONVOLUTIONS)
+        # A blocked kernel computes whole blocks, also of channels that aren't there.
         padding_factor = np.where(plain, 1.0, np.where(convolutions, padding, _filled(out, block)))
         positions = np.maximum(self._positions, 1)
         tile_factor = np.where(plain, np.ceil(positions / TILE) * TILE / positions, 1.0)

@@ -314,6 +314,7 @@ class Rollout:
         if self.phase is not RolloutPhase.PAUSED:
             return self.tick(now)
         self.phase, self.why = RolloutPhase.RUNNING, ""
+        # Boards that joined while the rollout was paused, or were left when it paused.
         late_boards = [n for n in sorted(self.boards) if self._waits(n) and self.boards[n].stage <= self.stage]
         if late_boards:
             self.stage_ends[self.stage] = max(self.stage_ends[self.stage], now + self.plan.stages[self.stage].seconds)
@@ -324,6 +325,7 @@ class Rollout:
 
     def _onward(self, now: float) -> list[RolloutCommand]:
         commands: list[RolloutCommand] = []
+        # All stages that have begun: a board may report a rollback after the next stage has begun.
         for number in range(self.stage + 1):
             trouble = self._trouble(number)
             if trouble:
@@ -376,6 +378,7 @@ class Rollout:
 
     def _halt(self, why: str) -> list[RolloutCommand]:
         self.phase, self.why = RolloutPhase.STOPPED, why
+        # Offers are withdrawn in the order of names, so that the same events give the same commands.
         withdrawn = sorted(self.given)
         for name in withdrawn:
             self._change(name, Fate.WAITING)
