@@ -77,8 +77,8 @@ class Range:
             reference: Finite values that all parties agree on, such as the round's base tensor.
             least: The exponent isn't smaller than this.
         """
-        top = magnitude(reference)
-        return cls(max(least, math.frexp(top)[1] + _HEADROOM) if math.isfinite(top) else least, limbs)
+        largest = magnitude(reference)
+        return cls(max(least, math.frexp(largest)[1] + _HEADROOM) if math.isfinite(largest) else least, limbs)
 
 
 def weight_in(samples: int, total: int, devices: int) -> int:
@@ -126,13 +126,13 @@ def check_range(name: str, values: npt.NDArray[Any], bound: float) -> None:
 
 
 def _check_block(name: str, block: npt.NDArray[Any], bound: float) -> None:
-    top = magnitude(block)
-    if not top <= bound:
-        error_class = OutOfRangeError if math.isfinite(top) else ProtocolError
+    largest = magnitude(block)
+    if not largest <= bound:
+        error_class = OutOfRangeError if math.isfinite(largest) else ProtocolError
         raise error_class(
             f"values of {name}",
             expected=f"finite numbers of magnitude up to {bound:g}",
-            got="a number that is not finite" if not math.isfinite(top) else f"{top:g}",
+            got="a number that is not finite" if not math.isfinite(largest) else f"{largest:g}",
         )
 
 
@@ -145,34 +145,34 @@ class FixedSum:
         self.span = span
         self.limbs = tuple(np.zeros(shape, np.int64) for _ in range(span.limbs))
 
-    def add(self, values: npt.NDArray[Any], weight: int, at: Index = (...,)) -> None:
+    def add(self, values: npt.NDArray[Any], weight: int, index: Index = (...,)) -> None:
         """Add weight·values at an index.
 
         Args:
             values: Finite values within the bound, of the indexed part's shape.
             weight: A whole number from 1 up; all weights together must stay within `MAX_WEIGHT`.
-            at: Slices, or an open mesh of index arrays in which no index comes twice.
+            index: Slices, or an open mesh of index arrays in which no index comes twice.
         """
-        self.add_all([values], [weight], at)
+        self.add_all([values], [weight], index)
 
-    def add_all(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], at: Index = (...,)) -> None:
+    def add_all(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], index: Index = (...,)) -> None:
         """Add several weights·values, all of one type, at one index, which reads and writes the sums once."""
         if self.span.limbs > 1:
-            self._add_limbs(rows, weights, at)
+            self._add_limbs(rows, weights, index)
             return
         total = self.limbs[0]
-        target = total[at]
+        target = total[index]
         _add(target, rows, weights, VALUE_BITS - self.span.exponent)
         if not np.may_share_memory(target, total):  # an open mesh gives a copy
-            total[at] = target
+            total[index] = target
 
-    def _add_limbs(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], at: Index) -> None:
+    def _add_limbs(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], index: Index) -> None:
         remainder = np.stack([values.astype(np.float64) for values in rows])
         remainder *= np.array(weights, np.float64).reshape(-1, *[1] * rows[0].ndim)
         for i, limb in enumerate(self.limbs, start=1):
             scale = VALUE_BITS * i - self.span.exponent
             rounded = np.rint(remainder * math.ldexp(1.0, scale))
-            limb[at] += rounded.astype(np.int64).sum(axis=0)
+            limb[index] += rounded.astype(np.int64).sum(axis=0)
             remainder -= rounded * math.ldexp(1.0, -scale)
 
     def scatter(self, scattered: Sequence[compiled_kernels.Scattered], inner: int) -> bool:
@@ -214,17 +214,17 @@ class FixedSum:
         return self.span.limbs == 1 and compiled_kernels.scale(self.limbs[0], self.span.unit * factor, out)
 
     def value(
-        self, at: Index = (...,), factor: float = 1.0, out: npt.NDArray[np.float64] | None = None
+        self, index: Index = (...,), factor: float = 1.0, out: npt.NDArray[np.float64] | None = None
     ) -> npt.NDArray[np.float64]:
         """The sums at an index times a factor as float64, rounded once per limb and by the factor; `out` is where they
         may be put."""
         if self.span.limbs == 1:
             # The unit is a power of two, so that this is one rounding.
-            scaled: npt.NDArray[np.float64] = np.multiply(self.limbs[0][at], self.span.unit * factor, out=out)
+            scaled: npt.NDArray[np.float64] = np.multiply(self.limbs[0][index], self.span.unit * factor, out=out)
             return scaled
-        total = np.zeros(self.limbs[0][at].shape)
+        total = np.zeros(self.limbs[0][index].shape)
         for i in range(self.span.limbs, 0, -1):
-            total += np.ldexp(self.limbs[i - 1][at].astype(np.float64), self.span.exponent - VALUE_BITS * i)
+            total += np.ldexp(self.limbs[i - 1][index].astype(np.float64), self.span.exponent - VALUE_BITS * i)
         total *= factor
         return total
 

@@ -102,7 +102,7 @@ class Expansion:
     and those of a large round no memory.
 
     Args:
-        absent: The value of coordinates that the submodel doesn't hold.
+        absent_value: The value of coordinates that the submodel doesn't hold.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Expansion:
         spec: TensorSpec,
         selection: Selection,
         value: npt.NDArray[Any],
-        absent: float = 0.0,
+        absent_value: float = 0.0,
     ) -> None:
         source_indices = []
         last_permuted = 0  # after the last permuted axis, numbers are contiguous and copied together
@@ -136,7 +136,7 @@ class Expansion:
             self._rest = np.where(missing, -1, flat).reshape(-1)
         self._value = np.ascontiguousarray(value)
         self._shape = spec.shape
-        self._absent = absent
+        self._absent = absent_value
         self._side_by_side = math.prod(value.shape[last_permuted + 1 :])
         self._row: npt.NDArray[Any] = np.empty(0, value.dtype)
         self._places: npt.NDArray[np.int64] = np.empty((0, 0), np.int64)
@@ -164,7 +164,7 @@ class Expansion:
     def _spread(self, flat: npt.NDArray[Any], source_rows: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
         """Take whole rows first, then the numbers within them, whole runs of neighbours at a time.
 
-        Absent numbers are taken from a run of `absent` values that lies before the rows.
+        Absent numbers are taken from a run of the absent value that lies before the rows.
         """
         offsets, run = self._rest, self._side_by_side
         if offsets is None:
@@ -200,16 +200,16 @@ def mass_in(
             shape[axis] = order.size
     if not memberships:
         return None
-    first, *rest = memberships
+    first_members, *other_members = memberships
     # One product over the updates per axis that is cut, instead of a pass over the tensor per update.
-    heavy = first.T * weights
-    if not rest:
-        mass = heavy.sum(axis=1)
-    elif len(rest) == 1:
-        mass = heavy @ rest[0]
+    weighted_members = first_members.T * weights
+    if not other_members:
+        mass = weighted_members.sum(axis=1)
+    elif len(other_members) == 1:
+        mass = weighted_members @ other_members[0]
     else:
         other_operands = ",".join(f"k{letter}" for letter in letters[1:])
-        mass = np.einsum(f"{letters[0]}k,{other_operands}->{letters}", heavy, *rest, optimize=True)
+        mass = np.einsum(f"{letters[0]}k,{other_operands}->{letters}", weighted_members, *other_members, optimize=True)
     return np.asarray(mass, np.int64).reshape(shape)
 
 

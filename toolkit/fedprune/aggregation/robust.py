@@ -134,12 +134,12 @@ def _ordered(block: npt.NDArray[np.float32], count: int) -> list[npt.NDArray[np.
     """
     if len(block) > _NETWORK:
         return list(np.sort(block, axis=0))
-    rows, spare = list(block), np.empty(block.shape[1], np.float32)
+    rows, buffer = list(block), np.empty(block.shape[1], np.float32)
     for i, j in _exchanges(len(block), count):
         low, high = rows[i], rows[j]
-        np.minimum(low, high, out=spare)
+        np.minimum(low, high, out=buffer)
         np.maximum(low, high, out=high)
-        rows[i], spare = spare, low
+        rows[i], buffer = buffer, low
     return rows
 
 

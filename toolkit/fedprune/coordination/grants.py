@@ -144,11 +144,11 @@ class Grants:
         if self._core is None:
             return
         devices = self._devices
-        kinds = Counter((d.density, d.widths) for d in devices)
-        if self._is_shared and kinds:
-            state.core_density, core = self._core.of(kinds)
+        width_counts = Counter((d.density, d.widths) for d in devices)
+        if self._is_shared and width_counts:
+            state.core_density, core = self._core.of(width_counts)
             state.core_widths = list(core)
-        trained = {self._least(widths, density)[0] for density, widths in kinds}
+        trained = {self._least(widths, density)[0] for density, widths in width_counts}
         trains_alike = len(trained) == 1 and self._sees_fleet
         state.mixed = not (trains_alike and self._fit_whole_steps(devices))
         if self._has_core:
@@ -164,11 +164,11 @@ class Grants:
         devices = self._devices
         if self._job.privacy.on or self._asks_alike or not self._sees_fleet:
             return False
-        kinds = Counter((d.density, d.widths) for d in devices)
+        width_counts = Counter((d.density, d.widths) for d in devices)
         # Boards of one width hold all that any holds: there is nothing beside a core.
-        if len(kinds) < 2 or not self._fit_whole_steps(devices):
+        if len(width_counts) < 2 or not self._fit_whole_steps(devices):
             return False
-        (narrowest, _), (widest, _) = min(kinds), max(kinds)
+        (narrowest, _), (widest, _) = min(width_counts), max(width_counts)
         if core.nearness and narrowest >= core.nearness * widest - 1e-9:
             return True
         classes = self._architecture.classes

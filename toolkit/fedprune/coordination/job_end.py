@@ -15,8 +15,8 @@ def early_end(job: Job, state: State) -> str:
     if state.phase is not Phase.FINISHED or state.round >= job.rounds:
         return ""
     reason = spent_total(job, state) or _spent_privacy(job, state) or "the strategy ended the job"
-    when = f"after round {state.round} of {job.rounds}" if state.round else "without a finished round"
-    return f"ended {when}: {reason}"
+    end_text = f"after round {state.round} of {job.rounds}" if state.round else "without a finished round"
+    return f"ended {end_text}: {reason}"
 
 
 def spent_total(job: Job, state: State, now: float | None = None) -> str:
@@ -42,8 +42,12 @@ def spent_after(job: Job, state: State) -> float:
     if not state.history:  # what updates that couldn't be used have cost says nothing of rounds
         return 0.0
     hours, finished_rounds = _hours(state, None), max(1, state.round - 1)
-    spent = ((state.spent_bytes, job.total_bytes), (state.spent_macs, job.total_macs), (hours, job.total_hours))
-    return max((used / total for used, total in spent if total), default=0.0) * (finished_rounds + 1) / finished_rounds
+    used_of_total = ((state.spent_bytes, job.total_bytes), (state.spent_macs, job.total_macs), (hours, job.total_hours))
+    return (
+        max((used / total for used, total in used_of_total if total), default=0.0)
+        * (finished_rounds + 1)
+        / finished_rounds
+    )
 
 
 def _hours(state: State, now: float | None) -> float:

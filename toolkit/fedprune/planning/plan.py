@@ -323,20 +323,20 @@ class PlanSearch:
             wider_widths = rung.widths
         if widest_rung is None:
             raise PlanError("there is no density to choose from")
-        last = self._predicted(rung.widths)
-        worst, memory = last.worst, last.prediction.memory
+        narrowest = self._predicted(rung.widths)
+        worst, memory = narrowest.worst, narrowest.prediction.memory
         # A board that has trained can train: memory that its rounds measured never excludes it.
-        if [m.name for m in last.limits if not m.fits] == [MEMORY] and memory.uncorrected <= self.room:
+        if [m.name for m in narrowest.limits if not m.fits] == [MEMORY] and memory.uncorrected <= self.room:
             measured = "the narrowest model takes more memory than the board has, by what its rounds measured"
-            return self._made(last, rung.density, bound=MEMORY, warning=f"{measured}: {worst.describe()}")
-        raise self._nothing_fits(last)
+            return self._made(narrowest, rung.density, bound=MEMORY, warning=f"{measured}: {worst.describe()}")
+        raise self._nothing_fits(narrowest)
 
-    def _nothing_fits(self, last: _Candidate) -> PlanError:
-        worst, name, target = last.worst, self.architecture.name, self.profile.name
-        other_limits = [m.describe() for m in last.limits if not m.fits and m is not worst]
+    def _nothing_fits(self, narrowest: _Candidate) -> PlanError:
+        worst, name, target = narrowest.worst, self.architecture.name, self.profile.name
+        other_limits = [m.describe() for m in narrowest.limits if not m.fits and m is not worst]
         others_text = f"It also breaks {'; '.join(other_limits)}. " if other_limits else ""
-        memory_text = f"Memory is for: {_terms(last.prediction.memory)}. " if worst.name == MEMORY else ""
-        remedies = self._remedies(last) or "No setting of the recipe or the board frees enough."
+        memory_text = f"Memory is for: {_terms(narrowest.prediction.memory)}. " if worst.name == MEMORY else ""
+        remedies = self._remedies(narrowest) or "No setting of the recipe or the board frees enough."
         return PlanError(
             f"no width of {name} fits {target}: even the narrowest breaks {worst.name}"
             if len(set(self.densities)) > 1

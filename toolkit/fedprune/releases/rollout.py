@@ -376,8 +376,8 @@ class Rollout:
         self.boards[name].reason = reason
         self._change(name, Fate.FAILED)
 
-    def _halt(self, why: str) -> list[RolloutCommand]:
-        self.phase, self.why = RolloutPhase.STOPPED, why
+    def _halt(self, reason: str) -> list[RolloutCommand]:
+        self.phase, self.why = RolloutPhase.STOPPED, reason
         # Offers are withdrawn in the order of names, so that the same events give the same commands.
         withdrawn = sorted(self.given)
         for name in withdrawn:
@@ -434,12 +434,12 @@ class Rollout:
                 raise ValueError(body["format"])
             plan: RolloutPlan = convert(RolloutPlan, body["plan"], "plan", StorageError)
             boards = {str(n): BoardFate(**{**b, "fate": Fate(b["fate"])}) for n, b in body["boards"].items()}
-            stage, ends = int(body["stage"]), [float(e) for e in body["stage_ends"]]
-            if not -1 <= stage < len(plan.stages) or len(ends) != stage + 1:
+            stage, stage_ends = int(body["stage"]), [float(e) for e in body["stage_ends"]]
+            if not -1 <= stage < len(plan.stages) or len(stage_ends) != stage + 1:
                 raise ValueError("stage")
             if not all(0 <= b.stage < len(plan.stages) for b in boards.values()):
                 raise ValueError("a board's stage")
             phase, reason, now = RolloutPhase(body["phase"]), str(body["why"]), float(body["now"])
-            return cls(plan, boards, stage=stage, stage_ends=ends, phase=phase, why=reason, now=now)
+            return cls(plan, boards, stage=stage, stage_ends=stage_ends, phase=phase, why=reason, now=now)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, ConfigError) as error:
             raise StorageError(f"the record of a rollout is not one ({error!r})") from error

@@ -91,28 +91,28 @@ class BoardKeys:
             channel, mask, commitment, identity.sign(_signed(session, board, channel, mask, commitment))
         )
 
-    def seal(self, session: Session, board: str, to: str, theirs: Advertisement, shares: bytes) -> bytes:
+    def seal(self, session: Session, board: str, to: str, advertisement: Advertisement, shares: bytes) -> bytes:
         """Shares for a neighbour, encrypted; called once per neighbour."""
-        return AESGCM(self._sealing_key(session, board, to, theirs)).encrypt(_NONCE, shares, None)
+        return AESGCM(self._sealing_key(session, board, to, advertisement)).encrypt(_NONCE, shares, None)
 
-    def open(self, session: Session, board: str, sender: str, theirs: Advertisement, sealed: bytes) -> bytes:
+    def open(self, session: Session, board: str, sender: str, advertisement: Advertisement, sealed: bytes) -> bytes:
         """Shares from a neighbour. Raises `ProtocolError`, which names the neighbour, if they are damaged."""
         try:
-            shares = AESGCM(self._sealing_key(session, sender, board, theirs)).decrypt(_NONCE, sealed, None)
+            shares = AESGCM(self._sealing_key(session, sender, board, advertisement)).decrypt(_NONCE, sealed, None)
         except InvalidTag as error:
             raise ProtocolError(f"shares from {sender} don't decrypt", hint="They were changed on the way.") from error
         for share in (shares[:SHARE], shares[SHARE:]):
             check_share(share)
         return shares
 
-    def mask_key(self, session: Session, board: str, neighbour: str, theirs: Advertisement) -> bytes:
+    def mask_key(self, session: Session, board: str, neighbour: str, advertisement: Advertisement) -> bytes:
         """The key of the mask of this board and another one."""
-        return pair_mask_key(session, self._mask, board, neighbour, theirs.mask)
+        return pair_mask_key(session, self._mask, board, neighbour, advertisement.mask)
 
-    def _sealing_key(self, session: Session, sender: str, receiver: str, theirs: Advertisement) -> bytes:
+    def _sealing_key(self, session: Session, sender: str, receiver: str, advertisement: Advertisement) -> bytes:
         # One key per direction: under one key, the nonce, which is constant, would be used twice.
         purpose = transcript("fedprune secure sum shares 1", session.digest, sender, receiver)
-        return _derived(_agreed(self._channel, theirs.channel), purpose)
+        return _derived(_agreed(self._channel, advertisement.channel), purpose)
 
 
 def own_mask_key(session: Session, board: str, seed: bytes) -> bytes:

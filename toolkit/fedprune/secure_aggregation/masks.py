@@ -66,7 +66,7 @@ class Vector:
                 block += mask
 
     def _blocks(self) -> Iterable[npt.NDArray[np.unsignedinteger]]:
-        for words in (self.narrow, self.wide):
-            step = _BLOCK // words.itemsize
-            for start in range(0, words.size, step):
-                yield words[start : start + step]
+        for numbers in (self.narrow, self.wide):
+            step = _BLOCK // numbers.itemsize
+            for start in range(0, numbers.size, step):
+                yield numbers[start : start + step]

@@ -26,7 +26,7 @@ from fedprune.wire.topics import check_device
 
 def encode_roster(neighbours: Mapping[str, Advertisement]) -> bytes:
     rows = sorted(neighbours.items())
-    return b"".join(bytes([len(name)]) + name.encode() + theirs.to_bytes() for name, theirs in rows)
+    return b"".join(bytes([len(name)]) + name.encode() + advertisement.to_bytes() for name, advertisement in rows)
 
 
 def decode_roster(raw: bytes, session: Session) -> dict[str, Advertisement]:
@@ -35,13 +35,13 @@ def decode_roster(raw: bytes, session: Session) -> dict[str, Advertisement]:
     neighbours: dict[str, Advertisement] = {}
     start, former_name = 0, ""
     while start < len(raw):
-        end = start + 1 + raw[start]
-        name = check_device(raw[start + 1 : end].decode("latin-1"), "neighbour in a roster")
+        name_end = start + 1 + raw[start]
+        name = check_device(raw[start + 1 : name_end].decode("latin-1"), "neighbour in a roster")
         # In order, no name comes twice, and both sides mean the same board by a bit.
         if name <= former_name:
             raise ProtocolError("neighbours in a roster", expected="names in order", got=shown(name))
-        neighbours[name] = Advertisement.from_bytes(raw[end : end + ADVERTISEMENT])
-        start, former_name = end + ADVERTISEMENT, name
+        neighbours[name] = Advertisement.from_bytes(raw[name_end : name_end + ADVERTISEMENT])
+        start, former_name = name_end + ADVERTISEMENT, name
         # The sender must not decide how many keys are read.
         if len(neighbours) > session.degree:
             break

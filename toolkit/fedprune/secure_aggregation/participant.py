@@ -64,21 +64,21 @@ class Participant:
         if former_answer is not None:
             return former_answer
         neighbours = decode_roster(roster, self._session)
-        for name, theirs in neighbours.items():
+        for name, advertisement in neighbours.items():
             key = self._directory.get(name)
             if key is None or name == self._name:
                 raise ProtocolError(
                     "neighbour in a roster", expected="another board whose identity key is known", got=name
                 )
             # The server passes keys on: only a neighbour's own signature shows that it hasn't replaced them.
-            theirs.verify(self._session, name, key)
+            advertisement.verify(self._session, name, key)
         holders, threshold = len(neighbours), self._session.threshold
         pairs = zip(
             split(self._keys.seed, holders, threshold), split(self._keys.mask_secret, holders, threshold), strict=True
         )
         answer = b"".join(
-            self._keys.seal(self._session, self._name, name, theirs, seed + mask)
-            for (name, theirs), (seed, mask) in zip(neighbours.items(), pairs, strict=True)
+            self._keys.seal(self._session, self._name, name, advertisement, seed + mask)
+            for (name, advertisement), (seed, mask) in zip(neighbours.items(), pairs, strict=True)
         )
         self._neighbours = neighbours
         return self._answer("roster", roster, answer)
@@ -96,9 +96,9 @@ class Participant:
         sealed = decode_delivery(delivery, tuple(self._neighbours), self._session)
         received, keys = {}, {}
         for name, raw in sealed.items():
-            theirs = self._neighbours[name]
-            received[name] = self._keys.open(self._session, self._name, name, theirs, raw)
-            keys[name] = self._keys.mask_key(self._session, self._name, name, theirs)
+            advertisement = self._neighbours[name]
+            received[name] = self._keys.open(self._session, self._name, name, advertisement, raw)
+            keys[name] = self._keys.mask_key(self._session, self._name, name, advertisement)
         # Set before any mask is added: from here on a second vector is refused.
         self._received = received
         vector.add_mask(own_mask_key(self._session, self._name, self._keys.seed))

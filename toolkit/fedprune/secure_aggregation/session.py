@@ -71,16 +71,16 @@ class Session:
     task: str = ""
 
     def __post_init__(self) -> None:
-        where = "secure sum: {}".format
-        whole(where("bytes of the context"), len(self.context), 1, MAX_CONTEXT, error=ProtocolError)
-        whole(where("degree"), self.degree, 2, MAX_BOARDS - 1, error=ProtocolError)
+        subject = "secure sum: {}".format
+        whole(subject("bytes of the context"), len(self.context), 1, MAX_CONTEXT, error=ProtocolError)
+        whole(subject("degree"), self.degree, 2, MAX_BOARDS - 1, error=ProtocolError)
         if self.degree % 2:
-            raise ProtocolError(where("degree"), expected="an even number", got=self.degree)
-        whole(where("threshold"), self.threshold, self.degree // 2 + 1, self.degree, error=ProtocolError)
+            raise ProtocolError(subject("degree"), expected="an even number", got=self.degree)
+        whole(subject("threshold"), self.threshold, self.degree // 2 + 1, self.degree, error=ProtocolError)
         for name in ("narrow", "wide"):
-            whole(where(f"{name} numbers"), getattr(self, name), 0, MAX_WORDS, error=ProtocolError)
+            whole(subject(f"{name} numbers"), getattr(self, name), 0, MAX_WORDS, error=ProtocolError)
         if not isinstance(self.task, str) or len(self.task) > _MAX_TASK:
-            raise ProtocolError(where("task"), expected="a digest", got=shown(self.task))
+            raise ProtocolError(subject("task"), expected="a digest", got=shown(self.task))
 
     @classmethod
     def choose(
@@ -103,22 +103,22 @@ class Session:
             colluding: Share of boards that may tell the server all that they know.
         """
         whole("boards of a secure sum", boards, MIN_BOARDS, MAX_BOARDS)
-        absent, curious = math.ceil(dropping * boards), math.ceil(colluding * boards)
+        dropouts, colluders = math.ceil(dropping * boards), math.ceil(colluding * boards)
         for degree in range(2, boards + 1, 2):
             threshold, neighbours = degree // 2 + 1, min(degree, boards - 1)
             if neighbours < threshold:
                 continue
             # Union bounds: any of the boards may be the one whose neighbours drop out or collude.
-            loss_probability = boards * _at_least(neighbours - threshold + 1, boards - 1, absent, neighbours)
-            exposure_probability = boards * _at_least(threshold, boards - 1, curious, neighbours)
+            loss_probability = boards * _at_least(neighbours - threshold + 1, boards - 1, dropouts, neighbours)
+            exposure_probability = boards * _at_least(threshold, boards - 1, colluders, neighbours)
             if (
                 loss_probability <= _RELIABLE
-                and exposure_probability + _divided(boards, absent + curious, neighbours) <= _PRIVATE
+                and exposure_probability + _divided(boards, dropouts + colluders, neighbours) <= _PRIVATE
             ):
                 return cls(context, degree, threshold, narrow, wide, task)
         raise ConfigError(
             "boards of a secure sum",
-            expected=f"enough that {absent} may drop out and {curious} collude",
+            expected=f"enough that {dropouts} may drop out and {colluders} collude",
             got=boards,
             hint="Fewer than half may drop out, or collude.",
         )
