@@ -103,21 +103,20 @@ class FairScheduler:
         self._enter(able)
         total = sum(b.weight for b in able)
         unassigned, assignments = set(free), dict[str, list[str]]()
-        for borrower in sorted((b for b in able if b.most > 0), key=self._served):
-            job = borrower.job
+        for demand in sorted((b for b in able if b.most > 0), key=self._served):
+            job = demand.job
             # 1e-9: a share that is a whole number must not be rounded up by a floating-point error.
-            share = math.ceil(len(present) * borrower.weight / total - 1e-9) - borrower.holds
-            count = min(max(0 if borrower.holds else borrower.least, share, 0), borrower.most)
+            share = math.ceil(len(present) * demand.weight / total - 1e-9) - demand.holds
+            count = min(max(0 if demand.holds else demand.least, share, 0), demand.most)
             if not count:
                 continue
             # Those that have worked least for a job come first: it is to learn from all devices.
             fitting_devices = (d for d in unassigned if fits(job, d))
             candidates = sorted(fitting_devices, key=lambda d: (self._worked[job, d], self._turns[job, d], d))
-            if len(candidates) >= borrower.least:
+            if len(candidates) >= demand.least:
                 assignments[job] = candidates[:count]
                 self._turns.update((job, d) for d in assignments[job])
-            # Too few are held back all the same, or a job that needs many devices would starve behind those that need
-            # few.
+            # Where they are too few, they wait for the job all the same: it would starve if jobs behind it took them.
             unassigned.difference_update(candidates[:count])
         return {job: devices for job, devices in assignments.items() if devices}
 
@@ -125,10 +124,10 @@ class FairScheduler:
         """Charge jobs that are new, or come back to the line, with as much time as the one that has had least: they
         have no claim on what the others have had meanwhile."""
         least_served = min((self._served(b) for b in able if b.job in self._queue), default=0.0)
-        for borrower in able:
-            if borrower.job not in self._queue:
-                self._used[borrower.job] = max(self._used[borrower.job], least_served * borrower.weight)
+        for demand in able:
+            if demand.job not in self._queue:
+                self._used[demand.job] = max(self._used[demand.job], least_served * demand.weight)
         self._queue = frozenset(b.job for b in able)
 
-    def _served(self, borrower: JobDemand) -> float:
-        return self._used[borrower.job] / borrower.weight
+    def _served(self, demand: JobDemand) -> float:
+        return self._used[demand.job] / demand.weight

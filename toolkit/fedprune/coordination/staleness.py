@@ -40,16 +40,16 @@ class UpdateWeights:
         self._whole = 0
 
     def weight(self, name: str) -> int:
-        """A device's weight if the fleet stays as it is; otherwise the sums are made again."""
+        """The provisional weight of a device's update. If it differs at the round's close, the sums are made again."""
         self._refresh()
         state, schedule = self._state, self._schedule
         arrival = self._arrival(state.tasks[name])
         other_arrivals: list[Arrival]
         if schedule.mixing != "unbiased":
-            # All that matters of others is whether any is stale: of every kind one will do.
-            number, share, _ = self._listed[name]
-            kinds = (k for k, count in self._kinds.items() if count > (k == (number, share)))
-            other_arrivals = [Arrival(state.round - number, 1, 0.0, share) for number, share in kinds]
+            # All that matters of others is whether any is stale: one update of each kind suffices.
+            model_round, share, _ = self._listed[name]
+            kinds = (k for k, count in self._kinds.items() if count > (k == (model_round, share)))
+            other_arrivals = [Arrival(state.round - model_round, 1, 0.0, share) for model_round, share in kinds]
         # Below the limit of the sums no weight is scaled down, so that none depends on the others.
         elif schedule.fit(self._whole, len(self._listed), self._total):
             other_arrivals = []
@@ -121,24 +121,24 @@ class UpdateWeights:
             )
         for name in names:
             if name in self._listed:
-                number, share, unbiased_weight = self._listed.pop(name)
-                self._kinds[number, share] -= 1
+                model_round, share, unbiased_weight = self._listed.pop(name)
+                self._kinds[model_round, share] -= 1
                 self._whole -= unbiased_weight
-                if not self._kinds[number, share]:
-                    del self._kinds[number, share]
+                if not self._kinds[model_round, share]:
+                    del self._kinds[model_round, share]
             arrival = self._counted(name)
             if arrival is not None:
-                number, unbiased_weight = self._state.round - arrival.staleness, 0
+                model_round, unbiased_weight = self._state.round - arrival.staleness, 0
                 if self._schedule.mixing == "unbiased":
                     unbiased_weight = self._schedule.windows(arrival) * (
                         1 if self._uniform else max(1, arrival.samples)
                     )
-                self._listed[name] = (number, arrival.share, unbiased_weight)
-                self._kinds[number, arrival.share] += 1
+                self._listed[name] = (model_round, arrival.share, unbiased_weight)
+                self._kinds[model_round, arrival.share] += 1
                 self._whole += unbiased_weight
 
     def _counted(self, name: str) -> Arrival | None:
-        """A device's update that enters the sums if all that may come does, or else its last one, where it is kept."""
+        """A device's update that may enter the next sums: that of its task, else the last one, where it is kept."""
         task = self._state.tasks.get(name)
         if task is not None:
             return None if task.progress is Progress.REFUSED else self._arrival(task)

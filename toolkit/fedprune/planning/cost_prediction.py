@@ -125,12 +125,12 @@ class Correction:
     overrun_at: float = 0.0
 
     def after(
-        self, prediction: Prediction, used: Correction, measured: Mapping[str, float], room: float = math.inf
+        self, prediction: Prediction, applied: Correction, measured: Mapping[str, float], room: float = math.inf
     ) -> Correction:
         """The correction after another round.
 
         Args:
-            used: The correction in that round's prediction.
+            applied: The correction in that round's prediction.
             measured: `step_seconds`, `latency_seconds` and `peak_memory_bytes`, as far as the board measured them.
             room: Bytes that training may take.
         """
@@ -139,7 +139,7 @@ class Correction:
         for name, predicted in (("step", prediction.step_s), ("latency", prediction.latency_s)):
             seconds = measured.get(f"{name}_seconds", 0.0)
             if seconds > 0 and predicted > 0:
-                factor = min(high, max(low, getattr(used, name) * seconds / predicted))
+                factor = min(high, max(low, getattr(applied, name) * seconds / predicted))
                 correction = replace(correction, **{name: factor})
         peak = measured.get("peak_memory_bytes", 0.0)
         return correction._after_peak(prediction.memory, peak, room) if peak > 0 else correction

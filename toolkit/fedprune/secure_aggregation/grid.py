@@ -122,11 +122,11 @@ class VectorForm:
         for name, grid in self.tensors.items():
             if name not in trained or name not in sent:
                 raise ProtocolError(f"update lacks tensor {name}")
-            value, before = trained[name], sent[name]
+            value, sent_value = trained[name], sent[name]
             if value.dtype != np.float32:
                 raise ProtocolError(f"type of {name} in an update", expected="float32", got=value.dtype)
-            if value.shape != before.shape:
-                raise ProtocolError(f"shape of {name} in an update", expected=before.shape, got=value.shape)
+            if value.shape != sent_value.shape:
+                raise ProtocolError(f"shape of {name} in an update", expected=sent_value.shape, got=value.shape)
             # The server never sees the vector and can't check it: honest boards make sure that theirs fits.
             check_range(name, value, grid.span.bound)
             if grid.step is None:
@@ -134,7 +134,7 @@ class VectorForm:
                 fixed_sum.add(value, 1)
                 wide += [limb.reshape(-1) for limb in fixed_sum.limbs]
                 continue
-            difference = value.astype(np.float64) - before
+            difference = value.astype(np.float64) - sent_value
             if residual is not None and name in residual:
                 difference += residual[name]
             codes = np.clip(np.rint(np.ldexp(difference, -grid.step)), -CODES, CODES)
