@@ -104,7 +104,7 @@ def add(
     if any(row_step != step for row_step in steps):
         return False
     target, *memories = (
-        _memory(part, count, width, by) for part, by in zip((total, *rows), (stride, step, *steps), strict=True)
+        _memory(array, count, width, by) for array, by in zip((total, *rows), (stride, step, *steps), strict=True)
     )
     factor = np.float32(math.ldexp(1.0, scale))
     for first, run in runs(weights, max_weight, _TOGETHER):
@@ -184,7 +184,7 @@ def close(
         rows.size,
         columns.size,
     )
-    if kernel is None or not shapes_match or not all(part.flags.c_contiguous for part in (total, share, base, out)):
+    if kernel is None or not shapes_match or not all(array.flags.c_contiguous for array in (total, share, base, out)):
         return False
     if not (_inside(np.sort(rows), len(total)) and _inside(np.sort(columns), total.shape[1])):
         return False
@@ -209,31 +209,31 @@ def _inside(indices: npt.NDArray[np.int64], length: int) -> bool:
     return not indices.size or 0 <= int(indices[0]) <= int(indices[-1]) < length
 
 
-def _lines(parts: Sequence[npt.NDArray[Any]]) -> tuple[int, int, list[int]] | None:
+def _lines(arrays: Sequence[npt.NDArray[Any]]) -> tuple[int, int, list[int]] | None:
     """The memory of arrays of one shape as lines of neighbouring numbers.
 
     Returns:
         The number of lines, their length, and by array the distance from one line to the next, in numbers; None where
         the memory is not that simple, as after a transposition.
     """
-    shape, width = parts[0].shape, 1
+    shape, width = arrays[0].shape, 1
     axis = len(shape)
-    while axis and all(shape[axis - 1] == 1 or p.strides[axis - 1] == width * p.itemsize for p in parts):
+    while axis and all(shape[axis - 1] == 1 or p.strides[axis - 1] == width * p.itemsize for p in arrays):
         axis -= 1
         width *= shape[axis]
     if not axis:
-        return 1, width, [width] * len(parts)
-    row_steps = [p.strides[0] // p.itemsize for p in parts]
-    if axis > 1 or any(s < width or p.strides[0] % p.itemsize for s, p in zip(row_steps, parts, strict=True)):
+        return 1, width, [width] * len(arrays)
+    row_steps = [p.strides[0] // p.itemsize for p in arrays]
+    if axis > 1 or any(s < width or p.strides[0] % p.itemsize for s, p in zip(row_steps, arrays, strict=True)):
         return None
     return shape[0], width, row_steps
 
 
-def _memory(part: npt.NDArray[Any], count: int, width: int, step: int) -> npt.NDArray[Any]:
+def _memory(array: npt.NDArray[Any], count: int, width: int, step: int) -> npt.NDArray[Any]:
     """An array's memory from its first number to its last."""
-    if part.flags.c_contiguous:
-        return part.reshape(-1)
-    return np.lib.stride_tricks.as_strided(part, ((count - 1) * step + width,), (part.itemsize,))
+    if array.flags.c_contiguous:
+        return array.reshape(-1)
+    return np.lib.stride_tricks.as_strided(array, ((count - 1) * step + width,), (array.itemsize,))
 
 
 # The kernels, as numba compiles them. Indices are unsigned in some: numba checks signed ones for being negative.

@@ -406,8 +406,8 @@ class Coordinator(ABC):
 
     def _extract(self, name: str, task: Task) -> do.Extract:
         device = self.state.devices[name]
-        held = convert(device.held, do.Held | None)
-        coding = do.Coding(*self.strategy.codecs(self.job, device.profile.get("name"), device.codecs), held)
+        received = convert(device.held, do.Held | None)
+        coding = do.Coding(*self.strategy.codecs(self.job, device.profile.get("name"), device.codecs), received)
         part = part_of(name, task)
         return do.Extract(self._basis_of(task), part, coding, task.accumulate, (device.probe or {}).get("unit", ""))
 

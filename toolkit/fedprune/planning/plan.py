@@ -426,8 +426,8 @@ class PlanSearch:
         and whether it does. Parts have at least `min_samples` samples, by default as many as don't harm training."""
         costs = costs_at(self.architecture, widths)
         best, least_bytes = recipe, math.inf
-        for parts in _parts(recipe, self.samples, min_samples or self._smallest(recipe)):
-            split_recipe = recipe.in_parts(parts)
+        for part_count in _parts(recipe, self.samples, min_samples or self._smallest(recipe)):
+            split_recipe = recipe.in_parts(part_count)
             needed = memory_use(
                 self.architecture,
                 widths,
