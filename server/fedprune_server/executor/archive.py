@@ -22,8 +22,8 @@ from fedprune.updates import Codec, decode, is_packed
 
 T = TypeVar("T")
 
+# Models, and orders of elements, that are kept in memory: asynchronous updates go back to a few earlier ones.
 _MODELS = 3
-"""Models, and orders of elements, that are kept in memory: asynchronous updates go back to a few earlier ones."""
 
 _RANKINGS = 8
 

@@ -24,8 +24,8 @@ from fedprune.runtime.session import Session
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 
+# All samples go through the model in one batch, so that the statistics are exactly theirs.
 MAX_SAMPLES = 512
-"""All samples go through the model in one batch, so that the statistics are exactly theirs."""
 
 
 class Calibration:

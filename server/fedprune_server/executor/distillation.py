@@ -33,13 +33,13 @@ log = logging.getLogger("fedprune.server")
 
 Widths = tuple[int, ...]
 
+# Narrower widths of boards that learn from one another; where a fleet has more, some of them do.
 MOST = 4
-"""Narrower widths of boards that learn from one another; where a fleet has more, some of them do."""
 
 _BATCH = 128
 
+# Large for Adam: a gradient that is nothing but rounding moves no weight.
 _EPSILON = 1e-3
-"""Large for Adam: a gradient that is nothing but rounding moves no weight."""
 
 
 class Distiller:

@@ -33,17 +33,17 @@ from fedprune_server.process.pools import ProcessPool, TaskPool
 
 log = logging.getLogger("fedprune.server")
 
+# Numbers of a model that are worth a task of their own.
 BLOCK = 2**20
-"""Numbers of a model that are worth a task of their own."""
 
+# Updates that are summed together as they arrive: sums of the whole model travel once for each batch.
 BATCH = 32
-"""Updates that are summed together as they arrive: sums of the whole model travel once for each batch."""
 
+# Fewer updates than this are added by the worker.
 _LEAST = 4
-"""Fewer updates than this are added by the worker."""
 
+# The most submodels in one task, and the fewest tasks for each helper if there are enough submodels.
 _GROUP, _GROUPS = 16, 4
-"""The most submodels in one task, and the fewest tasks for each helper if there are enough submodels."""
 
 _Key = tuple[str, int, str, int]
 

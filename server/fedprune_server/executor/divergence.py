@@ -17,8 +17,8 @@ from fedprune.output.log_lines import log_context
 
 log = logging.getLogger("fedprune.server")
 
+# The last loss over the first from which training counts as diverged; a smaller rise may be chance.
 _RISE = 1.1
-"""The last loss over the first from which training counts as diverged; a smaller rise may be chance."""
 
 
 def is_uncalibrated(

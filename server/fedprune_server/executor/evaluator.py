@@ -23,8 +23,8 @@ from fedprune_export.pruning.cut import at_widths
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_step
 
+# Inputs and labels, as `LocalData` has them.
 Evaluation = tuple[npt.NDArray[Any], npt.NDArray[Any]]
-"""Inputs and labels, as `LocalData` has them."""
 
 _BATCH = 256
 

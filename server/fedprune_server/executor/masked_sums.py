@@ -23,12 +23,12 @@ from fedprune.secure_aggregation.masks import Vector
 from fedprune_server.executor.round_closer import RoundCloser
 from fedprune_server.executor.stored_updates import StoredUpdates
 
+# Memory of how far the model moved in the last round: by tensor, the largest change of an element.
 _LARGEST_DELTAS = "masked_deltas"
-"""Memory of how far the model moved in the last round: by tensor, the largest change of an element."""
 
+# How many times further than the model a single board's update can move an element in one round; the rest is kept for
+# its next update. Larger steps would round more.
 _REACH = 4.0
-"""How many times further than the model a single board's update can move an element in one round; the rest is kept for
-its next update. Larger steps would round more."""
 
 
 class MaskedSums(RoundCloser):

@@ -27,14 +27,14 @@ from fedprune_export.precision import lower
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 
+# Rounds after which a graph that no offer names is dropped; it is made again when it is needed.
 GRAPH_ROUNDS = 10
-"""Rounds after which a graph that no offer names is dropped; it is made again when it is needed."""
 
+# Entry of an offer that isn't sent: bytes of the update that answers it.
 UPDATE_SIZE = "update_size"
-"""Entry of an offer that isn't sent: bytes of the update that answers it."""
 
+# The same: the most bytes that the update has in the offered codec.
 UPDATE_BOUND = "update_bound"
-"""The same: the most bytes that the update has in the offered codec."""
 
 _WITHHELD = 64
 

@@ -28,8 +28,8 @@ from fedprune_server.executor.worker import Worker
 
 log = logging.getLogger("fedprune.server")
 
+# A function of a worker and further arguments.
 Task = Callable[..., Any]
-"""A function of a worker and further arguments."""
 
 
 @dataclass(frozen=True)

@@ -22,17 +22,17 @@ from fedprune_server.executor.pool_tasks import Task, WorkerSpec
 from fedprune_server.executor.worker import Worker
 from fedprune_server.process.child_side import end_with_parent
 
+# Retries of a task whose machine or process has died.
 _RETRIES = 3
-"""Retries of a task whose machine or process has died."""
 
 _POLL_S, _SIZE_S = 0.01, 5.0
+# A cluster without processors for so long is lost.
 _EMPTY_S = 30.0
-"""A cluster without processors for so long is lost."""
 
 _PROBE_S = 60.0
 
+# In a process of the cluster: its worker, and of which server.
 _worker: tuple[str, Worker] | None = None
-"""In a process of the cluster: its worker, and of which server."""
 
 
 def runtime_env() -> dict[str, Any]:

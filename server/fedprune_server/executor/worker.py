@@ -44,8 +44,8 @@ from fedprune_server.executor.stored_updates import StoredUpdates
 
 log = logging.getLogger("fedprune.server")
 
+# Latest bases of submodels whose offers are kept for further devices.
 _BASES = 2
-"""Latest bases of submodels whose offers are kept for further devices."""
 
 
 class Worker:

@@ -31,8 +31,8 @@ from fedprune_server.simulation.results.tables import final_rows, table, tail_no
 from fedprune_server.simulation.results.tracked_rounds import tracked
 from fedprune_server.simulation.simulation import Simulation
 
+# Pixels of a page in a notebook.
 _HEIGHT = 620
-"""Pixels of a page in a notebook."""
 
 
 @dataclass(frozen=True, repr=False)

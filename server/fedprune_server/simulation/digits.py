@@ -21,14 +21,14 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.splits import TEST_SHARE
 
 CLASSES = 10
+# Concentration of the Dirichlet shares: the smaller, the more uneven the split.
 ALPHA = 0.5
-"""Concentration of the Dirichlet shares: the smaller, the more uneven the split."""
 
+# Share of all images on which the server evaluates the global model.
 SERVER_SHARE = 0.25
-"""Share of all images on which the server evaluates the global model."""
 
+# Share on which the server measures batch-norm statistics; its labels are not used.
 CALIBRATION_SHARE = 0.05
-"""Share on which the server measures batch-norm statistics; its labels are not used."""
 
 _BRIGHTEST = 16
 _TRIES = 1000
@@ -49,8 +49,8 @@ def load_digits() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     return (x.astype(np.float32) / _BRIGHTEST)[:, None], y.astype(np.int64)
 
 
+# The data set's name in reports.
 DIGITS = "handwritten digits, 8 × 8 (UCI)"
-"""The data set's name in reports."""
 
 
 def digits_model() -> bytes:

@@ -24,15 +24,15 @@ from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import Hook, described
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 
+# Title of the reference run, see `fedavg`.
 REFERENCE = "FedAvg"
-"""Title of the reference run, see `fedavg`."""
 
+# Settings that don't affect the result: what [data] has dealt is in the digests of the devices' samples.
 _UNDECIDED = ("title", "checkpoints", "data")
-"""Settings that don't affect the result: what [data] has dealt is in the digests of the devices' samples."""
 
 _MOST_DIFFERENCES = 5
+# Settings that a message names; with more of them another run is meant anyway.
 _MAX_WORD = 40  # characters of a setting that errors show whole
-"""Settings that a message names; with more of them another run is meant anyway."""
 
 _NOTHING = object()
 

@@ -99,8 +99,8 @@ class Moment:
         return strategy.extract(Cut(scene, turn, selection, self.archive.order(self.basis.order)))
 
 
+# Returns named measurements of a round; see `Measure`.
 Hook = Callable[[Moment], Mapping[str, float]]
-"""Returns named measurements of a round; see `Measure`."""
 
 
 def described(measure: Hook | None) -> Mapping[str, Any] | str | None:
@@ -181,8 +181,8 @@ class Measure:
         return found
 
 
+# Approximate number of rounds whose channel coverage is recorded.
 _MAPS = 100
-"""Approximate number of rounds whose channel coverage is recorded."""
 
 
 class RoundRecorder:

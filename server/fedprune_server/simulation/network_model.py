@@ -19,8 +19,8 @@ from fedprune_server.config.setting import check_settings, read_table, setting
 from fedprune_server.config.track_targets import TRACK_TEXT, track_targets
 from fedprune_server.simulation.fleet.virtual_device import MEGABYTE, LinkSettings
 
+# End of a window that never closes.
 ALWAYS = math.inf
-"""End of a window that never closes."""
 
 
 @dataclass(frozen=True)
@@ -147,12 +147,13 @@ def transfer(now: float, free: float, size: int, rate: float, limit: float) -> t
     return begin + size / min(rate, limit), begin + size / limit
 
 
+# Down and up, in MB/s, of the ten clients of PR-FL's simulation (arXiv:2403.15439, public code).
 PR_FL_LINKS = (
     (20.0, 5.0), (18.0, 4.0), (12.0, 3.0), (10.0, 2.5), (6.0, 1.5),
     (4.0, 1.0), (2.5, 0.6), (2.0, 0.5), (2.0, 0.5), (1.5, 0.4),
 )  # fmt: skip
-"""Down and up, in MB/s, of the ten clients of PR-FL's simulation (arXiv:2403.15439, public code)."""
 
+# Variation of the same simulation's devices and server.
 PR_FL = Weather(
     links_sigma=0.3,
     draws=20,
@@ -160,16 +161,15 @@ PR_FL = Weather(
     server_down_mb_s=50.0,
     server_sigma=0.1,
 )
-"""Variation of the same simulation's devices and server."""
 
 
+# Environments of published simulations.
 _LIKE: dict[str, tuple[Weather, tuple[LinkSettings, ...]]] = {
     "pr-fl": (
         PR_FL,
         tuple({"down_mb_s": down, "up_mb_s": up, "latency_s": 0.0} for down, up in PR_FL_LINKS),
     ),
 }
-"""Environments of published simulations."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from fedprune.wire.topics import check_name
 from fedprune_server.executor.ray_driver import runtime_env
 from fedprune_server.process.pools import ProcessPerTask, R, TaskPool
 
+# Files of a run's folder: why it failed, and how far it is.
 FAILED, PROGRESS = "failed.txt", "progress.json"
-"""Files of a run's folder: why it failed, and how far it is."""
 
 _LOCK = ".lock"
 _POLL_S = 0.2
@@ -66,11 +66,11 @@ class RunStatus:
     note: str = ""
 
 
+# Takes a run's finished share and a note for the display.
 Progress = Callable[[float, str], None]
-"""Takes a run's finished share and a note for the display."""
 
+# Does a run in a folder; a module-level function that other processes import.
 RunFunction = Callable[[RunSpec, Path, Progress], None]
-"""Does a run in a folder; a module-level function that other processes import."""
 
 Watch = Callable[[Sequence[RunStatus]], None]
 

@@ -45,11 +45,11 @@ from fedprune_server.simulation.network_model import ALWAYS
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.state import SAVE_PACE, Item, Left, SavedRun, SavePace, SimulationState, Trained
 
+# Attempts after which a round that no device has finished is given up.
 MAX_ATTEMPTS = 20
-"""Attempts after which a round that no device has finished is given up."""
 
+# Connections per device, without any training, after which the simulation ends.
 MAX_BIRTHS = 200
-"""Connections per device, without any training, after which the simulation ends."""
 
 
 class StallDetector:

@@ -18,8 +18,8 @@ from fedprune_server.simulation.digits import asset, deal, digits_model, write_h
 
 FLEET, STRATEGY = "fleet.toml", "my_strategy.py"
 
+# Files of the server's own samples, whose names no board may have.
 _SERVERS = ("server", "calibration")
-"""Files of the server's own samples, whose names no board may have."""
 
 _FLEET = """\
 # A fleet to begin with: change what is yours. Paths count from this file's folder.
@@ -83,12 +83,12 @@ class StarterBoard:
         return text
 
 
+# Boards whose links carry models of different widths: the whole one takes 760 kB, down and up.
 STARTERS = (
     StarterBoard("attic", "raspberry-pi-zero-2w", 40_000),
     StarterBoard("yard", "raspberry-pi-4b", 150_000),
     StarterBoard("dock", "jetson-orin-nano", 1_000_000),
 )
-"""Boards whose links carry models of different widths: the whole one takes 760 kB, down and up."""
 
 
 def write_starter(folder: Path, boards: Sequence[StarterBoard], seed: int = 0) -> dict[str, LocalData]:

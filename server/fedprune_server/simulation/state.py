@@ -63,14 +63,14 @@ _ITEMS: dict[str, type[Any]] = {
     )
 }  # fmt: skip
 
+# Items that belong to a device's part in a round.
 _WORK = (Trained, on.UpdateAnnounced, on.UpdateStored)
-"""Items that belong to a device's part in a round."""
 
+# Attributes that are saved as they are.
 _PLAIN = (
     "clock", "sequence", "sessions", "leaves", "held", "tables", "sizes", "bounds", "boards", "free",
     "refusal", "macs",
 )  # fmt: skip
-"""Attributes that are saved as they are."""
 
 
 @dataclass
@@ -206,8 +206,8 @@ class SavedRun:
         self._configured = False
         self._saved_at, self._save_s = time.monotonic(), 0.0
         self._stamp: tuple[int, ...] | None = None
+        # Finished rounds in their file, and its bytes.
         self._logged = (0, 0)
-        """Finished rounds in their file, and its bytes."""
 
     def load(self) -> tuple[SimulationState, State] | None:
         """The saved state and the coordinator's, or None. Raises `StorageError` if it is damaged, of another format, of

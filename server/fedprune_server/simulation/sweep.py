@@ -34,8 +34,8 @@ from fedprune_server.simulation.runs import Progress, RunSpec
 from fedprune_server.simulation.simulation import Simulation
 
 _KEYS = ("config", "seeds", "runs")
+# Keys of a variant that are not tables of `fleet.toml`.
 _RUN_KEYS = ("name", "seeds")
-"""Keys of a variant that are not tables of `fleet.toml`."""
 
 _MOST_SEEDS = 1000
 

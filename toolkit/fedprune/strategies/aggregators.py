@@ -18,11 +18,11 @@ from fedprune.strategies.values import Closing, Report, Scene, Submodel
 
 WEIGHTINGS = ("samples", "uniform")
 
+# The collection of the server momentum.
 VELOCITY = "velocity"
-"""The collection of the server momentum."""
 
+# A row whose change is this small a share of it across its own direction has only decayed.
 _PARALLEL = 1e-5
-"""A row whose change is this small a share of it across its own direction has only decayed."""
 
 
 class Aggregator(ABC):
@@ -87,6 +87,7 @@ class Mean(Aggregator):
             BundleError: The model is not finite, or there is no such rule.
             ConfigError: A pattern of `excluded` matches no tensor.
         """
+        # Compiled sums pay only for large models: the size decides whether they are loaded.
         load(sum(tensor.size for tensor in scene.model.values()))
         return Fold(
             scene.architecture,
@@ -107,20 +108,20 @@ class Mean(Aggregator):
     def close(
         self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
     ) -> Closing:
-        before = scene.memory.get(VELOCITY) if self.server_momentum else None
-        model, velocity = fold.close(self.server_momentum, before, rate=rate, damped=self.damped)
+        velocity_before = scene.memory.get(VELOCITY) if self.server_momentum else None
+        model, velocity = fold.close(self.server_momentum, velocity_before, rate=rate, damped=self.damped)
         return Closing(model, {} if velocity is None else {VELOCITY: velocity})
 
     def _counted(self, report: Report, lifted: Submodel) -> Active:
         if not self.changed:
             return lifted.mask
-        before = origin(report, lifted)
+        sent_weights = origin(report, lifted)
         if self.changed == "rows":
-            found = changed_rows(lifted, before, decays=report.cut.scene.recipe.weight_decay > 0)
+            changed_elements = changed_rows(lifted, sent_weights, decays=report.cut.scene.recipe.weight_decay > 0)
         else:
             names = [t.name for t in lifted.selection.architecture.trainable]
-            found = {n: np.asarray(lifted.tensors[n] != before[n]) for n in names}
-        return intersection(lifted.mask, found)
+            changed_elements = {n: np.asarray(lifted.tensors[n] != sent_weights[n]) for n in names}
+        return intersection(lifted.mask, changed_elements)
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ class DeltaMean(Mean):
 def check(fold: Fold, report: Report, lifted: Submodel) -> None:
     """Check what an extractor made of an update, which itself was checked before. Raises `BundleError` or
     `ProtocolError` as `Fold.check`."""
+    # A strategy without `reconstruct` hands back the same tensors: checking a large model twice costs a pass over it.
     if lifted.tensors is not report.trained.tensors:
         fold.check(lifted.selection, lifted.tensors)
 
@@ -165,17 +167,17 @@ def origin(report: Report, lifted: Submodel) -> Tensors:
     return lifted.selection.gather(report.cut.scene.model)
 
 
-def same_coordinates(one: Selection, other: Selection) -> bool:
+def same_coordinates(first: Selection, second: Selection) -> bool:
     """Whether two selections lay a submodel out alike: the same channels, in the same order."""
-    return one is other or (
-        one.widths == other.widths
-        and all(np.array_equal(a[:k], b[:k]) for a, b, k in zip(one.ranks, other.ranks, one.widths, strict=True))
+    return first is second or (
+        first.widths == second.widths
+        and all(np.array_equal(a[:k], b[:k]) for a, b, k in zip(first.ranks, second.ranks, first.widths, strict=True))
     )
 
 
-def intersection(one: Active, other: Active) -> Active:
+def intersection(first: Active, second: Active) -> Active:
     """Elements that are active in two masks."""
-    return {**one, **{name: bits & one[name] if name in one else bits for name, bits in other.items()}}
+    return {**first, **{name: bits & first[name] if name in first else bits for name, bits in second.items()}}
 
 
 def changed_rows(submodel: Submodel, before: Tensors, *, decays: bool) -> dict[str, npt.NDArray[np.bool_]]:
@@ -192,25 +194,28 @@ def changed_rows(submodel: Submodel, before: Tensors, *, decays: bool) -> dict[s
     axes = head_axes(submodel.selection.architecture)
     weight = next(iter(axes))
     now, then = (np.moveaxis(t[weight], axes[weight], 0) for t in (submodel.tensors, before))
-    rows = (now != then).reshape(len(now), -1).any(axis=1)
+    is_changed = (now != then).reshape(len(now), -1).any(axis=1)
     if decays:
-        rows &= ~_shrunk(now.reshape(len(now), -1), then.reshape(len(then), -1))
+        # Only weights decay, so the bias says nothing here: its row is judged by the weight's.
+        is_changed &= ~_shrunk(now.reshape(len(now), -1), then.reshape(len(then), -1))
     else:
         for name in list(axes)[1:]:
-            rows |= submodel.tensors[name] != before[name]
-    out = {}
+            is_changed |= submodel.tensors[name] != before[name]
+    masks = {}
     for name, axis in axes.items():
         shape = submodel.tensors[name].shape
-        along = rows.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-        out[name] = np.array(np.broadcast_to(along, shape))
-    return out
+        broadcast_rows = is_changed.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+        masks[name] = np.array(np.broadcast_to(broadcast_rows, shape))
+    return masks
 
 
 def _shrunk(now: npt.NDArray[np.float32], then: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """Whether each row is c times what it was, with 0 < c ≤ 1."""
     a, b = now.astype(np.float64), then.astype(np.float64)
-    size = np.maximum((b * b).sum(axis=1), 1e-300)
-    factor = (a * b).sum(axis=1) / size
-    off = np.sqrt(((a - factor[:, None] * b) ** 2).sum(axis=1))
-    out: npt.NDArray[np.bool_] = (off <= _PARALLEL * np.sqrt(size)) & (factor > 0) & (factor <= 1)
-    return out
+    # Above 0, so that a row of zeros doesn't divide by 0.
+    squared_norms = np.maximum((b * b).sum(axis=1), 1e-300)
+    # Least squares: the c for which c times the old row is nearest to the new one.
+    factor = (a * b).sum(axis=1) / squared_norms
+    residual = np.sqrt(((a - factor[:, None] * b) ** 2).sum(axis=1))
+    only_shrunk: npt.NDArray[np.bool_] = (residual <= _PARALLEL * np.sqrt(squared_norms)) & (factor > 0) & (factor <= 1)
+    return only_shrunk

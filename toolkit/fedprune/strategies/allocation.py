@@ -26,8 +26,8 @@ from fedprune.model.architecture import Architecture, widths_at, widths_with_lea
 
 _Key = list[tuple[int, int, str]]
 
+# Entry of `Device.allocation`: seconds from offer to update, of the last few rounds at the present density.
 TIMES = "times"
-"""Entry of `Device.allocation`: seconds from offer to update, of the last few rounds at the present density."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +54,13 @@ class Fleet:
         The order is kept, since thousands of devices may announce themselves one after the other.
         """
         entry = (natural(name), name)
-        at = bisect_left(self._order, entry)
-        if at == len(self._order) or self._order[at] != entry:
-            self._order.insert(at, entry)
-        if len(self._order) != len(self.state.devices):  # others came or went unseen, as at a restart
+        index = bisect_left(self._order, entry)
+        if index == len(self._order) or self._order[index] != entry:
+            self._order.insert(index, entry)
+        if len(self._order) != len(self.state.devices):  # devices came or went without `place`, as at a restart
             self._order[:] = sorted((natural(n), n) for n in self.state.devices)
-            at = bisect_left(self._order, entry)
-        return at
+            index = bisect_left(self._order, entry)
+        return index
 
     def grant(self, name: str, density: float, *, elements: bool) -> bool:
         """Give a device a share of the model; times that it took for another one are forgotten.
@@ -73,11 +73,13 @@ class Fleet:
             Whether that is another share than it had.
         """
         device = self.state.devices[name]
+        # An element mask keeps the shape of every tensor, so the board holds the whole model.
         widths = self.architecture.sizes if elements else widths_at(self.architecture, density)
         widths = widths_with_least(self.architecture, widths, self.least_channels)
         if (device.density, device.widths) == (density, widths):
             return False
         device.density, device.widths = density, widths
+        # Times at another density say nothing about this one.
         if TIMES in device.allocation:
             device.allocation = {**device.allocation, TIMES: []}
         return True
@@ -92,12 +94,12 @@ class Allocator(ABC):
         return False
 
     @abstractmethod
-    def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
+    def admit(self, fleet: Fleet, name: str, previous: Device | None) -> None:
         """A device announced itself: give it density and widths, or the reason why it takes no part (`excluded`).
 
         Args:
             fleet: With the device as it announced itself; what is remembered of it has been taken over.
-            known: The device before, if it was there; None also when settings may have changed.
+            previous: The device before, if it was there; None also when settings may have changed.
         """
 
     def open(self, fleet: Fleet) -> bool:
@@ -139,7 +141,7 @@ class Fixed(Allocator):
     def __post_init__(self) -> None:
         check_density(("allocator", "density"), self.density)
 
-    def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
+    def admit(self, fleet: Fleet, name: str, previous: Device | None) -> None:
         fleet.grant(name, self.density, elements=self.elements)
 
 
@@ -165,12 +167,14 @@ class Tiers(Allocator):
             raise ConfigError(("allocator", "densities"), expected="one or more", got="none")
         for value in self.densities:
             check_density(("allocator", "densities"), value)
-        fit = len(self.shares) == len(self.densities) and all(validation.is_number(s, 0) for s in self.shares)
-        if self.shares and not (fit and 0 < sum(self.shares) < math.inf):
+        shares_are_valid = len(self.shares) == len(self.densities) and all(
+            validation.is_number(s, 0) for s in self.shares
+        )
+        if self.shares and not (shares_are_valid and 0 < sum(self.shares) < math.inf):
             raise ConfigError(("allocator", "shares"), expected="one per density, of 0 or more", got=shown(self.shares))
         check_fields(self, ("allocator",))
 
-    def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
+    def admit(self, fleet: Fleet, name: str, previous: Device | None) -> None:
         fleet.grant(name, self._density(fleet, name), elements=self.elements)
 
     def open(self, fleet: Fleet) -> bool:
@@ -182,19 +186,21 @@ class Tiers(Allocator):
         return changed
 
     def _density(self, fleet: Fleet, name: str) -> float:
-        place = (fleet.place(name) + 0.5) / len(fleet.state.devices)
+        # The middle of the device's share of the fleet, so that no device lies on the border of two tiers.
+        position = (fleet.place(name) + 0.5) / len(fleet.state.devices)
         shares = self.shares or (1.0,) * len(self.densities)
-        reached = 0.0
+        cumulative_share = 0.0
         for density, share in zip(self.densities, shares, strict=True):
-            reached += share / math.fsum(shares)
-            if place < reached:
+            cumulative_share += share / math.fsum(shares)
+            if position < cumulative_share:
                 return density
+        # Rounding may leave the sum of the shares just below the last position.
         return self.densities[-1]
 
 
 def natural(name: str) -> _Key:
     """A key that sorts `device-2` before `device-10`."""
-    return [(1, 0, part) if not part.isdigit() else (0, int(part), part) for part in re.split(r"(\d+)", name) if part]
+    return [(1, 0, run) if not run.isdigit() else (0, int(run), run) for run in re.split(r"(\d+)", name) if run]
 
 
 def check_density(what: Subject, value: object) -> None:
@@ -203,7 +209,7 @@ def check_density(what: Subject, value: object) -> None:
 
 
 def dealt(job: Job, densities: Sequence[float], *, default: Sequence[float] = ()) -> Allocator | None:
-    """The allocator that a strategy's option `densities` asks for.
+    """The allocator of a strategy's option `densities`, the job's `density` or a default; None for the planner.
 
     Args:
         job: Its own `density` comes next.

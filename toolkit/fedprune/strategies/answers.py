@@ -17,13 +17,13 @@ from fedprune.strategies.allocation import Allocator, Fleet
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Closing, Ranking, Scene, Submodel
 
+# Looks at an answer and at what was asked with.
 Check = Callable[[Any, Sequence[Any]], None]
-"""Looks at an answer and at what was asked with."""
 
 _TRUTH = (bool, np.bool_)
 
+# Kinds of numbers that a collection of tensors may hold.
 _STORED = "fiub"
-"""Kinds of numbers that a collection of tensors may hold."""
 
 
 class UnfitError(Exception):
@@ -42,33 +42,35 @@ class UnfitError(Exception):
         self.got = got
 
 
-def _ranked(answer: Any, asked: Sequence[Any]) -> None:
-    scene: Scene = asked[0]
+def _ranked(answer: Any, arguments: Sequence[Any]) -> None:
+    scene: Scene = arguments[0]
     sizes = scene.architecture.sizes
     _of(Ranking, answer)
     if not isinstance(answer.ranks, (tuple, list)) or len(answer.ranks) != len(sizes):
         raise UnfitError(".ranks", f"a tuple with an array for each of {len(sizes)} groups", _kind(answer.ranks))
     for group, rank in zip(scene.architecture.groups, answer.ranks, strict=True):
-        found = np.asarray(rank)
-        if found.dtype.kind not in "iu" or not np.array_equal(np.sort(found, axis=None), np.arange(group.size)):
+        channels = np.asarray(rank)
+        if channels.dtype.kind not in "iu" or not np.array_equal(np.sort(channels, axis=None), np.arange(group.size)):
             expected = f"every channel from 0 to {group.size - 1} once, as whole numbers"
             raise UnfitError(f".ranks of group {group.name}", expected, _kind(rank))
+    # An order may leave tensors out: their elements are never masked.
     if answer.order is not None:
-        whole = {t.name: t.shape for t in scene.architecture.tensors}
-        _tensors(answer.order, whole, ".order", missing=True, exact=False)
+        shapes = {t.name: t.shape for t in scene.architecture.tensors}
+        _tensors(answer.order, shapes, ".order", missing=True, exact=False)
 
 
 def _memories(answer: Any, part: str) -> None:
     _of(Mapping, answer, part, "a dict of named collections of tensors")
     for name, collection in answer.items():
-        where = f"{part}[{shown(name)}]"
+        collection_path = f"{part}[{shown(name)}]"
         if not isinstance(name, str) or not name:
             raise UnfitError(f"{part}: a collection's name", "a text", shown(name))
-        _of(Mapping, collection, where, "a dict of arrays by name")
+        _of(Mapping, collection, collection_path, "a dict of arrays by name")
         for key, value in collection.items():
-            stored = isinstance(value, np.ndarray) and value.dtype.kind in _STORED
-            if not isinstance(key, str) or not stored:
-                raise UnfitError(f"{where}[{shown(key)}]", "an array of numbers, by a text", _kind(value))
+            # Strings and objects would need pickle to be stored.
+            is_numeric = isinstance(value, np.ndarray) and value.dtype.kind in _STORED
+            if not isinstance(key, str) or not is_numeric:
+                raise UnfitError(f"{collection_path}[{shown(key)}]", "an array of numbers, by a text", _kind(value))
 
 
 def _submodel(answer: Any, architecture: Architecture, *, missing: bool) -> None:
@@ -85,8 +87,8 @@ def _submodel(answer: Any, architecture: Architecture, *, missing: bool) -> None
             raise UnfitError(f".mask of {shown(name)}", expected, _kind(active))
 
 
-def _closed(answer: Any, asked: Sequence[Any]) -> None:
-    scene: Scene = asked[1]
+def _closed(answer: Any, arguments: Sequence[Any]) -> None:
+    scene: Scene = arguments[1]
     _of(Closing, answer)
     _model(answer.model, scene.architecture, ".model")
     _memories(answer.memories, ".memories")
@@ -95,24 +97,27 @@ def _closed(answer: Any, asked: Sequence[Any]) -> None:
 
 def _model(answer: Any, architecture: Architecture, part: str) -> None:
     _tensors(answer, {t.name: t.shape for t in architecture.tensors}, part, missing=False)
+    # A single NaN would spread to every device in the next round.
     for name, value in answer.items():
         if not np.isfinite(value).all():
             raise UnfitError(f"{part}[{name!r}]", "finite numbers", "some that aren't")
 
 
-def _admitted(answer: Any, asked: Sequence[Any]) -> None:
-    fleet: Fleet = asked[0]
-    device = fleet.state.devices[asked[1]]
+def _admitted(answer: Any, arguments: Sequence[Any]) -> None:
+    fleet: Fleet = arguments[0]
+    device = fleet.state.devices[arguments[1]]
+    # An allocator that refuses a device owes it neither density nor widths.
     if device.excluded:
         return
     if not isinstance(device.density, (int, float)) or not 0 < device.density <= 1:
-        raise UnfitError(f": density of {asked[1]}", "a number above 0 and at most 1", shown(device.density))
+        raise UnfitError(f": density of {arguments[1]}", "a number above 0 and at most 1", shown(device.density))
     try:
         fleet.architecture.check_widths(device.widths)
     except FedpruneError as error:
-        raise UnfitError(f": widths of {asked[1]}", "channels per group of the model", str(error)) from error
+        raise UnfitError(f": widths of {arguments[1]}", "channels per group of the model", str(error)) from error
 
 
+# The methods that a user may write, each with the check of its answer.
 CHECKS: dict[type, dict[str, Check]] = {
     Strategy: {
         "begin": lambda answer, asked: _model(answer, asked[0], ""),
@@ -134,7 +139,6 @@ CHECKS: dict[type, dict[str, Check]] = {
         "learn": lambda answer, asked: None,
     },
 }
-"""The methods that a user may write, each with the check of its answer."""
 
 
 def _of(kind: type | tuple[type, ...], answer: Any, part: str = "", expected: str = "") -> None:
@@ -153,8 +157,10 @@ def _tensors(
             raise UnfitError(f"{part}[{shown(name)}]", "a tensor of the model", "no such tensor")
         fits = isinstance(value, np.ndarray) and value.shape == shapes[name]
         if not fits or (value.dtype != np.float32 if exact else value.dtype.kind not in _STORED):
-            kind = "float32" if exact else "numbers"
-            raise UnfitError(f"{part}[{name!r}]", f"an array of {kind} {shape_text(*shapes[name])}", _kind(value))
+            expected_type = "float32" if exact else "numbers"
+            raise UnfitError(
+                f"{part}[{name!r}]", f"an array of {expected_type} {shape_text(*shapes[name])}", _kind(value)
+            )
     for name in shapes:
         if not missing and name not in answer:
             raise UnfitError(f"{part}[{name!r}]", f"an array {shape_text(*shapes[name])}", "nothing")

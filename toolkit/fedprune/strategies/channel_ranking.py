@@ -20,8 +20,8 @@ from fedprune.strategies.importance.scoring import (
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Memories, Ranking, Report, Scene
 
+# Memory: what scores that observe know of gradient and curvature.
 EVIDENCE = "evidence"
-"""Memory: what scores that observe know of gradient and curvature."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,10 @@ class Ranked(Strategy):
 
     def rank(self, scene: Scene) -> Ranking:
         evidence = self._evidence(scene) if self.observes else None
-        unknown = evidence is not None and not evidence.complete
-        if self.scorer == "random" or scene.round <= self.warmup_rounds or unknown:
+        is_untrained = evidence is not None and not evidence.complete
+        # Until every channel was trained once, the score of an untrained one is 0, and ranks by it would keep it
+        # untrained.
+        if self.scorer == "random" or scene.round <= self.warmup_rounds or is_untrained:
             return Ranking(random_ranks(scene.architecture, scene.seed, scene.round))
         return Ranking(ranks(self._scores(scene, evidence)))
 
@@ -56,8 +58,11 @@ class Ranked(Strategy):
             return {}
         evidence = self._evidence(scene)
         recipe = scene.recipe
-        samples = recipe.batch_size / (1 if recipe.max_steps else recipe.epochs)
-        evidence.update(fold, recipe.rate(scene.round, 0.5), samples)
+        # A round's steps are all epochs' together, and later epochs see no new samples; `max_steps` ends within the
+        # first.
+        samples_per_step = recipe.batch_size / (1 if recipe.max_steps else recipe.epochs)
+        # The rate in the middle of the round stands for all of its steps.
+        evidence.update(fold, recipe.rate(scene.round, 0.5), samples_per_step)
         return {EVIDENCE: evidence.to_tensors()}
 
     def _scores(self, scene: Scene, evidence: Evidence | None) -> Scores:
@@ -69,10 +74,15 @@ class Ranked(Strategy):
         return curvature(architecture, model, evidence, self.form)
 
     def _evidence(self, scene: Scene) -> Evidence:
-        known = scene.memory.get(EVIDENCE)
-        return Evidence.empty(scene.architecture) if known is None else Evidence.from_tensors(scene.architecture, known)
+        stored = scene.memory.get(EVIDENCE)
+        return (
+            Evidence.empty(scene.architecture) if stored is None else Evidence.from_tensors(scene.architecture, stored)
+        )
 
 
 def places_of(architecture: Architecture) -> list[str]:
-    """Names for what is remembered of channel groups, which no other description of the model has."""
+    """Keys of what is remembered of channel groups.
+
+    The digest makes them void once another version of the compiler finds other groups.
+    """
     return [f"{architecture.digest}/{g}" for g in range(len(architecture.groups))]

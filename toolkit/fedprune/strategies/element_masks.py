@@ -34,12 +34,13 @@ def global_mask(cut: Cut) -> Active:
     if cut.order is None:
         return ALL
     # A device of fewer channels has its density in them already.
-    whole = cut.turn.widths == cut.scene.architecture.sizes
-    mask = top(cut.order, cut.turn.density if whole else 1.0)
+    is_full_width = cut.turn.widths == cut.scene.architecture.sizes
+    mask = top(cut.order, cut.turn.density if is_full_width else 1.0)
+    # A mask that keeps everything is none: then nothing is packed, and the board computes an ordinary step.
     return ALL if all(bits.all() for bits in mask.values()) else mask
 
 
 def masked(cut: Cut, selection: Selection, mask: Active) -> Submodel:
     """A slice of the global model under a mask of the whole model."""
-    inside = gathered(mask, selection)
-    return Submodel(selection, applied(inside, selection.gather(cut.scene.model)), inside)
+    local_mask = gathered(mask, selection)
+    return Submodel(selection, applied(local_mask, selection.gather(cut.scene.model)), local_mask)

@@ -17,17 +17,17 @@ from fedprune.core.settings import bounded, check_fields
 from fedprune.jobs.state import Device, State, Task
 from fedprune.strategies.allocation import TIMES, Allocator, Fixed, Fleet, Tiers
 
+# Entry of `Device.allocation`: the device's last score.
 SCORE = "score"
-"""Entry of `Device.allocation`: the device's last score."""
 
+# Entry of `State.allocation`: ρ_min, which only rises.
 FLOOR = "floor"
-"""Entry of `State.allocation`: ρ_min, which only rises."""
 
+# Further entries: what early stopping remembers, a device's density, whether stage 1 is over, and all training.
 _WATCH, _GRANTED, _FROZEN, _DONE = "watch", "granted", "frozen", "done"
-"""Further entries: what early stopping remembers, a device's density, whether stage 1 is over, and all training."""
 
+# Times that are within this share of the wanted one are equal to it.
 BAND = 0.05
-"""Times that are within this share of the wanted one are equal to it."""
 
 
 @dataclass(frozen=True)
@@ -55,99 +55,112 @@ class Recovery:
 
     def grown(self, density: float) -> float:
         """The next density, 1 at most."""
+        # Rounded, so that 0.1 + 0.2 is 0.3 and not a density of its own.
         return min(1.0, round(density + self.delta, 9))
 
     def learn(self, device: Device, metrics: Mapping[str, float]) -> None:
         """Keep the score of an update, if it brought one."""
-        found = score(metrics, "_validation")
-        if found is not None:
-            device.allocation = {**device.allocation, SCORE: found}
+        new_score = score(metrics, "_validation")
+        if new_score is not None:
+            device.allocation = {**device.allocation, SCORE: new_score}
 
-    def review(self, state: State, least: float) -> dict[str, float]:
+    def review(self, state: State, min_density: float) -> dict[str, float]:
         """A check: look at all scores.
 
         Args:
             state: Its devices' and its own `allocation` are replaced.
-            least: ρ_min, as far as nothing has made it grow.
+            min_density: ρ_min, as far as nothing has made it grow.
 
         Returns:
             Devices that grow, with their new densities.
         """
-        part = {n: d for n, d in sorted(state.devices.items()) if d.widths and not d.excluded}
-        if not part:
+        members = {n: d for n, d in sorted(state.devices.items()) if d.widths and not d.excluded}
+        if not members:
             return {}
-        grows: dict[str, float] = {}
-        for name, device in part.items():
-            seen, fired = watch(device.allocation.get(_WATCH, {}), device.allocation.get(SCORE), self.patience)
-            device.allocation = {**device.allocation, _WATCH: seen}
+        new_densities: dict[str, float] = {}
+        for name, device in members.items():
+            watch_state, fired = watch(device.allocation.get(_WATCH, {}), device.allocation.get(SCORE), self.patience)
+            device.allocation = {**device.allocation, _WATCH: watch_state}
             if fired and device.density < 1:
-                grows[name] = self.grown(device.density)
-        lifted = self._review_whole(state, part, least)
-        for name, device in part.items():
-            if max(device.density, grows.get(name, 0.0)) < lifted:
-                grows[name] = lifted
-        return grows
+                new_densities[name] = self.grown(device.density)
+        floor = self._review_whole(state, members, min_density)
+        for name, device in members.items():
+            # Whoever grows by its own score above the floor keeps that density.
+            if max(device.density, new_densities.get(name, 0.0)) < floor:
+                new_densities[name] = floor
+        return new_densities
 
-    def _review_whole(self, state: State, part: Mapping[str, Device], least: float) -> float:
+    def _review_whole(self, state: State, members: Mapping[str, Device], min_density: float) -> float:
         """Look at the mean score, and return the floor.
 
         It rises from the sparsest device's density: otherwise no device's density would follow.
         """
-        own = dict(state.allocation)
-        floor = max(float(own.get(FLOOR, 0.0)), least)
-        standing = max(floor, min(d.density for d in part.values()))
-        patience = self.patience if standing < 1 else 8 * self.patience
-        seen, fired = watch(own.get(_WATCH, {}), _mean_score(part), patience)
-        if fired and standing >= 1:
-            own[_DONE] = True
+        allocation = dict(state.allocation)
+        floor = max(float(allocation.get(FLOOR, 0.0)), min_density)
+        sparsest = max(floor, min(d.density for d in members.values()))
+        # The code has 8·P, 5·P and 2·P by how ρ_min came to be 1; one patience, the longest, serves all
+        # (docs/strategies/pr-fl.md).
+        patience = self.patience if sparsest < 1 else 8 * self.patience
+        watch_state, fired = watch(allocation.get(_WATCH, {}), _mean_score(members), patience)
+        if fired and sparsest >= 1:
+            allocation[_DONE] = True
         elif fired:
-            floor = self.grown(standing)
-        state.allocation = {**own, FLOOR: floor, _WATCH: seen}
+            floor = self.grown(sparsest)
+        state.allocation = {**allocation, FLOOR: floor, _WATCH: watch_state}
         return floor
 
 
-def watch(seen: Mapping[str, Any], found: float | None, patience: int) -> tuple[dict[str, Any], bool]:
+def watch(previous_state: Mapping[str, Any], new_score: float | None, patience: int) -> tuple[dict[str, Any], bool]:
     """Early stopping, one check.
 
     Args:
-        seen: What the last check returned; empty at first.
-        found: The score, more is better; None without one.
+        previous_state: What the last check returned; empty at first.
+        new_score: The score, more is better; None without one.
         patience: After this many checks without a better score it fires, and starts to count again.
 
     Returns:
         What to remember, as JSON, and whether it fires.
     """
-    best, last, count = seen.get("best"), seen.get("last"), int(seen.get("count", 0))
+    best_score, last_score, count = (
+        previous_state.get("best"),
+        previous_state.get("last"),
+        int(previous_state.get("count", 0)),
+    )
     fired = False
-    if found is not None and found != last:
-        last = found
-        if best is None or found > best:
-            best, count = found, 0
+    # The same score again means that no update came in between: neither better nor a failed check.
+    if new_score is not None and new_score != last_score:
+        last_score = new_score
+        if best_score is None or new_score > best_score:
+            best_score, count = new_score, 0
         else:
             count += 1
             fired = count >= patience
+            # A device that has just grown gets P checks again before it may grow once more.
             count = 0 if fired else count
-    return {"best": best, "last": last, "count": count}, fired
+    return {"best": best_score, "last": last_score, "count": count}, fired
 
 
 def score(metrics: Mapping[str, float], suffix: str = "") -> float | None:
     """A score, more is better: what the model is judged by, with its sign turned where less is better; None without."""
-    found = leading(believable(metrics), suffix)
-    return None if found is None else found[1] if found[0].higher else -found[1]
+    leading_metric = leading(believable(metrics), suffix)
+    return None if leading_metric is None else leading_metric[1] if leading_metric[0].higher else -leading_metric[1]
 
 
-def _mean_score(part: Mapping[str, Device]) -> float | None:
+def _mean_score(members: Mapping[str, Device]) -> float | None:
     """The mean of the middle scores: a board's word, and what it says of its samples, can't move it far."""
-    known = sorted((d.allocation[SCORE], max(1, d.samples)) for d in part.values() if SCORE in d.allocation)
-    if not known:
+    weighted_scores = sorted(
+        (d.allocation[SCORE], max(1, d.samples)) for d in members.values() if SCORE in d.allocation
+    )
+    if not weighted_scores:
         return None
-    outer = (len(known) + 1) // 4
-    middle = known[outer : len(known) - outer]
+    # With three devices one is left out at each end, with two none: the mean must keep at least one.
+    trimmed_count = (len(weighted_scores) + 1) // 4
+    middle = weighted_scores[trimmed_count : len(weighted_scores) - trimmed_count]
     return math.fsum(s * n for s, n in middle) / sum(n for _, n in middle)
 
 
+# What devices begin with.
 Start = Fixed | Tiers
-"""What devices begin with."""
 
 
 @dataclass(frozen=True)
@@ -183,14 +196,15 @@ class TimeDriven(Allocator):
     def elements(self) -> bool:
         return self.start.elements
 
-    def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
+    def admit(self, fleet: Fleet, name: str, previous: Device | None) -> None:
         """Grant the density that the device had, or its initial one, and no less than the current minimum."""
         device = fleet.state.devices[name]
-        granted = device.allocation.get(_GRANTED)
-        if granted is None:
-            self.start.admit(fleet, name, known)
-            granted = device.density
-        self._grant(fleet, name, max(float(granted), self._least(fleet)))
+        # A device that announces itself again has its earned density, not the start's: links break often.
+        granted_density = device.allocation.get(_GRANTED)
+        if granted_density is None:
+            self.start.admit(fleet, name, previous)
+            granted_density = device.density
+        self._grant(fleet, name, max(float(granted_density), self._least(fleet)))
 
     def open(self, fleet: Fleet) -> bool:
         """In the first round the start deals out what it deals by names; later nothing changes here."""
@@ -206,6 +220,7 @@ class TimeDriven(Allocator):
         device = fleet.state.devices[name]
         if self.recovery is not None:
             self.recovery.learn(device, task.metrics)
+        # An update of an older, wider submodel may arrive after its device was narrowed.
         if seconds is not None and seconds > 0 and (task.density, task.widths) == (device.density, device.widths):
             times = [*device.allocation.get(TIMES, []), seconds][-self.interval :]
             device.allocation = {**device.allocation, TIMES: times}
@@ -213,12 +228,14 @@ class TimeDriven(Allocator):
     def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
         """Stage 2, then stage 1 unless that is over."""
         state, grown = fleet.state, False
+        # Checks are an interval apart: a density needs that many times to average over.
         if state.round % self.interval:
             return False
         if self.recovery is not None:
             for name, density in self.recovery.review(state, self._lowest(fleet)).items():
                 grown |= self._grant(fleet, name, density)
         if grown and not state.allocation.get(_FROZEN):
+            # From the first growth on, balancing rests: it would take away what early stopping gives.
             state.allocation = {**state.allocation, _FROZEN: True}
         return grown if state.allocation.get(_FROZEN) else self._balance(fleet) or grown
 
@@ -234,10 +251,13 @@ class TimeDriven(Allocator):
         }
         if not means:
             return False
-        present = {name: fleet.state.devices[name].density for name in means}
-        whole, changed = min(seconds / present[name] ** self.power for name, seconds in means.items()), False
+        current_densities = {name: fleet.state.devices[name].density for name in means}
+        full_model_time, changed = (
+            min(seconds / current_densities[name] ** self.power for name, seconds in means.items()),
+            False,
+        )
         for name, seconds in means.items():
-            density = balanced(present[name], whole / seconds, self.power)
+            density = balanced(current_densities[name], full_model_time / seconds, self.power)
             changed |= self._grant(fleet, name, min(1.0, max(density, self._least(fleet))))
         return changed
 
@@ -246,8 +266,8 @@ class TimeDriven(Allocator):
         to the floor, wherever they stand."""
         if not fleet.state.allocation.get(_FROZEN):
             return self.floor
-        held = (d.density for d in fleet.state.devices.values() if d.widths and not d.excluded)
-        return max(self.floor, min(held, default=0.0))
+        densities = (d.density for d in fleet.state.devices.values() if d.widths and not d.excluded)
+        return max(self.floor, min(densities, default=0.0))
 
     def _least(self, fleet: Fleet) -> float:
         """The floor of all. What a device was given to grow needs none: once one has grown, no density falls."""

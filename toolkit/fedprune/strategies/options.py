@@ -33,31 +33,34 @@ def read_options(job: Job, kind: type[T]) -> T:
     """
     if not is_dataclass(kind):
         raise TypeError("options are described by a dataclass")
-    known = {f.name: f for f in fields(kind)}
+    option_fields = {option_field.name: option_field for option_field in fields(kind)}
     values: dict[str, Any] = {}
     for name, value in job.options.items():
-        if name not in known:
+        if name not in option_fields:
             raise ConfigError(
-                f"unknown to strategy {job.strategy!r}{meant(name, known)}",
+                f"unknown to strategy {job.strategy!r}{meant(name, option_fields)}",
                 path=("job", "options", name),
-                expected=", ".join(sorted(known)) or "none",
+                expected=", ".join(sorted(option_fields)) or "none",
             )
-        f = known[name]
-        default = f.default if f.default_factory is MISSING else f.default_factory()
+        option_field = option_fields[name]
+        default = option_field.default if option_field.default_factory is MISSING else option_field.default_factory()
         values[name] = _checked(name, value, default)
-    made = kind(**values)
-    check_fields(made, ("job", "options"))
-    return made
+    options = kind(**values)
+    check_fields(options, ("job", "options"))
+    return options
 
 
 def _checked(name: str, value: object, default: object) -> object:
     kind: type = type(default)
-    if default is None:  # as the strategy finds best
+    # None lets the strategy choose. Such an option is a number or, given as a list, several.
+    if default is None:
         kind = tuple if isinstance(value, (list, tuple)) else float
+    # TOML and JSON write 1 for 1.0, and lists for tuples.
     if kind is float and is_number(value):
         return float(value)
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(value)
+    # bool is a subclass of int: true must not pass as 1.
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(("job", "options", name), expected=_TEXT.get(kind, kind.__name__), got=shown(value))
     return value

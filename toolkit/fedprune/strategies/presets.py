@@ -29,11 +29,11 @@ from fedprune.strategies.user_strategies import own_strategy
 from fedprune.updates.codecs import AUTO, PLAIN
 from fedprune.updates.privacy import LOCAL, SHARED
 
+# The option that goes with every strategy.
 ROBUST = "robust"
-"""The option that goes with every strategy."""
 
+# Composes a strategy from a job and its `options`.
 Preset = Callable[[Job], Strategy]
-"""Composes a strategy from a job and its `options`."""
 
 PRESETS: dict[str, Preset] = {
     "autoflip": autoflip,
@@ -77,8 +77,8 @@ def _compose(job: Job) -> Strategy:
         return preset(job)
     if ":" in job.strategy:
         return own_strategy(job)
-    dotted = job.strategy.rpartition(".")
-    names = [*PRESETS, f"{dotted[0]}:{dotted[2]}"] if dotted[0] else PRESETS
+    split_name = job.strategy.rpartition(".")
+    names = [*PRESETS, f"{split_name[0]}:{split_name[2]}"] if split_name[0] else PRESETS
     raise ConfigError(
         f"unknown name {shown(job.strategy)}{meant(job.strategy, names)}",
         path=("job", "strategy"),
@@ -89,11 +89,11 @@ def _compose(job: Job) -> Strategy:
 KINDS = ("sync", "semi-async", "async")
 
 _EITHER = ("concurrent", "rate", "mixing", "keep", "staleness", "max_staleness", "score_every", "evaluate_every")
+# Keys of `Schedule` that either kind has, and those of each.
 _OF = {"semi-async": ("window_s", "least", "extension_s"), "async": ("arrivals",)}
-"""Keys of `Schedule` that either kind has, and those of each."""
 
+# Settings of the job that only synchronous rounds have.
 _SYNCHRONOUS_ONLY = ("over_selection", "in_flight")
-"""Settings of the job that only synchronous rounds have."""
 
 
 def scheduled(strategy: Strategy, job: Job) -> Strategy:
@@ -111,8 +111,8 @@ def scheduled(strategy: Strategy, job: Job) -> Strategy:
     device was sent, as in FedBuff (Nguyen et al. 2022). Raises `ConfigError` if the schedule's settings are wrong, the
     strategy can't be moved to it, or the job has settings that mean nothing on it.
     """
-    moved = _moved(strategy, job) if job.schedule else strategy
-    if moved.schedule is not None and moved.schedule.asynchronous:
+    rescheduled = _moved(strategy, job) if job.schedule else strategy
+    if rescheduled.schedule is not None and rescheduled.schedule.asynchronous:
         for name in _SYNCHRONOUS_ONLY:
             if getattr(job, name):
                 raise ConfigError(
@@ -121,38 +121,43 @@ def scheduled(strategy: Strategy, job: Job) -> Strategy:
                     got=getattr(job, name),
                     hint="The schedule's concurrent says how many work at a time." if name == "in_flight" else "",
                 )
-    share = job.participation if moved.schedule is None else moved.schedule.participation or job.participation
-    if job.over_selection and share == 1:
+    participation = (
+        job.participation if rescheduled.schedule is None else rescheduled.schedule.participation or job.participation
+    )
+    if job.over_selection and participation == 1:
         raise ConfigError(
             ("job", "over_selection"),
             expected="a participation below 1, which leaves devices to ask beyond those that a round needs",
             got=f"{job.over_selection:g}, and everybody is asked",
         )
-    return moved
+    return rescheduled
 
 
 def _moved(strategy: Strategy, job: Job) -> Strategy:
-    body: dict[str, Any] = dict(job.schedule)
+    schedule_table: dict[str, Any] = dict(job.schedule)
     # Before the kind, which may be the key that is misspelt.
-    validation.only(("kind", *_EITHER, *(key for keys in _OF.values() for key in keys)), body, ("job", "schedule"))
-    if "kind" not in body:
+    validation.only(
+        ("kind", *_EITHER, *(key for keys in _OF.values() for key in keys)), schedule_table, ("job", "schedule")
+    )
+    if "kind" not in schedule_table:
         raise ConfigError(("job", "schedule", "kind"), expected=" or ".join(KINDS), got="nothing")
-    kind = body.pop("kind")
+    kind = schedule_table.pop("kind")
     validation.word(("job", "schedule", "kind"), kind, KINDS)
     if kind == "sync":
-        if body:
+        # Rounds in step have no window, staleness or rate; a key here means that another kind was meant.
+        if schedule_table:
             raise ConfigError(
                 "'sync'",
                 path=("job", "schedule", "kind"),
                 expected="no other key: rounds in step go by the job's own settings",
-                got=", ".join(sorted(body)),
+                got=", ".join(sorted(schedule_table)),
             )
         if strategy.schedule is None or not strategy.schedule.asynchronous:
             return strategy
     aggregator = strategy.aggregator
-    plain = type(aggregator) in (Mean, DeltaMean) and strategy.has_plain_close and not strategy.explores
+    averages_updates = type(aggregator) in (Mean, DeltaMean) and strategy.has_plain_close and not strategy.explores
     # Who averages models on a schedule of its own does it by that schedule's arithmetic.
-    if not plain or (strategy.schedule is not None and type(aggregator) is Mean):
+    if not averages_updates or (strategy.schedule is not None and type(aggregator) is Mean):
         raise ConfigError(
             f"with strategy {strategy.name}, which keeps its own",
             path=("job", "schedule"),
@@ -162,18 +167,20 @@ def _moved(strategy: Strategy, job: Job) -> Strategy:
         )
     if kind == "sync":
         return replace(strategy, schedule=None)
-    validation.only((*_EITHER, *_OF[kind]), body, ("job", "schedule"), f"key of kind {kind!r}")
+    validation.only((*_EITHER, *_OF[kind]), schedule_table, ("job", "schedule"), f"key of kind {kind!r}")
+    # As in FedBuff, whichever schedule it is: damped mixing, and (k + 1)^-½ for an update of k models ago.
     defaults: dict[str, dict[str, Any]] = {
         "semi-async": {"window_s": job.deadline_s / 10},
         "async": {"arrivals": max(1, job.devices // 2)},
     }
-    body = {"mixing": "damped", "staleness": {"decay": "polynomial"}, **defaults[kind], **body}
+    schedule_table = {"mixing": "damped", "staleness": {"decay": "polynomial"}, **defaults[kind], **schedule_table}
     try:
-        schedule = Schedule.from_dict({**body, "kind": "asynchronous"})
+        schedule = Schedule.from_dict({**schedule_table, "kind": "asynchronous"})
     except ConfigError as error:
+        # `Schedule` names its own fields; the user wrote them below [job.schedule].
         raise error.named(error.words, ("job", *error.path)) from error
-    moves = DeltaMean(**{f.name: getattr(aggregator, f.name) for f in fields(Mean)})
-    return replace(strategy, schedule=schedule, aggregator=moves)
+    delta_mean = DeltaMean(**{f.name: getattr(aggregator, f.name) for f in fields(Mean)})
+    return replace(strategy, schedule=schedule, aggregator=delta_mean)
 
 
 def check_private(job: Job, strategy: Strategy) -> Strategy:
@@ -196,12 +203,12 @@ def check_private(job: Job, strategy: Strategy) -> Strategy:
             got="one that also uses what boards measure on their samples, which no noise covers",
             hint="fedprune, fedavg and heterofl are some that can be private.",
         )
-    if not job.privacy.local and (looks := _looks(job, strategy, (PLAIN,))):
+    if not job.privacy.local and (reader := _looks(job, strategy, (PLAIN,))):
         raise ConfigError(
             f"{SHARED!r} with strategy {job.strategy}",
             path=("job", "privacy", "noise"),
             expected="a job in which nothing is made of single updates",
-            got=looks,
+            got=reader,
             hint=f"With noise = {LOCAL!r} every update is private by itself.",
         )
     return strategy
@@ -216,27 +223,31 @@ def check_secure(job: Job, strategy: Strategy) -> Strategy:
     """
     if not job.secure_aggregation:
         return strategy
-    looks = _looks(job, strategy, (PLAIN, "int8"))
-    if not looks and (job.compression_of or job.compression_down not in (AUTO, PLAIN)):
-        looks = "compression_of or compression_down, by which boards differ"
-    if not looks and (job.recipe.mask != "none" or job.recipe.report_squares):
-        looks = "a recipe with element masks or squared gradients, which boards have of their own"
-    if looks:
+    reader = _looks(job, strategy, (PLAIN, "int8"))
+    if not reader and (job.compression_of or job.compression_down not in (AUTO, PLAIN)):
+        reader = "compression_of or compression_down, by which boards differ"
+    if not reader and (job.recipe.mask != "none" or job.recipe.report_squares):
+        reader = "a recipe with element masks or squared gradients, which boards have of their own"
+    if reader:
         raise ConfigError(
             f"with strategy {job.strategy}",
             path=("job", "secure_aggregation"),
             expected="a job in which nothing is made of single updates",
-            got=looks,
+            got=reader,
             hint="fedavg, and heterofl with label_rows = false, are some that go with it; compression may be int8.",
         )
     return strategy
 
 
 def _looks(job: Job, strategy: Strategy, allowed: Collection[str]) -> str:
-    """The parts of a job that read single updates, or more than their sum; empty if none does. `allowed` are
-    codecs that are none of that."""
+    """What of a job reads single updates, or more than their sum; empty if nothing does.
+
+    Args:
+        allowed: Codecs that don't.
+    """
+    # AUTO is the strategy's own codec, which is checked with the strategy.
     codecs = {job.compression, *job.compression_of.values()} - {AUTO, *allowed}
-    found = {
+    readers = {
         "a composition of your own, which may read anything": ":" in job.strategy,
         "a strategy that uses single updates": strategy.inputs != "sum",
         "a schedule on which updates are released one by one": strategy.schedule is not None
@@ -251,4 +262,4 @@ def _looks(job: Job, strategy: Strategy, allowed: Collection[str]) -> str:
         "rounds of exploration": strategy.explores > 0,
         "updates that are kept for the next rounds": strategy.keeps_past,
     }
-    return next((what for what, is_so in found.items() if is_so), "")
+    return next((reader for reader, applies in readers.items() if applies), "")

@@ -47,6 +47,7 @@ class SharedCore:
 
         `spent` is the share of the job's totals that will be spent after it, if it takes as much as those before it.
         """
+        # The tolerance lets 0.8 of ten rounds be eight, whatever the product rounds to.
         return spent <= self.until + 1e-9 and number <= min(math.ceil(self.until * rounds - 1e-9), rounds - 1)
 
     def of(self, counts: Mapping[tuple[float, tuple[int, ...]], int]) -> tuple[float, tuple[int, ...]]:
@@ -55,9 +56,10 @@ class SharedCore:
         Args:
             counts: How many boards can hold each share of the model and widths; one or more.
         """
-        least, boards = self.board_share * sum(counts.values()) - 1e-9, 0
+        needed_boards, boards = self.board_share * sum(counts.values()) - 1e-9, 0
+        # Widest first: the core is the largest submodel that enough boards can hold.
         for core in sorted(counts, reverse=True):
             boards += counts[core]
-            if boards >= least:
+            if boards >= needed_boards:
                 break
         return core

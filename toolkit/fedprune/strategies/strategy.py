@@ -20,8 +20,8 @@ from fedprune.strategies.shared_core import SharedCore
 from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, Scene, SelfDistillation, Submodel, Turn
 from fedprune.updates import AUTO, DOWN, PLAIN, Codecs, agreed
 
+# The data that the server needs from boards: a round's sum of updates, single updates, or measurements as well.
 Inputs = Literal["sum", "updates", "measurements"]
-"""The data that the server needs from boards: a round's sum of updates, single updates, or measurements as well."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Strategy:
             (`fedprune.strategies.presets`). Required, so that no strategy counts as private by omission.
         allocator: How much of the model each device gets; None leaves it to the planner, or to the job's `density`.
         schedule: When offers go out and rounds close; None for synchronous rounds.
-        explores: In this many first rounds every device trains and the strategy learns, but the model doesn't move.
-        explorers_count: Whether the model becomes the aggregate of those rounds all the same.
+        explores: Number of first rounds in which every device trains and the strategy learns, but the model stays.
+        explorers_count: Whether the model moves to the aggregate of those rounds all the same.
         keeps_past: Whether a device's last counted update is kept (`Cut.past`).
         masks: Whether submodels have element masks, for which plans must leave room on boards.
         compression: The codec, both ways, of jobs whose own is `auto`: `none` or one of `fedprune.updates.DOWN`. With
             element masks, and where noise is shared, which a codec would round away, files travel plainly.
         distillation: How the server trains each new global model on unlabelled samples, if it has any; None for not at
             all.
-        least_channels: How many channels of a group no submodel has less of, unless the whole model has less.
+        least_channels: The fewest channels that a submodel has of a group, unless the whole model has fewer.
         core: The width that boards train together for most of the job; None where each trains all that it can hold.
     """
 
@@ -67,6 +67,7 @@ class Strategy:
 
     def __post_init__(self) -> None:
         if not self.name:
+            # A frozen dataclass sets its own fields in no other way.
             object.__setattr__(self, "name", type(self).__name__)
         validation.word(f"strategy {self.name}: inputs", self.inputs, get_args(Inputs))
         validation.word(f"strategy {self.name}: compression", self.compression, (PLAIN, *DOWN))
@@ -135,17 +136,18 @@ class Strategy:
         """Whether updates enter the sums as they were trained, so that sums can be made tensor by tensor."""
         return type(self).reconstruct is Strategy.reconstruct
 
-    def codecs(self, job: Job, profile: object, known: Collection[str]) -> Codecs:
+    def codecs(self, job: Job, profile: object, supported: Collection[str]) -> Codecs:
         """The codecs of a device's updates, and of the weights that it is sent; None for plain files.
 
         Args:
             profile: The name of its hardware profile.
-            known: The codecs that it knows.
+            supported: The codecs that it knows.
         """
-        plain = self.masks or job.sums_alone
-        own = PLAIN if plain else self.compression
-        asked = job.compression_of.get(str(profile), job.compression), job.compression_down
-        up, down = (agreed(own if setting == AUTO else setting, known) for setting in asked)
+        # The strategy's own codec gives way here (see `compression`); one that the job names doesn't.
+        is_plain = self.masks or job.sums_alone
+        default_codec = PLAIN if is_plain else self.compression
+        settings = job.compression_of.get(str(profile), job.compression), job.compression_down
+        up, down = (agreed(default_codec if setting == AUTO else setting, supported) for setting in settings)
         return (None if job.sums_alone else up), down
 
     def planned_recipe(self, job: Job, device: str, widths: tuple[int, ...], density: float, samples: int) -> Recipe:
@@ -158,6 +160,8 @@ class Strategy:
             widths: The channels per group that it would have.
             density: The share of the model that these are.
         """
+        # The first round after exploration: an explorer's recipe is longer, and would make every plan too narrow.
         turn = Turn(job.seed, self.explores + 1, device, widths, density, samples)
         recipe = job.privacy.asked_of(self.recipe(job.training, turn))
+        # Masks are made by importance later; the plan needs only the room that any hard mask takes.
         return replace(recipe, mask="hard") if self.masks and recipe.mask == "none" else recipe

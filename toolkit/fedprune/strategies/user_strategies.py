@@ -41,8 +41,8 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 _OURS = "fedprune"
 
+# In these methods our own errors are about the update at hand, and are raised unchanged.
 _ABOUT_AN_UPDATE = ("reconstruct", "add")
-"""In these methods our own errors are about the update at hand, and are raised unchanged."""
 
 _PAGE = "docs/write-a-strategy.md describes what each method takes and returns."
 
@@ -50,8 +50,8 @@ _PAGE = "docs/write-a-strategy.md describes what each method takes and returns."
 def own_strategy(job: Job) -> Strategy:
     """Compose a user's own strategy; what the user wrote of it is checked as it is called. Raises `ConfigError` if
     there is no such function, it fails, or it returns no strategy; or an option is wrong."""
-    strategy, own = _composed(job)
-    return _guarded(strategy, job.strategy, own)
+    strategy, user_code = _composed(job)
+    return _guarded(strategy, job.strategy, user_code)
 
 
 def own_code(job: Job) -> str:
@@ -60,8 +60,10 @@ def own_code(job: Job) -> str:
     if ":" not in job.strategy:
         return ""
     strategy, _ = _composed(job)
-    parts = (strategy, strategy.aggregator, strategy.allocator)
-    names = {type(p).__module__ for p in parts if p is not None} | {job.strategy.partition(":")[0]}
+    user_objects = (strategy, strategy.aggregator, strategy.allocator)
+    names = {type(user_object).__module__ for user_object in user_objects if user_object is not None} | {
+        job.strategy.partition(":")[0]
+    }
     digest = hashlib.sha256()
     for file in sorted(_own_files(names)):
         digest.update(file.read_bytes())
@@ -70,26 +72,27 @@ def own_code(job: Job) -> str:
 
 def _own_files(names: Collection[str]) -> set[Path]:
     """Files of a user's modules, and of those in the same package or folder that they import, and so on."""
-    waiting = [n for n in names if not _shipped(n) and n in sys.modules]
-    packages = {n.partition(".")[0] for n in waiting}
-    folders = {Path(file).resolve().parent for n in waiting if (file := sys.modules[n].__file__) is not None}
-    seen, files = set(waiting), set[Path]()
-    while waiting:
-        module = sys.modules.get(waiting.pop())
+    pending = [n for n in names if not _shipped(n) and n in sys.modules]
+    packages = {n.partition(".")[0] for n in pending}
+    folders = {Path(file).resolve().parent for n in pending if (file := sys.modules[n].__file__) is not None}
+    visited, files = set(pending), set[Path]()
+    while pending:
+        module = sys.modules.get(pending.pop())
         file = getattr(module, "__file__", None)
+        # Built-in and namespace modules have no file whose digest could change.
         if module is None or file is None:
             continue
         path = Path(file).resolve()
         # A virtual environment may be in the user's folder; what is installed has versions.
-        beside = not folders.isdisjoint(path.parents) and _INSTALLED.isdisjoint(path.parts)
-        if not beside and module.__name__.partition(".")[0] not in packages:
+        is_user_file = not folders.isdisjoint(path.parents) and _INSTALLED.isdisjoint(path.parts)
+        if not is_user_file and module.__name__.partition(".")[0] not in packages:
             continue
         files.add(path)
         for value in list(vars(module).values()):
             name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-            if isinstance(name, str) and name not in seen and not _shipped(name):
-                seen.add(name)
-                waiting.append(name)
+            if isinstance(name, str) and name not in visited and not _shipped(name):
+                visited.add(name)
+                pending.append(name)
     return files
 
 
@@ -108,32 +111,32 @@ def _composed(job: Job) -> tuple[Strategy, _Origin]:
         raise ConfigError(
             f"{job.strategy} {_failed(error)}", path=("job", "strategy"), hint=_remedy(error, module_name)
         ) from error
-    own = _Origin(module_name, getattr(module, "__file__", None))
+    user_code = _Origin(module_name, getattr(module, "__file__", None))
     try:
         strategy = compose(job)
     except FedpruneError:
         raise
     except Exception as error:
         raise StrategyError(
-            f"{job.strategy} {_failed(error, own.place(error))}", path=("job", "strategy"), hint=_PAGE
+            f"{job.strategy} {_failed(error, user_code.place(error))}", path=("job", "strategy"), hint=_PAGE
         ) from error
     if not isinstance(strategy, Strategy):
         raise StrategyError(("job", "strategy"), expected="a Strategy", got=type(strategy).__name__)
-    return strategy, own
+    return strategy, user_code
 
 
 def _guarded(strategy: Strategy, name: str, origin: _Origin) -> Strategy:
     kinds = {"aggregator": Aggregator, "allocator": Allocator, "schedule": Schedule}
-    parts: dict[str, Any] = {}
+    checked_parts: dict[str, Any] = {}
     for part, kind in kinds.items():
-        found = getattr(strategy, part)
-        if found is None and part != "aggregator":
+        part_object = getattr(strategy, part)
+        if part_object is None and part != "aggregator":
             continue
-        if not isinstance(found, kind):
-            expected, got = f"of class {kind.__name__}", type(found).__name__
+        if not isinstance(part_object, kind):
+            expected, got = f"of class {kind.__name__}", type(part_object).__name__
             raise StrategyError(f"strategy {name}: {part}", expected=expected, got=got, hint=_PAGE)
-        parts[part] = _checked(found, f"strategy {name}: {part}", CHECKS.get(kind, {}), origin)
-    return replace(_checked(strategy, f"strategy {name}:", CHECKS[Strategy], origin), **parts)
+        checked_parts[part] = _checked(part_object, f"strategy {name}: {part}", CHECKS.get(kind, {}), origin)
+    return replace(_checked(strategy, f"strategy {name}:", CHECKS[Strategy], origin), **checked_parts)
 
 
 class _Origin:
@@ -145,77 +148,85 @@ class _Origin:
 
     def also(self, kind: type) -> _Origin:
         """This, with the module of a class added."""
-        out = _Origin(kind.__module__, None)
-        out.packages |= self.packages
-        out.folders |= self.folders
-        return out
+        extended = _Origin(kind.__module__, None)
+        extended.packages |= self.packages
+        extended.folders |= self.folders
+        return extended
 
     def place(self, error: BaseException) -> str:
         """File and line of this code that an error came from; empty if from elsewhere."""
-        found = ""
+        location = ""
         for frame, line in walk_tb(error.__traceback__):
             package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
             if package in self.packages or Path(frame.f_code.co_filename).parent in self.folders:
-                found = _line(frame.f_code.co_filename, line)
-        return found
+                location = _line(frame.f_code.co_filename, line)
+        return location
 
 
-def _checked(found: T, what: str, checks: Mapping[str, Check], origin: _Origin) -> T:
+def _checked(instance: T, what: str, checks: Mapping[str, Check], origin: _Origin) -> T:
     """A copy, of a subclass in which the methods that its user wrote are checked."""
-    kind = type(found)
-    definers = {method: next(k for k in kind.__mro__ if method in vars(k)) for method in checks}
-    own = {method for method, definer in definers.items() if not _shipped(definer.__module__)}
-    if not own:
-        return found
+    kind = type(instance)
+    definers = {method: next(ancestor for ancestor in kind.__mro__ if method in vars(ancestor)) for method in checks}
+    user_methods = {method for method, definer in definers.items() if not _shipped(definer.__module__)}
+    if not user_methods:
+        return instance
     origin = origin.also(kind)
-    body: dict[str, Any] = {"__slots__": (), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    for method in own:
-        body[method] = _calling(kind, method, f"{what} {kind.__name__}.{method}", checks[method], origin)
-    made = copy(found)
-    checked: type = type(kind.__name__, (kind,), body)
-    object.__setattr__(made, "__class__", checked)
-    return made
+    # Without slots of its own the subclass has the layout of its parent, which assigning `__class__` demands. It keeps
+    # the user's name, which errors and `Strategy.name` show.
+    class_body: dict[str, Any] = {"__slots__": (), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    for method in user_methods:
+        class_body[method] = _calling(kind, method, f"{what} {kind.__name__}.{method}", checks[method], origin)
+    guarded = copy(instance)
+    checked: type = type(kind.__name__, (kind,), class_body)
+    # A copy keeps what the user's `__init__` made; constructing the subclass would run it once more.
+    object.__setattr__(guarded, "__class__", checked)
+    return guarded
 
 
 def _calling(kind: type, method: str, what: str, check: Check, origin: _Origin) -> Callable[..., Any]:
     """A method that calls a class's own one, names where it fails, and checks its answer."""
+    # A decorated method is shown where the user wrote it, not in the decorator.
     code = getattr(inspect.unwrap(getattr(kind, method)), "__code__", None)
-    defined = kind.__module__ if code is None else _line(code.co_filename, code.co_firstlineno)
+    definition_line = kind.__module__ if code is None else _line(code.co_filename, code.co_firstlineno)
 
-    def call(self: Any, *asked: Any, **named: Any) -> Any:
-        theirs: list[BaseException] = []
-        handed = [_marked(a, theirs) if callable(a) else a for a in asked]
+    def call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        reader_errors: list[BaseException] = []
+        passed_arguments = [
+            _marked(argument, reader_errors) if callable(argument) else argument for argument in arguments
+        ]
         try:
-            answer = getattr(super(type(self), self), method)(*handed, **named)
+            answer = getattr(super(type(self), self), method)(*passed_arguments, **keywords)
+        # The machine's faults, and errors that name the place already.
         except (StorageError, MissingExtraError, StrategyError, MemoryError):
             raise
         except Exception as error:
-            if error in theirs or (isinstance(error, FedpruneError) and method in _ABOUT_AN_UPDATE):
+            # What the reader raised is no fault of the user's code, even if it passed through it.
+            if error in reader_errors or (isinstance(error, FedpruneError) and method in _ABOUT_AN_UPDATE):
                 raise
-            raise StrategyError(f"{what} {_failed(error, origin.place(error) or defined)}") from error
+            raise StrategyError(f"{what} {_failed(error, origin.place(error) or definition_line)}") from error
         try:
-            check(answer, asked)
+            check(answer, arguments)
         except UnfitError as unfit:
             expected, got = unfit.expected, unfit.got
             raise StrategyError(
-                f"{what} at {defined}: answer{unfit.part}", expected=expected, got=got, hint=_PAGE
+                f"{what} at {definition_line}: answer{unfit.part}", expected=expected, got=got, hint=_PAGE
             ) from unfit
         return answer
 
     return call
 
 
-def _marked(read: Callable[[], Iterator[Any]], theirs: list[BaseException]) -> Callable[[], Iterator[Any]]:
+def _marked(read: Callable[[], Iterator[Any]], reader_errors: list[BaseException]) -> Callable[[], Iterator[Any]]:
     """A reader of updates that notes its own errors, which are not the caller's."""
 
-    def reading() -> Iterator[Any]:
+    def read_and_note() -> Iterator[Any]:
         try:
             yield from read()
         except Exception as error:
-            theirs.append(error)
+            reader_errors.append(error)
             raise
 
-    return reading
+    return read_and_note
 
 
 def _failed(error: Exception, place: str = "") -> str:

@@ -15,11 +15,11 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Active, Selection, Tensors
 from fedprune.strategies.importance.scoring import Ranks
 
+# A job's memory between rounds: named collections of tensors, such as `velocity`. Loaded when asked for.
 Memory = Mapping[str, Mapping[str, npt.NDArray[Any]]]
-"""A job's memory between rounds: named collections of tensors, such as `velocity`. Loaded when asked for."""
 
+# The new memory, by the same names; an empty collection is forgotten.
 Memories = dict[str, dict[str, npt.NDArray[Any]]]
-"""The new memory, by the same names; an empty collection is forgotten."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Turn:
 
 @dataclass(frozen=True, eq=False)
 class Submodel:
-    """A device's training, planned or done.
+    """A device's submodel, as it is sent or as it was trained.
 
     Attributes:
         selection: Where its channels live.
@@ -79,8 +79,8 @@ class Past(Submodel):
         """Its tensors with a global model's values where it was masked, of which the device knows nothing."""
         if not self.mask:
             return self.tensors
-        below = self.selection.gather(model)
-        return {n: np.where(self.mask[n], v, below[n]) if n in self.mask else v for n, v in self.tensors.items()}
+        fill_values = self.selection.gather(model)
+        return {n: np.where(self.mask[n], v, fill_values[n]) if n in self.mask else v for n, v in self.tensors.items()}
 
 
 @dataclass(frozen=True, eq=False)

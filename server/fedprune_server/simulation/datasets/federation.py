@@ -183,8 +183,8 @@ def default_names(devices: int) -> list[str]:
     return [f"device-{i:0{digits}}" for i in range(devices)]
 
 
+# Devices that a heat map shows; larger fleets are sampled evenly.
 DEVICES = 300
-"""Devices that a heat map shows; larger fleets are sampled evenly."""
 
 
 @dataclass(frozen=True)
@@ -272,8 +272,8 @@ def draw_partition(federation: Federation, path: Path, title: str = "Data of the
 
 Kind = Literal["iid", "dirichlet", "pathological", "owners"]
 
+# The setting on which a partition's skew depends.
 _SETTING_OF: Mapping[str, str] = {"dirichlet": "alpha", "pathological": "classes"}
-"""The setting on which a partition's skew depends."""
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from fedprune_device.data.viewer_image import viewer_image
 from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp")
+# Formats that Pillow may open, whatever the file's extension: some of its other formats run programs on the file.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")
-"""Formats that Pillow may open, whatever the file's extension: some of its other formats run programs on the file."""
 
 _TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation")
 _MOST_SIDE = 4096

@@ -24,11 +24,11 @@ from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 Array = npt.NDArray[Any]
 
+# Rows of a Parquet file that are read at once.
 _ROWS = 1024
-"""Rows of a Parquet file that are read at once."""
 
+# The schema's metadata in which `datasets` keeps the features.
 _ABOUT = b"huggingface"
-"""The schema's metadata in which `datasets` keeps the features."""
 
 _PLAIN = ("Value", "List", "LargeList", "Sequence", "ClassLabel", "Array2D", "Array3D", "Array4D", "Array5D")
 _HINTS = {

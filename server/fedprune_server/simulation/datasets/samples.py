@@ -16,8 +16,8 @@ from fedprune.core.errors import DataError, shape_text
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
+# Samples per chunk when all are read.
 _CHUNK = 4096
-"""Samples per chunk when all are read."""
 
 _COLOURS = (1, 3, 4)
 

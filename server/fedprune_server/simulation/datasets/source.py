@@ -23,17 +23,17 @@ from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 Array = npt.NDArray[Any]
 
+# Accepted names of the array of owners.
 _OWNERS = ("owner", "subject", "writer", "domain", "user")
-"""Accepted names of the array of owners."""
 
+# Names of the arrays that are read.
 _KNOWN = frozenset(
     {"x", "y", "x_train", "y_train", "x_test", "y_test", "is_test", "class_names"}
     | {word + end for word in _OWNERS for end in ("", "_train", "_test")}
 )
-"""Names of the arrays that are read."""
 
+# A member's header inside a zip archive (APPNOTE.TXT, 4.3.7).
 _LOCAL = struct.Struct("<4s5H3I2H")
-"""A member's header inside a zip archive (APPNOTE.TXT, 4.3.7)."""
 
 _HINT = "Write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)."
 
@@ -151,8 +151,8 @@ def _listed(path: Path) -> str:
         return ", ".join(n.removesuffix(".npy") for n in archive.namelist()) or "nothing"
 
 
+# Environment variable with a folder in which missing sources are searched.
 VARIABLE = "FEDPRUNE_DATA"
-"""Environment variable with a folder in which missing sources are searched."""
 
 
 def read_samples(

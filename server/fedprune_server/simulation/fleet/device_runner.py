@@ -26,16 +26,16 @@ from fedprune_server.executor.offers import sent
 from fedprune_server.process.pools import ProcessPool
 from fedprune_server.simulation.fleet.virtual_device import Outcome, VirtualDevice
 
+# Devices, in addition to those that train, whose samples are in memory: the processes go on with them while this one
+# folds an update.
 _SPARE = 2
-"""Devices, in addition to those that train, whose samples are in memory: the processes go on with them while this one
-folds an update."""
 
 
+# A device, its offer, and the round.
 Work = tuple[VirtualDevice, dict[str, Any], int]
-"""A device, its offer, and the round."""
 
+# An outcome, and the digest of the board's state from then on.
 Done = tuple[Outcome, str | None]
-"""An outcome, and the digest of the board's state from then on."""
 
 
 class WorkerKilledError(TrainingError):

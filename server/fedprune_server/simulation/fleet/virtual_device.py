@@ -32,8 +32,8 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.stored_array import StoredArray
 from fedprune_server.simulation.datasets.federation import Federation
 
+# Entries of an offer that refer to blobs.
 _BLOBS = ("weights", "training", "inference", "base")
-"""Entries of an offer that refer to blobs."""
 
 
 def pulls(offer: Mapping[str, Any], held: Collection[str]) -> dict[str, int]:
@@ -76,8 +76,8 @@ class Outcome:
     metrics: dict[str, float]
 
 
+# What a hostile board announces instead of its outcome, by the offer; weights are in the store, and are put there.
 Tamper = Callable[[Outcome, Mapping[str, Any], BlobStore], Outcome]
-"""What a hostile board announces instead of its outcome, by the offer; weights are in the store, and are put there."""
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ def fingerprint(data: LocalData) -> str:
 
 MEGABYTE = 1e6
 
+# Fleets of up to this size hold their samples in memory; larger ones read them on use.
 HELD = 32
-"""Fleets of up to this size hold their samples in memory; larger ones read them on use."""
 
 _KEYS = ("name", "count", "profile", "data", "link", "validation")
 _LINK_KEYS = ("down_mb_s", "up_mb_s", "latency_s")
 
+# Speeds in MB/s and latency in seconds that differ from the profile's.
 LinkSettings = Mapping[str, float]
-"""Speeds in MB/s and latency in seconds that differ from the profile's."""
 
 
 @dataclass(frozen=True)

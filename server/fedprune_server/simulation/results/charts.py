@@ -18,35 +18,35 @@ from fedprune_server.simulation.results.record import Record, also_measured, mea
 
 T = TypeVar("T")
 
+# Channel groups next to each other in a row.
 GROUPS = 12
-"""Channel groups next to each other in a row."""
 
+# Devices that a list shows; of larger fleets these many, evenly spread.
 DEVICES = 300
-"""Devices that a list shows; of larger fleets these many, evenly spread."""
 
+# Devices up to which each has a curve.
 CURVES = 100
-"""Devices up to which each has a curve."""
 
+# Devices from which there is a histogram, too.
 FEW = 24
-"""Devices from which there is a histogram, too."""
 
+# Rows of the map of channels over rounds.
 ROUNDS = 40
-"""Rows of the map of channels over rounds."""
 
+# Measurements of a simulation that get curves.
 MEASURED = 6
-"""Measurements of a simulation that get curves."""
 
 _COST = Metric(EPSILON, "ε", higher=False, share=False)
 
+# The x axes of curves: rounds, bytes sent so far both ways, virtual time.
 _ALONG: tuple[tuple[str, Callable[[RoundRow], float]], ...] = (
     ("round", lambda r: r.round),
     ("MB", lambda r: (r.down + r.up) / 1e6),
     ("seconds", lambda r: r.at),
 )
-"""The x axes of curves: rounds, bytes sent so far both ways, virtual time."""
 
+# A value per round, or None.
 Values = Callable[[Record], "Sequence[float | None]"]
-"""A value per round, or None."""
 
 
 def curves(runs: Sequence[Record]) -> str:

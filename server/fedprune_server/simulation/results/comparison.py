@@ -32,13 +32,13 @@ EQUAL_COST = "At equal cost: each run's last measured round before it had spent 
 
 _MOST_VALUES = 5
 
+# What a run had spent at the end of each of its rounds, in all.
 _COSTS: dict[str, Callable[[Record], list[float]]] = {
     "rounds": lambda run: [row.round for row in run.rounds],
     "training_macs": lambda run: list(accumulate(row.macs for row in run.rounds)),
     "bytes": lambda run: [row.down + row.up for row in run.rounds],
     "seconds": lambda run: [row.at for row in run.rounds],
 }
-"""What a run had spent at the end of each of its rounds, in all."""
 
 
 def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:

@@ -16,17 +16,17 @@ from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.record import DeviceRow, Record, shown
 from fedprune_server.simulation.results.tables import TAIL, final_rows, table, tail_note, write_page
 
+# Points by which the fleet's accuracies may fall below the reference's.
 POINTS = 2.0
-"""Points by which the fleet's accuracies may fall below the reference's."""
 
+# Relative excess of the fleet's losses over the reference's, for regression.
 EXCESS = 0.05
-"""Relative excess of the fleet's losses over the reference's, for regression."""
 
+# Devices without updates, and warnings, that are listed, at most.
 _NAMED = 10
-"""Devices without updates, and warnings, that are listed, at most."""
 
+# Share of the reference's bytes that the fleet may use, each way.
 SHARE = 0.15
-"""Share of the reference's bytes that the fleet may use, each way."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from fedprune.core.atomic_file import appearing
 from fedprune_server.monitoring.round_rows import EACH_ROUND, WideRows
 from fedprune_server.simulation.results.record import Record
 
+# Costs of a device since the previous round.
 SPENT = ("bytes_down", "bytes_up", "training_macs", "active_macs")
-"""Costs of a device since the previous round."""
 
 
 def round_rows(record: Record) -> list[dict[str, Any]]:

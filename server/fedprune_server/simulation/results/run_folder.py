@@ -14,8 +14,8 @@ from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.scratch_store import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
 
+# Numbers and saved state in a run's folder.
 RECORD, STATE = "metrics.json", "run"
-"""Numbers and saved state in a run's folder."""
 
 
 def simulate(

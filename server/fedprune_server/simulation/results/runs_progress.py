@@ -28,8 +28,8 @@ from fedprune_server.monitoring.display import logged_above
 from fedprune_server.simulation.runs import RunStatus
 from fedprune_server.simulation.simulation import Simulation
 
+# Seconds between two lines.
 LINE_S = 10.0
-"""Seconds between two lines."""
 
 
 def watched() -> bool:

@@ -14,14 +14,14 @@ from fedprune.output.tables import Column
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.simulation.results.record import Record, also_measured, measured_names, shown
 
+# Rounds in a final mean: single rounds of a small test set are noisy.
 TAIL = 5
-"""Rounds in a final mean: single rounds of a small test set are noisy."""
 
+# Devices in a table.
 ROWS = 1000
-"""Devices in a table."""
 
+# Columns of text; the others hold numbers.
 _WORDS = ("", "at most", "run", "variant", "device", "profile", "trains on", "bound by", "why not")
-"""Columns of text; the others hold numbers."""
 
 _DROP_ORDER = {"training TMACs": 3, "rounds": 4}
 

@@ -21,8 +21,8 @@ from fedprune_server.simulation.results.run_folder import STATE
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.trackers.tracker import TrackedRun
 
+# Settings that trackers have already, or that are as long as the fleet.
 _LEFT_OUT = ("title", "devices")
-"""Settings that trackers have already, or that are as long as the fleet."""
 
 
 @contextmanager

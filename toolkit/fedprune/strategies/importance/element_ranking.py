@@ -1,4 +1,4 @@
-"""Masks out of one order of all elements: how important each is, which of them a density keeps, and from where on.
+"""Element masks by importance: one order of all elements, of which every density keeps a prefix.
 
 All masks of one order are prefixes of it, so that a sparser one lies inside a denser one (PR-FL, arXiv 2403.15439;
 `docs/strategies/pr-fl.md`). Elements of equal importance come in the order of tensor names and positions, so that masks
@@ -18,19 +18,21 @@ from fedprune.model.selection import Active, Tensors
 
 Floats = npt.NDArray[np.float32]
 
+# Tolerance in rounding the product of a density and a number of elements to a whole number.
 _HAIR = 1e-6
-"""Tolerance in rounding the product of a density and a number of elements to a whole number."""
 
 
-def prunable(architecture: Architecture, more: Collection[TensorKind] = ()) -> tuple[str, ...]:
+def prunable(architecture: Architecture, extra_kinds: Collection[TensorKind] = ()) -> tuple[str, ...]:
     """Names of the tensors whose elements can be masked: the weights of layers.
 
     Args:
-        more: Kinds of tensors that can be masked, too, such as biases.
+        extra_kinds: Kinds of tensors that can be masked, too, such as biases.
     """
     layers = {n.weight for n in architecture.layers if n.weight}
     return tuple(
-        t.name for t in architecture.trainable if t.kind in more or (t.kind is TensorKind.WEIGHT and t.name in layers)
+        t.name
+        for t in architecture.trainable
+        if t.kind in extra_kinds or (t.kind is TensorKind.WEIGHT and t.name in layers)
     )
 
 
@@ -51,13 +53,13 @@ def with_floors(order: Mapping[str, Floats], weights: Mapping[str, Floats], shar
     """
     if not 0 <= share <= 1:
         raise BundleError("floor of element masks", expected="from 0 to 1", got=share)
-    out: Tensors = {}
+    floored: Tensors = {}
     for name, value in order.items():
-        out[name] = value.astype(np.float32)
+        floored[name] = value.astype(np.float32)
         if share and value.size:
-            kept = _largest(np.abs(weights[name]).reshape(-1), max(1, int(share * value.size + _HAIR)))
-            out[name][kept.reshape(value.shape)] = np.inf
-    return out
+            is_kept = _largest(np.abs(weights[name]).reshape(-1), max(1, int(share * value.size + _HAIR)))
+            floored[name][is_kept.reshape(value.shape)] = np.inf
+    return floored
 
 
 def top(order: Mapping[str, Floats], density: float) -> Active:
@@ -72,6 +74,7 @@ def top(order: Mapping[str, Floats], density: float) -> Active:
     """
     if not 0 < density <= 1:
         raise BundleError("density of an element mask", expected="above 0 and at most 1", got=density)
+    # Sorted, so that ties fall alike on every machine, whatever order a dict was read in.
     names = sorted(order)
     flat = np.concatenate([np.asarray(order[n], np.float32).reshape(-1) for n in names] or [np.zeros(0, np.float32)])
     if np.isnan(flat).any():
@@ -80,11 +83,11 @@ def top(order: Mapping[str, Floats], density: float) -> Active:
     always, never = int(np.count_nonzero(flat == np.inf)), int(np.count_nonzero(flat == -np.inf))
     count = max(1, int(density * flat.size + _HAIR)) if flat.size else 0
     bits = _largest(flat, max(always, min(count, flat.size - never)))
-    active, at = {}, 0
+    active, offset = {}, 0
     for name in names:
         size = order[name].size
-        active[name] = bits[at : at + size].reshape(order[name].shape)
-        at += size
+        active[name] = bits[offset : offset + size].reshape(order[name].shape)
+        offset += size
     return active
 
 
@@ -93,33 +96,35 @@ def threshold(order: Mapping[str, Floats], mask: Active) -> float:
 
     For |w| and `top`, it is FIARSE's θ: the k-th largest |w| of the model (`docs/strategies/fiarse.md`).
     """
+    # A threshold of the smallest weight would drop it as soon as it shrinks; at 0 the graph computes an ordinary step.
     if all(bits.all() for bits in mask.values()):
         return 0.0
-    least = [float(order[n][m].min()) for n, m in mask.items() if m.any()]
-    return min(least, default=0.0)
+    smallest_active = [float(order[n][m].min()) for n, m in mask.items() if m.any()]
+    return min(smallest_active, default=0.0)
 
 
-def quantile(parts: Iterable[npt.NDArray[np.floating]], q: float) -> float:
+def quantile(value_arrays: Iterable[npt.NDArray[np.floating]], q: float) -> float:
     """The q-quantile of all values together, linear between neighbours, for any number of values.
 
     Raises `BundleError` if q is out of range, or there is no value.
 
     Args:
-        parts: Arrays of any shapes; copied.
+        value_arrays: Arrays of any shapes; copied.
         q: From 0, the least, to 1, the largest.
     """
     if not 0 <= q <= 1:
         raise BundleError("quantile", expected="from 0 to 1", got=q)
-    arrays = [np.asarray(p).reshape(-1) for p in parts]
+    arrays = [np.asarray(p).reshape(-1) for p in value_arrays]
     flat = np.concatenate(arrays) if arrays else np.zeros(0)
     if not flat.size:
         raise BundleError("quantile of nothing")
-    place = q * (flat.size - 1)
-    low = min(int(place), flat.size - 1)
+    position = q * (flat.size - 1)
+    low = min(int(position), flat.size - 1)
     high = min(low + 1, flat.size - 1)
     flat.partition((low, high))
+    # Equal neighbours are returned as they are: interpolation would add a rounding, and ±∞ would become NaN.
     below, above = float(flat[low]), float(flat[high])
-    return below if below == above else below + (place - low) * (above - below)
+    return below if below == above else below + (position - low) * (above - below)
 
 
 def _largest(values: Floats, count: int) -> npt.NDArray[np.bool_]:
@@ -128,8 +133,8 @@ def _largest(values: Floats, count: int) -> npt.NDArray[np.bool_]:
         return np.zeros(values.shape, np.bool_)
     if count >= values.size:
         return np.ones(values.shape, np.bool_)
-    least = np.partition(values, values.size - count)[values.size - count]
-    out: npt.NDArray[np.bool_] = values > least
-    equal = np.flatnonzero(values == least)
-    out[equal[: count - int(np.count_nonzero(out))]] = True
-    return out
+    smallest_kept = np.partition(values, values.size - count)[values.size - count]
+    is_kept: npt.NDArray[np.bool_] = values > smallest_kept
+    ties = np.flatnonzero(values == smallest_kept)
+    is_kept[ties[: count - int(np.count_nonzero(is_kept))]] = True
+    return is_kept

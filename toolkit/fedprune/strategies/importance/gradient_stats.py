@@ -29,8 +29,8 @@ from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import FIXED, Architecture, Axis
 
+# Weight of the old estimates in the moving averages.
 DECAY = 0.9
-"""Weight of the old estimates in the moving averages."""
 
 Floats = npt.NDArray[np.float32]
 Bits = npt.NDArray[np.bool_]
@@ -55,12 +55,12 @@ class Evidence:
     @classmethod
     def empty(cls, architecture: Architecture) -> Evidence:
         """No evidence yet: all estimates are zero."""
-        out = cls(architecture)
+        evidence = cls(architecture)
         for spec in architecture.trainable:
-            out.gradient[spec.name] = np.zeros(spec.shape, np.float32)
-            out.curvature[spec.name] = np.zeros(spec.shape, np.float32)
-            out.trained[spec.name] = np.zeros(spec.shape, np.bool_)
-        return out
+            evidence.gradient[spec.name] = np.zeros(spec.shape, np.float32)
+            evidence.curvature[spec.name] = np.zeros(spec.shape, np.float32)
+            evidence.trained[spec.name] = np.zeros(spec.shape, np.bool_)
+        return evidence
 
     def update(self, fold: Fold, lr: float, samples: float = 1.0) -> None:
         """Take in one round (the formulas are the module's).
@@ -81,20 +81,23 @@ class Evidence:
             return  # nothing moved because of a gradient
         for spec in self.architecture.trainable:
             name = spec.name
-            step, square, held = fold.movement(name)
-            slope, bend = (-step / rate).astype(np.float32), (samples * square / rate**2).astype(np.float32)
-            self.gradient[name] = _average(self.gradient[name], slope, self.trained[name], held)
-            self.curvature[name] = _average(self.curvature[name], bend, self.trained[name], held)
-            self.trained[name] = self.trained[name] | held
+            mean_step, mean_square, trained_now = fold.movement(name)
+            gradient, curvature = (
+                (-mean_step / rate).astype(np.float32),
+                (samples * mean_square / rate**2).astype(np.float32),
+            )
+            self.gradient[name] = _average(self.gradient[name], gradient, self.trained[name], trained_now)
+            self.curvature[name] = _average(self.curvature[name], curvature, self.trained[name], trained_now)
+            self.trained[name] = self.trained[name] | trained_now
 
     def trained_channels(self) -> tuple[Bits, ...]:
         """Per group and channel, whether any device ever trained a coordinate that makes the channel."""
         counts = tuple(np.zeros(n, np.int64) for n in self.architecture.sizes)
         for spec in self.architecture.trainable:
             flags = self.trained[spec.name]
-            for a in self.architecture.output_axes(spec.name):
-                row = flags.sum(axis=tuple(i for i in range(flags.ndim) if i != a), dtype=np.int64)
-                collect(counts, spec.axes[a], row)
+            for axis in self.architecture.output_axes(spec.name):
+                row = flags.sum(axis=tuple(i for i in range(flags.ndim) if i != axis), dtype=np.int64)
+                collect(counts, spec.axes[axis], row)
         return tuple(count > 0 for count in counts)
 
     @property
@@ -104,15 +107,15 @@ class Evidence:
 
     def to_tensors(self) -> dict[str, npt.NDArray[Any]]:
         """For storage by `fedprune.core.tensorfile`."""
-        parts: dict[str, Mapping[str, npt.NDArray[Any]]] = {
+        estimates: dict[str, Mapping[str, npt.NDArray[Any]]] = {
             "gradient": self.gradient,
             "curvature": self.curvature,
             "trained": self.trained,
         }
         return {
-            f"{spec.name}::{part}": values[spec.name]
+            f"{spec.name}::{estimate}": values[spec.name]
             for spec in self.architecture.trainable
-            for part, values in parts.items()
+            for estimate, values in estimates.items()
         }
 
     @classmethod
@@ -121,28 +124,32 @@ class Evidence:
         shape."""
         expected = cls.empty(architecture).to_tensors()
         for name in sorted(set(tensors) | set(expected)):
-            value, zero = tensors.get(name), expected.get(name)
-            if value is None or zero is None or (value.dtype, value.shape) != (zero.dtype, zero.shape):
-                want, got = ("nothing" if v is None else f"{v.dtype} {v.shape}" for v in (zero, value))
-                raise BundleError(f"evidence tensor {name}", expected=want, got=got)
+            value, template = tensors.get(name), expected.get(name)
+            if value is None or template is None or (value.dtype, value.shape) != (template.dtype, template.shape):
+                expected_text, got = ("nothing" if v is None else f"{v.dtype} {v.shape}" for v in (template, value))
+                raise BundleError(f"evidence tensor {name}", expected=expected_text, got=got)
+            # One NaN would stay in the moving averages for good.
             if not np.isfinite(value).all():
                 raise BundleError(f"evidence tensor {name}", expected="finite numbers")
         names = [spec.name for spec in architecture.trainable]
-        parts = ("gradient", "curvature", "trained")
-        return cls(architecture, *({name: tensors[f"{name}::{part}"] for name in names} for part in parts))
+        estimates = ("gradient", "curvature", "trained")
+        return cls(architecture, *({name: tensors[f"{name}::{estimate}"] for name in names} for estimate in estimates))
 
 
 def collect(sums: Sequence[npt.NDArray[Any]], axis: Axis, row: npt.NDArray[Any]) -> None:
     """Add numbers per index of an axis to those of its channels, which are by group."""
-    at = 0
-    for s in axis.segments:
-        if s.group != FIXED:
-            sums[s.group][s.start : s.start + s.count] += row[at : at + s.length].reshape(s.count, s.inner).sum(axis=1)
-        at += s.length
+    offset = 0
+    for segment in axis.segments:
+        # Indices that no cut touches belong to no channel.
+        if segment.group != FIXED:
+            sums[segment.group][segment.start : segment.start + segment.count] += (
+                row[offset : offset + segment.length].reshape(segment.count, segment.inner).sum(axis=1)
+            )
+        offset += segment.length
 
 
-def _average(before: Floats, now: Floats, known: Bits, seen: Bits) -> Floats:
+def _average(estimate: Floats, observation: Floats, was_trained: Bits, is_observed: Bits) -> Floats:
     """before where nothing was seen, now where nothing was known, else a moving average of both."""
-    mixed = np.float32(DECAY) * before + np.float32(1 - DECAY) * now
-    out: Floats = np.where(seen, np.where(known, mixed, now), before)
-    return out
+    average = np.float32(DECAY) * estimate + np.float32(1 - DECAY) * observation
+    updated: Floats = np.where(is_observed, np.where(was_trained, average, observation), estimate)
+    return updated

@@ -20,11 +20,11 @@ from fedprune.jobs.job import SCORERS
 from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.strategies.importance.gradient_stats import Evidence, collect
 
+# Per group one number per channel; more is better.
 Scores = tuple[npt.NDArray[np.float64], ...]
-"""Per group one number per channel; more is better."""
 
+# Per group its channels, best first.
 Ranks = tuple[npt.NDArray[np.int64], ...]
-"""Per group its channels, best first."""
 
 Form = Literal["abs", "signed"]
 
@@ -121,24 +121,24 @@ def movement(architecture: Architecture, evidence: Evidence) -> Scores:
 
 def channel_sums(
     architecture: Architecture,
-    part: Callable[[str], npt.NDArray[np.float64]],
+    quantity: Callable[[str], npt.NDArray[np.float64]],
     kinds: Sequence[TensorKind],
 ) -> Scores:
     """Sums of a per-coordinate quantity over the coordinates that make each channel.
 
     Args:
-        part: The quantity for a tensor of a given name, of the tensor's shape.
+        quantity: The quantity for a tensor of a given name, of the tensor's shape.
         kinds: Which tensors count.
     """
-    out = tuple(np.zeros(n) for n in architecture.sizes)
+    sums = tuple(np.zeros(n) for n in architecture.sizes)
     for spec in architecture.tensors:
         axes = [a for a in architecture.output_axes(spec.name) if spec.axes[a].groups]
         if spec.kind not in kinds or not axes:
             continue
-        values = part(spec.name)
+        values = quantity(spec.name)
         for axis in axes:
-            collect(out, spec.axes[axis], values.sum(axis=tuple(i for i in range(values.ndim) if i != axis)))
-    return out
+            collect(sums, spec.axes[axis], values.sum(axis=tuple(i for i in range(values.ndim) if i != axis)))
+    return sums
 
 
 def ranks(scores: Sequence[npt.NDArray[Any]]) -> Ranks:
@@ -146,6 +146,7 @@ def ranks(scores: Sequence[npt.NDArray[Any]]) -> Ranks:
     not a number."""
     if any(np.isnan(s).any() for s in scores):
         raise BundleError("channel scores", expected="numbers", got="NaN")
+    # Stable, so that equal scores keep the channels' own order on every machine.
     return tuple(np.argsort(-np.asarray(s), kind="stable").astype(np.int64) for s in scores)
 
 
@@ -168,4 +169,5 @@ def _tensor(
         raise BundleError(
             f"tensor {name} of the scored model", expected=shape, got="nothing" if value is None else value.shape
         )
+    # In float64, so that sums over thousands of weights keep their digits.
     return value.astype(np.float64)

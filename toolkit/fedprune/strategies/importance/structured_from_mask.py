@@ -21,8 +21,8 @@ from fedprune.model.architecture import FIXED, Architecture, Axis, TensorKind, T
 from fedprune.model.selection import Active, Bits, Selection, check_mask
 from fedprune.strategies.importance.gradient_stats import collect
 
+# Per group, whether each channel is left.
 Alive = tuple[Bits, ...]
-"""Per group, whether each channel is left."""
 
 _HAIR = 1e-9
 
@@ -44,21 +44,24 @@ def survivors(architecture: Architecture, mask: Active, *, share: float = 1.0) -
     layers = {n.weight for n in architecture.layers if n.weight}
     weights = [t for t in architecture.tensors if t.kind is TensorKind.WEIGHT and t.name in layers]
     alive = tuple(np.ones(n, np.bool_) for n in architecture.sizes)
+    # A channel that is lost takes weights from the next layer's channels, so the search goes on until nothing changes.
+    # It ends, since channels are only lost.
     while True:
         makers, readers = _counts(architecture, weights, mask, alive)
-        following = []
-        for g, before in enumerate(alive):
-            active, whole = makers[0][g], makers[1][g]
-            lost = (whole > 0) & (whole - active >= share * whole - _HAIR)
-            lost |= (readers[1][g] > 0) & (readers[0][g] == 0)
-            after = before & ~lost
-            if not after.any():
-                best = np.where(before, active, -1)
-                after[int(np.argmax(best))] = True
-            following.append(after)
-        if all(np.array_equal(a, b) for a, b in zip(alive, following, strict=True)):
+        alive_after = []
+        for g, alive_before in enumerate(alive):
+            active_makers, all_makers = makers[0][g], makers[1][g]
+            is_lost = (all_makers > 0) & (all_makers - active_makers >= share * all_makers - _HAIR)
+            is_lost |= (readers[1][g] > 0) & (readers[0][g] == 0)
+            still_alive = alive_before & ~is_lost
+            if not still_alive.any():
+                # A group without channels would cut the network in two: the one with most active weights stays.
+                candidates = np.where(alive_before, active_makers, -1)
+                still_alive[int(np.argmax(candidates))] = True
+            alive_after.append(still_alive)
+        if all(np.array_equal(a, b) for a, b in zip(alive, alive_after, strict=True)):
             return alive
-        alive = tuple(following)
+        alive = tuple(alive_after)
 
 
 def surviving(selection: Selection, alive: Alive) -> Selection:
@@ -67,9 +70,9 @@ def surviving(selection: Selection, alive: Alive) -> Selection:
     A group of which it holds no survivor keeps the best channel of the new ranks.
     """
     ranks, widths = [], []
-    for rank, width, left in zip(selection.ranks, selection.widths, alive, strict=True):
-        ranks.append(rank[np.argsort(~left[rank], kind="stable")])
-        widths.append(max(1, min(width, int(np.count_nonzero(left)))))
+    for rank, width, is_alive in zip(selection.ranks, selection.widths, alive, strict=True):
+        ranks.append(rank[np.argsort(~is_alive[rank], kind="stable")])
+        widths.append(max(1, min(width, int(np.count_nonzero(is_alive)))))
     return Selection.of(selection.architecture, widths, ranks)
 
 
@@ -77,37 +80,40 @@ def _counts(
     architecture: Architecture, weights: Sequence[TensorSpec], mask: Active, alive: Alive
 ) -> tuple[tuple[Counts, Counts], tuple[Counts, Counts]]:
     """Per channel the active weights and all weights that make it, and those that read it, of what is alive."""
-    out = [tuple(np.zeros(n, np.int64) for n in architecture.sizes) for _ in range(4)]
+    totals = [tuple(np.zeros(n, np.int64) for n in architecture.sizes) for _ in range(4)]
     for spec in weights:
-        made = architecture.output_axes(spec.name)
-        held = [_spread(axis, alive) for axis in spec.axes]
+        output_axes = architecture.output_axes(spec.name)
+        alive_indices = [_spread(axis, alive) for axis in spec.axes]
         for i, axis in enumerate(spec.axes):
             if not axis.groups:
                 continue
-            others = math.prod(int(h.sum()) for j, h in enumerate(held) if j != i)
-            whole = np.full(axis.length, others, np.int64)
-            active = whole if spec.name not in mask else _active(mask[spec.name], held, i)
-            into = out[:2] if i in made else out[2:]
-            for counts, row in zip(into, (active, whole), strict=True):
+            # Weights of an index of this axis, over what is alive of the other axes.
+            combinations = math.prod(
+                int(alive_of_axis.sum()) for j, alive_of_axis in enumerate(alive_indices) if j != i
+            )
+            all_weights = np.full(axis.length, combinations, np.int64)
+            active_weights = all_weights if spec.name not in mask else _active(mask[spec.name], alive_indices, i)
+            targets = totals[:2] if i in output_axes else totals[2:]
+            for counts, row in zip(targets, (active_weights, all_weights), strict=True):
                 collect(counts, axis, row)
-    return (out[0], out[1]), (out[2], out[3])
+    return (totals[0], totals[1]), (totals[2], totals[3])
 
 
-def _active(bits: Bits, held: Sequence[Bits], axis: int) -> npt.NDArray[np.int64]:
+def _active(bits: Bits, alive_indices: Sequence[Bits], axis: int) -> npt.NDArray[np.int64]:
     """Active elements per index of an axis, over what is held of the others."""
-    for j, row in enumerate(held):
+    for j, row in enumerate(alive_indices):
         if j != axis and not row.all():
             bits = np.compress(row, bits, axis=j)
-    rest = tuple(j for j in range(bits.ndim) if j != axis)
-    return np.asarray(np.sum(bits, axis=rest, dtype=np.int64))
+    other_axes = tuple(j for j in range(bits.ndim) if j != axis)
+    return np.asarray(np.sum(bits, axis=other_axes, dtype=np.int64))
 
 
 def _spread(axis: Axis, alive: Alive) -> Bits:
     """Which indices of an axis belong to channels that are alive, or to none."""
-    parts = [
+    segments = [
         np.ones(s.length, np.bool_)
         if s.group == FIXED
         else np.repeat(alive[s.group][s.start : s.start + s.count], s.inner)
         for s in axis.segments
     ]
-    return np.concatenate(parts) if parts else np.zeros(0, np.bool_)
+    return np.concatenate(segments) if segments else np.zeros(0, np.bool_)

@@ -76,6 +76,7 @@ def fedasync(job: Job) -> Strategy:
     """The preset: every update moves the model as it comes (Xie et al. 2019, Alg. 1). Raises `ConfigError` if an option
     is unknown or out of range."""
     options = read_options(job, OneByOne)
+    # An update is the model's only one when it counts, so its samples can't weigh against others'.
     return _strategy(job, options, Mean(weighting="uniform"), options.mixing, arrivals=1)
 
 
@@ -112,10 +113,12 @@ def _strategy(
             evaluate_every=options.evaluate_every,
         )
     except ConfigError as error:
+        # `Schedule` names its own fields; the user set them among the options.
         raise error.named(error.words, ("job", "options", *error.path[1:])) from error
     return FedAvg(
         job.strategy,
         aggregator=aggregator,
+        # An option of 0 leaves the pull to the job's recipe.
         mu=options.mu or None,
         inputs="updates",
         allocator=dealt(job, options.densities, default=(1.0,)),

@@ -1,4 +1,4 @@
-"""AutoFLIP (arXiv 2405.10271): devices explore once, and what their losses don't move far is masked.
+"""AutoFLIP (arXiv 2405.10271): devices explore once, and elements that they don't move far are masked.
 
 `docs/strategies/autoflip.md` has equations, readings and options.
 """
@@ -31,8 +31,8 @@ from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, 
 
 NAME = "autoflip"
 
+# Memory: per explorer G_k = (w_k^exp − w_0)², float32, as large as its submodel, and the submodel's widths.
 _GUIDANCE = "guidance/"
-"""Memory: per explorer G_k = (w_k^exp − w_0)², float32, as large as its submodel, and the submodel's widths."""
 
 _WIDTHS = "/widths"
 
@@ -69,13 +69,14 @@ class AutoFlip(Masked):
 
     def rank(self, scene: Scene) -> Ranking:
         """+∞ for elements that stay, −∞ for masked ones; channels in their own order, those that are left first."""
-        own = ranks(ordered(scene.architecture))
+        own_order = ranks(ordered(scene.architecture))
+        # The first round explores: there is no guidance yet.
         mask = ALL if scene.round == 1 else self._mask(scene)
         if not mask:
-            return Ranking(own)
+            return Ranking(own_order)
         order = {n: np.where(m, np.inf, -np.inf).astype(np.float32) for n, m in mask.items()}
         if not self.options.structured:
-            return Ranking(own, order)
+            return Ranking(own_order, order)
         alive = survivors(scene.architecture, mask, share=self.options.masked_share)
         return Ranking(surviving(Selection.full(scene.architecture), alive).ranks, order)
 
@@ -97,9 +98,9 @@ class AutoFlip(Masked):
         cut, trained = report.cut, report.trained
         if not self.options.structured or not trained.mask:
             return Submodel(trained.selection, trained.tensors)
-        whole = masked(cut, cut.selection, global_mask(cut)).tensors
-        onto = cut.selection.scatter(whole, cut.scene.model)
-        return Submodel(cut.selection, cut.selection.gather(trained.selection.scatter(trained.tensors, onto)))
+        sent_values = masked(cut, cut.selection, global_mask(cut)).tensors
+        full_values = cut.selection.scatter(sent_values, cut.scene.model)
+        return Submodel(cut.selection, cut.selection.gather(trained.selection.scatter(trained.tensors, full_values)))
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         """A long first round, then a learning rate that decays.
@@ -118,13 +119,14 @@ class AutoFlip(Masked):
         explorers = sorted(n.removeprefix(_GUIDANCE) for n in scene.memory if n.startswith(_GUIDANCE))
         if not explorers or not self.options.pruned_share:
             return ALL
-        present = [d for d in scene.participants if d in set(explorers)]
-        guidance = _mean(scene, present or explorers, self._names(scene.architecture))
+        # Guidance of the round's participants, as in the paper; a round without any explorer takes all explorers'.
+        present_explorers = [d for d in scene.participants if d in set(explorers)]
+        guidance = _mean(scene, present_explorers or explorers, self._names(scene.architecture))
         scaled = {n: _scaled(v) for n, v in guidance.items()}
-        ranked = [v[np.isfinite(v)] for v in scaled.values()]
-        if not any(v.size for v in ranked):
+        rankable = [v[np.isfinite(v)] for v in scaled.values()]
+        if not any(v.size for v in rankable):
             return ALL
-        limit = quantile(ranked, self.options.pruned_share)
+        limit = quantile(rankable, self.options.pruned_share)
         return {n: v > limit for n, v in scaled.items()}
 
     def _names(self, architecture: Architecture) -> tuple[str, ...]:
@@ -140,11 +142,14 @@ class Damped(Mean):
         self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
     ) -> Closing:
         if scene.round == 1:
+            # The explorers' mean is a new start, not a move that momentum should carry on.
             return Closing(fold.close()[0])
         closing = super().close(fold, scene, rate, reports)
+        # Round 2 is the first with a mask. What it prunes begins at 0 instead of decaying from its first value.
         if scene.round != 2:
             return closing
         report = next((r for r, _ in reports()), None)
+        # All devices of a round have one mask, so any report tells it.
         mask = ALL if report is None else global_mask(report.cut)
         memories = {n: applied(mask, v) if n == VELOCITY else v for n, v in closing.memories.items()}
         return Closing(applied(mask, closing.model), dict(memories))
@@ -172,19 +177,21 @@ def without_empty_channels(cut: Cut, share: float) -> Submodel:
         share: As `survivors`.
     """
     mask = global_mask(cut)
-    left = surviving(cut.selection, survivors(cut.scene.architecture, mask, share=share)) if mask else cut.selection
-    return masked(cut, left, mask)
+    kept_channels = (
+        surviving(cut.selection, survivors(cut.scene.architecture, mask, share=share)) if mask else cut.selection
+    )
+    return masked(cut, kept_channels, mask)
 
 
 def _guidance(report: Report, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
     """G_k = (w_k^exp − w_0)² of one explorer, whose channels are its groups' first."""
     trained = report.trained
-    out: dict[str, npt.NDArray[Any]] = {_WIDTHS: np.array(trained.selection.widths, np.int64)}
+    guidance: dict[str, npt.NDArray[Any]] = {_WIDTHS: np.array(trained.selection.widths, np.int64)}
     for name in names:
-        at = mesh(trained.selection.maps(name))
-        moved = trained.tensors[name].astype(np.float64) - report.cut.scene.model[name][at]
-        out[name] = (moved * moved).astype(np.float32)
-    return out
+        indices = mesh(trained.selection.maps(name))
+        delta = trained.tensors[name].astype(np.float64) - report.cut.scene.model[name][indices]
+        guidance[name] = (delta * delta).astype(np.float32)
+    return guidance
 
 
 def _mean(scene: Scene, devices: list[str], names: tuple[str, ...]) -> dict[str, npt.NDArray[np.float64]]:
@@ -194,11 +201,11 @@ def _mean(scene: Scene, devices: list[str], names: tuple[str, ...]) -> dict[str,
     counts = {n: np.zeros(s, np.int64) for n, s in shapes.items()}
     for device in devices:
         guidance = scene.memory[_GUIDANCE + device]
-        held = Selection.of(scene.architecture, guidance[_WIDTHS].tolist())
+        selection = Selection.of(scene.architecture, guidance[_WIDTHS].tolist())
         for name in names:
-            at = mesh(held.maps(name))
-            sums[name][at] += guidance[name]
-            counts[name][at] += 1
+            indices = mesh(selection.maps(name))
+            sums[name][indices] += guidance[name]
+            counts[name][indices] += 1
     return {n: np.where(counts[n] > 0, sums[n] / np.maximum(counts[n], 1), np.nan) for n in names}
 
 
@@ -207,10 +214,10 @@ def _scaled(guidance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
     That is where no explorer held an element, and in tensors whose elements are all alike.
     """
-    known = guidance[~np.isnan(guidance)]
-    out = np.full(guidance.shape, np.inf)
-    if not known.size or known.min() == known.max():
-        return out
-    low, span = float(known.min()), float(known.max() - known.min())
-    out[~np.isnan(guidance)] = (known - low) / span
-    return out
+    explored = guidance[~np.isnan(guidance)]
+    scaled = np.full(guidance.shape, np.inf)
+    if not explored.size or explored.min() == explored.max():
+        return scaled
+    low, span = float(explored.min()), float(explored.max() - explored.min())
+    scaled[~np.isnan(guidance)] = (explored - low) / span
+    return scaled

@@ -23,8 +23,8 @@ from fedprune.strategies.importance.scoring import Form
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 
+# The option's words, and what our scorer calls them.
 SCORES = {"curvature": "curvature", "l1": "magnitude", "delta_w": "movement", "random": "random"}
-"""The option's words, and what our scorer calls them."""
 
 
 @dataclass(frozen=True)

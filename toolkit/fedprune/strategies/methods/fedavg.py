@@ -65,5 +65,6 @@ def _mean_of_all(job: Job, options: Options, mu: float | None) -> Strategy:
         mu=mu,
         lr_decay=options.lr_decay,
         inputs="sum",
+        # FedAvg is defined for the whole model; only a job that asks for narrower ones gets them.
         allocator=dealt(job, options.densities, default=(1.0,)),
     )

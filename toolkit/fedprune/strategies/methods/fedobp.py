@@ -26,8 +26,8 @@ from fedprune.strategies.values import Cut, Memories, Report, Scene, Submodel
 
 NAME = "fedobp"
 
+# Memory: w_0, which a device that hands in its first update has as its own model.
 INITIAL = "initial"
-"""Memory: w_0, which a device that hands in its first update has as its own model."""
 
 Bits = npt.NDArray[np.bool_]
 
@@ -52,24 +52,26 @@ class FedObp(Strategy):
     def extract(self, cut: Cut) -> Submodel:
         """A slice of the global model, with θ_i^{t−1} where its score is above the quantile."""
         submodel = super().extract(cut)
+        # Above the largest score there is nothing; a submodel that any device might get has no own elements.
         if self.q == 1 or not cut.turn.device:
             return submodel
         # Batch-norm statistics are always the global model's.
         names = [t.name for t in cut.scene.architecture.trainable]
-        own = {name: _own(cut, submodel, name) for name in names}
+        own_tensors = {name: _own(cut, submodel, name) for name in names}
         scores = {
-            name: np.square(local[known].astype(np.float64) - submodel.tensors[name][known])
-            for name, (local, known) in own.items()
+            name: np.square(own_values[is_own].astype(np.float64) - submodel.tensors[name][is_own])
+            for name, (own_values, is_own) in own_tensors.items()
         }
         if not any(score.size for score in scores.values()):
             return submodel
+        # One quantile over all tensors: a tensor in which the device agrees with the fleet keeps nothing of its own.
         limit = quantile(scores.values(), self.q)
         tensors = dict(submodel.tensors)
-        for name, (local, known) in own.items():
-            kept = known.copy()
-            kept[known] = scores[name] > limit
-            if kept.any():
-                tensors[name] = np.where(kept, local, tensors[name])
+        for name, (own_values, is_own) in own_tensors.items():
+            is_protected = is_own.copy()
+            is_protected[is_own] = scores[name] > limit
+            if is_protected.any():
+                tensors[name] = np.where(is_protected, own_values, tensors[name])
         return Submodel(submodel.selection, tensors, submodel.mask)
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
@@ -91,27 +93,29 @@ def fedobp(job: Job) -> Strategy:
 
 
 def _own(cut: Cut, submodel: Submodel, name: str) -> tuple[npt.NDArray[np.float32], Bits]:
-    """A device's own tensor in a submodel's coordinates, and which of its elements there are.
+    """A device's own tensor in a submodel's coordinates, and a mask of the elements that it has.
 
-    That is its last update or, before its first, the initial model.
+    The tensor is that of its last update or, before its first, of the initial model.
     """
-    selection, now = submodel.selection, submodel.tensors[name]
+    selection, sent_values = submodel.selection, submodel.tensors[name]
     if cut.past is None:
         initial: Tensors = dict(cut.scene.memory.get(INITIAL, cut.scene.model))
-        local, known = initial[name][mesh(selection.maps(name))], np.ones(now.shape, np.bool_)
+        own_values, is_own = initial[name][mesh(selection.maps(name))], np.ones(sent_values.shape, np.bool_)
     elif same_coordinates(cut.past.selection, selection):
-        local, known = cut.past.tensors[name], np.ones(now.shape, np.bool_)
+        own_values, is_own = cut.past.tensors[name], np.ones(sent_values.shape, np.bool_)
         if name in cut.past.mask:
-            known = cut.past.mask[name].copy()
+            is_own = cut.past.mask[name].copy()
     else:
         past = cut.past
-        full = np.zeros(cut.scene.architecture.by_name[name].shape, np.float32)
-        held = np.zeros(full.shape, np.bool_)
-        at = mesh(past.selection.maps(name))
-        full[at] = past.tensors[name]
-        held[at] = past.mask.get(name, True)
-        into = mesh(selection.maps(name))
-        local, known = full[into], held[into]
+        # Widths or ranks have changed since: by way of the whole model, elements find their new places.
+        past_values = np.zeros(cut.scene.architecture.by_name[name].shape, np.float32)
+        past_coverage = np.zeros(past_values.shape, np.bool_)
+        past_indices = mesh(past.selection.maps(name))
+        past_values[past_indices] = past.tensors[name]
+        past_coverage[past_indices] = past.mask.get(name, True)
+        sent_indices = mesh(selection.maps(name))
+        own_values, is_own = past_values[sent_indices], past_coverage[sent_indices]
+    # What the device isn't sent it can't keep either.
     if name in submodel.mask:
-        known = known & submodel.mask[name]
-    return local, known
+        is_own = is_own & submodel.mask[name]
+    return own_values, is_own

@@ -1,4 +1,4 @@
-"""Models with parts of a device's own: FedPer (Arivazhagan et al. 2019), nothing but own (`local`), and own history."""
+"""Personal models: FedPer (Arivazhagan et al. 2019), `local`, in which nothing is shared, and `history`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ class FedPer(Strategy):
     personal: tuple[str, ...] = (HEAD,)
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
+        # Raises now, before a board is asked, if a pattern matches no tensor: that tensor would be shared by mistake.
         matching(architecture, self.personal, ("job", "options", "personal"))
         return model
 
@@ -87,16 +88,19 @@ class History(Strategy):
 
 
 def fused(cut: Cut, submodel: Submodel, alpha: float) -> Submodel:
-    """w ← α·w_t + (1 − α)·w_k where the device's last update holds the coordinate, w_t elsewhere (SubFLOT, eq. 6)."""
+    """Mix the global model with a device's last update.
+
+    w ← α·w_t + (1 − α)·w_k where that update holds the coordinate, w_t elsewhere (SubFLOT, eq. 6).
+    """
     if cut.past is None or alpha == 1:
         return submodel
     model = cut.scene.model
-    own = submodel.selection.gather(cut.past.selection.scatter(cut.past.over(model), model))
+    own_tensors = submodel.selection.gather(cut.past.selection.scatter(cut.past.over(model), model))
     tensors = {}
     for name, value in submodel.tensors.items():
-        # w_t + (1 − α)·(w_k − w_t) leaves what the history doesn't hold as it is, bit for bit.
-        moved = value + (1 - alpha) * (own[name].astype(np.float64) - value)
-        tensors[name] = moved.astype(np.float32)
+        # w_t + (1 − α)·(w_k − w_t) in float64 leaves what the history doesn't hold as it is, bit for bit.
+        mixture = value + (1 - alpha) * (own_tensors[name].astype(np.float64) - value)
+        tensors[name] = mixture.astype(np.float32)
     return Submodel(submodel.selection, tensors, submodel.mask)
 
 

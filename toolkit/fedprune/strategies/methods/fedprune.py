@@ -60,31 +60,31 @@ from fedprune.strategies.values import (
     Turn,
 )
 
+# Memory: the ranks that were settled, by the architecture's digest and the group's number.
 RANKS = "ranks"
-"""Memory: the ranks that were settled, by the architecture's digest and the group's number."""
 
+# Power of 1 / density by which narrower submodels' learning rate is larger.
 NARROW_RATE = 0.6
-"""Power of 1 / density by which narrower submodels' learning rate is larger."""
 
+# Share of the boards that can hold the core.
 CORE = 0.75
-"""Share of the boards that can hold the core."""
 
+# Share of the classes that the median board's labels are worth where a core is better than ordered dropout.
 EVENNESS = 0.85
-"""Share of the classes that the median board's labels are worth where a core is better than ordered dropout."""
 
+# Share of the widest board's density from which the narrowest's is so near that boards lose little by training a core,
+# while steps of ordered dropout would go to widths that no board has.
 NEARNESS = 0.75
-"""Share of the widest board's density from which the narrowest's is so near that boards lose little by training a
-core, while steps of ordered dropout would go to widths that no board has."""
 
+# A bottleneck as narrow as this is most of what a model knows of a sample, and next to nothing of its costs. With a
+# core alone: with ordered dropout, whose steps cut every group, it has not been tried.
 LEAST_CHANNELS = 4
-"""A bottleneck as narrow as this is most of what a model knows of a sample, and next to nothing of its costs. With a
-core alone: with ordered dropout, whose steps cut every group, it has not been tried."""
 
+# Widths of ordered dropout where boards whose widths differ much tell classes apart, of which each sees few.
 WIDTHS = (0.25, 0.5, 0.75)
-"""Widths of ordered dropout where boards whose widths differ much tell classes apart, of which each sees few."""
 
+# α of mixup there.
 MIXUP = 0.2
-"""α of mixup there."""
 
 
 @dataclass(frozen=True)
@@ -128,22 +128,25 @@ class FedPrune(Strategy):
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
         """A start at which what a width adds is silent, for a model that was just made."""
+        # With a core no widths are nested beforehand: `close` silences what the first round has not trained.
         if self.widths and self._starts_anew(architecture, model):
-            held = [widths_at(architecture, density) for density in self.widths]
-            return nested(architecture, model, held)
+            nested_levels = [widths_at(architecture, density) for density in self.widths]
+            return nested(architecture, model, nested_levels)
         return model
 
     def rank(self, scene: Scene) -> Ranking:
         """The settled ranks; of the first round's model, if none are."""
-        known = self._settled(scene)
-        if known is not None:
-            return known
-        name = {"nested": "ordered"}.get(self.options.ranking, self.options.ranking)
-        if name == "auto" and scene.ranks is not None:
+        settled = self._settled(scene)
+        if settled is not None:
+            return settled
+        # A nested start is made for the model's own order.
+        scorer = {"nested": "ordered"}.get(self.options.ranking, self.options.ranking)
+        # An earlier fleet has trained narrow models by these ranks, which says more than sizes of weights.
+        if scorer == "auto" and scene.ranks is not None:
             return Ranking(scene.ranks)
-        if name == "auto":
-            name = "ordered" if just_made(scene.architecture, scene.model) else "magnitude"
-        return Ranking(ranks(score(name, scene.architecture, scene.model)))
+        if scorer == "auto":
+            scorer = "ordered" if just_made(scene.architecture, scene.model) else "magnitude"
+        return Ranking(ranks(score(scorer, scene.architecture, scene.model)))
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
         """The first round's ranks."""
@@ -156,8 +159,8 @@ class FedPrune(Strategy):
     ) -> Closing:
         """The next model. After the first round with a core, what no board has trained is silent."""
         closing = super().close(fold, scene, rate, reports)
-        first = scene.round == 1 and self._settled(scene) is None
-        if (scene.core or self._has_core) and first and self._starts_anew(scene.architecture, scene.model):
+        is_first_close = scene.round == 1 and self._settled(scene) is None
+        if (scene.core or self._has_core) and is_first_close and self._starts_anew(scene.architecture, scene.model):
             return replace(closing, model=nested(scene.architecture, closing.model, [fold.widths]))
         return closing
 
@@ -166,17 +169,17 @@ class FedPrune(Strategy):
         strategy's."""
         options, has_core = self.options, turn.core or self._has_core
         is_slimmed = turn.mixed and not has_core
-        average = recipe.average or options.average
-        blend = recipe.blend or (options.blend if average else 0.0)
-        larger = turn.density**-NARROW_RATE if has_core else 1.0
+        ema_decay = recipe.average or options.average
+        blend = recipe.blend or (options.blend if ema_decay else 0.0)
+        lr_factor = turn.density**-NARROW_RATE if has_core else 1.0
         dropout = (WIDTHS if is_slimmed else ()) if options.dropout is None else options.dropout
         mixup = (MIXUP if is_slimmed else 0.0) if options.mixup is None else options.mixup
         return replace(
             recipe,
-            lr=recipe.lr * options.lr_decay ** (turn.round - 1) * larger,
+            lr=recipe.lr * options.lr_decay ** (turn.round - 1) * lr_factor,
             logit_adjustment=recipe.logit_adjustment or (options.adjust and _adjusts(recipe)),
             ordered_dropout=recipe.ordered_dropout or dropout,
-            average=average,
+            average=ema_decay,
             blend=blend,
             validate_blend=recipe.validate_blend or (options.validate_blend and blend > 0),
             calibrate=recipe.calibrate or options.calibrate,
@@ -198,8 +201,9 @@ class FedPrune(Strategy):
         return ranking == "nested" or (ranking == "auto" and just_made(architecture, model))
 
     def _settled(self, scene: Scene) -> Ranking | None:
-        known, places = scene.memory.get(RANKS, {}), places_of(scene.architecture)
-        return Ranking(tuple(np.asarray(known[p]) for p in places)) if set(known) == set(places) else None
+        stored_ranks, keys = scene.memory.get(RANKS, {}), places_of(scene.architecture)
+        # Keys carry the architecture's digest: other groups of channels make the memory void.
+        return Ranking(tuple(np.asarray(stored_ranks[key]) for key in keys)) if set(stored_ranks) == set(keys) else None
 
 
 def _adjusts(recipe: Recipe) -> bool:
@@ -210,6 +214,7 @@ def _adjusts(recipe: Recipe) -> bool:
 def fedprune(job: Job) -> Strategy:
     options = read_options(job, Options)
     name = job.strategy
+    # Without rounds devices begin with different models, of which only moves can be averaged.
     kind = DeltaMean if options.arrivals else Mean
     core = _core(job, options)
     widths = () if core.unconditional else _narrow_widths(job, options)
@@ -228,7 +233,7 @@ def fedprune(job: Job) -> Strategy:
         inputs="sum",
         compression="int8",
         allocator=dealt(job, options.densities),
-        distillation=_distillation(job, options, core=core.unconditional),
+        distillation=_distillation(job, options, has_core=core.unconditional),
         schedule=_buffered(options.arrivals) if options.arrivals else None,
         least_channels=LEAST_CHANNELS if core.unconditional else 1,
         core=core,
@@ -241,36 +246,44 @@ def _core(job: Job, options: Options) -> SharedCore:
 
     Raises `ConfigError` if there shall be both a core and ordered dropout, whose steps are narrower than a core.
     """
-    share, dropout = options.core, options.dropout or job.recipe.ordered_dropout
-    if share and dropout:
+    board_share, dropout = options.core, options.dropout or job.recipe.ordered_dropout
+    if board_share and dropout:
         raise ConfigError(
             ("job", "options", "core"),
             expected="0 with ordered dropout, whose steps are narrower than a core",
-            got=share,
+            got=board_share,
             hint="Choose one of core and dropout (docs/strategies/fedprune.md#core-or-ordered-dropout).",
         )
-    if share is None and not dropout and not _adjusts(job.recipe):
-        share = CORE
-    named = (options.dropout, options.mixup) != (None, None) or job.recipe.ordered_dropout or job.recipe.mixup
-    if share is None and not named:
+    # Steps are short there, not samples: detection is at .65 with a core and .12 with ordered dropout
+    # (docs/strategies/fedprune.md).
+    if board_share is None and not dropout and not _adjusts(job.recipe):
+        board_share = CORE
+    is_chosen_by_job = (
+        (options.dropout, options.mixup) != (None, None) or job.recipe.ordered_dropout or job.recipe.mixup
+    )
+    if board_share is None and not is_chosen_by_job:
         return SharedCore(CORE, evenness=EVENNESS, nearness=NEARNESS)
-    return SharedCore(share) if share else SharedCore(until=0.0, work=1)
+    # No core, and no repeats of epochs, which belong to one.
+    return SharedCore(board_share) if board_share else SharedCore(until=0.0, work=1)
 
 
 def _narrow_widths(job: Job, options: Options) -> tuple[float, ...]:
     """The narrower widths at which boards' steps train, or else those of tiers; empty where the job says that there are
     none."""
-    alike = job.density or len(set(options.densities)) == 1
-    dropout = (() if alike else WIDTHS) if options.dropout is None else options.dropout
+    # Boards of one width have no narrower models to train: steps at widths that no board has are lost.
+    is_one_density = job.density or len(set(options.densities)) == 1
+    dropout = (() if is_one_density else WIDTHS) if options.dropout is None else options.dropout
     return tuple(d for d in job.recipe.ordered_dropout or dropout or options.densities if d < 1)
 
 
-def _distillation(job: Job, options: Options, *, core: bool) -> SelfDistillation | None:
+def _distillation(job: Job, options: Options, *, has_core: bool) -> SelfDistillation | None:
     """The server's own training; None where it is switched off, or where boards keep a part of the model that the
     server's lacks."""
     if not options.distill or job.recipe.personal:
         return None
-    return SelfDistillation(options.distill, () if core else _narrow_widths(job, options), lr=1e-3)
+    # The rate was chosen on tables of docs/strategies/fedprune.md. With a core, widths are those
+    # that boards have trained.
+    return SelfDistillation(options.distill, () if has_core else _narrow_widths(job, options), lr=1e-3)
 
 
 def _buffered(arrivals: int) -> Schedule:

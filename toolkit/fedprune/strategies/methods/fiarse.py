@@ -31,7 +31,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Fiarse(Masked):
-    """Elements by |w|, channels in their own order."""
+    """Ranks elements by |w|; channels keep their own order."""
 
     def rank(self, scene: Scene) -> Ranking:
         return Ranking(ranks(ordered(scene.architecture)), magnitudes(scene.model, prunable(scene.architecture)))
@@ -47,6 +47,8 @@ def fiarse(job: Job) -> Strategy:
         allocator = Fixed(job.density, elements=True)
     return Fiarse(
         NAME,
+        # The paper divides by the number of devices that changed an element, whatever their samples
+        # (docs/strategies/fiarse.md, step 4).
         aggregator=Mean(weighting="uniform", changed="elements"),
         inputs="updates",
         allocator=allocator,

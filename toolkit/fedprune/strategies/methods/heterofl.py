@@ -28,15 +28,15 @@ from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Ranking, Scene, Turn
 
+# The papers' widths a, b, c, d, e.
 LEVELS = (1.0, 0.5, 0.25, 0.125, 0.0625)
-"""The papers' widths a, b, c, d, e."""
 
 
+# The narrowest width whose scaler boards take.
 NARROWEST = 1e-3
-"""The narrowest width whose scaler boards take."""
 
+# Gradients' largest norm, as in HeteroFL's code.
 CLIP_NORM = 1.0
-"""Gradients' largest norm, as in HeteroFL's code."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class HeteroFL(Strategy):
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
         if isinstance(self.aggregator, Mean) and self.aggregator.changed == "rows":
+            # Raises before a board is asked if the model has no last layer whose rows are classes.
             head_axes(architecture, ("job", "options", "label_rows"))
         return model
 
@@ -94,8 +95,8 @@ def _composed(job: Job, kind: type[HeteroFL]) -> Strategy:
     options = read_options(job, Options)
     for density in options.densities or ((job.density,) if job.density else ()):
         validation.number(("job", "options", "densities"), density, NARROWEST, 1)
-    rows = options.label_rows and job.recipe.loss == "cross_entropy"
-    if rows and job.recipe.optimizer == "adam" and job.recipe.weight_decay:
+    counts_label_rows = options.label_rows and job.recipe.loss == "cross_entropy"
+    if counts_label_rows and job.recipe.optimizer == "adam" and job.recipe.weight_decay:
         raise ConfigError(
             "tells untrained rows by their direction, which Adam's weight decay changes",
             path=("job", "options", "label_rows"),
@@ -103,7 +104,7 @@ def _composed(job: Job, kind: type[HeteroFL]) -> Strategy:
         )
     return kind(
         job.strategy,
-        aggregator=Mean(weighting="uniform", changed="rows" if rows else ""),
+        aggregator=Mean(weighting="uniform", changed="rows" if counts_label_rows else ""),
         inputs="sum",
         allocator=dealt(job, options.densities, default=() if options.planned else LEVELS),
     )

@@ -34,17 +34,17 @@ from fedprune.strategies.values import Memories, Ranking, Report, Scene, Turn
 
 Floats = npt.NDArray[np.float32]
 
+# Memory: the order of elements that holds until the next interval ends.
 ORDER = "order"
-"""Memory: the order of elements that holds until the next interval ends."""
 
+# Memory: importances as far as they are known (0 where not).
 STORE = "importance"
-"""Memory: importances as far as they are known (0 where not)."""
 
+# Memory: what devices reported since the last interval ended, and how many reported something of each element.
 SUM, COUNT = "importance/sum", "importance/count"
-"""Memory: what devices reported since the last interval ended, and how many reported something of each element."""
 
+# Memory: the round of every device's last update that was added up: buffered updates come again in later rounds.
 SEEN = "importance/seen"
-"""Memory: the round of every device's last update that was added up: buffered updates come again in later rounds."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Options:
     evaluate_every: int = 1
 
 
+# Options that say nothing of rounds in step.
 _ASYNCHRONOUS = ("window_s", "least", "keep", "a", "evaluate_every")
-"""Options that say nothing of rounds in step."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,16 @@ class Importance:
 
     def learn(self, scene: Scene, reports: Callable[[], Iterator[Report]]) -> Memories:
         """The order, if it is new, and what devices reported."""
-        out: Memories = {}
+        memories: Memories = {}
+        # The order is stored, since `magnitudes` of a later model would give another one within the interval.
         if self._begins(scene):
-            out[ORDER] = self._order(scene)
-        sums, counts, seen = _gathered(scene, reports())
-        if seen:
-            out |= {SUM: dict(sums), COUNT: dict(counts), SEEN: dict(scene.memory.get(SEEN, {})) | seen}
+            memories[ORDER] = self._order(scene)
+        sums, counts, counted_rounds = _gathered(scene, reports())
+        if counted_rounds:
+            memories |= {SUM: dict(sums), COUNT: dict(counts), SEEN: dict(scene.memory.get(SEEN, {})) | counted_rounds}
         if scene.round % self.interval == 0:
-            out |= {STORE: _known(scene, sums, counts), SUM: {}, COUNT: {}}
-        return out
+            memories |= {STORE: _known(scene, sums, counts), SUM: {}, COUNT: {}}
+        return memories
 
     def _begins(self, scene: Scene) -> bool:
         """Whether a round is the first of an interval."""
@@ -117,28 +118,31 @@ class Importance:
     def _order(self, scene: Scene) -> Tensors:
         if not self._begins(scene):
             return dict(scene.memory[ORDER])
-        sizes, known = magnitudes(scene.model, prunable(scene.architecture)), scene.memory.get(STORE, {})
-        least = min((float(v[v > 0].min()) for v in known.values() if (v > 0).any()), default=1.0)
-        return with_floors({n: _filled(v, known.get(n), least) for n, v in sizes.items()}, scene.model, self.floor)
+        magnitude_order, importance = magnitudes(scene.model, prunable(scene.architecture)), scene.memory.get(STORE, {})
+        smallest = min((float(v[v > 0].min()) for v in importance.values() if (v > 0).any()), default=1.0)
+        return with_floors(
+            {n: _filled(v, importance.get(n), smallest) for n, v in magnitude_order.items()}, scene.model, self.floor
+        )
 
 
 def _known(scene: Scene, sums: Tensors, counts: Tensors) -> Tensors:
     """Importances at the end of an interval: its means, and what was known before where it brought nothing."""
-    before = scene.memory.get(STORE, {})
-    out: Tensors = {}
+    importance_before = scene.memory.get(STORE, {})
+    importance: Tensors = {}
     for name, total in sums.items():
+        # Counts of 0 have sums of 0: the mean is then 0, which means unknown.
         mean = total / np.maximum(counts[name], 1)
-        out[name] = np.where(mean > 0, mean, before.get(name, np.zeros_like(mean))).astype(np.float32)
-    return out
+        importance[name] = np.where(mean > 0, mean, importance_before.get(name, np.zeros_like(mean))).astype(np.float32)
+    return importance
 
 
-def _filled(size: Floats, known: Floats | None, least: float) -> Floats:
+def _filled(magnitude: Floats, importance: Floats | None, smallest: float) -> Floats:
     """Importances of a tensor; where it has none, |w| times the least of the tensor or, without any, of the model."""
-    if known is None:
-        return np.multiply(size, least, dtype=np.float32)
-    positive = known[known > 0]
-    unit = positive.min() if positive.size else np.float32(least)
-    return np.where(known > 0, known, size * unit).astype(np.float32)
+    if importance is None:
+        return np.multiply(magnitude, smallest, dtype=np.float32)
+    positive = importance[importance > 0]
+    unit = positive.min() if positive.size else np.float32(smallest)
+    return np.where(importance > 0, importance, magnitude * unit).astype(np.float32)
 
 
 def _gathered(scene: Scene, reports: Iterator[Report]) -> tuple[Tensors, Tensors, dict[str, npt.NDArray[np.int64]]]:
@@ -148,24 +152,29 @@ def _gathered(scene: Scene, reports: Iterator[Report]) -> tuple[Tensors, Tensors
     """
     names = prunable(scene.architecture)
     shapes = {n: scene.architecture.by_name[n].shape for n in names}
-    known = {k: scene.memory.get(k, {}) for k in (SUM, COUNT)}
-    sums, counts = ({n: np.array(known[k].get(n, np.zeros(shapes[n], np.float32))) for n in names} for k in known)
-    before = scene.memory.get(SEEN, {})
-    seen: dict[str, npt.NDArray[np.int64]] = {}
+    sums_before = {collection: scene.memory.get(collection, {}) for collection in (SUM, COUNT)}
+    sums, counts = (
+        {n: np.array(sums_before[collection].get(n, np.zeros(shapes[n], np.float32))) for n in names}
+        for collection in sums_before
+    )
+    counted_before = scene.memory.get(SEEN, {})
+    counted_rounds: dict[str, npt.NDArray[np.int64]] = {}
     for report in reports:
         turn, maps = report.cut.turn, report.trained.selection.maps
-        if not report.squares or (turn.device in before and int(before[turn.device][0]) >= turn.round):
+        # A buffered update is folded again in every round until the device's next one.
+        if not report.squares or (turn.device in counted_before and int(counted_before[turn.device][0]) >= turn.round):
             continue
-        seen[turn.device] = np.array([turn.round], np.int64)
-        parts = {n: v.astype(np.float64) for n, v in report.squares.items()}
-        low = min(float(v.min()) for v in parts.values())
-        high = max(float(v.max()) for v in parts.values())
+        counted_rounds[turn.device] = np.array([turn.round], np.int64)
+        squared_gradients = {n: v.astype(np.float64) for n, v in report.squares.items()}
+        low = min(float(v.min()) for v in squared_gradients.values())
+        high = max(float(v.max()) for v in squared_gradients.values())
         for name in names:
-            if name in parts and high > low:
-                share = (parts[name] - low) / (high - low)
+            # An update whose squares are all alike ranks nothing.
+            if name in squared_gradients and high > low:
+                share = (squared_gradients[name] - low) / (high - low)
                 sums[name][mesh(maps(name))] += share.astype(np.float32)
                 counts[name][mesh(maps(name))] += share > 0
-    return sums, counts, seen
+    return sums, counts, counted_rounds
 
 
 @dataclass(frozen=True)
@@ -191,20 +200,20 @@ class PrFl(Masked):
         return self.importance.learn(scene, reports)
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        interval, place = divmod(turn.round - 1, self.importance.interval)
-        first = turn.last == 0 or (turn.last - 1) // self.importance.interval < interval
-        last = place >= self.importance.interval - self.reporting
-        return replace(recipe, report_squares=recipe.report_squares or first or last)
+        interval, round_of_interval = divmod(turn.round - 1, self.importance.interval)
+        is_first_in_interval = turn.last == 0 or (turn.last - 1) // self.importance.interval < interval
+        is_reporting_round = round_of_interval >= self.importance.interval - self.reporting
+        return replace(recipe, report_squares=recipe.report_squares or is_first_in_interval or is_reporting_round)
 
 
 def pr_fl(job: Job) -> Strategy:
     options = read_options(job, Options)
     name = job.strategy
-    if options.synchronous and (idle := [n for n in _ASYNCHRONOUS if n in job.options]):
+    if options.synchronous and (ignored_options := [n for n in _ASYNCHRONOUS if n in job.options]):
         raise ConfigError(
-            ("job", "options", idle[0]),
+            ("job", "options", ignored_options[0]),
             expected="none of " + ", ".join(_ASYNCHRONOUS) + " with synchronous = true",
-            got=shown(job.options[idle[0]]),
+            got=shown(job.options[ignored_options[0]]),
             hint="Rounds in step take the fresh updates of all that deliver by the job's deadline.",
         )
     elements = options.masks == "elements"
@@ -218,6 +227,7 @@ def pr_fl(job: Job) -> Strategy:
         "masks": elements,
     }
     if elements:
+        # The tolerance keeps 0.1 of 50 at 5 rounds, whatever the product rounds to.
         reporting = math.ceil(options.reported * options.interval - 1e-9)
         return PrFl(name, importance=importance, reporting=reporting, **settings)
     # The asynchronous schedule ranks every I rounds; rounds in step are ranked singly.
@@ -249,5 +259,6 @@ def _allocator(job: Job, options: Options, elements: bool) -> Allocator:
         recovery if options.recovery else None,
         options.interval,
         floor=options.floor,
+        # Without channels a message shrinks with both widths of a layer, and the plain step would overshoot.
         power=1.0 if elements else 2.0,
     )

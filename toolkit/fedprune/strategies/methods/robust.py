@@ -22,6 +22,7 @@ from fedprune.strategies.values import Closing, Report, Scene, Submodel
 
 Reports = Callable[[], Iterator[tuple[Report, Submodel]]]
 
+# Bytes of all devices' values of a slab. A smaller budget reads every update more often.
 _BUDGET = 128 * 2**20
 _SETTING = ("job", "options", "robust")
 
@@ -82,6 +83,7 @@ class Robust(Aggregator):
         for report, lifted in reports():
             with fold.collecting() as additions:
                 self.inner.add(fold, report, lifted)
+            # An aggregator that adds an update in several pieces would give a device several votes.
             if len(additions) != 1:
                 what = "an aggregator that adds updates once is needed for robust means"
                 raise BundleError(what, got=len(additions))
@@ -91,27 +93,28 @@ class Robust(Aggregator):
         """Put the median or trimmed mean into the fold as its only update, and let the aggregator continue."""
         if not fold.updates:
             return self.inner.close(fold, scene, rate, reports)
+        # The sums of single updates were needed for their checks alone.
         fold.clear()
         names, weights, steps = [], [], []
         for report, _ in reports():
             names.append(report.cut.turn.device)
             weights.append(report.weight)
             steps.append(report.steps)
-        place = {name: i for i, name in enumerate(sorted(names))}
+        row_of_device = {name: i for i, name in enumerate(sorted(names))}
         specs = [t for t in fold.architecture.tensors if t.name not in fold.excluded]
         tensors: Tensors = {t.name: np.empty(t.shape, np.float32) for t in specs}
-        held: dict[str, npt.NDArray[np.bool_]] = {t.name: np.empty(t.shape, np.bool_) for t in specs}
-        whole = Selection.full(fold.architecture)
-        for batch in slabs(specs, len(names), self.budget):
-            values = [np.empty((len(names), *s.shape), np.float32) for s in batch]
+        is_trained: dict[str, npt.NDArray[np.bool_]] = {t.name: np.empty(t.shape, np.bool_) for t in specs}
+        full_selection = Selection.full(fold.architecture)
+        for slab_batch in slabs(specs, len(names), self.budget):
+            values = [np.empty((len(names), *s.shape), np.float32) for s in slab_batch]
             for device, addition in self._additions(fold, reports):
-                for slab, value in zip(batch, values, strict=True):
-                    value[place[device]] = rows_of(slab, addition, fold.base, whole)
-            while batch:  # what was looked at makes room
-                self._settle(batch.pop(0), values.pop(0), fold, tensors, held)
-        active = {t.name: held[t.name] for t in specs if t.kind.trainable}
+                for slab, value in zip(slab_batch, values, strict=True):
+                    value[row_of_device[device]] = rows_of(slab, addition, fold.base, full_selection)
+            while slab_batch:  # what was looked at makes room
+                self._settle(slab_batch.pop(0), values.pop(0), fold, tensors, is_trained)
+        active = {t.name: is_trained[t.name] for t in specs if t.kind.trainable}
         fold.add(
-            whole,
+            full_selection,
             tensors,
             min(sum(weights), MAX_WEIGHT),
             max(1, round(float(np.median(steps)))),
@@ -121,7 +124,7 @@ class Robust(Aggregator):
         model = dict(closing.model)
         for spec in specs:
             if not spec.kind.trainable:
-                model[spec.name] = np.where(held[spec.name], model[spec.name], fold.base[spec.name])
+                model[spec.name] = np.where(is_trained[spec.name], model[spec.name], fold.base[spec.name])
         return replace(closing, model=model)
 
     def _settle(
@@ -130,24 +133,26 @@ class Robust(Aggregator):
         values: npt.NDArray[np.float32],
         fold: Fold,
         tensors: Tensors,
-        held: dict[str, npt.NDArray[np.bool_]],
+        is_trained: dict[str, npt.NDArray[np.bool_]],
     ) -> None:
         name = slab.spec.name
-        at: Any = slice(slab.start, slab.stop) if slab.spec.axes else ...
-        before = fold.base[name][at]
-        anyone = None
+        rows: Any = slice(slab.start, slab.stop) if slab.spec.axes else ...
+        model_values = fold.base[name][rows]
+        has_holder = None
         if slab.spec.kind.trainable and fold.rule != "coverage":
             # Who doesn't hold a coordinate votes, too: for no change, or for 0.
-            anyone = np.isfinite(values).any(axis=0)
+            has_holder = np.isfinite(values).any(axis=0)
             for k in range(len(values)):
-                one = values[k : k + 1]
-                np.copyto(one, before if fold.rule == "fill" else np.float32(0), where=np.isinf(one))
+                device_values = values[k : k + 1]
+                np.copyto(
+                    device_values, model_values if fold.rule == "fill" else np.float32(0), where=np.isinf(device_values)
+                )
         middle = centre(values, self.settings.centre, self.settings.trim)
-        zero = fold.rule == "zero" and slab.spec.kind.trainable
-        if anyone is None:
-            anyone = np.isfinite(middle)
-        held[name][at] = True if zero else anyone
-        tensors[name][at] = middle if zero else np.where(anyone, middle, before)
+        fills_with_zero = fold.rule == "zero" and slab.spec.kind.trainable
+        if has_holder is None:
+            has_holder = np.isfinite(middle)
+        is_trained[name][rows] = True if fills_with_zero else has_holder
+        tensors[name][rows] = middle if fills_with_zero else np.where(has_holder, middle, model_values)
 
 
 def robust(aggregator: Aggregator, settings: object) -> Aggregator:

@@ -1,9 +1,9 @@
 """SubFLOT (arXiv 2604.06631): submodels by optimal transport, onto a device's last update.
 
-A device's submodel is no slice: the global model's channels are led onto the channels of the device's own last model
+A device's submodel is no slice: the global model is transported onto the channels of the device's own last model
 (`fedprune.strategies.optimal_transport`) and mixed with it (OTP, Eqs. 3 to 6). The device trains it with a pull towards
-what it was sent, the stronger the more was pruned (SAR, Eqs. 7 and 8). What it hands in is led onto the global model's
-channels again, at full width (OTA, Eq. 9), so that the mean of a round is a plain one.
+what it was sent, the stronger the more was pruned (SAR, Eqs. 7 and 8). What it hands in is transported onto the global
+model's channels again, at full width (OTA, Eq. 9), so that the mean of a round is a plain one.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Cut, Past, Report, Submodel, Turn
 
+# The paper's widths: pruning rates 0, 1/4, 1/2 and 3/4 of every layer's channels.
 RATES = (1.0, 0.75, 0.5, 0.25)
-"""The paper's widths: pruning rates 0, 1/4, 1/2 and 3/4 of every layer's channels."""
 
+# The learning rate of the paper's plain SGD.
 PAPER_LR = 1e-3
-"""The learning rate of the paper's plain SGD."""
 
 SarScale = Literal["step", "literal"]
 
@@ -84,9 +84,9 @@ class SubFlot(Strategy):
         """
         if not self.sar:
             return recipe
-        rate = recipe.lr / (1 - recipe.momentum)
-        scaled = self.sar_scale == "step" and recipe.optimizer == "sgd" and rate > PAPER_LR
-        sar = self.sar * PAPER_LR / rate if scaled else self.sar
+        effective_lr = recipe.lr / (1 - recipe.momentum)
+        needs_scaling = self.sar_scale == "step" and recipe.optimizer == "sgd" and effective_lr > PAPER_LR
+        sar = self.sar * PAPER_LR / effective_lr if needs_scaling else self.sar
         return replace(recipe, proximal=2 * sar * turn.pruning_rate)
 
     def resized(self, past: Past, cut: Cut) -> Tensors:
@@ -95,13 +95,14 @@ class SubFlot(Strategy):
         Where channels were added, they are the global model's, next to its own. Where there are only fewer, all of
         its channels are led onto the first of them, so that none is thrown away.
         """
-        old, new, own = past.selection, cut.selection, past.over(cut.scene.model)
-        if old.widths == new.widths:
-            return own
-        placed = new.gather(old.scatter(own, cut.scene.model))
-        if any(b > a for a, b in zip(old.widths, new.widths, strict=True)):
-            return placed
-        return align(own, old, placed, new)
+        past_selection, selection, past_tensors = past.selection, cut.selection, past.over(cut.scene.model)
+        # Ranks are the channels' own order, so equal widths are equal channels.
+        if past_selection.widths == selection.widths:
+            return past_tensors
+        overlap = selection.gather(past_selection.scatter(past_tensors, cut.scene.model))
+        if any(b > a for a, b in zip(past_selection.widths, selection.widths, strict=True)):
+            return overlap
+        return align(past_tensors, past_selection, overlap, selection)
 
 
 def subflot(job: Job) -> Strategy:
@@ -117,6 +118,7 @@ def subflot(job: Job) -> Strategy:
                 expected=f"a recipe without {key}",
                 hint="Tensors that must stay as they are go with fedavg, fedper or heterofl.",
             )
+    # The paper's widths, unless the user or the planner decides.
     densities = options.densities or (() if options.planned or job.density else RATES)
     return SubFlot(
         name,

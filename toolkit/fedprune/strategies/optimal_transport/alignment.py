@@ -67,6 +67,7 @@ def prune(model: Mapping[str, Floats], history: Mapping[str, Floats], at: Select
         at: Its widths, and where its channels live.
         alpha: The global model's share, from 0 to 1.
     """
+    # Nothing of the global model enters: no plan need be solved.
     if alpha == 0:
         _check(history, at)
         return {t.name: history[t.name].copy() for t in at.architecture.tensors}
@@ -86,14 +87,15 @@ def aggregate(local: Mapping[str, Floats], at: Selection, model: Mapping[str, Fl
     return align(local, at, model, Selection.full(at.architecture))
 
 
-def _mixed(aligned: Tensors, own: Mapping[str, Floats], alpha: float) -> Tensors:
+def _mixed(aligned: Tensors, history: Mapping[str, Floats], alpha: float) -> Tensors:
     if alpha == 1:
         return aligned
     for name, value in aligned.items():
-        if not value.flags.writeable or np.shares_memory(value, own[name]):
+        # What was transported is new memory and may be scaled in place; other tensors may still be views.
+        if not value.flags.writeable or np.shares_memory(value, history[name]):
             value = value.copy()
         value *= np.float32(alpha)
-        value += np.multiply(own[name], np.float32(1 - alpha), out=SCRATCH.array("mixed", value.shape))
+        value += np.multiply(history[name], np.float32(1 - alpha), out=SCRATCH.array("mixed", value.shape))
         aligned[name] = value
     return aligned
 
@@ -134,33 +136,33 @@ class _Alignment:
 
     def run(self) -> Tensors:
         """Align all tensors."""
-        done: Tensors = {}
+        aligned: Tensors = {}
         order = steps(self.architecture)
         summed = after_sums(self.architecture, order)
         for step in order:
             inner, plans = self._solve(step)
-            done[step.name] = self._output(step, inner, {**self.current, **plans})
+            aligned[step.name] = self._output(step, inner, {**self.current, **plans})
             for name in summed.get(step.name, ()):
                 axes = self.architecture.by_name[name].axes
                 self.streams[name] = self._reader_plans(sorted({g for a in axes for g in a.groups}))
-        self._align_others(done)
-        return {t.name: done[t.name] for t in self.architecture.tensors}
+        self._align_others(aligned)
+        return {t.name: aligned[t.name] for t in self.architecture.tensors}
 
-    def _align_others(self, done: Tensors) -> None:
+    def _align_others(self, aligned: Tensors) -> None:
         """Transport every tensor that isn't a layer's weight, by its channels' plan at its point of the graph.
 
         It is the plan of the last layer before it that writes to these channels or, after a sum, the stream's average.
         Vectors with the same plans, such as those of a norm, are transported together.
         """
-        recent: dict[int, Coupling] = {}
+        latest_plans: dict[int, Coupling] = {}
         vectors: dict[tuple[Axis, tuple[Coupling, ...]], list[str]] = {}
         for spec in self.architecture.tensors:
-            if spec.name in done:
-                recent.update(self.own.get(spec.name, {}))
+            if spec.name in aligned:
+                latest_plans.update(self.own.get(spec.name, {}))
                 continue
             groups = sorted({g for axis in spec.axes for g in axis.groups})
-            known = {**self.first, **recent, **self.streams.get(spec.name, {})}
-            couplings = {g: known[g] if g in known else self._reader_plan(g) for g in groups}
+            known_plans = {**self.first, **latest_plans, **self.streams.get(spec.name, {})}
+            couplings = {g: known_plans[g] if g in known_plans else self._reader_plan(g) for g in groups}
             if len(spec.axes) == 1 and groups:
                 vectors.setdefault((spec.axes[0], tuple(couplings.values())), []).append(spec.name)
                 continue
@@ -168,11 +170,11 @@ class _Alignment:
             for i, axis in enumerate(spec.axes):
                 if axis.groups:
                     value = self._transport(value, i, axis, couplings)
-            done[spec.name] = value if value is not self.source[spec.name] else value.copy()
+            aligned[spec.name] = value if value is not self.source[spec.name] else value.copy()
         for (axis, plans), names in vectors.items():
             stacked = np.stack([self.source[name] for name in names])
             rows = self._transport(stacked, 1, axis, dict(zip(axis.groups, plans, strict=True)))
-            done.update(zip(names, rows, strict=True))
+            aligned.update(zip(names, rows, strict=True))
 
     def _solve(self, step: Step) -> tuple[Floats, dict[int, Coupling]]:
         """Solve for the plans of a layer; returns its weight with transported inputs, and the plans."""
@@ -205,13 +207,13 @@ class _Alignment:
         weights = {n.weight for n in self.architecture.layers}
         tables = [t for t in self.architecture.tensors if t.kind is TensorKind.WEIGHT]
         for spec in sorted(tables, key=lambda t: t.name in weights):
-            axes = [i for i, a in enumerate(spec.axes) if group in a.groups]
-            others = {g for a in spec.axes for g in a.groups} - {group}
-            if len(axes) == 1 and not others:
+            axes = [i for i, source_rows in enumerate(spec.axes) if group in source_rows.groups]
+            other_groups = {g for source_rows in spec.axes for g in source_rows.groups} - {group}
+            if len(axes) == 1 and not other_groups:
                 axis = spec.axes[axes[0]]
-                a = channel_rows(self.source[spec.name], axes[0], self._blocks_of(axis, source=True), group)
-                b = channel_rows(self.target[spec.name], axes[0], self._blocks_of(axis, source=False), group)
-                return exact_plan(np.sqrt(squared_distances(a, b)))
+                source_rows = channel_rows(self.source[spec.name], axes[0], self._blocks_of(axis, source=True), group)
+                target_rows = channel_rows(self.target[spec.name], axes[0], self._blocks_of(axis, source=False), group)
+                return exact_plan(np.sqrt(squared_distances(source_rows, target_rows)))
         return Coupling.in_order(self.source_at.widths[group], self.target_at.widths[group])
 
     def _input(self, step: Step) -> Floats:
@@ -225,8 +227,8 @@ class _Alignment:
         for i in step.outputs:
             axis = step.axes[i]
             if axis.groups:
-                own = {g: couplings[g] if g in couplings else self._reader_plan(g) for g in axis.groups}
-                value = self._transport(value, i, axis, own)
+                output_plans = {g: couplings[g] if g in couplings else self._reader_plan(g) for g in axis.groups}
+                value = self._transport(value, i, axis, output_plans)
         return value if any(step.axes[i].groups for i in step.outputs) else value.copy()
 
     def _distances(self, step: Step, inner: Floats, group: int) -> Floats:
@@ -236,16 +238,19 @@ class _Alignment:
         """
         out = step.outputs[0]
         axis = step.axes[out]
-        at, to = self._blocks_of(axis, source=True), self._blocks_of(axis, source=False)
-        raw, target = self.source[step.name], self.target[step.name]
-        a, b = channel_rows(inner, out, at, group), channel_rows(target, out, to, group)
-        if raw.size >= inner.size or len(step.outputs) > 1:
+        source_blocks, target_blocks = self._blocks_of(axis, source=True), self._blocks_of(axis, source=False)
+        untransported, target = self.source[step.name], self.target[step.name]
+        a, b = channel_rows(inner, out, source_blocks, group), channel_rows(target, out, target_blocks, group)
+        # A product is cheapest on the side with fewer columns; several output axes have no such form.
+        if untransported.size >= inner.size or len(step.outputs) > 1:
             return squared_distances(a, b)
         for i in step.inputs:
             axis = step.axes[i]
-            known = self._reader_plans(axis.groups)
-            target = self._transport(target, i, axis, known, adjoint=True, room=f"adjoint {i}")
-        product = channel_rows(raw, out, at, group) @ channel_rows(target, out, to, group).T
+            input_plans = self._reader_plans(axis.groups)
+            target = self._transport(target, i, axis, input_plans, adjoint=True, room=f"adjoint {i}")
+        product = (
+            channel_rows(untransported, out, source_blocks, group) @ channel_rows(target, out, target_blocks, group).T
+        )
         return squared_distances(a, b, products=product)
 
     def _transport(
@@ -263,14 +268,14 @@ class _Alignment:
 
     def _blocks_of(self, axis: Axis, *, source: bool) -> tuple[Block, ...]:
         key = (axis, source)
-        found = self._blocks.get(key)
-        if found is None:
-            found = self._blocks[key] = blocks(axis, self.source_at if source else self.target_at)
-        return found
+        axis_blocks = self._blocks.get(key)
+        if axis_blocks is None:
+            axis_blocks = self._blocks[key] = blocks(axis, self.source_at if source else self.target_at)
+        return axis_blocks
 
 
+# Squared distances below this share of ‖a‖² + ‖b‖² are recomputed: cancellation leaves them too few digits.
 _NEAR = 1e-4
-"""Squared distances below this share of ‖a‖² + ‖b‖² are recomputed: cancellation leaves them too few digits."""
 
 _BLOCK = 1 << 20
 
@@ -290,15 +295,15 @@ def squared_distances(
         Distances [n, m]: exactly 0 for equal rows, otherwise with a relative error below 1%, and far less for rows that
         differ by more than 1%.
     """
-    first = _norms(a) if norms is None else norms
-    second = _norms(b)
+    squared_norms_a = _norms(a) if norms is None else norms
+    squared_norms_b = _norms(b)
     out: Floats = a @ b.T if products is None else products
     out *= -2
-    out += first[:, None]
-    out += second
+    out += squared_norms_a[:, None]
+    out += squared_norms_b
     # Rows are usually far apart: checking the smallest distance first avoids comparing each with its own bound.
-    if out.size and float(out.min()) < _NEAR * float(first.max() + second.max()):
-        near = np.flatnonzero((out < _NEAR * (first[:, None] + second)).reshape(-1))
+    if out.size and float(out.min()) < _NEAR * float(squared_norms_a.max() + squared_norms_b.max()):
+        near = np.flatnonzero((out < _NEAR * (squared_norms_a[:, None] + squared_norms_b)).reshape(-1))
         _recompute(out, a, b, near)
     return out
 
@@ -318,8 +323,8 @@ def _recompute(out: Floats, a: Floats, b: Floats, pairs: npt.NDArray[np.int64]) 
         out[...] = np.maximum(exact, 0)
         pairs = np.flatnonzero((exact < 1e-12 * np.abs(exact).max()).reshape(-1))
     flat = out.reshape(-1)
-    step = max(1, _BLOCK // max(1, a.shape[1]))
-    for at in range(0, pairs.size, step):
-        some = pairs[at : at + step]
-        off = a[some // b.shape[0]] - b[some % b.shape[0]]
-        flat[some] = np.einsum("ij,ij->i", off, off)
+    chunk_size = max(1, _BLOCK // max(1, a.shape[1]))
+    for start in range(0, pairs.size, chunk_size):
+        chunk = pairs[start : start + chunk_size]
+        differences = a[chunk // b.shape[0]] - b[chunk % b.shape[0]]
+        flat[chunk] = np.einsum("ij,ij->i", differences, differences)

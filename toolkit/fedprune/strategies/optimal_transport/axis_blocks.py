@@ -36,38 +36,38 @@ class Block(NamedTuple):
 
 
 def blocks(axis: Axis, selection: Selection) -> tuple[Block, ...]:
-    """The stretches of an axis of a submodel.
+    """Split an axis of a submodel into its blocks.
 
     A segment that holds all channels of a group is a run, with the channels in the order of the selection. Segments
     with some channels each (a shuffled or divided stream) are one block: a channel's indices in all of them, in order.
     """
-    out: list[Block] = []
-    pieces: dict[int, list[list[Indices]]] = {}
-    places: dict[int, int] = {}
+    axis_blocks: list[Block] = []
+    channel_runs: dict[int, list[list[Indices]]] = {}
+    block_positions: dict[int, int] = {}
     offset = 0
-    for s in axis.segments:
-        size = s.length
-        if s.group == FIXED:
-            out.append(Block(FIXED, 1, offset, offset + size))
-        elif s.start == 0 and s.count == selection.architecture.sizes[s.group]:
-            size = selection.widths[s.group] * s.inner
-            out.append(Block(s.group, s.inner, offset, offset + size))
+    for segment in axis.segments:
+        size = segment.length
+        if segment.group == FIXED:
+            axis_blocks.append(Block(FIXED, 1, offset, offset + size))
+        elif segment.start == 0 and segment.count == selection.architecture.sizes[segment.group]:
+            size = selection.widths[segment.group] * segment.inner
+            axis_blocks.append(Block(segment.group, segment.inner, offset, offset + size))
         else:
-            width = selection.widths[s.group]
-            ranks = selection.ranks[s.group][:width]
-            held = np.flatnonzero((ranks >= s.start) & (ranks < s.start + s.count))
-            size = held.size * s.inner
-            if s.group not in pieces:
-                places[s.group] = len(out)
-                out.append(Block(s.group, 0, 0, 0))
-            own = pieces.setdefault(s.group, [[] for _ in range(width)])
-            for k, channel in enumerate(held):
-                own[channel].append(np.arange(offset + k * s.inner, offset + (k + 1) * s.inner))
+            width = selection.widths[segment.group]
+            ranks = selection.ranks[segment.group][:width]
+            present_channels = np.flatnonzero((ranks >= segment.start) & (ranks < segment.start + segment.count))
+            size = present_channels.size * segment.inner
+            if segment.group not in channel_runs:
+                block_positions[segment.group] = len(axis_blocks)
+                axis_blocks.append(Block(segment.group, 0, 0, 0))
+            runs_by_channel = channel_runs.setdefault(segment.group, [[] for _ in range(width)])
+            for k, channel in enumerate(present_channels):
+                runs_by_channel[channel].append(np.arange(offset + k * segment.inner, offset + (k + 1) * segment.inner))
         offset += size
-    for group, own in pieces.items():
-        rows = [np.concatenate(channel) for channel in own]
-        out[places[group]] = Block(group, rows[0].size, 0, 0, np.concatenate(rows))
-    return tuple(out)
+    for group, runs_by_channel in channel_runs.items():
+        rows = [np.concatenate(channel) for channel in runs_by_channel]
+        axis_blocks[block_positions[group]] = Block(group, rows[0].size, 0, 0, np.concatenate(rows))
+    return tuple(axis_blocks)
 
 
 def part_of(values: Floats, axis: int, block: Block) -> Floats:
@@ -79,10 +79,10 @@ def part_of(values: Floats, axis: int, block: Block) -> Floats:
     return values[(slice(None),) * axis + (slice(block.start, block.stop),)]
 
 
-def channel_rows(values: Floats, axis: int, own: Sequence[Block], group: int) -> Floats:
+def channel_rows(values: Floats, axis: int, axis_blocks: Sequence[Block], group: int) -> Floats:
     """A row per channel of a group: all that an array holds for it [channels, features]."""
     rows = []
-    for block in own:
+    for block in axis_blocks:
         if block.group == group:
             front = np.moveaxis(part_of(values, axis, block), axis, 0)
             rows.append(front.reshape(front.shape[0] // block.inner, -1))
@@ -99,7 +99,7 @@ def carried(
     adjoint: bool = False,
     room: str = "",
 ) -> Floats:
-    """An array with one axis led from one model's channels to another's.
+    """Transport one axis of an array from one model's channels to another's.
 
     Args:
         axis: Which of its axes.
@@ -111,27 +111,28 @@ def carried(
     """
     length = sum(b.stop - b.start if b.at is None else b.at.size for b in after)
     shape = (*values.shape[:axis], length, *values.shape[axis + 1 :])
-    out = SCRATCH.array(room, shape) if room else None
+    result = SCRATCH.array(room, shape) if room else None
 
-    def run(old: Block, into: Floats | None) -> Floats:
-        part = part_of(values, axis, old)
-        if old.group == FIXED:
-            return part
-        coupling = couplings[old.group]
-        ahead = prod(part.shape[:axis])
-        behind = prod(part.shape[axis + 1 :]) * old.inner
-        flat = part.reshape(ahead, part.shape[axis] // old.inner, behind)
+    def run(old_block: Block, into: Floats | None) -> Floats:
+        block = part_of(values, axis, old_block)
+        if old_block.group == FIXED:
+            return block
+        coupling = couplings[old_block.group]
+        leading_size = prod(block.shape[:axis])
+        trailing_size = prod(block.shape[axis + 1 :]) * old_block.inner
+        flat = block.reshape(leading_size, block.shape[axis] // old_block.inner, trailing_size)
         size = coupling.sources if adjoint else coupling.targets
         step: Callable[[Floats, Floats | None], Floats] = coupling.backward if adjoint else coupling.forward
-        led = step(flat, None if into is None else into.reshape(ahead, size, behind))
-        return led.reshape(*part.shape[:axis], size * old.inner, *part.shape[axis + 1 :])
+        transported = step(flat, None if into is None else into.reshape(leading_size, size, trailing_size))
+        return transported.reshape(*block.shape[:axis], size * old_block.inner, *block.shape[axis + 1 :])
 
+    # One block is the whole axis: the coupling writes into the result, without a copy of its own.
     if len(before) == 1 and before[0].group != FIXED and after[0].at is None:
-        return run(before[0], out)
-    if out is None:
-        out = np.empty(shape, np.float32)
-    lead = (slice(None),) * axis
-    for old, new in zip(before, after, strict=True):
-        where = (*lead, slice(new.start, new.stop) if new.at is None else new.at)
-        out[where] = run(old, None)
-    return out
+        return run(before[0], result)
+    if result is None:
+        result = np.empty(shape, np.float32)
+    leading = (slice(None),) * axis
+    for old_block, new_block in zip(before, after, strict=True):
+        target_index = (*leading, slice(new_block.start, new_block.stop) if new_block.at is None else new_block.at)
+        result[target_index] = run(old_block, None)
+    return result

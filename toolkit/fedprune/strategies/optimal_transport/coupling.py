@@ -23,8 +23,8 @@ from fedprune.core.errors import BundleError, MissingExtraError
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
+# Numbers per block: with copies of them they fit in a core's cache.
 _CHUNK = 1 << 17
-"""Numbers per block: with copies of them they fit in a core's cache."""
 
 
 class _Gather(NamedTuple):
@@ -80,9 +80,10 @@ class Coupling:
         keys, summed = keys[summed > 0], summed[summed > 0]
         common = gcd(sources, targets)
         i, j = keys % sources, keys // sources
-        sent = np.bincount(i, summed, sources) - targets // common
-        got = np.bincount(j, summed, targets) - sources // common
-        if max(np.abs(sent).max(initial=0), np.abs(got).max(initial=0)) > 1e-6 * (sources + targets):
+        row_error = np.bincount(i, summed, sources) - targets // common
+        column_error = np.bincount(j, summed, targets) - sources // common
+        # The solver's masses are rounded, and a channel adds up as many as n + m of them.
+        if max(np.abs(row_error).max(initial=0), np.abs(column_error).max(initial=0)) > 1e-6 * (sources + targets):
             raise BundleError("marginals of a transport plan", expected="uniform")
         return cls(sources, targets, i, j, summed / (sources // common))
 
@@ -143,10 +144,10 @@ def corner(sources: int, targets: int) -> tuple[Indices, Indices, Indices]:
     """The entries of the plan that keeps channels in order: sources, targets and mass, in units of 1/lcm(n, m)."""
     common = gcd(sources, targets)
     send, take = targets // common, sources // common
-    ends = np.sort(np.concatenate([np.arange(1, sources + 1) * send, np.arange(1, targets + 1) * take]))
-    mass = np.diff(ends, prepend=0)
-    ends, mass = ends[mass > 0], mass[mass > 0]
-    entries = (ends - 1) // send, (ends - 1) // take, mass
+    boundaries = np.sort(np.concatenate([np.arange(1, sources + 1) * send, np.arange(1, targets + 1) * take]))
+    mass = np.diff(boundaries, prepend=0)
+    boundaries, mass = boundaries[mass > 0], mass[mass > 0]
+    entries = (boundaries - 1) // send, (boundaries - 1) // take, mass
     for array in entries:  # all callers share them
         array.setflags(write=False)
     return entries
@@ -156,8 +157,8 @@ def _merged(keys: Indices, values: npt.NDArray[np.float64]) -> tuple[Indices, np
     """Keys in order, each once, with the sums of their values."""
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
-    first = np.flatnonzero(np.diff(keys, prepend=-1))
-    return keys[first], np.add.reduceat(values[order], first)
+    first_entries = np.flatnonzero(np.diff(keys, prepend=-1))
+    return keys[first_entries], np.add.reduceat(values[order], first_entries)
 
 
 def _gather(takes: Indices, places: Indices, shares: npt.NDArray[np.float64], size: int, length: int) -> _Gather:
@@ -165,6 +166,7 @@ def _gather(takes: Indices, places: Indices, shares: npt.NDArray[np.float64], si
     entries are not alike."""
     counts = np.bincount(places, minlength=size)
     count = int(counts[0])
+    # Widths that are multiples of each other give equal entries: plain gathers, without scipy.
     if bool((counts == count).all()) and bool((shares == shares[0]).all()):
         return _Gather(tuple(takes.reshape(size, count).T.copy()), float(shares[0]), None)
     try:
@@ -181,32 +183,33 @@ def _run(gather: _Gather, values: Floats, size: int, out: Floats | None) -> Floa
     before, length, after = values.shape
     scale = np.float32(gather.share)
     if gather.matrix is not None and before == 1:
-        whole: Floats = gather.matrix @ values[0]
+        product: Floats = gather.matrix @ values[0]
         if out is None:
-            return whole[None]
-        out[0] = whole
+            return product[None]
+        out[0] = product
         return out
     if out is None:
         out = np.empty((before, size, after), np.float32)
     if before == 1:
-        step = max(1, _CHUNK // max(1, after))
-        for at in range(0, size, step):
-            _sum(values, [takes[at : at + step] for takes in gather.rounds], scale, out[:, at : at + step])
+        chunk_size = max(1, _CHUNK // max(1, after))
+        for start in range(0, size, chunk_size):
+            rows = slice(start, start + chunk_size)
+            _sum(values, [takes[rows] for takes in gather.rounds], scale, out[:, rows])
         return out
     # A sparse product's result is in the cache, too, until it is swapped.
     side = length if gather.matrix is None else max(length, size)
-    step = max(1, _CHUNK // max(1, side * after))
-    for at in range(0, before, step):
-        part, into = values[at : at + step], out[at : at + step]
+    chunk_size = max(1, _CHUNK // max(1, side * after))
+    for start in range(0, before, chunk_size):
+        chunk, chunk_out = values[start : start + chunk_size], out[start : start + chunk_size]
         if gather.matrix is None:
-            if part.size and part.flags.c_contiguous:
+            if chunk.size and chunk.flags.c_contiguous:
                 # Read it once in order, so that reading it in random order finds it in the cache.
-                part.reshape(-1)[::16].max()
-            _sum(part, gather.rounds, scale, into)
+                chunk.reshape(-1)[::16].max()
+            _sum(chunk, gather.rounds, scale, chunk_out)
             continue
-        room = SCRATCH.array("swapped", (length, len(part), after))
-        led = gather.matrix @ _swapped(part, room).reshape(length, -1)
-        _swapped(led.reshape(size, len(part), after), into)
+        swap_buffer = SCRATCH.array("swapped", (length, len(chunk), after))
+        transported = gather.matrix @ _swapped(chunk, swap_buffer).reshape(length, -1)
+        _swapped(transported.reshape(size, len(chunk), after), chunk_out)
     return out
 
 
@@ -240,11 +243,11 @@ class Scratch(threading.local):
     def array(self, name: str, shape: tuple[int, ...]) -> Floats:
         """An array of any content, which is good until the same name is asked for again."""
         size = prod(shape)
-        kept = self._kept.get(name)
-        if kept is None or kept.size < size:
-            kept = self._kept[name] = np.empty(size, np.float32)
-        return kept[:size].reshape(shape)
+        buffer = self._kept.get(name)
+        if buffer is None or buffer.size < size:
+            buffer = self._kept[name] = np.empty(size, np.float32)
+        return buffer[:size].reshape(shape)
 
 
+# Shared by all plans; per thread.
 SCRATCH = Scratch()
-"""Shared by all plans; per thread."""

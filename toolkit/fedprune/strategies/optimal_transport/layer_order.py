@@ -1,4 +1,4 @@
-"""The order in which a model's layers are aligned, and which other tensors come after a sum of streams."""
+"""The order in which layers are aligned, and the tensors that follow a sum of residual streams."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fedprune.model.architecture import Architecture, Axis, Layer, TensorKind, T
 
 _SUMS = ("Add", "Sub", "Sum")
 _NORMS = tuple(f"{kind}Normalization" for kind in ("Batch", "Layer", "Group", "Instance", "RMS"))
+# Operators that add their bias themselves; a MatMul's bias is an addition of its own.
 _OWN_BIAS = ("Conv", "ConvTranspose", "Gemm")
-"""Operators that add their bias themselves; a MatMul's bias is an addition of its own."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,19 @@ class Step:
 
 def steps(architecture: Architecture) -> list[Step]:
     """The layers' weights in the order of the graph."""
-    out: list[Step] = []
-    seen: set[str] = set()
+    layer_steps: list[Step] = []
+    visited: set[str] = set()
     for layer in architecture.layers:
-        if not layer.weight or layer.weight in seen:
+        # A weight that two layers share is aligned where it comes first.
+        if not layer.weight or layer.weight in visited:
             continue
-        seen.add(layer.weight)
+        visited.add(layer.weight)
         axes = architecture.by_name[layer.weight].axes
         outputs = architecture.output_axes(layer.weight)
         inputs = tuple(i for i, a in enumerate(axes) if i not in outputs and a.groups)
-        made = axes[outputs[0]].groups if len(outputs) == 1 else ()
-        out.append(Step(layer.weight, axes, outputs, inputs, () if _passes(layer, inputs) else made))
-    return out
+        written_groups = axes[outputs[0]].groups if len(outputs) == 1 else ()
+        layer_steps.append(Step(layer.weight, axes, outputs, inputs, () if _passes(layer, inputs) else written_groups))
+    return layer_steps
 
 
 def _passes(layer: Layer, inputs: Sequence[int]) -> bool:
@@ -76,25 +77,26 @@ def after_sums(architecture: Architecture, order: Sequence[Step]) -> dict[str, t
     """
     rows, followers = _between(architecture, {s.name for s in order})
     summed: set[int] = set()
-    out: dict[str, tuple[str, ...]] = {}
+    names_after: dict[str, tuple[str, ...]] = {}
     for step in order:
         summed = (summed - set(step.made)) | (set() if step.made else set(step.outputs_groups))
         first, *rest = rows[step.name]
         specs = followers[step.name]
-        found = [s for s in specs if s.kind is TensorKind.BIAS and set(s.axes[-1].groups) & summed]
+        after_sum = [s for s in specs if s.kind is TensorKind.BIAS and set(s.axes[-1].groups) & summed]
         norms = _norms(specs, sum(r.op in _NORMS for r in rest))
-        own = first.op in _OWN_BIAS and bool(specs) and specs[0].kind is TensorKind.BIAS
-        biases = [s for s in specs[own:] if s.kind is TensorKind.BIAS]
+        adds_own_bias = first.op in _OWN_BIAS and bool(specs) and specs[0].kind is TensorKind.BIAS
+        biases = [s for s in specs[adds_own_bias:] if s.kind is TensorKind.BIAS]
         for row in rest:
-            before = [b for b in biases if not norms or specs.index(b) < specs.index(norms[0][0])]
-            if row.op in _SUMS and before:
-                biases.remove(before[0])
+            biases_before_norm = [b for b in biases if not norms or specs.index(b) < specs.index(norms[0][0])]
+            # A MatMul's bias is an Add in the graph: it comes before a norm, and is no sum of streams.
+            if row.op in _SUMS and biases_before_norm:
+                biases.remove(biases_before_norm[0])
             elif row.op in _SUMS:
                 summed |= _groups(row.makes.axes)
             elif row.op in _NORMS and norms:
-                found += [s for s in norms.pop(0) if _groups(s.axes) & summed]
-        out[step.name] = tuple(s.name for s in found)
-    return out
+                after_sum += [s for s in norms.pop(0) if _groups(s.axes) & summed]
+        names_after[step.name] = tuple(s.name for s in after_sum)
+    return names_after
 
 
 def _between(
@@ -102,18 +104,18 @@ def _between(
 ) -> tuple[dict[str, list[Layer]], dict[str, list[TensorSpec]]]:
     """The tensors between each layer's weight and the next: rows, the layer's own first, and tensors."""
     rows: dict[str, list[Layer]] = {}
-    last = ""
+    current_weight = ""
     for layer in architecture.layers:
-        last = layer.weight if layer.weight and layer.weight not in rows else last
-        if last:
-            rows.setdefault(last, []).append(layer)
+        current_weight = layer.weight if layer.weight and layer.weight not in rows else current_weight
+        if current_weight:
+            rows.setdefault(current_weight, []).append(layer)
     specs: dict[str, list[TensorSpec]] = {w: [] for w in weights}
-    last = ""
+    current_weight = ""
     for spec in architecture.tensors:
         if spec.name in weights:
-            last = spec.name
-        elif last:
-            specs[last].append(spec)
+            current_weight = spec.name
+        elif current_weight:
+            specs[current_weight].append(spec)
     return rows, specs
 
 
@@ -126,12 +128,12 @@ def _norms(specs: Sequence[TensorSpec], rows: int) -> list[list[TensorSpec]]:
     for spec in specs:
         if spec.kind in (TensorKind.WEIGHT, TensorKind.BIAS):
             continue
-        last = families[-1][-1] if families else None
-        if last is None or spec.kind is TensorKind.NORM_SCALE or _module(last) != _module(spec):
+        previous = families[-1][-1] if families else None
+        if previous is None or spec.kind is TensorKind.NORM_SCALE or _module(previous) != _module(spec):
             families.append([])
         families[-1].append(spec)
-    sure = [f for f in families if any(s.kind is not TensorKind.NORM_SCALE for s in f)]
-    return families if len(families) == rows else sure if len(sure) == rows else []
+    with_bias = [f for f in families if any(s.kind is not TensorKind.NORM_SCALE for s in f)]
+    return families if len(families) == rows else with_bias if len(with_bias) == rows else []
 
 
 def _module(spec: TensorSpec) -> str:

@@ -27,30 +27,31 @@ from fedprune.strategies.optimal_transport.coupling import SCRATCH, Coupling, co
 Indices = npt.NDArray[np.int64]
 Cost = npt.NDArray[np.floating[Any]]
 
+# Pairs up to which the simplex is faster on all of them; the assignment solver is on up to three times as many.
 SMALL = 88 * 88
-"""Pairs up to which the simplex is faster on all of them; the assignment solver is on up to three times as many."""
 
+# Cheapest pairs per channel that the simplex starts with, over both sides.
 _KEPT = 10
-"""Cheapest pairs per channel that the simplex starts with, over both sides."""
 
+# Width of Sinkhorn's kernel, relative to the spread of the costs.
 _SMOOTHING = 0.12
-"""Width of Sinkhorn's kernel, relative to the spread of the costs."""
 
 _STEPS = 8
+# Over-relaxation of its steps, 1 for plain ones: fewer steps get as near (Thibault et al., arXiv 1711.01851).
 _RELAXED = 1.5
-"""Over-relaxation of its steps, 1 for plain ones: fewer steps get as near (Thibault et al., arXiv 1711.01851)."""
 
+# Schraudolph's exponential (1999): the bits of exp(x), as an integer, are `_ONE` + x · `_PER_E`, within 6% of it. The
+# kernel needs no more: it only says where the search begins.
 _ONE = np.float32(127 << 23)
 _PER_E = np.float32((1 << 23) / np.log(2))
-"""Schraudolph's exponential (1999): the bits of exp(x), as an integer, are `_ONE` + x · `_PER_E`, within 6% of it."""
 
 _ROUNDS = 8
 _PIVOTS = 10_000_000
+# How far below 0 a reduced cost may be by rounding alone, relative to the largest cost.
 _EXACT = 1e-9
-"""How far below 0 a reduced cost may be by rounding alone, relative to the largest cost."""
 
+# Costs whose largest is within 2^±20 are taken as they are.
 _USUAL = 20
-"""Costs whose largest is within 2^±20 are taken as they are."""
 
 
 def exact_plan(cost: Cost) -> Coupling:
@@ -69,19 +70,21 @@ def exact_plan(cost: Cost) -> Coupling:
             "costs of a transport plan", expected="a matrix of finite numbers", got=shape_text(*cost.shape)
         )
     n, m = cost.shape
+    # One channel on a side leaves one plan.
     if n == 1 or m == 1:
         return Coupling.in_order(n, m)
-    easy = _cheapest(cost)
-    if easy is not None:
-        return easy
+    cheapest = _cheapest(cost)
+    if cheapest is not None:
+        return cheapest
     cost = _in_range(cost, largest)
+    # Equally many channels are an assignment problem, for which scipy has a faster solver.
     if n == m and cost.size <= 3 * SMALL:
         rows, columns = _scipy()(cost)
         return Coupling.of(n, m, rows, columns, np.ones(n))
     if cost.size > SMALL:
-        found = _by_columns(cost)
-        if found is not None:
-            return found
+        generated = _by_columns(cost)
+        if generated is not None:
+            return generated
     return _dense(cost)
 
 
@@ -94,9 +97,9 @@ def _cheapest(cost: Cost) -> Coupling | None:
             return Coupling.of(n, m, np.arange(n), best, np.ones(n))
     elif m % n == 0:
         # `argmin` along the first axis is slow. Every column has a least entry: m in all leave none a second one.
-        least = cost == cost.min(0)
-        if (np.count_nonzero(least, axis=1) == m // n).all():
-            rows, columns = np.nonzero(least)
+        is_least = cost == cost.min(0)
+        if (np.count_nonzero(is_least, axis=1) == m // n).all():
+            rows, columns = np.nonzero(is_least)
             return Coupling.of(n, m, rows, columns, np.ones(m))
     return None
 
@@ -123,9 +126,11 @@ def _masses(n: int, m: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.flo
 
 def _dense(cost: Cost) -> Coupling:
     n, m = cost.shape
-    sent, got = _masses(n, m)
-    whole = np.ascontiguousarray(cost, np.float64)
-    plan, log = _pot().emd(sent, got, whole, numItermax=_PIVOTS, log=True, center_dual=False, check_marginals=False)
+    sent_mass, received_mass = _masses(n, m)
+    costs = np.ascontiguousarray(cost, np.float64)
+    plan, log = _pot().emd(
+        sent_mass, received_mass, costs, numItermax=_PIVOTS, log=True, center_dual=False, check_marginals=False
+    )
     if log["warning"]:
         raise BundleError("the transport plan was not found", got=str(log["warning"])[:200])
     rows, columns = np.nonzero(plan)
@@ -136,39 +141,46 @@ def _by_columns(cost: Cost) -> Coupling | None:
     """The plan by column generation; None where it does not end soon."""
     pot = _pot().lp.emd_wrap  # the solver behind `ot.emd`, whose sparse matrices take as long as small problems
     n, m = cost.shape
-    sent, got = _masses(n, m)
-    single = np.ascontiguousarray(cost, np.float32)
+    sent_mass, received_mass = _masses(n, m)
+    cost32 = np.ascontiguousarray(cost, np.float32)
     flat = cost.reshape(-1)
-    scale = _largest(single)
-    room = _KEPT * (n + m)
-    reduced, near_u, near_v = _smoothed(single)
-    used = _first_pairs(reduced, room // 2)
+    scale = _largest(cost32)
+    max_new_pairs = _KEPT * (n + m)
+    reduced, sinkhorn_u, sinkhorn_v = _smoothed(cost32)
+    is_used = _first_pairs(reduced, max_new_pairs // 2)
     for _ in range(_ROUNDS):
-        pairs = np.flatnonzero(used)
+        pairs = np.flatnonzero(is_used)
         rows, columns = np.divmod(pairs, m)
-        costs = flat[pairs] - near_u[rows] - near_v[columns]
+        # Less the potentials, which move the cost of every plan by the same.
+        costs = flat[pairs] - sinkhorn_u[rows] - sinkhorn_v[columns]
         i, j, flow, _, u, v, status = pot.emd_c_sparse(
-            sent, got, rows.astype(np.uint64), columns.astype(np.uint64), costs, _PIVOTS
+            sent_mass, received_mass, rows.astype(np.uint64), columns.astype(np.uint64), costs, _PIVOTS
         )
         if pot.check_result(status):
             return None
-        u += near_u
-        v += near_v
-        np.subtract(single, u.astype(np.float32)[:, None], out=reduced)
+        u += sinkhorn_u
+        v += sinkhorn_v
+        np.subtract(cost32, u.astype(np.float32)[:, None], out=reduced)
         # In float32 to find what may be negative, in float64 to know.
-        doubt = 1e-5 * max(scale, float(np.abs(u).max()), float(np.abs(v).max()))
-        found = np.flatnonzero(reduced < (v + doubt).astype(np.float32))
-        exact = flat[found] - u[found // m] - v[found % m]
-        if not (exact < -_EXACT * scale).any():
-            bound = float(u @ sent + v @ got)
+        tolerance = 1e-5 * max(scale, float(np.abs(u).max()), float(np.abs(v).max()))
+        suspects = np.flatnonzero(reduced < (v + tolerance).astype(np.float32))
+        reduced_costs = flat[suspects] - u[suspects // m] - v[suspects % m]
+        if not (reduced_costs < -_EXACT * scale).any():
+            bound = float(u @ sent_mass + v @ received_mass)
             i, j = i.astype(np.int64), j.astype(np.int64)
+            # By duality no plan costs less than the potentials' bound. The check guards against potentials that the
+            # solver left wrong.
             total = float(flow @ flat[i * m + j])
-            proven = total - bound <= _EXACT * float(sent.sum()) * scale
-            return Coupling.of(n, m, i, j, flow) if proven else None
-        used[found if found.size <= room else found[np.argpartition(exact, room)[:room]]] = True
-        if found.size < room:  # pairs that come near may be the next to break it
+            is_optimal = total - bound <= _EXACT * float(sent_mass.sum()) * scale
+            return Coupling.of(n, m, i, j, flow) if is_optimal else None
+        is_used[
+            suspects
+            if suspects.size <= max_new_pairs
+            else suspects[np.argpartition(reduced_costs, max_new_pairs)[:max_new_pairs]]
+        ] = True
+        if suspects.size < max_new_pairs:  # pairs that come near may be the next to break it
             reduced -= v.astype(np.float32)
-            used |= reduced.reshape(-1) <= _lowest(reduced, room // 2)
+            is_used |= reduced.reshape(-1) <= _lowest(reduced, max_new_pairs // 2)
     return None
 
 
@@ -188,23 +200,24 @@ def _smoothed(
     reduced = np.subtract(cost, u[:, None], out=SCRATCH.array("reduced costs", (n, m)))
     reduced -= v
     flat = reduced.reshape(-1)
+    # Relative to the spread, so that costs in other units give the same steps.
     width = np.float32(_SMOOTHING * max(float(np.sqrt(flat @ flat / flat.size)), 1e-30))
     exponent = np.multiply(reduced, -_PER_E / width, out=SCRATCH.array("exponents", (n, m)))
     np.clip(exponent, -60 * _PER_E, 40 * _PER_E, out=exponent)  # a pair that stands out must not drown all others
     exponent += _ONE
     kernel = SCRATCH.array("kernel", (n, m))
     kernel.view(np.int32)[...] = exponent
-    b = np.ones(m, np.float32)
-    a = 1 / (kernel @ b)
+    column_scaling = np.ones(m, np.float32)
+    row_scaling = 1 / (kernel @ column_scaling)
     with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
         for _ in range(_STEPS):
-            b *= (np.float32(n / m) / (b * (a @ kernel))) ** np.float32(_RELAXED)
-            a *= (1 / (a * (kernel @ b))) ** np.float32(_RELAXED)
-        more_u, more_v = width * np.log(a), width * np.log(b)
-    if np.isfinite(more_u).all() and np.isfinite(more_v).all():  # long steps may go astray
-        reduced -= more_u[:, None]
-        reduced -= more_v
-        u, v = u + more_u, v + more_v
+            column_scaling *= (np.float32(n / m) / (column_scaling * (row_scaling @ kernel))) ** np.float32(_RELAXED)
+            row_scaling *= (1 / (row_scaling * (kernel @ column_scaling))) ** np.float32(_RELAXED)
+        step_u, step_v = width * np.log(row_scaling), width * np.log(column_scaling)
+    if np.isfinite(step_u).all() and np.isfinite(step_v).all():  # long steps may go astray
+        reduced -= step_u[:, None]
+        reduced -= step_v
+        u, v = u + step_u, v + step_v
     return reduced, u.astype(np.float64), v.astype(np.float64)
 
 
@@ -224,6 +237,7 @@ def _first_pairs(reduced: npt.NDArray[np.float32], room: int) -> npt.NDArray[np.
 def _lowest(values: npt.NDArray[np.float32], count: int) -> np.float32:
     """A bound below which about `count` of the values lie, as a sample of them tells."""
     flat = values.reshape(-1)
+    # An odd stride, so that the sample doesn't stay in a few columns of a matrix with an even number of them.
     sample = flat[:: flat.size // 8192 | 1]
     last = min(sample.size - 1, count * sample.size // flat.size)
     bound: np.float32 = np.partition(sample, last)[last]
@@ -247,6 +261,7 @@ def _pot() -> Any:
     except ImportError as error:
         raise MissingExtraError("transport plans need POT", extra="subflot") from error
     finally:
+        # The variables are POT's own, but children of this process would inherit them.
         for name in added:
             del os.environ[name]
     return ot
