@@ -35,6 +35,7 @@ class Accountant:
                 "dp-accounting, which computes what a private job costs, is not installed", extra="privacy"
             ) from error
         self._privacy, self._epsilon = privacy, get_epsilon_gaussian
+        # Now, not after boards have spent the first round's privacy.
         first = self.epsilon(privacy.noise_multiplier**-2)
         if privacy.epsilon_budget and first > privacy.epsilon_budget:
             raise ConfigError(
@@ -67,11 +68,12 @@ def costs(privacy: Privacy, state: State | None) -> dict[str, Any]:
     installed, ε are None."""
     if state is None or not state.private or not privacy.on:
         return {}
-    known: dict[str, float | None] = {}
+    epsilons: dict[str, float | None] = {}
     try:
-        counts = Accountant(replace(privacy, epsilon_budget=0.0))
+        # Without its budget, since figures are wanted also of a job that has spent it all.
+        accountant = Accountant(replace(privacy, epsilon_budget=0.0))
     except MissingExtraError:
-        known = dict.fromkeys(sorted(state.devices))
+        epsilons = dict.fromkeys(sorted(state.devices))
     else:
-        known = {name: counts.epsilon(spent(device.releases)) for name, device in sorted(state.devices.items())}
-    return privacy.to_dict() | {"epsilon": known}
+        epsilons = {name: accountant.epsilon(spent(device.releases)) for name, device in sorted(state.devices.items())}
+    return privacy.to_dict() | {"epsilon": epsilons}

@@ -71,23 +71,23 @@ class Archive:
             ProtocolError: It isn't what its codec makes of an update of these weights.
         """
         raw = self._store.read(digest)
-        chosen = None if codec is None else Codec.parse(codec)
-        if chosen is None or sent is None or not is_packed(raw):
+        parsed_codec = None if codec is None else Codec.parse(codec)
+        if parsed_codec is None or sent is None or not is_packed(raw):
             return tensorfile.decode(raw)
         trained = frozenset(t.name for t in self._architecture.trainable)
-        return dict(decode(chosen, raw, self.sent(sent), trained))
+        return dict(decode(parsed_codec, raw, self.sent(sent), trained))
 
     def selection(self, ranking: str, widths: tuple[int, ...]) -> Selection:
         """The first channels of a ranking; boards of equal width share one, with its maps. Raises `StorageError` if the
         blob isn't there or is damaged; and `BundleError` if it isn't a ranking, or the widths don't fit."""
-        known = _kept(self._rankings, ranking, _RANKINGS, self._ranked)
-        if widths not in known:
-            known[widths] = known[self._architecture.sizes].narrowed(widths)
-        return known[widths]
+        selections = _kept(self._rankings, ranking, _RANKINGS, self._ranked)
+        if widths not in selections:
+            selections[widths] = selections[self._architecture.sizes].narrowed(widths)
+        return selections[widths]
 
     def _ranked(self, digest: str) -> dict[tuple[int, ...], Selection]:
-        whole = Selection.from_json(self._store.read(digest), self._architecture)
-        return {self._architecture.sizes: whole.narrowed(self._architecture.sizes)}
+        ranking = Selection.from_json(self._store.read(digest), self._architecture)
+        return {self._architecture.sizes: ranking.narrowed(self._architecture.sizes)}
 
     def mask(self, digest: str | None, selection: Selection) -> Active:
         """An element mask of a submodel; errors are those of `model`."""
@@ -140,11 +140,11 @@ class _Memory(Mapping[str, Mapping[str, npt.NDArray[Any]]]):
         return len(self._digests)
 
 
-def _kept(known: OrderedDict[str, T], digest: str, most: int, read: Callable[[str], T]) -> T:
+def _kept(cache: OrderedDict[str, T], digest: str, max_entries: int, read: Callable[[str], T]) -> T:
     """An entry of a small cache; the one that was used least lately makes room."""
-    if digest not in known:
-        known[digest] = read(digest)
-        while len(known) > most:
-            known.popitem(last=False)
-    known.move_to_end(digest)
-    return known[digest]
+    if digest not in cache:
+        cache[digest] = read(digest)
+        while len(cache) > max_entries:
+            cache.popitem(last=False)
+    cache.move_to_end(digest)
+    return cache[digest]

@@ -39,8 +39,10 @@ class BackgroundExecutor:
         self._results: queue.Queue[Result] = queue.Queue()
         self._pending = 0
         # A daemon thread: a process that ends doesn't wait for a long evaluation; it will be repeated.
-        within = contextvars.copy_context()  # with the subject of log lines, such as the job
-        self._thread = threading.Thread(target=within.run, args=(self._run,), name="fedprune-executor", daemon=True)
+        log_subject = contextvars.copy_context()  # with the subject of log lines, such as the job
+        self._thread = threading.Thread(
+            target=log_subject.run, args=(self._run,), name="fedprune-executor", daemon=True
+        )
         self._thread.start()
 
     @property

@@ -49,21 +49,21 @@ class Calibration:
             raise DataError("calibration samples", expected=shape_text("2 or more", *shape), got=shape_text(*x.shape))
         # The order decides the last bits of a mean, so it must not depend on how a file was read.
         rows = np.array(sorted(range(len(x)), key=lambda i: x[i].tobytes()))
-        chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLES)).astype(np.int64)]
-        self.samples = np.ascontiguousarray(x[chosen])
+        sample_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLES)).astype(np.int64)]
+        self.samples = np.ascontiguousarray(x[sample_rows])
         features = features or Features()
-        kept = Features(frozen=features.frozen, trainable=features.trainable)
+        frozen_features = Features(frozen=features.frozen, trainable=features.trainable)
         self._y: npt.NDArray[Any] = np.zeros(
-            (len(chosen), *kept.target_shape(model.architecture.output_shape)), np.int64
+            (len(sample_rows), *frozen_features.target_shape(model.architecture.output_shape)), np.int64
         )
-        frozen = frozen_tensors(model.architecture, kept, model.frozen)
+        frozen = frozen_tensors(model.architecture, frozen_features, model.frozen)
         self._trained = [t.name for t in model.architecture.trainable if t.name not in frozen]
         self._statistics = [t.name for t in model.architecture.statistics if t.name not in frozen]
         graph = model.graph.copy()
         for node in graph.nodes:
             if node.op == "BatchNormalization":
                 node.attrs["momentum"] = 0.0  # The batch's statistics alone, whatever share a training step keeps.
-        self._session = Session(training_graph(replace(model, graph=graph), kept).to_bytes(), training=True)
+        self._session = Session(training_graph(replace(model, graph=graph), frozen_features).to_bytes(), training=True)
 
     def __call__(self, tensors: Tensors) -> Tensors:
         """The same model with statistics of these samples; weights stay as they are, bit for bit. Raises `ModelError`

@@ -50,13 +50,13 @@ class Distiller:
     Args:
         model: The model; its architecture and graph are used, not its weights.
         calibration: Measures the statistics of every width, and has the samples.
-        asked: What the strategy asks for.
+        settings: What the strategy asks for.
         recipe: The job's local training: what it freezes, and whether its loss takes classes.
         seed: The job's.
     """
 
     def __init__(
-        self, model: Model, calibration: Calibration, asked: SelfDistillation, recipe: Recipe, seed: int
+        self, model: Model, calibration: Calibration, settings: SelfDistillation, recipe: Recipe, seed: int
     ) -> None:
         self._architecture, self._calibration, self._seed = model.architecture, calibration, seed
         classes = labels_of(recipe.loss) == "classes" and self._architecture.classes > 1
@@ -64,18 +64,18 @@ class Distiller:
             loss=DISTILL if classes else "mse",
             distill_temperature=1.0,
             optimizer="adam",
-            lr=asked.lr,
+            lr=settings.lr,
             epsilon=_EPSILON,
             batch_size=_BATCH,
-            epochs=asked.steps,
-            max_steps=asked.steps,
+            epochs=settings.steps,
+            max_steps=settings.steps,
             ordered_dropout=(1.0,),  # widths are each round's own
             frozen=recipe.frozen,
             trainable=recipe.trainable,
         )
-        self._asked = asked
+        self._asked = settings
         self._trainer = Trainer(training_step(model, self._recipe.features).to_bytes())
-        self._sessions = Sessions(model, 1 + MOST + len(asked.densities))
+        self._sessions = Sessions(model, 1 + MOST + len(settings.densities))
 
     def __call__(
         self,
@@ -97,27 +97,30 @@ class Distiller:
         widest, densities = self._widths_of(set(trained), core)
         axes = self._trainer.axes
         plans = [widest] if axes is None else axes.plans(widest, densities)
+        # A single width has no other to learn from.
         if len(plans) == 1:
             return tensors
-        whole = Selection.of(self._architecture, widest, ranks)
-        x, aim = self._calibration.samples, self._aim(tensors, whole, plans)
-        if not np.isfinite(aim).all():
+        selection = Selection.of(self._architecture, widest, ranks)
+        x, teacher_outputs = self._calibration.samples, self._aim(tensors, selection, plans)
+        if not np.isfinite(teacher_outputs).all():
             log.warning("round %d: no self-distillation, because outputs are not finite", round_)
             return tensors
         recipe = replace(self._recipe, ordered_dropout=densities)
-        task = TrainingTask(recipe, self._architecture.classes, self._seed, "", round_, whole.widths)
+        task = TrainingTask(recipe, self._architecture.classes, self._seed, "", round_, selection.widths)
         try:
-            result = self._trainer.train(whole.gather(tensors), LocalData(x, aim, x[:0], aim[:0]), task)
+            result = self._trainer.train(
+                selection.gather(tensors), LocalData(x, teacher_outputs, x[:0], teacher_outputs[:0]), task
+            )
         except DivergedError as error:
             log.warning("round %d: no self-distillation: %s", round_, error)
             return tensors
-        a_sample = sum(costs_at(self._architecture, p).training_macs for p in plans) / len(plans)
+        macs_per_sample = sum(costs_at(self._architecture, p).training_macs for p in plans) / len(plans)
         log.info(
             "round %d: self-distillation took %.1f s, %d steps and about %.2g MACs; its loss went from %.3g to %.3g",
-            round_, result.seconds, result.steps, self._asked.steps * min(_BATCH, len(x)) * a_sample,
+            round_, result.seconds, result.steps, self._asked.steps * min(_BATCH, len(x)) * macs_per_sample,
             result.loss_first, result.loss_last,
         )  # fmt: skip
-        return whole.scatter(result.tensors, tensors)
+        return selection.scatter(result.tensors, tensors)
 
     def _widths_of(self, trained: set[Widths], core: bool) -> tuple[Widths, tuple[float, ...]]:
         """The widest width, and shares of the whole model's at which others are narrower: the whole model and those
@@ -127,14 +130,16 @@ class Distiller:
             return sizes, self._asked.densities
         ratios = (max(w / n for w, n in zip(widths, sizes, strict=True)) for widths in trained)
         shares = sorted({math.ceil(64 * ratio) / 64 for ratio in ratios})
-        spread = {shares[i] for i in np.linspace(0, len(shares) - 1, MOST + 1).astype(int)}
-        return tuple(map(max, zip(*trained, strict=True))), tuple(sorted(spread))
+        chosen_shares = {shares[i] for i in np.linspace(0, len(shares) - 1, MOST + 1).astype(int)}
+        return tuple(map(max, zip(*trained, strict=True))), tuple(sorted(chosen_shares))
 
-    def _aim(self, tensors: Tensors, whole: Selection, plans: Sequence[Widths]) -> npt.NDArray[np.float32]:
+    def _aim(self, tensors: Tensors, selection: Selection, plans: Sequence[Widths]) -> npt.NDArray[np.float32]:
         """The mean of the outputs of all widths, each with its own statistics."""
         outputs = []
         for widths in plans:
-            part = self._calibration(whole.narrowed(widths).gather(tensors))
-            feeds = {step_contract.X: self._calibration.samples, **part}
+            # Each width with statistics of its own: the whole model's fit no narrower one, and teachers would be worse
+            # than need be.
+            submodel = self._calibration(selection.narrowed(widths).gather(tensors))
+            feeds = {step_contract.X: self._calibration.samples, **submodel}
             outputs.append(self._sessions.at(widths).run(feeds, [step_contract.LOGITS])[step_contract.LOGITS])
         return np.asarray(np.mean(outputs, axis=0), np.float32)

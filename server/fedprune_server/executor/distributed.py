@@ -65,15 +65,17 @@ class DistributedWorker:
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Let helpers begin with commands that will be carried out next."""
-        new = [c for c in commands if isinstance(c, do.Extract) and _key(c) not in self._expected]
-        extracts = list({self._offer_key(c): c for c in reversed(new)}.values())[::-1]  # the first of each key
+        new_extracts = [c for c in commands if isinstance(c, do.Extract) and _key(c) not in self._expected]
+        extracts = list({self._offer_key(c): c for c in reversed(new_extracts)}.values())[::-1]  # the first of each key
         group = 1
         if self._pool.adds:
+            # On a cluster a task costs a round trip, which several small submodels share; and each helper gets some
+            # tasks, so that a slow one doesn't hold up the round.
             group = max(1, min(_GROUP, math.ceil(len(extracts) / (_GROUPS * max(1, self._pool.size)))))
-        for at in range(0, len(extracts), group):
-            some = tuple(extracts[at : at + group])
-            future = self._pool.submit(pool_tasks.extract, some)
-            self._expected |= {_key(c): (c, future, i) for i, c in enumerate(some)}
+        for start in range(0, len(extracts), group):
+            chunk = tuple(extracts[start : start + group])
+            future = self._pool.submit(pool_tasks.extract, chunk)
+            self._expected |= {_key(c): (c, future, i) for i, c in enumerate(chunk)}
         for command in commands:
             if isinstance(command, do.Fold) and self._shared is not None and self._shared.takes(command):
                 self._expected[_key(command)] = (command, self._pool.submit(pool_tasks.check, command), 0)
@@ -113,13 +115,17 @@ class DistributedWorker:
 
     def _arrived(self, command: do.Extract, event: on.Extracted) -> bool:
         """Whether a helper's answer fits the command, and its blobs are visible here: a network's folder may lag."""
-        part = command.part
-        asked = (event.device, event.round, event.attempt) == (part.device, command.basis.round, part.attempt)
-        return asked and all(self._worker.store.has(digest) for digest in blobs_of(event.offer))
+        device_part = command.part
+        answers_command = (event.device, event.round, event.attempt) == (
+            device_part.device,
+            command.basis.round,
+            device_part.attempt,
+        )
+        return answers_command and all(self._worker.store.has(digest) for digest in blobs_of(event.offer))
 
     def _result(self, command: do.Extract | do.Fold) -> on.Event | None:
         """A helper's answer; None if none was asked, or it failed."""
-        expected, future, place = self._expected.pop(_key(command), (None, None, 0))
+        expected, future, position = self._expected.pop(_key(command), (None, None, 0))
         if future is None or expected != command:
             return None
         try:
@@ -132,7 +138,7 @@ class DistributedWorker:
             return None
         if isinstance(answer, pool_tasks.ExtractedBatch):
             self._worker.store.learn(answer.objects)
-            answer = answer.events[place]
+            answer = answer.events[position]
         if isinstance(answer, pool_tasks.CheckedUpdate) and isinstance(command, do.Fold):
             self._worker.limits.learn(self._worker.updates.update(command.contribution), answer.lengths)
             answer = answer.event
@@ -212,8 +218,8 @@ class SharedSums:
 
     def takes(self, command: do.Fold) -> bool:
         """Whether helpers are to check and add this update."""
-        worth = not self._as_trained or self._size >= 2 * self._block
-        return self._by_tensor and worth and command.contribution.mask is None
+        is_worth_sharing = not self._as_trained or self._size >= 2 * self._block
+        return self._by_tensor and is_worth_sharing and command.contribution.mask is None
 
     def passed(self, command: do.Fold) -> None:
         """Note an update that a helper has checked; it is added up with others."""
@@ -232,18 +238,20 @@ class SharedSums:
     def gather(self, command: do.Close) -> None:
         """Merge the helpers' sums into the worker's, before it closes the round."""
         counted = {c.part.device: c for c in command.contributions}
-        started = self._batches if self._round == (command.round, command.model) else []
+        batches = self._batches if self._round == (command.round, command.model) else []
         self._passed = []
-        self._batches = [b for b in started if all(counted.get(c.part.device) == c for c in b.updates)]
+        self._batches = [b for b in batches if all(counted.get(c.part.device) == c for c in b.updates)]
         round_ = self._worker.round_of(command)
         updates = {name: self._worker.updates.update(c) for name, c in counted.items()}
+        # An update that is already in the sums has been replaced or refused since: sums can't be undone, so they begin
+        # again.
         if any(updates.get(device) != update for device, update in round_.included.items()):
             round_.reset()
-        there = {*round_.included, *(c.part.device for b in self._batches for c in b.updates)}
-        left = [c for c in command.contributions if c.part.device not in there]
-        left = [c for c in left if self.takes(do.Fold(command.round, command.model, command.memory, c))]
-        if len(left) >= _LEAST:
-            self._batches += self._ordered(command, left)
+        summed_devices = {*round_.included, *(c.part.device for b in self._batches for c in b.updates)}
+        unsummed = [c for c in command.contributions if c.part.device not in summed_devices]
+        unsummed = [c for c in unsummed if self.takes(do.Fold(command.round, command.model, command.memory, c))]
+        if len(unsummed) >= _LEAST:
+            self._batches += self._ordered(command, unsummed)
         self._collect(command, wait=True)
         self._round, self._batches = None, []
 
@@ -251,50 +259,52 @@ class SharedSums:
         """Submit the addition of updates."""
         store = self._worker.store
         fold = self._worker.round_of(command).fold
-        whole = frozenset(t.name for t in fold.shared)
-        out = []
-        plain = [c for c in updates if self._as_trained and c.codec is None]
-        if plain:
-            dealt = blocks(fold.shared, max(1, self._pool.size), self._block)
-            refs = {digest: store.ref(digest) for c in plain for digest in (c.weights, c.sent)}
-            out.append(self._submitted(command, plain, dealt, refs))
-        others = [c for c in updates if c not in plain]
-        share = max(_LEAST, -(-len(others) // max(1, self._pool.size)))
-        groups = [others[at : at + share] for at in range(0, len(others), share)]
-        return out + [self._submitted(command, group, [whole], None) for group in groups]
+        all_names = frozenset(t.name for t in fold.shared)
+        batches = []
+        plain_updates = [c for c in updates if self._as_trained and c.codec is None]
+        if plain_updates:
+            name_blocks = blocks(fold.shared, max(1, self._pool.size), self._block)
+            refs = {digest: store.ref(digest) for c in plain_updates for digest in (c.weights, c.sent)}
+            batches.append(self._submitted(command, plain_updates, name_blocks, refs))
+        other_updates = [c for c in updates if c not in plain_updates]
+        group_size = max(_LEAST, -(-len(other_updates) // max(1, self._pool.size)))
+        groups = [other_updates[at : at + group_size] for at in range(0, len(other_updates), group_size)]
+        return batches + [self._submitted(command, group, [all_names], None) for group in groups]
 
     def _submitted(
-        self, command: do.Close, updates: Sequence[do.Contribution], dealt: Sequence[frozenset[str]], refs: Any
+        self, command: do.Close, updates: Sequence[do.Contribution], name_blocks: Sequence[frozenset[str]], refs: Any
     ) -> _Batch:
-        some = do.Close(command.round, command.model, command.memory, (), tuple(updates))
+        addition = do.Close(command.round, command.model, command.memory, (), tuple(updates))
         return _Batch(
-            some.contributions,
-            [self._pool.submit(pool_tasks.add_up, pool_tasks.Addition(some, names, refs)) for names in dealt],
+            addition.contributions,
+            [self._pool.submit(pool_tasks.add_up, pool_tasks.Addition(addition, names, refs)) for names in name_blocks],
         )
 
     def _collect(self, command: do.Fold | do.Close, *, wait: bool) -> None:
         """Merge the sums of batches that are done; hanging helpers together cost their patience once."""
-        left = []
+        unfinished = []
         patience = self._pool.patience_s
         until = None if patience is None else time.monotonic() + patience
         for batch in self._batches:
             if not wait and not all(f.done() for f in batch.sums):
-                left.append(batch)
+                unfinished.append(batch)
                 continue
             try:
-                parts = [f.result(None if until is None else max(0.0, until - time.monotonic())) for f in batch.sums]
-                if not all(isinstance(part, PartialSums) for part in parts):
+                partial_sums = [
+                    f.result(None if until is None else max(0.0, until - time.monotonic())) for f in batch.sums
+                ]
+                if not all(isinstance(partial, PartialSums) for partial in partial_sums):
                     raise TypeError("no sums")
                 updates = [self._worker.updates.update(c) for c in batch.updates]
-                self._worker.round_of(command).merge(updates, parts)
+                self._worker.round_of(command).merge(updates, partial_sums)
             except Exception:
                 log.warning("%d updates are added up by the server itself", len(batch.updates))
                 log.debug("why", exc_info=True)
-        self._batches = left
+        self._batches = unfinished
 
 
 def _key(command: do.Extract | do.Fold) -> _Key:
     if isinstance(command, do.Extract):
         return "extract", command.basis.round, command.part.device, command.part.attempt
-    found = command.contribution
-    return "fold", command.round, found.part.device, found.part.attempt
+    contribution = command.contribution
+    return "fold", command.round, contribution.part.device, contribution.part.attempt

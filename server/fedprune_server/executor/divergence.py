@@ -30,8 +30,8 @@ def is_uncalibrated(
         calibration: The server's samples that replace them; None without any.
         frozen: Tensors that the model itself froze.
     """
-    kept = frozen_tensors(architecture, recipe.features, frozen)
-    return calibration is None and any(t.name not in kept for t in architecture.statistics)
+    frozen_names = frozen_tensors(architecture, recipe.features, frozen)
+    return calibration is None and any(t.name not in frozen_names for t in architecture.statistics)
 
 
 def of_history(history: Sequence[Mapping[str, Any]], job: Mapping[str, Any], *, uncalibrated: bool) -> str:
@@ -42,10 +42,10 @@ def of_history(history: Sequence[Mapping[str, Any]], job: Mapping[str, Any], *, 
         job: Its settings, as JSON.
         uncalibrated: As `is_uncalibrated` finds.
     """
-    narrow = any(part.get("density", 1.0) < 1 for row in history for part in row["devices"].values())
+    has_narrow = any(device_row.get("density", 1.0) < 1 for row in history for device_row in row["devices"].values())
     measured = [row["metrics"] for row in history if row["metrics"].get("samples")]
-    kinds = [str(part.get("kind", "")) for row in history[-1:] for part in row["devices"].values()]
-    return advice([m.get("loss") for m in measured], kinds, job, mixed=uncalibrated and narrow)
+    kinds = [str(device_row.get("kind", "")) for row in history[-1:] for device_row in row["devices"].values()]
+    return advice([m.get("loss") for m in measured], kinds, job, mixed=uncalibrated and has_narrow)
 
 
 def advice(losses: Sequence[float | None], kinds: Iterable[str], job: Mapping[str, Any], *, mixed: bool = False) -> str:
@@ -57,13 +57,13 @@ def advice(losses: Sequence[float | None], kinds: Iterable[str], job: Mapping[st
         job: The job's settings, as JSON.
         mixed: Whether the global model's batch-norm statistics are averages over boards of different widths.
     """
-    parts = list(kinds)
-    failed = parts.count(FailureKind.DIVERGED)
+    all_kinds = list(kinds)
+    diverged_count = all_kinds.count(FailureKind.DIVERGED)
     first, last = (losses[0], losses[-1]) if losses else (0.0, 0.0)
     if last is None or not math.isfinite(last):
         what = "the global model's loss is no longer finite"
-    elif failed and _most(parts):
-        what = f"{failed} of the devices ended with numbers that are not finite, or far too large"
+    elif diverged_count and _most(all_kinds):
+        what = f"{diverged_count} of the devices ended with numbers that are not finite, or far too large"
     elif first is not None and last > _RISE * first:
         what = f"the global model's loss rose, from {first:.4g} after the first round to {last:.4g} after the last"
         if mixed and _noise(job):
@@ -105,23 +105,23 @@ def _most(kinds: Sequence[str]) -> bool:
 def remedy(job: Mapping[str, Any]) -> str:
     """Advice for a job whose training diverges."""
     recipe, privacy = (_table(job.get(key)) for key in ("recipe", "privacy"))
-    again = "Start again in another folder: these weights are unusable."
+    restart_text = "Start again in another folder: these weights are unusable."
     if _noise(job):
         noise, clip = (_now(privacy, key) for key in ("noise_multiplier", "clip"))
         return (
             f"The most likely cause is the noise of [job.privacy], whose deviation is noise_multiplier ({noise}) times "
             f"clip ({clip}): lower clip, which leaves ε as it is, have more boards in each round, or lower "
             "noise_multiplier, which raises ε. Whether training diverges without noise, too, a simulation with "
-            f"noise_multiplier = 0 shows. {again}"
+            f"noise_multiplier = 0 shows. {restart_text}"
         )
     momentum = f" or momentum ({_now(recipe, 'momentum')})" if recipe.get("momentum") else ""
-    limit, now = recipe.get("clip_norm"), _now(recipe, "clip_norm")
+    limit, clip_norm_text = recipe.get("clip_norm"), _now(recipe, "clip_norm")
     clipped = isinstance(limit, (int, float)) and 0 < limit <= 1
-    clip = f"lower clip_norm ({now}; try a tenth)" if clipped else f"set clip_norm ({now}; try 1)"
+    clip = f"lower clip_norm ({clip_norm_text}; try a tenth)" if clipped else f"set clip_norm ({clip_norm_text}; try 1)"
     return (
         f"The most likely cause is a learning rate that is too high: in [job.recipe] lower lr "
         f"({_now(recipe, 'lr')}; try a tenth){momentum}, or {clip}. If that doesn't help, look at the samples: scaled "
-        f"as the model expects, with the right labels. {again}"
+        f"as the model expects, with the right labels. {restart_text}"
     )
 
 

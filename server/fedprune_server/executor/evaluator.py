@@ -61,6 +61,7 @@ class Sessions:
                 del self._opened[next(iter(self._opened))]  # the one that was asked for longest ago
             graph = at_widths(self.model, widths)
             shapes = self.model.architecture.shapes(widths)
+            # As inputs, not constants: a session takes long to make, and weights change every round.
             graph.inputs += [Port(name, np.dtype(np.float32), shape) for name, shape in shapes.items()]
             session = Session(graph.to_bytes())
         self._opened[widths] = session
@@ -93,14 +94,14 @@ class Evaluator:
         Args:
             weights: The tensors of a model or submodel.
         """
-        session, found = self._sessions.at(widths), list[Measure]()
-        kept = session.keep(weights)
+        session, measures = self._sessions.at(widths), list[Measure]()
+        kept_weights = session.keep(weights)
         with np.errstate(over="ignore", invalid="ignore"):  # a diverged model has no loss, and that is no error
-            for at in range(0, len(self._x), _BATCH):
-                feeds = {step_contract.X: self._x[at : at + _BATCH]}
-                logits = session.run(feeds, [step_contract.LOGITS], kept=kept)[step_contract.LOGITS]
-                found.append(self._objective(logits, self._y[at : at + _BATCH]))
-        return {"samples": float(len(self._x)), **self._objective.metrics(Measure.of(found))}
+            for start in range(0, len(self._x), _BATCH):
+                feeds = {step_contract.X: self._x[start : start + _BATCH]}
+                logits = session.run(feeds, [step_contract.LOGITS], kept=kept_weights)[step_contract.LOGITS]
+                measures.append(self._objective(logits, self._y[start : start + _BATCH]))
+        return {"samples": float(len(self._x)), **self._objective.metrics(Measure.of(measures))}
 
 
 def load_evaluation(source: str, model: Model, recipe: Recipe) -> Evaluation:
@@ -129,11 +130,11 @@ def check_data(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
     """Check samples and labels against a model; returns them as it takes them. Raises `DataError` if labels don't fit
     the loss or the number of classes, or samples have another shape or type."""
     architecture = model.architecture
-    labels = next(p for p in training_step(model, recipe.features).inputs if p.name == step_contract.Y)
-    shape = tuple(d if isinstance(d, int) else None for d in labels.shape[1:])
-    wanted = Targets.of(recipe, architecture.classes, shape, whole=labels.dtype.kind == "i")
-    data = data.snapshot(_shape(model), wanted)
-    data.check(wanted, _shape(model), token_ids=_takes_token_ids(model))
+    label_port = next(p for p in training_step(model, recipe.features).inputs if p.name == step_contract.Y)
+    shape = tuple(d if isinstance(d, int) else None for d in label_port.shape[1:])
+    targets = Targets.of(recipe, architecture.classes, shape, whole=label_port.dtype.kind == "i")
+    data = data.snapshot(_shape(model), targets)
+    data.check(targets, _shape(model), token_ids=_takes_token_ids(model))
     return data
 
 

@@ -40,61 +40,65 @@ class MaskedSums(RoundCloser):
         super().__init__(updates, round_of)
         self._coded, self._store = job.compression == "int8", store
 
-    def offer_fields(self, basis: do.Basis, part: do.Part, selection: Selection) -> dict[str, Any]:
+    def offer_fields(self, basis: do.Basis, device_part: do.Part, selection: Selection) -> dict[str, Any]:
         """The description of the vector to mask."""
-        grid = self._grid(self._round_of(basis), basis, part, selection)
+        grid = self._grid(self._round_of(basis), basis, device_part, selection)
         return {SECURE: MaskedForm(grid.form, grid.narrow, grid.wide).to_json()}
 
     def close(self, command: do.Close) -> RoundResult:
         """The result of a round. If a cohort's sum can't be that of boards which follow the protocol, none of its
         updates counts: sums of masked updates don't show which board is at fault."""
-        parts = {found.part.device: found for found in command.contributions}
+        contributions = {cohort_sum.part.device: cohort_sum for cohort_sum in command.contributions}
         round_ = self._round_of(command)
         sums, rejected = list[PartialSums](), dict[str, Failure]()
-        for found in command.sums:
+        for cohort_sum in command.sums:
             try:
-                sums.append(self._sums(round_, found, [parts[device] for device in found.devices]))
+                sums.append(self._sums(round_, cohort_sum, [contributions[device] for device in cohort_sum.devices]))
             except (ProtocolError, BundleError) as error:  # noqa: PERF203 - a false sum must not cost the others
                 failure = Failure(FailureKind.FALSE_SUM, one_line(f"the sum of masked updates is false: {error}"))
-                rejected |= dict.fromkeys(found.devices, failure)
+                rejected |= dict.fromkeys(cohort_sum.devices, failure)
         if rejected and not sums:
             return RoundResult(rejected=rejected)
         try:
-            counted = tuple(self._updates.update(c) for device, c in parts.items() if device not in rejected)
+            counted = tuple(self._updates.update(c) for device, c in contributions.items() if device not in rejected)
             result = replace(round_.close_sums(sums, command.participants), updates=counted, rejected=rejected)
         except (ProtocolError, BundleError) as error:
             failure = Failure(FailureKind.OTHER, one_line(f"the sums of masked updates don't fit the round: {error}"))
-            return RoundResult(rejected=dict.fromkeys(parts, failure) | rejected)
+            return RoundResult(rejected=dict.fromkeys(contributions, failure) | rejected)
+        # Only int8's steps depend on how far the model moved.
         if not self._coded or result.model is None:
             return result
         deltas = _largest_deltas(round_.scene.model, result.model)
         return replace(result, memories={**result.memories, _LARGEST_DELTAS: deltas})
 
-    def _sums(self, round_: Round, found: do.CohortSum, cohort: Sequence[do.Contribution]) -> PartialSums:
+    def _sums(self, round_: Round, cohort_sum: do.CohortSum, cohort: Sequence[do.Contribution]) -> PartialSums:
         """The sum of a cohort, whose devices were all sent the same."""
-        archive, one = self._updates.archive, cohort[0]
-        selection = archive.selection(one.ranking or one.basis.ranking, one.widths or one.part.widths)
-        grid = self._grid(round_, one.basis, one.part, selection, len(found.devices))
-        raw = self._store.read(found.total)
-        edge = 4 * found.narrow
-        if found.narrow != grid.narrow or len(raw) != edge + 8 * grid.wide:
+        archive, first = self._updates.archive, cohort[0]
+        selection = archive.selection(first.ranking or first.basis.ranking, first.widths or first.part.widths)
+        grid = self._grid(round_, first.basis, first.part, selection, len(cohort_sum.devices))
+        raw = self._store.read(cohort_sum.total)
+        wide_offset = 4 * cohort_sum.narrow
+        # The sizes come from outside: numbers that are read at other places would make a false model.
+        if cohort_sum.narrow != grid.narrow or len(raw) != wide_offset + 8 * grid.wide:
             raise ProtocolError("bytes of a cohort's sum", expected=4 * grid.narrow + 8 * grid.wide, got=len(raw))
-        total = Vector(np.frombuffer(raw[:edge], "<u4"), np.frombuffer(raw[edge:], "<u8"))
-        sent = selection.gather(round_.scene.model) | dict(archive.sent(one.sent))
-        return grid.sums(total, len(found.devices), sent)
+        total = Vector(np.frombuffer(raw[:wide_offset], "<u4"), np.frombuffer(raw[wide_offset:], "<u8"))
+        sent = selection.gather(round_.scene.model) | dict(archive.sent(first.sent))
+        return grid.sums(total, len(cohort_sum.devices), sent)
 
-    def _grid(self, round_: Round, basis: do.Basis, part: do.Part, selection: Selection, boards: int = 1) -> Grid:
-        fold, withheld = round_.fold, self._updates.withheld(basis, part)
+    def _grid(
+        self, round_: Round, basis: do.Basis, device_part: do.Part, selection: Selection, boards: int = 1
+    ) -> Grid:
+        fold, withheld = round_.fold, self._updates.withheld(basis, device_part)
         deltas = round_.scene.memory.get(_LARGEST_DELTAS, {}) if self._coded else {}
-        tensors, stay = dict[str, TensorGrid](), dict[str, Range]()
+        tensors, withheld_ranges = dict[str, TensorGrid](), dict[str, Range]()
         for spec in fold.shared:
-            span = fold.span(spec.name)
+            value_range = fold.span(spec.name)
             if spec.name in withheld:
-                stay[spec.name] = span
+                withheld_ranges[spec.name] = value_range
             else:
-                step = _step(span, deltas, spec.name) if spec.kind.trainable else None
-                tensors[spec.name] = TensorGrid(span, step)
-        return Grid(selection, tensors, boards, stay)
+                step = _step(value_range, deltas, spec.name) if spec.kind.trainable else None
+                tensors[spec.name] = TensorGrid(value_range, step)
+        return Grid(selection, tensors, boards, withheld_ranges)
 
 
 def _step(span: Range, deltas: Mapping[str, Any], name: str) -> int | None:

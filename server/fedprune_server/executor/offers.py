@@ -58,30 +58,29 @@ class LatestGraphs:
         self._last |= dict.fromkeys(graphs, self._round)
 
     def let_go(self, round_: int) -> set[str]:
-        """Let go of graphs that no offer has named for `GRAPH_ROUNDS` rounds, now that this round is reached. Returns
-        their digests."""
+        """Drop graphs that no offer has named for `GRAPH_ROUNDS` rounds before this one. Returns their digests."""
         self._round = max(self._round, round_)
-        gone = {g for g, last in self._last.items() if last < self._round - GRAPH_ROUNDS}
-        for digest in gone:
+        unnamed = {g for g, last in self._last.items() if last < self._round - GRAPH_ROUNDS}
+        for digest in unnamed:
             del self._last[digest]
-        return gone
+        return unnamed
 
     def digests(self) -> set[str]:
-        """Of all that were named and not let go of."""
+        """Digests of the graphs that were named and not dropped."""
         return set(self._last)
 
 
 def graphs_of(offer: Mapping[str, Any]) -> set[str]:
     """Digests of the graphs that an offer names."""
-    named = [offer[name] for name in ("training", "inference", "base") if name in offer]
-    return {ref["sha256"] for ref in (*named, *offer.get("lowered", {}).values())}
+    refs = [offer[name] for name in ("training", "inference", "base") if name in offer]
+    return {ref["sha256"] for ref in (*refs, *offer.get("lowered", {}).values())}
 
 
 def blobs_of(offer: Mapping[str, Any]) -> set[str]:
     """Digests of all that an offer names."""
-    named = [offer[name] for name in ("weights", "mask", "coded", "moved") if name in offer]
+    refs = [offer[name] for name in ("weights", "mask", "coded", "moved") if name in offer]
     ranking = {offer["ranking"]} if "ranking" in offer else set()
-    return graphs_of(offer) | {ref["sha256"] for ref in named} | ranking
+    return graphs_of(offer) | {ref["sha256"] for ref in refs} | ranking
 
 
 def sent(offer: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,8 +99,8 @@ def misfit(offer: Mapping[str, Any] | None, ref: BlobRef) -> str:
     bound = offer.get(UPDATE_BOUND)
     if ref.size == expected or (bound is not None and ref.size <= bound):
         return ""
-    other = "" if bound is None else f", or at most {bound} in its codec"
-    return f"size of the update: expected {expected} bytes{other}, got {ref.size}"
+    alternative = "" if bound is None else f", or at most {bound} in its codec"
+    return f"size of the update: expected {expected} bytes{alternative}, got {ref.size}"
 
 
 class Offers:
@@ -153,9 +152,9 @@ class Offers:
         }
         shapes = self._answer(packed, recipe)
         body[UPDATE_SIZE] = file_bytes(shapes)
-        chosen = None if coding.update is None else updates.Codec.parse(coding.update)
-        if chosen is not None:
-            body |= {"codec": coding.update, UPDATE_BOUND: updates.bound(chosen, shapes, self._trained)}
+        update_codec = None if coding.update is None else updates.Codec.parse(coding.update)
+        if update_codec is not None:
+            body |= {"codec": coding.update, UPDATE_BOUND: updates.bound(update_codec, shapes, self._trained)}
         if self._model.base is not None:
             body["base"] = self._graph("base", round_, lambda: self._model.base_file or b"")
         if self._precisions:
@@ -183,7 +182,7 @@ class Offers:
         return lower(self._model, widths, precision).packed
 
     def note(self, graphs: Iterable[str], round_: int) -> None:
-        """Note graphs that an offer of a round names, and let go of those that none has named for long."""
+        """Note graphs that an offer of a round names, and drop those that none has named for long."""
         if self._latest.let_go(round_):
             current = self._latest.digests()
             self._graphs = {k: ref for k, ref in self._graphs.items() if ref["sha256"] in current}
@@ -195,12 +194,12 @@ class Offers:
 
     def _graph(self, key: str | tuple[int, ...], round_: int, make: Callable[[], bytes]) -> dict[str, Any]:
         """The reference of the graph made for `key`; it is made if it isn't known, or was deleted meanwhile."""
-        found = self._graphs.get(key)
-        if found is None or not self._store.has(found["sha256"]):
-            found = self._store.put(make()).to_dict()
-        self.note([found["sha256"]], round_)
-        self._graphs[key] = found
-        return found
+        ref = self._graphs.get(key)
+        if ref is None or not self._store.has(ref["sha256"]):
+            ref = self._store.put(make()).to_dict()
+        self.note([ref["sha256"]], round_)
+        self._graphs[key] = ref
+        return ref
 
     def withheld(self, recipe: Recipe) -> frozenset[str]:
         """Tensors that no update carries: those that are frozen, and those that stay on the board. Raises `ConfigError`
@@ -211,6 +210,7 @@ class Offers:
             architecture = self._model.architecture
             frozen = frozen_tensors(architecture, features, self._model.frozen)
             if len(self._withheld) >= _WITHHELD:
+                # Recipes are few; a strategy that changes one in every round must not fill memory.
                 self._withheld.clear()
             # A pattern that matches nothing is an error: what was misspelt must not be sent by mistake.
             self._withheld[key] = frozen | matching(architecture, recipe.personal, ("recipe", "personal"))
@@ -224,29 +224,31 @@ class Offers:
         The server continues from these, so that both have the same bits. What coding leaves out is in the difference
         to the next weights, and so never adds up.
         """
-        says: dict[str, Any] = {}
-        moved = b""
+        fields: dict[str, Any] = {}
+        relocation_blob = b""
         if before is not None and before.digest != submodel.selection.digest:
-            moved = relocation(before, submodel.selection)
-            says = {"moved": self._store.put(moved).to_dict(), "moved_from": before.digest}
-        chosen = None if coding.weights is None else updates.Codec.parse(coding.weights)
-        if chosen is None:
-            return packed, says
-        held, base = None, None
+            relocation_blob = relocation(before, submodel.selection)
+            fields = {"moved": self._store.put(relocation_blob).to_dict(), "moved_from": before.digest}
+        weights_codec = None if coding.weights is None else updates.Codec.parse(coding.weights)
+        if weights_codec is None:
+            return packed, fields
+        held_digest, held_weights = None, None
         if before is not None and coding.held is not None and not submodel.mask:
-            found = self._held(coding.held.weights or "")
-            found = relocated(found, moved, 2**40) if moved else found
-            if {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in packed.items()}:
-                held, base = coding.held.weights, found
-        says["weights_codec"] = str(chosen)
+            held_tensors = self._held(coding.held.weights or "")
+            held_tensors = relocated(held_tensors, relocation_blob, 2**40) if relocation_blob else held_tensors
+            if {n: v.shape for n, v in held_tensors.items()} == {n: v.shape for n, v in packed.items()}:
+                held_digest, held_weights = coding.held.weights, held_tensors
+        fields["weights_codec"] = str(weights_codec)
         try:
-            raw = updates.weights.encode(chosen, packed, base, self._trained)
-            there = updates.weights.decode(chosen, raw, base, sum(v.nbytes for v in packed.values()))
+            encoded = updates.weights.encode(weights_codec, packed, held_weights, self._trained)
+            decoded = updates.weights.decode(
+                weights_codec, encoded, held_weights, sum(v.nbytes for v in packed.values())
+            )
         except ProtocolError as error:
             _LOG.warning("weights are sent plainly: %s", error)
-            return packed, says
-        reference = {"coded": self._store.put(raw).to_dict()}
-        return there, {**says, **reference, **({} if held is None else {"held": held})}
+            return packed, fields
+        reference = {"coded": self._store.put(encoded).to_dict()}
+        return decoded, {**fields, **reference, **({} if held_digest is None else {"held": held_digest})}
 
     def _held(self, digest: str) -> Tensors:
         """Weights that a device holds; nothing where they are here no longer."""
@@ -255,7 +257,7 @@ class Offers:
     def _answer(self, packed: Tensors, recipe: Recipe) -> dict[str, tuple[int, ...]]:
         """Shapes of the update that answers these weights: as many, without what is withheld."""
         withheld = self.withheld(recipe)
-        sent = {n: v.shape for n, v in packed.items() if n not in withheld}
+        shapes = {n: v.shape for n, v in packed.items() if n not in withheld}
         if recipe.report_squares:
-            sent |= {step_contract.squares(n): shape for n, shape in sent.items() if n in self._trained}
-        return sent
+            shapes |= {step_contract.squares(n): shape for n, shape in shapes.items() if n in self._trained}
+        return shapes

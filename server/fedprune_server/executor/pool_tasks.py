@@ -96,6 +96,7 @@ def _made(worker: Worker, command: do.Extract) -> on.Event | None:
     try:
         return worker.execute(command)
     except Exception:
+        # Not an error yet: the server's own worker tries again, and reports what it meets.
         log.debug("submodel of %s", command.part.device, exc_info=True)
         return None
 
@@ -116,10 +117,10 @@ class CheckedUpdate:
 def check(worker: Worker, command: do.Fold) -> CheckedUpdate | on.UpdateRejected:
     """Check an update, as far as that can be done without adding it to any sums. Raises `StorageError` if it can't be
     read."""
-    found = command.contribution
-    device, round_, attempt = found.part.device, found.basis.round, found.part.attempt
+    contribution = command.contribution
+    device, round_, attempt = contribution.part.device, contribution.basis.round, contribution.part.attempt
     try:
-        report = worker.round_of(command).check(worker.updates.update(found))
+        report = worker.round_of(command).check(worker.updates.update(contribution))
     except StorageError:
         raise
     except FedpruneError as error:
@@ -133,13 +134,13 @@ def add_up(worker: Worker, addition: Addition) -> PartialSums:
     command = addition.command
     round_ = worker.round_of(command)
     fold = round_.fold.narrowed(addition.names)
-    for found in command.contributions:
+    for contribution in command.contributions:
         if addition.refs is None:
-            report = worker.updates.update(found).report()
+            report = worker.updates.update(contribution).report()
             fold.check(report.trained.selection, report.trained.tensors)
             lifted = round_.lifted(report)
         else:
-            report = worker.updates.some(found, addition.refs, addition.names)
+            report = worker.updates.some(contribution, addition.refs, addition.names)
             fold.check(report.trained.selection, report.trained.tensors)
             lifted = report.trained
         worker.strategy.aggregator.add(fold, report, lifted)

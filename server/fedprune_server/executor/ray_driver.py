@@ -115,8 +115,9 @@ class _Cluster:
                 number, task, arguments = self._connection.recv()
                 self._tasks[self._remote_task.remote(self._settings, self._token, task, arguments)] = number
             if self._tasks:
-                known = list(self._tasks)
-                done, _ = self._ray.wait(known, num_returns=min(len(known), 8), timeout=_POLL_S)
+                open_refs = list(self._tasks)
+                # A few at a time, so that new tasks are passed on between results.
+                done, _ = self._ray.wait(open_refs, num_returns=min(len(open_refs), 8), timeout=_POLL_S)
                 for ref in done:
                     self._send_answer(ref, self._tasks.pop(ref))
             now = time.monotonic()
@@ -139,6 +140,7 @@ class _Cluster:
         size = int(self._ray.cluster_resources().get("CPU", 0))
         if size:
             self._alive_at = now
+        # A cluster that restarts its machines has none for a moment.
         if now - self._alive_at > _EMPTY_S:
             raise FedpruneError("the cluster has no processors any more")
         if size != self._size:
@@ -152,14 +154,15 @@ class _Cluster:
         nodes = [n for n in self._ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0)]
         if not nodes:
             raise FedpruneError("no machine of the cluster has processors for tasks")
-        asked = {}
+        addresses = {}
         for node in nodes:
+            # Not soft: a probe that ran on another machine would say nothing about this one.
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            see = self._ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=where)(_probe_machine)
-            asked[see.remote(settings.open_store, probe)] = node["NodeManagerAddress"]
-        done, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=_PROBE_S)
+            probe_task = self._ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=where)(_probe_machine)
+            addresses[probe_task.remote(settings.open_store, probe)] = node["NodeManagerAddress"]
+        done, _ = self._ray.wait(list(addresses), num_returns=len(addresses), timeout=_PROBE_S)
         answered = 0
-        for ref, address in asked.items():
+        for ref, address in addresses.items():
             if ref not in done:
                 raise FedpruneError(f"{address} has not answered in {_PROBE_S:g} s")
             try:
@@ -190,8 +193,8 @@ def _do_task(settings: list[Any], token: str, task: Task, arguments: tuple[Any, 
     if _worker is None or _worker[0] != token:
         import ray
 
-        made: WorkerSpec = ray.get(settings[0])
-        _worker = token, made.worker()
+        spec: WorkerSpec = ray.get(settings[0])
+        _worker = token, spec.worker()
     return task(_worker[1], *arguments)
 
 

@@ -70,6 +70,7 @@ class RayPool(TaskPool[Worker]):
 
     def __init__(self, url: str, worker: Worker, *, retry_s: float = _RETRY_S) -> None:
         check_url(url)
+        # Looked for, not imported: Ray takes over signals and the log of the process that imports it.
         if importlib.util.find_spec("ray") is None:
             raise MissingExtraError("Ray is not installed", extra="scale")
         if needs_client(url) and importlib.util.find_spec("grpc") is None:
@@ -122,19 +123,19 @@ class RayPool(TaskPool[Worker]):
             self._tried_at = time.monotonic()
             return
         with self._lock:
-            late = self._closed
-            self._driver = None if late else driver
-        if late:
+            is_closed = self._closed
+            self._driver = None if is_closed else driver
+        if is_closed:
             driver.close()
             return
         log.info("the cluster at %s is back: %d processors", self._url, driver.size)
         driver.listen()  # here: the child ends with the thread that has started it
 
     def _connect(self) -> DriverProcess:
-        place = endpoint(self._url)
-        if place is not None:  # Ray itself tries for minutes
+        address = endpoint(self._url)
+        if address is not None:  # Ray itself tries for minutes
             try:
-                socket.create_connection(place, _CONNECT_S).close()
+                socket.create_connection(address, _CONNECT_S).close()
             except (OSError, OverflowError) as error:
                 raise _unusable(self._url, reason(error)) from error
         # A machine that can read this blob sees this folder or bucket, not an empty one of the same name.
@@ -169,12 +170,12 @@ class DriverProcess:
         self._on_lost = on_lost
         self._is_closed = is_closed
         context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
+        self._connection, child_end = context.Pipe()
         self._process = context.Process(
-            target=run_driver, args=(os.getpid(), ray_address(url), settings, probe, theirs), name="fedprune-ray"
+            target=run_driver, args=(os.getpid(), ray_address(url), settings, probe, child_end), name="fedprune-ray"
         )
         self._process.start()
-        theirs.close()
+        child_end.close()
         self.size, self.lost = 0, False
         self._number = 0
         self._futures: dict[int, Future[Any]] = {}
@@ -247,10 +248,10 @@ class DriverProcess:
             log.warning("what a cluster answers can't be read", exc_info=True)
         with self._lock:
             self.lost = True
-            left, self._futures = list(self._futures.values()), {}
+            unanswered, self._futures = list(self._futures.values()), {}
         self._unsent.put(None)
         self._on_lost()
-        for future in left:
+        for future in unanswered:
             future.set_exception(ClusterError("the cluster is lost"))
         self._end()
 

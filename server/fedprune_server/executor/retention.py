@@ -36,19 +36,21 @@ class BlobCollector:
 
     def note_state(self, state: State) -> None:
         """Mark what the state no longer refers to. Call it before `state.settle()`, which forgets what has changed."""
-        known = bool(self._references)
+        has_references = bool(self._references)
         self._note("state", "", state.own_references())
         entries: tuple[tuple[str, TrackedDict[Any]], ...] = (("device", state.devices), ("task", state.tasks))
         for kind, tracked in entries:
-            for name in tracked.changed if known else list(tracked):
+            # After a start nothing is noted yet; from then on only what a turn has changed, as a fleet may have
+            # thousands of devices.
+            for name in tracked.changed if has_references else list(tracked):
                 self._note(kind, name, tracked[name].references() if name in tracked else set())
 
     def _note(self, kind: str, name: str, digests: set[str]) -> None:
-        before = self._references.pop((kind, name), set())
+        previous_digests = self._references.pop((kind, name), set())
         if digests:
             self._references[kind, name] = digests
-        self._uses.update(digests - before)
-        for digest in before - digests:
+        self._uses.update(digests - previous_digests)
+        for digest in previous_digests - digests:
             self._candidates.add(digest)
             self._uses[digest] -= 1
             if not self._uses[digest]:
@@ -84,18 +86,18 @@ class BlobCollector:
         self.mark(self._graphs.let_go(state.round))
         models = kept_models(state, self._keep, self._judged_by)
         self.mark(models)  # those from before a restart, too, which no later state lets go of
-        kept = {d for d in self._candidates if d in self._uses}
-        kept |= self._graphs.digests() | models | arriving
-        for digest in self._candidates - kept:
+        needed = {d for d in self._candidates if d in self._uses}
+        needed |= self._graphs.digests() | models | arriving
+        for digest in self._candidates - needed:
             self._store.delete(digest)
-        self._candidates &= kept
+        self._candidates &= needed
         self._store.drop_partials(arriving)
 
 
 def kept_models(state: State, keep: int, judged_by: str) -> set[str]:
     """Digests of the global models that stay on the disk: the latest `keep`, and the best by evaluation."""
-    best = state.best_round(judged_by)
-    rows = [*state.history[-keep:], *(() if best is None else (best,))]
+    best_round = state.best_round(judged_by)
+    rows = [*state.history[-keep:], *(() if best_round is None else (best_round,))]
     return {state.model, *(row["model"] for row in rows)}
 
 
@@ -104,8 +106,8 @@ def sweep(store: BlobStore, state: State, keep: int, judged_by: str) -> None:
 
     Graphs are made again when they are needed. Raises `StorageError` if the disk fails."""
     updates = {t.update["sha256"] for t in state.tasks.values() if t.update}
-    kept = state.references() | kept_models(state, keep, judged_by) | updates
+    needed = state.references() | kept_models(state, keep, judged_by) | updates
     for digest in store.names():
-        if digest not in kept:
+        if digest not in needed:
             store.delete(digest)
     store.drop_partials(updates)

@@ -21,7 +21,7 @@ class RoundCloser:
     def __init__(self, updates: StoredUpdates, round_of: Callable[[do.Close | do.Basis], Round]) -> None:
         self._updates, self._round_of = updates, round_of
 
-    def offer_fields(self, basis: do.Basis, part: do.Part, selection: Selection) -> dict[str, Any]:
+    def offer_fields(self, basis: do.Basis, device_part: do.Part, selection: Selection) -> dict[str, Any]:
         """Fields of an offer that ask for the update in a form of its own."""
         return {}
 

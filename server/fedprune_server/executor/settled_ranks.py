@@ -41,8 +41,8 @@ def settled_ranks(job: Job, model: Model, state: State, store: BlobStore, digest
 def _settled(job: Job, model: Model, state: State, store: BlobStore, digest: str) -> Ranks | None:
     architecture = model.architecture
     strategy, sizes, archive = compose(job), architecture.sizes, Archive(architecture, store)
-    narrower = any(device.widths and tuple(device.widths) != sizes for device in state.devices.values())
-    if not narrower and not strategy.planned_recipe(job, "", sizes, 1.0, 1).ordered_dropout:
+    has_narrow_boards = any(device.widths and tuple(device.widths) != sizes for device in state.devices.values())
+    if not has_narrow_boards and not strategy.planned_recipe(job, "", sizes, 1.0, 1).ordered_dropout:
         return None
     if not strategy.device_independent:
         return None
@@ -56,7 +56,8 @@ def _settled(job: Job, model: Model, state: State, store: BlobStore, digest: str
         tuple(sorted(state.devices)),
         model.ranks,
     )
-    ranking, later = strategy.rank(scene), strategy.rank(replace(scene, round=scene.round + 1))
-    if ranking.order is not None or not all(map(np.array_equal, ranking.ranks, later.ranks)):
+    # Ranks that differ a round later, from the same model, depend on the round alone.
+    ranking, later_ranking = strategy.rank(scene), strategy.rank(replace(scene, round=scene.round + 1))
+    if ranking.order is not None or not all(map(np.array_equal, ranking.ranks, later_ranking.ranks)):
         return None
     return ranking.ranks

@@ -59,18 +59,18 @@ class StoredUpdates:
             self._ranks,
         )
 
-    def turn(self, basis: do.Basis, part: do.Part) -> Turn:
+    def turn(self, basis: do.Basis, device_part: do.Part) -> Turn:
         return Turn(
             self._job.seed,
             basis.round,
-            part.device,
-            part.widths,
-            part.density,
-            part.samples,
-            part.last_counted_round,
-            part.work,
-            part.mixed,
-            part.core,
+            device_part.device,
+            device_part.widths,
+            device_part.density,
+            device_part.samples,
+            device_part.last_counted_round,
+            device_part.work,
+            device_part.mixed,
+            device_part.core,
         )
 
     def recipe(self, turn: Turn) -> Recipe:
@@ -79,72 +79,81 @@ class StoredUpdates:
         personal = spelt(recipe.personal, self._architecture)
         return recipe if personal == recipe.personal else replace(recipe, personal=personal)
 
-    def withheld(self, basis: do.Basis, part: do.Part) -> frozenset[str]:
+    def withheld(self, basis: do.Basis, device_part: do.Part) -> frozenset[str]:
         """The tensors that no update of a device has."""
-        return self._withheld(self.recipe(self.turn(basis, part)))
+        return self._withheld(self.recipe(self.turn(basis, device_part)))
 
-    def cut(self, basis: do.Basis, part: do.Part) -> Cut:
+    def cut(self, basis: do.Basis, device_part: do.Part) -> Cut:
         """The parts of a device's submodel."""
-        turn = self.turn(basis, part)
+        turn = self.turn(basis, device_part)
         scene = self.scene(basis.round, basis.model, basis.memory)
         withheld = self._withheld(self.recipe(turn))
-        past = self.archive.past(part.past, lambda s: _gathered(s, scene.model, withheld))
-        selection = self.archive.selection(basis.ranking, part.widths)
+        past = self.archive.past(device_part.past, lambda s: _gathered(s, scene.model, withheld))
+        selection = self.archive.selection(basis.ranking, device_part.widths)
         return Cut(scene, turn, selection, self.archive.order(basis.order), past)
 
-    def update(self, found: do.Contribution) -> RoundUpdate:
+    def update(self, contribution: do.Contribution) -> RoundUpdate:
         """A stored update, to be read when its round needs it."""
-        basis, part = found.basis, found.part
-        content = (found.weights, found.sent, found.mask, found.codec, found.ranking, found.widths)
-        key = (basis.round, basis.model, basis.ranking, part.device, part.attempt, content)
-        read = partial(self.report, found)
-        return RoundUpdate(part.device, key, found.weight, part.samples, read, found.shares)
+        basis, device_part = contribution.basis, contribution.part
+        content = (
+            contribution.weights,
+            contribution.sent,
+            contribution.mask,
+            contribution.codec,
+            contribution.ranking,
+            contribution.widths,
+        )
+        key = (basis.round, basis.model, basis.ranking, device_part.device, device_part.attempt, content)
+        read = partial(self.report, contribution)
+        return RoundUpdate(device_part.device, key, contribution.weight, device_part.samples, read, contribution.shares)
 
-    def report(self, found: do.Contribution) -> Report:
+    def report(self, contribution: do.Contribution) -> Report:
         """A stored update, whole. What doesn't travel is the server's own, whatever a device sent. Raises
         `FedpruneError` if it can't be read, or holds squared gradients that were not asked for or are none."""
-        cut = self.cut(found.basis, found.part)
-        selection = self._selection(found)
-        mask = self.archive.mask(found.mask, selection)
+        cut = self.cut(contribution.basis, contribution.part)
+        selection = self._selection(contribution)
+        mask = self.archive.mask(contribution.mask, selection)
         recipe = self.recipe(cut.turn)
         withheld = self._withheld(recipe)
-        held = _gathered(selection, cut.scene.model, withheld)
-        tensors, squares = parts(self.archive.update(found.weights, found.codec, found.sent), mask)
+        withheld_tensors = _gathered(selection, cut.scene.model, withheld)
+        tensors, squares = parts(self.archive.update(contribution.weights, contribution.codec, contribution.sent), mask)
 
-        def sent() -> Submodel:
-            offered, _ = parts(self.archive.sent(found.sent), mask)
+        def read_sent() -> Submodel:
+            offered, _ = parts(self.archive.sent(contribution.sent), mask)
             return Submodel(selection, offered, mask)
 
         if squares:
             trainable = frozenset(t.name for t in self._architecture.trainable)
             check_squares(selection, squares, trainable - withheld if recipe.report_squares else ())
-        trained = Submodel(selection, tensors | held, mask)
-        return Report(cut, trained, found.weight, found.steps, sent, squares)
+        trained = Submodel(selection, tensors | withheld_tensors, mask)
+        return Report(cut, trained, contribution.weight, contribution.steps, read_sent, squares)
 
-    def some(self, found: do.Contribution, refs: Mapping[str, BlobRef], names: Collection[str]) -> Report:
+    def some(self, contribution: do.Contribution, refs: Mapping[str, BlobRef], names: Collection[str]) -> Report:
         """A stored update without a mask and without a codec, with some of its tensors; nothing else of it is read."""
-        scene = self.scene(found.basis.round, found.basis.model, found.basis.memory)
-        turn, selection = self.turn(found.basis, found.part), self._selection(found)
-        whole = self.archive.selection(found.basis.ranking, found.part.widths)
-        held = _gathered(selection, scene.model, self._withheld(self.recipe(turn)))
-        tensors = read_tensors(self._store, refs[found.weights], names)
-        tensors |= {n: v for n, v in held.items() if n in names}
-        sent = partial(self._sent, selection, found.sent, refs, names)
+        scene = self.scene(contribution.basis.round, contribution.basis.model, contribution.basis.memory)
+        turn, selection = self.turn(contribution.basis, contribution.part), self._selection(contribution)
+        round_selection = self.archive.selection(contribution.basis.ranking, contribution.part.widths)
+        withheld_tensors = _gathered(selection, scene.model, self._withheld(self.recipe(turn)))
+        tensors = read_tensors(self._store, refs[contribution.weights], names)
+        tensors |= {n: v for n, v in withheld_tensors.items() if n in names}
+        read_sent = partial(self._sent, selection, contribution.sent, refs, names)
         trained = Submodel(selection, tensors)
-        report = Report(Cut(scene, turn, whole), trained, found.weight, found.steps, sent)
-        return shortened(report, found.shares) if found.shares else report
+        report = Report(Cut(scene, turn, round_selection), trained, contribution.weight, contribution.steps, read_sent)
+        return shortened(report, contribution.shares) if contribution.shares else report
 
     def _sent(self, selection: Selection, digest: str, refs: Mapping[str, BlobRef], names: Collection[str]) -> Submodel:
         return Submodel(selection, read_tensors(self._store, refs[digest], names))
 
-    def _selection(self, found: do.Contribution) -> Selection:
+    def _selection(self, contribution: do.Contribution) -> Selection:
         # The channels of what was sent: an extractor may have cut fewer than the turn's, or others.
-        return self.archive.selection(found.ranking or found.basis.ranking, found.widths or found.part.widths)
+        return self.archive.selection(
+            contribution.ranking or contribution.basis.ranking, contribution.widths or contribution.part.widths
+        )
 
 
 def _gathered(selection: Selection, model: Tensors, names: frozenset[str]) -> Tensors:
     """Some tensors of a submodel."""
     if not names:
         return {}
-    held = selection.gather(model)
-    return {name: held[name] for name in sorted(names)}
+    submodel = selection.gather(model)
+    return {name: submodel[name] for name in sorted(names)}

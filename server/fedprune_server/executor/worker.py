@@ -85,9 +85,9 @@ class Worker:
         self._unit = unit
         self._evaluator = None if evaluation is None else Evaluator(Sessions(model, 1), job.recipe, evaluation)
         self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
-        asked, self._distiller = self.strategy.distillation, None
-        if self._calibration is not None and asked is not None and model.base is None:
-            self._distiller = Distiller(model, self._calibration, asked, job.recipe, job.seed)
+        distillation, self._distiller = self.strategy.distillation, None
+        if self._calibration is not None and distillation is not None and model.base is None:
+            self._distiller = Distiller(model, self._calibration, distillation, job.recipe, job.seed)
         self._offers = Offers(model, store, job.precision)
         self.updates = StoredUpdates(job, model.architecture, self.strategy, store, self._offers.withheld, model.ranks)
         self.limits = UpdateLimits(job, uniform=self.strategy.aggregator.weighting == "uniform")
@@ -127,8 +127,8 @@ class Worker:
         recipe = self.check_recipe(1)
         if model is not self.model.tensors:
             # What isn't trained must be as it was given: nothing else would ever come of it.
-            still = frozen_tensors(self.architecture, recipe.features, self.model.frozen)
-            model = {**model, **{n: v for n, v in self.model.tensors.items() if n in still}}
+            frozen_names = frozen_tensors(self.architecture, recipe.features, self.model.frozen)
+            model = {**model, **{n: v for n, v in self.model.tensors.items() if n in frozen_names}}
         return self.store.put(tensorfile.encode(model)).sha256
 
     def check_recipe(self, round_: int) -> Recipe:
@@ -170,6 +170,7 @@ class Worker:
         if key is not None:
             basis = _basis_of(command)
             if basis not in self._shared:
+                # Devices of an asynchronous job may still ask for the basis before.
                 self._shared = dict([*self._shared.items(), (basis, {})][-_BASES:])
             self._shared[basis].setdefault(key, dict(event.offer))
 
@@ -180,9 +181,9 @@ class Worker:
             self.updates.scene(command.round, command.model, command.memory, command.participants)
         )
         selection = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
-        stored = self.store.put(selection.to_json().encode()).sha256
+        ranking_digest = self.store.put(selection.to_json().encode()).sha256
         order = None if ranking.order is None else self.store.put(tensorfile.encode(ranking.order)).sha256
-        return on.Scored(command.round, stored, order)
+        return on.Scored(command.round, ranking_digest, order)
 
     def shared_key(self, command: do.Extract) -> Hashable:
         """Identifies an offer: devices of equal keys get the same one. None if it is made for its device alone."""
@@ -194,11 +195,12 @@ class Worker:
         return self.updates.recipe(self.updates.turn(command.basis, command.part)).in_parts(command.accumulate)
 
     def _extract(self, command: do.Extract) -> on.Extracted:
-        part, key = command.part, self.shared_key(command)
+        device_part, key = command.part, self.shared_key(command)
         offer = self._shared.get(_basis_of(command), {}).get(key)
+        # Blobs may have been swept since the offer was made.
         if offer is None or not all(map(self.store.has, blobs_of(offer))):
             offer = self._offer(command)
-        event = on.Extracted(command.basis.round, part.device, part.attempt, dict(offer))
+        event = on.Extracted(command.basis.round, device_part.device, device_part.attempt, dict(offer))
         self.note(command, event)
         return event
 
@@ -206,9 +208,13 @@ class Worker:
         cut = self.updates.cut(command.basis, command.part)
         submodel = self.strategy.extract(cut)
         recipe = _masked(self._recipe(command), submodel)
-        held = command.coding.held
-        known = held is not None and self.store.has(held.ranking)
-        before = self.updates.archive.selection(held.ranking, held.widths) if known and held is not None else None
+        held_submodel = command.coding.held
+        ranking_is_stored = held_submodel is not None and self.store.has(held_submodel.ranking)
+        previous_selection = (
+            self.updates.archive.selection(held_submodel.ranking, held_submodel.widths)
+            if ranking_is_stored and held_submodel is not None
+            else None
+        )
         return {
             **self._closer.offer_fields(command.basis, command.part, submodel.selection),
             "seed": self.job.seed,
@@ -218,7 +224,7 @@ class Worker:
             "widths": list(submodel.selection.widths),
             "classes": self.architecture.classes,
             **self._offers.body(
-                submodel, recipe, command.basis.round, command.unit or self._unit, command.coding, before
+                submodel, recipe, command.basis.round, command.unit or self._unit, command.coding, previous_selection
             ),
         }
 
@@ -236,19 +242,21 @@ class Worker:
     def round_of(self, command: do.Fold | do.Close | do.Basis) -> Round:
         """The round that a command belongs to; a new one if it isn't the one of the command before."""
         key = (command.round, command.model, command.memory)
+        # An asynchronous job's commands may belong to another basis than those before: sums of one model are no sums of
+        # another.
         if self._round is None or self._round[0] != key:
-            core = any(part.core for part in _parts_of(command))
+            core = any(device_part.core for device_part in _parts_of(command))
             scene = replace(self.updates.scene(command.round, command.model, command.memory), core=core)
             self._round = key, Round(self.strategy, scene, self.limits)
         return self._round[1]
 
     def _add(self, command: do.Fold) -> on.Folded | on.UpdateRejected:
-        found = command.contribution
-        failure = self.round_of(command).receive(self.updates.update(found))
+        contribution = command.contribution
+        failure = self.round_of(command).receive(self.updates.update(contribution))
         if failure is not None:
-            part = found.part.device, found.basis.round, found.part.attempt
-            return on.UpdateRejected(*part, failure.reason, failure.kind)
-        return on.Folded(found.part.device, found.basis.round, found.part.attempt)
+            identity = contribution.part.device, contribution.basis.round, contribution.part.attempt
+            return on.UpdateRejected(*identity, failure.reason, failure.kind)
+        return on.Folded(contribution.part.device, contribution.basis.round, contribution.part.attempt)
 
     def _close(self, command: do.Close) -> on.Closed:
         result = self._closer.close(command)
@@ -273,47 +281,49 @@ class Worker:
         """Store the next model; tensors that don't travel keep their bits, which sums would round."""
         if result.model is None:
             return command.model
-        before, kept = self.updates.archive.model(command.model), set[str]()
+        previous_tensors, withheld_names = self.updates.archive.model(command.model), set[str]()
         counted = {u.device for u in result.updates}
-        for found in command.contributions:
-            if found.part.device in counted:
-                kept |= self.updates.withheld(found.basis, found.part)
-        tensors = result.model | {n: before[n] for n in kept}
-        if self._distiller is not None and any(found.part.mixed for found in command.contributions):
+        for contribution in command.contributions:
+            if contribution.part.device in counted:
+                withheld_names |= self.updates.withheld(contribution.basis, contribution.part)
+        tensors = result.model | {n: previous_tensors[n] for n in withheld_names}
+        if self._distiller is not None and any(contribution.part.mixed for contribution in command.contributions):
             scene = self.updates.scene(command.round, command.model, command.memory)
-            core = any(found.part.core for found in command.contributions)
-            trained = {found.part.widths for found in command.contributions}
+            core = any(contribution.part.core for contribution in command.contributions)
+            trained = {contribution.part.widths for contribution in command.contributions}
             tensors = self._distiller(tensors, self.strategy.rank(scene).ranks, command.round, trained, core=core)
         if self._calibration is not None:
+            # Last of all: weights that are distilled have other statistics.
             tensors = self._calibration(tensors)
         return self.store.put(tensorfile.encode(tensors)).sha256
 
-    def _remembered(self, before: dict[str, str], memories: Memories) -> dict[str, str]:
-        after = dict(before)
+    def _remembered(self, digests_before: dict[str, str], memories: Memories) -> dict[str, str]:
+        digests = dict(digests_before)
         for name, tensors in memories.items():
             if tensors:
-                after[name] = self.store.put(tensorfile.encode(tensors)).sha256
+                digests[name] = self.store.put(tensorfile.encode(tensors)).sha256
             else:
-                after.pop(name, None)
-        return after
+                digests.pop(name, None)
+        return digests
 
     def _evaluate(self, command: do.Evaluate) -> on.Evaluated:
-        private = {} if self.accountant is None else self.accountant.metrics(command)
+        privacy_metrics = {} if self.accountant is None else self.accountant.metrics(command)
         if self._evaluator is None:
-            return on.Evaluated(command.round, private)
+            return on.Evaluated(command.round, privacy_metrics)
         model, widths = self.updates.archive.model(command.model), command.widths or self.architecture.sizes
         if widths != self.architecture.sizes:
             model = self.updates.archive.selection(command.ranking, widths).gather(model)
+            # Statistics of the whole model fit no narrower one.
             model = model if self._calibration is None else self._calibration(model)
         metrics = self._evaluator(model, widths)
-        return on.Evaluated(command.round, metrics | private)
+        return on.Evaluated(command.round, metrics | privacy_metrics)
 
 
 def _parts_of(command: do.Fold | do.Close | do.Basis) -> tuple[do.Part, ...]:
     """The parts whose updates a command brings, as far as it tells."""
     if isinstance(command, do.Fold):
         return (command.contribution.part,)
-    return () if isinstance(command, do.Basis) else tuple(found.part for found in command.contributions)
+    return () if isinstance(command, do.Basis) else tuple(contribution.part for contribution in command.contributions)
 
 
 def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:
@@ -321,8 +331,8 @@ def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:
     if not submodel.mask:
         return recipe
     if recipe.mask == "threshold":
-        least = threshold(magnitudes(submodel.tensors, submodel.mask), submodel.mask)
-        return replace(recipe, mask_threshold=least)
+        smallest = threshold(magnitudes(submodel.tensors, submodel.mask), submodel.mask)
+        return replace(recipe, mask_threshold=smallest)
     return replace(recipe, mask="hard")
 
 
@@ -334,5 +344,5 @@ def _basis_of(command: do.Extract) -> Hashable:
 
 def _kind_of(command: do.Extract) -> Hashable:
     """The key of a device's submodel; its density counts where single elements are masked alone."""
-    part = command.part
-    return part.widths, part.density if command.basis.order is not None else 1.0
+    device_part = command.part
+    return device_part.widths, device_part.density if command.basis.order is not None else 1.0

@@ -71,23 +71,25 @@ def choose_variants(path: Path, plan: Plan) -> tuple[list[Variant], dict[str, Co
     """
     variants: list[Variant] = []
     refused: dict[str, ConfigError] = {}
-    trained_alike = set()
+    trainings = set()
     trained_before = not just_made(plan.model.architecture, plan.model.tensors)
-    for name, job in _JOBS.items():
+    for name, job_changes in _JOBS.items():
         # Advice is on what boards can hold, which the planner says, and not a density.
-        changes = {**job, **({"density": 0.0} if plan.job.density else {})}
+        changes = {**job_changes, **({"density": 0.0} if plan.job.density else {})}
         try:
-            settled = read_tables(path, {"job": changes}).config.job
-            strategy = compose(settled)
-            devices = _planned_devices(settled, strategy, plan)
+            configured_job = read_tables(path, {"job": changes}).config.job
+            strategy = compose(configured_job)
+            devices = _planned_devices(configured_job, strategy, plan)
         except ConfigError as error:
             refused[name] = error
             continue
+        # A strategy without a core is trained at full width everywhere, to have something to compare with; what boards
+        # can't hold is said beside it.
         if strategy.core is None:
             misfit = _misfit(devices)
             variants.append(Variant(name, {**changes, **_UNLIMITED} if misfit else changes, misfit))
-        elif (training := _training(strategy, devices, trained_before=trained_before)) not in trained_alike:
-            trained_alike.add(training)
+        elif (training := _training(strategy, devices, trained_before=trained_before)) not in trainings:
+            trainings.add(training)
             variants.append(Variant(name, changes))
     if not variants:
         raise next(iter(refused.values()))
@@ -136,11 +138,14 @@ class Trial:
     def expected_score(self, side: Side, rounds: int) -> float:
         """The score after more rounds: as if it neared its end as 1 / rounds does, by what the last quarter of the
         rounds brought. NaN of a single round."""
-        done = len(self.runs[0].rounds)
-        before, now = self.score(side, 3 * done // 4), self.score(side)
-        if done < 2:
+        round_count = len(self.runs[0].rounds)
+        earlier_score, last_score = self.score(side, 3 * round_count // 4), self.score(side)
+        if round_count < 2:
             return math.nan
-        return now + (now - before) * (1 / done - 1 / rounds) / (1 / (3 * done // 4) - 1 / done)
+        # Score(t) = end − c / t, with c from the last quarter, at t = rounds.
+        return last_score + (last_score - earlier_score) * (1 / round_count - 1 / rounds) / (
+            1 / (3 * round_count // 4) - 1 / round_count
+        )
 
     @property
     def bytes(self) -> float:
@@ -181,8 +186,8 @@ class Advice:
     doubts: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        taken = None if self.taken is None else {"variant": self.taken.name, "toml": self.taken.toml()}
-        return {**vars(self), "taken": taken, "doubts": list(self.doubts)}
+        chosen_variant = None if self.taken is None else {"variant": self.taken.name, "toml": self.taken.toml()}
+        return {**vars(self), "taken": chosen_variant, "doubts": list(self.doubts)}
 
 
 def advise(trials: Sequence[Trial], rounds: int, samples: int = 0) -> Advice:
@@ -199,30 +204,34 @@ def advise(trials: Sequence[Trial], rounds: int, samples: int = 0) -> Advice:
     side: Side = "global" if samples else "local"
     sign = 1 if run.metric.higher else -1
     scores = {t.variant.name: sign * t.score(side) for t in trials}
-    fit = [t for t in trials if not t.variant.misfit and math.isfinite(scores[t.variant.name])]
-    if not fit:
+    trainable = [t for t in trials if not t.variant.misfit and math.isfinite(scores[t.variant.name])]
+    if not trainable:
         return Advice(None, 0.0, f"No variant that all boards can train has a {side} {run.measure}.")
-    best = max(fit, key=lambda t: scores[t.variant.name])
+    best = max(trainable, key=lambda t: scores[t.variant.name])
     noise = _noise(trials, side)
     if samples and run.metric.share:
+        # The standard error of a share measured on so many samples, which seeds on the same samples don't show.
         noise = max(noise, math.sqrt(best.score(side) * (1 - best.score(side)) / samples))
-    gaps = {t.variant.name: scores[best.variant.name] - scores[t.variant.name] for t in fit}
-    taken = min((t for t in fit if gaps[t.variant.name] <= noise), key=lambda t: t.bytes)
-    others = [name for name, gap in gaps.items() if gap <= noise and name != taken.variant.name]
+    gaps = {t.variant.name: scores[best.variant.name] - scores[t.variant.name] for t in trainable}
+    # Within noise of the best the score says nothing more, and bytes are what boards pay.
+    choice = min((t for t in trainable if gaps[t.variant.name] <= noise), key=lambda t: t.bytes)
+    within_noise = [name for name, gap in gaps.items() if gap <= noise and name != choice.variant.name]
 
     def distance(value: float) -> str:
         return f"{100 * value:.1f} points" if run.metric.share else f"{value:.3g}"
 
-    reason = f"Take {taken.variant.name}: {side} {run.measure} {shown(taken.score(side), run.metric)}, "
-    if len(fit) == 1:
+    reason = f"Take {choice.variant.name}: {side} {run.measure} {shown(choice.score(side), run.metric)}, "
+    if len(trainable) == 1:
         reason += "and no other variant can be trained by all boards."
-    elif others:
-        these = "all others that boards can train" if len(others) == len(fit) - 1 else some(others)
-        reason += f"within noise ({distance(noise)}) of {these}, and the fewest bytes of these."
+    elif within_noise:
+        ties_text = (
+            "all others that boards can train" if len(within_noise) == len(trainable) - 1 else some(within_noise)
+        )
+        reason += f"within noise ({distance(noise)}) of {ties_text}, and the fewest bytes of these."
     else:
-        lead = min(gap for name, gap in gaps.items() if name != taken.variant.name)
+        lead = min(gap for name, gap in gaps.items() if name != choice.variant.name)
         reason += f"the best that all boards can train, {distance(lead)} ahead where {distance(noise)} are noise."
-    return Advice(taken.variant, noise, reason, tuple(_doubts(fit, taken, rounds, side, noise)))
+    return Advice(choice.variant, noise, reason, tuple(_doubts(trainable, choice, rounds, side, noise)))
 
 
 def _noise(trials: Sequence[Trial], side: Side) -> float:
@@ -232,39 +241,40 @@ def _noise(trials: Sequence[Trial], side: Side) -> float:
     for trial in trials[1:]:
         gaps = [_score(a, side) - _score(b, side) for a, b in zip(trial.runs, trials[0].runs, strict=True)]
         if len(gaps) > 1 and all(map(math.isfinite, gaps)):
+            # Distances within one seed: data and start of a seed move all variants alike, and cancel out.
             errors.append(statistics.stdev(gaps) / math.sqrt(len(gaps)))
     return 2 * statistics.median(errors[1:] or errors)
 
 
-def _doubts(fit: Sequence[Trial], taken: Trial, rounds: int, side: Side, noise: float) -> Iterator[str]:
-    if len(taken.runs) == 1:
+def _doubts(trainable: Sequence[Trial], choice: Trial, rounds: int, side: Side, noise: float) -> Iterator[str]:
+    if len(choice.runs) == 1:
         yield "One seed doesn't show what is noise: give --seeds 2 or more."
-    run = taken.runs[0]
-    done = len(run.rounds)
-    if done >= rounds:  # the job has no more
+    run = choice.runs[0]
+    round_count = len(run.rounds)
+    if round_count >= rounds:  # the job has no more
         return
     sign = 1 if run.metric.higher else -1
-    later = {t.variant.name: sign * t.expected_score(side, rounds) for t in fit}
-    ahead, mine = max(later, key=later.__getitem__), later[taken.variant.name]
-    if not math.isfinite(mine):
-        doubt = f"{quantity(done, 'round')} can't show what is ahead after the job's {rounds}."
-    elif later[ahead] - mine > noise:
-        doubt = f"{quantity(done, 'round')} are too few to say: {ahead} may be ahead after the job's {rounds}."
+    expected_scores = {t.variant.name: sign * t.expected_score(side, rounds) for t in trainable}
+    leader, chosen_score = max(expected_scores, key=expected_scores.__getitem__), expected_scores[choice.variant.name]
+    if not math.isfinite(chosen_score):
+        doubt = f"{quantity(round_count, 'round')} can't show what is ahead after the job's {rounds}."
+    elif expected_scores[leader] - chosen_score > noise:
+        doubt = f"{quantity(round_count, 'round')} are too few to say: {leader} may be ahead after the job's {rounds}."
     else:
         return
-    yield f"{doubt} Give --rounds {min(rounds, 2 * done)} and another --out."
+    yield f"{doubt} Give --rounds {min(rounds, 2 * round_count)} and another --out."
 
 
 def advice_figures(trials: Sequence[Trial], rounds: int) -> list[dict[str, Any]]:
     """Scores and costs of variants as JSON types: bytes and hours of the job's rounds at the pace of the runs', MACs as
     a share of the first variant's."""
-    measure, whole = trials[0].runs[0].measure, trials[0].macs
+    measure, full_macs = trials[0].runs[0].measure, trials[0].macs
     return [
         {
             "variant": trial.variant.name,
             f"global_{measure}": finite(trial.score("global")),
             f"local_{measure}": finite(trial.score("local")),
-            "macs_share": trial.macs / whole if whole else None,
+            "macs_share": trial.macs / full_macs if full_macs else None,
             "bytes": trial.bytes * rounds,
             "hours": trial.seconds * rounds / 3600,
             "why_not": trial.variant.misfit,

@@ -75,10 +75,10 @@ class Run:
         """The run's curves over rounds, bytes and simulated time."""
         return self.compare().plot()
 
-    def compare(self, *others: Run) -> Comparison:
+    def compare(self, *other_runs: Run) -> Comparison:
         """A comparison whose speed-ups are relative to this run; runs of one title are told apart by their strategies,
         if these differ."""
-        return Comparison(_named_by_strategy((self.record, *(other.record for other in others))))
+        return Comparison(_named_by_strategy((self.record, *(other.record for other in other_runs))))
 
     def report(self, folder: Path, *, judged: bool = True) -> Path:
         """Write the report, and return it; `judged`: whether a comparison with the reference tests the claims."""
@@ -173,17 +173,18 @@ def simulate(
         MissingExtraError: The library of a tracker is not installed.
         FedpruneError: Model or data can't be read, or a training fails.
     """
-    place = None if folder is None else Path(folder)
+    run_folder = None if folder is None else Path(folder)
     targets = None if track is None else track_targets(track, "track")
     if workers is not None:
         whole("workers", workers, 1, 10**6)
     if isinstance(fleet, Plan):
         settings = {"model": model, "strategy": strategy, "seed": seed, "rounds": rounds, "title": title or None}
-        given = [name for name, value in settings.items() if value is not None] + ["reference"] * reference
-        if given:
-            raise ConfigError("fleet", expected=f"a file or tables, to set {', '.join(given)}", got="a plan")
+        conflicting = [name for name, value in settings.items() if value is not None] + ["reference"] * reference
+        if conflicting:
+            raise ConfigError("fleet", expected=f"a file or tables, to set {', '.join(conflicting)}", got="a plan")
         plan = fleet
     else:
+        # Processes import a strategy by its name: a lambda, or a function within another one, has none.
         if isinstance(strategy, FunctionType) and strategy.__qualname__.isidentifier():
             strategy = f"{strategy.__module__}:{strategy.__qualname__}"
         elif strategy is not None and not isinstance(strategy, str):
@@ -208,13 +209,18 @@ def simulate(
         plan = replace(plan, title=title or (plan.job.strategy if plan.job.name == Job.name else plan.job.name))
     targets = plan.track if targets is None else targets
     plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda, track=targets)
-    compared = plan.reference_experiment()
-    shown = watched() if progress is None else progress
-    record, trained = _simulated(plan, place, plan.track, shown=shown)
-    if compared is None:
+    reference_experiment = plan.reference_experiment()
+    shows_progress = watched() if progress is None else progress
+    record, trained = _simulated(plan, run_folder, plan.track, shows_progress=shows_progress)
+    if reference_experiment is None:
         return Run(record, trained)
-    other, _ = _simulated(compared, None if place is None else place / "reference", plan.track, shown=shown)
-    return Run(record, trained, other)
+    reference_record, _ = _simulated(
+        reference_experiment,
+        None if run_folder is None else run_folder / "reference",
+        plan.track,
+        shows_progress=shows_progress,
+    )
+    return Run(record, trained, reference_record)
 
 
 def _simulated(
@@ -222,11 +228,11 @@ def _simulated(
     folder: Path | None,
     targets: Sequence[TrackTarget],
     *,
-    shown: bool,
+    shows_progress: bool,
 ) -> tuple[Record, Model]:
     with (
         tracked(targets, experiment, folder) as track,
-        RunDisplay(experiment.title) if shown else nullcontext() as display,
+        RunDisplay(experiment.title) if shows_progress else nullcontext() as display,
     ):
 
         def begin(simulation: Simulation) -> None:

@@ -75,19 +75,26 @@ def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: 
     if not alpha > 0:
         raise DataError("alpha of the Dirichlet shares", expected="above 0", got=alpha)
     x, y = load_digits()
-    order = keyed(seed, "digits", "server").permutation(len(y))
-    aside = int(len(y) * SERVER_SHARE)
-    kept = aside + int(len(y) * CALIBRATION_SHARE)
-    server, calibration, rest = (np.sort(part) for part in (order[:aside], order[aside:kept], order[kept:]))
-    least = least or len(rest) // (2 * len(devices))
-    if least < 2 or least * len(devices) > len(rest):
-        raise DataError(f"samples for {len(devices)} devices", expected="at least 2 for each", got=len(rest))
-    hands = _hands(y[rest], len(devices), seed, alpha, least)
+    server_order = keyed(seed, "digits", "server").permutation(len(y))
+    server_count = int(len(y) * SERVER_SHARE)
+    reserved_count = server_count + int(len(y) * CALIBRATION_SHARE)
+    server_rows, calibration_rows, device_rows = (
+        np.sort(rows)
+        for rows in (
+            server_order[:server_count],
+            server_order[server_count:reserved_count],
+            server_order[reserved_count:],
+        )
+    )
+    least = least or len(device_rows) // (2 * len(devices))
+    if least < 2 or least * len(devices) > len(device_rows):
+        raise DataError(f"samples for {len(devices)} devices", expected="at least 2 for each", got=len(device_rows))
+    hands = _hands(y[device_rows], len(devices), seed, alpha, least)
     return Digits(
-        x[server],
-        y[server],
-        x[calibration],
-        {name: _own(x, y, rest[hand], seed, name) for name, hand in zip(devices, hands, strict=True)},
+        x[server_rows],
+        y[server_rows],
+        x[calibration_rows],
+        {name: _own(x, y, device_rows[hand], seed, name) for name, hand in zip(devices, hands, strict=True)},
     )
 
 
@@ -97,21 +104,22 @@ def write_hand(path: Path, data: LocalData) -> None:
 
 
 def _hands(
-    labels: npt.NDArray[np.int64], devices: int, seed: int, alpha: float, least: int
+    labels: npt.NDArray[np.int64], devices: int, seed: int, alpha: float, min_samples: int
 ) -> list[npt.NDArray[np.int64]]:
     for attempt in range(_TRIES):
+        # Keyed by attempt: a split that is too uneven is drawn anew, not mended, so that shares stay Dirichlet's.
         rng = keyed(seed, "digits", "hands", attempt)
-        parts: list[list[npt.NDArray[Any]]] = [[] for _ in range(devices)]
+        pieces_by_device: list[list[npt.NDArray[Any]]] = [[] for _ in range(devices)]
         for label in range(CLASSES):
             rows = rng.permutation(np.flatnonzero(labels == label))
-            cuts = (np.cumsum(rng.dirichlet(np.full(devices, alpha)))[:-1] * len(rows)).astype(np.int64)
-            for part, piece in zip(parts, np.split(rows, cuts), strict=True):
-                part.append(piece)
-        hands = [np.sort(np.concatenate(p)) for p in parts]
-        if min(map(len, hands)) >= least:
+            cut_points = (np.cumsum(rng.dirichlet(np.full(devices, alpha)))[:-1] * len(rows)).astype(np.int64)
+            for device_pieces, class_rows in zip(pieces_by_device, np.split(rows, cut_points), strict=True):
+                device_pieces.append(class_rows)
+        hands = [np.sort(np.concatenate(device_pieces)) for device_pieces in pieces_by_device]
+        if min(map(len, hands)) >= min_samples:
             return hands
     raise DataError(
-        f"no hands with {least} samples for each of {devices} devices in {_TRIES} draws",
+        f"no hands with {min_samples} samples for each of {devices} devices in {_TRIES} draws",
         hint="Take a larger alpha or fewer devices.",
     )
 
@@ -119,9 +127,9 @@ def _hands(
 def _own(
     x: npt.NDArray[np.float32], y: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], seed: int, name: str
 ) -> LocalData:
-    order = keyed(seed, "digits", "own test", name).permutation(len(rows))
-    aside = max(1, round(len(rows) * TEST_SHARE))
-    test, train = rows[np.sort(order[:aside])], rows[np.sort(order[aside:])]
+    permutation = keyed(seed, "digits", "own test", name).permutation(len(rows))
+    test_count = max(1, round(len(rows) * TEST_SHARE))
+    test, train = rows[np.sort(permutation[:test_count])], rows[np.sort(permutation[test_count:])]
     return LocalData(x[train], y[train], x[test], y[test])
 
 

@@ -115,14 +115,16 @@ class Experiment:
     def differences(self, stored: Mapping[str, Any]) -> str:
         """Where another run's settings differ, as `job.recipe.lr (stored 0.05, given 0.1)`; empty for the same run, of
         any number of rounds if it `extends`."""
+        # More rounds are no other run if rounds so far don't depend on their number.
         ignored = (*_UNDECIDED, *(["job.rounds"] if self.extends else []))
         pairs = _pairs("", stored, json.loads(json.dumps(self.settings())))
-        found = [f"{name} (stored {_word(a)}, given {_word(b)})" for name, a, b in pairs if name not in ignored]
-        return some(found, most=_MOST_DIFFERENCES)
+        differences = [f"{name} (stored {_word(a)}, given {_word(b)})" for name, a, b in pairs if name not in ignored]
+        return some(differences, most=_MOST_DIFFERENCES)
 
 
 def _samples(*arrays: npt.NDArray[Any]) -> dict[str, Any]:
     """Number and digest of samples, with types and shapes."""
+    # Types and shapes, too: the same bytes may be other samples.
     digest = hashlib.sha256(json.dumps([[a.dtype.str, a.shape] for a in arrays]).encode())
     for array in arrays:
         digest.update(array.tobytes())

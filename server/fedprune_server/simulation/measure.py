@@ -89,8 +89,8 @@ class Moment:
         """
         sizes = self.architecture.sizes
         strategy = compose(self.job)
-        elements = strategy.allocator is not None and strategy.allocator.elements
-        widths = sizes if elements else widths_at(self.architecture, density)
+        masks_elements = strategy.allocator is not None and strategy.allocator.elements
+        widths = sizes if masks_elements else widths_at(self.architecture, density)
         scene = Scene(
             self.architecture, self.job.seed, self.round, self.model, self.memory, self.job.training, participants=()
         )
@@ -150,11 +150,11 @@ class Measure:
         if moment.round % self.every and moment.round < moment.job.rounds:
             return {}
         self._begin(moment.imported, moment.job.recipe)
-        whole = Submodel(Selection.full(moment.architecture), moment.model)
-        found = self._measured("global", whole)
+        full_model = Submodel(Selection.full(moment.architecture), moment.model)
+        measurements = self._measured("global", full_model)
         for density in self.densities:
-            found |= self._measured(f"sub@{density:g}", moment.submodel(density))
-        return found
+            measurements |= self._measured(f"sub@{density:g}", moment.submodel(density))
+        return measurements
 
     def _begin(self, model: Model, recipe: Recipe) -> None:
         """Drop what was built for another model or recipe: one `Measure` may serve several experiments."""
@@ -162,7 +162,7 @@ class Measure:
             return
         sessions = Sessions(model, 1 + len(self.densities))  # what one round asks for
         sets = {"": (self.x, self.y), **{f"/{k}": v for k, v in self.sets.items()}}
-        self._evaluators = {place: Evaluator(sessions, recipe, samples) for place, samples in sets.items()}
+        self._evaluators = {suffix: Evaluator(sessions, recipe, samples) for suffix, samples in sets.items()}
         self._calibrate = None if self.calibration is None else Calibration(model, self.calibration, recipe.features)
         self._of = (model, recipe)
 
@@ -170,15 +170,15 @@ class Measure:
         tensors = applied(submodel.mask, submodel.tensors)
         if self._calibrate is not None:
             tensors = self._calibrate(tensors)
-        found: dict[str, float] = {}
-        for place, evaluate in self._evaluators.items():
+        measurements: dict[str, float] = {}
+        for suffix, evaluate in self._evaluators.items():
             score = evaluate(tensors, submodel.selection.widths)
-            judged = leading(score)
-            if judged is not None and judged[0] is not LOSS:
-                found[f"{name}{place}"] = judged[1]
+            leading_metric = leading(score)
+            if leading_metric is not None and leading_metric[0] is not LOSS:
+                measurements[f"{name}{suffix}"] = leading_metric[1]
             if LOSS.name in score:
-                found[f"{name}{place}_loss"] = score[LOSS.name]
-        return found
+                measurements[f"{name}{suffix}_loss"] = score[LOSS.name]
+        return measurements
 
 
 # Approximate number of rounds whose channel coverage is recorded.
@@ -213,11 +213,12 @@ class RoundRecorder:
         Raises:
             FedpruneError: The measurement fails.
         """
-        parts = [c for c in command.contributions if c.part.device not in event.rejected]
-        notes.updates, notes.limited = len(parts), event.reduced
-        if parts and self._mapped(command.round):
-            notes.coverage = self._coverage(parts)
-        if self._measure is None or not (parts or basis.ranking):
+        contributions = [c for c in command.contributions if c.part.device not in event.rejected]
+        notes.updates, notes.limited = len(contributions), event.reduced
+        if contributions and self._mapped(command.round):
+            notes.coverage = self._coverage(contributions)
+        # Before the first ranking there is nothing that a submodel could be cut by.
+        if self._measure is None or not (contributions or basis.ranking):
             return
         moment = Moment(
             self._job,
@@ -225,14 +226,14 @@ class RoundRecorder:
             command.round,
             clock,
             before,
-            tuple(c.part for c in parts),
-            max((c.basis for c in parts), key=lambda b: b.round, default=basis),
+            tuple(c.part for c in contributions),
+            max((c.basis for c in contributions), key=lambda b: b.round, default=basis),
             event.model,
             self._archive,
         )
-        found = {str(k): float(v) for k, v in self._measure(moment).items()}
+        measurements = {str(k): float(v) for k, v in self._measure(moment).items()}
         # Any function may measure, and what isn't finite can't be written as JSON.
-        notes.measured = {k: v for k, v in found.items() if math.isfinite(v)}
+        notes.measured = {k: v for k, v in measurements.items() if math.isfinite(v)}
 
     def _mapped(self, number: int) -> bool:
         """Whether a round's channels are recorded."""
@@ -241,16 +242,18 @@ class RoundRecorder:
     def macs(self, device: str, number: int, offer: Mapping[str, Any], steps: int, samples: int) -> int:
         """MACs of a training, forward and backward, with each step at its own widths."""
         widths, recipe = tuple(offer["widths"]), Recipe.from_dict(offer["recipe"])
+        # Rounded up: the last batch of an epoch may be smaller.
         per_epoch = -(-samples // recipe.batch_size)
         if not recipe.ordered_dropout:
-            epochs, rest = divmod(steps, per_epoch)
-            return self._per_sample(widths) * (epochs * samples + min(rest * recipe.batch_size, samples))
+            epochs, remaining_steps = divmod(steps, per_epoch)
+            return self._per_sample(widths) * (epochs * samples + min(remaining_steps * recipe.batch_size, samples))
         plans = self._axes.plans(widths, recipe.ordered_dropout)
         total = 0
         for step in range(1, steps + 1):
-            chosen = int(keyed(offer["seed"], number, device, "widths", step).integers(len(plans)))
-            begun = (step - 1) % per_epoch * recipe.batch_size
-            total += self._per_sample(plans[chosen]) * min(recipe.batch_size, samples - begun)
+            # The board's own draw of a step's width, by the same keys (`fedprune_device.training`).
+            plan_index = int(keyed(offer["seed"], number, device, "widths", step).integers(len(plans)))
+            first_sample = (step - 1) % per_epoch * recipe.batch_size
+            total += self._per_sample(plans[plan_index]) * min(recipe.batch_size, samples - first_sample)
         return total
 
     def active_share(self, offer: Mapping[str, Any]) -> float:
@@ -274,11 +277,13 @@ class RoundRecorder:
     def _axes(self) -> TensorAxes:
         return TensorAxes.from_json(axes_json(self._model.architecture))
 
-    def _coverage(self, parts: Sequence[do.Contribution]) -> list[list[int]]:
+    def _coverage(self, contributions: Sequence[do.Contribution]) -> list[list[int]]:
         """Number of updates that held each channel, per group."""
         counts = [np.zeros(size, np.int64) for size in self._model.architecture.sizes]
-        for found in parts:
-            selection = self._archive.selection(found.ranking or found.basis.ranking, found.widths or found.part.widths)
+        for contribution in contributions:
+            selection = self._archive.selection(
+                contribution.ranking or contribution.basis.ranking, contribution.widths or contribution.part.widths
+            )
             for count, rank, width in zip(counts, selection.ranks, selection.widths, strict=True):
                 count[rank[:width]] += 1
         return [[int(c) for c in count] for count in counts]

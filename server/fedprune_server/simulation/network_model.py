@@ -53,21 +53,23 @@ class Availability:
         if self.least > self.most:
             raise ConfigError(("availability", "least"), expected=f"at most {self.most:g}, as most is", got=self.least)
 
-    def window(self, seed: int, device: str, at: float) -> tuple[float, float]:
-        """Begin and end of the window that is open at `at` seconds, else of the next one.
+    def window(self, seed: int, device: str, now: float) -> tuple[float, float]:
+        """Begin and end of the window that is open at this time, else of the next one.
 
         The window of a device that is always connected begins now and never ends.
         """
         period = self.period_s
-        chance = keyed(seed, device, "availability")
-        phase, share = chance.random() * period, self.least + (self.most - self.least) * chance.random()
+        # Not keyed by time or round: phase and share are the device's own for the whole run.
+        rng = keyed(seed, device, "availability")
+        phase, share = rng.random() * period, self.least + (self.most - self.least) * rng.random()
         if not period or share >= 1:
-            return at, ALWAYS
-        count = math.floor((at - phase) / period)
-        while at >= phase + count * period + share * period:
-            count += 1
-        begin = phase + count * period
-        return begin, begin + share * period
+            return now, ALWAYS
+        # From the period that has begun; rounding may put it one too early, so the loop looks again.
+        periods = math.floor((now - phase) / period)
+        while now >= phase + periods * period + share * period:
+            periods += 1
+        opens_at = phase + periods * period
+        return opens_at, opens_at + share * period
 
 
 @dataclass(frozen=True)
@@ -92,29 +94,32 @@ class Weather:
     def __post_init__(self) -> None:
         check_settings(self, ("weather",))
 
-    def link(self, seed: int, number: int, device: str, way: str) -> float:
+    def link(self, seed: int, number: int, device: str, direction: str) -> float:
         """Factor on a device's link speed in a round; `way` is `down` or `up`."""
-        own = self._spread(seed, device, "links", self.links_spread)
-        return own * self._drawn(self.links_sigma, seed, number, device, way)
+        constant_factor = self._spread(seed, device, "links", self.links_spread)
+        return constant_factor * self._drawn(self.links_sigma, seed, number, device, direction)
 
     def compute(self, seed: int, number: int, device: str) -> float:
         """Factor on a device's training speed in a round."""
-        own = self._spread(seed, device, "compute", self.compute_spread)
-        return own * self._drawn(self.compute_sigma, seed, number, device, "compute")
+        constant_factor = self._spread(seed, device, "compute", self.compute_spread)
+        return constant_factor * self._drawn(self.compute_sigma, seed, number, device, "compute")
 
-    def server(self, seed: int, number: int, way: str) -> float:
+    def server(self, seed: int, number: int, direction: str) -> float:
         """Bytes/s that the server's link carries in a round; `way` is seen from the devices, so `down` is what it
         sends.
         """
-        rate = MEGABYTE * (self.server_up_mb_s if way == "down" else self.server_down_mb_s)
-        return rate * self._drawn(self.server_sigma, seed, number, "server", way) if rate else math.inf
+        # Seen from the server, devices' downloads go up.
+        rate = MEGABYTE * (self.server_up_mb_s if direction == "down" else self.server_down_mb_s)
+        return rate * self._drawn(self.server_sigma, seed, number, "server", direction) if rate else math.inf
 
     def arrives(
-        self, seed: int, number: int, device: str, link: Link, way: str, size: int, now: float, free: float
+        self, seed: int, number: int, device: str, link: Link, direction: str, size: int, now: float, free: float
     ) -> tuple[float, float]:
         """Transfer bytes between the server and a device in a round; arguments and results as `transfer`."""
-        rate = (link.down_bytes_s if way == "down" else link.up_bytes_s) * self.link(seed, number, device, way)
-        limit = self.server(seed, number, way)
+        rate = (link.down_bytes_s if direction == "down" else link.up_bytes_s) * self.link(
+            seed, number, device, direction
+        )
+        limit = self.server(seed, number, direction)
         arrived, free = transfer(now, free, size, rate, limit)
         return arrived + link.latency_s, free
 
@@ -195,12 +200,12 @@ class Settings:
 def read_weather(body: Mapping[str, object]) -> tuple[Weather, tuple[LinkSettings, ...]]:
     """The table [weather], and links for devices that have none of their own. Raises `ConfigError` if a key is unknown
     or a value wrong; the message names it."""
-    where, given = ("weather",), body.get("weather", {})
-    if not isinstance(given, Mapping):
-        raise ConfigError(where, expected="a table", got=shown(given))
-    table = dict(given)
+    path, weather_table = ("weather",), body.get("weather", {})
+    if not isinstance(weather_table, Mapping):
+        raise ConfigError(path, expected="a table", got=shown(weather_table))
+    table = dict(weather_table)
     like = table.pop("like", None)
     if like is not None:
-        validation.word((*where, "like"), like, tuple(_LIKE))
+        validation.word((*path, "like"), like, tuple(_LIKE))
     weather, links = _LIKE[like] if isinstance(like, str) else (Weather(), ())
-    return read_table(Weather, vars(weather) | table, where), links
+    return read_table(Weather, vars(weather) | table, path), links

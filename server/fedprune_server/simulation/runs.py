@@ -115,14 +115,15 @@ def _carried_out(
     for run in runs:
         with storage_errors(f"can't write {out / run.name}"):
             (out / run.name).mkdir(parents=True, exist_ok=True)
+            # A sweep that is given again tries what failed, and must not report the old failure.
             (out / run.name / FAILED).unlink(missing_ok=True)
             (out / run.name / PROGRESS).unlink(missing_ok=True)
     pool: TaskPool[RunFunction] = RayTasks(workers, work) if ray else ProcessPerTask(workers, work)
     with closing(pool):
         tasks = {run.name: pool.submit(_do, run, out.resolve()) for run in runs}
-        under_way = set(tasks.values())
-        while under_way:
-            under_way = wait(under_way, _POLL_S).not_done
+        unfinished = set(tasks.values())
+        while unfinished:
+            unfinished = wait(unfinished, _POLL_S).not_done
             if watch is not None:
                 watch([_status(out / name, task) for name, task in tasks.items()])
     return [RunEnd(name, _failure(out / name, task)) for name, task in tasks.items()]
@@ -131,6 +132,7 @@ def _carried_out(
 def _failure(folder: Path, task: Future[None]) -> str:
     """Why a run failed; empty if it didn't. Notes it, too, where its process couldn't do so itself."""
     path, error = folder / FAILED, task.exception()
+    # A process that was killed, for want of memory perhaps, has written nothing.
     if error is not None and not path.exists():
         write_whole(path, (str(error).strip() or type(error).__name__).encode())
     return path.read_text().strip() if path.exists() else ""

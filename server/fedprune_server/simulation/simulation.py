@@ -87,14 +87,16 @@ class StallDetector:
             PlanError: The round was offered `MAX_ATTEMPTS` times in vain.
         """
         task = state.tasks.get(command.device)
+        # Synchronous rounds count attempts per round: the command knows them.
         if task is None or task.basis is None:
-            over = command.attempt > MAX_ATTEMPTS
+            is_stalled = command.attempt > MAX_ATTEMPTS
+        # A first offer is no repetition; a deadline ends the round by itself.
         elif command.attempt == 1 or state.deadline is not None:
-            over = False
+            is_stalled = False
         else:
             self._offers_without_update[command.device] += 1
-            over = self._offers_without_update[command.device] >= MAX_ATTEMPTS
-        if over:
+            is_stalled = self._offers_without_update[command.device] >= MAX_ATTEMPTS
+        if is_stalled:
             raise PlanError(
                 f"no device finished round {command.round} in {MAX_ATTEMPTS} attempts",
                 got=refusal or None,
@@ -107,10 +109,12 @@ def standstill(state: State, job: Job | None = None) -> str:
     excluded = [(name, d.excluded) for name, d in state.devices.items() if d.excluded]
     if not excluded:
         return "Fewer devices can take part than job.devices asks for."
-    advised = advice([], [d.excluded_by for d in state.devices.values()], job.to_dict()) if job else ""
+    advice_text = advice([], [d.excluded_by for d in state.devices.values()], job.to_dict()) if job else ""
     name, reason = min(excluded)
-    others = f" (and {quantity(len(excluded) - 1, 'other')})" if len(excluded) > 1 else ""
-    return f"Device {name}{others}: {reason}" + (f". {advised[:1].upper()}{advised[1:]}" if advised else "")
+    further_devices = f" (and {quantity(len(excluded) - 1, 'other')})" if len(excluded) > 1 else ""
+    return f"Device {name}{further_devices}: {reason}" + (
+        f". {advice_text[:1].upper()}{advice_text[1:]}" if advice_text else ""
+    )
 
 
 log = logging.getLogger("fedprune.server")
@@ -185,7 +189,7 @@ class Simulation:
     def run(
         self,
         progress: Callable[[Simulation], None] | None = None,
-        begun: Callable[[Simulation], None] | None = None,
+        on_begin: Callable[[Simulation], None] | None = None,
     ) -> list[dict[str, Any]]:
         """Run the job to its end, from its last saved state; a finished one that was given more rounds continues.
 
@@ -210,11 +214,14 @@ class Simulation:
             else:
                 self._save()
             self._runner.boards = self._run.boards
+            # Trainings that a saved run had under way begin again: they depend on their offers alone.
             for work in self._run.trainings():
                 self._runner.prepare(self._devices[work.device], work.offer, work.round)
-            if begun is not None:
-                begun(self)
+            if on_begin is not None:
+                on_begin(self)
             if isinstance(self.coordinator, SynchronousCoordinator):
+                # A finished run that was given more rounds goes on; an asynchronous job has dropped its trainings by
+                # then (`Experiment.extends`).
                 self._carry_out_all(self.coordinator.extend(self._run.clock))
             while self.state.phase is not Phase.FINISHED:
                 if not self._run.queue:
@@ -225,13 +232,13 @@ class Simulation:
                 event = self._event(item)
                 if event is None:
                     continue
-                finished = len(self.state.history)
+                finished_rounds = len(self.state.history)
                 self._carry_out_all(self.coordinator.handle(event, self._run.clock))
-                ended = len(self.state.history) > finished
-                if ended:
+                round_ended = len(self.state.history) > finished_rounds
+                if round_ended:
                     self._finish(self.state.history[-1]["round"])
-                if ended or isinstance(item, Trained):
-                    self._keep(ended)
+                if round_ended or isinstance(item, Trained):
+                    self._keep(round_ended)
                     if progress is not None:
                         progress(self)
             self._save()
@@ -263,9 +270,9 @@ class Simulation:
     def _take_up(self) -> bool:
         """Load the folder's state, or start from the beginning. Returns whether a state was loaded."""
         self._stalls = StallDetector(len(self._devices))
-        saved = self._folder.load()
-        if saved is not None:
-            self._run, state = saved
+        saved_run = self._folder.load()
+        if saved_run is not None:
+            self._run, state = saved_run
             self.coordinator = coordinate(self.job, self.model.architecture, state, self.model.frozen)
             return True
         self._run = SimulationState()
@@ -284,12 +291,12 @@ class Simulation:
 
     @contextmanager
     def _helped(self) -> Iterator[None]:
-        alone = self._worker
+        plain_worker = self._worker
         try:
-            with helped(alone, self._helpers) as self._worker:
+            with helped(plain_worker, self._helpers) as self._worker:
                 yield
         finally:
-            self._worker = alone
+            self._worker = plain_worker
 
     def _event(self, item: Item) -> on.Event | None:
         """The coordinator's event for an item of the queue, or None."""
@@ -325,9 +332,9 @@ class Simulation:
             event = self._worker.execute(command)
             if isinstance(command, do.Close) and isinstance(event, on.Closed):
                 state = self.state
-                before = state.history[-1]["at"] if state.history else 0.0
+                previous_end = state.history[-1]["at"] if state.history else 0.0
                 basis = do.Basis(command.round, state.model, state.ranking or "", state.order, dict(state.memory))
-                self._recorder.close(self._run.now, command, event, basis, now, before)
+                self._recorder.close(self._run.now, command, event, basis, now, previous_end)
                 event = replace(event, spent_bytes=self._run.down + self._run.up, spent_macs=self._run.macs)
             self._run.push(now, event)
         elif isinstance(command, do.SendOffer):
@@ -337,6 +344,7 @@ class Simulation:
         elif isinstance(command, do.Cancel):
             self._forget(command.device, command.round)
             unsent = self._run.unsent.get(command.device)
+            # A cancelled update must not be announced when its device reconnects.
             if unsent is not None and unsent.round == command.round:
                 del self._run.unsent[command.device]
         elif isinstance(command, do.Wake):
@@ -352,8 +360,8 @@ class Simulation:
         run.up += ref.size
         self._spent(device)[1] += ref.size
         link, key = self._devices[device].profile.link, (self.job.seed, command.round, device)
-        at, run.free[1] = self.experiment.weather.arrives(*key, link, "up", ref.size, now, run.free[1])
-        run.push(at, on.UpdateStored(device, command.round, command.attempt, ref.sha256))
+        arrives_at, run.free[1] = self.experiment.weather.arrives(*key, link, "up", ref.size, now, run.free[1])
+        run.push(arrives_at, on.UpdateStored(device, command.round, command.attempt, ref.sha256))
 
     def _offer(self, command: do.SendOffer, now: float) -> None:
         name, run, seed = command.device, self._run, self.job.seed
@@ -369,25 +377,27 @@ class Simulation:
         run.bounds.pop(name, None)
         if UPDATE_BOUND in command.offer:
             run.bounds[name] = int(command.offer[UPDATE_BOUND])
-        device, held = self._devices[name], run.held.get(name, [])
-        pulled, weights = pulls(command.offer, held), BlobRef.from_dict(command.offer["weights"])
-        lacking = {sha256: n for sha256, n in pulled.items() if sha256 not in held}
-        if reused := self._reused(name, weights, pulled, held):
-            lacking[weights.sha256] -= reused
-        run.held[name] = list(pulled)
-        run.down += sum(lacking.values())
-        self._spent(name)[0] += sum(lacking.values())
+        device, held_digests = self._devices[name], run.held.get(name, [])
+        downloads, weights = pulls(command.offer, held_digests), BlobRef.from_dict(command.offer["weights"])
+        missing = {sha256: n for sha256, n in downloads.items() if sha256 not in held_digests}
+        if reused_bytes := self._reused(name, weights, downloads, held_digests):
+            # Boards fetch leaves of 32 KiB, and copy those that they have.
+            missing[weights.sha256] -= reused_bytes
+        run.held[name] = list(downloads)
+        run.down += sum(missing.values())
+        self._spent(name)[0] += sum(missing.values())
         key, weather, link = (seed, command.round, name), self.experiment.weather, device.profile.link
-        ready, run.free[0] = weather.arrives(*key, link, "down", sum(lacking.values()), now, run.free[0])
-        took = self._train_s(device, command.offer) / weather.compute(seed, command.round, name)
+        received_at, run.free[0] = weather.arrives(*key, link, "down", sum(missing.values()), now, run.free[0])
+        train_s = self._train_s(device, command.offer) / weather.compute(seed, command.round, name)
+        # Keyed by attempt and session: a device that dropped out must not drop out of every repetition.
         chance = keyed(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
         if chance.random() < self.experiment.dropouts.probability:
-            gone = min(ready + chance.random() * took, run.leaves.get(name, ALWAYS))
-            run.push(gone, on.DeviceDied(name, run.sessions[name]))
+            leaves_at = min(received_at + chance.random() * train_s, run.leaves.get(name, ALWAYS))
+            run.push(leaves_at, on.DeviceDied(name, run.sessions[name]))
             run.online.discard(name)  # messages don't reach it meanwhile
-            self._birth(name, gone + chance.exponential(self.experiment.dropouts.away_s))
+            self._birth(name, leaves_at + chance.exponential(self.experiment.dropouts.away_s))
         else:
-            run.push(ready + took, Trained(name, command.round, command.attempt, command.offer))
+            run.push(received_at + train_s, Trained(name, command.round, command.attempt, command.offer))
             self._runner.prepare(device, command.offer, command.round)
 
     def _train_s(self, device: VirtualDevice, offer: Mapping[str, Any]) -> float:
@@ -398,19 +408,19 @@ class Simulation:
             self._seconds[key] = device.train_s(self.model.architecture, widths, recipe)
         return self._seconds[key]
 
-    def _reused(self, name: str, weights: BlobRef, pulled: Mapping[str, int], held: Sequence[str]) -> int:
+    def _reused(self, name: str, weights: BlobRef, downloads: Mapping[str, int], held_digests: Sequence[str]) -> int:
         """Bytes of leaves that a device's new weights share with its last ones, which a board copies."""
-        if weights.sha256 in held or pulled.get(weights.sha256) != weights.size:
+        if weights.sha256 in held_digests or downloads.get(weights.sha256) != weights.size:
             return 0
-        before, table = self._run.tables.get(name), self.store.table(weights.sha256)
-        self._run.tables[name] = self.store.put(table).sha256
-        known = set() if before is None else set(digests(self.store.read(before)))
-        return sum(weights.leaf_size(i) for i, digest in enumerate(digests(table)) if digest in known)
+        previous_table, leaf_table = self._run.tables.get(name), self.store.table(weights.sha256)
+        self._run.tables[name] = self.store.put(leaf_table).sha256
+        previous_leaves = set() if previous_table is None else set(digests(self.store.read(previous_table)))
+        return sum(weights.leaf_size(i) for i, digest in enumerate(digests(leaf_table)) if digest in previous_leaves)
 
     def _train(self, item: Trained) -> on.Event:
         device = self._devices[item.device]
         try:
-            out = self._runner.carry_out(device, item.offer, item.round)
+            outcome = self._runner.carry_out(device, item.offer, item.round)
         except (StorageError, WorkerKilledError):
             raise
         except FedpruneError as error:
@@ -418,7 +428,7 @@ class Simulation:
             log.warning("device %s refuses round %d: %s", item.device, item.round, reason)
             self._run.refusal = f"{item.device}: {reason}"
             return on.OfferRefused(item.device, item.round, item.attempt, reason, of_exit_code(error.exit_code))
-        macs = self._recorder.macs(item.device, item.round, item.offer, out.steps, device.samples)
+        macs = self._recorder.macs(item.device, item.round, item.offer, outcome.steps, device.samples)
         spent = self._spent(item.device)
         spent[2] += macs
         self._run.macs += macs
@@ -428,10 +438,10 @@ class Simulation:
             item.round,
             item.attempt,
             item.offer["weights"]["sha256"],
-            out.weights.to_dict(),
-            out.samples,
-            out.steps,
-            out.metrics,
+            outcome.weights.to_dict(),
+            outcome.samples,
+            outcome.steps,
+            outcome.metrics,
         )
         self._run.unsent[item.device] = event
         return event
@@ -443,15 +453,15 @@ class Simulation:
         """Connect a device as soon as its window is open."""
         session = self._run.sessions.get(name, 0) + 1
         device = self._devices[name]
-        begin, end = self.experiment.availability.window(self.job.seed, name, at)
-        self._run.leaves[name] = end
+        opens_at, closes_at = self.experiment.availability.window(self.job.seed, name, at)
+        self._run.leaves[name] = closes_at
         if id(device.profile) not in self._profiles:  # devices of one kind share one
             self._profiles[id(device.profile)] = device.profile.to_dict()
         profile = self._profiles[id(device.profile)]
         born = on.DeviceBorn(
             name, session, profile, device.samples, codecs=CODECS, effective_classes=device.effective_classes
         )
-        self._run.push(max(at, begin), born)
+        self._run.push(max(at, opens_at), born)
 
     def _leave(self, item: Left) -> on.Event | None:
         """Close a device's window: its training is lost, an announced update is sent again when it reconnects."""
@@ -470,17 +480,18 @@ class Simulation:
 
     def _finish(self, number: int) -> None:
         self._stalls.progressed()
+        # A strategy may give other widths and recipes in every round; old entries would pile up.
         self._seconds.clear()
         self._run.finish_round(number)
         every = self.experiment.checkpoints
         if every and number % every == 0:
             self._folder.write_checkpoint(self.model, number, self.store.read(self.state.model))
 
-    def _keep(self, ended: bool) -> None:
+    def _keep(self, round_ended: bool) -> None:
         """Save where it is due, then delete superseded blobs."""
-        if self._folder.due(round_ended=ended):
+        if self._folder.due(round_ended=round_ended):
             self._save()
-            if ended:
+            if round_ended:
                 self._tidy()  # only now: until the new state is saved, a kill goes back to the old one
 
     def _save(self) -> None:
@@ -488,8 +499,9 @@ class Simulation:
 
     def _tidy(self) -> None:
         """Delete superseded blobs."""
-        ahead = self._runner.settle()
-        needed = self.state.references() | self._worker.graphs() | self._run.references() | ahead
+        # Processes write blobs that no state refers to yet: those of trainings ahead must not be swept.
+        trained_ahead = self._runner.settle()
+        needed = self.state.references() | self._worker.graphs() | self._run.references() | trained_ahead
         for name in list(self.store.names()):
             if name not in needed:
                 self.store.delete(name)

@@ -77,6 +77,7 @@ class StarterBoard:
     def own_profile(self) -> str:
         """The shipped profile under the board's name, as TOML. Raises `ProfileError` if it is missing."""
         text = (profile_store.shipped_folder() / f"{profile_store.find(self.profile).name}.toml").read_text("utf-8")
+        # Lines are replaced rather than parsed and written: the copy keeps the profile's comments and sources.
         text = re.sub(r"(?m)^name = .*", f'name = "{self.name}"', text, count=1)
         if self.round_bytes:
             text = re.sub(r"(?m)^bytes_per_round = .*", f"bytes_per_round = {self.round_bytes:_}", text, count=1)

@@ -124,6 +124,7 @@ class SimulationState:
     def put(self, at: float, number: int, item: Item) -> None:
         """Queue an item with a number of its own, such as a saved one."""
         self.queue[number] = (at, item)
+        # Ties in time go by number, so that a run is the same after a restart.
         heapq.heappush(self._order, (at, number))
         if isinstance(item, _WORK):
             self._work.setdefault(item.device, set()).add(number)
@@ -132,6 +133,7 @@ class SimulationState:
         """Advance to the next item and return it. Raises `IndexError` if the queue is empty."""
         while True:
             at, number = heapq.heappop(self._order)
+            # Cancelled items stay in the heap: removing one from its middle would cost a search.
             if number in self.queue:
                 break
         _, item = self.queue.pop(number)
@@ -164,13 +166,14 @@ class SimulationState:
 
     def references(self) -> set[str]:
         """All strings of queued items: any of them may be the digest of a blob."""
-        found: set[str] = {*self.boards.values(), *self.tables.values()}
+        strings: set[str] = {*self.boards.values(), *self.tables.values()}
         for _, item in self.queue.values():
             if not isinstance(item, (on.DeviceBorn, on.DeviceDied, on.Ticked, Left)):
-                found |= all_strings(vars(item))
+                # Rather too many than one too few: a string that is no digest keeps nothing.
+                strings |= all_strings(vars(item))
         for event in self.unsent.values():
-            found |= all_strings(event.weights)
-        return found
+            strings |= all_strings(event.weights)
+        return strings
 
 
 _CHECKPOINTS = "checkpoints"
@@ -249,9 +252,10 @@ class SavedRun:
                 state.put(float(at), int(number), _ITEMS[kind](**fields))
             coordinator = State.from_json(body["coordinator"])
             coordinator.history = history
-            reached = len(history) + (coordinator.phase is not Phase.FINISHED)
-            if (rounds := self._experiment.job.rounds) < reached:
-                what = f"{path} belongs to a simulation that has come to round {reached}"
+            # A job with fewer rounds than are done, or under way, would have no end.
+            current_round = len(history) + (coordinator.phase is not Phase.FINISHED)
+            if (rounds := self._experiment.job.rounds) < current_round:
+                what = f"{path} belongs to a simulation that has come to round {current_round}"
                 raise StorageError(what, got=f"job.rounds = {rounds}", hint=hint)
         except StorageError:
             raise
@@ -287,6 +291,7 @@ class SavedRun:
         """Whether it is time to save and to delete superseded blobs."""
         if self._folder is None:
             return round_ended
+        # The longer saving takes, the rarer it is: a large fleet's state must not slow down the run.
         since = time.monotonic() - self._saved_at
         if round_ended:
             return self._save_s <= self._pace.expensive_s or since >= self._pace.share * self._save_s
@@ -297,10 +302,12 @@ class SavedRun:
         `StorageError` if it fails; the previous state is untouched."""
         if self._folder is None:
             return
-        began = time.monotonic()
+        started_at = time.monotonic()
         if not self._configured:
             write_whole(self._folder / CONFIG, (json.dumps(self._experiment.settings(), indent=1) + "\n").encode())
             self._configured = True
+        # Rounds first: the state names how many of their lines count, so that a kill in between leaves lines that the
+        # next save cuts off.
         logged = self._log(self._folder / ROUNDS, run, coordinator.history)
         body = {
             "format": FORMAT,
@@ -316,22 +323,22 @@ class SavedRun:
         write_whole(self._folder / FILE, json.dumps(body).encode())
         self._logged = logged
         self._saved_at = time.monotonic()
-        self._save_s = self._saved_at - began
+        self._save_s = self._saved_at - started_at
 
     def _log(self, path: Path, run: SimulationState, history: Sequence[dict[str, Any]]) -> tuple[int, int]:
         """Append the rounds that finished since the last save."""
-        count, size = self._logged
-        rows = [json.dumps([row, asdict(run.rounds[row["round"]])]) + "\n" for row in history[count:]]
+        logged_rounds, logged_bytes = self._logged
+        rows = [json.dumps([row, asdict(run.rounds[row["round"]])]) + "\n" for row in history[logged_rounds:]]
         if not rows:
             return self._logged
         data = "".join(rows).encode()
         with storage_errors(f"can't write {path}"), path.open("r+b" if path.exists() else "w+b") as file:
-            file.truncate(size)  # rounds that a kill has made undone
-            file.seek(size)
+            file.truncate(logged_bytes)  # rounds that a kill has made undone
+            file.seek(logged_bytes)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        return len(history), size + len(data)
+        return len(history), logged_bytes + len(data)
 
     def write_checkpoint(self, model: Model, number: int, weights: bytes) -> None:
         """Write a global model as `checkpoints/round-000010/model.onnx` and `weights.safetensors`. Raises
@@ -344,10 +351,11 @@ class SavedRun:
 def _stamp(folder: Path) -> tuple[int, ...] | None:
     """Identity of the last save in a folder; None before the first."""
     try:
-        found = (folder / FILE).stat()
+        status = (folder / FILE).stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    # The inode changes with every atomic replacement, even within one tick of the clock.
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _advice(folder: Path) -> str:

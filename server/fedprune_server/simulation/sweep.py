@@ -68,8 +68,8 @@ def variant_runs(config: Path, rows: Sequence[object], seeds: Sequence[int], whe
     """
     runs = [run for number, row in enumerate(rows, 1) for run in _variant_runs(number, row, seeds, config, where)]
     names = [r.name for r in runs]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise ConfigError(where, expected="another name or seed for each", got=f"{twice[0]!r} twice")
+    if repeated := sorted({n for n in names if names.count(n) > 1}):
+        raise ConfigError(where, expected="another name or seed for each", got=f"{repeated[0]!r} twice")
     return runs
 
 
@@ -99,8 +99,8 @@ def _check_changes(config: Path, changes: Mapping[str, Any], where: str) -> None
         read_tables(config, changes)
     except FedpruneError as error:
         read_tables(config)
-        what = error.what.removeprefix(f"{config}: ")
-        raise error.named(f"{where}: {what}") from error
+        subject = error.what.removeprefix(f"{config}: ")
+        raise error.named(f"{where}: {subject}") from error
 
 
 def _seeds(value: object, where: str) -> list[int]:
@@ -125,8 +125,10 @@ def simulate_run(run: RunSpec, folder: Path, report: Progress) -> None:
         track(simulation)
         history = simulation.state.history
         metrics = history[-1]["metrics"] if history else {}
-        found = leading(metrics)
-        report(len(history) / plan.job.rounds, "" if found is None else found[0].said(found[1]))
+        leading_metric = leading(metrics)
+        report(
+            len(history) / plan.job.rounds, "" if leading_metric is None else leading_metric[0].said(leading_metric[1])
+        )
 
     with tracked(plan.track, plan, folder) as track:
         record = simulate(plan, folder, progress, begun=track)

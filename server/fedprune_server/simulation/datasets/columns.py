@@ -29,7 +29,7 @@ class Columns:
 
 def parquet_files_of(folder: Path) -> list[Path]:
     """Parquet files of a folder, or else of its folder `data`, sorted by name."""
-    for place in (folder, folder / "data"):
-        if files := sorted(f for f in place.glob(f"*{ENDING}") if f.is_file()):
+    for candidate in (folder, folder / "data"):
+        if files := sorted(f for f in candidate.glob(f"*{ENDING}") if f.is_file()):
             return files
     return []

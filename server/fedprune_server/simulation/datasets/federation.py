@@ -78,15 +78,15 @@ class Federation:
     def __post_init__(self) -> None:
         if not self.holdings:
             raise DataError("a federation without devices", expected="one or more")
-        seen = np.zeros(len(self.samples), np.int64)
+        uses = np.zeros(len(self.samples), np.int64)
         for name, holding in self.holdings.items():
             if not len(holding.train):
                 raise DataError(f"training samples of {name}", expected="at least one", got=0)
-            np.add.at(seen, holding.rows, 1)
-        np.add.at(seen, self.server, 1)
-        np.add.at(seen, self.calibration, 1)
-        if seen.max() > 1:
-            raise DataError(f"row {int(seen.argmax())} is held {int(seen.max())} times", expected="once at most")
+            np.add.at(uses, holding.rows, 1)
+        np.add.at(uses, self.server, 1)
+        np.add.at(uses, self.calibration, 1)
+        if uses.max() > 1:
+            raise DataError(f"row {int(uses.argmax())} is held {int(uses.max())} times", expected="once at most")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -160,20 +160,23 @@ def federate(
     Raises:
         DataError: Names repeat or are too few, or a device has too few samples to split.
     """
-    given = list(names) if names is not None else default_names(len(hands))
-    if len(given) != len(hands) or len(set(given)) != len(given):
-        raise DataError("names of devices", expected=f"{len(hands)} different ones", got=len(set(given)))
+    device_names = list(names) if names is not None else default_names(len(hands))
+    if len(device_names) != len(hands) or len(set(device_names)) != len(device_names):
+        raise DataError("names of devices", expected=f"{len(hands)} different ones", got=len(set(device_names)))
     holdings = {}
-    for name, hand in zip(given, hands, strict=True):
-        tested, validated, trained = partition.split(hand, (test, (1 - test) * validation), seed=seed, device=name)
-        holdings[name] = Holding(trained, validated, tested)
-    none = np.zeros(0, np.int64)
+    for name, hand in zip(device_names, hands, strict=True):
+        # Keyed by the device's name, so that its split doesn't depend on the other devices.
+        test_rows, validation_rows, train_rows = partition.split(
+            hand, (test, (1 - test) * validation), seed=seed, device=name
+        )
+        holdings[name] = Holding(train_rows, validation_rows, test_rows)
+    no_rows = np.zeros(0, np.int64)
     return Federation(
         samples,
         holdings,
-        none if server is None else np.asarray(server, np.int64),
+        no_rows if server is None else np.asarray(server, np.int64),
         preparation or Preparation(),
-        none if calibration is None else np.asarray(calibration, np.int64),
+        no_rows if calibration is None else np.asarray(calibration, np.int64),
     )
 
 
@@ -224,8 +227,10 @@ class Partition:
         labels = {n: np.concatenate([d.y_train, d.y_val, d.y_test]) for n, d in devices.items() if d.y_train.ndim == 1}
         if len(labels) < len(devices) or any(y.dtype.kind != "i" for y in labels.values()):
             return cls(data)
-        most = max((int(y.max()) + 1 for y in labels.values()), default=0)
-        return cls(data, (), {name: tuple(map(int, np.bincount(y, minlength=most))) for name, y in labels.items()})
+        class_count = max((int(y.max()) + 1 for y in labels.values()), default=0)
+        return cls(
+            data, (), {name: tuple(map(int, np.bincount(y, minlength=class_count))) for name, y in labels.items()}
+        )
 
     def named(self, label: int) -> str:
         return self.classes[label] if label < len(self.classes) else str(label)
@@ -234,7 +239,7 @@ class Partition:
         """HTML with a row per device and a tile per class; empty without counts."""
         if not self.counts:
             return ""
-        most = max(max(counts, default=0) for counts in self.counts.values()) or 1
+        largest_count = max(max(counts, default=0) for counts in self.counts.values()) or 1
         names = list(self.counts)
         if len(names) > DEVICES:
             names = [names[i * (len(names) - 1) // (DEVICES - 1)] for i in range(DEVICES)]
@@ -242,14 +247,14 @@ class Partition:
         for name in names:
             counts = self.counts[name]
             classes_of = ", ".join(f"{self.named(i)}: {n:,}" for i, n in enumerate(counts) if n)
-            strip = tiles(name, [n / most for n in counts])
+            strip = tiles(name, [n / largest_count for n in counts])
             rows.append(Bar(name, (strip,), quantity(sum(counts), "sample", form=","), f"{name}: {classes_of}"))
         classes = ", ".join(self.named(i) for i in range(max(map(len, self.counts.values()))))
         return (
             paragraph(
                 f"A row per device, a tile per class, all splits together. Classes, from left to right: {classes}."
             )
-            + scale("0", quantity(most, "sample", form=","))
+            + scale("0", quantity(largest_count, "sample", form=","))
             + bars(rows, "Samples per device and class")
         )
 
@@ -263,10 +268,10 @@ def draw_partition(federation: Federation, path: Path, title: str = "Data of the
     Returns:
         The file.
     """
-    shown = Partition.of_federation(federation)
-    total = sum(map(sum, shown.counts.values()))
-    facts = {"Devices": f"{len(shown.counts):,}", "Samples": f"{total:,}"}
-    path.write_text(document(title, [shown.heat_map()], facts), encoding="utf-8")
+    data_partition = Partition.of_federation(federation)
+    total = sum(map(sum, data_partition.counts.values()))
+    facts = {"Devices": f"{len(data_partition.counts):,}", "Samples": f"{total:,}"}
+    path.write_text(document(title, [data_partition.heat_map()], facts), encoding="utf-8")
     return path
 
 
@@ -315,10 +320,16 @@ class DataPlan:
             expected = f"a file or folder, also one under {VARIABLE}"
             raise ConfigError(("data", "source"), expected=expected, got=shown(self.source))
         check_settings(self, ("data",))
-        x: object = self.x  # one name may be given as a text
-        columns = (x,) if isinstance(x, str) else tuple(x) if isinstance(x, (list, tuple)) else (x,)
+        input_columns: object = self.x  # one name may be given as a text
+        columns = (
+            (input_columns,)
+            if isinstance(input_columns, str)
+            else tuple(input_columns)
+            if isinstance(input_columns, (list, tuple))
+            else (input_columns,)
+        )
         if not all(isinstance(name, str) and name.strip() for name in columns):
-            raise ConfigError(("data", "x"), expected="a column's name, or a list of them", got=shown(x))
+            raise ConfigError(("data", "x"), expected="a column's name, or a list of them", got=shown(input_columns))
         object.__setattr__(self, "x", columns)
         object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else self.size)
         if not isinstance(self.size, tuple) or (
@@ -339,8 +350,8 @@ class DataPlan:
 
     def settings(self) -> dict[str, Any]:
         """The table as JSON types, with the source by its name: a run's folder may move to another machine."""
-        found = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return found | {"source": Path(self.source).name}
+        table = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return table | {"source": Path(self.source).name}
 
     def read(self, seed: int = 0) -> Federation:
         """Read the data set and split it. Raises `DataError` if it can't be read, or can't be split like this."""
@@ -352,34 +363,36 @@ class DataPlan:
 
     def deal(self, samples: Samples, seed: int = 0) -> Federation:
         """Split samples; arguments and errors as `read`."""
-        own = seed if self.seed is None else self.seed
-        everything = np.arange(len(samples)) if self.pooled else np.flatnonzero(~samples.testing)
+        split_seed = seed if self.seed is None else self.seed
+        candidates = np.arange(len(samples)) if self.pooled else np.flatnonzero(~samples.testing)
         if self.partition == "owners" and samples.owners is None:
             raise DataError(
                 f"owners of the samples of {self.source}",
                 expected="an array owner, subject, writer, domain or user, a column, or a folder per owner",
                 hint="Choose another partition.",
             )
-        rows = partition.chosen(everything, self.most, seed=own)
+        rows = partition.chosen(candidates, self.most, seed=split_seed)
         total = len(rows)
-        kept, rows = _set_aside(rows, self.server, total, own, "server")
-        unlabelled, rows = _set_aside(rows, self.calibration, total, own, "calibration")
+        server_rows, rows = _set_aside(rows, self.server, total, split_seed, "server")
+        unlabelled, rows = _set_aside(rows, self.calibration, total, split_seed, "calibration")
         if not self.pooled:
-            kept = np.sort(np.concatenate([kept, np.flatnonzero(samples.testing)]))
+            # The data set's own test samples are nobody's training data, so the server evaluates on them.
+            server_rows = np.sort(np.concatenate([server_rows, np.flatnonzero(samples.testing)]))
         preparation = Preparation(self.pool)
         if self.standardise:
+            # Not on what the server evaluates: a board's preparation can't know it either.
             preparation = preparation.standardised(samples, rows)
-        hands = self._hands(samples, rows, own)
+        hands = self._hands(samples, rows, split_seed)
         if self.ascending:
             hands.sort(key=len)
         return federate(
             samples,
             hands,
-            seed=own,
+            seed=split_seed,
             names=self._names(samples, rows, len(hands)),
             test=self.test,
             validation=self.validation,
-            server=kept,
+            server=server_rows,
             calibration=unlabelled,
             preparation=preparation,
         )
@@ -396,9 +409,10 @@ class DataPlan:
     def _names(self, samples: Samples, rows: Rows, devices: int) -> list[str]:
         """The owners' names if each device is one owner and the names are valid for devices."""
         if self.partition == "owners" and samples.owners is not None and not self.ascending:
-            present = [samples.owner_names[int(o)] for o in np.unique(samples.owners[rows])]
-            if len(present) == devices and all(n.isascii() and n.isidentifier() for n in present):
-                return present
+            owner_names = [samples.owner_names[int(o)] for o in np.unique(samples.owners[rows])]
+            # An owner's name that no device may have, such as one with spaces, would be refused later.
+            if len(owner_names) == devices and all(n.isascii() and n.isidentifier() for n in owner_names):
+                return owner_names
         return default_names(devices)
 
 

@@ -42,16 +42,16 @@ def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colo
         DataError: There are no images, one can't be read, is too large, or differs in size from the first.
         MissingExtraError: Pillow is not installed.
     """
-    top = _folders(folder)
-    if not top:
+    subfolders = _folders(folder)
+    if not subfolders:
         raise DataError(f"{folder} holds no folders of images", expected="a folder per class")
-    names = [f.name.lower() for f in top]
+    names = [f.name.lower() for f in subfolders]
     if all(n in _TRAIN + _TEST for n in names):
         if not any(n in _TRAIN for n in names):
             raise DataError(f"{folder} has no folder of training images", expected="train", got=", ".join(names))
-        groups = [(f, is_test(f.name), "") for f in top]
-    elif any(_folders(f) for f in top):
-        groups = [(f, False, f.name) for f in top]
+        groups = [(f, is_test(f.name), "") for f in subfolders]
+    elif any(_folders(f) for f in subfolders):
+        groups = [(f, False, f.name) for f in subfolders]
     else:
         groups = [(folder, False, "")]
     classes = sorted({c.name for group, _, _ in groups for c in _folders(group)})
@@ -67,8 +67,8 @@ def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colo
     y = np.array([f[1] for f in files], np.int64)
     testing = np.array([f[2] for f in files], bool)
     owners = [np.array([f[3] for f in files])] if any(f[3] for f in files) else None
-    whole = assembled([(x, y, False)], owners=owners, class_names=classes)
-    return Samples(whole.parts, whole.labels, testing, whole.owners, whole.owner_names, whole.class_names)
+    samples = assembled([(x, y, False)], owners=owners, class_names=classes)
+    return Samples(samples.parts, samples.labels, testing, samples.owners, samples.owner_names, samples.class_names)
 
 
 def decoded(
@@ -80,7 +80,7 @@ def decoded(
         from PIL import Image
     except ImportError as error:
         raise MissingExtraError("reading images needs Pillow", extra="board") from error
-    out: npt.NDArray[np.uint8] | None = None
+    pixels_of_all: npt.NDArray[np.uint8] | None = None
     for number, (name, file) in enumerate(images):
         try:
             with warnings.catch_warnings():
@@ -88,28 +88,30 @@ def decoded(
                 with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
                     if max(image.size) > _MOST_SIDE:  # before a single pixel is decoded
                         raise DataError("size", expected=f"sides up to {_MOST_SIDE}", got=image.size)
-                    shown = viewer_image(image, "RGB" if colour else "L", None if size is None else (size[1], size[0]))
+                    image_in_colour = viewer_image(
+                        image, "RGB" if colour else "L", None if size is None else (size[1], size[0])
+                    )
         except DataError as error:
             what = f"{name}: {error.what}"
             raise DataError(what, expected=error.expected, got=error.got, hint=error.hint) from error
         except Exception as error:  # decoders raise whatever they meet
             raise DataError(f"can't read the image {name} ({reason(error)})") from error
-        pixels = np.asarray(shown, np.uint8)
-        if out is None:
+        pixels = np.asarray(image_in_colour, np.uint8)
+        if pixels_of_all is None:
             if pixels.nbytes * len(images) > MOST_BYTES:
                 raise DataError("images", expected=f"at most {MOST_BYTES} bytes", hint="Give a smaller size.")
-            out = np.empty((len(images), *pixels.shape), np.uint8)
-        if pixels.shape != out.shape[1:]:
+            pixels_of_all = np.empty((len(images), *pixels.shape), np.uint8)
+        if pixels.shape != pixels_of_all.shape[1:]:
             raise DataError(
                 f"{name}: size",
-                expected=f"{out.shape[1]} x {out.shape[2]}, as {Path(images[0][0]).name}",
+                expected=f"{pixels_of_all.shape[1]} x {pixels_of_all.shape[2]}, as {Path(images[0][0]).name}",
                 got=f"{pixels.shape[0]} x {pixels.shape[1]}",
                 hint="Give a size to which images are scaled.",
             )
-        out[number] = pixels
-    if out is None:
+        pixels_of_all[number] = pixels
+    if pixels_of_all is None:
         raise DataError("no images")
-    return out
+    return pixels_of_all
 
 
 def is_test(name: str) -> bool:

@@ -77,9 +77,9 @@ def _files(path: Path) -> Iterator[tuple[list[Path], bool]]:
     if path.is_file():
         yield [path], False
     else:
-        found = parquet_files_of(path)
+        all_files = parquet_files_of(path)
         for testing in (False, True):
-            files = [f for f in found if testing == any(map(is_test, re.split(r"[-_.]", f.stem)))]
+            files = [f for f in all_files if testing == any(map(is_test, re.split(r"[-_.]", f.stem)))]
             if files:
                 yield files, testing
 
@@ -137,10 +137,10 @@ def _features(path: Path, schema: pa.Schema, columns: Columns) -> dict[str, Any]
 
 def _inputs(split: _Split, names: Sequence[str], size: tuple[int, int] | None, colour: bool) -> Array:
     if len(names) > 1:
-        found = [_numbers(split.column(name), name) for name in names]
-        if any(column.ndim != 1 for column in found):
+        columns_of_numbers = [_numbers(split.column(name), name) for name in names]
+        if any(column.ndim != 1 for column in columns_of_numbers):
             raise DataError(f"several columns of inputs ({some(names)})", expected="one number per row in each")
-        return np.stack(found, 1).astype(np.float32)
+        return np.stack(columns_of_numbers, 1).astype(np.float32)
     [name] = names
     column, kind = split.column(name), str(split.features.get(name, {}).get("_type", ""))
     if kind not in ("", "Image", *_PLAIN):
@@ -159,6 +159,7 @@ def _numbers(column: pa.Array, name: str) -> Array:
     shape = [len(column)]
     while True:
         _check_filled(column, name)
+        # `datasets` stores arrays of two and more axes as an extension type, whose storage is nested lists.
         if isinstance(column, pa.ExtensionArray):
             column = column.storage
         elif pa.types.is_fixed_size_list(column.type):
@@ -194,15 +195,16 @@ def _labels(splits: Sequence[_Split], name: str) -> tuple[list[Array], tuple[str
         _check_filled(column, name, "A split without labels can't be used: leave it out.")
     if all(pa.types.is_string(column.type) or pa.types.is_large_string(column.type) for column in columns):
         texts = [np.array(column.to_pylist(), object) for column in columns]
-        classes, places = np.unique(np.concatenate(texts).astype(str), return_inverse=True)
-        return np.split(places.astype(np.int64), np.cumsum([*map(len, texts)])[:-1]), tuple(map(str, classes))
+        # Over all splits together: a class may be missing in one of them.
+        classes, class_indices = np.unique(np.concatenate(texts).astype(str), return_inverse=True)
+        return np.split(class_indices.astype(np.int64), np.cumsum([*map(len, texts)])[:-1]), tuple(map(str, classes))
     for column in columns:
         if not (pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
             raise DataError(f"labels in column {name!r}", expected="whole numbers or texts", got=str(column.type))
-    known = splits[0].features.get(name, {}).get("names")
-    if known is not None and not (isinstance(known, list) and all(isinstance(n, str) for n in known)):
-        raise DataError(f"names of the classes of {name!r}", expected="texts", got=shown(known))
-    return [column.to_numpy(zero_copy_only=False) for column in columns], tuple(known or ())
+    class_names = splits[0].features.get(name, {}).get("names")
+    if class_names is not None and not (isinstance(class_names, list) and all(isinstance(n, str) for n in class_names)):
+        raise DataError(f"names of the classes of {name!r}", expected="texts", got=shown(class_names))
+    return [column.to_numpy(zero_copy_only=False) for column in columns], tuple(class_names or ())
 
 
 def _owners(split: _Split, name: str) -> Array:

@@ -52,18 +52,19 @@ def dirichlet(
     _check(rows, devices, max(1, least))
     if not 0 < alpha < np.inf:
         raise DataError("alpha of the Dirichlet shares", expected="a number above 0", got=alpha)
-    own = labels[rows]
-    present = np.unique(own)
+    device_labels = labels[rows]
+    classes = np.unique(device_labels)
     hands: list[Rows] = []
     for attempt in range(_TRIES):
-        parts: list[list[Rows]] = [[] for _ in range(devices)]
-        for label in present:
+        pieces_by_device: list[list[Rows]] = [[] for _ in range(devices)]
+        for label in classes:
+            # Keyed by class, so that a class is dealt alike whichever other classes there are.
             rng = keyed(seed, "dirichlet", attempt, int(label))
-            pool = rng.permutation(rows[own == label])
+            pool = rng.permutation(rows[device_labels == label])
             pieces = np.split(pool, _cuts(len(pool), _shares(rng, devices, alpha)))
             for device, piece in enumerate(pieces):
-                parts[device].append(piece)
-        hands = [np.concatenate(p) for p in parts]
+                pieces_by_device[device].append(piece)
+        hands = [np.concatenate(p) for p in pieces_by_device]
         if min(map(len, hands)) >= least:
             return _sorted(hands)
     return _sorted(_mended(hands, labels, least, keyed(seed, "dirichlet", "mend")))
@@ -81,8 +82,8 @@ def pathological(rows: Rows, labels: Labels, devices: int, *, classes: int, seed
         DataError: There are fewer classes, a class would go to no device, or a class has too few samples.
     """
     _check(rows, devices)
-    own = labels[rows]
-    present = np.unique(own)
+    row_labels = labels[rows]
+    present = np.unique(row_labels)
     if not 1 <= classes <= len(present):
         raise DataError("classes per device", expected=f"1 to {len(present)}", got=classes)
     if devices * classes < len(present):
@@ -92,16 +93,18 @@ def pathological(rows: Rows, labels: Labels, devices: int, *, classes: int, seed
             hint="Take more devices, or more classes for each.",
         )
     holders = _holders(len(present), devices, classes, keyed(seed, "pathological", "classes"))
-    parts: list[list[Rows]] = [[] for _ in range(devices)]
+    pieces_by_device: list[list[Rows]] = [[] for _ in range(devices)]
     for number, label in enumerate(present):
         rng = keyed(seed, "pathological", int(label))
-        pool = rng.permutation(rows[own == label])
-        who = [d for d in range(devices) if number in holders[d]]
-        if len(pool) < len(who):
-            raise DataError(f"samples of class {int(label)}", expected=f"at least {len(who)}", got=len(pool))
-        for device, piece in zip(who, np.split(pool, _cuts(len(pool), _equal(len(who)), 1)), strict=True):
-            parts[device].append(piece)
-    return _sorted([np.concatenate(p) for p in parts])
+        pool = rng.permutation(rows[row_labels == label])
+        class_holders = [d for d in range(devices) if number in holders[d]]
+        if len(pool) < len(class_holders):
+            raise DataError(f"samples of class {int(label)}", expected=f"at least {len(class_holders)}", got=len(pool))
+        for device, piece in zip(
+            class_holders, np.split(pool, _cuts(len(pool), _equal(len(class_holders)), 1)), strict=True
+        ):
+            pieces_by_device[device].append(piece)
+    return _sorted([np.concatenate(p) for p in pieces_by_device])
 
 
 def by_owner(rows: Rows, owners: npt.NDArray[np.int64], devices: int = 0, *, seed: int) -> list[Rows]:
@@ -116,29 +119,33 @@ def by_owner(rows: Rows, owners: npt.NDArray[np.int64], devices: int = 0, *, see
     Raises:
         DataError: An owner has fewer samples than devices.
     """
-    own = owners[rows]
-    present = np.unique(own)
-    devices = devices or len(present)
+    row_owners = owners[rows]
+    present_owners = np.unique(row_owners)
+    devices = devices or len(present_owners)
     _check(rows, devices)
-    if devices <= len(present):
-        order = present if devices == len(present) else keyed(seed, "owners", "groups").permutation(present)
-        return [np.sort(rows[np.isin(own, group)]) for group in np.array_split(order, devices)]
-    parts: list[Rows] = [rows[:0]] * devices
-    for number, owner in enumerate(present):
-        pool = keyed(seed, "owners", int(owner)).permutation(rows[own == owner])
-        who = range(number, devices, len(present))
-        if len(pool) < len(who):
-            raise DataError(f"samples of owner {int(owner)}", expected=f"at least {len(who)}", got=len(pool))
-        for device, piece in zip(who, np.array_split(pool, len(who)), strict=True):
-            parts[device] = piece
-    return _sorted(parts)
+    if devices <= len(present_owners):
+        order = (
+            present_owners
+            if devices == len(present_owners)
+            else keyed(seed, "owners", "groups").permutation(present_owners)
+        )
+        return [np.sort(rows[np.isin(row_owners, group)]) for group in np.array_split(order, devices)]
+    hands: list[Rows] = [rows[:0]] * devices
+    for number, owner in enumerate(present_owners):
+        pool = keyed(seed, "owners", int(owner)).permutation(rows[row_owners == owner])
+        owner_devices = range(number, devices, len(present_owners))
+        if len(pool) < len(owner_devices):
+            raise DataError(f"samples of owner {int(owner)}", expected=f"at least {len(owner_devices)}", got=len(pool))
+        for device, piece in zip(owner_devices, np.array_split(pool, len(owner_devices)), strict=True):
+            hands[device] = piece
+    return _sorted(hands)
 
 
-def chosen(rows: Rows, most: int, *, seed: int) -> Rows:
+def chosen(rows: Rows, max_rows: int, *, seed: int) -> Rows:
     """`most` of the rows at random; all of them if there are no more, or `most` is 0."""
-    if not 0 < most < len(rows):
+    if not 0 < max_rows < len(rows):
         return np.sort(rows)
-    return np.sort(rows[keyed(seed, "chosen").permutation(len(rows))[:most]])
+    return np.sort(rows[keyed(seed, "chosen").permutation(len(rows))[:max_rows]])
 
 
 def split(rows: Rows, shares: Sequence[float], *, seed: int, device: str) -> list[Rows]:
@@ -155,6 +162,7 @@ def split(rows: Rows, shares: Sequence[float], *, seed: int, device: str) -> lis
     if any(not 0 <= s < 1 for s in shares) or sum(shares) >= 1:
         raise DataError("shares of a split", expected="numbers of 0 or more, below 1 in all", got=list(shares))
     order = rows[keyed(seed, "split", device).permutation(len(rows))]
+    # A share that was asked for gets a sample at least: an empty test split measures nothing.
     sizes = [max(1, round(s * len(rows))) if s else 0 for s in shares]
     if sum(sizes) >= len(rows):
         raise DataError(f"samples of {device}", expected=f"more than {sum(sizes)} to split", got=len(rows))
@@ -166,25 +174,25 @@ def counts(hands: Sequence[Rows], labels: Labels, classes: int) -> npt.NDArray[n
     return np.stack([np.bincount(labels[hand], minlength=classes) for hand in hands]).astype(np.int64)
 
 
-def _check(rows: Rows, devices: int, least: int = 1) -> None:
+def _check(rows: Rows, devices: int, min_samples: int = 1) -> None:
     if devices < 1:
         raise DataError("devices that share samples", expected="one or more", got=devices)
-    if least * devices > len(rows):
-        each, smaller = ("", "") if least == 1 else (f" ({least} each)", ", or a smaller `least`")
+    if min_samples * devices > len(rows):
+        each, smaller = ("", "") if min_samples == 1 else (f" ({min_samples} each)", ", or a smaller `least`")
         raise DataError(
             f"samples for {devices} devices",
-            expected=f"at least {least * devices}{each}",
+            expected=f"at least {min_samples * devices}{each}",
             got=len(rows),
             hint=f"Take fewer devices{smaller}.",
         )
 
 
-def _sorted(parts: Sequence[Rows]) -> list[Rows]:
-    return [np.sort(part) for part in parts]
+def _sorted(hands: Sequence[Rows]) -> list[Rows]:
+    return [np.sort(hand) for hand in hands]
 
 
-def _equal(parts: int) -> npt.NDArray[np.float64]:
-    return np.full(parts, 1.0 / parts)
+def _equal(count: int) -> npt.NDArray[np.float64]:
+    return np.full(count, 1.0 / count)
 
 
 def _shares(rng: np.random.Generator, devices: int, alpha: float) -> npt.NDArray[np.float64]:
@@ -193,39 +201,43 @@ def _shares(rng: np.random.Generator, devices: int, alpha: float) -> npt.NDArray
     return shares if np.isfinite(shares).all() and shares.sum() > 0 else np.eye(devices)[rng.integers(devices)]
 
 
-def _cuts(total: int, shares: npt.NDArray[np.float64], least: int = 0) -> npt.NDArray[np.int64]:
+def _cuts(total: int, shares: npt.NDArray[np.float64], min_items: int = 0) -> npt.NDArray[np.int64]:
     """Cut points that divide `total` items into parts of these shares, with at least `least` items each."""
-    free = total - least * len(shares)
-    given = least * np.arange(1, len(shares))
-    return (np.floor(np.cumsum(shares)[:-1] * free + 1e-9).clip(0, free) + given).astype(np.int64)
+    distributable = total - min_items * len(shares)
+    guaranteed = min_items * np.arange(1, len(shares))
+    # The tolerance lets 0.3 · 10 be 3, whatever the product rounds to.
+    return (np.floor(np.cumsum(shares)[:-1] * distributable + 1e-9).clip(0, distributable) + guaranteed).astype(
+        np.int64
+    )
 
 
 def _holders(classes: int, devices: int, each: int, rng: np.random.Generator) -> list[set[int]]:
     """Classes of every device. Taking those with the most places left never runs into a dead end."""
-    places = np.full(classes, devices * each // classes)
-    places[rng.permutation(classes)[: devices * each % classes]] += 1
-    out: list[set[int]] = [set() for _ in range(devices)]
+    free_places = np.full(classes, devices * each // classes)
+    free_places[rng.permutation(classes)[: devices * each % classes]] += 1
+    classes_by_device: list[set[int]] = [set() for _ in range(devices)]
     for device in rng.permutation(devices):
-        order = np.lexsort((rng.random(classes), -places))[:each]
-        places[order] -= 1
-        out[int(device)] = set(map(int, order))
-    return out
+        chosen_classes = np.lexsort((rng.random(classes), -free_places))[:each]
+        free_places[chosen_classes] -= 1
+        classes_by_device[int(device)] = set(map(int, chosen_classes))
+    return classes_by_device
 
 
-def _mended(hands: list[Rows], labels: Labels, least: int, rng: np.random.Generator) -> list[Rows]:
+def _mended(hands: list[Rows], labels: Labels, min_samples: int, rng: np.random.Generator) -> list[Rows]:
     """Partition in which each device has `least` samples: the largest one gives, of its most frequent class."""
     hands = list(hands)
     sizes = np.array([len(h) for h in hands])
-    for device in map(int, np.flatnonzero(sizes < least)):
-        while sizes[device] < least:
+    for device in map(int, np.flatnonzero(sizes < min_samples)):
+        while sizes[device] < min_samples:
             giver = int(sizes.argmax())
-            hand = hands[giver]
-            classes, number = np.unique(labels[hand], return_counts=True)
-            pool = np.flatnonzero(labels[hand] == classes[number.argmax()])
-            count = min(least - int(sizes[device]), len(pool), int(sizes[giver]) - least)
-            moved = rng.permutation(pool)[:count]
-            hands[device] = np.concatenate([hands[device], hand[moved]])
-            hands[giver] = np.delete(hand, moved)
+            giver_rows = hands[giver]
+            classes, number = np.unique(labels[giver_rows], return_counts=True)
+            candidates = np.flatnonzero(labels[giver_rows] == classes[number.argmax()])
+            # The giver keeps its own minimum.
+            count = min(min_samples - int(sizes[device]), len(candidates), int(sizes[giver]) - min_samples)
+            moved_rows = rng.permutation(candidates)[:count]
+            hands[device] = np.concatenate([hands[device], giver_rows[moved_rows]])
+            hands[giver] = np.delete(giver_rows, moved_rows)
             sizes[device] += count
             sizes[giver] -= count
     return hands

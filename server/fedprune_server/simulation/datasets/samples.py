@@ -48,26 +48,26 @@ class Samples:
     def __post_init__(self) -> None:
         if not self.parts or not len(self.labels):
             raise DataError("a data set is empty", expected="at least one sample")
-        first = self.parts[0]
-        for part in self.parts:
-            if part.ndim < 2 or part.dtype.kind not in "fiu":
-                raise DataError("inputs", expected="numbers [n, ...]", got=f"{part.dtype} {shape_text(*part.shape)}")
-            if part.dtype != first.dtype or part.shape[1:] != first.shape[1:]:
+        first_part = self.parts[0]
+        for array in self.parts:
+            if array.ndim < 2 or array.dtype.kind not in "fiu":
+                raise DataError("inputs", expected="numbers [n, ...]", got=f"{array.dtype} {shape_text(*array.shape)}")
+            if array.dtype != first_part.dtype or array.shape[1:] != first_part.shape[1:]:
                 raise DataError(
                     "inputs of the parts of a data set",
-                    expected=f"{first.dtype} {shape_text('n', *first.shape[1:])}",
-                    got=f"{part.dtype} {shape_text('n', *part.shape[1:])}",
+                    expected=f"{first_part.dtype} {shape_text('n', *first_part.shape[1:])}",
+                    got=f"{array.dtype} {shape_text('n', *array.shape[1:])}",
                 )
         total = sum(map(len, self.parts))
         object.__setattr__(self, "labels", _classes(self.labels, total))
         if self.testing.dtype != bool or self.testing.shape != (total,):
             raise DataError("marks of test samples", expected=f"bool [{total}]", got=_kind(self.testing))
         if self.owners is not None:
-            known = len(self.owner_names)
+            owner_count = len(self.owner_names)
             if self.owners.dtype != np.int64 or self.owners.shape != (total,):
                 raise DataError("owners", expected=f"int64 [{total}]", got=_kind(self.owners))
-            if int(self.owners.min()) < 0 or int(self.owners.max()) >= known:
-                raise DataError("an owner", expected=f"0 to {known - 1}", got=int(self.owners.max()))
+            if int(self.owners.min()) < 0 or int(self.owners.max()) >= owner_count:
+                raise DataError("an owner", expected=f"0 to {owner_count - 1}", got=int(self.owners.max()))
         if not self.class_names:
             object.__setattr__(self, "class_names", tuple(map(str, range(int(self.labels.max()) + 1))))
         elif int(self.labels.max()) >= len(self.class_names):
@@ -103,17 +103,19 @@ class Samples:
 
     def take(self, rows: npt.ArrayLike) -> Array:
         """Copy inputs as the files have them. Raises `DataError` if a row does not exist."""
-        wanted = np.asarray(rows, np.int64)
-        if len(wanted) and not (int(wanted.min()) >= 0 and int(wanted.max()) < len(self)):
-            raise DataError("rows", expected=f"0 to {len(self) - 1}", got=(int(wanted.min()), int(wanted.max())))
-        out = np.empty((len(wanted), *self.shape), self.dtype)
-        begin = 0
-        for part in self.parts:
-            here = (wanted >= begin) & (wanted < begin + len(part))
-            if here.any():
-                out[here] = part[wanted[here] - begin]
-            begin += len(part)
-        return out
+        row_numbers = np.asarray(rows, np.int64)
+        if len(row_numbers) and not (int(row_numbers.min()) >= 0 and int(row_numbers.max()) < len(self)):
+            raise DataError(
+                "rows", expected=f"0 to {len(self) - 1}", got=(int(row_numbers.min()), int(row_numbers.max()))
+            )
+        inputs = np.empty((len(row_numbers), *self.shape), self.dtype)
+        part_start = 0
+        for array in self.parts:
+            is_in_part = (row_numbers >= part_start) & (row_numbers < part_start + len(array))
+            if is_in_part.any():
+                inputs[is_in_part] = array[row_numbers[is_in_part] - part_start]
+            part_start += len(array)
+        return inputs
 
 
 @dataclass(frozen=True)
@@ -155,20 +157,22 @@ class Preparation:
         if self.mean:
             if len(self.mean) != x.shape[1]:
                 raise DataError("mean and deviation", expected=f"one number per channel, {x.shape[1]}", got=self.mean)
-            around = (1, -1) + (1,) * (x.ndim - 2)
-            x = (x - np.array(self.mean, np.float32).reshape(around)) / np.array(self.deviation, np.float32).reshape(
-                around
-            )
+            per_channel = (1, -1) + (1,) * (x.ndim - 2)
+            x = (x - np.array(self.mean, np.float32).reshape(per_channel)) / np.array(
+                self.deviation, np.float32
+            ).reshape(per_channel)
         return np.ascontiguousarray(x)
 
     def standardised(self, samples: Samples, rows: Sequence[int] | Rows | None = None) -> Preparation:
         """This preparation with mean and deviation measured per channel, by default not on the data set's test samples.
         Raises `DataError` if inputs are token ids, or a channel is constant."""
-        plain = replace(self, mean=(), deviation=())
-        looked = np.flatnonzero(~samples.testing) if rows is None else np.asarray(rows, np.int64)
+        # In float64 and in chunks: a data set may not fit in memory, and squares of a million pixels lose float32's
+        # digits.
+        without_scaling = replace(self, mean=(), deviation=())
+        measured_rows = np.flatnonzero(~samples.testing) if rows is None else np.asarray(rows, np.int64)
         count, total, squares = 0, np.zeros(0), np.zeros(0)
-        for at in range(0, len(looked), _CHUNK):
-            x = plain(samples.take(looked[at : at + _CHUNK]))
+        for start in range(0, len(measured_rows), _CHUNK):
+            x = without_scaling(samples.take(measured_rows[start : start + _CHUNK]))
             if x.dtype != np.float32:
                 raise DataError("token ids have no mean", got=str(samples.dtype))
             flat = np.moveaxis(x, 1, 0).reshape(x.shape[1], -1).astype(np.float64)
@@ -192,7 +196,7 @@ def assembled(
     owners: Sequence[Array] | None = None,
     class_names: Sequence[str] = (),
 ) -> Samples:
-    """A data set made of splits.
+    """Make a data set of its splits.
 
     Args:
         splits: Inputs, labels and whether they are test samples.
@@ -201,24 +205,24 @@ def assembled(
     Raises:
         DataError: As `Samples`; or a split has another number of labels than inputs.
     """
-    filled = [(x, y, kept) for x, y, kept in splits if len(y) or len(x)]
-    for x, y, _ in filled:
+    filled_splits = [(x, y, is_test) for x, y, is_test in splits if len(y) or len(x)]
+    for x, y, _ in filled_splits:
         if len(x) != len(y):
             raise DataError("number of labels", expected=len(x), got=len(y))
-    if not filled:
+    if not filled_splits:
         raise DataError("a data set is empty", expected="at least one sample")
-    labels = np.concatenate([np.asarray(y) for _, y, _ in filled])
-    testing = np.concatenate([np.full(len(y), kept) for _, y, kept in filled])
+    labels = np.concatenate([np.asarray(y) for _, y, _ in filled_splits])
+    testing = np.concatenate([np.full(len(y), is_test) for _, y, is_test in filled_splits])
     names, indices = tuple[str, ...](), None
     if owners is not None:
-        held = np.concatenate([np.asarray(o) for o in owners])
-        if held.shape != labels.shape:
-            raise DataError("number of owners", expected=len(labels), got=shape_text(*held.shape))
-        if held.dtype.kind not in "iuUS":
-            raise DataError("owners", expected="whole numbers or texts", got=str(held.dtype))
-        found, indices = np.unique(held, return_inverse=True)
-        names, indices = tuple(map(str, found.tolist())), indices.astype(np.int64)
-    return Samples(tuple(x for x, _, _ in filled), labels, testing, indices, names, tuple(class_names))
+        owner_values = np.concatenate([np.asarray(o) for o in owners])
+        if owner_values.shape != labels.shape:
+            raise DataError("number of owners", expected=len(labels), got=shape_text(*owner_values.shape))
+        if owner_values.dtype.kind not in "iuUS":
+            raise DataError("owners", expected="whole numbers or texts", got=str(owner_values.dtype))
+        distinct_owners, indices = np.unique(owner_values, return_inverse=True)
+        names, indices = tuple(map(str, distinct_owners.tolist())), indices.astype(np.int64)
+    return Samples(tuple(x for x, _, _ in filled_splits), labels, testing, indices, names, tuple(class_names))
 
 
 def _classes(labels: Array, total: int) -> npt.NDArray[np.int64]:
@@ -226,6 +230,7 @@ def _classes(labels: Array, total: int) -> npt.NDArray[np.int64]:
         raise DataError("labels", expected=f"whole numbers [{total}]", got=_kind(labels))
     if int(labels.min()) < 0:
         raise DataError("a label is negative", expected="0 or more", got=int(labels.min()))
+    # Counts per class are arrays as long as the largest label: an id taken for a label would fill memory.
     if int(labels.max()) >= 2**20:
         raise DataError("a label", expected="below 1,048,576 classes", got=int(labels.max()))
     return np.ascontiguousarray(labels, np.int64)

@@ -58,26 +58,28 @@ def read_npz(path: Path) -> Samples:
         splits = [(arrays["x_train"], arrays["y_train"], False)]
         if "x_test" in arrays:
             splits.append((arrays["x_test"], arrays["y_test"], True))
-        word = next((w for w in _OWNERS if f"{w}_train" in arrays), None)
+        owner_name = next((w for w in _OWNERS if f"{w}_train" in arrays), None)
         owners = None
-        if word is not None:
-            owners = [arrays[f"{word}_train"]]
+        if owner_name is not None:
+            owners = [arrays[f"{owner_name}_train"]]
             if "x_test" in arrays:
-                _need(path, arrays, (f"{word}_test",))
-                owners.append(arrays[f"{word}_test"])
+                _need(path, arrays, (f"{owner_name}_test",))
+                owners.append(arrays[f"{owner_name}_test"])
         return assembled(splits, owners=owners, class_names=names)
     _need(path, arrays, ("x", "y"))
-    word = next((w for w in _OWNERS if w in arrays), None)
-    whole = assembled(
-        [(arrays["x"], arrays["y"], False)], owners=None if word is None else [arrays[word]], class_names=names
+    owner_name = next((w for w in _OWNERS if w in arrays), None)
+    samples = assembled(
+        [(arrays["x"], arrays["y"], False)],
+        owners=None if owner_name is None else [arrays[owner_name]],
+        class_names=names,
     )
     if "is_test" not in arrays:
-        return whole
+        return samples
     marks = arrays["is_test"]
-    if marks.dtype.kind not in "biu" or marks.shape != whole.labels.shape:
-        raise DataError("is_test", expected=f"true or false [{len(whole)}]", got=f"{marks.dtype} {marks.shape}")
+    if marks.dtype.kind not in "biu" or marks.shape != samples.labels.shape:
+        raise DataError("is_test", expected=f"true or false [{len(samples)}]", got=f"{marks.dtype} {marks.shape}")
     return Samples(
-        whole.parts, whole.labels, np.asarray(marks) != 0, whole.owners, whole.owner_names, whole.class_names
+        samples.parts, samples.labels, np.asarray(marks) != 0, samples.owners, samples.owner_names, samples.class_names
     )
 
 
@@ -111,24 +113,27 @@ def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Ar
 
 def _mapped(path: Path, raw: Any, member: zipfile.ZipInfo) -> Array | None:
     """The array as a read-only map of the file; None if it is compressed, encrypted, tiny or of objects."""
+    # A map of a few KiB costs a file descriptor, and saves nothing.
     if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size < 2**16:
         return None
     raw.seek(member.header_offset)
     header = _LOCAL.unpack(raw.read(_LOCAL.size))
     if header[0] != b"PK\x03\x04":
         raise zipfile.BadZipFile("a member's header is damaged")
-    begin = member.header_offset + _LOCAL.size + header[9] + header[10]
-    raw.seek(begin)
+    # The local header's own lengths: those of the archive's directory may differ.
+    member_start = member.header_offset + _LOCAL.size + header[9] + header[10]
+    raw.seek(member_start)
     version = npy.read_magic(raw)
     if version not in ((1, 0), (2, 0)):
         return None
     shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(raw)
     if dtype.hasobject or not all(shape):
         return None
-    at = raw.tell()
-    if at + dtype.itemsize * int(np.prod(shape, dtype=object)) != begin + member.file_size:
+    data_start = raw.tell()
+    # A map beyond the end of the file would end the process by SIGBUS when it is read.
+    if data_start + dtype.itemsize * int(np.prod(shape, dtype=object)) != member_start + member.file_size:
         raise ValueError(f"{member.filename} is cut off")
-    return np.memmap(path, dtype, "r", at, shape, "F" if fortran else "C")
+    return np.memmap(path, dtype, "r", data_start, shape, "F" if fortran else "C")
 
 
 def _names(array: Array | None) -> tuple[str, ...]:
@@ -202,16 +207,16 @@ def _named(path: Path) -> Iterator[None]:
 
 def found(source: str | Path) -> Path:
     """The path of a source. Raises `DataError` if it doesn't exist; the message names the searched places."""
-    named = Path(source)
-    places = [named]
-    if not named.is_absolute() and (root := os.environ.get(VARIABLE)):
-        places += [Path(root) / named, Path(root) / f"{named}.npz"]
-    for place in places:
-        if is_there(place):
-            return place
+    path = Path(source)
+    candidates = [path]
+    if not path.is_absolute() and (root := os.environ.get(VARIABLE)):
+        candidates += [Path(root) / path, Path(root) / f"{path}.npz"]
+    for candidate in candidates:
+        if is_there(candidate):
+            return candidate
     raise DataError(
         f"data {str(source)!r}",
         expected="a .npz file or a folder that exists",
-        got=f"nothing at {', '.join(str(p.absolute()) for p in places)}",
+        got=f"nothing at {', '.join(str(p.absolute()) for p in candidates)}",
         hint="" if os.environ.get(VARIABLE) else f"Or set {VARIABLE} to the folder that holds it.",
     )

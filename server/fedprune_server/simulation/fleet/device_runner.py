@@ -82,6 +82,7 @@ class DeviceRunner:
             WorkerKilledError: A process was killed.
         """
         if self._pool is not None:
+            # A newer offer replaces an older one, as on a board.
             self.cancel(device.name)
             self._waiting[device.name] = device, offer, number
             self._begin_next()
@@ -97,8 +98,8 @@ class DeviceRunner:
         """Wait for the trainings that have begun; returns the blobs of their outcomes."""
         futures = [future for _, future in self._begun.values()]
         wait(futures)
-        done = [future.result() for future in futures if future.exception() is None]
-        return {blob for outcome, board in done for blob in (outcome.weights.sha256, board) if blob}
+        results = [future.result() for future in futures if future.exception() is None]
+        return {blob for outcome, board in results for blob in (outcome.weights.sha256, board) if blob}
 
     def carry_out(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
         """Carry out an offer as a board does.
@@ -128,6 +129,7 @@ class DeviceRunner:
         _, future = self._begun[device.name]
         self._begin_next()
         while not future.done():
+            # Whichever ends first makes room for the next: this training may be the longest of all.
             wait(self._running, return_when=FIRST_COMPLETED)
             self._begin_next()
         del self._begun[device.name]
@@ -148,9 +150,11 @@ class DeviceRunner:
         future = Future[Done]()
         try:
             # Samples are read here, because their loader need not be picklable, and no sooner than they are needed.
-            near = VirtualDevice(device.name, device.profile, device.load())
+            loaded_device = VirtualDevice(device.name, device.profile, device.load())
             if self._pool is not None:
-                future = self._pool.submit(_LocalRunner.train, near, offer, number, self.boards.get(device.name))
+                future = self._pool.submit(
+                    _LocalRunner.train, loaded_device, offer, number, self.boards.get(device.name)
+                )
         except BrokenExecutor as error:
             raise WorkerKilledError from error
         except FedpruneError as error:  # of the samples: the board's answer
@@ -171,6 +175,7 @@ class _LocalRunner:
         state = _BlobState(self._store, board)
 
         def noise(offer: Offer) -> GaussianNoise:
+            # Keyed noise, which a board never has: a simulation must give the same bits again.
             return GaussianNoise.keyed(offer.seed, offer.round, device.name, offer.weights.sha256)
 
         runner = RoundRunner(
@@ -183,9 +188,9 @@ class _LocalRunner:
             noise=noise,
             agreeing=self._agreeing,
         )
-        made = runner.make(Offer.from_dict({"job": "simulation", "round": number, "attempt": 0, **sent(offer)}))
-        made.keep()
-        update = made.update
+        result = runner.make(Offer.from_dict({"job": "simulation", "round": number, "attempt": 0, **sent(offer)}))
+        result.keep()
+        update = result.update
         # Times and memory of this machine differ from run to run.
         metrics = {name: value for name, value in update.metrics.items() if name not in MEASURED}
         return Outcome(update.weights, update.samples, update.steps, metrics), state.digest
@@ -216,8 +221,9 @@ class _BlobState:
         state.stage(self._staged)
         state.commit(neighbour)
         self._staged = b""
-        kept = {name: np.frombuffer(data, np.uint8) for name, data in sorted(state.records.items())}
-        self.digest = self._store.put(tensorfile.encode(kept)).sha256
+        # Sorted, so that equal states have equal digests.
+        records = {name: np.frombuffer(data, np.uint8) for name, data in sorted(state.records.items())}
+        self.digest = self._store.put(tensorfile.encode(records)).sha256
 
 
 def _runner(store: BlobStore, folder: Path, *, cuda: bool) -> _LocalRunner:

@@ -154,19 +154,19 @@ def read_plan(
         ConfigError: It can't be read, or a key is missing, unknown or wrong; the message names it.
         FedpruneError: Model, data or a profile can't be read; the message names table and key.
     """
-    found = read_tables(path, changes, tables)
-    with located(found.layers):
-        job = _overridden(found.config.job, strategy, seed, rounds)
-        return _plan(found, path, job, title, reference=reference, model=model)
+    fleet_tables = read_tables(path, changes, tables)
+    with located(fleet_tables.layers):
+        job = _overridden(fleet_tables.config.job, strategy, seed, rounds)
+        return _plan(fleet_tables, path, job, title, reference=reference, model=model)
 
 
-def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, model: Model | None) -> Plan:
+def _plan(fleet_tables: Tables, path: Path, job: Job, title: str, *, reference: bool, model: Model | None) -> Plan:
     """The plan of a file's tables; arguments and errors as `read_plan`."""
-    config, settings = found.config, found.settings
+    config, settings = fleet_tables.config, fleet_tables.settings
     federation = None
-    if found.data is not None:
+    if fleet_tables.data is not None:
         with named(("data",)):
-            federation = found.data.read(job.seed)
+            federation = fleet_tables.data.read(job.seed)
     if model is None:
         if config.model is None:
             raise ConfigError(("model", "path"), expected="an ONNX file", got="nothing")
@@ -175,11 +175,14 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
                 input_shape=config.input_shape, loss=config.loss, metric=config.metric, lora=config.lora,
                 base=config.base,
             )  # fmt: skip
-            raw = read_source(config.model, choices)
-            model = import_onnx(raw, Path(config.model).stem)
-    fits = partial(check_data if federation is None else _check_dealt, model=model, recipe=job.recipe)
-    devices = read_devices(found.body.get("devices"), job.seed, path.parent, federation, found.links, check=fits)
-    job = replace(job, devices=_present(found.body.get("job", {}), job, len(devices)))
+            source_model = read_source(config.model, choices)
+            model = import_onnx(source_model, Path(config.model).stem)
+    check_samples = partial(check_data if federation is None else _check_dealt, model=model, recipe=job.recipe)
+    devices = read_devices(
+        fleet_tables.body.get("devices"), job.seed, path.parent, federation, fleet_tables.links, check=check_samples
+    )
+    # After the fleet is read: rounds can't wait for more devices than there are.
+    job = replace(job, devices=_present(fleet_tables.body.get("job", {}), job, len(devices)))
     evaluation, calibration = None, None
     if config.evaluation is not None:
         with named(("evaluation", "data")):
@@ -207,14 +210,14 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
         devices=devices,
         evaluation=evaluation,
         calibration=calibration,
-        dropouts=found.dropouts,
-        weather=found.weather,
-        availability=found.availability,
+        dropouts=fleet_tables.dropouts,
+        weather=fleet_tables.weather,
+        availability=fleet_tables.availability,
         measure=measure,
         checkpoints=settings.checkpoints,
         workers=settings.workers,
         cuda=settings.cuda,
-        partition=_partition(devices, federation, found.data),
+        partition=_partition(devices, federation, fleet_tables.data),
         reference=fedavg(job) if reference else None,
         track=track_targets(settings.track, ("simulation", "track")),
     )
@@ -225,14 +228,18 @@ _COLOURS = {1: "false", 3: "true"}
 
 def _check_dealt(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
     """`check_data` of samples from [data]: an error about images of other colours or sizes names the keys for them."""
-    wanted, got = model.architecture.input_shape, data.x_train.shape[1:]
+    expected_shape, shape = model.architecture.input_shape, data.x_train.shape[1:]
     try:
         return check_data(data, model, recipe)
     except DataError as error:
-        if not (len(wanted) == len(got) == 3 and wanted != got and {wanted[0], got[0]} <= _COLOURS.keys()):
+        if not (
+            len(expected_shape) == len(shape) == 3
+            and expected_shape != shape
+            and {expected_shape[0], shape[0]} <= _COLOURS.keys()
+        ):
             raise
-        keys = [f"colour = {_COLOURS[wanted[0]]}"] * (wanted[0] != got[0])
-        keys += [f"size = {list(wanted[1:])}"] * (wanted[1:] != got[1:])
+        keys = [f"colour = {_COLOURS[expected_shape[0]]}"] * (expected_shape[0] != shape[0])
+        keys += [f"size = {list(expected_shape[1:])}"] * (expected_shape[1:] != shape[1:])
         hint = f"{error.hint} For images in files or in a column, set {' and '.join(keys)} in [data]."
         raise DataError(error.what, expected=error.expected, got=error.got, hint=hint.strip()) from error
 
@@ -276,6 +283,7 @@ def read_tables(
     layers = (file, Layer(str(path), dict(changes or {})))
     body = _with(file.tables, changes or {})
     with located(layers):
+        # One file may serve both commands: [server] is the daemon's alone.
         shared = {k: v for k, v in body.items() if k != "server"}
         config = parse_config(shared, path.parent, simulated=True)
         data = _data(body["data"], body.get("devices"), path.parent) if "data" in body else None
@@ -289,8 +297,8 @@ def read_tables(
 
 def _with(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A file's tables with changes. If these name a strategy, be it the same one, the file's options don't count."""
-    job, other = body.get("job"), changes.get("job")
-    if isinstance(job, Mapping) and isinstance(other, Mapping) and "strategy" in other:
+    job, job_changes = body.get("job"), changes.get("job")
+    if isinstance(job, Mapping) and isinstance(job_changes, Mapping) and "strategy" in job_changes:
         body = {**body, "job": {k: v for k, v in job.items() if k != "options"}}
     return merged(body, changes)
 

@@ -36,18 +36,19 @@ from fedprune_server.simulation.datasets.federation import Federation
 _BLOBS = ("weights", "training", "inference", "base")
 
 
-def pulls(offer: Mapping[str, Any], held: Collection[str]) -> dict[str, int]:
+def pulls(offer: Mapping[str, Any], held_digests: Collection[str]) -> dict[str, int]:
     """Bytes that a board downloads for an offer, by the digest of each blob.
 
     Args:
-        held: Digests that the board holds already; weights that it can decode with them travel encoded.
+        held_digests: Digests that the board holds already; weights that it can decode with them travel encoded.
     """
     refs = [offer[k] for k in (*_BLOBS, "mask", "moved") if offer.get(k)]
-    pulled, coded = {r["sha256"]: int(r["size"]) for r in refs}, offer.get("coded")
+    sizes, encoded = {r["sha256"]: int(r["size"]) for r in refs}, offer.get("coded")
     weights = offer["weights"]["sha256"]
-    if coded and offer.get("held", coded["sha256"]) in (*held, coded["sha256"]):
-        pulled[weights] = int(coded["size"])
-    return pulled
+    if encoded and offer.get("held", encoded["sha256"]) in (*held_digests, encoded["sha256"]):
+        # Encoded weights need the board's old ones; a board without them fetches the plain file.
+        sizes[weights] = int(encoded["size"])
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -168,32 +169,33 @@ def read_devices(
         ConfigError: A key is missing, unknown or wrong; the message names row and key.
         FedpruneError: A profile or data can't be read; the message names row and key.
     """
-    found = list(_expanded(rows, federation))
-    seen: dict[str, KeyPath] = {}
-    for row in found:
-        if row.name in seen:
-            expected, got = "another one for each device", f"{row.name!r} as {dotted(seen[row.name])}"
+    device_rows = list(_expanded(rows, federation))
+    rows_by_name: dict[str, KeyPath] = {}
+    for row in device_rows:
+        if row.name in rows_by_name:
+            expected, got = "another one for each device", f"{row.name!r} as {dotted(rows_by_name[row.name])}"
             raise ConfigError((*row.where, "name"), expected=expected, got=got)
-        seen[row.name] = row.where
-    if federation is not None and len(found) != len(federation.names):
+        rows_by_name[row.name] = row.where
+    if federation is not None and len(device_rows) != len(federation.names):
         raise ConfigError(
             ("devices",),
             expected=f"as many devices as [data] deals out: {len(federation.names)}",
-            got=len(found),
+            got=len(device_rows),
         )
     profiles: dict[tuple[str, str], HardwareProfile] = {}  # devices of one kind share one
     devices = []
-    for number, row in enumerate(found):
+    for number, row in enumerate(device_rows):
         link = row.link or (links[number % len(links)] if links else {})
         with named((*row.where, "profile")):
-            key = (row.profile, repr(sorted(link.items())))
-            if key not in profiles:
+            profile_key = (row.profile, repr(sorted(link.items())))
+            if profile_key not in profiles:
+                # Shipped profiles go by a bare name, so a name with a slash or an ending is a path.
                 file = "/" in row.profile or row.profile.endswith((".toml", ".json"))
                 source = str(folder / row.profile) if file else row.profile
-                profiles[key] = with_link(profile_store.chosen(source), link)
+                profiles[profile_key] = with_link(profile_store.chosen(source), link)
         with named((*row.where, "data") if federation is None else ("data", row.name)):
-            data = _samples(row, seed, folder, federation, number, check, held=len(found) <= HELD)
-        devices.append(VirtualDevice(row.name, profiles[key], data))
+            data = _samples(row, seed, folder, federation, number, check, keeps_in_memory=len(device_rows) <= HELD)
+        devices.append(VirtualDevice(row.name, profiles[profile_key], data))
     return tuple(devices)
 
 
@@ -205,37 +207,37 @@ def named(source: Subject) -> Iterator[None]:
     except FedpruneError as error:
         if error.path and not isinstance(source, str):
             raise
-        what, path = (f"{source}: {error.what}", ()) if isinstance(source, str) else (error.what, source)
-        raise error.named(what, path) from error
+        message, path = (f"{source}: {error.what}", ()) if isinstance(source, str) else (error.what, source)
+        raise error.named(message, path) from error
 
 
 def _expanded(rows: object, federation: Federation | None) -> Iterator[_Row]:
     needed = ("name", "profile", "data") if federation is None else ("profile",)
-    said = f"{', '.join(needed[:-1])} and {needed[-1]}" if len(needed) > 1 else needed[0]
+    needed_text = f"{', '.join(needed[:-1])} and {needed[-1]}" if len(needed) > 1 else needed[0]
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
-        raise ConfigError(("devices",), expected=f"one table with {said} per device")
-    started = 0
+        raise ConfigError(("devices",), expected=f"one table with {needed_text} per device")
+    name_count = 0
     for index, row in enumerate(rows):
-        where: KeyPath = ("devices", index)
+        row_path: KeyPath = ("devices", index)
         if not isinstance(row, Mapping):
-            raise ConfigError(where, expected=f"a table with {said}", got=repr(row))
-        own = _KEYS if federation is None else [k for k in _KEYS if k not in ("data", "validation")]
-        setting_checks.only(own, row, where)
+            raise ConfigError(row_path, expected=f"a table with {needed_text}", got=repr(row))
+        allowed_keys = _KEYS if federation is None else [k for k in _KEYS if k not in ("data", "validation")]
+        setting_checks.only(allowed_keys, row, row_path)
         for key in needed:
             if key not in row:
-                raise ConfigError((*where, key), expected=said, got="nothing")
-        names = _names(row, where, federation, started, alone=len(rows) == 1)
-        profiles = _texts(row["profile"], (*where, "profile"))
-        data = "" if federation is not None else _text(row["data"], (*where, "data"))
-        links = _links(row.get("link", {}), (*where, "link"))
-        share = setting_checks.number((*where, "validation"), row.get("validation", 0.0), 0, 0.9)
+                raise ConfigError((*row_path, key), expected=needed_text, got="nothing")
+        names = _names(row, row_path, federation, name_count, alone=len(rows) == 1)
+        profiles = _texts(row["profile"], (*row_path, "profile"))
+        data = "" if federation is not None else _text(row["data"], (*row_path, "data"))
+        links = _links(row.get("link", {}), (*row_path, "link"))
+        share = setting_checks.number((*row_path, "validation"), row.get("validation", 0.0), 0, 0.9)
         for i, name in enumerate(names):
-            yield _Row(where, name, profiles[i % len(profiles)], data, links[i % len(links)], share)
-        started += len(names)
+            yield _Row(row_path, name, profiles[i % len(profiles)], data, links[i % len(links)], share)
+        name_count += len(names)
 
 
 def _names(
-    row: Mapping[str, Any], where: KeyPath, federation: Federation | None, started: int, *, alone: bool
+    row: Mapping[str, Any], where: KeyPath, federation: Federation | None, name_count: int, *, alone: bool
 ) -> tuple[str, ...]:
     """Names of a row's devices: its own, numbered ones, or those of the data."""
     count = row.get("count")
@@ -244,12 +246,14 @@ def _names(
     if "name" not in row:
         if federation is None or (count is None and not alone):
             raise ConfigError((*where, "name"), expected="a text", got="nothing")
-        return federation.names[started:][: count if count is not None else None]
+        return federation.names[name_count:][: count if count is not None else None]
     name = _text(row["name"], (*where, "name"))
     if count is None:
         return (check_device(name, (*where, "name"), error=ConfigError),)
+    # As many digits as sorting by name needs.
     digits = max(3, len(str(count)))
     names = tuple(f"{name}-{i:0{digits}}" for i in range(1, count + 1))
+    # The last name is the longest: if it is valid, so are the others.
     check_device(names[-1], (*where, "name"), error=ConfigError)
     return names
 
@@ -257,26 +261,26 @@ def _names(
 def _links(value: object, where: KeyPath) -> list[LinkSettings]:
     """Links of a row's devices: one, or several in turn."""
     tables = value if isinstance(value, list) and value else [value]
-    found: list[LinkSettings] = []
+    links: list[LinkSettings] = []
     for table in tables:
         if not isinstance(table, Mapping):
             raise ConfigError(where, expected=f"a table with {', '.join(_LINK_KEYS)}", got=shown(table))
         setting_checks.only(_LINK_KEYS, table, where)
         limits = {"latency_s": (0.0, 3600.0)}
-        found.append({k: setting_checks.number((*where, k), v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()})
-    return found
+        links.append({k: setting_checks.number((*where, k), v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()})
+    return links
 
 
 def with_link(profile: HardwareProfile, link: LinkSettings) -> HardwareProfile:
     """The same board on another link; missing values stay."""
     if not link:
         return profile
-    known = profile.link
+    link_before = profile.link
     changed = replace(
-        known,
-        down_bytes_s=MEGABYTE * link["down_mb_s"] if "down_mb_s" in link else known.down_bytes_s,
-        up_bytes_s=MEGABYTE * link["up_mb_s"] if "up_mb_s" in link else known.up_bytes_s,
-        latency_s=link.get("latency_s", known.latency_s),
+        link_before,
+        down_bytes_s=MEGABYTE * link["down_mb_s"] if "down_mb_s" in link else link_before.down_bytes_s,
+        up_bytes_s=MEGABYTE * link["up_mb_s"] if "up_mb_s" in link else link_before.up_bytes_s,
+        latency_s=link.get("latency_s", link_before.latency_s),
     )
     return replace(profile, link=changed)
 
@@ -286,25 +290,27 @@ def _samples(
     seed: int,
     folder: Path,
     federation: Federation | None,
-    place: int,
+    device_index: int,
     check: Callable[[LocalData], object],
     *,
-    held: bool,
+    keeps_in_memory: bool,
 ) -> LocalData | StoredData:
     if federation is not None:
-        name = federation.names[place]
+        name = federation.names[device_index]
         load = partial(federation.load, name)
         data = load()
         check(data)
-        if held:
+        if keeps_in_memory:
             return data
         return StoredData(federation.count(name), federation.fingerprint(name), load, data.effective_classes)
     source = str(folder / row.data) if row.data.endswith(".npz") else row.data
-    read = partial(load_data, source, seed, row.name, row.validation)
-    data = read()
+    read_samples = partial(load_data, source, seed, row.name, row.validation)
+    data = read_samples()
     with named(source):
         check(data)
-    return data if held else StoredData(data.samples, fingerprint(data), read, data.effective_classes)
+    return (
+        data if keeps_in_memory else StoredData(data.samples, fingerprint(data), read_samples, data.effective_classes)
+    )
 
 
 def _texts(value: object, where: KeyPath) -> list[str]:

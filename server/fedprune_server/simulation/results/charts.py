@@ -56,13 +56,13 @@ def curves(runs: Sequence[Record]) -> str:
     Args:
         runs: Runs laid over each other; their titles tell them apart.
     """
-    drawn = [
+    all_charts = [
         _curve(f"curve-{i}-{label}", f"{title}, by {label}", runs, values, metric, label, along)
         for i, (title, metric, values) in enumerate(_rows(runs))
         for label, along in _ALONG
     ]
-    found = [c for c in drawn if c is not None]
-    return charts(found, "curves") if found else ""
+    drawn_charts = [c for c in all_charts if c is not None]
+    return charts(drawn_charts, "curves") if drawn_charts else ""
 
 
 def devices(run: Record, reference: Record | None) -> str:
@@ -70,34 +70,34 @@ def devices(run: Record, reference: Record | None) -> str:
     rounds = [float(r.round) for r in run.rounds]
     local = [r.local for r in run.rounds]
     kind = run.measure
-    parts = []
+    blocks = []
     if 1 < len(run.devices) <= CURVES and len(rounds) > 1:
         series = {d.name: [values.get(d.name) for values in local] for d in run.devices}
-        drawn = _chart("devices", f"Local {kind} by round", rounds, series, run.metric)
-        parts.append(charts([drawn], "device-curves") if drawn is not None else "")
+        device_chart = _chart("devices", f"Local {kind} by round", rounds, series, run.metric)
+        blocks.append(charts([device_chart], "device-curves") if device_chart is not None else "")
     runs = [run] + ([reference] if reference is not None else [])
     if len(run.devices) > FEW:
-        parts.append(_histogram(runs))
+        blocks.append(_histogram(runs))
     names = [r.title for r in runs]
-    top = 1.0 if run.metric.share else max((v for r in runs for v in r.latest.values()), default=1.0) or 1.0
+    axis_end = 1.0 if run.metric.share else max((v for r in runs for v in r.latest.values()), default=1.0) or 1.0
     rows = []
     for device in _spread(run.devices, DEVICES):
-        for i, each in enumerate(runs):
-            value = each.latest.get(device.name)
+        for i, run_of_bar in enumerate(runs):
+            value = run_of_bar.latest.get(device.name)
             name = f"{device.name} (density {device.density:.2f})" if not i else f"{device.name} ({names[i]})"
-            share = 0.0 if value is None else min(1.0, max(0.0, value / top))
+            share = 0.0 if value is None else min(1.0, max(0.0, value / axis_end))
             rows.append(Bar(name, ((f"part {style(i)}", 0.0, share),), shown(value, run.metric)))
     legend = boxes(names) if len(runs) > 1 else ""
     text = paragraph("The model that each device serves, on its own test data, as measured last; – for never.")
-    return "".join(parts) + text + legend + bars(rows, f"Local {kind} of each device")
+    return "".join(blocks) + text + legend + bars(rows, f"Local {kind} of each device")
 
 
 def traffic(runs: Sequence[Record]) -> str:
-    most = max(max(r.last.down, r.last.up) for r in runs) or 1
+    largest_bytes = max(max(r.last.down, r.last.up) for r in runs) or 1
     rows = [
-        Bar(f"{run.title}, {way}", ((f"part {style(i)}", 0.0, count / most),), amount(count, "bytes"))
+        Bar(f"{run.title}, {direction}", ((f"part {style(i)}", 0.0, count / largest_bytes),), amount(count, "bytes"))
         for i, run in enumerate(runs)
-        for way, count in (("down", run.last.down), ("up", run.last.up))
+        for direction, count in (("down", run.last.down), ("up", run.last.up))
     ]
     return bars(rows, "Bytes down and up")
 
@@ -110,14 +110,24 @@ def channel_map(run: Record) -> str:
         return ""
     rows = []
     for name in _spread(names, DEVICES):
-        held = [frozenset(run.channels[name][g]) for g in range(len(groups))]
+        held_channels = [frozenset(run.channels[name][g]) for g in range(len(groups))]
         strips = [
-            tiles(label, [float(c in has) for c in range(size)])
-            for (label, size), has in zip(groups, held, strict=True)
+            tiles(label, [float(c in group_channels) for c in range(size)])
+            for (label, size), group_channels in zip(groups, held_channels, strict=True)
         ]
-        parts_of = ", ".join(f"{label}: {len(has)} of {size}" for (label, size), has in zip(groups, held, strict=True))
-        whole = sum(size for _, size in groups)
-        rows.append(Bar(name, strips, f"{sum(map(len, held)):,} of {whole:,} channels", f"{name}: {parts_of}"))
+        counts_text = ", ".join(
+            f"{label}: {len(group_channels)} of {size}"
+            for (label, size), group_channels in zip(groups, held_channels, strict=True)
+        )
+        total_channels = sum(size for _, size in groups)
+        rows.append(
+            Bar(
+                name,
+                strips,
+                f"{sum(map(len, held_channels)):,} of {total_channels:,} channels",
+                f"{name}: {counts_text}",
+            )
+        )
     return paragraph(f"Filled channels are held in the last round. {_group_names(run)}") + bars(
         rows, "Channels that each device holds"
     )
@@ -125,9 +135,9 @@ def channel_map(run: Record) -> str:
 
 def coverage_map(run: Record) -> str:
     """Share of each round's client updates that trained a channel: a row per round, a strip per group."""
-    noted = [r for r in run.rounds if r.coverage]
+    covered_rounds = [r for r in run.rounds if r.coverage]
     groups = [i for i, (_, size) in enumerate(run.groups) if size > 1][:GROUPS]
-    if not noted or not groups:
+    if not covered_rounds or not groups:
         return ""
     rows = [
         Bar(
@@ -135,7 +145,7 @@ def coverage_map(run: Record) -> str:
             [tiles(run.groups[g][0], [c / max(1, row.updates) for c in row.coverage[g]]) for g in groups],
             quantity(row.updates, "update"),
         )
-        for row in _spread(noted, ROUNDS)
+        for row in _spread(covered_rounds, ROUNDS)
     ]
     return (
         paragraph(f"Share of each round's client updates that trained a channel. {_group_names(run)}")
@@ -176,16 +186,16 @@ def _curve(
         run.title: [(along(r), v) for r, v in zip(run.rounds, values(run), strict=True) if v is not None]
         for run in runs
     }
-    places, series = together(points)
-    if not places:
+    x_values, series = together(points)
+    if not x_values:
         return None
-    return _chart(key, title, places, series, metric, along=label, amounts=label != "round")
+    return _chart(key, title, x_values, series, metric, along=label, amounts=label != "round")
 
 
 def _chart(
     key: str,
     title: str,
-    places: Sequence[float],
+    x_values: Sequence[float],
     series: dict[str, list[float | None]],
     metric: Metric,
     *,
@@ -195,7 +205,7 @@ def _chart(
     return chart(
         key,
         title,
-        places,
+        x_values,
         series,
         partial(shown, metric=metric),
         unit=(0.01, "%") if metric.share else (1.0, ""),
@@ -212,30 +222,35 @@ def _histogram(runs: Sequence[Record]) -> str:
     values = [v for run in runs for v in run.latest.values() if math.isfinite(v)]
     if not values:
         return ""
+    # The least bit more, so that the largest value is in the last bin and equal values have a bin at all.
     low, high = (0.0, 1.0) if metric.share else (min(values), max(values) + 1e-12)
     bins = 10
-    found = [Counter(min(bins - 1, int(bins * (v - low) / (high - low))) for v in run.latest.values()) for run in runs]
-    most = max(max(c.values(), default=0) for c in found) or 1
+    counts = [Counter(min(bins - 1, int(bins * (v - low) / (high - low))) for v in run.latest.values()) for run in runs]
+    largest_count = max(max(counter.values(), default=0) for counter in counts) or 1
     edges = [low + (high - low) * i / bins for i in range(bins + 1)]
     rows = [
         Bar(
             f"{shown(edges[i], metric)} to {shown(edges[i + 1], metric)}" + (f", {run.title}" if len(runs) > 1 else ""),
-            ((f"part {('one', 'two')[j]}", 0.0, found[j][i] / most),),
-            quantity(found[j][i], "device"),
+            ((f"part {('one', 'two')[j]}", 0.0, counts[j][i] / largest_count),),
+            quantity(counts[j][i], "device"),
         )
         for i in range(bins)
         for j, run in enumerate(runs)
-        if any(c[i] for c in found)
+        if any(counter[i] for counter in counts)
     ]
     return paragraph(f"Devices by local {kind}.") + bars(rows, f"Devices by local {kind}")
 
 
 def _group_names(run: Record) -> str:
-    named = ", ".join(f"{label} ({size})" for label, size in run.groups[:GROUPS])
-    return f"Groups from left to right: {named}."
+    group_list = ", ".join(f"{label} ({size})" for label, size in run.groups[:GROUPS])
+    return f"Groups from left to right: {group_list}."
 
 
-def _spread(entries: Iterable[T], most: int) -> list[T]:
+def _spread(entries: Iterable[T], max_entries: int) -> list[T]:
     """Entries, or `most` of them, evenly spread."""
-    found = list(entries)
-    return found if len(found) <= most else [found[i * (len(found) - 1) // (most - 1)] for i in range(most)]
+    all_entries = list(entries)
+    return (
+        all_entries
+        if len(all_entries) <= max_entries
+        else [all_entries[i * (len(all_entries) - 1) // (max_entries - 1)] for i in range(max_entries)]
+    )

@@ -67,16 +67,16 @@ def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
 def variant_figures(variants: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
     """Means over each variant's runs of what they were judged by, and standard deviations where there are several
     runs; of runs that have such a figure."""
-    found = []
+    figures = []
     for name, runs in variants.items():
         row: dict[str, Any] = {"variant": name, "runs": len(runs)}
-        for side, place in (("local", 0), ("global", 1)):
-            values = [v for v in (run.final(TAIL)[place] for run in runs) if math.isfinite(v)]
+        for side, index in (("local", 0), ("global", 1)):
+            values = [v for v in (run.final(TAIL)[index] for run in runs) if math.isfinite(v)]
             key = f"{side}_{runs[0].measure}"
             row[key] = statistics.fmean(values) if values else None
             row[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else None
-        found.append(row)
-    return found
+        figures.append(row)
+    return figures
 
 
 def variant_rows(variants: Mapping[str, Sequence[Record]]) -> list[tuple[str, ...]]:
@@ -106,28 +106,31 @@ def target_figures(run: Record, target: float) -> dict[str, float | None]:
 def equal_cost_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
     """For each cost, the largest amount that all runs have spent, and every run's measures after its last measured
     round that ended within it; without a round where none did. Costs that a run didn't count are left out."""
-    found = []
+    figures = []
     for cost, spent_by in _COSTS.items():
-        spent = [spent_by(run) for run in runs]
-        most = min(amounts[-1] for amounts in spent)
-        for run, amounts in zip(runs, spent, strict=True) if most else ():
-            whole, local = run.global_values(), run.mean_locals()
-            measured = [i for i, values in enumerate(zip(whole, local, strict=True)) if values != (None, None)]
-            if any(value is not None for value in whole):
-                measured = [i for i in measured if whole[i] is not None]
-            at = max((i for i in measured if amounts[i] <= most), default=None)
-            found.append(
+        costs = [spent_by(run) for run in runs]
+        equal_cost = min(amounts[-1] for amounts in costs)
+        # A cost of 0 was not counted, such as MACs on a server of real boards.
+        for run, amounts in zip(runs, costs, strict=True) if equal_cost else ():
+            global_values, local_values = run.global_values(), run.mean_locals()
+            measured_rounds = [
+                i for i, values in enumerate(zip(global_values, local_values, strict=True)) if values != (None, None)
+            ]
+            if any(value is not None for value in global_values):
+                measured_rounds = [i for i in measured_rounds if global_values[i] is not None]
+            last_round = max((i for i in measured_rounds if amounts[i] <= equal_cost), default=None)
+            figures.append(
                 {
                     "cost": cost,
-                    "amount": most,
+                    "amount": equal_cost,
                     "run": run.title,
-                    "round": None if at is None else run.rounds[at].round,
-                    "spent": None if at is None else amounts[at],
-                    f"local_{run.measure}": None if at is None else local[at],
-                    f"global_{run.measure}": None if at is None else whole[at],
+                    "round": None if last_round is None else run.rounds[last_round].round,
+                    "spent": None if last_round is None else amounts[last_round],
+                    f"local_{run.measure}": None if last_round is None else local_values[last_round],
+                    f"global_{run.measure}": None if last_round is None else global_values[last_round],
                 }
             )
-    return found
+    return figures
 
 
 def equal_cost_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
@@ -158,21 +161,23 @@ def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
 
     Speed-up is the first run's simulated time over each run's.
     """
-    reached: list[dict[str, Any]] = [target_figures(run, target) for run in runs]
+    figures_of_runs: list[dict[str, Any]] = [target_figures(run, target) for run in runs]
     rows: list[tuple[str, ...]] = [("run", "round", "seconds", "speed-up", "MB down and up", "training TMACs")]
-    first = reached[0]["seconds"]
-    for run, found in zip(runs, reached, strict=True):
-        if found["round"] is None:
+    baseline_seconds = figures_of_runs[0]["seconds"]
+    for run, figures in zip(runs, figures_of_runs, strict=True):
+        if figures["round"] is None:
             rows.append((run.title, "never", "–", "–", "–", "–"))
             continue
         rows.append(
             (
                 run.title,
-                str(found["round"]),
-                f"{found['seconds']:,.0f}",
-                f"{first / found['seconds']:.2f}" if first is not None and found["seconds"] else "–",
-                f"{found['bytes'] / 1e6:,.2f}",
-                tera_macs(found["training_macs"]),
+                str(figures["round"]),
+                f"{figures['seconds']:,.0f}",
+                f"{baseline_seconds / figures['seconds']:.2f}"
+                if baseline_seconds is not None and figures["seconds"]
+                else "–",
+                f"{figures['bytes'] / 1e6:,.2f}",
+                tera_macs(figures["training_macs"]),
             )
         )
     return rows
@@ -192,12 +197,12 @@ def _comparison_tables(
     runs: Sequence[Record], targets: Sequence[float], variants: Mapping[str, Sequence[Record]] | None
 ) -> dict[str, list[tuple[str, ...]]]:
     measure = runs[0].measure
-    reached = {
+    target_tables = {
         f"Until the global model's {measure} was {shown(t, runs[0].metric)}": target_rows(runs, t) for t in targets
     }
-    several = {} if not variants else {"Mean ± standard deviation of each variant's runs": variant_rows(variants)}
-    equal = {EQUAL_COST: equal_cost_rows(runs)} if len(runs) > 1 else {}
-    return {"Results": final_rows(runs), **several, **equal, **reached}
+    variant_table = {} if not variants else {"Mean ± standard deviation of each variant's runs": variant_rows(variants)}
+    equal_cost_table = {EQUAL_COST: equal_cost_rows(runs)} if len(runs) > 1 else {}
+    return {"Results": final_rows(runs), **variant_table, **equal_cost_table, **target_tables}
 
 
 def write_comparison(
@@ -232,8 +237,8 @@ def comparison_document(
 
 def _shared(runs: Sequence[Record]) -> dict[str, str]:
     """The header: each fact with the runs' values."""
-    found = [run.facts() for run in runs]
-    values = {key: list(dict.fromkeys(f[key] for f in found if f[key])) for key in found[0]}
+    facts_of_runs = [run.facts() for run in runs]
+    values = {key: list(dict.fromkeys(f[key] for f in facts_of_runs if f[key])) for key in facts_of_runs[0]}
     return {k: ", ".join(v) if len(v) <= _MOST_VALUES else f"{len(v)} different" for k, v in values.items()}
 
 

@@ -51,19 +51,19 @@ def model_card(run: Record, license: str = "") -> ModelCard:  # noqa: A002  as t
 
 
 def _without_seconds(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    at = rows[0].index("seconds")  # a server's have no beginning
-    return [(*row[:at], *row[at + 1 :]) for row in rows]
+    column = rows[0].index("seconds")  # a server's have no beginning
+    return [(*row[:column], *row[column + 1 :]) for row in rows]
 
 
 def _boards(devices: Sequence[DeviceRow]) -> Table:
     """A row per kind of board: how much of the model it trained, and what decided it."""
     rows = []
     for kind in sorted({d.profile for d in devices}):
-        same = [d for d in devices if d.profile == kind]
-        bounds = sorted({d.bound or "the job" for d in same})
-        shares = _span([f"{d.density:.2f}" for d in sorted(same, key=lambda d: d.density)])
-        sizes = _span([f"{d.parameters:,}" for d in sorted(same, key=lambda d: d.parameters)])
-        rows.append((kind, str(len(same)), shares, sizes, ", ".join(bounds)))
+        boards_of_kind = [d for d in devices if d.profile == kind]
+        bounds = sorted({d.bound or "the job" for d in boards_of_kind})
+        shares = _span([f"{d.density:.2f}" for d in sorted(boards_of_kind, key=lambda d: d.density)])
+        sizes = _span([f"{d.parameters:,}" for d in sorted(boards_of_kind, key=lambda d: d.parameters)])
+        rows.append((kind, str(len(boards_of_kind)), shares, sizes, ", ".join(bounds)))
     titles = ("boards", "number", "density", "parameters", "bound by")
     return Table([Column(title, right=title in titles[1:4]) for title in titles], rows)
 

@@ -186,18 +186,18 @@ class Record:
     @property
     def latest(self) -> dict[str, float]:
         """The latest measure of each device that ever delivered."""
-        found: dict[str, float] = {}
+        latest: dict[str, float] = {}
         for row in self.rounds:
-            found.update(row.local)
-        return found
+            latest.update(row.local)
+        return latest
 
     def final(self, rounds: int = 1) -> tuple[float, float]:
         """Mean local and global measure over the last `rounds` rounds; NaN without measurements."""
-        local = [v for v in self.mean_locals()[-rounds:] if v is not None]
-        whole = [v for v in self.global_values()[-rounds:] if v is not None]
+        local_values = [v for v in self.mean_locals()[-rounds:] if v is not None]
+        global_values = [v for v in self.global_values()[-rounds:] if v is not None]
         return (
-            sum(local) / len(local) if local else math.nan,
-            sum(whole) / len(whole) if whole else math.nan,
+            sum(local_values) / len(local_values) if local_values else math.nan,
+            sum(global_values) / len(global_values) if global_values else math.nan,
         )
 
     def to_json(self) -> str:
@@ -244,11 +244,13 @@ def record_of(
         partition: The fleet's data, if known.
         uncalibrated: As in the record.
     """
-    known = notes or {}
-    rounds = (round_row(e, known.get(e["round"], RoundNotes()), began, job.recipe.judged_by) for e in state.history)
+    round_notes = notes or {}
+    rounds = (
+        round_row(e, round_notes.get(e["round"], RoundNotes()), began, job.recipe.judged_by) for e in state.history
+    )
     missed = _missed(state)
     selection = None if ranking is None else Selection.from_json(ranking, architecture)
-    foretold = {name: predicted(name, device, job, architecture) for name, device in state.devices.items()}
+    predictions = {name: predicted(name, device, job, architecture) for name, device in state.devices.items()}
     devices = tuple(
         DeviceRow(
             name=name,
@@ -259,12 +261,12 @@ def record_of(
             bound=device.plan["bound"] if device.plan else "",
             parameters=costs_at(architecture, device.widths).parameters if device.widths else 0,
             excluded=device.excluded,
-            compared=compared(name, state, foretold[name]),
+            compared=compared(name, state, predictions[name]),
             missed=len(missed.get(name, [])),
             why=missed[name][-1][0] if name in missed else "",
             kind=missed[name][-1][1] if name in missed else "",
             unit=unit(device),
-            train_j=(foretold[name] or {}).get("train_j"),
+            train_j=(predictions[name] or {}).get("train_j"),
             warning=device.plan["warning"] if device.plan else "",
         )
         for name, device in sorted(state.devices.items())
@@ -286,9 +288,9 @@ def record_of(
 
 def also_measured(runs: Sequence[Record]) -> tuple[str, ...]:
     """Models measured in addition to the served one: as received, and as trained if averages are served."""
-    kind, measured = runs[0].measure, {name for run in runs for row in run.rounds for name in row.own}
+    kind, metric_names = runs[0].measure, {name for run in runs for row in run.rounds for name in row.own}
     pairs = (("before", "before"), (TRAINED, AVERAGED))
-    return tuple(moment for moment, sign in pairs if f"{kind}_{sign}" in measured)
+    return tuple(moment for moment, sign in pairs if f"{kind}_{sign}" in metric_names)
 
 
 def measured_names(runs: Sequence[Record]) -> list[str]:
@@ -307,12 +309,12 @@ def shown(value: float | None, metric: Metric) -> str:
 
 def _missed(state: State) -> dict[str, list[tuple[str, str]]]:
     """Reasons of refusals per device and their kinds, one for each finished round."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    refusals: dict[str, list[tuple[str, str]]] = {}
     for row in state.history:
         for name, part in row["devices"].items():
             if part["progress"] == Progress.REFUSED.value:
-                found.setdefault(name, []).append((str(part.get("reason", "")), str(part.get("kind", ""))))
-    return found
+                refusals.setdefault(name, []).append((str(part.get("reason", "")), str(part.get("kind", ""))))
+    return refusals
 
 
 def _label(architecture: Architecture, group: int) -> str:
@@ -322,12 +324,13 @@ def _label(architecture: Architecture, group: int) -> str:
 
 
 def _running_means(rows: Iterable[Mapping[str, float]]) -> tuple[float | None, ...]:
-    known: dict[str, float] = {}
-    out: list[float | None] = []
+    latest_values: dict[str, float] = {}
+    means: list[float | None] = []
     for row in rows:
-        known.update(row)
-        out.append(sum(known.values()) / len(known) if known else None)
-    return tuple(out)
+        # A device that isn't asked keeps its last value, so that means don't jump with who is asked.
+        latest_values.update(row)
+        means.append(sum(latest_values.values()) / len(latest_values) if latest_values else None)
+    return tuple(means)
 
 
 def _channels(selection: Selection, devices: Sequence[DeviceRow]) -> dict[str, tuple[tuple[int, ...], ...]]:

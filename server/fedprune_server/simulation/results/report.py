@@ -43,8 +43,8 @@ class Claim:
 
 def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
     """Claims about narrow models, relative to a reference that trains the whole model on every device."""
-    mine, theirs = run.final(TAIL), reference.final(TAIL)
-    lost = [_worse(run, a, b) for a, b in zip(mine, theirs, strict=True)]
+    final_scores, reference_scores = run.final(TAIL), reference.final(TAIL)
+    losses = [_worse(run, a, b) for a, b in zip(final_scores, reference_scores, strict=True)]
     metric = run.metric
     limit = POINTS / 100 if metric.share else EXCESS
     side = "below" if metric.higher else "above"
@@ -53,8 +53,8 @@ def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
     return (
         Claim(
             f"mean local and global {run.measure} at most {allowed} {reference.title}",
-            f"local {_difference(run, lost[0])}, global {_difference(run, lost[1])}",
-            all(d <= limit for d in lost),  # NaN compares false: a claim about something unmeasured fails
+            f"local {_difference(run, losses[0])}, global {_difference(run, losses[1])}",
+            all(d <= limit for d in losses),  # NaN compares false: a claim about something unmeasured fails
         ),
         Claim(
             f"at most {SHARE:.0%} of its bytes, down and up",
@@ -119,10 +119,10 @@ def _warnings(run: Record) -> tuple[str, ...]:
 
 def absences(run: Record) -> list[str]:
     """A sentence for each device that no longer takes part, or never delivered an update that counts."""
-    latest = set().union(*(r.density.keys() | r.local.keys() for r in run.rounds))
-    lost = [d for d in run.devices if d.excluded or (d.missed and d.name not in latest)]
-    said = [f"{d.name}: {_absence(run, d)}" for d in lost[:_NAMED]]
-    return said if len(lost) <= _NAMED else [*said, f"and {len(lost) - _NAMED:,} more devices"]
+    delivered = set().union(*(r.density.keys() | r.local.keys() for r in run.rounds))
+    lost = [d for d in run.devices if d.excluded or (d.missed and d.name not in delivered)]
+    sentences = [f"{d.name}: {_absence(run, d)}" for d in lost[:_NAMED]]
+    return sentences if len(lost) <= _NAMED else [*sentences, f"and {len(lost) - _NAMED:,} more devices"]
 
 
 def remarks(run: Record) -> list[str]:
@@ -132,9 +132,9 @@ def remarks(run: Record) -> list[str]:
 
 def diverged(run: Record) -> str:
     """Whether training diverged, with advice; empty if it didn't."""
-    measured = [r.metrics.get("loss") for r in run.rounds if r.metrics]
-    mixed = run.uncalibrated and any(share < 1 for r in run.rounds for share in r.density.values())
-    return advice(measured, [d.kind for d in run.devices], run.job, mixed=mixed)
+    losses = [r.metrics.get("loss") for r in run.rounds if r.metrics]
+    mixes_widths = run.uncalibrated and any(share < 1 for r in run.rounds for share in r.density.values())
+    return advice(losses, [d.kind for d in run.devices], run.job, mixed=mixes_widths)
 
 
 def _absence(run: Record, device: DeviceRow) -> str:
@@ -152,8 +152,8 @@ def foresight_rows(run: Record) -> list[tuple[str, ...]]:
 
 def _filled(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     """A table without its empty columns."""
-    kept = [i for i in range(len(rows[0])) if not i or any(row[i] not in ("", "–") for row in rows[1:])]
-    return [tuple(row[i] for i in kept) for row in rows]
+    filled_columns = [i for i in range(len(rows[0])) if not i or any(row[i] not in ("", "–") for row in rows[1:])]
+    return [tuple(row[i] for i in filled_columns) for row in rows]
 
 
 def closing_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
@@ -217,10 +217,11 @@ def _trained_note(run: Record) -> str:
         share = f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
         if not phases or phases[-1][1] != share:
             phases.append((row.round, share))
+    # More phases than a sentence can hold are no phases, but widths that vary.
     if not 1 < len(phases) <= TAIL:
         return ""
-    said = some([f"{share} from round {number} on" for number, share in phases], most=TAIL)
-    return f" Boards trained these shares of the channels: {said}."
+    phase_texts = some([f"{share} from round {number} on" for number, share in phases], most=TAIL)
+    return f" Boards trained these shares of the channels: {phase_texts}."
 
 
 def write_report(folder: Path, run: Record, reference: Record | None = None, *, judged: bool = True) -> Path:
@@ -228,20 +229,21 @@ def write_report(folder: Path, run: Record, reference: Record | None = None, *, 
     return write_page(run_document(run, reference, judged=judged), folder / "report.html")
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
+def _ratio(amount: float, total: float) -> float:
+    return amount / total if total else math.nan
 
 
 def _percent(value: float) -> str:
     return f"{value:.0%}" if math.isfinite(value) else "–"
 
 
-def _worse(run: Record, mine: float, theirs: float) -> float:
+def _worse(run: Record, score: float, reference: float) -> float:
     """How much worse a measure is: a difference of shares, a relative difference of other numbers."""
-    lost = theirs - mine if run.metric.higher else mine - theirs
+    difference = reference - score if run.metric.higher else score - reference
     if run.metric.share:
-        return lost
-    return lost / abs(theirs) if theirs else math.nan
+        return difference
+    # A loss has no unit: 0.1 more is much of 0.2 and little of 5.
+    return difference / abs(reference) if reference else math.nan
 
 
 def _difference(run: Record, worse: float) -> str:

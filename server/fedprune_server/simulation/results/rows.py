@@ -19,12 +19,12 @@ SPENT = ("bytes_down", "bytes_up", "training_macs", "active_macs")
 def round_rows(record: Record) -> list[dict[str, Any]]:
     """A row per round, all with the same columns; those that no round has are left out."""
     rows = list(map(WideRows(record.measure).row, record.rounds))
-    own = sorted(set().union(*(r.own for r in record.rounds)))
+    own_metrics = sorted(set().union(*(r.own for r in record.rounds)))
     names = [
         *EACH_ROUND,
         *sorted(set().union(*(r.metrics for r in record.rounds))),
         *(f"local_{record.measure}" for _ in range(any(r.local for r in record.rounds))),
-        *(f"mean_{metric}" for metric in own),
+        *(f"mean_{metric}" for metric in own_metrics),
         *sorted(set().union(*(r.measured for r in record.rounds))),
     ]
     return [{name: row.get(name) for name in dict.fromkeys(names)} for row in rows]

@@ -51,12 +51,12 @@ def simulate_to_model(
 ) -> tuple[Record, Model]:
     """Run an experiment as `simulate` does. Returns the last global model, too."""
     with nullcontext(None) if folder is not None else TemporaryDirectory(prefix="fedprune-blobs-") as scratch:
-        place = None if folder is None else folder / STATE
-        if folder is not None and place is not None:
-            with storage_errors(f"can't make {place}"):
-                place.mkdir(parents=True, exist_ok=True)
-        blobs = ScratchStore((place or Path(str(scratch))) / "blobs")
-        simulation = Simulation(experiment, blobs, folder=place)
+        state_folder = None if folder is None else folder / STATE
+        if folder is not None and state_folder is not None:
+            with storage_errors(f"can't make {state_folder}"):
+                state_folder.mkdir(parents=True, exist_ok=True)
+        blobs = ScratchStore((state_folder or Path(str(scratch))) / "blobs")
+        simulation = Simulation(experiment, blobs, folder=state_folder)
         simulation.run(progress, begun)
         record = simulation.record()
         if folder is not None:

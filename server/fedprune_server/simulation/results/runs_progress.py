@@ -87,25 +87,26 @@ class RunDisplay:
     def begin(self, simulation: Simulation) -> None:
         """Start the bar. Rounds of an earlier start are excluded from the time estimate."""
         self._preparing.close()
-        rounds, done = simulation.job.rounds, len(simulation.state.history)
+        rounds, finished_rounds = simulation.job.rounds, len(simulation.state.history)
         if simulation.state.phase is Phase.FINISHED:
-            which = f"all {done}" if done >= rounds else f"{done} of {rounds}"
-            early = "" if done >= rounds else ", and the job ended there"
-            self._say(f"{which} rounds were done before{early}; nothing is trained again")
+            which = f"all {finished_rounds}" if finished_rounds >= rounds else f"{finished_rounds} of {rounds}"
+            early_end = "" if finished_rounds >= rounds else ", and the job ended there"
+            self._say(f"{which} rounds were done before{early_end}; nothing is trained again")
             return
-        if done:
-            self._say(f"continues after round {done} of {rounds}")
+        if finished_rounds:
+            self._say(f"continues after round {finished_rounds} of {rounds}")
         self._open.enter_context(self._bar)
-        self._bar.reset(self._rounds, total=rounds, completed=done)
+        # `reset` starts the clock anew: what an earlier start has done took none of this one's time.
+        self._bar.reset(self._rounds, total=rounds, completed=finished_rounds)
 
     def show(self, simulation: Simulation) -> None:
         state, rounds = simulation.state, simulation.job.rounds
-        done = sum(t.progress.over for t in state.tasks.values()) / max(1, len(state.tasks))
+        trained_share = sum(t.progress.over for t in state.tasks.values()) / max(1, len(state.tasks))
         metrics = state.history[-1]["metrics"] if state.history else {}
-        found = leading(metrics)
-        note = "" if found is None else found[0].said(found[1])
-        shown = min(rounds, len(state.history) + (done if state.round > len(state.history) else 0))
-        self._bar.update(self._rounds, completed=round(shown, 2), note=note)
+        leading_metric = leading(metrics)
+        note = "" if leading_metric is None else leading_metric[0].said(leading_metric[1])
+        shown_rounds = min(rounds, len(state.history) + (trained_share if state.round > len(state.history) else 0))
+        self._bar.update(self._rounds, completed=round(shown_rounds, 2), note=note)
         self._lines.show(f"{self._title}: {len(state.history)} of {rounds} rounds are done{note and ', '}{note}")
 
     def _say(self, text: str) -> None:
@@ -134,14 +135,14 @@ class SweepDisplay:
         self._bars.stop()
 
     def show(self, statuses: Sequence[RunStatus]) -> None:
-        over = sum(s.state in ("done", "failed") for s in statuses)
+        finished_runs = sum(s.state in ("done", "failed") for s in statuses)
         if self._before is None:  # runs of an earlier start are excluded from the time estimate
-            self._before = float(over)
-            self._bars.reset(self._all, total=len(statuses), completed=int(over))
-        done = over + sum(s.share for s in statuses if s.state == "running")
+            self._before = float(finished_runs)
+            self._bars.reset(self._all, total=len(statuses), completed=int(finished_runs))
+        finished_share = finished_runs + sum(s.share for s in statuses if s.state == "running")
         failed = sum(s.state == "failed" for s in statuses)
-        note = f"{over} of {len(statuses)}" + (f", {failed} failed" if failed else "")
-        self._bars.update(self._all, completed=done, note=note)
+        note = f"{finished_runs} of {len(statuses)}" + (f", {failed} failed" if failed else "")
+        self._bars.update(self._all, completed=finished_share, note=note)
         running = some([f"{s.name} {s.share:.0%}" for s in statuses if s.state == "running"])
         self._lines.show(f"{note} runs are over" + (f"; at work: {running}" if running else ""))
         for status in statuses:

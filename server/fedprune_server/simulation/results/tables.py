@@ -28,25 +28,25 @@ _DROP_ORDER = {"training TMACs": 3, "rounds": 4}
 
 def table(rows: Sequence[tuple[str, ...]]) -> Table:
     """Rows as a table, of which only the first `ROWS` are shown; the first row is the header."""
-    head, body = rows[0], rows[1:]
+    header, body = rows[0], rows[1:]
     if len(body) > ROWS:
-        body = [*body[:ROWS], (f"and {len(body) - ROWS:,} more", *[""] * (len(head) - 1))]
-    return Table([_column(title) for title in head], body)
+        body = [*body[:ROWS], (f"and {len(body) - ROWS:,} more", *[""] * (len(header) - 1))]
+    return Table([_column(title) for title in header], body)
 
 
 def _column(title: str) -> Column:
     """A column; on a narrow terminal the run and its result stay."""
     if title in _WORDS:
         return Column(title, wrap=16 if title == "run" else 0)
-    stays = title in ("round", "seconds", "speed-up") or title.startswith(("local ", "global "))
-    return Column(title, right=True, drop=0 if stays else _DROP_ORDER.get(title, 1), wrap=8 if stays else 0)
+    keeps_width = title in ("round", "seconds", "speed-up") or title.startswith(("local ", "global "))
+    return Column(title, right=True, drop=0 if keeps_width else _DROP_ORDER.get(title, 1), wrap=8 if keeps_width else 0)
 
 
 def final_figures(run: Record) -> dict[str, str | float | None]:
     """A run's results: bytes, MACs, simulated seconds and privacy cost in all, and measures as means over the last
     rounds; None where there is no measurement."""
     kind = run.measure
-    local, whole = run.final(TAIL)
+    local_score, global_score = run.final(TAIL)
     best = run.best
     return {
         "run": run.title,
@@ -57,8 +57,8 @@ def final_figures(run: Record) -> dict[str, str | float | None]:
         "bytes_down": run.last.down,
         "bytes_up": run.last.up,
         "training_macs": run.macs() or None,
-        f"local_{kind}": finite(local),
-        f"global_{kind}": finite(whole),
+        f"local_{kind}": finite(local_score),
+        f"global_{kind}": finite(global_score),
         f"best_global_{kind}": None if best is None else best.metrics[kind],
         "best_round": None if best is None else best.round,
         "best_model": None if best is None else best.model,
@@ -78,27 +78,29 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     """Final results: measures as means over the last rounds, amounts and privacy costs in all; the first row is the
     header."""
     kind, metric = runs[0].measure, runs[0].metric
-    private = (EPSILON, "delta") if any(run.private for run in runs) else ()
-    own = [f"{kind}_{m}" for m in also_measured(runs)]
+    privacy_columns = (EPSILON, "delta") if any(run.private for run in runs) else ()
+    own_metrics = [f"{kind}_{m}" for m in also_measured(runs)]
     names = measured_names(runs)
     limits = ("updates limited",) if any(run.count_limited[0] for run in runs) else ()
     head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"local {kind}", f"global {kind}")
     best = (f"best global {kind} (round)",) if any(len(run.rounds) > 1 for run in runs) else ()
-    rows = [(*head, *best, *(f"local {m.partition('_')[2]}" for m in own), *names, *private, *limits)]
+    rows = [(*head, *best, *(f"local {m.partition('_')[2]}" for m in own_metrics), *names, *privacy_columns, *limits)]
     for run in runs:
-        found: dict[str, Any] = final_figures(run) | {key: _tail(run.own_means(key)) for key in own}
-        measures = [shown(found.get(key), metric) for key in (f"local_{kind}", f"global_{kind}", *own, *names)]
+        figures: dict[str, Any] = final_figures(run) | {key: _tail(run.own_means(key)) for key in own_metrics}
+        measures = [
+            shown(figures.get(key), metric) for key in (f"local_{kind}", f"global_{kind}", *own_metrics, *names)
+        ]
         rows.append(
             (
                 run.title,
                 rounds_done(run),
-                f"{found['seconds']:,.0f}",
-                *(f"{found[key] / 1e6:,.2f}" for key in ("bytes_down", "bytes_up")),
-                tera_macs(found["training_macs"]),
+                f"{figures['seconds']:,.0f}",
+                *(f"{figures[key] / 1e6:,.2f}" for key in ("bytes_down", "bytes_up")),
+                tera_macs(figures["training_macs"]),
                 *measures[:2],
                 *(_best(run) for _ in best),
                 *measures[2:],
-                *("–" if (cost := found.get(key)) is None else f"{cost:.3g}" for key in private),
+                *("–" if (cost := figures.get(key)) is None else f"{cost:.3g}" for key in privacy_columns),
                 *(limited_part(run) for _ in limits),
             )
         )
@@ -123,8 +125,8 @@ def _best(run: Record) -> str:
 
 def rounds_done(run: Record) -> str:
     """Number of a run's rounds, and those of its job where it ended early."""
-    done = str(len(run.rounds))
-    return f"{done} of {run.job['rounds']}" if run.ended_early else done
+    round_count = str(len(run.rounds))
+    return f"{round_count} of {run.job['rounds']}" if run.ended_early else round_count
 
 
 def limited_part(run: Record) -> str:
@@ -142,8 +144,8 @@ def print_rows(rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def _tail(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values[-TAIL:] if v is not None]
-    return sum(known) / len(known) if known else None
+    measured_values = [v for v in values[-TAIL:] if v is not None]
+    return sum(measured_values) / len(measured_values) if measured_values else None
 
 
 def write_page(document: Document, path: Path) -> Path:

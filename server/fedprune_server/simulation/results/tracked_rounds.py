@@ -45,23 +45,24 @@ def tracked(
     run = TrackedRun(experiment.title, folder or Path(), flat(settings | facts))
     tracking = Tracking(targets, run, None if folder is None else folder / STATE)
     kind = experiment.job.recipe.judged_by
-    rows, told = WideRows(kind), 0
+    rows, tracked_count = WideRows(kind), 0
 
     def write(simulation: Simulation) -> None:
-        nonlocal told
+        nonlocal tracked_count
         tracking.start()
         history = simulation.state.history
-        for entry in history[told:]:
+        for entry in history[tracked_count:]:
             notes = simulation.notes.get(entry["round"], RoundNotes())
             row = round_row(entry, notes, 0.0, kind)
             tracking.write(row.round, rows.row(row), time.time())
-        told = len(history)
+        tracked_count = len(history)
         if simulation.state.phase is Phase.FINISHED:
             record, weights = simulation.record(), simulation.store.read(simulation.state.model)
             tracking.finish(partial(_write_files, record, experiment.model, weights))
 
     try:
         yield write
+    # An interrupted run waits a little for trackers, and then ends: they may hang on a network.
     except BaseException:
         tracking.close(ENDS_S)
         raise

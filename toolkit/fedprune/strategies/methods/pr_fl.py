@@ -219,19 +219,20 @@ def pr_fl(job: Job) -> Strategy:
     elements = options.masks == "elements"
     # Both are made for every combination: an option that is wrong is named whether it is used or not.
     importance = Importance(options.interval, options.layer_floor)
-    settings: dict[str, Any] = {
-        "aggregator": Mean(weighting="uniform"),
-        "inputs": "measurements",
-        "allocator": _allocator(job, options, elements),
-        "schedule": SYNCHRONOUS if options.synchronous else _schedule(job, options),
-        "masks": elements,
-    }
+    # The tolerance keeps 0.1 of 50 at 5 rounds, whatever the product rounds to.
+    reporting = math.ceil(options.reported * options.interval - 1e-9)
+    strategy: Strategy
     if elements:
-        # The tolerance keeps 0.1 of 50 at 5 rounds, whatever the product rounds to.
-        reporting = math.ceil(options.reported * options.interval - 1e-9)
-        return PrFl(name, importance=importance, reporting=reporting, **settings)
-    # The asynchronous schedule ranks every I rounds; rounds in step are ranked singly.
-    return Ranked(name, scorer="magnitude", **settings)
+        strategy = PrFl(name, inputs="measurements", importance=importance, reporting=reporting, masks=True)
+    else:
+        # The asynchronous schedule ranks every I rounds; rounds in step are ranked singly.
+        strategy = Ranked(name, inputs="measurements", scorer="magnitude")
+    return replace(
+        strategy,
+        aggregator=Mean(weighting="uniform"),
+        allocator=_allocator(job, options, elements),
+        schedule=SYNCHRONOUS if options.synchronous else _schedule(job, options),
+    )
 
 
 def _schedule(job: Job, options: Options) -> Schedule:

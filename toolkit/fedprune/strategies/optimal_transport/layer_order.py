@@ -40,7 +40,7 @@ class Step:
 
 def steps(architecture: Architecture) -> list[Step]:
     """The layers' weights in the order of the graph."""
-    layer_steps: list[Step] = []
+    weight_steps: list[Step] = []
     visited: set[str] = set()
     for layer in architecture.layers:
         # A weight that two layers share is aligned where it comes first.
@@ -51,8 +51,8 @@ def steps(architecture: Architecture) -> list[Step]:
         outputs = architecture.output_axes(layer.weight)
         inputs = tuple(i for i, a in enumerate(axes) if i not in outputs and a.groups)
         written_groups = axes[outputs[0]].groups if len(outputs) == 1 else ()
-        layer_steps.append(Step(layer.weight, axes, outputs, inputs, () if _passes(layer, inputs) else written_groups))
-    return layer_steps
+        weight_steps.append(Step(layer.weight, axes, outputs, inputs, () if _passes(layer, inputs) else written_groups))
+    return weight_steps
 
 
 def _passes(layer: Layer, inputs: Sequence[int]) -> bool:
