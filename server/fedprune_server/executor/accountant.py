@@ -63,9 +63,11 @@ class Accountant:
 
 
 def costs(privacy: Privacy, state: State | None) -> dict[str, Any]:
-    """The privacy that a job has spent, as JSON; empty if the job promises none. Returns `epsilon` by device, at
-    `delta`, with the job's `noise`, `clip`, `noise_multiplier` and `epsilon_budget`. Where dp-accounting is not
-    installed, ε are None."""
+    """The privacy that a job has spent, as JSON; empty if the job promises none.
+
+    That is `epsilon` by device, at `delta`, with the job's `noise`, `clip`, `noise_multiplier` and `epsilon_budget`.
+    Every ε is None where dp-accounting is not installed.
+    """
     if state is None or not state.private or not privacy.on:
         return {}
     epsilons: dict[str, float | None] = {}

@@ -55,7 +55,7 @@ class Archive:
         return tensorfile.decode(self._store.map(digest))
 
     def sent(self, digest: str) -> dict[str, npt.NDArray[Any]]:
-        """Weights that devices were sent, often several the same; errors are those of `model`."""
+        """Weights that devices were sent, often several devices the same; errors are those of `model`."""
         return _kept(self._sent, digest, _MODELS, self.tensors)
 
     def update(self, digest: str, codec: str | None, sent: str | None) -> dict[str, npt.NDArray[Any]]:

@@ -22,15 +22,15 @@ class CommandExecutor(Protocol):
     def execute(self, command: Work) -> on.Event: ...
 
     def expect(self, commands: Sequence[do.Command]) -> None:
-        """Commands of which some will be carried out in a moment: what can be done ahead may begin."""
+        """Begin what can be done ahead of commands, some of which will be carried out next."""
         ...
 
 
 class BackgroundExecutor:
     """Runs commands on a worker in a thread of its own.
 
-    Results come in the order of the commands, and each is there before the next command begins. The daemon deletes what
-    earlier rounds needed when a round's last result is here, and so relies on it that no earlier command still runs.
+    Results come in the order of the commands, and each is available before the next command begins. The daemon relies
+    on that: with a round's last result it deletes what earlier rounds needed, so no earlier command may still run.
     """
 
     def __init__(self, worker: CommandExecutor) -> None:

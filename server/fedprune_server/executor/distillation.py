@@ -92,7 +92,7 @@ class Distiller:
         Args:
             ranks: Per group its channels, best first.
             trained: The widths that boards trained in the round. Without any, the whole model's are the widest.
-            core: Whether these are the only ones to learn, whichever the strategy names: others are not trained yet.
+            core: Whether only these widths learn, whichever the strategy names: boards have trained no others yet.
         """
         widest, densities = self._widths_of(set(trained), core)
         axes = self._trainer.axes

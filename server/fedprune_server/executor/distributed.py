@@ -81,7 +81,7 @@ class DistributedWorker:
                 self._expected[_key(command)] = (command, self._pool.submit(pool_tasks.check, command), 0)
 
     def _offer_key(self, command: do.Extract) -> Hashable:
-        """Identifies an offer that helpers are to make; the worker itself gives it to further devices."""
+        """The key of an offer for helpers: of those with equal keys one is made, and the worker gives it to all."""
         try:
             return self._worker.shared_key(command) or _key(command)
         except Exception:  # noqa: BLE001 - raised again where the command is carried out
@@ -116,15 +116,12 @@ class DistributedWorker:
     def _arrived(self, command: do.Extract, event: on.Extracted) -> bool:
         """Whether a helper's answer fits the command, and its blobs are visible here: a network's folder may lag."""
         device_part = command.part
-        answers_command = (event.device, event.round, event.attempt) == (
-            device_part.device,
-            command.basis.round,
-            device_part.attempt,
-        )
-        return answers_command and all(self._worker.store.has(digest) for digest in blobs_of(event.offer))
+        if (event.device, event.round, event.attempt) != (device_part.device, command.basis.round, device_part.attempt):
+            return False
+        return all(self._worker.store.has(digest) for digest in blobs_of(event.offer))
 
     def _result(self, command: do.Extract | do.Fold) -> on.Event | None:
-        """A helper's answer; None if none was asked, or it failed."""
+        """A helper's answer; None if no helper was asked, or it failed."""
         expected, future, position = self._expected.pop(_key(command), (None, None, 0))
         if future is None or expected != command:
             return None
@@ -168,7 +165,7 @@ def helper_processes(worker: Worker, size: int) -> TaskPool[Worker]:
 def helped(
     worker: Worker | DistributedWorker, helpers: int, url: str = PROCESSES
 ) -> Iterator[Worker | DistributedWorker]:
-    """A worker, with helpers if there are to be several processes.
+    """A worker that helpers support, if there are to be several processes.
 
     Args:
         helpers: How many processes of this machine there are to be.

@@ -1,4 +1,4 @@
-"""Detects that a job's training diverged, and says what to change."""
+"""Detect that a job's training diverged, and advise what to change."""
 
 from __future__ import annotations
 

@@ -46,12 +46,12 @@ class Sessions:
 
     Args:
         model: The model; its weights are not used.
-        most: How many stay open.
+        max_open: How many stay open.
     """
 
-    def __init__(self, model: Model, most: int) -> None:
+    def __init__(self, model: Model, max_open: int) -> None:
         self.model = model
-        self._most = most
+        self._most = max_open
         self._opened: dict[tuple[int, ...], Session] = {}
 
     def at(self, widths: tuple[int, ...]) -> Session:
@@ -88,8 +88,9 @@ class Evaluator:
         self._x, self._y = samples[0], self._objective.targets(samples[1])
 
     def __call__(self, weights: Tensors, widths: tuple[int, ...]) -> dict[str, float]:
-        """Loss, accuracy where classes are predicted, the recipe's metric, and the number of samples; what isn't finite
-        is left out.
+        """Measure loss, accuracy where classes are predicted, the recipe's metric, and the number of samples.
+
+        Values that are not finite are left out.
 
         Args:
             weights: The tensors of a model or submodel.

@@ -1,4 +1,4 @@
-"""Secure aggregation as the worker sees it: what offers say of vectors, and sums of vectors as a round takes them."""
+"""Secure aggregation in the worker: the form of masked vectors for offers, and rounds closed with their sums."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ _LOG = logging.getLogger("fedprune.server")
 class LatestGraphs:
     """The graphs that recent offers name: the one rule by which graphs are made, kept and deleted.
 
-    A graph counts from the latest round of all that were heard of: one that a part of an earlier round names once more
-    is as much in use as any.
+    A graph that any offer names counts as of the latest round, also if the offer belongs to an earlier one: it is in
+    use now.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ def misfit(offer: Mapping[str, Any] | None, ref: BlobRef) -> str:
 
 
 class Offers:
-    """Puts what offers name into a store.
+    """Make the blobs that offers name, and put them into a store.
 
     Args:
         precisions: At which lower precisions boards may serve, too.
@@ -126,7 +126,7 @@ class Offers:
         round_: int,
         unit: str = CPU,
         coding: do.Coding = do.Coding(),  # noqa: B008 - it is frozen
-        before: Selection | None = None,
+        previous_selection: Selection | None = None,
     ) -> dict[str, Any]:
         """The entries of an offer that follow from what a device is sent and how it trains.
 
@@ -142,7 +142,7 @@ class Offers:
             StorageError: The disk fails or is full.
         """
         mask = submodel.mask
-        packed, coded = self._coded(pack(mask, submodel.tensors), coding, submodel, before)
+        packed, coded = self._coded(pack(mask, submodel.tensors), coding, submodel, previous_selection)
         body: dict[str, Any] = {
             **coded,
             "weights": self._store.put(tensorfile.encode(packed)).to_dict(),
@@ -193,7 +193,7 @@ class Offers:
         return self._latest.digests()
 
     def _graph(self, key: str | tuple[int, ...], round_: int, make: Callable[[], bytes]) -> dict[str, Any]:
-        """The reference of the graph made for `key`; it is made if it isn't known, or was deleted meanwhile."""
+        """The reference of a graph, which is made if it is new or its blob was deleted."""
         ref = self._graphs.get(key)
         if ref is None or not self._store.has(ref["sha256"]):
             ref = self._store.put(make()).to_dict()
@@ -217,23 +217,23 @@ class Offers:
         return self._withheld[key]
 
     def _coded(
-        self, packed: Tensors, coding: do.Coding, submodel: Submodel, before: Selection | None
+        self, packed: Tensors, coding: do.Coding, submodel: Submodel, previous_selection: Selection | None
     ) -> tuple[Tensors, dict[str, Any]]:
-        """Weights as a device has them once it has decoded them, and the entries of its offer.
+        """Encode weights. Returns them as the device will decode them, and the entries of its offer.
 
         The server continues from these, so that both have the same bits. What coding leaves out is in the difference
         to the next weights, and so never adds up.
         """
         fields: dict[str, Any] = {}
         relocation_blob = b""
-        if before is not None and before.digest != submodel.selection.digest:
-            relocation_blob = relocation(before, submodel.selection)
-            fields = {"moved": self._store.put(relocation_blob).to_dict(), "moved_from": before.digest}
+        if previous_selection is not None and previous_selection.digest != submodel.selection.digest:
+            relocation_blob = relocation(previous_selection, submodel.selection)
+            fields = {"moved": self._store.put(relocation_blob).to_dict(), "moved_from": previous_selection.digest}
         weights_codec = None if coding.weights is None else updates.Codec.parse(coding.weights)
         if weights_codec is None:
             return packed, fields
         held_digest, held_weights = None, None
-        if before is not None and coding.held is not None and not submodel.mask:
+        if previous_selection is not None and coding.held is not None and not submodel.mask:
             held_tensors = self._held(coding.held.weights or "")
             held_tensors = relocated(held_tensors, relocation_blob, 2**40) if relocation_blob else held_tensors
             if {n: v.shape for n, v in held_tensors.items()} == {n: v.shape for n, v in packed.items()}:
@@ -251,11 +251,11 @@ class Offers:
         return decoded, {**fields, **reference, **({} if held_digest is None else {"held": held_digest})}
 
     def _held(self, digest: str) -> Tensors:
-        """Weights that a device holds; nothing where they are here no longer."""
+        """Weights that a device holds; empty if they are no longer stored."""
         return tensorfile.decode(self._store.read(digest)) if digest and self._store.has(digest) else {}
 
     def _answer(self, packed: Tensors, recipe: Recipe) -> dict[str, tuple[int, ...]]:
-        """Shapes of the update that answers these weights: as many, without what is withheld."""
+        """Shapes of the tensors in the update that answers these weights."""
         withheld = self.withheld(recipe)
         shapes = {n: v.shape for n, v in packed.items() if n not in withheld}
         if recipe.report_squares:

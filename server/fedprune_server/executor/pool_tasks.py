@@ -87,7 +87,7 @@ class Addition:
 
 
 def extract(worker: Worker, commands: Sequence[do.Extract]) -> ExtractedBatch:
-    """Make submodels; None for one that fails, whose reason the server's own worker will raise."""
+    """Make submodels. One that fails is None: the server's own worker tries it again, and raises the reason."""
     events = tuple(_made(worker, command) for command in commands)
     return ExtractedBatch(events, worker.store.news())
 

@@ -1,4 +1,4 @@
-"""How updates become the sums of their round: each read by itself. Other ways override what they do differently."""
+"""Close rounds with single updates; secure aggregation overrides this (`fedprune_server.executor.masked_sums`)."""
 
 from __future__ import annotations
 

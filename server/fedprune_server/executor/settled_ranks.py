@@ -1,4 +1,4 @@
-"""The ranks by which a job's fleet trained narrower models, which a trained model takes along."""
+"""The ranks by which a job's fleet trained narrower models; they are stored with the trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stored updates and what they were made of, read from blobs for a strategy's roles."""
+"""Scenes, submodels and updates, read from blobs for a strategy."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class StoredUpdates:
         return self._withheld(self.recipe(self.turn(basis, device_part)))
 
     def cut(self, basis: do.Basis, device_part: do.Part) -> Cut:
-        """The parts of a device's submodel."""
+        """The input of a device's submodel."""
         turn = self.turn(basis, device_part)
         scene = self.scene(basis.round, basis.model, basis.memory)
         withheld = self._withheld(self.recipe(turn))
@@ -108,8 +108,10 @@ class StoredUpdates:
         return RoundUpdate(device_part.device, key, contribution.weight, device_part.samples, read, contribution.shares)
 
     def report(self, contribution: do.Contribution) -> Report:
-        """A stored update, whole. What doesn't travel is the server's own, whatever a device sent. Raises
-        `FedpruneError` if it can't be read, or holds squared gradients that were not asked for or are none."""
+        """A stored update with all its tensors. Those that don't travel are the server's, whatever a device sent.
+
+        Raises `FedpruneError` if it can't be read, or if its squared gradients were not asked for or are invalid.
+        """
         cut = self.cut(contribution.basis, contribution.part)
         selection = self._selection(contribution)
         mask = self.archive.mask(contribution.mask, selection)
@@ -129,7 +131,7 @@ class StoredUpdates:
         return Report(cut, trained, contribution.weight, contribution.steps, read_sent, squares)
 
     def some(self, contribution: do.Contribution, refs: Mapping[str, BlobRef], names: Collection[str]) -> Report:
-        """A stored update without a mask and without a codec, with some of its tensors; nothing else of it is read."""
+        """Some tensors of a stored update that has no mask and no codec; no others are read."""
         scene = self.scene(contribution.basis.round, contribution.basis.model, contribution.basis.memory)
         turn, selection = self.turn(contribution.basis, contribution.part), self._selection(contribution)
         round_selection = self.archive.selection(contribution.basis.ranking, contribution.part.widths)
@@ -152,7 +154,7 @@ class StoredUpdates:
 
 
 def _gathered(selection: Selection, model: Tensors, names: frozenset[str]) -> Tensors:
-    """Some tensors of a submodel."""
+    """The tensors of a submodel that have these names."""
     if not names:
         return {}
     submodel = selection.gather(model)

@@ -58,8 +58,8 @@ class Worker:
             there is no accuracy where numbers are predicted.
         calibration: Samples on which every global model is distilled, if the strategy asks for it, and its batch-norm
             statistics are measured again; None for neither.
-        unit: What devices train on that haven't measured it.
-        prefix: Of a line about a device's update, in one of several jobs.
+        unit: The processing unit of devices that have not measured theirs.
+        prefix: Begins log lines about devices' updates, to tell several jobs apart.
 
     Raises:
         ConfigError: The job's strategy or its options are wrong, or the server's set is empty.
@@ -142,8 +142,8 @@ class Worker:
         return recipe
 
     def execute(self, command: Work) -> on.Event:
-        """Carry out one command and return what came of it. Raises `FedpruneError` if it can't be done. A `Fold` whose
-        update is at fault is answered by `UpdateRejected` instead, and a `Close` leaves such updates out."""
+        """Carry out one command and return its result. Raises `FedpruneError` if it can't be done. A `Fold` of a faulty
+        update is answered by `UpdateRejected` instead, and a `Close` leaves such updates out."""
         match command:
             case do.Score():
                 return self._score(command)
@@ -157,14 +157,14 @@ class Worker:
                 return self._evaluate(command)
 
     def expect(self, commands: Sequence[do.Command]) -> None:
-        """Nothing is done ahead in one process: helpers do that (`DistributedWorker`)."""
+        """Do nothing ahead: only helpers can (`DistributedWorker`)."""
 
     def graphs(self) -> set[str]:
         """Digests of the graphs that offers of the latest rounds named; they must outlive garbage collection."""
         return self._offers.graphs()
 
     def note(self, command: do.Extract, event: on.Extracted) -> None:
-        """Note an offer, which a helper may have made: its graphs, and that other devices may get the same."""
+        """Note a new offer, perhaps of a helper: its graphs, and that other devices may get the same one."""
         self._offers.note(graphs_of(event.offer), event.round)
         key = self.shared_key(command)
         if key is not None:
@@ -186,7 +186,7 @@ class Worker:
         return on.Scored(command.round, ranking_digest, order)
 
     def shared_key(self, command: do.Extract) -> Hashable:
-        """Identifies an offer: devices of equal keys get the same one. None if it is made for its device alone."""
+        """The key of an offer: devices of equal keys get the same one. None for an offer that only its device gets."""
         if not self.strategy.device_independent:
             return None
         return _basis_of(command), _kind_of(command), command.coding, self._recipe(command), command.unit or self._unit
@@ -209,12 +209,9 @@ class Worker:
         submodel = self.strategy.extract(cut)
         recipe = _masked(self._recipe(command), submodel)
         held_submodel = command.coding.held
-        ranking_is_stored = held_submodel is not None and self.store.has(held_submodel.ranking)
-        previous_selection = (
-            self.updates.archive.selection(held_submodel.ranking, held_submodel.widths)
-            if ranking_is_stored and held_submodel is not None
-            else None
-        )
+        previous_selection = None
+        if held_submodel is not None and self.store.has(held_submodel.ranking):
+            previous_selection = self.updates.archive.selection(held_submodel.ranking, held_submodel.widths)
         return {
             **self._closer.offer_fields(command.basis, command.part, submodel.selection),
             "seed": self.job.seed,
@@ -229,9 +226,9 @@ class Worker:
         }
 
     def _ranking(self, basis: do.Basis, cut: Cut, sent: Selection) -> str:
-        """The ranking that a submodel's channels are the first of: the round's or, by the extractor's choice, its own.
+        """The ranking whose first channels a submodel has: the round's, or one of its own.
 
-        The update is folded by it, so that an extractor may choose any channels.
+        The update is folded by this ranking, so that a strategy may extract any channels.
         """
         if sent is cut.selection or sent.digest == cut.selection.narrowed(sent.widths).digest:
             return basis.ranking
@@ -240,7 +237,7 @@ class Worker:
     # Updates come in, and a round ends.
 
     def round_of(self, command: do.Fold | do.Close | do.Basis) -> Round:
-        """The round that a command belongs to; a new one if it isn't the one of the command before."""
+        """The round of a command; a new one if the command before belonged to another."""
         key = (command.round, command.model, command.memory)
         # An asynchronous job's commands may belong to another basis than those before: sums of one model are no sums of
         # another.
@@ -320,14 +317,14 @@ class Worker:
 
 
 def _parts_of(command: do.Fold | do.Close | do.Basis) -> tuple[do.Part, ...]:
-    """The parts whose updates a command brings, as far as it tells."""
+    """The devices' parts whose updates a command names."""
     if isinstance(command, do.Fold):
         return (command.contribution.part,)
     return () if isinstance(command, do.Basis) else tuple(contribution.part for contribution in command.contributions)
 
 
 def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:
-    """The recipe for a submodel's mask: kept as it is or, by the objective, by a threshold of magnitudes."""
+    """The recipe of a masked submodel, whose mask stays as it is or follows a threshold of magnitudes."""
     if not submodel.mask:
         return recipe
     if recipe.mask == "threshold":

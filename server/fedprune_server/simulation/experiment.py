@@ -30,8 +30,8 @@ REFERENCE = "FedAvg"
 # Settings that don't affect the result: what [data] has dealt is in the digests of the devices' samples.
 _UNDECIDED = ("title", "checkpoints", "data")
 
-_MOST_DIFFERENCES = 5
 # Settings that a message names; with more of them another run is meant anyway.
+_MOST_DIFFERENCES = 5
 _MAX_WORD = 40  # characters of a setting that errors show whole
 
 _NOTHING = object()

@@ -27,7 +27,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.monitoring.round_rows import RoundNotes
 from fedprune_server.simulation.experiment import Experiment
 
-FORMAT = "fedprune.simulation/7"
+FORMAT = "fedprune.simulation/8"
 CONFIG = "config.json"
 FILE = "simulation.json"
 ROUNDS = "rounds.jsonl"

@@ -62,10 +62,10 @@ class Mean(Aggregator):
         server_momentum: β of FedAvgM, from 0 to below 1.
         weighting: `samples`, or `uniform`: all devices count alike (HeteroFL).
         damped: v ← β·v + (1 − β)·Δ instead of v ← β·v + Δ.
-        changed: Of every update only what it changed counts. `rows`: a row of the last layer that comes back as it
-            was sent, or has only shrunk by weight decay, is of a class that the device has no sample of (HeteroFL's
-            label rows: with `mask_absent_classes` such rows have no gradient). `elements`: single elements of all
-            trained tensors (FIARSE divides by the devices with a change). Empty: all counts.
+        changed: What of an update counts only if the device has changed it. `rows`: rows of the last layer. One that
+            comes back as it was sent, or has only shrunk by weight decay, is of a class that the device has no sample
+            of (HeteroFL's label rows: with `mask_absent_classes` such rows have no gradient). `elements`: single
+            elements of all trained tensors (FIARSE divides by the devices with a change). Empty: all counts.
         excluded: Patterns of tensors that stay on the boards (FedPer): they keep their value.
     """
 
@@ -148,8 +148,8 @@ class DeltaMean(Mean):
 
 
 def check(fold: Fold, report: Report, lifted: Submodel) -> None:
-    """Check what an extractor made of an update, which itself was checked before. Raises `BundleError` or
-    `ProtocolError` as `Fold.check`."""
+    """Check the reconstruction of an update, which itself was checked before. Raises `BundleError` or `ProtocolError`
+    as `Fold.check`."""
     # A strategy without `reconstruct` hands back the same tensors: checking a large model twice costs a pass over it.
     if lifted.tensors is not report.trained.tensors:
         fold.check(lifted.selection, lifted.tensors)

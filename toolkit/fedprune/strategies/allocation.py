@@ -1,4 +1,4 @@
-"""Who gets how much of the model: allocators, which the coordinator asks about every device.
+"""Allocators: how much of the model each device gets, which the coordinator asks them.
 
 An allocator has no state of its own: what it remembers of a device is in `Device.allocation`, what it remembers of
 the fleet in `State.allocation`, as plain JSON that is saved with every event. A density becomes widths, the same share
@@ -49,9 +49,9 @@ class Fleet:
     _order: list[tuple[_Key, str]] = field(default_factory=list, init=False, repr=False)
 
     def place(self, name: str) -> int:
-        """Where a known device stands among all, in the order of names; numbers in them count as numbers.
+        """The position of a device among all, in the order of names; numbers in them count as numbers.
 
-        The order is kept, since thousands of devices may announce themselves one after the other.
+        The order is stored, since thousands of devices may announce themselves one after the other.
         """
         entry = (natural(name), name)
         index = bisect_left(self._order, entry)
@@ -95,7 +95,7 @@ class Allocator(ABC):
 
     @abstractmethod
     def admit(self, fleet: Fleet, name: str, previous: Device | None) -> None:
-        """A device announced itself: give it density and widths, or the reason why it takes no part (`excluded`).
+        """Give a device that announced itself density and widths, or the reason why it takes no part (`excluded`).
 
         Args:
             fleet: With the device as it announced itself; what is remembered of it has been taken over.
@@ -178,7 +178,7 @@ class Tiers(Allocator):
         fleet.grant(name, self._density(fleet, name), elements=self.elements)
 
     def open(self, fleet: Fleet) -> bool:
-        """Deal again: others may have come."""
+        """Deal again: devices may have come since the last round."""
         changed = False
         for name, device in sorted(fleet.state.devices.items()):
             if not device.excluded:

@@ -75,9 +75,9 @@ class Ranked(Strategy):
 
     def _evidence(self, scene: Scene) -> Evidence:
         stored = scene.memory.get(EVIDENCE)
-        return (
-            Evidence.empty(scene.architecture) if stored is None else Evidence.from_tensors(scene.architecture, stored)
-        )
+        if stored is None:
+            return Evidence.empty(scene.architecture)
+        return Evidence.from_tensors(scene.architecture, stored)
 
 
 def places_of(architecture: Architecture) -> list[str]:

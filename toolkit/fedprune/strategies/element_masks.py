@@ -1,4 +1,4 @@
-"""Strategies whose submodels have all channels, of whose elements only some are active."""
+"""Strategies that mask elements: submodels keep all channels, and some of their elements are active."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fedprune.strategies.values import Cut, Submodel
 
 @dataclass(frozen=True)
 class Masked(Strategy):
-    """The ranking's first channels, of whose elements the most important ones of the whole model are active.
+    """The ranking's first channels, of which the most important elements of the whole model are active.
 
-    How many those are is the turn's density, if the device has all channels; the masks of a round lie inside each other
+    The turn's density is the active share, if the device has all channels. The masks of a round lie inside each other
     (PR-FL, Sec. "Stage 1"; `docs/strategies/pr-fl.md`). Where the ranking has no order of elements, none is masked.
     """
 

@@ -1,8 +1,8 @@
-"""Densities that change with time: by how long rounds take, and by what is left to learn (PR-FL, arXiv 2403.15439).
+"""Densities that change with time: with the length of rounds, and with what is left to learn (PR-FL, arXiv 2403.15439).
 
-A score that has not become better in P checks says that a device's submodel, or the whole model, is too small to learn
-more. Scores come from devices' validation samples, never from test samples: what they decide would otherwise have seen
-the test.
+If a score has not become better in P checks, a device's submodel, or the whole model, is too small to learn more.
+Scores come from devices' validation samples, never from test samples: what they decide would otherwise have seen the
+test.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ BAND = 0.05
 class Recovery:
     """Growth by early stopping.
 
-    At every check each device's own score and the mean score are looked at. A device's that has not become better in P
-    checks lets the device grow: ρ_i ← ρ_i + Δρ. The mean score lets the floor of all grow.
-    When all have all of the model, and the mean score does not become better in 8·P checks, training is done.
+    Every check compares each device's own score and the mean score with their best so far. A device whose score has not
+    become better in P checks grows: ρ_i ← ρ_i + Δρ. If the mean score has not, the floor of all devices grows. When
+    all devices have the whole model, and the mean score does not become better in 8·P checks, training is done.
 
     The mean is over devices' validation samples, each device by its samples, without the quarter with the lowest and
     the quarter with the highest scores (one of three devices, none of two), so that no board's word alone decides when
@@ -121,11 +121,8 @@ def watch(previous_state: Mapping[str, Any], new_score: float | None, patience: 
     Returns:
         What to remember, as JSON, and whether it fires.
     """
-    best_score, last_score, count = (
-        previous_state.get("best"),
-        previous_state.get("last"),
-        int(previous_state.get("count", 0)),
-    )
+    best_score, last_score = previous_state.get("best"), previous_state.get("last")
+    count = int(previous_state.get("count", 0))
     fired = False
     # The same score again means that no update came in between: neither better nor a failed check.
     if new_score is not None and new_score != last_score:
@@ -141,13 +138,16 @@ def watch(previous_state: Mapping[str, Any], new_score: float | None, patience: 
 
 
 def score(metrics: Mapping[str, float], suffix: str = "") -> float | None:
-    """A score, more is better: what the model is judged by, with its sign turned where less is better; None without."""
+    """The leading metric as a score, of which more is better; None without one.
+
+    The sign of a metric of which less is better is turned.
+    """
     leading_metric = leading(believable(metrics), suffix)
     return None if leading_metric is None else leading_metric[1] if leading_metric[0].higher else -leading_metric[1]
 
 
 def _mean_score(members: Mapping[str, Device]) -> float | None:
-    """The mean of the middle scores: a board's word, and what it says of its samples, can't move it far."""
+    """The mean of the middle scores, by samples: no single board's score or number of samples can move it far."""
     weighted_scores = sorted(
         (d.allocation[SCORE], max(1, d.samples)) for d in members.values() if SCORE in d.allocation
     )
@@ -215,8 +215,7 @@ class TimeDriven(Allocator):
         return True
 
     def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
-        """Keep how well the device did on its validation samples; and the time, if it was taken at the present
-        density."""
+        """Keep the device's validation score, and its time if that was measured at the present density."""
         device = fleet.state.devices[name]
         if self.recovery is not None:
             self.recovery.learn(device, task.metrics)
@@ -262,15 +261,17 @@ class TimeDriven(Allocator):
         return changed
 
     def _lowest(self, fleet: Fleet) -> float:
-        """ρ_min: the least density, from which all devices grow. Until something has grown, densities still come down
-        to the floor, wherever they stand."""
+        """The density from which all devices grow: the least of them, once one has grown, and ρ_min before that.
+
+        Before the first growth, balancing may still lower any density to ρ_min.
+        """
         if not fleet.state.allocation.get(_FROZEN):
             return self.floor
         densities = (d.density for d in fleet.state.devices.values() if d.widths and not d.excluded)
         return max(self.floor, min(densities, default=0.0))
 
     def _least(self, fleet: Fleet) -> float:
-        """The floor of all. What a device was given to grow needs none: once one has grown, no density falls."""
+        """The floor of all densities. A density that has grown needs none: from then on none falls."""
         return max(self.floor, float(fleet.state.allocation.get(FLOOR, 0.0)))
 
     def _grant(self, fleet: Fleet, name: str, density: float) -> bool:

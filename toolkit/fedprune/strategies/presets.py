@@ -77,8 +77,9 @@ def _compose(job: Job) -> Strategy:
         return preset(job)
     if ":" in job.strategy:
         return own_strategy(job)
-    split_name = job.strategy.rpartition(".")
-    names = [*PRESETS, f"{split_name[0]}:{split_name[2]}"] if split_name[0] else PRESETS
+    # A user may have written package.module.function, with a dot where the colon belongs.
+    module, _, function = job.strategy.rpartition(".")
+    names = [*PRESETS, f"{module}:{function}"] if module else PRESETS
     raise ConfigError(
         f"unknown name {shown(job.strategy)}{meant(job.strategy, names)}",
         path=("job", "strategy"),
@@ -88,8 +89,8 @@ def _compose(job: Job) -> Strategy:
 
 KINDS = ("sync", "semi-async", "async")
 
+# Keys of `Schedule` that both asynchronous kinds have, and those of each. Rounds in step have none.
 _EITHER = ("concurrent", "rate", "mixing", "keep", "staleness", "max_staleness", "score_every", "evaluate_every")
-# Keys of `Schedule` that either kind has, and those of each.
 _OF = {"semi-async": ("window_s", "least", "extension_s"), "async": ("arrivals",)}
 
 # Settings of the job that only synchronous rounds have.
@@ -121,9 +122,8 @@ def scheduled(strategy: Strategy, job: Job) -> Strategy:
                     got=getattr(job, name),
                     hint="The schedule's concurrent says how many work at a time." if name == "in_flight" else "",
                 )
-    participation = (
-        job.participation if rescheduled.schedule is None else rescheduled.schedule.participation or job.participation
-    )
+    own_share = 0.0 if rescheduled.schedule is None else rescheduled.schedule.participation
+    participation = own_share or job.participation
     if job.over_selection and participation == 1:
         raise ConfigError(
             ("job", "over_selection"),

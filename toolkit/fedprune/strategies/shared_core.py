@@ -1,4 +1,4 @@
-"""The width that nearly all boards of a fleet train together, and when wider boards train more than that."""
+"""The core: the width that most boards of a fleet train together, and when wider boards train more than that."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fedprune.core.settings import bounded, check_fields
 
 @dataclass(frozen=True)
 class SharedCore:
-    """Boards that can hold more than the core train the core, until most of the job is over.
+    """When boards train the core, and how wide it is: wider boards train it, too, until most of the job is over.
 
-    Mixing widths costs accuracy, not narrowness: wide boards' gradients pull at the channels that narrow boards answer
-    with, and the other way round. So most of a job goes into one width. Models that were trained before have no core:
-    what the rest of them knows would be lost.
+    It is the mixture of widths that costs accuracy, not narrow models: wide boards' gradients change channels by which
+    narrow boards answer, and the other way round. So most of a job goes into one width. Models that were trained before
+    have no core: what their other channels know would be lost.
 
     Attributes:
         board_share: The share of boards that can hold the core; the others train what they can hold.
         until: The share of the job, by its rounds and its totals, after which each board trains all that it can hold; 0
             for no core.
-        work: How many times the recipe's epochs boards train at most, where the whole model's would take them more.
+        work: How many times boards repeat the recipe's epochs at most: narrow models have time for more of them.
         evenness: The share of the classes that the median board's labels must be worth for a core; 0 for a core
             whatever the labels are.
         nearness: The share of the widest board's density that the narrowest must have for a core whatever the labels

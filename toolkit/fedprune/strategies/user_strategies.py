@@ -1,7 +1,7 @@
-"""Strategies of a user's own, found as `package.module:function`.
+"""Users' strategies, which a job names as `package.module:function`.
 
-An error in a user's own method ends as one line that names the strategy, the method, the file and the line; so does an
-answer of another type or shape than the method's (`fedprune.strategies.answers`).
+An error in a user's method becomes one line that names the strategy, the method, the file and the line. So does an
+answer of a wrong type or shape (`fedprune.strategies.answers`).
 """
 
 from __future__ import annotations
@@ -60,10 +60,9 @@ def own_code(job: Job) -> str:
     if ":" not in job.strategy:
         return ""
     strategy, _ = _composed(job)
-    user_objects = (strategy, strategy.aggregator, strategy.allocator)
-    names = {type(user_object).__module__ for user_object in user_objects if user_object is not None} | {
-        job.strategy.partition(":")[0]
-    }
+    parts_of_strategy = (strategy, strategy.aggregator, strategy.allocator)
+    names = {type(instance).__module__ for instance in parts_of_strategy if instance is not None}
+    names.add(job.strategy.partition(":")[0])
     digest = hashlib.sha256()
     for file in sorted(_own_files(names)):
         digest.update(file.read_bytes())
@@ -147,7 +146,7 @@ class _Origin:
         self.folders = set() if file is None else {Path(file).parent}
 
     def also(self, kind: type) -> _Origin:
-        """This, with the module of a class added."""
+        """This code and the module of a class."""
         extended = _Origin(kind.__module__, None)
         extended.packages |= self.packages
         extended.folders |= self.folders
@@ -164,7 +163,7 @@ class _Origin:
 
 
 def _checked(instance: T, what: str, checks: Mapping[str, Check], origin: _Origin) -> T:
-    """A copy, of a subclass in which the methods that its user wrote are checked."""
+    """A copy of an instance, of a subclass that checks the answers of the user's methods."""
     kind = type(instance)
     definers = {method: next(ancestor for ancestor in kind.__mro__ if method in vars(ancestor)) for method in checks}
     user_methods = {method for method, definer in definers.items() if not _shipped(definer.__module__)}
@@ -184,7 +183,7 @@ def _checked(instance: T, what: str, checks: Mapping[str, Check], origin: _Origi
 
 
 def _calling(kind: type, method: str, what: str, check: Check, origin: _Origin) -> Callable[..., Any]:
-    """A method that calls a class's own one, names where it fails, and checks its answer."""
+    """A method that calls that of the class, names the place of an error, and checks the answer."""
     # A decorated method is shown where the user wrote it, not in the decorator.
     code = getattr(inspect.unwrap(getattr(kind, method)), "__code__", None)
     definition_line = kind.__module__ if code is None else _line(code.co_filename, code.co_firstlineno)

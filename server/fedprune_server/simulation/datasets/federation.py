@@ -212,8 +212,10 @@ class Partition:
         usual: dict[str, Any] = {f.name: f.default for f in fields(DataPlan)}
         kind = self.settings.get("partition", "")
         always = ("partition", _SETTING_OF.get(kind, ""))
-        told = {k: v for k, v in self.settings.items() if k in always or (v and v != usual.get(k) and k != "source")}
-        return ", ".join(filter(None, [self.data, *(f"{k} {v}" for k, v in told.items())]))
+        stated_settings = {
+            k: v for k, v in self.settings.items() if k in always or (v and v != usual.get(k) and k != "source")
+        }
+        return ", ".join(filter(None, [self.data, *(f"{k} {v}" for k, v in stated_settings.items())]))
 
     @classmethod
     def of_federation(cls, federation: Federation, data: str = "") -> Partition:

@@ -52,15 +52,15 @@ def dirichlet(
     _check(rows, devices, max(1, least))
     if not 0 < alpha < np.inf:
         raise DataError("alpha of the Dirichlet shares", expected="a number above 0", got=alpha)
-    device_labels = labels[rows]
-    classes = np.unique(device_labels)
+    row_labels = labels[rows]
+    classes = np.unique(row_labels)
     hands: list[Rows] = []
     for attempt in range(_TRIES):
         pieces_by_device: list[list[Rows]] = [[] for _ in range(devices)]
         for label in classes:
             # Keyed by class, so that a class is dealt alike whichever other classes there are.
             rng = keyed(seed, "dirichlet", attempt, int(label))
-            pool = rng.permutation(rows[device_labels == label])
+            pool = rng.permutation(rows[row_labels == label])
             pieces = np.split(pool, _cuts(len(pool), _shares(rng, devices, alpha)))
             for device, piece in enumerate(pieces):
                 pieces_by_device[device].append(piece)
@@ -100,9 +100,8 @@ def pathological(rows: Rows, labels: Labels, devices: int, *, classes: int, seed
         class_holders = [d for d in range(devices) if number in holders[d]]
         if len(pool) < len(class_holders):
             raise DataError(f"samples of class {int(label)}", expected=f"at least {len(class_holders)}", got=len(pool))
-        for device, piece in zip(
-            class_holders, np.split(pool, _cuts(len(pool), _equal(len(class_holders)), 1)), strict=True
-        ):
+        pieces = np.split(pool, _cuts(len(pool), _equal(len(class_holders)), 1))
+        for device, piece in zip(class_holders, pieces, strict=True):
             pieces_by_device[device].append(piece)
     return _sorted([np.concatenate(p) for p in pieces_by_device])
 
@@ -124,11 +123,9 @@ def by_owner(rows: Rows, owners: npt.NDArray[np.int64], devices: int = 0, *, see
     devices = devices or len(present_owners)
     _check(rows, devices)
     if devices <= len(present_owners):
-        order = (
-            present_owners
-            if devices == len(present_owners)
-            else keyed(seed, "owners", "groups").permutation(present_owners)
-        )
+        order = present_owners
+        if devices < len(present_owners):
+            order = keyed(seed, "owners", "groups").permutation(present_owners)
         return [np.sort(rows[np.isin(row_owners, group)]) for group in np.array_split(order, devices)]
     hands: list[Rows] = [rows[:0]] * devices
     for number, owner in enumerate(present_owners):
@@ -142,7 +139,7 @@ def by_owner(rows: Rows, owners: npt.NDArray[np.int64], devices: int = 0, *, see
 
 
 def chosen(rows: Rows, max_rows: int, *, seed: int) -> Rows:
-    """`most` of the rows at random; all of them if there are no more, or `most` is 0."""
+    """Some of the rows at random; all of them if there are no more than `max_rows`, or that is 0."""
     if not 0 < max_rows < len(rows):
         return np.sort(rows)
     return np.sort(rows[keyed(seed, "chosen").permutation(len(rows))[:max_rows]])

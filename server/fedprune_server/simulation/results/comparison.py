@@ -41,25 +41,25 @@ _COSTS: dict[str, Callable[[Record], list[float]]] = {
 }
 
 
-def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
+def read_runs(paths: Sequence[Path]) -> tuple[Record, ...]:
     """Runs from their folders or `metrics.json` files; equal titles are distinguished by path.
 
     Args:
-        places: Folders or files; of a folder with a reference only the run itself is read.
+        paths: Folders or files; of a folder with a reference only the run itself is read.
 
     Raises:
         StorageError: There is no run, none of its rounds has ended, or they measure different things.
     """
-    runs = [(p, Record.load(p / RECORD if p.is_dir() else p)) for p in places]
-    for place, run in runs:
+    runs = [(p, Record.load(p / RECORD if p.is_dir() else p)) for p in paths]
+    for path, run in runs:
         if not run.rounds:
-            raise StorageError(f"the run in {place} has no finished round")
+            raise StorageError(f"the run in {path} has no finished round")
         if run.measure != runs[0][1].measure:
-            raise StorageError(f"the run in {place} measures {run.measure}", expected=runs[0][1].measure)
+            raise StorageError(f"the run in {path} measures {run.measure}", expected=runs[0][1].measure)
     titles = [run.title for _, run in runs]
     named = [
-        run if titles.count(run.title) == 1 else replace(run, title=f"{_place(place)} ({run.title})")
-        for place, run in runs
+        run if titles.count(run.title) == 1 else replace(run, title=f"{_place(path)} ({run.title})")
+        for path, run in runs
     ]
     return tuple(named)
 
@@ -242,5 +242,5 @@ def _shared(runs: Sequence[Record]) -> dict[str, str]:
     return {k: ", ".join(v) if len(v) <= _MOST_VALUES else f"{len(v)} different" for k, v in values.items()}
 
 
-def _place(place: Path) -> str:
-    return (place if place.suffix != ".json" else place.parent).name or str(place)
+def _place(path: Path) -> str:
+    return (path if path.suffix != ".json" else path.parent).name or str(path)

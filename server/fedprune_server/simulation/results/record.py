@@ -311,9 +311,11 @@ def _missed(state: State) -> dict[str, list[tuple[str, str]]]:
     """Reasons of refusals per device and their kinds, one for each finished round."""
     refusals: dict[str, list[tuple[str, str]]] = {}
     for row in state.history:
-        for name, part in row["devices"].items():
-            if part["progress"] == Progress.REFUSED.value:
-                refusals.setdefault(name, []).append((str(part.get("reason", "")), str(part.get("kind", ""))))
+        for name, device_row in row["devices"].items():
+            if device_row["progress"] == Progress.REFUSED.value:
+                refusals.setdefault(name, []).append(
+                    (str(device_row.get("reason", "")), str(device_row.get("kind", "")))
+                )
     return refusals
 
 

@@ -1,4 +1,4 @@
-"""The blocks of an axis that belong to one channel group, in a model and in a submodel; a coupling transports them."""
+"""Blocks of an axis: the indices of one channel group, in a model or a submodel, which a coupling transports."""
 
 from __future__ import annotations
 

@@ -16,14 +16,14 @@ _OWN_BIAS = ("Conv", "ConvTranspose", "Gemm")
 
 @dataclass(frozen=True)
 class Step:
-    """A layer's weight.
+    """A step of the alignment: the weight of one layer.
 
     Attributes:
         name: The tensor.
         axes: Its axes.
         outputs: Positions of the axes along which channels are made.
         inputs: Positions of the other axes with channels.
-        made: The groups that it writes to, with a plan of its own.
+        made: The groups that it writes to by a plan of its own.
     """
 
     name: str
@@ -56,12 +56,12 @@ def steps(architecture: Architecture) -> list[Step]:
 
 
 def _passes(layer: Layer, inputs: Sequence[int]) -> bool:
-    """Whether a layer works on each channel by itself (depthwise), so that its channels continue as they came."""
+    """Whether a layer works on each channel by itself, so that its output channels are its input channels."""
     return layer.groups > 1 and not inputs and bool(_groups(layer.reads.axes) & _groups(layer.makes.axes))
 
 
 def after_sums(architecture: Architecture, order: Sequence[Step]) -> dict[str, tuple[str, ...]]:
-    """Tensors whose channels come as a sum, not straight from the layer that wrote to their group last.
+    """Find the tensors whose channels are a sum, and not the output of the layer that wrote to their group last.
 
     Those are norms after an addition of streams (pre-activation residual networks, transformers), and biases and norms
     of a depthwise layer that reads such a sum. The table of layers has rows of additions and norms, but doesn't say
@@ -102,7 +102,7 @@ def after_sums(architecture: Architecture, order: Sequence[Step]) -> dict[str, t
 def _between(
     architecture: Architecture, weights: set[str]
 ) -> tuple[dict[str, list[Layer]], dict[str, list[TensorSpec]]]:
-    """The tensors between each layer's weight and the next: rows, the layer's own first, and tensors."""
+    """The table's rows and the tensors from each layer's weight to the next; the layer's own row comes first."""
     rows: dict[str, list[Layer]] = {}
     current_weight = ""
     for layer in architecture.layers:
@@ -122,7 +122,7 @@ def _between(
 def _norms(specs: Sequence[TensorSpec], rows: int) -> list[list[TensorSpec]]:
     """The tensors of each norm; none where their number isn't that of the rows.
 
-    A scale alone may be a norm without bias or a learnt factor (LayerScale): what the number of rows says.
+    A scale alone may be a norm without bias or a learnt factor (LayerScale): the number of rows tells which.
     """
     families: list[list[TensorSpec]] = []
     for spec in specs:
