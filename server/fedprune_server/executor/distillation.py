@@ -86,8 +86,8 @@ class Distiller:
         *,
         core: bool = False,
     ) -> Tensors:
-        """The model after a round's steps. Its statistics have to be measured again; a model that diverges, or has no
-        narrower width, stays as it is.
+        """Train a round's new model. Returns it as it is if it diverges or has no narrower width; otherwise its
+        statistics have to be measured again.
 
         Args:
             ranks: Per group its channels, best first.
@@ -123,8 +123,11 @@ class Distiller:
         return selection.scatter(result.tensors, tensors)
 
     def _widths_of(self, trained: set[Widths], core: bool) -> tuple[Widths, tuple[float, ...]]:
-        """The widest width, and shares of the whole model's at which others are narrower: the whole model and those
-        that the strategy names, or else those that boards trained, at most `MOST` and in 64ths."""
+        """The widest width, and the narrower ones as shares of the whole model's.
+
+        They are the whole model and the strategy's densities; or else those that boards trained, at most `MOST` and in
+        64ths.
+        """
         sizes = self._architecture.sizes
         if (self._asked.densities and not core) or not trained:
             return sizes, self._asked.densities

@@ -35,7 +35,7 @@ def is_uncalibrated(
 
 
 def of_history(history: Sequence[Mapping[str, Any]], job: Mapping[str, Any], *, uncalibrated: bool) -> str:
-    """The diagnosis of a coordinator's history; empty where nothing is wrong.
+    """The diagnosis of a coordinator's history; empty if training has not diverged.
 
     Args:
         history: Its summaries of rounds.
@@ -49,7 +49,7 @@ def of_history(history: Sequence[Mapping[str, Any]], job: Mapping[str, Any], *, 
 
 
 def advice(losses: Sequence[float | None], kinds: Iterable[str], job: Mapping[str, Any], *, mixed: bool = False) -> str:
-    """The diagnosis of these losses; empty where nothing is wrong.
+    """The diagnosis of these losses; empty if training has not diverged.
 
     Args:
         losses: Of the global model after every round that measured it; None where it was not finite.
@@ -98,7 +98,7 @@ _CALIBRATE = (
 
 
 def _most(kinds: Sequence[str]) -> bool:
-    """Whether training diverged on at least half of the devices; if on fewer, the cause is with those devices."""
+    """Whether training diverged on at least half of the devices. If on fewer, those devices are the cause."""
     return 2 * kinds.count(FailureKind.DIVERGED) >= len(kinds)
 
 

@@ -30,7 +30,7 @@ _BATCH = 256
 
 
 def check_samples(samples: Evaluation) -> None:
-    """Refuse samples that nothing can be measured on. Raises `ConfigError` without samples, or with too few labels."""
+    """Check that there are samples to measure on. Raises `ConfigError` if there are none, or too few labels."""
     x, y = samples
     if not 0 < len(x) == len(y):
         raise ConfigError(
@@ -128,8 +128,8 @@ def load_evaluation(source: str, model: Model, recipe: Recipe) -> Evaluation:
 
 
 def check_data(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
-    """Check samples and labels against a model; returns them as it takes them. Raises `DataError` if labels don't fit
-    the loss or the number of classes, or samples have another shape or type."""
+    """Check samples and labels against a model; returns them in the form that the model takes. Raises `DataError` if
+    labels don't fit the loss or the number of classes, or samples have another shape or type."""
     architecture = model.architecture
     label_port = next(p for p in training_step(model, recipe.features).inputs if p.name == step_contract.Y)
     shape = tuple(d if isinstance(d, int) else None for d in label_port.shape[1:])

@@ -46,8 +46,8 @@ class MaskedSums(RoundCloser):
         return {SECURE: MaskedForm(grid.form, grid.narrow, grid.wide).to_json()}
 
     def close(self, command: do.Close) -> RoundResult:
-        """The result of a round. If a cohort's sum can't be that of boards which follow the protocol, none of its
-        updates counts: sums of masked updates don't show which board is at fault."""
+        """Close a round. If a cohort's sum is impossible for boards that follow the protocol, none of its updates
+        counts: a sum doesn't show which board is at fault."""
         contributions = {cohort_sum.part.device: cohort_sum for cohort_sum in command.contributions}
         round_ = self._round_of(command)
         sums, rejected = list[PartialSums](), dict[str, Failure]()
@@ -102,7 +102,7 @@ class MaskedSums(RoundCloser):
 
 
 def _step(span: Range, deltas: Mapping[str, Any], name: str) -> int | None:
-    """The exponent of a tensor's step; None where its numbers travel as they are, as long as no change is known."""
+    """The exponent of a tensor's step; None as long as no change is known, when its numbers travel as they are."""
     if name not in deltas or not float(deltas[name][0]) > 0:
         return None
     low, high = TensorGrid.steps(span)

@@ -73,7 +73,7 @@ def receive_result(connection: Connection) -> Any:
 
 
 def _send_result(connection: Connection, result: Any) -> None:
-    """Send a result; sums as bare bytes, so that they are not copied once more."""
+    """Send a result. Sums are sent as bare bytes, which saves a copy."""
     if not isinstance(result, PartialSums):
         connection.send(result)
         return
@@ -188,7 +188,7 @@ def _probe_machine(open_store: Callable[[], BlobStore], probe: str) -> tuple[str
 
 
 def _do_task(settings: list[Any], token: str, task: Task, arguments: tuple[Any, ...]) -> Any:
-    """Do a task, with the worker of the last one if it was for the same server."""
+    """Do a task, with the last task's worker if that was for the same server."""
     global _worker
     if _worker is None or _worker[0] != token:
         import ray
@@ -199,7 +199,7 @@ def _do_task(settings: list[Any], token: str, task: Task, arguments: tuple[Any, 
 
 
 def _silence_output() -> None:
-    """Ray's own log is in its own folder."""
+    """Redirect the output of this process: Ray's own log is in Ray's folder."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)

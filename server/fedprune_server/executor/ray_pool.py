@@ -190,7 +190,7 @@ class DriverProcess:
         threading.Thread(target=self._send_tasks, name="fedprune-ray-tasks", daemon=True).start()
 
     def _await_size(self, url: str) -> int:
-        """The cluster's processors, which the child reports once it has reached it."""
+        """Wait for the child to reach the cluster and report its processors."""
         kind, what = "lost", f"no answer in {_START_S:g} s"
         until = time.monotonic() + _START_S
         with suppress(EOFError, OSError):

@@ -21,7 +21,7 @@ log = logging.getLogger("fedprune.server")
 
 
 def settled_ranks(job: Job, model: Model, state: State, store: BlobStore, digest: str) -> Ranks | None:
-    """The ranks by which the job would cut a model next, for a board that it doesn't know.
+    """The ranks by which the job would next cut a model for an unknown board.
 
     None where the fleet trained no prefixes of a ranking: if all boards trained the whole model and nothing else, if
     submodels are other channels or elements, or if ranks change with the round alone (windows that roll, random ones).

@@ -334,12 +334,12 @@ def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:
 
 
 def _basis_of(command: do.Extract) -> Hashable:
-    """Identifies what the submodels of a round are cut from."""
+    """The key of what the submodels of a round are cut from."""
     basis = command.basis
     return basis.round, basis.model, basis.ranking, basis.order
 
 
 def _kind_of(command: do.Extract) -> Hashable:
-    """The key of a device's submodel; its density counts where single elements are masked alone."""
+    """The key of a device's submodel; density is a part of it only with element masks."""
     device_part = command.part
     return device_part.widths, device_part.density if command.basis.order is not None else 1.0

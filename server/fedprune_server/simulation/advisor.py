@@ -66,9 +66,8 @@ class Variant:
 
 
 def choose_variants(path: Path, plan: Plan) -> tuple[list[Variant], dict[str, ConfigError]]:
-    """The variants of a `fleet.toml`'s job, of those that come to the same only the first; and those that the job's
-    other settings refuse. Raises `ConfigError` if that is all of them.
-    """
+    """The variants of a `fleet.toml`'s job, and those that the job's other settings refuse. Of variants that train the
+    same, the first is kept. Raises `ConfigError` if all are refused."""
     variants: list[Variant] = []
     refused: dict[str, ConfigError] = {}
     trainings = set()
@@ -113,7 +112,7 @@ def _misfit(devices: Mapping[str, Device]) -> str:
 
 
 def _training(strategy: Strategy, devices: Mapping[str, Device], *, trained_before: bool) -> object:
-    """What boards train by a strategy that may have a core: equal where strategies come to the same."""
+    """A key of what boards train by a strategy that may have a core: equal for strategies that train the same."""
     core, kinds = strategy.core, Counter((d.density, d.widths) for d in devices.values() if d.widths)
     if core is None or strategy.allocator is not None or not kinds:
         return core
@@ -132,12 +131,13 @@ class Trial:
     runs: tuple[Record, ...]
 
     def score(self, side: Side, rounds: int | None = None) -> float:
-        """The mean over the runs of the last score, within the first rounds if so asked; NaN where a run has none."""
+        """The mean over the runs of the last score, or of that at the end of the first rounds; NaN if a run has
+        none."""
         return statistics.fmean(_score(run, side, rounds) for run in self.runs)
 
     def expected_score(self, side: Side, rounds: int) -> float:
-        """The score after more rounds: as if it neared its end as 1 / rounds does, by what the last quarter of the
-        rounds brought. NaN of a single round."""
+        """The score after more rounds, extrapolated as if it approached its limit like 1 / rounds, at the pace of the
+        last quarter. NaN after a single round."""
         round_count = len(self.runs[0].rounds)
         earlier_score, last_score = self.score(side, 3 * round_count // 4), self.score(side)
         if round_count < 2:
@@ -149,17 +149,17 @@ class Trial:
 
     @property
     def bytes(self) -> float:
-        """Of a round, both ways."""
+        """Bytes of a round, both ways."""
         return statistics.fmean((run.last.down + run.last.up) / len(run.rounds) for run in self.runs)
 
     @property
     def macs(self) -> float:
-        """Of a round."""
+        """MACs of a round."""
         return statistics.fmean(run.macs() / len(run.rounds) for run in self.runs)
 
     @property
     def seconds(self) -> float:
-        """Of a round, which is as long as the slowest board takes."""
+        """Seconds of a round, which is as long as the slowest board takes."""
         return statistics.fmean(run.last.at / len(run.rounds) for run in self.runs)
 
 
@@ -191,7 +191,8 @@ class Advice:
 
 
 def advise(trials: Sequence[Trial], rounds: int, samples: int = 0) -> Advice:
-    """The best of the variants that all boards can train or, of those within noise of it, the one with fewest bytes.
+    """The best of the variants that all boards can train. Of those within noise of the best it is the one with fewest
+    bytes.
 
     The global model's score decides or, where the server has no samples, that of the models that boards serve.
 
@@ -235,8 +236,10 @@ def advise(trials: Sequence[Trial], rounds: int, samples: int = 0) -> Advice:
 
 
 def _noise(trials: Sequence[Trial], side: Side) -> float:
-    """Twice the standard error, over the seeds, of a variant's distance from the first one: the median variant's, so
-    that one that learns nothing doesn't make noise of all differences."""
+    """Twice the standard error, over the seeds, of a variant's distance from the first one.
+
+    It is the median variant's: one that learns nothing must not make noise of all differences.
+    """
     errors = [0.0]
     for trial in trials[1:]:
         gaps = [_score(a, side) - _score(b, side) for a, b in zip(trial.runs, trials[0].runs, strict=True)]

@@ -76,12 +76,12 @@ class Run:
         return self.compare().plot()
 
     def compare(self, *other_runs: Run) -> Comparison:
-        """A comparison whose speed-ups are relative to this run; runs of one title are told apart by their strategies,
-        if these differ."""
+        """Compare this run, to which speed-ups are relative, with others. Equal titles are told apart by their
+        strategies."""
         return Comparison(_named_by_strategy((self.record, *(other.record for other in other_runs))))
 
     def report(self, folder: Path, *, judged: bool = True) -> Path:
-        """Write the report, and return it; `judged`: whether a comparison with the reference tests the claims."""
+        """Write the report and return its path. `judged`: whether a comparison with the reference tests the claims."""
         return write_report(folder, self.record, self.reference, judged=judged)
 
     def save_pretrained(self, folder: str | Path, *, license: str = "") -> Path:  # noqa: A002  as the hub calls it

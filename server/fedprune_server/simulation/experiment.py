@@ -70,7 +70,7 @@ class Experiment:
 
     @property
     def extends(self) -> bool:
-        """Whether a finished run can be continued with more rounds as if it had had them from the start.
+        """Whether a finished run can be continued with more rounds, as if it had had that many from the start.
 
         An asynchronous job drops unfinished trainings at its end, and a user's strategy may depend on the number of
         rounds.
@@ -132,7 +132,7 @@ def _samples(*arrays: npt.NDArray[Any]) -> dict[str, Any]:
 
 
 def _pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Every place at which two values differ, as deep as both are tables."""
+    """Find every setting whose values differ, down to the keys of tables in tables."""
     old, new = _table(old), _table(new)
     if isinstance(old, Mapping) and isinstance(new, Mapping) and name not in _UNDECIDED:
         for key in (*old, *(k for k in new if k not in old)):
@@ -142,7 +142,7 @@ def _pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _table(value: Any) -> Any:
-    """A list of tables that have names, by those."""
+    """A list of tables as a table by their names; any other value as it is."""
     if isinstance(value, list) and value and all(isinstance(v, Mapping) and "name" in v for v in value):
         return {str(v["name"]): v for v in value}
     return value

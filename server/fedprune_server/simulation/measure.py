@@ -104,7 +104,7 @@ Hook = Callable[[Moment], Mapping[str, float]]
 
 
 def described(measure: Hook | None) -> Mapping[str, Any] | str | None:
-    """A measurement's settings as JSON; the function's name for a user's own."""
+    """A measurement's settings as JSON; for a user's function its name."""
     if isinstance(measure, Measure):
         sizes = {"samples": len(measure.y), "sets": {k: len(y) for k, (_, y) in measure.sets.items()}}
         return {"densities": list(measure.densities), "every": measure.every, **sizes}
@@ -144,9 +144,11 @@ class Measure:
         self._evaluators: dict[str, Evaluator] = {}
 
     def __call__(self, moment: Moment) -> dict[str, float]:
-        """Accuracy and loss as `global`, `sub@0.5` and so on; of a further set as `global/name`. Returns what models
-        are judged by (but for losses) under the name itself, mean loss under `..._loss`. Values that are not finite are
-        omitted. Raises `FedpruneError` if the samples don't fit the model."""
+        """Measure the global model as `global` and submodels as `sub@0.5`; on a further set as `global/name`.
+
+        The leading metric, unless it is a loss, has the name itself, and the mean loss the name with `_loss`. Values
+        that are not finite are omitted. Raises `FedpruneError` if the samples don't fit the model.
+        """
         if moment.round % self.every and moment.round < moment.job.rounds:
             return {}
         self._begin(moment.imported, moment.job.recipe)

@@ -95,7 +95,7 @@ class Weather:
         check_settings(self, ("weather",))
 
     def link(self, seed: int, number: int, device: str, direction: str) -> float:
-        """Factor on a device's link speed in a round; `way` is `down` or `up`."""
+        """Factor on a device's link speed in a round; `direction` is `down` or `up`."""
         constant_factor = self._spread(seed, device, "links", self.links_spread)
         return constant_factor * self._drawn(self.links_sigma, seed, number, device, direction)
 
@@ -105,9 +105,8 @@ class Weather:
         return constant_factor * self._drawn(self.compute_sigma, seed, number, device, "compute")
 
     def server(self, seed: int, number: int, direction: str) -> float:
-        """Bytes/s that the server's link carries in a round; `way` is seen from the devices, so `down` is what it
-        sends.
-        """
+        """Bytes/s that the server's link carries in a round. `direction` is seen from devices: `down` is what the
+        server sends."""
         # Seen from the server, devices' downloads go up.
         rate = MEGABYTE * (self.server_up_mb_s if direction == "down" else self.server_down_mb_s)
         return rate * self._drawn(self.server_sigma, seed, number, "server", direction) if rate else math.inf

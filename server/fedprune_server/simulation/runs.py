@@ -130,7 +130,7 @@ def _carried_out(
 
 
 def _failure(folder: Path, task: Future[None]) -> str:
-    """Why a run failed; empty if it didn't. Notes it, too, where its process couldn't do so itself."""
+    """The reason of a run's failure, or an empty text. If the run's process couldn't write it, it is written here."""
     path, error = folder / FAILED, task.exception()
     # A process that was killed, for want of memory perhaps, has written nothing.
     if error is not None and not path.exists():

@@ -53,7 +53,7 @@ MAX_BIRTHS = 200
 
 
 class StallDetector:
-    """Ends a simulation that no device brings forward."""
+    """Ends a simulation in which no device makes progress."""
 
     def __init__(self, devices: int) -> None:
         self._devices = devices
@@ -61,21 +61,21 @@ class StallDetector:
         self._offers_without_update = Counter[str]()
 
     def trained(self) -> None:
-        """A device has finished a training."""
+        """Note the end of a training."""
         self._births = 0
 
     def progressed(self) -> None:
-        """An update has arrived, or a round has ended."""
+        """Note that an update has arrived, or a round has ended."""
         self._offers_without_update.clear()
 
     def connected(self, state: State) -> None:
-        """A device has connected. Raises `PlanError` if devices connected too often since one trained."""
+        """Note a connection. Raises `PlanError` if devices connected too often without any training."""
         self._births += 1
         if self._births > MAX_BIRTHS * self._devices:
             raise PlanError("devices connect and disconnect, and none of them ever trains", hint=standstill(state))
 
     def offered(self, command: do.SendOffer, state: State, refusal: str) -> None:
-        """A device is offered a part.
+        """Note an offer to a device.
 
         An asynchronous job counts attempts per device, and a device may see many while the round is open for others.
         There only offers count between which no update arrived, while the round has no deadline.
@@ -105,7 +105,7 @@ class StallDetector:
 
 
 def standstill(state: State, job: Job | None = None) -> str:
-    """Why no round begins, with advice where this job's training diverged."""
+    """The reason why no round begins, with advice if this job's training diverged."""
     excluded = [(name, d.excluded) for name, d in state.devices.items() if d.excluded]
     if not excluded:
         return "Fewer devices can take part than job.devices asks for."
@@ -191,7 +191,7 @@ class Simulation:
         progress: Callable[[Simulation], None] | None = None,
         on_begin: Callable[[Simulation], None] | None = None,
     ) -> list[dict[str, Any]]:
-        """Run the job to its end, from its last saved state; a finished one that was given more rounds continues.
+        """Run the job to its end, from its last saved state. A finished job that was given more rounds continues.
 
         Returns:
             The coordinator's history: a summary per round.
@@ -401,7 +401,7 @@ class Simulation:
             self._runner.prepare(device, command.offer, command.round)
 
     def _train_s(self, device: VirtualDevice, offer: Mapping[str, Any]) -> float:
-        """Seconds that a training is expected to take, which devices of one kind share."""
+        """Predicted seconds of a training; devices of one kind share them."""
         widths, recipe = tuple(offer["widths"]), Recipe.from_dict(offer["recipe"])
         key = id(device.profile), device.samples, widths, recipe
         if key not in self._seconds:
@@ -409,7 +409,7 @@ class Simulation:
         return self._seconds[key]
 
     def _reused(self, name: str, weights: BlobRef, downloads: Mapping[str, int], held_digests: Sequence[str]) -> int:
-        """Bytes of leaves that a device's new weights share with its last ones, which a board copies."""
+        """Bytes of the leaves that a device's new weights share with its last ones: a board copies them."""
         if weights.sha256 in held_digests or downloads.get(weights.sha256) != weights.size:
             return 0
         previous_table, leaf_table = self._run.tables.get(name), self.store.table(weights.sha256)
@@ -474,7 +474,7 @@ class Simulation:
         return on.DeviceDied(name, item.session)
 
     def _forget(self, device: str, number: int | None = None) -> None:
-        """Drop a device's work, of one round or of any, and what was trained ahead for it."""
+        """Drop a device's queued work and its training ahead, of one round or of all."""
         self._run.forget(device, number)
         self._runner.cancel(device, number)
 

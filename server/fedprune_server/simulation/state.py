@@ -122,7 +122,7 @@ class SimulationState:
         self.put(at, self.sequence, item)
 
     def put(self, at: float, number: int, item: Item) -> None:
-        """Queue an item with a number of its own, such as a saved one."""
+        """Queue an item under a given number, such as that of a saved one."""
         self.queue[number] = (at, item)
         # Ties in time go by number, so that a run is the same after a restart.
         heapq.heappush(self._order, (at, number))
@@ -165,7 +165,7 @@ class SimulationState:
         self.now = RoundNotes()
 
     def references(self) -> set[str]:
-        """All strings of queued items: any of them may be the digest of a blob."""
+        """All strings of queued items, any of which may be the digest of a blob."""
         strings: set[str] = {*self.boards.values(), *self.tables.values()}
         for _, item in self.queue.values():
             if not isinstance(item, (on.DeviceBorn, on.DeviceDied, on.Ticked, Left)):
@@ -198,7 +198,7 @@ SAVE_PACE = SavePace()
 
 
 class SavedRun:
-    """Saves and loads a simulation's state with the coordinator's, and holds the folder's lock meanwhile.
+    """Saves and loads a simulation's state and the coordinator's, and locks their folder.
 
     Args:
         folder: The folder; None keeps nothing.

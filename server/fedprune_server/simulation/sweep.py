@@ -74,7 +74,7 @@ def variant_runs(config: Path, rows: Sequence[object], seeds: Sequence[int], whe
 
 
 def _variant_runs(number: int, row: object, common: Sequence[int], config: Path, where: str) -> list[RunSpec]:
-    """A variant's runs, one for each seed; errors call the variant by its name as soon as it has one."""
+    """A variant's runs, one for each seed. Errors name the variant once its name is known."""
     if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
         raise ConfigError(f"{where} {number}: name", expected="a text", got=shown(row))
     where = f"{where} {row['name']}"
@@ -94,7 +94,7 @@ def variant_of(run: RunSpec) -> str:
 
 
 def _check_changes(config: Path, changes: Mapping[str, Any], where: str) -> None:
-    """Read the `fleet.toml` with a variant's changes; an error names the sweep's file if it is in the changes."""
+    """Read the `fleet.toml` with a variant's changes. An error that the changes cause names the sweep's file."""
     try:
         read_tables(config, changes)
     except FedpruneError as error:

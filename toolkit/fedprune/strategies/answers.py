@@ -150,7 +150,7 @@ def _of(kind: type | tuple[type, ...], answer: Any, part: str = "", expected: st
 def _tensors(
     answer: Any, shapes: Mapping[str, tuple[int, ...]], part: str, *, missing: bool, exact: bool = True
 ) -> None:
-    """Tensors of these shapes and no others; float32 where that is exact."""
+    """Check that tensors have these shapes and no others, and are float32 if `exact`."""
     _of(Mapping, answer, part, "a dict of arrays by tensor")
     for name, value in answer.items():
         if name not in shapes:

@@ -65,7 +65,7 @@ class Recovery:
             device.allocation = {**device.allocation, SCORE: new_score}
 
     def review(self, state: State, min_density: float) -> dict[str, float]:
-        """A check: look at all scores.
+        """Check all scores.
 
         Args:
             state: Its devices' and its own `allocation` are replaced.
@@ -91,7 +91,7 @@ class Recovery:
         return new_densities
 
     def _review_whole(self, state: State, members: Mapping[str, Device], min_density: float) -> float:
-        """Look at the mean score, and return the floor.
+        """Check the mean score, and return the floor.
 
         It rises from the sparsest device's density: otherwise no device's density would follow.
         """
@@ -111,7 +111,7 @@ class Recovery:
 
 
 def watch(previous_state: Mapping[str, Any], new_score: float | None, patience: int) -> tuple[dict[str, Any], bool]:
-    """Early stopping, one check.
+    """Check a score once for early stopping.
 
     Args:
         previous_state: What the last check returned; empty at first.
@@ -207,7 +207,7 @@ class TimeDriven(Allocator):
         self._grant(fleet, name, max(float(granted_density), self._least(fleet)))
 
     def open(self, fleet: Fleet) -> bool:
-        """In the first round the start deals out what it deals by names; later nothing changes here."""
+        """Deal densities by the devices' names before the first round; later nothing changes here."""
         if fleet.state.round > 1 or not self.start.open(fleet):
             return False
         for name, device in fleet.state.devices.items():
@@ -225,7 +225,7 @@ class TimeDriven(Allocator):
             device.allocation = {**device.allocation, TIMES: times}
 
     def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
-        """Stage 2, then stage 1 unless that is over."""
+        """Grow densities (stage 2); balance them (stage 1) as long as none has grown."""
         state, grown = fleet.state, False
         # Checks are an interval apart: a density needs that many times to average over.
         if state.round % self.interval:
@@ -285,7 +285,7 @@ class TimeDriven(Allocator):
 
 
 def balanced(density: float, ratio: float, power: float = 1.0) -> float:
-    """A density at which a device takes as long as wanted (PR-FL, stage 1).
+    """A density at which a device takes the wanted time (PR-FL, stage 1).
 
     Args:
         density: The present one.

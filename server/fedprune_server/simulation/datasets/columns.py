@@ -1,4 +1,4 @@
-"""What is known of Parquet files before pyarrow, which an extra brings, reads them."""
+"""Parquet files and their columns by name, for code that must not import pyarrow, which is an extra."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ class Partition:
 
     @property
     def described(self) -> str:
-        """The data set, its partition with that partition's own setting, and settings other than the defaults."""
+        """The data set's name, the partition with its own setting, and further settings that aren't defaults."""
         usual: dict[str, Any] = {f.name: f.default for f in fields(DataPlan)}
         kind = self.settings.get("partition", "")
         always = ("partition", _SETTING_OF.get(kind, ""))
@@ -351,7 +351,8 @@ class DataPlan:
         return read_table(cls, body, ("data",))
 
     def settings(self) -> dict[str, Any]:
-        """The table as JSON types, with the source by its name: a run's folder may move to another machine."""
+        """The table as JSON types, with the source's name instead of its path: a run's folder may move to another
+        machine."""
         table = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         return table | {"source": Path(self.source).name}
 
@@ -419,7 +420,7 @@ class DataPlan:
 
 
 def _set_aside(rows: Rows, share: float, total: int, seed: int, purpose: str) -> tuple[Rows, Rows]:
-    """Rows of the server, a share of all samples, and the others."""
+    """Set aside a share of all samples for the server; returns the server's rows and the others."""
     if not share:
         return rows[:0], rows
     order = keyed(seed, purpose).permutation(len(rows))

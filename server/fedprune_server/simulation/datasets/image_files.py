@@ -74,7 +74,7 @@ def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colo
 def decoded(
     images: Sequence[tuple[str, Path | bytes]], size: tuple[int, int] | None, colour: bool
 ) -> npt.NDArray[np.uint8]:
-    """Pixels of images, each a file or its bytes after the name that errors have; arguments and errors as
+    """Decode images, each a file or its bytes, after the name that errors give it; arguments and errors as
     `read_image_folder`."""
     try:
         from PIL import Image

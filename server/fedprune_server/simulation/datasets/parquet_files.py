@@ -73,7 +73,7 @@ def read_parquet(path: Path, columns: Columns, *, size: tuple[int, int] | None =
 
 
 def _files(path: Path) -> Iterator[tuple[list[Path], bool]]:
-    """The files of each split, and whether it is for tests."""
+    """The files of each split, and whether the split is test data."""
     if path.is_file():
         yield [path], False
     else:
@@ -85,7 +85,7 @@ def _files(path: Path) -> Iterator[tuple[list[Path], bool]]:
 
 
 def _read(files: Sequence[Path], testing: bool, columns: Columns) -> _Split:
-    """The wanted columns of a split's files."""
+    """Read the named columns of a split's files."""
     split, size = _Split(testing), 0
     for path in files:
         with _damage_named(path):
@@ -112,7 +112,7 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 
 def _batches(path: Path, columns: Columns, split: _Split) -> Iterator[pa.RecordBatch]:
-    """Some rows at a time, so that a small file that unfolds to a huge one is noticed."""
+    """Read some rows at a time, so that a small file that unfolds to a huge one is noticed."""
     with pq.ParquetFile(path) as file:
         split.features = _features(path, file.schema_arrow, columns)
         yield from file.iter_batches(_ROWS, columns=columns.names)

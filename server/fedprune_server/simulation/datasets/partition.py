@@ -199,7 +199,7 @@ def _shares(rng: np.random.Generator, devices: int, alpha: float) -> npt.NDArray
 
 
 def _cuts(total: int, shares: npt.NDArray[np.float64], min_items: int = 0) -> npt.NDArray[np.int64]:
-    """Cut points that divide `total` items into parts of these shares, with at least `least` items each."""
+    """Cut points that divide `total` items into parts of these shares, with at least `min_items` items each."""
     distributable = total - min_items * len(shares)
     guaranteed = min_items * np.arange(1, len(shares))
     # The tolerance lets 0.3 · 10 be 3, whatever the product rounds to.
@@ -209,7 +209,7 @@ def _cuts(total: int, shares: npt.NDArray[np.float64], min_items: int = 0) -> np
 
 
 def _holders(classes: int, devices: int, each: int, rng: np.random.Generator) -> list[set[int]]:
-    """Classes of every device. Taking those with the most places left never runs into a dead end."""
+    """Draw the classes of every device. To take those with the most free places never ends in a dead end."""
     free_places = np.full(classes, devices * each // classes)
     free_places[rng.permutation(classes)[: devices * each % classes]] += 1
     classes_by_device: list[set[int]] = [set() for _ in range(devices)]
@@ -221,7 +221,7 @@ def _holders(classes: int, devices: int, each: int, rng: np.random.Generator) ->
 
 
 def _mended(hands: list[Rows], labels: Labels, min_samples: int, rng: np.random.Generator) -> list[Rows]:
-    """Partition in which each device has `least` samples: the largest one gives, of its most frequent class."""
+    """Give each device `min_samples` samples: the largest hand gives some of its most frequent class."""
     hands = list(hands)
     sizes = np.array([len(h) for h in hands])
     for device in map(int, np.flatnonzero(sizes < min_samples)):

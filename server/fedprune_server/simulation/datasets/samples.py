@@ -164,8 +164,8 @@ class Preparation:
         return np.ascontiguousarray(x)
 
     def standardised(self, samples: Samples, rows: Sequence[int] | Rows | None = None) -> Preparation:
-        """This preparation with mean and deviation measured per channel, by default not on the data set's test samples.
-        Raises `DataError` if inputs are token ids, or a channel is constant."""
+        """This preparation with mean and deviation per channel, by default measured on all but the data set's test
+        samples. Raises `DataError` if inputs are token ids, or a channel is constant."""
         # In float64 and in chunks: a data set may not fit in memory, and squares of a million pixels lose float32's
         # digits.
         without_scaling = replace(self, mean=(), deviation=())

@@ -1,4 +1,4 @@
-"""The reader of `.npz` files, whose uncompressed arrays are memory-mapped; and which reader a source takes."""
+"""Sources of data sets: `.npz` files, whose uncompressed arrays are memory-mapped, and the choice of a reader."""
 
 from __future__ import annotations
 

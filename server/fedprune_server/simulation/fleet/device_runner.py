@@ -39,7 +39,7 @@ Done = tuple[Outcome, str | None]
 
 
 class WorkerKilledError(TrainingError):
-    """A process that trains devices was killed: no board's refusal, but the end of the simulation."""
+    """A process that trains devices was killed. That is no board's refusal, but the end of the simulation."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -76,7 +76,7 @@ class DeviceRunner:
             self._pool = ProcessPool(workers, partial(_runner, store, folder, cuda=cuda))
 
     def prepare(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> None:
-        """Train a device ahead, where other processes do it, in place of whatever it was to train before.
+        """Begin a device's training ahead, where other processes train. It replaces any earlier training of the device.
 
         Raises:
             WorkerKilledError: A process was killed.

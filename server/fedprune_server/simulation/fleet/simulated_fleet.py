@@ -227,7 +227,7 @@ _COLOURS = {1: "false", 3: "true"}
 
 
 def _check_dealt(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
-    """`check_data` of samples from [data]: an error about images of other colours or sizes names the keys for them."""
+    """Check samples of [data] as `check_data`; an error about colours or sizes of images names the keys for them."""
     expected_shape, shape = model.architecture.input_shape, data.x_train.shape[1:]
     try:
         return check_data(data, model, recipe)
@@ -296,7 +296,8 @@ def read_tables(
 
 
 def _with(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's tables with changes. If these name a strategy, be it the same one, the file's options don't count."""
+    """Merge changes into a file's tables. If the changes name a strategy, even the same one, the file's options are
+    dropped."""
     job, job_changes = body.get("job"), changes.get("job")
     if isinstance(job, Mapping) and isinstance(job_changes, Mapping) and "strategy" in job_changes:
         body = {**body, "job": {k: v for k, v in job.items() if k != "options"}}
@@ -304,7 +305,7 @@ def _with(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _data(body: object, devices: object, folder: Path) -> DataPlan:
-    """The table [data]; [[devices]] may set the number of devices, too."""
+    """The table [data], with the number of devices that [[devices]] may set instead."""
     if isinstance(body, Mapping) and "devices" not in body and isinstance(devices, list):
         counts = [r.get("count", 1) for r in devices if isinstance(r, Mapping) and {"name", "count"} & set(r)]
         if len(counts) == len(devices) and all(isinstance(c, int) for c in counts):
@@ -340,7 +341,7 @@ def _overridden(job: Job, strategy: str | None, seed: int | None, rounds: int | 
 
 
 def _present(body: Mapping[str, object], job: Job, devices: int) -> int:
-    """Devices that a round waits for: the configured number, capped at the fleet's; all by default."""
+    """The number of devices that a round waits for: the configured one, at most the fleet's; by default all."""
     if "devices" not in body:
         return devices
     if job.devices > devices:

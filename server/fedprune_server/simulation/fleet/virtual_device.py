@@ -83,7 +83,7 @@ Tamper = Callable[[Outcome, Mapping[str, Any], BlobStore], Outcome]
 
 @dataclass(frozen=True)
 class VirtualDevice:
-    """A board that exists as a profile and data; in studies of attacks it may `tamper` with what it hands in."""
+    """A board that exists as a profile and data. In studies of attacks it may `tamper` with its updates."""
 
     name: str
     profile: HardwareProfile
@@ -137,7 +137,7 @@ LinkSettings = Mapping[str, float]
 
 @dataclass(frozen=True)
 class _Row:
-    """One future device and its place in the file."""
+    """One future device, and its row in the file."""
 
     where: KeyPath
     name: str
@@ -201,7 +201,7 @@ def read_devices(
 
 @contextmanager
 def named(source: Subject) -> Iterator[None]:
-    """Let errors that name no setting name the setting or the file that is read."""
+    """Let an error that names no setting name this setting or file."""
     try:
         yield
     except FedpruneError as error:

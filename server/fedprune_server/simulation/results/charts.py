@@ -50,8 +50,7 @@ Values = Callable[[Record], "Sequence[float | None]"]
 
 
 def curves(runs: Sequence[Record]) -> str:
-    """Curves of the leading metric of the global and the local models and of the privacy cost, by rounds, by bytes and
-    by time.
+    """Curves of the global and local models' leading metric and of the privacy cost, by rounds, bytes and time.
 
     Args:
         runs: Runs laid over each other; their titles tell them apart.
@@ -155,7 +154,7 @@ def coverage_map(run: Record) -> str:
 
 
 def _rows(runs: Sequence[Record]) -> list[tuple[str, Metric, Values]]:
-    """Titles of the curves, what they show, and a run's values."""
+    """The title, metric and values of each curve that has values."""
     kind, metric = runs[0].measure, runs[0].metric
     rows: list[tuple[str, Metric, Values]] = [
         (f"Global {kind}", metric, lambda record: record.global_values()),
@@ -247,7 +246,7 @@ def _group_names(run: Record) -> str:
 
 
 def _spread(entries: Iterable[T], max_entries: int) -> list[T]:
-    """Entries, or `most` of them, evenly spread."""
+    """The entries, or `max_entries` of them, evenly spaced."""
     all_entries = list(entries)
     return (
         all_entries

@@ -65,8 +65,10 @@ def read_runs(paths: Sequence[Path]) -> tuple[Record, ...]:
 
 
 def variant_figures(variants: Mapping[str, Sequence[Record]]) -> list[dict[str, Any]]:
-    """Means over each variant's runs of what they were judged by, and standard deviations where there are several
-    runs; of runs that have such a figure."""
+    """Means over each variant's runs of their final measures, and standard deviations if there are several runs.
+
+    Runs without such a measure are left out.
+    """
     figures = []
     for name, runs in variants.items():
         row: dict[str, Any] = {"variant": name, "runs": len(runs)}
@@ -94,7 +96,7 @@ def variant_rows(variants: Mapping[str, Sequence[Record]]) -> list[tuple[str, ..
 
 
 def target_figures(run: Record, target: float) -> dict[str, float | None]:
-    """Cost until a run's global model reached a target; without a round if it never did."""
+    """Cost until a run's global model reached a target; all None if it never did."""
     row = run.reached(target)
     if row is None:
         return {"target": target, "round": None, "seconds": None, "bytes": None, "training_macs": None}
@@ -104,8 +106,11 @@ def target_figures(run: Record, target: float) -> dict[str, float | None]:
 
 
 def equal_cost_figures(runs: Sequence[Record]) -> list[dict[str, Any]]:
-    """For each cost, the largest amount that all runs have spent, and every run's measures after its last measured
-    round that ended within it; without a round where none did. Costs that a run didn't count are left out."""
+    """Every run's measures at equal cost, for each kind of cost.
+
+    The cost is the largest that all runs have spent; measures are those of a run's last measured round within it, or
+    None without such a round. Costs that a run didn't count are left out.
+    """
     figures = []
     for cost, spent_by in _COSTS.items():
         costs = [spent_by(run) for run in runs]
@@ -236,7 +241,7 @@ def comparison_document(
 
 
 def _shared(runs: Sequence[Record]) -> dict[str, str]:
-    """The header: each fact with the runs' values."""
+    """The page's header: each fact with the values of all runs."""
     facts_of_runs = [run.facts() for run in runs]
     values = {key: list(dict.fromkeys(f[key] for f in facts_of_runs if f[key])) for key in facts_of_runs[0]}
     return {k: ", ".join(v) if len(v) <= _MOST_VALUES else f"{len(v)} different" for k, v in values.items()}

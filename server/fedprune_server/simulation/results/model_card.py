@@ -56,7 +56,7 @@ def _without_seconds(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def _boards(devices: Sequence[DeviceRow]) -> Table:
-    """A row per kind of board: how much of the model it trained, and what decided it."""
+    """A row per kind of board: how much of the model it trained, and the limit that decided it."""
     rows = []
     for kind in sorted({d.profile for d in devices}):
         boards_of_kind = [d for d in devices if d.profile == kind]

@@ -127,7 +127,7 @@ class Record:
 
     @property
     def measure(self) -> str:
-        """By what models are judged: a name of `METRICS`."""
+        """The name in `METRICS` of the metric by which models are judged."""
         return judged_by(self.job.get("recipe", {}))
 
     @property
@@ -163,7 +163,7 @@ class Record:
 
     @property
     def count_limited(self) -> tuple[int, int]:
-        """Number of updates that counted for less than they were, by the job's limits, and of all."""
+        """The number of updates that the job's limits reduced, and of all updates."""
         return sum(row.limited for row in self.rounds), sum(row.updates for row in self.rounds)
 
     def macs(self) -> int:
@@ -287,14 +287,14 @@ def record_of(
 
 
 def also_measured(runs: Sequence[Record]) -> tuple[str, ...]:
-    """Models measured in addition to the served one: as received, and as trained if averages are served."""
+    """The models that boards measure besides the one that they serve: as received, and as trained if averages serve."""
     kind, metric_names = runs[0].measure, {name for run in runs for row in run.rounds for name in row.own}
     pairs = (("before", "before"), (TRAINED, AVERAGED))
     return tuple(moment for moment, sign in pairs if f"{kind}_{sign}" in metric_names)
 
 
 def measured_names(runs: Sequence[Record]) -> list[str]:
-    """Names of the runs' measurements of the global model, of the kind that they are judged by."""
+    """Names of the runs' measurements of the global model that are of the leading metric's kind."""
     wants_loss = runs[0].measure == "loss"
     names = dict.fromkeys(name for run in runs for row in run.rounds for name in row.measured)
     return [name for name in names if name not in PRIVACY and name.endswith("_loss") == wants_loss]
@@ -308,7 +308,7 @@ def shown(value: float | None, metric: Metric) -> str:
 
 
 def _missed(state: State) -> dict[str, list[tuple[str, str]]]:
-    """Reasons of refusals per device and their kinds, one for each finished round."""
+    """Reasons and kinds of each device's refusals, one for each finished round that had one."""
     refusals: dict[str, list[tuple[str, str]]] = {}
     for row in state.history:
         for name, device_row in row["devices"].items():

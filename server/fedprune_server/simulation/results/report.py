@@ -65,8 +65,11 @@ def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
 
 
 def round_table(run: Record) -> list[tuple[str, ...]]:
-    """Rows of the table of rounds: scores of each round's new global model on the server's samples, and of the models
-    that devices received and trained on theirs, as means of each device's latest; the first row is the header."""
+    """Rows of the table of rounds; the first is the header.
+
+    It has scores of each round's new global model on the server's samples, and of the models that devices received and
+    trained on theirs, as means of each device's latest.
+    """
     kind = run.measure
     columns = {
         f"global {kind}": run.global_values(),
@@ -151,13 +154,13 @@ def foresight_rows(run: Record) -> list[tuple[str, ...]]:
 
 
 def _filled(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """A table without its empty columns."""
+    """Drop the empty columns of a table."""
     filled_columns = [i for i in range(len(rows[0])) if not i or any(row[i] not in ("", "–") for row in rows[1:])]
     return [tuple(row[i] for i in filled_columns) for row in rows]
 
 
 def closing_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
-    """What is to be said below a run's results: caveats, and the verdicts if the run is judged."""
+    """The text below a run's results: caveats, and the verdicts if the run is judged."""
     verdicts = claims(run, reference) if reference is not None and judged else ()
     return "\n".join([*remarks(run), *map(str, verdicts)])
 
@@ -207,8 +210,10 @@ def _local_note(run: Record) -> str:
 
 
 def _trained_note(run: Record) -> str:
-    """Which shares of the channels boards trained in which rounds, where that changed: beside a core they train less
-    than the plans say."""
+    """The shares of the channels that boards trained, and from which rounds on, if they changed.
+
+    While a fleet shares a core, boards train less than their plans say.
+    """
     phases: list[tuple[int, str]] = []
     for row in run.rounds:
         if not row.density:
@@ -238,7 +243,7 @@ def _percent(value: float) -> str:
 
 
 def _worse(run: Record, score: float, reference: float) -> float:
-    """How much worse a measure is: a difference of shares, a relative difference of other numbers."""
+    """How much worse a score is than the reference's: a difference of shares, a relative one of other numbers."""
     difference = reference - score if run.metric.higher else score - reference
     if run.metric.share:
         return difference

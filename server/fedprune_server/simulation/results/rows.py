@@ -17,7 +17,7 @@ SPENT = ("bytes_down", "bytes_up", "training_macs", "active_macs")
 
 
 def round_rows(record: Record) -> list[dict[str, Any]]:
-    """A row per round, all with the same columns; those that no round has are left out."""
+    """A row per round, all with the same columns, without columns that are empty in every round."""
     rows = list(map(WideRows(record.measure).row, record.rounds))
     own_metrics = sorted(set().union(*(r.own for r in record.rounds)))
     names = [
@@ -31,7 +31,7 @@ def round_rows(record: Record) -> list[dict[str, Any]]:
 
 
 def device_rows(record: Record) -> list[dict[str, Any]]:
-    """A row per round and device that has received, trained or delivered something in it."""
+    """A row per round and device that received, trained or delivered something in it."""
     metrics = sorted(set().union(*(r.own for r in record.rounds)))
     return [
         {

@@ -35,7 +35,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> Table:
 
 
 def _column(title: str) -> Column:
-    """A column; on a narrow terminal the run and its result stay."""
+    """A column. A narrow terminal drops others before the run and its result."""
     if title in _WORDS:
         return Column(title, wrap=16 if title == "run" else 0)
     keeps_width = title in ("round", "seconds", "speed-up") or title.startswith(("local ", "global "))
@@ -43,8 +43,7 @@ def _column(title: str) -> Column:
 
 
 def final_figures(run: Record) -> dict[str, str | float | None]:
-    """A run's results: bytes, MACs, simulated seconds and privacy cost in all, and measures as means over the last
-    rounds; None where there is no measurement."""
+    """A run's results: its costs in all, and its measures as means over the last rounds; None without a measurement."""
     kind = run.measure
     local_score, global_score = run.final(TAIL)
     best = run.best
@@ -70,7 +69,7 @@ def final_figures(run: Record) -> dict[str, str | float | None]:
 
 
 def finite(value: float) -> float | None:
-    """A score as JSON may have it: None where nothing was measured."""
+    """A score for JSON: None if it is not finite, which means that nothing was measured."""
     return value if math.isfinite(value) else None
 
 
@@ -108,7 +107,7 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
 
 
 def tail_note(runs: Sequence[Record]) -> str:
-    """Over which rounds the means in `final_rows` are."""
+    """A sentence on the rounds of the means in `final_rows`."""
     rounds = quantity(min(TAIL, max(len(run.rounds) for run in runs)), "round")
     return f"Figures of {runs[0].metric.title} in the table are means over the last {rounds}."
 
@@ -118,7 +117,7 @@ def tera_macs(macs: float | None) -> str:
 
 
 def _best(run: Record) -> str:
-    """The best global model's score, and the round that it is of."""
+    """The best global model's score, and its round."""
     best = run.best
     return "–" if best is None else f"{shown(best.metrics[run.measure], run.metric)} ({best.round})"
 

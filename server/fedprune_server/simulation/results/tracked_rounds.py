@@ -1,4 +1,4 @@
-"""A simulation's rounds for experiment trackers: as `results.rows.round_rows` has them."""
+"""Write a simulation's rounds to experiment trackers, with the columns of `results.rows.round_rows`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ _LEFT_OUT = ("title", "devices")
 def tracked(
     targets: Sequence[TrackTarget], experiment: Experiment, folder: Path | None = None
 ) -> Iterator[Callable[[Simulation], None]]:
-    """A function that writes a simulation's new rounds, to be called at its start and after every round.
+    """Track a simulation. Yields a function that writes its new rounds, to be called at the start and after every
+    round.
 
     Args:
         folder: The run's folder; None for the current one, and for a run that is never continued.

@@ -42,7 +42,7 @@ def magnitudes(tensors: Mapping[str, Floats], names: Iterable[str]) -> Tensors:
 
 
 def with_floors(order: Mapping[str, Floats], weights: Mapping[str, Floats], share: float) -> Tensors:
-    """An order of which every mask keeps, in every tensor, the share that has the largest weights.
+    """An order by which every mask keeps a share of each tensor: its largest weights.
 
     PR-FL's floor (`config.min_density`): floor(share · n) elements of a tensor of n and at least one, so that no layer
     is cut off. Raises `BundleError` if the share is out of range.

@@ -106,7 +106,7 @@ class Evidence:
         return all(flags.all() for flags in self.trained_channels())
 
     def to_tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """For storage by `fedprune.core.tensorfile`."""
+        """All estimates as named tensors, to be stored by `fedprune.core.tensorfile`."""
         estimates: dict[str, Mapping[str, npt.NDArray[Any]]] = {
             "gradient": self.gradient,
             "curvature": self.curvature,
@@ -137,7 +137,7 @@ class Evidence:
 
 
 def collect(sums: Sequence[npt.NDArray[Any]], axis: Axis, row: npt.NDArray[Any]) -> None:
-    """Add numbers per index of an axis to those of its channels, which are by group."""
+    """Add numbers per index of an axis to those of its channels, one array per group."""
     offset = 0
     for segment in axis.segments:
         # Indices that no cut touches belong to no channel.
@@ -149,7 +149,8 @@ def collect(sums: Sequence[npt.NDArray[Any]], axis: Axis, row: npt.NDArray[Any])
 
 
 def _average(estimate: Floats, observation: Floats, was_trained: Bits, is_observed: Bits) -> Floats:
-    """before where nothing was seen, now where nothing was known, else a moving average of both."""
+    """Update moving averages: the old estimate where nothing was observed, the observation where there was none before,
+    a mixture elsewhere."""
     average = np.float32(DECAY) * estimate + np.float32(1 - DECAY) * observation
     updated: Floats = np.where(is_observed, np.where(was_trained, average, observation), estimate)
     return updated

@@ -30,7 +30,7 @@ Counts = tuple[npt.NDArray[np.int64], ...]
 
 
 def survivors(architecture: Architecture, mask: Active, *, share: float = 1.0) -> Alive:
-    """Which channels are left.
+    """Find the channels that a mask leaves alive.
 
     Raises `BundleError` if the share is not above 0 and at most 1, or the mask doesn't fit the architecture.
 
@@ -65,7 +65,7 @@ def survivors(architecture: Architecture, mask: Active, *, share: float = 1.0) -
 
 
 def surviving(selection: Selection, alive: Alive) -> Selection:
-    """The remaining selection: its ranks with the survivors first, its widths without the others.
+    """A selection without lost channels: survivors come first in its ranks, and widths count them alone.
 
     A group of which it holds no survivor keeps the best channel of the new ranks.
     """
@@ -79,7 +79,7 @@ def surviving(selection: Selection, alive: Alive) -> Selection:
 def _counts(
     architecture: Architecture, weights: Sequence[TensorSpec], mask: Active, alive: Alive
 ) -> tuple[tuple[Counts, Counts], tuple[Counts, Counts]]:
-    """Per channel the active weights and all weights that make it, and those that read it, of what is alive."""
+    """Per channel, the active and all weights that make it, and that read it, among what is alive."""
     totals = [tuple(np.zeros(n, np.int64) for n in architecture.sizes) for _ in range(4)]
     for spec in weights:
         output_axes = architecture.output_axes(spec.name)
@@ -100,7 +100,7 @@ def _counts(
 
 
 def _active(bits: Bits, alive_indices: Sequence[Bits], axis: int) -> npt.NDArray[np.int64]:
-    """Active elements per index of an axis, over what is held of the others."""
+    """Active elements per index of an axis, over the alive indices of the other axes."""
     for j, row in enumerate(alive_indices):
         if j != axis and not row.all():
             bits = np.compress(row, bits, axis=j)

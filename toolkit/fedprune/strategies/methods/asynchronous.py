@@ -22,7 +22,7 @@ from fedprune.strategies.strategy import Strategy
 
 @dataclass(frozen=True)
 class Options:
-    """The common part of the three.
+    """Options of all three strategies.
 
     Attributes:
         densities: Widths by tier; empty for the whole model everywhere, or the job's `density`.

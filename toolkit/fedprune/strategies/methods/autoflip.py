@@ -68,7 +68,8 @@ class AutoFlip(Masked):
         return True
 
     def rank(self, scene: Scene) -> Ranking:
-        """+∞ for elements that stay, −∞ for masked ones; channels in their own order, those that are left first."""
+        """Rank elements by +∞ if they stay and −∞ if they are masked; channels that are left come first, in their own
+        order."""
         own_order = ranks(ordered(scene.architecture))
         # The first round explores: there is no guidance yet.
         mask = ALL if scene.round == 1 else self._mask(scene)
@@ -93,8 +94,7 @@ class AutoFlip(Masked):
         )
 
     def reconstruct(self, report: Report) -> Submodel:
-        """The submodel with all its channels, of which those that were cut are as they were sent, and what was masked
-        counts as 0."""
+        """The submodel with all channels of its widths: cut ones as they were sent, masked elements as 0."""
         cut, trained = report.cut, report.trained
         if not self.options.structured or not trained.mask:
             return Submodel(trained.selection, trained.tensors)
@@ -135,8 +135,8 @@ class AutoFlip(Masked):
 
 @dataclass(frozen=True)
 class Damped(Mean):
-    """A mean with damped momentum; the explorers' models, if they count, without. What the first mask prunes is 0 from
-    the start."""
+    """A mean with damped momentum. The mean of the explorers' models has none. What the first mask prunes begins at
+    0."""
 
     def close(
         self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
@@ -170,7 +170,7 @@ def autoflip(job: Job) -> Strategy:
 
 
 def without_empty_channels(cut: Cut, share: float) -> Submodel:
-    """A masked slice of the global model: of the ranking's channels those that are left, with 0 where masked.
+    """A masked slice of the global model, without the channels that the mask leaves empty.
 
     Args:
         cut: What to make it of.
@@ -210,7 +210,7 @@ def _mean(scene: Scene, devices: list[str], names: tuple[str, ...]) -> dict[str,
 
 
 def _scaled(guidance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """A tensor's guidance from 0 to 1; +∞, which no mask removes, without another to compare.
+    """A tensor's guidance, scaled from 0 to 1. Elements that can't be compared are +∞, which no mask removes.
 
     That is where no explorer held an element, and in tensors whose elements are all alike.
     """

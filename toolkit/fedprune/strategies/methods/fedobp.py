@@ -42,7 +42,7 @@ class Options:
 
 @dataclass(frozen=True)
 class FedObp(Strategy):
-    """Keeps a device's own elements where they are far from the global model.
+    """Keep a device's own elements where they are far from the global model.
 
     They are protected from being overwritten, not kept from the others: all of an update enters the sums.
     """

@@ -49,7 +49,7 @@ class HistoryOptions:
 
 @dataclass(frozen=True)
 class FedPer(Strategy):
-    """Some tensors are a device's own; the others are FedAvg's.
+    """Keep some tensors on the device; the others are FedAvg's.
 
     Attributes:
         personal: Patterns of the tensors that stay on the boards.
@@ -68,7 +68,7 @@ class FedPer(Strategy):
 
 @dataclass(frozen=True)
 class History(Strategy):
-    """A device continues from a mixture of the global model and of its own last one, at equal places.
+    """Start a device from a mixture of the global model and its own last one, coordinate by coordinate.
 
     Without SubFLOT's transport (arXiv 2604.06631), to tell what of its gain is memory alone.
 

@@ -111,7 +111,7 @@ class Options:
 
 @dataclass(frozen=True)
 class FedPrune(Strategy):
-    """The ingredients above, as a job's options have them.
+    """The strategy with the ingredients that a job's options ask for.
 
     Ranks are those of the model that the job starts from, and are kept for the whole job. A trained model is cut by
     what it has learnt. In a model that was just made all channels are alike, and any order is as good as another as
@@ -127,7 +127,7 @@ class FedPrune(Strategy):
     widths: tuple[float, ...] = ()
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
-        """A start at which what a width adds is silent, for a model that was just made."""
+        """Nest a model that was just made: what a wider width adds is silent at the start."""
         # With a core no widths are nested beforehand: `close` silences what the first round has not trained.
         if self.widths and self._starts_anew(architecture, model):
             nested_levels = [widths_at(architecture, density) for density in self.widths]
@@ -135,7 +135,7 @@ class FedPrune(Strategy):
         return model
 
     def rank(self, scene: Scene) -> Ranking:
-        """The settled ranks; of the first round's model, if none are."""
+        """The settled ranks, or those of the first round's model if none are settled."""
         settled = self._settled(scene)
         if settled is not None:
             return settled
@@ -149,7 +149,7 @@ class FedPrune(Strategy):
         return Ranking(ranks(score(scorer, scene.architecture, scene.model)))
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
-        """The first round's ranks."""
+        """Store the first round's ranks."""
         if self._settled(scene) is not None:
             return {}
         return {RANKS: dict(zip(places_of(scene.architecture), self.rank(scene).ranks, strict=True))}
@@ -268,8 +268,7 @@ def _core(job: Job, options: Options) -> SharedCore:
 
 
 def _narrow_widths(job: Job, options: Options) -> tuple[float, ...]:
-    """The narrower widths at which boards' steps train, or else those of tiers; empty where the job says that there are
-    none."""
+    """The narrower widths at which boards' steps train, or those of tiers; empty if the job has none."""
     # Boards of one width have no narrower models to train: steps at widths that no board has are lost.
     is_one_density = job.density or len(set(options.densities)) == 1
     dropout = (() if is_one_density else WIDTHS) if options.dropout is None else options.dropout
@@ -277,8 +276,7 @@ def _narrow_widths(job: Job, options: Options) -> tuple[float, ...]:
 
 
 def _distillation(job: Job, options: Options, *, has_core: bool) -> SelfDistillation | None:
-    """The server's own training; None where it is switched off, or where boards keep a part of the model that the
-    server's lacks."""
+    """The server's own training; None if it is off, or if boards keep tensors that the server's model lacks."""
     if not options.distill or job.recipe.personal:
         return None
     # The rate was chosen on tables of docs/strategies/fedprune.md. With a core, widths are those
