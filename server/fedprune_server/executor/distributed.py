@@ -101,9 +101,9 @@ class DistributedWorker:
         if self._shared is not None and isinstance(command, do.Close) and not command.sums:
             updates = [self._worker.updates.update(c) for c in command.contributions]
             shares = {u.device: u.shares for u in self._worker.round_of(command).limited(updates).updates}
-            counted = (c for c in command.contributions if c.part.device in shares)
-            limited = tuple(replace(c, shares=shares[c.part.device]) for c in counted)
-            self._shared.gather(replace(command, contributions=limited))
+            counted_contributions = (c for c in command.contributions if c.part.device in shares)
+            limited_contributions = tuple(replace(c, shares=shares[c.part.device]) for c in counted_contributions)
+            self._shared.gather(replace(command, contributions=limited_contributions))
         return self._worker.execute(command)
 
     def _extract(self, command: do.Extract) -> on.Event:
@@ -265,7 +265,7 @@ class SharedSums:
             batches.append(self._submitted(command, plain_updates, name_blocks, refs))
         other_updates = [c for c in updates if c not in plain_updates]
         group_size = max(_LEAST, -(-len(other_updates) // max(1, self._pool.size)))
-        groups = [other_updates[at : at + group_size] for at in range(0, len(other_updates), group_size)]
+        groups = [other_updates[start : start + group_size] for start in range(0, len(other_updates), group_size)]
         return batches + [self._submitted(command, group, [all_names], None) for group in groups]
 
     def _submitted(

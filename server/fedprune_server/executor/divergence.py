@@ -59,21 +59,22 @@ def advice(losses: Sequence[float | None], kinds: Iterable[str], job: Mapping[st
     """
     all_kinds = list(kinds)
     diverged_count = all_kinds.count(FailureKind.DIVERGED)
-    first, last = (losses[0], losses[-1]) if losses else (0.0, 0.0)
-    if last is None or not math.isfinite(last):
-        what = "the global model's loss is no longer finite"
+    first_loss, last_loss = (losses[0], losses[-1]) if losses else (0.0, 0.0)
+    if last_loss is None or not math.isfinite(last_loss):
+        symptom = "the global model's loss is no longer finite"
     elif diverged_count and _most(all_kinds):
-        what = f"{diverged_count} of the devices ended with numbers that are not finite, or far too large"
-    elif first is not None and last > _RISE * first:
-        what = f"the global model's loss rose, from {first:.4g} after the first round to {last:.4g} after the last"
+        symptom = f"{diverged_count} of the devices ended with numbers that are not finite, or far too large"
+    elif first_loss is not None and last_loss > _RISE * first_loss:
+        rise = f"from {first_loss:.4g} after the first round to {last_loss:.4g} after the last"
+        symptom = f"the global model's loss rose, {rise}"
         if mixed and _noise(job):
-            return f"training diverged: {what}. {remedy(job)} If the loss rises then, too, look at {_CALIBRATE}"
+            return f"training diverged: {symptom}. {remedy(job)} If the loss rises then, too, look at {_CALIBRATE}"
         if mixed:
-            what = f"{what}. The most likely cause is {_CALIBRATE} If the loss still rises:"
-            return f"training diverged: {what} {remedy(job)}"
+            symptom = f"{symptom}. The most likely cause is {_CALIBRATE} If the loss still rises:"
+            return f"training diverged: {symptom} {remedy(job)}"
     else:
         return ""
-    return f"training diverged: {what}. {remedy(job)}"
+    return f"training diverged: {symptom}. {remedy(job)}"
 
 
 def warn(event: on.UpdateRejected, job: Job, prefix: str, kinds: Iterable[str]) -> None:

@@ -46,12 +46,12 @@ class Sessions:
 
     Args:
         model: The model; its weights are not used.
-        max_open: How many stay open.
+        most: How many stay open.
     """
 
-    def __init__(self, model: Model, max_open: int) -> None:
+    def __init__(self, model: Model, most: int) -> None:
         self.model = model
-        self._most = max_open
+        self._most = most
         self._opened: dict[tuple[int, ...], Session] = {}
 
     def at(self, widths: tuple[int, ...]) -> Session:

@@ -109,9 +109,11 @@ def _step(span: Range, deltas: Mapping[str, Any], name: str) -> int | None:
     return min(max(step_exponent(_REACH * float(deltas[name][0])), low), high)
 
 
-def _largest_deltas(before: Tensors, after: Tensors) -> Tensors:
+def _largest_deltas(model_before: Tensors, model_after: Tensors) -> Tensors:
     """By tensor, the largest change of an element."""
     return {
-        name: np.array([np.max(np.abs(after[name].astype(np.float64) - before[name]), initial=0.0)], np.float32)
-        for name in before
+        name: np.array(
+            [np.max(np.abs(model_after[name].astype(np.float64) - model_before[name]), initial=0.0)], np.float32
+        )
+        for name in model_before
     }

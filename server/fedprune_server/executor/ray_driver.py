@@ -117,8 +117,8 @@ class _Cluster:
             if self._tasks:
                 open_refs = list(self._tasks)
                 # A few at a time, so that new tasks are passed on between results.
-                done, _ = self._ray.wait(open_refs, num_returns=min(len(open_refs), 8), timeout=_POLL_S)
-                for ref in done:
+                finished_refs, _ = self._ray.wait(open_refs, num_returns=min(len(open_refs), 8), timeout=_POLL_S)
+                for ref in finished_refs:
                     self._send_answer(ref, self._tasks.pop(ref))
             now = time.monotonic()
             if now - self._updated_at >= _SIZE_S:
@@ -157,13 +157,13 @@ class _Cluster:
         addresses = {}
         for node in nodes:
             # Not soft: a probe that ran on another machine would say nothing about this one.
-            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            probe_task = self._ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=where)(_probe_machine)
+            this_machine = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            probe_task = self._ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=this_machine)(_probe_machine)
             addresses[probe_task.remote(settings.open_store, probe)] = node["NodeManagerAddress"]
-        done, _ = self._ray.wait(list(addresses), num_returns=len(addresses), timeout=_PROBE_S)
+        answered_refs, _ = self._ray.wait(list(addresses), num_returns=len(addresses), timeout=_PROBE_S)
         answered = 0
         for ref, address in addresses.items():
-            if ref not in done:
+            if ref not in answered_refs:
                 raise FedpruneError(f"{address} has not answered in {_PROBE_S:g} s")
             try:
                 version, fault = self._ray.get(ref)

@@ -98,8 +98,8 @@ class RayPool(TaskPool[Worker]):
             driver = self._driver
             if driver is not None and driver.lost:
                 self._driver = driver = None
-            idle = self._reconnecting is None or not self._reconnecting.is_alive()
-            if driver is None and not self._closed and idle and time.monotonic() - self._tried_at >= self._retry_s:
+            is_idle = self._reconnecting is None or not self._reconnecting.is_alive()
+            if driver is None and not self._closed and is_idle and time.monotonic() - self._tried_at >= self._retry_s:
                 self._reconnecting = threading.Thread(target=self._reconnect, name="fedprune-cluster", daemon=True)
                 self._reconnecting.start()
         if driver is None:

@@ -225,14 +225,14 @@ class Worker:
             ),
         }
 
-    def _ranking(self, basis: do.Basis, cut: Cut, sent: Selection) -> str:
+    def _ranking(self, basis: do.Basis, cut: Cut, selection: Selection) -> str:
         """The ranking whose first channels a submodel has: the round's, or one of its own.
 
         The update is folded by this ranking, so that a strategy may extract any channels.
         """
-        if sent is cut.selection or sent.digest == cut.selection.narrowed(sent.widths).digest:
+        if selection is cut.selection or selection.digest == cut.selection.narrowed(selection.widths).digest:
             return basis.ranking
-        return self.store.put(sent.narrowed(self.architecture.sizes).to_json().encode()).sha256
+        return self.store.put(selection.narrowed(self.architecture.sizes).to_json().encode()).sha256
 
     # Updates come in, and a round ends.
 

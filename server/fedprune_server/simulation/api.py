@@ -184,23 +184,11 @@ def simulate(
             raise ConfigError("fleet", expected=f"a file or tables, to set {', '.join(conflicting)}", got="a plan")
         plan = fleet
     else:
-        # Processes import a strategy by its name: a lambda, or a function within another one, has none.
-        if isinstance(strategy, FunctionType) and strategy.__qualname__.isidentifier():
-            strategy = f"{strategy.__module__}:{strategy.__qualname__}"
-        elif strategy is not None and not isinstance(strategy, str):
-            expected = "a name, or a module's function that composes one"
-            raise ConfigError(
-                "strategy",
-                expected=expected,
-                got=getattr(strategy, "__qualname__", type(strategy).__name__),
-                hint="Write a function that takes the job and returns your strategy, at the top of a module "
-                "(docs/write-a-strategy.md).",
-            )
         path, tables = (Path("settings"), fleet) if isinstance(fleet, Mapping) else (Path(fleet), None)
         plan = read_plan(
             path,
             reference=reference,
-            strategy=strategy,
+            strategy=_strategy_name(strategy),
             seed=seed,
             rounds=rounds,
             tables=tables,
@@ -211,16 +199,32 @@ def simulate(
     plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda, track=targets)
     reference_experiment = plan.reference_experiment()
     shows_progress = watched() if progress is None else progress
-    record, trained = _simulated(plan, run_folder, plan.track, shows_progress=shows_progress)
+    record, trained_model = _simulated(plan, run_folder, plan.track, shows_progress=shows_progress)
     if reference_experiment is None:
-        return Run(record, trained)
+        return Run(record, trained_model)
     reference_record, _ = _simulated(
         reference_experiment,
         None if run_folder is None else run_folder / "reference",
         plan.track,
         shows_progress=shows_progress,
     )
-    return Run(record, trained, reference_record)
+    return Run(record, trained_model, reference_record)
+
+
+def _strategy_name(strategy: str | Callable[[Job], Strategy] | None) -> str | None:
+    """A strategy as a job names it. Raises `ConfigError` for a function that no other process can import."""
+    if strategy is None or isinstance(strategy, str):
+        return strategy
+    # Processes import a strategy by its name: a lambda, or a function within another one, has none.
+    if isinstance(strategy, FunctionType) and strategy.__qualname__.isidentifier():
+        return f"{strategy.__module__}:{strategy.__qualname__}"
+    raise ConfigError(
+        "strategy",
+        expected="a name, or a module's function that composes one",
+        got=getattr(strategy, "__qualname__", type(strategy).__name__),
+        hint="Write a function that takes the job and returns your strategy, at the top of a module "
+        "(docs/write-a-strategy.md).",
+    )
 
 
 def _simulated(

@@ -112,12 +112,12 @@ class Experiment:
             ],
         }
 
-    def differences(self, stored: Mapping[str, Any]) -> str:
+    def differences(self, stored_settings: Mapping[str, Any]) -> str:
         """Where another run's settings differ, as `job.recipe.lr (stored 0.05, given 0.1)`; empty for the same run, of
         any number of rounds if it `extends`."""
         # More rounds are no other run if rounds so far don't depend on their number.
         ignored = (*_UNDECIDED, *(["job.rounds"] if self.extends else []))
-        pairs = _pairs("", stored, json.loads(json.dumps(self.settings())))
+        pairs = _pairs("", stored_settings, json.loads(json.dumps(self.settings())))
         differences = [f"{name} (stored {_word(a)}, given {_word(b)})" for name, a, b in pairs if name not in ignored]
         return some(differences, most=_MOST_DIFFERENCES)
 

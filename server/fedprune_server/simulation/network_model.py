@@ -122,14 +122,14 @@ class Weather:
         arrived, free = transfer(now, free, size, rate, limit)
         return arrived + link.latency_s, free
 
-    def _drawn(self, sigma: float, seed: int, number: int, who: str, what: str) -> float:
+    def _drawn(self, sigma: float, seed: int, number: int, name: str, quantity: str) -> float:
         if not sigma:
             return 1.0
-        return float(keyed(seed, number, who, what, "weather").lognormal(0.0, sigma, self.draws).mean())
+        return float(keyed(seed, number, name, quantity, "weather").lognormal(0.0, sigma, self.draws).mean())
 
     @staticmethod
-    def _spread(seed: int, device: str, what: str, sigma: float) -> float:
-        return float(keyed(seed, device, what, "spread").lognormal(0.0, sigma)) if sigma else 1.0
+    def _spread(seed: int, device: str, quantity: str, sigma: float) -> float:
+        return float(keyed(seed, device, quantity, "spread").lognormal(0.0, sigma)) if sigma else 1.0
 
 
 def transfer(now: float, free: float, size: int, rate: float, limit: float) -> tuple[float, float]:
@@ -147,8 +147,8 @@ def transfer(now: float, free: float, size: int, rate: float, limit: float) -> t
     Returns:
         Time of arrival of the last byte, and the new time at which the server's link is free.
     """
-    begin = max(now, free)
-    return begin + size / min(rate, limit), begin + size / limit
+    starts_at = max(now, free)
+    return starts_at + size / min(rate, limit), starts_at + size / limit
 
 
 # Down and up, in MB/s, of the ten clients of PR-FL's simulation (arXiv:2403.15439, public code).
@@ -203,8 +203,8 @@ def read_weather(body: Mapping[str, object]) -> tuple[Weather, tuple[LinkSetting
     if not isinstance(weather_table, Mapping):
         raise ConfigError(path, expected="a table", got=shown(weather_table))
     table = dict(weather_table)
-    like = table.pop("like", None)
-    if like is not None:
-        validation.word((*path, "like"), like, tuple(_LIKE))
-    weather, links = _LIKE[like] if isinstance(like, str) else (Weather(), ())
+    environment = table.pop("like", None)
+    if environment is not None:
+        validation.word((*path, "like"), environment, tuple(_LIKE))
+    weather, links = _LIKE[environment] if isinstance(environment, str) else (Weather(), ())
     return read_table(Weather, vars(weather) | table, path), links

@@ -390,12 +390,12 @@ class Simulation:
         received_at, run.free[0] = weather.arrives(*key, link, "down", sum(missing.values()), now, run.free[0])
         train_s = self._train_s(device, command.offer) / weather.compute(seed, command.round, name)
         # Keyed by attempt and session: a device that dropped out must not drop out of every repetition.
-        chance = keyed(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
-        if chance.random() < self.experiment.dropouts.probability:
-            leaves_at = min(received_at + chance.random() * train_s, run.leaves.get(name, ALWAYS))
+        rng = keyed(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
+        if rng.random() < self.experiment.dropouts.probability:
+            leaves_at = min(received_at + rng.random() * train_s, run.leaves.get(name, ALWAYS))
             run.push(leaves_at, on.DeviceDied(name, run.sessions[name]))
             run.online.discard(name)  # messages don't reach it meanwhile
-            self._birth(name, leaves_at + chance.exponential(self.experiment.dropouts.away_s))
+            self._birth(name, leaves_at + rng.exponential(self.experiment.dropouts.away_s))
         else:
             run.push(received_at + train_s, Trained(name, command.round, command.attempt, command.offer))
             self._runner.prepare(device, command.offer, command.round)
@@ -449,11 +449,11 @@ class Simulation:
     def _spent(self, device: str) -> list[int]:
         return self._run.now.devices.setdefault(device, [0, 0, 0, 0])
 
-    def _birth(self, name: str, at: float) -> None:
+    def _birth(self, name: str, earliest: float) -> None:
         """Connect a device as soon as its window is open."""
         session = self._run.sessions.get(name, 0) + 1
         device = self._devices[name]
-        opens_at, closes_at = self.experiment.availability.window(self.job.seed, name, at)
+        opens_at, closes_at = self.experiment.availability.window(self.job.seed, name, earliest)
         self._run.leaves[name] = closes_at
         if id(device.profile) not in self._profiles:  # devices of one kind share one
             self._profiles[id(device.profile)] = device.profile.to_dict()
@@ -461,7 +461,7 @@ class Simulation:
         born = on.DeviceBorn(
             name, session, profile, device.samples, codecs=CODECS, effective_classes=device.effective_classes
         )
-        self._run.push(max(at, opens_at), born)
+        self._run.push(max(earliest, opens_at), born)
 
     def _leave(self, item: Left) -> on.Event | None:
         """Close a device's window: its training is lost, an announced update is sent again when it reconnects."""

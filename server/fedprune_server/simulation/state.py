@@ -117,27 +117,27 @@ class SimulationState:
     _order: list[tuple[float, int]] = field(default_factory=list)
     _work: dict[str, set[int]] = field(default_factory=dict)
 
-    def push(self, at: float, item: Item) -> None:
+    def push(self, virtual_time: float, item: Item) -> None:
         self.sequence += 1
-        self.put(at, self.sequence, item)
+        self.put(virtual_time, self.sequence, item)
 
-    def put(self, at: float, number: int, item: Item) -> None:
+    def put(self, virtual_time: float, number: int, item: Item) -> None:
         """Queue an item under a given number, such as that of a saved one."""
-        self.queue[number] = (at, item)
+        self.queue[number] = (virtual_time, item)
         # Ties in time go by number, so that a run is the same after a restart.
-        heapq.heappush(self._order, (at, number))
+        heapq.heappush(self._order, (virtual_time, number))
         if isinstance(item, _WORK):
             self._work.setdefault(item.device, set()).add(number)
 
     def pop(self) -> Item:
         """Advance to the next item and return it. Raises `IndexError` if the queue is empty."""
         while True:
-            at, number = heapq.heappop(self._order)
+            virtual_time, number = heapq.heappop(self._order)
             # Cancelled items stay in the heap: removing one from its middle would cost a search.
             if number in self.queue:
                 break
         _, item = self.queue.pop(number)
-        self.clock = at
+        self.clock = virtual_time
         if isinstance(item, _WORK):
             self._done(item.device, number)
         return item
@@ -248,8 +248,8 @@ class SavedRun:
                 now=RoundNotes(**body["now"]),
                 rounds=notes,
             )
-            for at, number, kind, fields in body["queue"]:
-                state.put(float(at), int(number), _ITEMS[kind](**fields))
+            for virtual_time, number, kind, fields in body["queue"]:
+                state.put(float(virtual_time), int(number), _ITEMS[kind](**fields))
             coordinator = State.from_json(body["coordinator"])
             coordinator.history = history
             # A job with fewer rounds than are done, or under way, would have no end.
@@ -292,10 +292,10 @@ class SavedRun:
         if self._folder is None:
             return round_ended
         # The longer saving takes, the rarer it is: a large fleet's state must not slow down the run.
-        since = time.monotonic() - self._saved_at
+        seconds_since_save = time.monotonic() - self._saved_at
         if round_ended:
-            return self._save_s <= self._pace.expensive_s or since >= self._pace.share * self._save_s
-        return since >= max(self._pace.interval_s, self._pace.share * self._save_s)
+            return self._save_s <= self._pace.expensive_s or seconds_since_save >= self._pace.share * self._save_s
+        return seconds_since_save >= max(self._pace.interval_s, self._pace.share * self._save_s)
 
     def save(self, run: SimulationState, coordinator: State) -> None:
         """Save the state together with the coordinator's. Raises `StorageFullError` if the disk is full, and
@@ -318,7 +318,9 @@ class SavedRun:
             "unsent": {k: asdict(v) for k, v in run.unsent.items()},
             "bytes": [run.down, run.up],
             "now": asdict(run.now),
-            "queue": [[at, n, type(item).__name__, vars(item)] for n, (at, item) in run.queue.items()],
+            "queue": [
+                [virtual_time, n, type(item).__name__, vars(item)] for n, (virtual_time, item) in run.queue.items()
+            ],
         }
         write_whole(self._folder / FILE, json.dumps(body).encode())
         self._logged = logged

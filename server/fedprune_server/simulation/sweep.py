@@ -51,39 +51,39 @@ def read_sweep(path: Path) -> list[RunSpec]:
     rows = body.get("runs")
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
         raise ConfigError(f"{path}: [[runs]]", expected="a table with a name for each variant")
-    common = _seeds(body.get("seeds", [0]), f"{path}: seeds")
-    return variant_runs((path.parent / config).resolve(), rows, common, f"{path}: [[runs]]")
+    default_seeds = _seeds(body.get("seeds", [0]), f"{path}: seeds")
+    return variant_runs((path.parent / config).resolve(), rows, default_seeds, f"{path}: [[runs]]")
 
 
-def variant_runs(config: Path, rows: Sequence[object], seeds: Sequence[int], where: str) -> list[RunSpec]:
+def variant_runs(config: Path, rows: Sequence[object], seeds: Sequence[int], label: str) -> list[RunSpec]:
     """The runs of variants of a `fleet.toml`: each with each seed.
 
     Args:
         rows: Tables as [[runs]] of a sweep's file has them.
         seeds: Those of variants without seeds of their own.
-        where: What errors call the rows.
+        label: The name of the rows in errors.
 
     Raises:
         ConfigError: A key is missing, unknown or wrong, or two runs have the same name.
     """
-    runs = [run for number, row in enumerate(rows, 1) for run in _variant_runs(number, row, seeds, config, where)]
+    runs = [run for number, row in enumerate(rows, 1) for run in _variant_runs(number, row, seeds, config, label)]
     names = [r.name for r in runs]
     if repeated := sorted({n for n in names if names.count(n) > 1}):
-        raise ConfigError(where, expected="another name or seed for each", got=f"{repeated[0]!r} twice")
+        raise ConfigError(label, expected="another name or seed for each", got=f"{repeated[0]!r} twice")
     return runs
 
 
-def _variant_runs(number: int, row: object, common: Sequence[int], config: Path, where: str) -> list[RunSpec]:
+def _variant_runs(number: int, row: object, default_seeds: Sequence[int], config: Path, label: str) -> list[RunSpec]:
     """A variant's runs, one for each seed. Errors name the variant once its name is known."""
     if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
-        raise ConfigError(f"{where} {number}: name", expected="a text", got=shown(row))
-    where = f"{where} {row['name']}"
+        raise ConfigError(f"{label} {number}: name", expected="a text", got=shown(row))
+    label = f"{label} {row['name']}"
     changes = {k: v for k, v in row.items() if k not in _RUN_KEYS}
     for key, value in changes.items():
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: {key}", expected="a table of fleet.toml, such as job", got=shown(value))
-    _check_changes(config, changes, where)
-    seeds = _seeds(row["seeds"], f"{where}: seeds") if "seeds" in row else common
+            raise ConfigError(f"{label}: {key}", expected="a table of fleet.toml, such as job", got=shown(value))
+    _check_changes(config, changes, label)
+    seeds = _seeds(row["seeds"], f"{label}: seeds") if "seeds" in row else default_seeds
     settings = {"config": str(config), "changes": changes}
     return [RunSpec(f"{row['name']}-{s}", {**settings, "seed": s}) for s in seeds]
 
@@ -93,24 +93,24 @@ def variant_of(run: RunSpec) -> str:
     return run.name.removesuffix(f"-{run.settings['seed']}")
 
 
-def _check_changes(config: Path, changes: Mapping[str, Any], where: str) -> None:
+def _check_changes(config: Path, changes: Mapping[str, Any], label: str) -> None:
     """Read the `fleet.toml` with a variant's changes. An error that the changes cause names the sweep's file."""
     try:
         read_tables(config, changes)
     except FedpruneError as error:
         read_tables(config)
         subject = error.what.removeprefix(f"{config}: ")
-        raise error.named(f"{where}: {subject}") from error
+        raise error.named(f"{label}: {subject}") from error
 
 
-def _seeds(value: object, where: str) -> list[int]:
+def _seeds(value: object, label: str) -> list[int]:
     if (
         not isinstance(value, Sequence)
         or isinstance(value, str)
         or not 0 < len(value) <= _MOST_SEEDS
         or any(type(s) is not int or s < 0 for s in value)
     ):
-        raise ConfigError(where, expected="a list of whole numbers, such as [0, 1, 2]", got=shown(value))
+        raise ConfigError(label, expected="a list of whole numbers, such as [0, 1, 2]", got=shown(value))
     return list(value)
 
 

@@ -161,9 +161,9 @@ def origin(report: Report, lifted: Submodel) -> Tensors:
     That is what the device was sent; where reconstruction led it to other coordinates (optimal transport), the model
     that its submodel was cut from.
     """
-    sent = report.sent
-    if same_coordinates(sent.selection, lifted.selection):
-        return sent.tensors
+    sent_submodel = report.sent
+    if same_coordinates(sent_submodel.selection, lifted.selection):
+        return sent_submodel.tensors
     return lifted.selection.gather(report.cut.scene.model)
 
 
@@ -193,11 +193,13 @@ def changed_rows(submodel: Submodel, before: Tensors, *, decays: bool) -> dict[s
     """
     axes = head_axes(submodel.selection.architecture)
     weight = next(iter(axes))
-    now, then = (np.moveaxis(t[weight], axes[weight], 0) for t in (submodel.tensors, before))
-    is_changed = (now != then).reshape(len(now), -1).any(axis=1)
+    trained_values, sent_values = (np.moveaxis(t[weight], axes[weight], 0) for t in (submodel.tensors, before))
+    is_changed = (trained_values != sent_values).reshape(len(trained_values), -1).any(axis=1)
     if decays:
         # Only weights decay, so the bias says nothing here: its row is judged by the weight's.
-        is_changed &= ~_shrunk(now.reshape(len(now), -1), then.reshape(len(then), -1))
+        is_changed &= ~_shrunk(
+            trained_values.reshape(len(trained_values), -1), sent_values.reshape(len(sent_values), -1)
+        )
     else:
         for name in list(axes)[1:]:
             is_changed |= submodel.tensors[name] != before[name]
@@ -209,13 +211,13 @@ def changed_rows(submodel: Submodel, before: Tensors, *, decays: bool) -> dict[s
     return masks
 
 
-def _shrunk(now: npt.NDArray[np.float32], then: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+def _shrunk(trained_rows: npt.NDArray[np.float32], sent_rows: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     """Whether each row is c times what it was, with 0 < c ≤ 1."""
-    a, b = now.astype(np.float64), then.astype(np.float64)
+    trained64, sent64 = trained_rows.astype(np.float64), sent_rows.astype(np.float64)
     # Above 0, so that a row of zeros doesn't divide by 0.
-    squared_norms = np.maximum((b * b).sum(axis=1), 1e-300)
+    squared_norms = np.maximum((sent64 * sent64).sum(axis=1), 1e-300)
     # Least squares: the c for which c times the old row is nearest to the new one.
-    factor = (a * b).sum(axis=1) / squared_norms
-    residual = np.sqrt(((a - factor[:, None] * b) ** 2).sum(axis=1))
+    factor = (trained64 * sent64).sum(axis=1) / squared_norms
+    residual = np.sqrt(((trained64 - factor[:, None] * sent64) ** 2).sum(axis=1))
     only_shrunk: npt.NDArray[np.bool_] = (residual <= _PARALLEL * np.sqrt(squared_norms)) & (factor > 0) & (factor <= 1)
     return only_shrunk

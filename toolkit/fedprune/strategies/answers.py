@@ -17,7 +17,7 @@ from fedprune.strategies.allocation import Allocator, Fleet
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Closing, Ranking, Scene, Submodel
 
-# Looks at an answer and at what was asked with.
+# Checks an answer, given the arguments of the call.
 Check = Callable[[Any, Sequence[Any]], None]
 
 _TRUTH = (bool, np.bool_)
@@ -120,23 +120,23 @@ def _admitted(answer: Any, arguments: Sequence[Any]) -> None:
 # The methods that a user may write, each with the check of its answer.
 CHECKS: dict[type, dict[str, Check]] = {
     Strategy: {
-        "begin": lambda answer, asked: _model(answer, asked[0], ""),
+        "begin": lambda answer, arguments: _model(answer, arguments[0], ""),
         "rank": _ranked,
-        "learn": lambda answer, asked: _memories(answer, ""),
-        "extract": lambda answer, asked: _submodel(answer, asked[0].scene.architecture, missing=False),
-        "reconstruct": lambda answer, asked: _submodel(answer, asked[0].cut.scene.architecture, missing=True),
-        "recipe": lambda answer, asked: _of(Recipe, answer),
+        "learn": lambda answer, arguments: _memories(answer, ""),
+        "extract": lambda answer, arguments: _submodel(answer, arguments[0].scene.architecture, missing=False),
+        "reconstruct": lambda answer, arguments: _submodel(answer, arguments[0].cut.scene.architecture, missing=True),
+        "recipe": lambda answer, arguments: _of(Recipe, answer),
         "close": _closed,
     },
     Aggregator: {
-        "fold": lambda answer, asked: _of(Fold, answer),
-        "add": lambda answer, asked: None,
+        "fold": lambda answer, arguments: _of(Fold, answer),
+        "add": lambda answer, arguments: None,
         "close": _closed,
     },
     Allocator: {
         "admit": _admitted,
-        **dict.fromkeys(("open", "review", "done"), lambda answer, asked: _of(_TRUTH, answer, "", "true or false")),
-        "learn": lambda answer, asked: None,
+        **dict.fromkeys(("open", "review", "done"), lambda answer, arguments: _of(_TRUTH, answer, "", "true or false")),
+        "learn": lambda answer, arguments: None,
     },
 }
 

@@ -228,9 +228,9 @@ def _marked(read: Callable[[], Iterator[Any]], reader_errors: list[BaseException
     return read_and_note
 
 
-def _failed(error: Exception, place: str = "") -> str:
+def _failed(error: Exception, location: str = "") -> str:
     kind = "" if isinstance(error, FedpruneError) else f"{type(error).__name__}: "
-    return f"failed{f' at {place}' if place else ''} ({kind}{reason(error)})"
+    return f"failed{f' at {location}' if location else ''} ({kind}{reason(error)})"
 
 
 def _remedy(error: Exception, module: str) -> str:

@@ -248,9 +248,9 @@ def _partition(devices: Sequence[VirtualDevice], federation: Federation | None, 
     """The fleet's data as reports show it."""
     if federation is None or plan is None:
         return Partition.of_devices({d.name: d.data for d in devices if isinstance(d.data, LocalData)})
-    dealt = Partition.of_federation(federation, Path(plan.source).stem)
-    counts = {d.name: row for d, row in zip(devices, dealt.counts.values(), strict=True)}
-    return replace(dealt, counts=counts, settings=plan.settings())
+    dealt_data = Partition.of_federation(federation, Path(plan.source).stem)
+    counts = {d.name: row for d, row in zip(devices, dealt_data.counts.values(), strict=True)}
+    return replace(dealt_data, counts=counts, settings=plan.settings())
 
 
 @dataclass(frozen=True)

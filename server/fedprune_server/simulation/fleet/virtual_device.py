@@ -226,7 +226,7 @@ def _expanded(rows: object, federation: Federation | None) -> Iterator[_Row]:
         for key in needed:
             if key not in row:
                 raise ConfigError((*row_path, key), expected=needed_text, got="nothing")
-        names = _names(row, row_path, federation, name_count, alone=len(rows) == 1)
+        names = _names(row, row_path, federation, name_count, is_only_row=len(rows) == 1)
         profiles = _texts(row["profile"], (*row_path, "profile"))
         data = "" if federation is not None else _text(row["data"], (*row_path, "data"))
         links = _links(row.get("link", {}), (*row_path, "link"))
@@ -237,37 +237,37 @@ def _expanded(rows: object, federation: Federation | None) -> Iterator[_Row]:
 
 
 def _names(
-    row: Mapping[str, Any], where: KeyPath, federation: Federation | None, name_count: int, *, alone: bool
+    row: Mapping[str, Any], row_path: KeyPath, federation: Federation | None, name_count: int, *, is_only_row: bool
 ) -> tuple[str, ...]:
     """Names of a row's devices: its own, numbered ones, or those of the data."""
     count = row.get("count")
     if count is not None:
-        setting_checks.whole((*where, "count"), count, 1, 10**6)
+        setting_checks.whole((*row_path, "count"), count, 1, 10**6)
     if "name" not in row:
-        if federation is None or (count is None and not alone):
-            raise ConfigError((*where, "name"), expected="a text", got="nothing")
+        if federation is None or (count is None and not is_only_row):
+            raise ConfigError((*row_path, "name"), expected="a text", got="nothing")
         return federation.names[name_count:][: count if count is not None else None]
-    name = _text(row["name"], (*where, "name"))
+    name = _text(row["name"], (*row_path, "name"))
     if count is None:
-        return (check_device(name, (*where, "name"), error=ConfigError),)
+        return (check_device(name, (*row_path, "name"), error=ConfigError),)
     # As many digits as sorting by name needs.
     digits = max(3, len(str(count)))
     names = tuple(f"{name}-{i:0{digits}}" for i in range(1, count + 1))
     # The last name is the longest: if it is valid, so are the others.
-    check_device(names[-1], (*where, "name"), error=ConfigError)
+    check_device(names[-1], (*row_path, "name"), error=ConfigError)
     return names
 
 
-def _links(value: object, where: KeyPath) -> list[LinkSettings]:
+def _links(value: object, path: KeyPath) -> list[LinkSettings]:
     """Links of a row's devices: one, or several in turn."""
     tables = value if isinstance(value, list) and value else [value]
     links: list[LinkSettings] = []
     for table in tables:
         if not isinstance(table, Mapping):
-            raise ConfigError(where, expected=f"a table with {', '.join(_LINK_KEYS)}", got=shown(table))
-        setting_checks.only(_LINK_KEYS, table, where)
+            raise ConfigError(path, expected=f"a table with {', '.join(_LINK_KEYS)}", got=shown(table))
+        setting_checks.only(_LINK_KEYS, table, path)
         limits = {"latency_s": (0.0, 3600.0)}
-        links.append({k: setting_checks.number((*where, k), v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()})
+        links.append({k: setting_checks.number((*path, k), v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()})
     return links
 
 
@@ -313,11 +313,11 @@ def _samples(
     )
 
 
-def _texts(value: object, where: KeyPath) -> list[str]:
-    return [_text(v, where) for v in value] if isinstance(value, list) and value else [_text(value, where)]
+def _texts(value: object, path: KeyPath) -> list[str]:
+    return [_text(v, path) for v in value] if isinstance(value, list) and value else [_text(value, path)]
 
 
-def _text(value: object, where: KeyPath) -> str:
+def _text(value: object, path: KeyPath) -> str:
     if not isinstance(value, str) or not value:
-        raise ConfigError(where, expected="a text", got=repr(value))
+        raise ConfigError(path, expected="a text", got=repr(value))
     return value

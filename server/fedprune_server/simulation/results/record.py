@@ -204,9 +204,9 @@ class Record:
         return json.dumps(asdict(self), indent=1, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str, where: str = "record") -> Record:
+    def from_json(cls, text: str, source: str = "record") -> Record:
         """Read the output of `to_json`. Raises `StorageError` if it is damaged or of another format."""
-        return records.read(cls, text.encode(errors="surrogatepass"), where, StorageError)
+        return records.read(cls, text.encode(errors="surrogatepass"), source, StorageError)
 
     def save(self, path: Path) -> None:
         """Write the record to a file. Raises `StorageError` if the disk fails; an older file is untouched."""
@@ -248,28 +248,10 @@ def record_of(
     rounds = (
         round_row(e, round_notes.get(e["round"], RoundNotes()), began, job.recipe.judged_by) for e in state.history
     )
-    missed = _missed(state)
+    refusals = _missed(state)
     selection = None if ranking is None else Selection.from_json(ranking, architecture)
-    predictions = {name: predicted(name, device, job, architecture) for name, device in state.devices.items()}
     devices = tuple(
-        DeviceRow(
-            name=name,
-            profile=str(device.profile.get("name", "")),
-            samples=device.samples,
-            widths=tuple(device.widths),
-            density=device.plan["density"] if device.plan else device.density,
-            bound=device.plan["bound"] if device.plan else "",
-            parameters=costs_at(architecture, device.widths).parameters if device.widths else 0,
-            excluded=device.excluded,
-            compared=compared(name, state, predictions[name]),
-            missed=len(missed.get(name, [])),
-            why=missed[name][-1][0] if name in missed else "",
-            kind=missed[name][-1][1] if name in missed else "",
-            unit=unit(device),
-            train_j=(predictions[name] or {}).get("train_j"),
-            warning=device.plan["warning"] if device.plan else "",
-        )
-        for name, device in sorted(state.devices.items())
+        _device_row(name, job, architecture, state, refusals.get(name, [])) for name in sorted(state.devices)
     )
     return Record(
         title=title,
@@ -283,6 +265,32 @@ def record_of(
         version=__version__,
         uncalibrated=uncalibrated,
         ended_early=early_end(job, state),
+    )
+
+
+def _device_row(
+    name: str, job: Job, architecture: Architecture, state: State, refusals: Sequence[tuple[str, str]]
+) -> DeviceRow:
+    device = state.devices[name]
+    prediction = predicted(name, device, job, architecture)
+    reason, kind = refusals[-1] if refusals else ("", "")
+    return DeviceRow(
+        name=name,
+        profile=str(device.profile.get("name", "")),
+        samples=device.samples,
+        widths=tuple(device.widths),
+        # Planned, not trained: while a fleet shares a core, boards train less than their plans say.
+        density=device.plan["density"] if device.plan else device.density,
+        bound=device.plan["bound"] if device.plan else "",
+        parameters=costs_at(architecture, device.widths).parameters if device.widths else 0,
+        excluded=device.excluded,
+        compared=compared(name, state, prediction),
+        missed=len(refusals),
+        why=reason,
+        kind=kind,
+        unit=unit(device),
+        train_j=(prediction or {}).get("train_j"),
+        warning=device.plan["warning"] if device.plan else "",
     )
 
 

@@ -89,9 +89,9 @@ class RunDisplay:
         self._preparing.close()
         rounds, finished_rounds = simulation.job.rounds, len(simulation.state.history)
         if simulation.state.phase is Phase.FINISHED:
-            which = f"all {finished_rounds}" if finished_rounds >= rounds else f"{finished_rounds} of {rounds}"
+            rounds_text = f"all {finished_rounds}" if finished_rounds >= rounds else f"{finished_rounds} of {rounds}"
             early_end = "" if finished_rounds >= rounds else ", and the job ended there"
-            self._say(f"{which} rounds were done before{early_end}; nothing is trained again")
+            self._say(f"{rounds_text} rounds were done before{early_end}; nothing is trained again")
             return
         if finished_rounds:
             self._say(f"continues after round {finished_rounds} of {rounds}")

@@ -34,57 +34,59 @@ Floats = npt.NDArray[np.float32]
 
 def align(
     source: Mapping[str, Floats],
-    source_at: Selection,
+    source_selection: Selection,
     target: Mapping[str, Floats],
-    target_at: Selection,
+    target_selection: Selection,
 ) -> Tensors:
     """The source model on the target's channels: W_aligned, in the target's shapes.
 
     Args:
-        source: The model that is transported, in the coordinates of `source_at`.
-        source_at: Its widths, and where its channels live.
-        target: The model that it is aligned with, in the coordinates of `target_at`.
-        target_at: Its widths, and where its channels live.
+        source: The model that is transported, in the coordinates of `source_selection`.
+        source_selection: Its widths, and where its channels live.
+        target: The model that it is aligned with, in the coordinates of `target_selection`.
+        target_selection: Its widths, and where its channels live.
 
     Raises:
         BundleError: The selections are of different architectures, or tensors don't fit them, or costs are not finite.
         MissingExtraError: POT or scipy is not installed.
     """
-    if source_at.architecture.digest != target_at.architecture.digest:
+    if source_selection.architecture.digest != target_selection.architecture.digest:
         raise BundleError("transport between models of different architectures")
-    _check(source, source_at)
-    _check(target, target_at)
-    return _Alignment(source, source_at, target, target_at).run()
+    _check(source, source_selection)
+    _check(target, target_selection)
+    return _Alignment(source, source_selection, target, target_selection).run()
 
 
-def prune(model: Mapping[str, Floats], history: Mapping[str, Floats], at: Selection, alpha: float = 0.5) -> Tensors:
+def prune(
+    model: Mapping[str, Floats], history: Mapping[str, Floats], selection: Selection, alpha: float = 0.5
+) -> Tensors:
     """OTP: α·(the global model on the history's channels) + (1 − α)·history (Eq. 6).
 
     Raises `BundleError` or `MissingExtraError` as `align`.
 
     Args:
         history: The device's last update.
-        at: Its widths, and where its channels live.
+        selection: Its widths, and where its channels live.
         alpha: The global model's share, from 0 to 1.
     """
     # Nothing of the global model enters: no plan need be solved.
     if alpha == 0:
-        _check(history, at)
-        return {t.name: history[t.name].copy() for t in at.architecture.tensors}
-    return _mixed(align(model, Selection.full(at.architecture), history, at), history, alpha)
+        _check(history, selection)
+        return {t.name: history[t.name].copy() for t in selection.architecture.tensors}
+    return _mixed(align(model, Selection.full(selection.architecture), history, selection), history, alpha)
 
 
-def aggregate(local: Mapping[str, Floats], at: Selection, model: Mapping[str, Floats]) -> Tensors:
+def aggregate(local: Mapping[str, Floats], selection: Selection, model: Mapping[str, Floats]) -> Tensors:
     """OTA: the device's model on the global model's channels, at full width (Eq. 9).
 
     Raises `BundleError` or `MissingExtraError` as `align`.
 
     Args:
         local: The device's trained model.
-        at: Its widths, and where its channels live.
+        selection: Its widths, and where its channels live.
         model: The global model that it was extracted from.
     """
-    return align(local, at, model, Selection.full(at.architecture))
+    return align(local, selection, model, Selection.full(selection.architecture))
 
 
 def _mixed(aligned: Tensors, history: Mapping[str, Floats], alpha: float) -> Tensors:
@@ -100,8 +102,8 @@ def _mixed(aligned: Tensors, history: Mapping[str, Floats], alpha: float) -> Ten
     return aligned
 
 
-def _check(tensors: Mapping[str, Floats], at: Selection) -> None:
-    for name, shape in at.shapes().items():
+def _check(tensors: Mapping[str, Floats], selection: Selection) -> None:
+    for name, shape in selection.shapes().items():
         value = tensors.get(name)
         if value is None or value.shape != shape or value.dtype != np.float32:
             raise BundleError(
@@ -121,13 +123,13 @@ class _Alignment:
     def __init__(
         self,
         source: Mapping[str, Floats],
-        source_at: Selection,
+        source_selection: Selection,
         target: Mapping[str, Floats],
-        target_at: Selection,
+        target_selection: Selection,
     ) -> None:
-        self.source, self.source_at = source, source_at
-        self.target, self.target_at = target, target_at
-        self.architecture: Architecture = source_at.architecture
+        self.source, self.source_at = source, source_selection
+        self.target, self.target_at = target, target_selection
+        self.architecture: Architecture = source_selection.architecture
         self.current: dict[int, Coupling] = {}  # by group, the plan of layers that read it now
         self.own: dict[str, dict[int, Coupling]] = {}  # by layer and group, the layer's own plan
         self.first: dict[int, Coupling] = {}  # by group, the plan of one that was read before it was written
@@ -167,13 +169,13 @@ class _Alignment:
                 vectors.setdefault((spec.axes[0], tuple(couplings.values())), []).append(spec.name)
                 continue
             value = self.source[spec.name]
-            for i, axis in enumerate(spec.axes):
+            for axis_index, axis in enumerate(spec.axes):
                 if axis.groups:
-                    value = self._transport(value, i, axis, couplings)
+                    value = self._transport(value, axis_index, axis, couplings)
             aligned[spec.name] = value if value is not self.source[spec.name] else value.copy()
         for (axis, plans), names in vectors.items():
-            stacked = np.stack([self.source[name] for name in names])
-            rows = self._transport(stacked, 1, axis, dict(zip(axis.groups, plans, strict=True)))
+            stacked_vectors = np.stack([self.source[name] for name in names])
+            rows = self._transport(stacked_vectors, 1, axis, dict(zip(axis.groups, plans, strict=True)))
             aligned.update(zip(names, rows, strict=True))
 
     def _solve(self, step: Step) -> tuple[Floats, dict[int, Coupling]]:
@@ -220,7 +222,7 @@ class _Alignment:
         value = self.source[step.name]
         for i in step.inputs:
             axis = step.axes[i]
-            value = self._transport(value, i, axis, self._reader_plans(axis.groups), room=f"input {i}")
+            value = self._transport(value, i, axis, self._reader_plans(axis.groups), buffer_name=f"input {i}")
         return value
 
     def _output(self, step: Step, value: Floats, couplings: Mapping[int, Coupling]) -> Floats:
@@ -247,7 +249,7 @@ class _Alignment:
         for i in step.inputs:
             axis = step.axes[i]
             input_plans = self._reader_plans(axis.groups)
-            target = self._transport(target, i, axis, input_plans, adjoint=True, room=f"adjoint {i}")
+            target = self._transport(target, i, axis, input_plans, adjoint=True, buffer_name=f"adjoint {i}")
         product = (
             channel_rows(untransported, out, source_blocks, group) @ channel_rows(target, out, target_blocks, group).T
         )
@@ -256,15 +258,15 @@ class _Alignment:
     def _transport(
         self,
         value: Floats,
-        i: int,
+        axis_index: int,
         axis: Axis,
         couplings: Mapping[int, Coupling],
         *,
         adjoint: bool = False,
-        room: str = "",
+        buffer_name: str = "",
     ) -> Floats:
-        before, after = self._blocks_of(axis, source=not adjoint), self._blocks_of(axis, source=adjoint)
-        return carried(value, i, before, after, couplings, adjoint=adjoint, room=room)
+        blocks_before, blocks_after = self._blocks_of(axis, source=not adjoint), self._blocks_of(axis, source=adjoint)
+        return carried(value, axis_index, blocks_before, blocks_after, couplings, adjoint=adjoint, room=buffer_name)
 
     def _blocks_of(self, axis: Axis, *, source: bool) -> tuple[Block, ...]:
         key = (axis, source)
@@ -318,8 +320,12 @@ def _recompute(out: Floats, a: Floats, b: Floats, pairs: npt.NDArray[np.int64]) 
     """Recompute squared distances: of a few pairs from differences, of many by a product in float64."""
     if pairs.size > 4 * (a.shape[0] + b.shape[0]):
         middle = b.mean(0, dtype=np.float64)
-        x, y = a - middle, b - middle
-        exact = np.einsum("ij,ij->i", x, x)[:, None] + np.einsum("ij,ij->i", y, y) - 2 * (x @ y.T)
+        centred_a, centred_b = a - middle, b - middle
+        exact = (
+            np.einsum("ij,ij->i", centred_a, centred_a)[:, None]
+            + np.einsum("ij,ij->i", centred_b, centred_b)
+            - 2 * (centred_a @ centred_b.T)
+        )
         out[...] = np.maximum(exact, 0)
         pairs = np.flatnonzero((exact < 1e-12 * np.abs(exact).max()).reshape(-1))
     flat = out.reshape(-1)

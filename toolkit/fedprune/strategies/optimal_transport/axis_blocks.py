@@ -113,7 +113,7 @@ def carried(
     shape = (*values.shape[:axis], length, *values.shape[axis + 1 :])
     result = SCRATCH.array(room, shape) if room else None
 
-    def run(old_block: Block, into: Floats | None) -> Floats:
+    def run(old_block: Block, block_out: Floats | None) -> Floats:
         block = part_of(values, axis, old_block)
         if old_block.group == FIXED:
             return block
@@ -123,7 +123,7 @@ def carried(
         flat = block.reshape(leading_size, block.shape[axis] // old_block.inner, trailing_size)
         size = coupling.sources if adjoint else coupling.targets
         step: Callable[[Floats, Floats | None], Floats] = coupling.backward if adjoint else coupling.forward
-        transported = step(flat, None if into is None else into.reshape(leading_size, size, trailing_size))
+        transported = step(flat, None if block_out is None else block_out.reshape(leading_size, size, trailing_size))
         return transported.reshape(*block.shape[:axis], size * old_block.inner, *block.shape[axis + 1 :])
 
     # One block is the whole axis: the coupling writes into the result, without a copy of its own.

@@ -143,11 +143,13 @@ class Coupling:
 def corner(sources: int, targets: int) -> tuple[Indices, Indices, Indices]:
     """The entries of the plan that keeps channels in order: sources, targets and mass, in units of 1/lcm(n, m)."""
     common = gcd(sources, targets)
-    send, take = targets // common, sources // common
-    boundaries = np.sort(np.concatenate([np.arange(1, sources + 1) * send, np.arange(1, targets + 1) * take]))
+    source_mass, target_mass = targets // common, sources // common
+    boundaries = np.sort(
+        np.concatenate([np.arange(1, sources + 1) * source_mass, np.arange(1, targets + 1) * target_mass])
+    )
     mass = np.diff(boundaries, prepend=0)
     boundaries, mass = boundaries[mass > 0], mass[mass > 0]
-    entries = (boundaries - 1) // send, (boundaries - 1) // take, mass
+    entries = (boundaries - 1) // source_mass, (boundaries - 1) // target_mass, mass
     for array in entries:  # all callers share them
         array.setflags(write=False)
     return entries
@@ -161,45 +163,47 @@ def _merged(keys: Indices, values: npt.NDArray[np.float64]) -> tuple[Indices, np
     return keys[first_entries], np.add.reduceat(values[order], first_entries)
 
 
-def _gather(takes: Indices, places: Indices, shares: npt.NDArray[np.float64], size: int, length: int) -> _Gather:
+def _gather(
+    source_indices: Indices, target_indices: Indices, shares: npt.NDArray[np.float64], size: int, length: int
+) -> _Gather:
     """A gather of entries that are sorted by place. Raises `MissingExtraError` if scipy is not installed, and the
     entries are not alike."""
-    counts = np.bincount(places, minlength=size)
+    counts = np.bincount(target_indices, minlength=size)
     count = int(counts[0])
     # Widths that are multiples of each other give equal entries: plain gathers, without scipy.
     if bool((counts == count).all()) and bool((shares == shares[0]).all()):
-        return _Gather(tuple(takes.reshape(size, count).T.copy()), float(shares[0]), None)
+        return _Gather(tuple(source_indices.reshape(size, count).T.copy()), float(shares[0]), None)
     try:
         from scipy.sparse import csr_array
     except ImportError as error:
         raise MissingExtraError("transport plans need scipy", extra="subflot") from error
 
-    ends = np.concatenate([[0], np.cumsum(counts)])
-    return _Gather((), 1.0, csr_array((shares.astype(np.float32), takes, ends), shape=(size, length)))
+    row_ends = np.concatenate([[0], np.cumsum(counts)])
+    return _Gather((), 1.0, csr_array((shares.astype(np.float32), source_indices, row_ends), shape=(size, length)))
 
 
 def _run(gather: _Gather, values: Floats, size: int, out: Floats | None) -> Floats:
     """All places from all indices, in chunks that stay in the cache."""
-    before, length, after = values.shape
+    leading, length, trailing = values.shape
     scale = np.float32(gather.share)
-    if gather.matrix is not None and before == 1:
+    if gather.matrix is not None and leading == 1:
         product: Floats = gather.matrix @ values[0]
         if out is None:
             return product[None]
         out[0] = product
         return out
     if out is None:
-        out = np.empty((before, size, after), np.float32)
-    if before == 1:
-        chunk_size = max(1, _CHUNK // max(1, after))
+        out = np.empty((leading, size, trailing), np.float32)
+    if leading == 1:
+        chunk_size = max(1, _CHUNK // max(1, trailing))
         for start in range(0, size, chunk_size):
             rows = slice(start, start + chunk_size)
             _sum(values, [takes[rows] for takes in gather.rounds], scale, out[:, rows])
         return out
     # A sparse product's result is in the cache, too, until it is swapped.
-    side = length if gather.matrix is None else max(length, size)
-    chunk_size = max(1, _CHUNK // max(1, side * after))
-    for start in range(0, before, chunk_size):
+    longest_side = length if gather.matrix is None else max(length, size)
+    chunk_size = max(1, _CHUNK // max(1, longest_side * trailing))
+    for start in range(0, leading, chunk_size):
         chunk, chunk_out = values[start : start + chunk_size], out[start : start + chunk_size]
         if gather.matrix is None:
             if chunk.size and chunk.flags.c_contiguous:
@@ -207,9 +211,9 @@ def _run(gather: _Gather, values: Floats, size: int, out: Floats | None) -> Floa
                 chunk.reshape(-1)[::16].max()
             _sum(chunk, gather.rounds, scale, chunk_out)
             continue
-        swap_buffer = SCRATCH.array("swapped", (length, len(chunk), after))
+        swap_buffer = SCRATCH.array("swapped", (length, len(chunk), trailing))
         transported = gather.matrix @ _swapped(chunk, swap_buffer).reshape(length, -1)
-        _swapped(transported.reshape(size, len(chunk), after), chunk_out)
+        _swapped(transported.reshape(size, len(chunk), trailing), chunk_out)
     return out
 
 
