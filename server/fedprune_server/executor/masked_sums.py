@@ -48,7 +48,7 @@ class MaskedSums(RoundCloser):
     def close(self, command: do.Close) -> RoundResult:
         """Close a round. If a cohort's sum is impossible for boards that follow the protocol, none of its updates
         counts: a sum doesn't show which board is at fault."""
-        contributions = {cohort_sum.part.device: cohort_sum for cohort_sum in command.contributions}
+        contributions = {c.part.device: c for c in command.contributions}
         round_ = self._round_of(command)
         sums, rejected = list[PartialSums](), dict[str, Failure]()
         for cohort_sum in command.sums:

@@ -78,14 +78,7 @@ def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: 
     server_order = keyed(seed, "digits", "server").permutation(len(y))
     server_count = int(len(y) * SERVER_SHARE)
     reserved_count = server_count + int(len(y) * CALIBRATION_SHARE)
-    server_rows, calibration_rows, device_rows = (
-        np.sort(rows)
-        for rows in (
-            server_order[:server_count],
-            server_order[server_count:reserved_count],
-            server_order[reserved_count:],
-        )
-    )
+    server_rows, calibration_rows, device_rows = map(np.sort, np.split(server_order, [server_count, reserved_count]))
     least = least or len(device_rows) // (2 * len(devices))
     if least < 2 or least * len(devices) > len(device_rows):
         raise DataError(f"samples for {len(devices)} devices", expected="at least 2 for each", got=len(device_rows))

@@ -115,9 +115,8 @@ class Weather:
         self, seed: int, number: int, device: str, link: Link, direction: str, size: int, now: float, free: float
     ) -> tuple[float, float]:
         """Transfer bytes between the server and a device in a round; arguments and results as `transfer`."""
-        rate = (link.down_bytes_s if direction == "down" else link.up_bytes_s) * self.link(
-            seed, number, device, direction
-        )
+        speed = link.down_bytes_s if direction == "down" else link.up_bytes_s
+        rate = speed * self.link(seed, number, device, direction)
         limit = self.server(seed, number, direction)
         arrived, free = transfer(now, free, size, rate, limit)
         return arrived + link.latency_s, free

@@ -89,9 +89,9 @@ class AutoFlip(Masked):
         return {_GUIDANCE + r.cut.turn.device: _guidance(r, names) for r in reports()}
 
     def extract(self, cut: Cut) -> Submodel:
-        return (
-            without_empty_channels(cut, self.options.masked_share) if self.options.structured else super().extract(cut)
-        )
+        if not self.options.structured:
+            return super().extract(cut)
+        return without_empty_channels(cut, self.options.masked_share)
 
     def reconstruct(self, report: Report) -> Submodel:
         """The submodel with all channels of its widths: cut ones as they were sent, masked elements as 0."""

@@ -209,8 +209,8 @@ class _Alignment:
         weights = {n.weight for n in self.architecture.layers}
         tables = [t for t in self.architecture.tensors if t.kind is TensorKind.WEIGHT]
         for spec in sorted(tables, key=lambda t: t.name in weights):
-            axes = [i for i, source_rows in enumerate(spec.axes) if group in source_rows.groups]
-            other_groups = {g for source_rows in spec.axes for g in source_rows.groups} - {group}
+            axes = [i for i, axis in enumerate(spec.axes) if group in axis.groups]
+            other_groups = {g for axis in spec.axes for g in axis.groups} - {group}
             if len(axes) == 1 and not other_groups:
                 axis = spec.axes[axes[0]]
                 source_rows = channel_rows(self.source[spec.name], axes[0], self._blocks_of(axis, source=True), group)

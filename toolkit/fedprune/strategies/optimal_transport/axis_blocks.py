@@ -114,17 +114,17 @@ def carried(
     result = SCRATCH.array(room, shape) if room else None
 
     def run(old_block: Block, block_out: Floats | None) -> Floats:
-        block = part_of(values, axis, old_block)
+        array = part_of(values, axis, old_block)
         if old_block.group == FIXED:
-            return block
+            return array
         coupling = couplings[old_block.group]
-        leading_size = prod(block.shape[:axis])
-        trailing_size = prod(block.shape[axis + 1 :]) * old_block.inner
-        flat = block.reshape(leading_size, block.shape[axis] // old_block.inner, trailing_size)
+        leading_size = prod(array.shape[:axis])
+        trailing_size = prod(array.shape[axis + 1 :]) * old_block.inner
+        flat = array.reshape(leading_size, array.shape[axis] // old_block.inner, trailing_size)
         size = coupling.sources if adjoint else coupling.targets
         step: Callable[[Floats, Floats | None], Floats] = coupling.backward if adjoint else coupling.forward
         transported = step(flat, None if block_out is None else block_out.reshape(leading_size, size, trailing_size))
-        return transported.reshape(*block.shape[:axis], size * old_block.inner, *block.shape[axis + 1 :])
+        return transported.reshape(*array.shape[:axis], size * old_block.inner, *array.shape[axis + 1 :])
 
     # One block is the whole axis: the coupling writes into the result, without a copy of its own.
     if len(before) == 1 and before[0].group != FIXED and after[0].at is None:

@@ -173,11 +173,10 @@ def _by_columns(cost: Cost) -> Coupling | None:
             total = float(flow @ flat[i * m + j])
             is_optimal = total - bound <= _EXACT * float(sent_mass.sum()) * scale
             return Coupling.of(n, m, i, j, flow) if is_optimal else None
-        is_used[
-            suspects
-            if suspects.size <= max_new_pairs
-            else suspects[np.argpartition(reduced_costs, max_new_pairs)[:max_new_pairs]]
-        ] = True
+        added = suspects
+        if suspects.size > max_new_pairs:  # the worst come first: all of them would make the problem dense
+            added = suspects[np.argpartition(reduced_costs, max_new_pairs)[:max_new_pairs]]
+        is_used[added] = True
         if suspects.size < max_new_pairs:  # pairs that come near may be the next to break it
             reduced -= v.astype(np.float32)
             is_used |= reduced.reshape(-1) <= _lowest(reduced, max_new_pairs // 2)
