@@ -1,7 +1,7 @@
-"""The agent's loop: receives a message, dispatches it by its type, and takes the next step of all that is under way.
+"""The agent's loop: it receives a message, dispatches it by its type, and takes the next step of all work in progress.
 
-A worker thread trains. Every message may come twice, late or never: what must not be lost is on the disk before the
-server hears of it, and is sent again until the server has answered.
+A worker thread trains. Every message may come twice, late or never: anything that must not be lost is on the disk
+before it is announced to the server, and is sent again until the server has answered.
 """
 
 from __future__ import annotations
@@ -46,16 +46,19 @@ from fedprune_device.releases.release_trial import Watchdog
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.telemetry.crash_reporter import CrashReporter
 
-AGAIN_S = 60.0  # seconds between two births on one connection
-_SOFTWARE = 256  # characters of a birth's description of the software
-_LONGEST = 150  # characters of the description of what answers predictions
+# Births are for what changes rarely: a source whose samples grow by the second must not send one for each.
+AGAIN_S = 60.0
+# Characters of the description of the software; versions and an engine fit, and a birth stays small.
+_SOFTWARE = 256
+# Characters of the predicting engine's description, so that the versions before it always fit.
+_LONGEST = 150
 
 
 class BirthBuilder:
-    """Makes births and notices when the last one is outdated. `engine` describes what answers predictions.
+    """Builds births, and notices when the last one is outdated. `engine` describes the engine that predicts.
 
-    `may_leave`: whether the server may send the board away for a time. `private`: whether it may say nothing that is
-    measured on samples.
+    `may_leave`: whether the server may send the board away for a time. `private`: whether births must leave out
+    whatever is measured on samples.
     """
 
     def __init__(
@@ -78,17 +81,20 @@ class BirthBuilder:
         self._at = 0.0
 
     def birth(self, session: int, held: Offer | Update | None, now: float) -> Birth:
-        """The birth of connection `session`; `held` is the offer in progress or the update that waits to be sent."""
+        """The birth of connection `session`; `held` is the offer in progress or the update that waits to be sent.
+
+        With it the server need not offer the work again that the board is at.
+        """
         samples, engine = self._said = self._data.samples, self._engine()
         self._at = now
-        predicts = f", predicts with {one_line(engine, _LONGEST)}" if engine else ""
+        engine_text = f", predicts with {one_line(engine, _LONGEST)}" if engine else ""
         return Birth(
             self._connection.device,
             session,
             self._profile_name,
             samples,
             f"fedprune {__version__}, onnxruntime {onnxruntime_version()}, Python {platform.python_version()}"
-            f"{self._slot}{predicts}"[:_SOFTWARE],
+            f"{self._slot}{engine_text}"[:_SOFTWARE],
             self._probe.to_dict() if self._probe is not None else None,
             None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
             CODECS,
@@ -104,11 +110,13 @@ class BirthBuilder:
 
 _LOG = logging.getLogger("fedprune.device")
 
+# Seconds that a turn waits for a message. While a board downloads or trains, the next step may be due at once; an idle
+# one saves its processor.
 _BUSY_WAIT = 0.05
 _IDLE_WAIT = 0.5
 
+# Turns in a row that may end in an unexpected error before the agent itself ends: a new process may do better.
 _FAILED_TURNS = 5
-"""Turns in a row that may end in an unexpected error before the agent itself ends: a new process may do better."""
 
 
 class Agent:
@@ -136,20 +144,21 @@ class Agent:
         self._finished = False
 
     def run(self, until_finished: bool = False) -> None:
-        """Work until `stop` is called, or a job is finished, if `until_finished`. If every turn fails, the error is
-        raised: the service manager must see the process end.
+        """Work until `stop` is called or, with `until_finished`, a job is finished.
+
+        Raises the error if every turn fails: the service manager must see the process end.
         """
-        failed = 0
+        failed_turns = 0
         self._offers.resume(self._clock())
         try:
             while not self._stopping.is_set() and not (until_finished and self._finished):
                 self._watchdog.turn()
                 item = self._connection.receive(_BUSY_WAIT if self._offers.under_way else _IDLE_WAIT)
                 self._guarded(self._take, item)
-                unexpected = self._guarded(self._turn)
-                failed = 0 if unexpected is None else failed + 1
-                if unexpected is not None and failed == _FAILED_TURNS:
-                    raise unexpected
+                error = self._guarded(self._turn)
+                failed_turns = 0 if error is None else failed_turns + 1
+                if error is not None and failed_turns == _FAILED_TURNS:
+                    raise error
         finally:
             self._watchdog.stop()
             self._offers.end(10)
@@ -168,7 +177,7 @@ class Agent:
         self._stopping.set()
 
     def _guarded(self, step: Callable[..., None], *arguments: object) -> Exception | None:
-        """Log an error of `step` and return it if it is unexpected: a single one doesn't end a board's service."""
+        """Run `step` and log its error; returns an unexpected one. A single error doesn't end a board's service."""
         try:
             step(*arguments)
         except FedpruneError as error:
@@ -235,7 +244,7 @@ class Agent:
                     self._leave(advice.away_s, now)
 
     def _leave(self, seconds: float, now: float) -> None:
-        """Disconnect for a time. A board that has something to do announces itself instead, and stays."""
+        """Disconnect for a time. A board with work in progress announces itself instead, and stays."""
         seconds = min(seconds, self._most_away_s)
         if self.quiet and self._releases.idle and not self._uplink.uploading:
             _LOG.info("the server asks this board to come back in %.0f s", seconds)
@@ -256,8 +265,8 @@ class Agent:
             self.stop()
         self._uplink.send_chunks()
         self._offers.turn(now, connected=self.status.connected)
-        idle = self._offers.report(now)
+        is_idle = self._offers.report(now)
         if self.status.connected:
-            if self._connection.birth_due or (idle and self._births.outdated(now)):
+            if self._connection.birth_due or (is_idle and self._births.outdated(now)):
                 self._greet(now)
             self._uplink.stay(self._store.session, now)

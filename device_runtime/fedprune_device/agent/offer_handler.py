@@ -1,6 +1,7 @@
-"""A board's work for its server: download what was offered, train, commit the result, announce the update.
+"""A board's work for its server: download an offer's blobs, train, commit the result, announce the update.
 
-What must not be lost is on the disk before the server hears of it, and is sent again until the server has answered.
+Anything that must not be lost is on the disk before it is announced to the server, and is sent again until the server
+has answered.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ from fedprune_device.training.trainer import TrainingStoppedError
 
 _LOG = logging.getLogger("fedprune.device")
 
+# Damaged blobs of one offer that are pulled again before the offer is refused: a disk that fails would never end.
 _MAX_DAMAGES = 3
-_REMEMBERED = 32  # offers remembered, to recognise repetitions
+# Offers remembered, to recognise repetitions: of a few jobs, several attempts each.
+_REMEMBERED = 32
 
 
 class OfferHandler:
@@ -84,8 +87,10 @@ class OfferHandler:
         self._downloader.connected(now)
 
     def hello(self, now: float) -> None:
-        """The server has (re)started, perhaps with a lost state: treat every offer as new, and repeat overdue
-        requests."""
+        """The server has (re)started, perhaps with a lost state.
+
+        Treat every offer as new, and repeat overdue requests.
+        """
         self._seen.clear()
         self._secure.hurry(now)
         self._downloader.remind(now)
@@ -111,9 +116,9 @@ class OfferHandler:
             return  # it came late, or twice
         # Anything else is new, whatever its number: a server that lost its state begins again at its first round.
         # A masked update that a restart has left is of no use: the secrets that its sum needs are gone.
-        pending = offer.secure is None and task is not None and self._store.waiting(task.offer) is not None
-        waits = pending or self._secure.waits or self._busy
-        if task is not None and same_work(task.offer, offer) and waits:
+        has_update = offer.secure is None and task is not None and self._store.waiting(task.offer) is not None
+        can_continue = has_update or self._secure.waits or self._busy
+        if task is not None and same_work(task.offer, offer) and can_continue:
             _LOG.info(
                 "round %d of job %s, attempt %d: the same work, continuing", offer.round, offer.job, offer.attempt
             )
@@ -123,24 +128,25 @@ class OfferHandler:
         self._seen = [*self._seen, offer][-_REMEMBERED:]
 
     def secure_step(self, message: SecureStep, now: float) -> None:
-        """A step of a secure sum; if the server breaks its rules, the board refuses to take part."""
-        task, before = self._store.task, self._secure.sum
+        """Take a step of a secure sum; if the server breaks its rules, the board refuses to take part."""
+        task, previous_sum = self._store.task, self._secure.sum
         if task is None or task.done or attempt_of(task.offer) != attempt_of(message):
             return
         try:
             if not self._secure.waits and not self._busy:
                 raise TrainingError("the update that was to be masked is gone: this board has restarted")
-            masked = self._secure.receive(message, now)
-            if self._secure.sum != before:
-                self._store.forget()  # it is masked for the sum before
-            if masked is not None:
-                self._store.keep(masked)
+            masked_update = self._secure.receive(message, now)
+            if self._secure.sum != previous_sum:
+                # The stored update is masked for the sum before: in this one its masks would not cancel out.
+                self._store.forget()
+            if masked_update is not None:
+                self._store.keep(masked_update)
                 self._uplink.hurry(now)
         except FedpruneError as error:
             self._refuse(task.offer, error)
 
     def chunk(self, chunk: Chunk, now: float) -> None:
-        """A piece of what was asked for."""
+        """Store a chunk of a requested blob."""
         self._supplied(lambda: self._downloader.chunk(chunk, now))
 
     def gone(self, sha256: str, now: float) -> None:
@@ -159,12 +165,12 @@ class OfferHandler:
 
     def cancelled(self, message: Cancelled) -> None:
         task, pending = self._store.task, self._store.pending
-        meant = attempt_of(message)
-        # What is cancelled may be offered again under the same number: a server that waits for devices does that.
-        self._seen = [o for o in self._seen if attempt_of(o) != meant]
-        if pending is not None and attempt_of(pending) == meant:
+        cancelled_attempt = attempt_of(message)
+        # A cancelled offer may come again under the same number: a server that waits for devices does that.
+        self._seen = [o for o in self._seen if attempt_of(o) != cancelled_attempt]
+        if pending is not None and attempt_of(pending) == cancelled_attempt:
             self._store.forget()
-        if task is not None and not task.done and attempt_of(task.offer) == meant:
+        if task is not None and not task.done and attempt_of(task.offer) == cancelled_attempt:
             _LOG.info("round %d of job %s is cancelled: %s", message.round, message.job, message.reason)
             self._halt()
             self._store.finish()
@@ -202,9 +208,9 @@ class OfferHandler:
                 self._refuse(task.offer, error)
 
     def turn(self, now: float, *, connected: bool) -> None:
-        took = self._supplied(lambda: self._downloader.turn(now))
-        if took is not None:
-            self._ready = took
+        download_seconds = self._supplied(lambda: self._downloader.turn(now))
+        if download_seconds is not None:
+            self._ready = download_seconds
             self._collect()
         if self._worker is not None and not self._worker.alive:
             worker, self._worker = self._worker, None
@@ -286,7 +292,7 @@ class OfferHandler:
         self._downloader.begin(offer, now, plainly=self._damages > 0)
 
     def _supplied(self, step: Callable[[], float | None]) -> float | None:
-        """Continue the download; an offer whose blobs can't be had is refused."""
+        """Take a step of the download; an offer whose blobs can't be had is refused."""
         offer = self._downloader.offer
         try:
             return step()
@@ -306,17 +312,17 @@ class OfferHandler:
             self._worker = TrainingThread(self._offline.runner, offer, guard=self._guard, offline=True)
 
     def _settle(self, worker: TrainingThread, now: float) -> None:
-        """Commit a worker's result, or see to its error. A stopped worker's result is dropped: its job may be over."""
+        """Commit a worker's result, or handle its error. A stopped worker's result is dropped: its job may be over."""
         task = self._store.task
-        current = worker.offline or (task is not None and not task.done and task.offer == worker.offer)
-        if worker.stopped or not current:
+        is_current = worker.offline or (task is not None and not task.done and task.offer == worker.offer)
+        if worker.stopped or not is_current:
             return
         error = worker.error
         if worker.result is not None:
             try:
                 self._commit(worker, worker.result, now)
-            except Exception as failed:  # noqa: BLE001 - reported below; the old model serves on
-                error = failed
+            except Exception as commit_error:  # noqa: BLE001 - reported below; the old model serves on
+                error = commit_error
         if error is None or isinstance(error, TrainingStoppedError):
             return
         if worker.offline:
@@ -325,13 +331,13 @@ class OfferHandler:
             self._round_failed(worker.offer, error, now)
 
     def _commit(self, worker: TrainingThread, result: RoundResult, now: float) -> None:
-        """Make a result last: the one place where what a worker returns changes the board's state."""
+        """Commit a worker's result: the one place where it changes the board's state."""
         offer = worker.offer
         if worker.offline:
-            serves = self._offline.better(result)
-            if serves:
+            is_better = self._offline.better(result)
+            if is_better:
                 worker.runner.commit(result)
-            self._offline.record(result, serves=serves)
+            self._offline.record(result, serves=is_better)
             return
         update = replace(worker.runner.commit(result), attempt=offer.attempt)
         if offer.secure is None:
@@ -339,8 +345,8 @@ class OfferHandler:
             self._uplink.hurry(now)
         else:
             self._secure.hold(offer, update, now)
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in sorted(update.metrics.items()))
-        _LOG.info("round %d of job %s: trained (%s)", offer.round, offer.job, shown)
+        metrics_text = ", ".join(f"{k} {v:.4g}" for k, v in sorted(update.metrics.items()))
+        _LOG.info("round %d of job %s: trained (%s)", offer.round, offer.job, metrics_text)
 
     def _round_failed(self, offer: Offer, error: BaseException, now: float) -> None:
         if isinstance(error, DamagedBlobError) and self._damages < _MAX_DAMAGES:
@@ -363,7 +369,7 @@ class OfferHandler:
             self._store.blobs.delete(error.sha256)
 
     def _halt(self) -> None:
-        """Stop what is being done for the current offer."""
+        """Stop all work for the current offer."""
         self._downloader.stop()
         self._secure.drop()
         self._ready = None
@@ -371,7 +377,7 @@ class OfferHandler:
             self._worker.stop()
 
     def _collect(self) -> None:
-        # Nothing refers yet to what a worker has just made; what a stopped one makes is dropped.
+        # Nothing refers yet to the blobs that a running worker has just written; those of a stopped one are dropped.
         if self._worker is None or self._worker.stopped:
             self._store.collect()
 

@@ -1,4 +1,4 @@
-"""Where the local interface listens: a unix socket, or a port of this machine alone."""
+"""The address of the local interface: a unix socket, or a port of this machine alone."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from pathlib import Path
 
 from fedprune.core.errors import ConfigError, StorageError, remedy
 
-MODE = 0o660  # who may talk to the board: its user and its group
-_PATH_BYTES = 100  # what an address of a unix socket may be long, less a temporary name's ending
+# The board's user and its group may connect.
+MODE = 0o660
+# Linux takes 107 bytes for the path of a unix socket (unix(7)); a temporary name is longer by the process's id.
+_PATH_BYTES = 100
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TCP = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/]+)):(\d{1,5})")
+# Connections that wait in the kernel: more than are served at a time, so that a burst is answered and not refused.
 _BACKLOG = 32
 
-SOCKET = "local.sock"  # the socket in the state folder, where no other address is given
+# The socket in the state folder, where no other address is given.
+SOCKET = "local.sock"
 
 
 class Bound(socket.socket):
-    """A socket that listens, and by what its file is known again."""
+    """A listening socket, with the identity of its file."""
 
     file: tuple[int, int, int] | None = None
 
@@ -42,13 +46,13 @@ class Address:
         if text.startswith("unix:"):
             path = Path(text.removeprefix("unix:"))
             if not path.is_absolute() or len(os.fsencode(path)) > _PATH_BYTES:
-                wanted = f"unix: and an absolute path of at most {_PATH_BYTES} bytes"
-                raise ConfigError("address of the local interface", expected=wanted, got=repr(text))
+                expected = f"unix: and an absolute path of at most {_PATH_BYTES} bytes"
+                raise ConfigError("address of the local interface", expected=expected, got=repr(text))
             return cls(path)
         match = _TCP.fullmatch(text)
         if match is None or int(match[3]) > 65_535:
-            wanted = "unix:/run/fedprune/local.sock or 127.0.0.1:PORT"
-            raise ConfigError("address of the local interface", expected=wanted, got=repr(text))
+            expected = "unix:/run/fedprune/local.sock or 127.0.0.1:PORT"
+            raise ConfigError("address of the local interface", expected=expected, got=repr(text))
         host = match[1] or match[2]
         if host not in _LOOPBACK:
             raise ConfigError(
@@ -92,32 +96,33 @@ class Address:
 
     def _bind_file(self, path: Path) -> Bound:
         _check_free(path)
-        # Under another name until its permissions are set and it listens.
-        new = path.with_name(f"{path.name}.{os.getpid()}")
+        # Under another name until its permissions are set and it listens: a client never meets a half-made socket, and
+        # replace() takes the place of a dead one at once.
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
         bound = Bound(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            new.unlink(missing_ok=True)
-            bound.bind(str(new))
-            new.chmod(MODE)
+            temporary.unlink(missing_ok=True)
+            bound.bind(str(temporary))
+            temporary.chmod(MODE)
             bound.listen(_BACKLOG)
-            bound.file = _identity(new)
-            new.replace(path)
+            bound.file = _identity(temporary)
+            temporary.replace(path)
         except OSError as error:
             bound.close()
             with contextlib.suppress(OSError):
-                new.unlink()
+                temporary.unlink()
             raise StorageError(f"can't listen on {path}: {error.strerror or error}", hint=remedy(error)) from error
         return bound
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
-    """By what a file is known again; a number alone may be given to another one."""
+    """Identify a file by device, inode and modification time: inode numbers are reused."""
     status = path.lstat()
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _check_free(path: Path) -> None:
-    """Make sure that no process listens there; a socket that a killed process left doesn't matter."""
+    """Raise `StorageError` if a process listens there; a socket that a killed process left doesn't matter."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -126,6 +131,7 @@ def _check_free(path: Path) -> None:
         raise StorageError(f"can't listen on {path}: {error.strerror}", hint=remedy(error)) from error
     if not stat.S_ISSOCK(status.st_mode):
         raise StorageError(f"{path} is there already, and no socket", hint="Choose another path.")
+    # Only a connection tells a live socket from one that was left: the file looks the same.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:

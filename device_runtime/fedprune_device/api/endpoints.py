@@ -20,7 +20,9 @@ from fedprune_device.data.dataset import Array
 from fedprune_device.data.image_decoding import TYPES, Pixels
 from fedprune_device.data.sample_store import MAX_LABEL, Added, NoSampleError, SampleConflictError, SampleStore
 
+# Samples of one prediction: it holds the model's lock, and other requests wait for it.
 MAX_BATCH = 64
+# Names of samples in one answer.
 MAX_LISTED = 1000
 
 _SAMPLE = re.compile(r"/v1/samples/([0-9a-f]{32})(/label)?")
@@ -43,10 +45,10 @@ _QUERIES = {
 
 
 class Endpoints:
-    """All that can be requested, from any thread.
+    """The endpoints of the local interface, for any thread.
 
-    `samples` is None where the board's data comes from elsewhere. `shows` is whether samples may be read, too: a port
-    is open to all users of the machine.
+    `samples` is None where the board's data comes from elsewhere. `shows`: whether samples may be read, too; a port is
+    open to all users of the machine.
     """
 
     def __init__(
@@ -78,11 +80,11 @@ class Endpoints:
             raise RequestError(404, f"there is no {shown(request.path)}", expected=" or ".join(_PATHS))
         if request.method not in _PATHS[name]:
             raise RequestError(405, f"{shown(request.method)} of {name}", expected=", ".join(_PATHS[name]))
-        known = _QUERIES.get((request.method, name))
-        for found in request.query:
-            if found != known:
-                wanted = known or "nothing"
-                raise RequestError(400, "the query of the address", expected=wanted, got=shown(found))
+        query_name = _QUERIES.get((request.method, name))
+        for name_in_query in request.query:
+            if name_in_query != query_name:
+                expected = query_name or "nothing"
+                raise RequestError(400, "the query of the address", expected=expected, got=shown(name_in_query))
         if match is not None:
             return self._show(request, match[1]) if request.method == "GET" else self._change(request, match[1])
         if name == "/v1/samples/unlabelled":
@@ -110,12 +112,12 @@ class Endpoints:
 
     def _row(self, row: list[float], loss: str, top: int | None) -> dict[str, Any]:
         order = sorted(range(len(row)), key=lambda c: (-row[c], c))
-        found = self._one(order[0], row[order[0]]) if loss == "cross_entropy" else {}
+        best = self._one(order[0], row[order[0]]) if loss == "cross_entropy" else {}
         if labels_of(loss) not in JUDGED:
             return {"values": row}
         if top is None:
-            return {**found, "probabilities": row}
-        return {**found, "top": [self._one(c, row[c]) for c in order[:top]]}
+            return {**best, "probabilities": row}
+        return {**best, "top": [self._one(c, row[c]) for c in order[:top]]}
 
     def _one(self, number: int, probability: float) -> dict[str, Any]:
         name = {"name": self._names[number]} if number < len(self._names) else {}
@@ -146,7 +148,7 @@ class Endpoints:
             raise RequestError.of(404, error) from error
 
     def _show(self, request: Request, name: str) -> Answer:
-        """The numbers of a sample, or its picture where a picture is accepted."""
+        """The numbers of a sample, or its picture if the request accepts one."""
         try:
             x = self._shown().read(name)
         except NoSampleError as error:
@@ -157,8 +159,8 @@ class Endpoints:
         return Answer(npy(x), kind=NPY)
 
     def _unlabelled(self, request: Request) -> Answer:
-        most = _whole("most", request.query.get("most", "100"), 1, MAX_LISTED)
-        return Answer({"samples": self._shown().unlabelled(most)})
+        limit = _whole("most", request.query.get("most", "100"), 1, MAX_LISTED)
+        return Answer({"samples": self._shown().unlabelled(limit)})
 
     def _shown(self) -> SampleStore:
         if not self._shows:
@@ -172,18 +174,18 @@ class Endpoints:
         return Answer(body, status)
 
     def _counts(self) -> Answer:
-        found = self._set().counts()
-        for label, row in found["classes"].items():
+        counts = self._set().counts()
+        for label, row in counts["classes"].items():
             if int(label) < len(self._names):
                 row["name"] = self._names[int(label)]
-        return Answer(found)
+        return Answer(counts)
 
     def _standing(self) -> Answer:
         model = self._model.loaded
         serving = None if model is None else {**_named(model), "by": self._model.answers}
-        known = self._input(model)
-        sizes = (None if isinstance(s, str) else s for s in known or ())  # names of free sizes say nothing
-        shape = None if known is None else written(tuple(sizes))
+        input_shape = self._input(model)
+        sizes = (None if isinstance(s, str) else s for s in input_shape or ())  # names of free sizes say nothing
+        shape = None if input_shape is None else written(tuple(sizes))
         return Answer({**self._status(), "serving": serving, "input": shape})
 
     def _health(self) -> Answer:
@@ -201,14 +203,14 @@ class Endpoints:
         model = self._model.loaded
         if model is not None and model.record.loss != "cross_entropy":
             raise RequestError(409, "labels of this model aren't classes", got=f"loss {model.record.loss}")
-        most = MAX_LABEL if model is None else model.record.classes - 1
-        most = min(most, len(self._names) - 1) if self._names else most
+        highest = MAX_LABEL if model is None else model.record.classes - 1
+        highest = min(highest, len(self._names) - 1) if self._names else highest
         if isinstance(value, str) and value in self._names:
             return self._names.index(value)
-        return _whole("label", value, 0, most, ", or a class's name" if self._names else "")
+        return _whole("label", value, 0, highest, ", or a class's name" if self._names else "")
 
     def _input(self, model: LoadedModel | None) -> Shape | None:
-        """The shape of a sample: the active model's, before the first one that of the model that was offered."""
+        """The shape of a sample: the active model's; before the first model that of the offered one."""
         return model.shape if model is not None else None if self._samples is None else self._samples.input
 
     def _array(self, request: Request, model: LoadedModel | None) -> Array:
@@ -222,8 +224,8 @@ class Endpoints:
             with self._decoder:
                 return self._pixels.read(request.body, (TYPES[request.kind],), size)
         if request.kind not in KINDS:
-            known = " or ".join((*KINDS, *TYPES))
-            raise RequestError(415, "the header Content-Type", expected=known, got=shown(request.kind))
+            kinds = " or ".join((*KINDS, *TYPES))
+            raise RequestError(415, "the header Content-Type", expected=kinds, got=shown(request.kind))
         return array(request, shape, tokens=model is not None and model.tokens)
 
 
@@ -233,15 +235,17 @@ def _named(model: LoadedModel) -> dict[str, Any]:
 
 
 def _of_places(row: npt.NDArray[np.float64], loss: str) -> dict[str, Any]:
-    """One sample's predictions [K, ...], one per position (pixel, time step)."""
+    """The predictions [K, ...] of a sample, one per position (pixel, time step)."""
+    # Without probabilities: those of every pixel would be a hundred times longer than the classes.
     if loss == "cross_entropy":
         return {"classes": row.argmax(0).tolist()}
     return {"probabilities" if labels_of(loss) == MULTI else "values": row.tolist()}
 
 
-def _whole(what: str, value: object, low: int, high: int, more: str = "") -> int:
+def _whole(subject: str, value: object, low: int, high: int, alternative: str = "") -> int:
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
         value = int(value)
+    # JSON's true is an int in Python.
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise RequestError(422, what, expected=f"a whole number from {low} to {high}{more}", got=shown(value))
+        raise RequestError(422, subject, expected=f"a whole number from {low} to {high}{alternative}", got=shown(value))
     return value

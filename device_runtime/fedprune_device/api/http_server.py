@@ -37,13 +37,19 @@ from fedprune_device.hardware.readings import temperature_c
 
 _LOG = logging.getLogger("fedprune.device")
 
-CONNECTIONS = 8  # clients at a time; each has a thread and at most one body
+# Clients at a time; each has a thread and at most one body, so that all together take at most 64 MiB of bodies.
+CONNECTIONS = 8
 
 BODY_BYTES = 8 * 2**20
-REQUEST_SECONDS = 20.0  # how long a request may take to arrive
-SOCKET_SECONDS = 10.0  # how long a client may send nothing, or read nothing of its answer
-_PEER = struct.Struct("3i")  # struct ucred: process, user, group
+# A request may take so long to arrive.
+REQUEST_SECONDS = 20.0
+# A client may be silent, or read nothing of its answer, for so long.
+SOCKET_SECONDS = 10.0
+# struct ucred (unix(7)): process, user, group.
+_PEER = struct.Struct("3i")
+# When the board ends, requests that are being answered get so long.
 _CLOSE_SECONDS = 5.0
+# Unread input is drained for so long after an early answer.
 _LINGER_SECONDS = 1.0
 
 
@@ -85,8 +91,8 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._thread.join()
         self._address.release(self._bound)
         self._cut(float("inf"))
-        ends = time.monotonic() + _CLOSE_SECONDS
-        while self._clients and time.monotonic() < ends:
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        while self._clients and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def arrived(self, client: Any) -> None:
@@ -137,16 +143,21 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         _LOG.debug("a connection of the local interface failed", exc_info=True)
 
     def _make_room(self, user: int) -> None:
-        """Cut off the oldest unfinished request of the user with the most connections, if that is `user` or one with
-        more than `user`.
+        """Cut off the oldest unfinished request of the user with the most connections.
+
+        Only requests of `user`, and of users with more connections than `user`, are cut off.
         """
-        held = Counter(c.user for c in self._clients.values())
+        connections_of = Counter(c.user for c in self._clients.values())
         sending = [c for c, state in self._clients.items() if state.since is not None]  # the longest first
-        found = [c for c in sending if (own := self._clients[c].user) == user or held[own] > held[user]]
-        if found:
-            longest = max(found, key=lambda c: held[self._clients[c].user])
-            _shut(longest)
-            del self._clients[longest]
+        candidates = [
+            c
+            for c in sending
+            if (owner := self._clients[c].user) == user or connections_of[owner] > connections_of[user]
+        ]
+        if candidates:
+            victim = max(candidates, key=lambda c: connections_of[self._clients[c].user])
+            _shut(victim)
+            del self._clients[victim]
 
     def _cut(self, before: float) -> None:
         with self._lock:
@@ -165,10 +176,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.handle_one_request()
 
     def do_GET(self) -> None:
-        read = False
+        body_read = False
         try:
             body = self._body()
-            read = True
+            body_read = True
             self.server.arrived(self.connection)
             answer = self.server.endpoints.answer(self._request(body))
         except FedpruneError as error:
@@ -181,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
             _LOG.exception("unexpected error while a request was answered")
             answer = Answer.of(RequestError(500, "an unexpected error", hint="The board's log has it."))
         self._say(answer)
-        if not read:
+        if not body_read:
             self._linger()
 
     do_POST = do_DELETE = do_GET  # noqa: N815 - the library's names
@@ -245,7 +256,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _user(client: Any) -> int:
-    """Who is at the other end of a unix socket (SO_PEERCRED, unix(7)); -1 for TCP clients."""
+    """The user at the other end of a unix socket (SO_PEERCRED, unix(7)); -1 for TCP clients."""
     with suppress(OSError):
         if client.family == socket.AF_UNIX:
             _, user, _ = _PEER.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
@@ -278,16 +289,16 @@ def answering(
         yield
         return
 
-    def current() -> dict[str, Any]:
+    def current_status() -> dict[str, Any]:
         about = {"device": options.device, "temperature_c": temperature_c(), "samples": samples.samples}
         return {**about, **status()}
 
-    takes = samples if isinstance(samples, SampleStore) else None
+    sample_store = samples if isinstance(samples, SampleStore) else None
     with LiveModel(state / "serving", cuda=cuda, selector=selector) as model:
         endpoints = Endpoints(
             model,
-            takes,
-            current,
+            sample_store,
+            current_status,
             class_names=options.class_names,
             pixels=options.pixels,
             shows=address.path is not None,

@@ -1,4 +1,4 @@
-"""The model that answers predictions: always a whole one, the old one until the new one has passed its check."""
+"""The model that answers predictions: the old one, until a new one is loaded completely and has passed its check."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from fedprune_device.serving.predictor import Predictor, likely
 
 _LOG = logging.getLogger("fedprune.device")
 
+# How often the pointer's file is looked at: a stat costs microseconds, and a new model serves soon after its round.
 _LOOK_SECONDS = 0.5
+# Between two tries at a model that can't be loaded; each pause is twice the last. The reason may have been a lack of
+# memory, which passes, or a model that never loads, which must not take the processor from training.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 600.0
-"""Between two tries at a model that can't be loaded; each pause is twice the last. It may have been lack of memory."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class LiveModel(Closing):
         self._seen: tuple[int, ...] | None = None  # the pointer to what is loaded
         self._tried: tuple[int, ...] | None = None
         self._pause, self._again = 0.0, 0.0
-        self._lock = threading.Lock()  # more predictions at a time would only share the same cores
+        # More predictions at a time would only share the same cores.
+        self._lock = threading.Lock()
         self._looking = threading.Lock()
         self._stopping = threading.Event()
         self._look_safely()
@@ -67,7 +70,7 @@ class LiveModel(Closing):
         self._thread.start()
 
     def close(self) -> None:
-        """Follow no longer; what is loaded still answers."""
+        """Stop following the folder; the loaded model still answers."""
         self._stopping.set()
         self._thread.join()
         if self._selector is not None:
@@ -83,7 +86,7 @@ class LiveModel(Closing):
         return self._loaded
 
     def serving(self) -> LoadedModel:
-        """The active model; raises `RequestError` before the first."""
+        """The active model; raises `RequestError` before the first one."""
         if self._loaded is None:
             raise RequestError(503, "no model serves yet", hint="The board must finish a round first.")
         return self._loaded
@@ -91,7 +94,7 @@ class LiveModel(Closing):
     def predict(self, model: LoadedModel, x: Array) -> npt.NDArray[np.float64]:
         """Predictions of samples [n, ...] as rows [n, outputs], adjusted by the board's own label shares.
 
-        `model` answers whatever serves meanwhile. Raises `ModelError` if an operator fails.
+        `model` answers even if another one has become active. Raises `ModelError` if an operator fails.
         """
         with self._lock:
             logits = model.predictor.predict(x)
@@ -105,14 +108,14 @@ class LiveModel(Closing):
     def _look(self) -> None:
         try:
             status = self._pointer.stat()
-            found = status.st_ino, status.st_mtime_ns, status.st_size
+            pointer = status.st_ino, status.st_mtime_ns, status.st_size
         except OSError:
             return
         now = self._clock()
-        if found == self._seen or (found == self._tried and now < self._again):
+        if pointer == self._seen or (pointer == self._tried and now < self._again):
             return
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S) if found == self._tried else _FIRST_PAUSE_S
-        self._tried, self._again = found, now + self._pause
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE_S) if pointer == self._tried else _FIRST_PAUSE_S
+        self._tried, self._again = pointer, now + self._pause
         try:
             predictor, record = self._slots.open(cuda=self._cuda)
             if self._loaded is None or record != self._loaded.record:
@@ -121,15 +124,15 @@ class LiveModel(Closing):
                 _LOG.info("round %d of job %s answers predictions", record.round, record.job)
                 if self._selector is not None:
                     self._selector.want(EngineRequest.serving(predictor, self._slots.folder(record), record))
-            self._seen = found
+            self._seen = pointer
         except FedpruneError as error:
             _LOG.warning("the new model doesn't answer predictions; trying again in %g s: %s", self._pause, error)
 
     def _turn(self) -> None:
-        """Let an engine answer in onnxruntime's place, once there is one."""
-        found, model = None if self._selector is None else self._selector.turn(), self._loaded
-        if found is not None and model is not None:
-            self._loaded = LoadedModel(Predictor(self._slots.folder(model.record), session=found), model.record)
+        """Let an engine answer in place of onnxruntime, once one is built."""
+        session, model = None if self._selector is None else self._selector.turn(), self._loaded
+        if session is not None and model is not None:
+            self._loaded = LoadedModel(Predictor(self._slots.folder(model.record), session=session), model.record)
 
     def _watch(self) -> None:
         while not self._stopping.wait(_LOOK_SECONDS):

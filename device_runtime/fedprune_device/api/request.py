@@ -67,8 +67,9 @@ class Answer:
     @classmethod
     def of(cls, error: FedpruneError) -> Answer:
         """An error as an answer: the parts of its message by name."""
-        parts = {"what": error.what, "expected": error.expected, "got": error.got, "hint": error.hint or None}
-        body = {k: str(v)[:500] for k, v in parts.items() if v is not None}
+        message_parts = {"what": error.what, "expected": error.expected, "got": error.got, "hint": error.hint or None}
+        # Values may quote the request: the answer to a wrong one must not be as long as the request.
+        body = {k: str(v)[:500] for k, v in message_parts.items() if v is not None}
         status = error.status if isinstance(error, RequestError) else _status(error)
         return cls({"error": body}, status, {"Retry-After": "1"} if status == 503 else {})
 
@@ -92,8 +93,10 @@ NPY = "application/x-npy"
 RAW = "application/octet-stream"
 KINDS = (JSON, SAFETENSORS, NPY, RAW)
 
-_JSON_BYTES = 2**20  # parsing JSON numbers takes about thirty times their size in memory
+# Parsing JSON numbers takes about thirty times their size in memory.
+_JSON_BYTES = 2**20
 
+# numpy evaluates a header as a Python literal, which takes far more memory than its text; a real one has 128 bytes.
 _HEAD_BYTES = 4096
 _TYPES = ("<f2", "<f4", "<f8", "<i4", "<i8")
 
@@ -105,14 +108,14 @@ def document(request: Request, *names: str) -> dict[str, Any]:
         raise RequestError(
             413, "size of JSON", expected=f"at most {_JSON_BYTES} bytes", got=len(request.body), hint=hint
         )
-    wanted = "an object with " + " and ".join(map(repr, names))
+    expected = "an object with " + " and ".join(map(repr, names))
     try:
-        found = json.loads(request.body.decode(), parse_constant=_no_number)
+        entries = json.loads(request.body.decode(), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, "the body isn't JSON", expected=wanted, got=shown(request.body)) from error
-    if not isinstance(found, dict) or set(found) != set(names):
-        raise RequestError(400, "the body", expected=wanted, got=shown(request.body))
-    return found
+        raise RequestError(400, "the body isn't JSON", expected=expected, got=shown(request.body)) from error
+    if not isinstance(entries, dict) or set(entries) != set(names):
+        raise RequestError(400, "the body", expected=expected, got=shown(request.body))
+    return entries
 
 
 def npy(x: Array) -> bytes:
@@ -133,20 +136,20 @@ def array(request: Request, shape: Shape | None, *, tokens: bool) -> Array:
     return _raw(request.body, shape, tokens)
 
 
-def batch(x: Array, shape: Shape, most: int, *, tokens: bool) -> Array:
-    """One sample, or several [n, ...], as a batch of at most `most` for a model; raises `DataError` if they don't fit.
+def batch(x: Array, shape: Shape, max_samples: int, *, tokens: bool) -> Array:
+    """One sample, or several [n, ...], as a batch of at most `max_samples` for a model; raises `DataError` if they don't fit.
 
     Names and None in `shape` match any size.
     """
     if x.ndim == len(shape):
         x = x[None]
-    wanted = shape_text(*shape)
+    expected = shape_text(*shape)
     if not x.ndim or not fits(x.shape[1:], shape):
-        raise DataError("shape of the input", expected=f"{wanted}, or [n, ...] of them", got=shape_text(*x.shape))
-    if not 1 <= len(x) <= most:
-        raise DataError("number of samples", expected=f"1 to {most}", got=len(x))
+        raise DataError("shape of the input", expected=f"{expected}, or [n, ...] of them", got=shape_text(*x.shape))
+    if not 1 <= len(x) <= max_samples:
+        raise DataError("number of samples", expected=f"1 to {max_samples}", got=len(x))
     if not x.size:
-        raise DataError("the input is empty", expected=wanted, got=shape_text(*x.shape))
+        raise DataError("the input is empty", expected=expected, got=shape_text(*x.shape))
     if tokens:
         if x.dtype.kind != "i" or int(x.min()) < 0:
             raise DataError("type of the input", expected="whole numbers from 0 (token ids)", got=x.dtype)
@@ -162,22 +165,22 @@ def batch(x: Array, shape: Shape, most: int, *, tokens: bool) -> Array:
 
 def _rows(rows: object, tokens: bool) -> Array:
     try:
-        found = np.asarray(rows)
+        x = np.asarray(rows)
     except ValueError as error:  # rows of different lengths
         raise DataError("x", expected="numbers in rows of one length", got=reason(error)) from error
-    if found.dtype.kind not in "if":
+    if x.dtype.kind not in "if":
         raise DataError("x", expected="numbers in rows of one length", got=shown(rows))
-    return found if tokens else found.astype(np.float64)
+    return x if tokens else x.astype(np.float64)
 
 
 def _safetensors(body: bytes) -> Array:
     try:
-        found = tensorfile.decode(body)
+        tensors = tensorfile.decode(body)
     except BundleError as error:
         raise DataError("the body isn't a safetensors file", got=str(error)) from error
-    if list(found) != ["x"]:
-        raise DataError("tensors in the body", expected="one, named x", got=shown(", ".join(found)))
-    return _known(found["x"], found["x"].dtype.newbyteorder("<").str)
+    if list(tensors) != ["x"]:
+        raise DataError("tensors in the body", expected="one, named x", got=shown(", ".join(tensors)))
+    return _known(tensors["x"], tensors["x"].dtype.newbyteorder("<").str)
 
 
 def _npy(body: bytes) -> Array:
@@ -187,18 +190,20 @@ def _npy(body: bytes) -> Array:
         # The header states its own length: refuse long ones before numpy parses them.
         if int.from_bytes(body[8 : 10 if version == (1, 0) else 12], "little") > _HEAD_BYTES:
             raise ValueError("the head is too long")
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, kind = read(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+            version
+        ]
+        shape, fortran, kind = read_header(file)
     except Exception as error:  # what is damaged makes numpy's parser raise anything
         hint = "Write it with numpy.save, without objects."
         raise DataError("the body isn't a .npy file", got=reason(error), hint=hint) from error
     data = memoryview(body)[file.tell() :]
-    wanted = math.prod(shape) * max(kind.itemsize, 1)
-    if kind.hasobject or len(data) != wanted or min(shape, default=0) < 0:
-        raise DataError(f"bytes of {kind} {shape_text(*shape)}", expected=wanted, got=len(data))
+    expected_bytes = math.prod(shape) * max(kind.itemsize, 1)
+    if kind.hasobject or len(data) != expected_bytes or min(shape, default=0) < 0:
+        raise DataError(f"bytes of {kind} {shape_text(*shape)}", expected=expected_bytes, got=len(data))
     flat = np.frombuffer(data, np.uint8).view(kind) if kind.str in _TYPES else np.zeros(0, kind)
-    found = _known(flat, kind.str)
-    return found.reshape(shape[::-1]).T if fortran else found.reshape(shape)
+    x = _known(flat, kind.str)
+    return x.reshape(shape[::-1]).T if fortran else x.reshape(shape)
 
 
 def _raw(body: bytes, shape: Shape | None, tokens: bool) -> Array:
@@ -208,14 +213,15 @@ def _raw(body: bytes, shape: Shape | None, tokens: bool) -> Array:
         )
     kind = np.dtype("<i8" if tokens else "<f4")
     sizes = [s for s in shape if isinstance(s, int)]
-    one = math.prod(sizes) * kind.itemsize
-    if free_axis(shape) is not None and body and one and len(body) % one == 0:  # one sample, which is as long as it is
+    sample_bytes = math.prod(sizes) * kind.itemsize
+    # With a free axis, raw numbers are one sample: its length follows from theirs.
+    if free_axis(shape) is not None and body and sample_bytes and len(body) % sample_bytes == 0:
         return np.frombuffer(body, kind).reshape([s if isinstance(s, int) else -1 for s in shape])
-    if len(sizes) < len(shape) or not one:
+    if len(sizes) < len(shape) or not sample_bytes:
         raise DataError(f"raw numbers for {shape_text(*shape)}", hint="Send safetensors, .npy or JSON.")
-    if not body or len(body) % one:
-        wanted = f"{one} for each sample of {kind.name} {shape_text(*shape)}"
-        raise DataError("bytes of raw numbers", expected=wanted, got=len(body))
+    if not body or len(body) % sample_bytes:
+        expected = f"{sample_bytes} for each sample of {kind.name} {shape_text(*shape)}"
+        raise DataError("bytes of raw numbers", expected=expected, got=len(body))
     return np.frombuffer(body, kind).reshape(-1, *sizes)
 
 

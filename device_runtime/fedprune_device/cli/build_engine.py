@@ -18,6 +18,7 @@ from fedprune_device.engines.engine_selector import ENGINES, EngineRequest, Engi
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
 
+# A build takes minutes; the progress line is fluent enough at this pace.
 _LOOK_S = 0.2
 
 
@@ -29,24 +30,24 @@ def build_engine(arguments: argparse.Namespace) -> None:
     plan = None if arguments.plan is None else read_plan(arguments.plan)
     if arguments.bundle is not None:
         plan = plan or open_bundle(arguments.bundle).engine or EnginePlan()
-        folder, root = files_folder(arguments.bundle), arguments.out
+        folder, engines_folder = files_folder(arguments.bundle), arguments.out
         predictor = Predictor(folder)
         with storage_errors(f"can't read {folder}"):
-            wanted = EngineRequest(predictor, folder, file_digest(folder / WEIGHTS))
+            request = EngineRequest(predictor, folder, file_digest(folder / WEIGHTS))
     else:
-        slots, root = ModelSlots(arguments.state / "serving"), arguments.state / ENGINES
+        slots, engines_folder = ModelSlots(arguments.state / "serving"), arguments.state / ENGINES
         predictor, record = slots.open()
-        wanted = EngineRequest.serving(predictor, slots.folder(record), record)
-    found = bindings.find()
-    place = here(found)
-    selector = EngineSelector(root, plan or EnginePlan(), lambda: found, lambda _: place)
+        request = EngineRequest.serving(predictor, slots.folder(record), record)
+    tensorrt = bindings.find()
+    board = here(tensorrt)
+    selector = EngineSelector(engines_folder, plan or EnginePlan(), lambda: tensorrt, lambda _: board)
     if not arguments.json:
-        print(f"board: {place.board or 'unknown'}, sm {place.sm}, L4T {place.l4t or 'none'}")
-        print(found.describe())
+        print(f"board: {board.board or 'unknown'}, sm {board.sm}, L4T {board.l4t or 'none'}")
+        print(tensorrt.describe())
     with ended_by_signals():
-        facts = made_engine(selector, wanted, rebuild=arguments.rebuild, tell=sys.stderr.isatty())
+        facts = made_engine(selector, request, rebuild=arguments.rebuild, shows_progress=sys.stderr.isatty())
     if arguments.json:
-        print(json.dumps({"board": asdict(place), "status": selector.status, **facts}, sort_keys=True))
+        print(json.dumps({"board": asdict(board), "status": selector.status, **facts}, sort_keys=True))
         return
     print(f"made: {facts['way']} in {facts['seconds']:.1f} s")
     print(f"check: deviation {facts['deviation']:.2g} from onnxruntime, {selector.plan.tolerance:g} allowed")
@@ -55,25 +56,25 @@ def build_engine(arguments: argparse.Namespace) -> None:
 
 
 def made_engine(
-    selector: EngineSelector, wanted: EngineRequest, *, rebuild: bool = False, tell: bool = False
+    selector: EngineSelector, request: EngineRequest, *, rebuild: bool = False, shows_progress: bool = False
 ) -> dict[str, Any]:
-    """Make the engine of a model, wait for it, and return its facts (`EngineSelector.facts`).
+    """Build the engine of a model, wait for it, and return its facts (`EngineSelector.facts`).
 
-    With `rebuild` one is made even if a good one exists; `tell` reports progress on stderr.
+    With `rebuild` it is built even if a good one exists; `shows_progress` reports it on stderr.
     """
-    selector.want(wanted, rebuild=rebuild)
-    told = ""
+    selector.want(request, rebuild=rebuild)
+    shown_progress = ""
     try:
-        while (answering := selector.turn()) is None and not selector.done:
-            if tell and selector.progress != told:
-                told = selector.progress
-                print(f"\r{told[:78]:78}", end="", file=sys.stderr, flush=True)
+        while (session := selector.turn()) is None and not selector.done:
+            if shows_progress and selector.progress != shown_progress:
+                shown_progress = selector.progress
+                print(f"\r{shown_progress[:78]:78}", end="", file=sys.stderr, flush=True)
             time.sleep(_LOOK_S)
     finally:
         selector.close()
-        if told:
+        if shown_progress:
             print(file=sys.stderr)
-    if answering is None:
+    if session is None:
         raise selector.error or EngineError("no engine was made")
-    answering.close()
+    session.close()
     return selector.facts

@@ -1,4 +1,4 @@
-"""`fedprune-device join`."""
+"""`fedprune-device join`: become a member of a fleet, and keep the old identity until the new one is accepted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fedprune_device.network.membership import IDENTITY, MembershipOptions, chec
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 
-_OLD_IDENTITY = "identity.old"  # the identity of a board that is about to join with a new key
+# The identity of a board that is about to join with a new key: it comes back if joining fails.
+_OLD_IDENTITY = "identity.old"
 
 
 def join(arguments: argparse.Namespace) -> None:
@@ -22,11 +23,13 @@ def join(arguments: argparse.Namespace) -> None:
     options = options_of(MembershipOptions, arguments)
     checked_urls(options)
     pin = _pin(arguments.pin)
-    with DeviceStore(arguments.state, owner=owner):  # not while the service runs
-        folder, old = arguments.state / IDENTITY, arguments.state / _OLD_IDENTITY
+    # The store's lock keeps the service from running meanwhile.
+    with DeviceStore(arguments.state, owner=owner):
+        folder, old_identity = arguments.state / IDENTITY, arguments.state / _OLD_IDENTITY
         with storage_errors(f"can't replace {folder}"):
-            if arguments.new_key and folder.exists() and not old.exists():  # else the last try continues
-                folder.rename(old)
+            # Where an old identity is there already, an earlier try was interrupted: it continues.
+            if arguments.new_key and folder.exists() and not old_identity.exists():
+                folder.rename(old_identity)
         member = membership(options)
         if member.identity is not None and member.identity.joined:
             print(f"{options.device} is a member already, with key {member.identity.key.verifying.fingerprint}")
@@ -34,20 +37,22 @@ def join(arguments: argparse.Namespace) -> None:
             try:
                 join_first(member, pin=pin, patient=arguments.patient)
             except BaseException:
-                if old.exists():  # what it was is better than nothing
+                # The old identity may still be a valid one.
+                if old_identity.exists():
                     shutil.rmtree(folder, ignore_errors=True)
-                    old.rename(folder)
+                    old_identity.rename(folder)
                 raise
-        with storage_errors(f"can't delete {old}"):
-            if old.exists():
-                shutil.rmtree(old)
+        with storage_errors(f"can't delete {old_identity}"):
+            if old_identity.exists():
+                shutil.rmtree(old_identity)
         owner.claim(arguments.state)
 
 
 def _pin(text: str | None) -> bytes | None:
-    plain = re.sub(r"[\s:-]", "", text or "")
+    # Operators copy it with the separators that the server prints.
+    digits = re.sub(r"[\s:-]", "", text or "")
     if text is None:
         return None
-    if not re.fullmatch(r"[0-9a-fA-F]{24}", plain):
+    if not re.fullmatch(r"[0-9a-fA-F]{24}", digits):
         raise UsageError("--pin", expected="24 hex digits, as `fedprune-server init` shows them", got=text[:80])
-    return bytes.fromhex(plain)
+    return bytes.fromhex(digits)

@@ -33,8 +33,10 @@ from fedprune_device.hardware.readings import TEGRA
 from fedprune_device.hardware.thermal_guard import COOL_C, HOT_C
 
 ROOT = Path("/opt/fedprune")
-_KEY = Path("/var/lib/fedprune/identity/server.pub")  # where a board that has joined keeps its server's key
+# Where a board that has joined keeps its server's key.
+_KEY = Path("/var/lib/fedprune/identity/server.pub")
 
+# A year.
 _MOST_HOURS = 8760.0
 
 

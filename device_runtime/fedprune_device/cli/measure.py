@@ -1,4 +1,4 @@
-"""`fedprune-device probe` and `identify`: what the board is and how fast it computes."""
+"""`fedprune-device probe` and `identify`: the board's profile and its speed."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from fedprune_device.hardware.runtime_process import check_runtime
 
 def identify_board(arguments: argparse.Namespace) -> None:
 
-    read = facts()
-    found = identify(read)
+    board_facts = facts()
+    identification = identify(board_facts)
     if arguments.json:
-        print(json.dumps({"board": asdict(read), **found.to_dict()}, sort_keys=True))
+        print(json.dumps({"board": asdict(board_facts), **identification.to_dict()}, sort_keys=True))
     else:
-        print(found.describe())
+        print(identification.describe())
 
 
 def probe_board(arguments: argparse.Namespace) -> None:
 
+    # In a process of its own: a wheel with instructions that the board lacks would kill this one without a message.
     check_runtime()
     try:
         profile = identify(facts()).profile
@@ -51,7 +52,7 @@ def probe_board(arguments: argparse.Namespace) -> None:
             print(f"{field.name}: {value}")
 
 
-def _begin(what: str, seconds: float) -> None:
-    """Name a measurement that begins, where no spinner turns."""
+def _begin(measurement: str, seconds: float) -> None:
+    """Name a measurement that begins; on a terminal a spinner shows it."""
     if not sys.stderr.isatty():
-        print(f"measuring {what}: about {seconds:.0f} s, longer on a slow board", file=sys.stderr, flush=True)
+        print(f"measuring {measurement}: about {seconds:.0f} s, longer on a slow board", file=sys.stderr, flush=True)

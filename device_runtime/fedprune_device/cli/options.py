@@ -20,12 +20,13 @@ from fedprune_device.data.splits import TEST_SHARE
 BROKER, JOIN, SITE, DEVICE = "FEDPRUNE_BROKER", "FEDPRUNE_JOIN", "FEDPRUNE_SITE", "FEDPRUNE_DEVICE"
 PRIVACY = "FEDPRUNE_PRIVACY"
 
+# Little enough for the smallest boards, whose cards hold the system, two releases and a model besides.
 SAMPLES_BYTES = 64 * 2**20
 SAMPLES_MOST = 10_000
 
 
 def log_handler() -> logging.Handler:
-    """Writes each record to stderr as one line; a traceback follows, indented."""
+    """A handler that writes each record to stderr as one line; a traceback follows, indented."""
     from fedprune.output.log_lines import OneLine
 
     handler = logging.StreamHandler(sys.stderr)
@@ -142,22 +143,22 @@ def add_accelerator_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_policy_option(parser: argparse.ArgumentParser) -> None:
-    named = os.environ.get(PRIVACY)
+    policy_file = os.environ.get(PRIVACY)
     parser.add_argument(
         "--privacy",
         type=Path,
         metavar="FILE",
-        default=Path(named) if named else None,
+        default=Path(policy_file) if policy_file else None,
         help=f"TOML with [privacy]: what a job must promise before this board takes part; ${PRIVACY}"
         " (default: take part in any)",
     )
 
 
 def _names(text: str) -> tuple[str, ...]:
-    found = tuple(name.strip() for name in text.split(","))
-    if "" in found or len(set(found)) < len(found) or any(n.isdecimal() or not n.isprintable() for n in found):
+    names = tuple(name.strip() for name in text.split(","))
+    if "" in names or len(set(names)) < len(names) or any(n.isdecimal() or not n.isprintable() for n in names):
         raise argparse.ArgumentTypeError(f"expected different names with commas between them, got {text!r}")
-    return found
+    return names
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -168,16 +169,16 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _host_name() -> str:
-    """This machine's name as a device's: what may not stand in one becomes a dash."""
+    """This machine's name as a device's: characters that a device's name can't have become dashes."""
     name = as_name(socket.gethostname().partition(".")[0])
     return name if name not in ("", ".", "..", EVERYONE) else "board"
 
 
 def _name(check: Callable[[object, str], str]) -> Callable[[str], str]:
-    def checked(text: str) -> str:
+    def check_argument(text: str) -> str:
         try:
             return check(text, "name")
         except ProtocolError as error:
             raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
 
-    return checked
+    return check_argument

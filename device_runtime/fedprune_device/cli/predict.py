@@ -31,11 +31,12 @@ from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.predictor import Predictor, described, judged, ranked, targets_of
 from fedprune_device.storage.directory_owner import FILE
 
-_MOST_NAMED = 10  # folders of boards that an error names
+# Folders of boards that an error names.
+_MOST_NAMED = 10
 
 
 def predict(arguments: argparse.Namespace) -> None:
-    own = LogitAdjustment()
+    adjustment = LogitAdjustment()
     class_names: tuple[str, ...] = ()
     if arguments.bundle is not None:
         bundle = open_bundle(arguments.bundle)
@@ -46,24 +47,25 @@ def predict(arguments: argparse.Namespace) -> None:
                 raise UsageError(f"--data with a model of loss {loss!r}", expected="one that predicts one class")
             classes = bundle.architecture.classes
             labels = load_data(arguments.data).y_train
-            own = LogitAdjustment.of(labels, replace(bundle.recipe, logit_adjustment=True), classes)
+            adjustment = LogitAdjustment.of(labels, replace(bundle.recipe, logit_adjustment=True), classes)
     elif arguments.precision is not None:
         raise UsageError(
             "--precision", expected="with --bundle", hint="A board's own precision is set by `run --serve`."
         )
     else:
         predictor, record = _slots(arguments.state).open(arguments.threads)
-        own, loss = record.own, record.loss
+        adjustment, loss = record.own, record.loss
     shape, targets = predictor.input_shape, None
-    judges = labels_of(loss) in (*JUDGED, "values")
+    has_scores = labels_of(loss) in (*JUDGED, "values")
     files = arguments.input.is_dir() or is_table(arguments.input)
-    if files and judges and all(isinstance(size, int) for size in at_most(shape)):
+    if files and has_scores and all(isinstance(size, int) for size in at_most(shape)):
+        # A batch without samples shows the shape of the outputs, and so of the labels, at no cost.
         empty = np.zeros((0, *(size for size in at_most(shape) if isinstance(size, int))), np.float32)
         targets = targets_of(predictor.predict(empty), loss, IGNORED if loss == "cross_entropy" else None)
-    chosen = _samples(arguments, shape, class_names, targets)
-    if chosen.name:
-        print(f"{chosen.name} of {arguments.input}", file=sys.stderr)
-    logits = own(predictor.predict(chosen.x))
+    samples = _samples(arguments, shape, class_names, targets)
+    if samples.name:
+        print(f"{samples.name} of {arguments.input}", file=sys.stderr)
+    logits = adjustment(predictor.predict(samples.x))
     if arguments.output is not None:
         with arguments.output.open("wb") as file:
             np.save(file, logits)
@@ -72,19 +74,22 @@ def predict(arguments: argparse.Namespace) -> None:
     elif arguments.output is None:
         for line in described(logits, loss, arguments.top, class_names):
             print(line)
-    if chosen.y is not None and len(chosen.y) and judges:
-        print(judged(logits, chosen.y, loss), file=sys.stderr)
+    if samples.y is not None and len(samples.y) and has_scores:
+        print(judged(logits, samples.y, loss), file=sys.stderr)
 
 
 def _body(
     logits: npt.NDArray[np.float32], loss: str, arguments: argparse.Namespace, names: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """A row per sample, as the text has it. Raises `UsageError` for outputs of places, which are for `--output`."""
+    """A row per sample, with the outputs of the text.
+
+    Raises `UsageError` for outputs per position: as JSON they would be too long, `--output` writes them.
+    """
     if logits.ndim > 2:
         raise UsageError("--json with a model that predicts places", hint="Write the outputs to a file: --output.")
-    what, kind = ("class", "score") if labels_of(loss) in JUDGED else ("output", "value")
+    name_key, value_key = ("class", "score") if labels_of(loss) in JUDGED else ("output", "value")
     return [
-        {"sample": i, "outputs": [{what: names[c] if c < len(names) else c, kind: v} for c, v in row.items()]}
+        {"sample": i, "outputs": [{name_key: names[c] if c < len(names) else c, value_key: v} for c, v in row.items()]}
         for i, row in enumerate(ranked(logits, loss, arguments.top))
     ]
 
@@ -111,10 +116,10 @@ def _slots(state: Path) -> ModelSlots:
             )
         if pointer.is_file():
             pointer.open("rb").close()
-        elif inside := sorted(p.parent.name for p in state.glob(f"*/{FILE}")):
+        elif state_folders := sorted(p.parent.name for p in state.glob(f"*/{FILE}")):
             raise StorageError(
                 f"{state} isn't a board's state folder",
-                expected=f"one of those in it: {', '.join(inside[:_MOST_NAMED])}",
+                expected=f"one of those in it: {', '.join(state_folders[:_MOST_NAMED])}",
             )
     return ModelSlots(state / "serving")
 
@@ -130,16 +135,16 @@ class _Chosen:
 def _samples(
     arguments: argparse.Namespace, shape: Shape, class_names: tuple[str, ...], targets: Targets | None = None
 ) -> _Chosen:
-    """The samples of any source that a board trains on, and of arrays without labels."""
+    """The samples of any source that a board can train on, or of arrays without labels."""
     source, split = str(arguments.input), arguments.split
     files = arguments.input.is_dir() or is_table(arguments.input)
     if not files and (is_there(arguments.input, file=True) or ":" not in source):
-        found = read_arrays(arguments.input, single=True)
-        chosen = _named_part(found, split)
-        if chosen is not None:
-            return _marked(_checked(chosen, source), shape)
-        if "y" not in found and "y_train" not in found:
-            raise DataError(f"{source}: no {split or ''} samples", expected="x", got=", ".join(found) or "nothing")
+        arrays = read_arrays(arguments.input, single=True)
+        samples = _named_part(arrays, split)
+        if samples is not None:
+            return _marked(_checked(samples, source), shape)
+        if "y" not in arrays and "y_train" not in arrays:
+            raise DataError(f"{source}: no {split or ''} samples", expected="x", got=", ".join(arrays) or "nothing")
     options = options_of(SampleOptions, arguments, data=source)
     layout = layout_of(arguments.input, class_names) if split is None and arguments.input.is_dir() else None
     if type(layout) is Unlabelled and not layout.parts:
@@ -153,40 +158,45 @@ def _samples(
     return _Chosen(x, None if y is x else np.asarray(y), f"the {split} samples")
 
 
-def _named_part(found: Mapping[str, Inputs], split: str | None) -> _Chosen | None:
+def _named_part(arrays: Mapping[str, Inputs], split: str | None) -> _Chosen | None:
     """The arrays of a split: by default test samples, else all; None where no arrays have its name."""
     names = {"x_test": "y_test", "x": "y", "x_train": "y_train", "x_val": "y_val"}
-    wanted = names if split is None else [f"x_{split}"]
-    if split == "train" and "x_test" in found:
-        wanted = ["x_train", "x"]  # a file with test samples of its own trains on all of x
-    name = next((n for n in wanted if n in found), None)
-    if name is None:
+    candidates = names if split is None else [f"x_{split}"]
+    if split == "train" and "x_test" in arrays:
+        candidates = ["x_train", "x"]  # a file with test samples of its own trains on all of x
+    chosen_name = next((n for n in candidates if n in arrays), None)
+    if chosen_name is None:
         return None
-    y = None if names[name] not in found else np.asarray(found[names[name]])
-    return _Chosen(found[name], y, "" if name == "x" else name, found.get(name.replace("x", LENGTHS, 1)))
+    y = None if names[chosen_name] not in arrays else np.asarray(arrays[names[chosen_name]])
+    return _Chosen(
+        arrays[chosen_name],
+        y,
+        "" if chosen_name == "x" else chosen_name,
+        arrays.get(chosen_name.replace("x", LENGTHS, 1)),
+    )
 
 
-def _checked(chosen: _Chosen, source: str) -> _Chosen:
-    if not chosen.x.shape or not len(chosen.x):
-        raise DataError(f"{source} holds no samples", expected="inputs [n, ...]", got=chosen.x.shape)
+def _checked(samples: _Chosen, source: str) -> _Chosen:
+    if not samples.x.shape or not len(samples.x):
+        raise DataError(f"{source} holds no samples", expected="inputs [n, ...]", got=samples.x.shape)
     try:
-        if chosen.y is None:
-            return replace(chosen, x=checked_inputs(chosen.x))
-        x, y = checked_samples(chosen.x, chosen.y)
+        if samples.y is None:
+            return replace(samples, x=checked_inputs(samples.x))
+        x, y = checked_samples(samples.x, samples.y)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
-    return replace(chosen, x=x, y=np.asarray(y))
+    return replace(samples, x=x, y=np.asarray(y))
 
 
-def _marked(chosen: _Chosen, shape: Shape) -> _Chosen:
-    """Padded samples whose padded places, and the labels of these, count for nothing."""
+def _marked(samples: _Chosen, shape: Shape) -> _Chosen:
+    """Pad samples, and ignore the labels of padded positions."""
     axis = free_axis(shape)
-    if chosen.lengths is None or axis is None:
-        return chosen
-    x, y, lengths = np.asarray(chosen.x), chosen.y, np.asarray(chosen.lengths)
-    own = x.shape[axis + 1] if fits(x.shape[1:], shape) else 0
-    least = next(size.least for size in shape if isinstance(size, Lengths))
-    x = padded(x, (*shape[:axis], Lengths(least, own), *shape[axis + 1 :]), lengths)
-    if y is not None and y.dtype.kind == "i" and y.shape == (len(x), own):
-        y = np.where(np.arange(own) < lengths[:, None], y, -1)
-    return replace(chosen, x=x, y=y)
+    if samples.lengths is None or axis is None:
+        return samples
+    x, y, lengths = np.asarray(samples.x), samples.y, np.asarray(samples.lengths)
+    padded_length = x.shape[axis + 1] if fits(x.shape[1:], shape) else 0
+    min_length = next(size.least for size in shape if isinstance(size, Lengths))
+    x = padded(x, (*shape[:axis], Lengths(min_length, padded_length), *shape[axis + 1 :]), lengths)
+    if y is not None and y.dtype.kind == "i" and y.shape == (len(x), padded_length):
+        y = np.where(np.arange(padded_length) < lengths[:, None], y, -1)
+    return replace(samples, x=x, y=y)

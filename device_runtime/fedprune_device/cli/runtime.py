@@ -15,6 +15,7 @@ from fedprune.core.validation import is_digest
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import SLOTS, STABLE, TRIAL, DamagedError, LauncherState
 
+# A key is 64 hex digits; another file need not be read whole to say so.
 _LARGEST_KEY_FILE = 200
 
 
@@ -31,58 +32,63 @@ def update(arguments: argparse.Namespace) -> None:
         print(f"release {release.number} ({release.version}) is tried when the service starts the next time")
 
 
-def _server_key(given: str) -> Any:
+def _server_key(option: str) -> Any:
     from fedprune.security.keys import VerifyingKey
 
-    text, what = given, "--key"
-    if not is_digest(given):
-        path = Path(given)
-        if "/" not in given and not path.exists():
+    text, subject = option, "--key"
+    if not is_digest(option):
+        path = Path(option)
+        if "/" not in option and not path.exists():
             raise ConfigError(
                 "--key",
                 expected="64 hex digits, or a file with them",
-                got=shown(given),
+                got=shown(option),
                 hint="`fedprune-server release` shows them; the fingerprint that `init` shows is shorter.",
             )
         with storage_errors(f"can't read the server's key {path}"), path.open("rb") as file:
-            text, what = file.read(_LARGEST_KEY_FILE).decode("ascii", "replace").strip(), f"the server's key {path}"
-    return VerifyingKey.from_hex(text, what, error=ConfigError)
+            text, subject = file.read(_LARGEST_KEY_FILE).decode("ascii", "replace").strip(), f"the server's key {path}"
+    return VerifyingKey.from_hex(text, subject, error=ConfigError)
 
 
 def slots(arguments: argparse.Namespace) -> None:
-    home = SlotStore(arguments.root)
-    state = home.load()
+    store = SlotStore(arguments.root)
+    state = store.load()
     if state is None:
         raise StorageError(
             f"{arguments.root} has no runtime whose state is whole",
             hint="The launcher mends it when the service starts; a kit sets a board up.",
         )
-    held = {slot: _held(home, slot) for slot in SLOTS}
+    contents = {slot: _held(store, slot) for slot in SLOTS}
     if arguments.json:
-        print(json.dumps({**asdict(state), "slots": held}, sort_keys=True))
+        print(json.dumps({**asdict(state), "slots": contents}, sort_keys=True))
     else:
-        sys.stdout.writelines(f"{line}\n" for line in _described(state, held))
+        sys.stdout.writelines(f"{line}\n" for line in _described(state, contents))
 
 
-def _held(home: SlotStore, slot: str) -> tuple[int, str] | str:
-    """Number and version of what is in a slot, or what is wrong with it."""
-    if not (home.folder / f"{slot}.json").exists():
+def _held(store: SlotStore, slot: str) -> tuple[int, str] | str:
+    """Number and version of a slot's release, or a text that says why there is none."""
+    if not (store.folder / f"{slot}.json").exists():
         return "empty"
     try:
-        record = home.whole(slot)
+        record = store.whole(slot)
     except DamagedError as error:
         return str(error)
     return record.version, record.name
 
 
-def _described(state: LauncherState, held: dict[str, tuple[int, str] | str]) -> list[str]:
+def _described(state: LauncherState, contents: dict[str, tuple[int, str] | str]) -> list[str]:
     lines = []
-    for slot, what in held.items():
+    for slot, content in contents.items():
         role = "stable" if slot == state.stable else state.phase if state.phase != STABLE else "not in use"
-        lines.append(f"{slot}: {what if isinstance(what, str) else f'release {what[0]} ({what[1]})'}, {role}")
+        lines.append(
+            f"{slot}: {content if isinstance(content, str) else f'release {content[0]} ({content[1]})'}, {role}"
+        )
     if state.phase == TRIAL:
         lines.append(f"trial: {state.left} attempts of {state.seconds:g} s left {state.trouble}".rstrip())
     if state.outcome is not None:
-        end = state.outcome
-        lines.append(f"last update: release {end.version} {end.result}" + (f": {end.reason}" if end.reason else ""))
+        outcome = state.outcome
+        lines.append(
+            f"last update: release {outcome.version} {outcome.result}"
+            + (f": {outcome.reason}" if outcome.reason else "")
+        )
     return lines

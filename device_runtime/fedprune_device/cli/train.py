@@ -35,8 +35,9 @@ from fedprune_device.serving.reduced_precision import PrecisionCheck, lowered
 from fedprune_device.training.evaluation import PROBE_SAMPLES, Evaluation
 from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingResult, TrainingTask
 
-_EVERY_S = 1.0  # seconds between two updates of the progress line on a terminal
-_EVERY_LINE_S = 10.0  # seconds between two progress lines, elsewhere
+# Seconds between two updates of the progress line on a terminal; elsewhere, as in a log, each is a line of its own.
+_EVERY_S = 1.0
+_EVERY_LINE_S = 10.0
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -44,10 +45,10 @@ def train(arguments: argparse.Namespace) -> None:
     recipe = _recipe(bundle, arguments)
     check_folder(arguments.out, bundle.target)
     # Copies of samples are kept on the result's disk: the system's temporary folder may be in memory.
-    above = arguments.out.absolute().parents
-    place = next((folder for folder in above if os.access(folder, os.W_OK | os.X_OK)), None)
+    parents = arguments.out.absolute().parents
+    writable_parent = next((folder for folder in parents if os.access(folder, os.W_OK | os.X_OK)), None)
     with storage_errors("can't make a folder for copies of samples"):
-        folder = tempfile.TemporaryDirectory(prefix=".fedprune-", dir=place, ignore_cleanup_errors=True)
+        folder = tempfile.TemporaryDirectory(prefix=".fedprune-", dir=writable_parent, ignore_cleanup_errors=True)
     with folder as spool:
         _train(bundle, recipe, arguments, Path(spool))
 
@@ -62,24 +63,24 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
     except DataError as error:
         raise DataError(f"{arguments.data}: {error}") from error
     del trainer  # it ends with the training, which the new model needs the memory of
-    show: Callable[[str], None] = (lambda line: None) if arguments.json else partial(print, flush=True)
-    show(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
+    report: Callable[[str], None] = (lambda line: None) if arguments.json else partial(print, flush=True)
+    report(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
     before = training.measured(Predictor(bundle.folder, threads=number), "before")
-    show(f"before: {_shown(before)}")
-    with _interruptible() as asked, _progress() as progress:
-        result = training.train(progress, asked.is_set)
-    trained = f"{quantity(result.steps, 'step')} in {result.seconds:.1f} s"
-    show(f"trained: {trained}, loss {result.loss_first:.4g} -> {result.loss_last:.4g}")
+    report(f"before: {_shown(before)}")
+    with _interruptible() as interrupted, _progress() as progress:
+        result = training.train(progress, interrupted.is_set)
+    summary = f"{quantity(result.steps, 'step')} in {result.seconds:.1f} s"
+    report(f"trained: {summary}, loss {result.loss_first:.4g} -> {result.loss_last:.4g}")
     files, after = training.finished(result)
-    show(f"after: {_shown(after)}")
+    report(f"after: {_shown(after)}")
     write_bundle(arguments.out, files, bundle.selection, bundle.recipe, bundle.target, bundle.class_names, bundle.base)
     size = sum(map(len, files.values()))
     if arguments.json:
         body = {"out": str(arguments.out), "bytes": size, "samples": data.samples, "test_samples": len(data.y_test)}
-        done = {key: getattr(result, key) for key in ("steps", "seconds", "loss_first", "loss_last")}
-        print_json({**body, **done, "before": before, "after": after})
-    show(f"{arguments.out}: {quantity(len(files), 'file')}, {size:,} bytes")
-    if asked.is_set():
+        result_row = {key: getattr(result, key) for key in ("steps", "seconds", "loss_first", "loss_last")}
+        print_json({**body, **result_row, "before": before, "after": after})
+    report(f"{arguments.out}: {quantity(len(files), 'file')}, {size:,} bytes")
+    if interrupted.is_set():
         raise KeyboardInterrupt(
             f"after {result.steps} of {quantity(recipe.steps(data.samples), 'step')}; "
             f"{arguments.out} holds what was trained until then"
@@ -110,15 +111,15 @@ class _LocalTraining:
         self._seed, self._threads, self._classes = seed, threads, bundle.architecture.classes
         self._targets = trainer.targets(recipe, self._classes)
         data.check(self._targets, trainer.input_shape, token_ids=trainer.token_ids)
-        own = LogitAdjustment.of(data.y_train, recipe, self._classes)
-        self._evaluation = Evaluation(data, recipe, self._classes, own, trainer.objective(recipe, self._classes))
+        adjustment = LogitAdjustment.of(data.y_train, recipe, self._classes)
+        self._evaluation = Evaluation(data, recipe, self._classes, adjustment, trainer.objective(recipe, self._classes))
 
     def measured(self, model: Predictor, when: str) -> dict[str, float]:
         """Measure a model on the test samples: each metric by its name, none without samples."""
         self._evaluation.add(model, when)
         metrics = self._evaluation.metrics
-        found = {name: metrics.get(f"{name}_{when}") for name in METRICS}
-        return {name: float(value) for name, value in found.items() if value is not None}
+        values = {name: metrics.get(f"{name}_{when}") for name in METRICS}
+        return {name: float(value) for name, value in values.items() if value is not None}
 
     def train(self, progress: Callable[[int, int], None], enough: Callable[[], bool]) -> TrainingResult:
         """Train until all epochs are done, or `enough()` is true."""
@@ -150,13 +151,18 @@ class _LocalTraining:
         return files, after
 
     def _lower(
-        self, folder: Path, precision: str, files: dict[str, bytes], tensors: Mapping[str, Any], whole: Predictor
+        self,
+        folder: Path,
+        precision: str,
+        files: dict[str, bytes],
+        tensors: Mapping[str, Any],
+        float32_model: Predictor,
     ) -> None:
         """Convert the new weights to a lower precision; drop it if its predictions differ from float32's."""
         for file in files_of(precision):
             (folder / file).write_bytes(files[file])
         try:
-            judge = PrecisionCheck(whole, self._data, self._recipe, self._targets)
+            judge = PrecisionCheck(float32_model, self._data, self._recipe, self._targets)
             lowered(folder, precision, tensors, self._data, judge)
             files[weights_file(precision)] = (folder / weights_file(precision)).read_bytes()
         except FedpruneError as error:  # a failed conversion must not lose a finished training
@@ -172,36 +178,37 @@ def _shown(metrics: Mapping[str, float]) -> str:
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
     """Let the first SIGINT or SIGTERM set an event; the second one interrupts."""
-    asked = threading.Event()
+    interrupted = threading.Event()
 
-    def ask(*_: object) -> None:
-        if asked.is_set():
+    def on_signal(*_: object) -> None:
+        if interrupted.is_set():
             raise KeyboardInterrupt
-        asked.set()
+        interrupted.set()
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield interrupted
     finally:
-        for number, handler in before.items():
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Show steps on stderr: one line that changes on a terminal, elsewhere a line every ten seconds and at the end."""
-    live, began = sys.stderr.isatty(), time.monotonic()
-    shown = [began]
+    """Show steps on stderr: one changing line on a terminal, elsewhere a line every ten seconds and at the end."""
+    is_terminal, began = sys.stderr.isatty(), time.monotonic()
+    # A list, so that the inner function can set it.
+    last_shown = [began]
 
-    def tell(done: int, total: int) -> None:
+    def show_step(done: int, total: int) -> None:
         now = time.monotonic()
-        if now - shown[0] >= (_EVERY_S if live else _EVERY_LINE_S) or done == total:
-            shown[0] = now
-            start, end = ("\r", " ") if live else ("", "\n")
+        if now - last_shown[0] >= (_EVERY_S if is_terminal else _EVERY_LINE_S) or done == total:
+            last_shown[0] = now
+            start, end = ("\r", " ") if is_terminal else ("", "\n")
             print(f"{start}step {done} of {total}, {now - began:.0f} s", end=end, file=sys.stderr, flush=True)
 
     try:
-        yield tell
+        yield show_step
     finally:
-        if live and shown[0] > began:
+        if is_terminal and last_shown[0] > began:
             print(file=sys.stderr)

@@ -1,4 +1,4 @@
-"""How the C library keeps freed memory, in this process; glibc alone can be told."""
+"""Settings of the C library's allocator in this process, so that freed memory goes back to the system; glibc alone."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 
+# Parameters of glibc's mallopt (its malloc.h).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
-"""Parameters of glibc's mallopt (its malloc.h)."""
 
+# glibc's own value at the start of a process.
 _INITIAL_THRESHOLD = 128 * 1024
-"""glibc's own at the start of a process."""
 
 _LOG = logging.getLogger("fedprune.device")
 

@@ -1,4 +1,4 @@
-"""Times of kinds of layers on this board: small nets, timed at a few widths, and the table that explains the times.
+"""Times of kinds of layers on this board: small nets, timed at a few widths, and the table that is fitted to the times.
 
 The nets are assets that `examples/make_probe_graphs.py` writes. Their training graphs run at any width, as those of
 jobs do; predictions have a graph per width, since onnxruntime lays out constant weights for the widths that it finds.
@@ -34,21 +34,25 @@ from fedprune.planning.probe_report import CPU, CUDA
 from fedprune.runtime.session import Session
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
-ARCHIVE = "probe_layers.tar.gz"  # the asset: `index.json` and a folder per net
+# The asset: `index.json` and a folder per net.
+ARCHIVE = "probe_layers.tar.gz"
 
+# Widths of a net that are measured even after its share of the time is over; after the end of all time, one: a table
+# needs every kind of layer.
 _MIN_POINTS = 3
-"""Widths of a net that are measured even where its share of the time is over; one, where all of the time is."""
 
 _MIN_RUNS, _MAX_RUNS = 3, 25
-_ENOUGH = 0.03  # seconds that one point's runs take where they are short
-_LONG = 0.3  # seconds of a run from which on one is enough
+# Seconds that one point's runs take where they are short: the median of fewer runs is noisy.
+_ENOUGH = 0.03
+# Seconds of a run from which on one is enough: noise is a small share of it.
+_LONG = 0.3
 
 Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
 class _Time:
-    """Until when a net may be measured: its share, and the end of all."""
+    """The times until which a net may be measured: the end of its share, and the end of all."""
 
     clock: Clock
     share: float
@@ -64,13 +68,13 @@ class LayerNets:
 
     def __init__(self) -> None:
         with tarfile.open(fileobj=io.BytesIO(_archive()), mode="r:gz") as archive:
-            self._files = {m.name: part.read() for m in archive if (part := archive.extractfile(m)) is not None}
+            self._files = {m.name: file.read() for m in archive if (file := archive.extractfile(m)) is not None}
 
     @cached_property
     def points(self) -> dict[str, list[dict[str, Any]]]:
-        """Per net the widths and batches to measure, the most telling ones first."""
-        found: dict[str, list[dict[str, Any]]] = json.loads(self._files["index.json"])
-        return found
+        """Per net the widths and batches to measure, the most informative ones first."""
+        points_of_nets: dict[str, list[dict[str, Any]]] = json.loads(self._files["index.json"])
+        return points_of_nets
 
     def architecture(self, net: str) -> Architecture:
         return Architecture.from_json(self._files[f"{net}/architecture.json"])
@@ -91,33 +95,34 @@ def measure(
     `cuda` is that of `Session`.
     """
     nets = LayerNets()
-    began, found = clock(), list[Measurement]()
+    began, measurements = clock(), list[Measurement]()
     end = began + seconds
-    for place, (net, points) in enumerate(nets.points.items()):
+    for net_number, (net, points) in enumerate(nets.points.items()):
         now = clock()
-        share = (end - now) / (len(nets.points) - place)
-        found += _steps(nets, net, points, threads, _Time(clock, now + share * 0.65, end), cuda)
+        # What earlier nets left of their shares is divided among the nets to come.
+        share = (end - now) / (len(nets.points) - net_number)
+        measurements += _steps(nets, net, points, threads, _Time(clock, now + share * 0.65, end), cuda)
         now = clock()
-        found += _predictions(nets, net, points, threads, _Time(clock, now + share * 0.35, end), cuda)
-    return found
+        measurements += _predictions(nets, net, points, threads, _Time(clock, now + share * 0.35, end), cuda)
+    return measurements
 
 
-def remembered_table(path: Path, about: str, make: Callable[[], LatencyTable]) -> LatencyTable:
+def remembered_table(path: Path, conditions: str, make: Callable[[], LatencyTable]) -> LatencyTable:
     """The table of an earlier start, valid while `about` (board, versions, threads) and the nets stay the same.
 
-    Nothing is kept if `path`'s folder doesn't exist yet.
+    The table is not stored if `path`'s folder doesn't exist yet.
     """
-    depends = f"{about} {hashlib.sha256(_archive()).hexdigest()}"
+    key = f"{conditions} {hashlib.sha256(_archive()).hexdigest()}"
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        if body["about"] == depends:
+        if body["about"] == key:
             return LatencyTable.from_dict(body["latency"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ProfileError):
         pass  # it is missing or damaged: it can be measured again
-    found = make()
+    table = make()
     with contextlib.suppress(StorageError):
-        write_whole(path, json.dumps({"about": depends, "latency": found.to_dict()}).encode())
-    return found
+        write_whole(path, json.dumps({"about": key, "latency": table.to_dict()}).encode())
+    return table
 
 
 def _archive() -> bytes:
@@ -131,24 +136,24 @@ def _steps(
     graph = nets.training(net, CUDA if cuda else CPU)
     # Recorded steps are faster, but one session can't record fifteen widths: plans count what is launched one by one.
     session = Session(graph, threads=threads, training=True, cuda=cuda, records=False)
-    out: list[Measurement] = []
+    measurements: list[Measurement] = []
     for number, point in enumerate(points):
         if time_left.over(number):
             break
         widths, batch = tuple(point["widths"]), int(point["batch"])
-        taken = median_seconds(one_step(session, _feeds(architecture, widths, batch)), time_left.clock)
-        out.append(Measurement(architecture, widths, batch, taken, True))
-    return out
+        seconds = median_seconds(one_step(session, _feeds(architecture, widths, batch)), time_left.clock)
+        measurements.append(Measurement(architecture, widths, batch, seconds, True))
+    return measurements
 
 
 def one_step(session: Session, feeds: Tensors) -> Callable[[], object]:
     """A step as the trainer takes its first ones: on a GPU weights and the optimiser's state stay there."""
     moving = {n: v for n, v in feeds.items() if step_contract.following(n) in session.outputs}
-    fed: dict[str, Any] = {**feeds, **session.place(moving, "state")}
-    into: dict[str, Any] = {}
+    inputs: dict[str, Any] = {**feeds, **session.place(moving, "state")}
+    outputs: dict[str, Any] = {}
     if session.provider == CUDA:
-        into = {step_contract.following(n): v for n, v in session.place(moving, "next state").items()}
-    return lambda: session.run(fed, into=into)
+        outputs = {step_contract.following(n): v for n, v in session.place(moving, "next state").items()}
+    return lambda: session.run(inputs, into=outputs)
 
 
 def _predictions(
@@ -156,9 +161,9 @@ def _predictions(
 ) -> list[Measurement]:
     architecture = nets.architecture(net)
     x = keyed(0, "layers").standard_normal((1, *architecture.input_shape)).astype(np.float32)
-    out: list[Measurement] = []
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
+    measurements: list[Measurement] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         for number, point in enumerate(points):
             if time_left.over(number):
                 break
@@ -166,13 +171,13 @@ def _predictions(
             (folder / GRAPH).write_bytes(nets.inference(net, number))
             (folder / WEIGHTS).write_bytes(tensorfile.encode(_tensors(architecture, widths)))
             predictor = Predictor(folder, threads=threads, cuda=cuda)
-            taken = median_seconds(lambda p=predictor: p.predict(x), time_left.clock)  # type: ignore[misc]
-            out.append(Measurement(architecture, widths, 1, taken, False))
-    return out
+            seconds = median_seconds(lambda p=predictor: p.predict(x), time_left.clock)  # type: ignore[misc]
+            measurements.append(Measurement(architecture, widths, 1, seconds, False))
+    return measurements
 
 
 def _tensors(architecture: Architecture, widths: tuple[int, ...]) -> Tensors:
-    """Positive weights of an ordinary size: no numbers that processors are slow with."""
+    """Positive weights of an ordinary size: denormal numbers would slow processors down."""
     random = keyed(0, "layers", *widths)
     shapes = architecture.shapes(widths)
     return {n: (0.01 + 0.05 * random.random(s, np.float32)).astype(np.float32) for n, s in shapes.items()}  # nosec B311  # NumPy's, for values to time with
@@ -197,15 +202,15 @@ def timed_step_feeds(x: Any, y: Any, tensors: Tensors, trainable: Iterable[str])
 def median_seconds(
     run: Callable[[], object], clock: Clock = time.perf_counter, enough: float = _ENOUGH, most: float = _MAX_RUNS
 ) -> float:
-    """Seconds of a run, without the first, which allocates; slow boards run only once more.
+    """The median seconds of a run. The first run, which allocates, doesn't count.
 
-    Others run for `enough` seconds, but no more than `most` times.
+    A slow board runs once more, others for `enough` seconds, but no more than `most` times.
     """
     began = clock()
     run()
-    least = 1 if clock() - began > _LONG else _MIN_RUNS
+    min_runs = 1 if clock() - began > _LONG else _MIN_RUNS
     times: list[float] = []
-    while len(times) < least or (sum(times) < enough and len(times) < most):
+    while len(times) < min_runs or (sum(times) < enough and len(times) < most):
         began = clock()
         run()
         times.append(clock() - began)

@@ -12,18 +12,21 @@ from typing import IO, Any, cast
 
 from fedprune.core.closing import Closing
 
+# The beginning of an answer, since libraries print lines of their own.
 MARK = "fedprune: "
-"""The beginning of an answer, since libraries print lines of their own."""
 
+# A program that was asked to end is killed after this time.
 _CLOSE_S = 5.0
+# Bytes of the error output that are kept: the last lines name the error.
 _KEPT = 2**16
 _PIECE = 2**18
+# A program without newlines, or that prints for ever, must not fill this process's memory or time.
 _LONGEST_LINE = 2**20
 _STRAY_LINES = 1000
 
 
 class StrayLinesError(Exception):
-    """The program prints too much that is not an answer."""
+    """The program prints too many lines that are no answers."""
 
 
 class LineProcess(Closing):
@@ -49,8 +52,11 @@ class LineProcess(Closing):
             self._in.flush()
 
     def answer(self, seconds: float) -> Any:
-        """The next answer. Raises `EOFError` if the program has ended, `StrayLinesError`, or `ValueError` or
-        `RecursionError` if the answer is not JSON."""
+        """The next answer.
+
+        Raises `EOFError` if the program has ended, `StrayLinesError`, or `ValueError` or `RecursionError` if the answer
+        is not JSON.
+        """
         with self._within(seconds):
             for _ in range(_STRAY_LINES):
                 raw = self._out.readline(_LONGEST_LINE)
@@ -75,7 +81,8 @@ class LineProcess(Closing):
         self.process.kill()
 
     def close(self) -> None:
-        with suppress(OSError), self._within(_CLOSE_S):  # what it never read may be left
+        # Closing flushes what the program never read, which blocks or fails.
+        with suppress(OSError), self._within(_CLOSE_S):
             self._in.close()
         self.end()
         self._out.close()
@@ -95,8 +102,8 @@ class LineProcess(Closing):
         self.kill()
 
     def _listen(self) -> None:
-        """Keep the end of the error output, of any length."""
+        """Read the error output, so that the program never blocks on it, and keep its end."""
         with cast(IO[bytes], self.process.stderr) as source:
-            while piece := os.read(source.fileno(), _PIECE):
-                self._said += piece
+            while chunk := os.read(source.fileno(), _PIECE):
+                self._said += chunk
                 del self._said[:-_KEPT]

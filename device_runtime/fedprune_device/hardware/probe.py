@@ -1,4 +1,4 @@
-"""The probe: what a board is and how fast it trains, measured on the board itself.
+"""The probe: a board's memory, clock and speed, measured on the board itself.
 
 Boards differ from their profile: a slower edition of the processor, less memory, a bad cooler. The probe runs what a
 round would run: graphs made by the compiler, two seconds of a reference net and some more of other kinds of nets.
@@ -59,18 +59,18 @@ def probe(
     total, available = memory(root)
     begin("training and predicting", seconds)
     train, infer, unit = _rates(threads, seconds, cuda)
-    about = f"fedprune {__version__}, onnxruntime {runtime}, {threads} threads, {board(root)}"
+    conditions = f"fedprune {__version__}, onnxruntime {runtime}, {threads} threads, {board(root)}"
     if unit == CUDA:
-        about += ", on its GPU"
+        conditions += ", on its GPU"
     latency = None
 
-    def of_layers() -> LatencyTable:
+    def measure_layers() -> LatencyTable:
         begin("layers", layer_seconds)
         measured = measure(threads, layer_seconds, cuda=unit == CUDA)
         return fitted(measured, typical_gpu_table() if unit == CUDA else typical_table(train))
 
     if layer_seconds:
-        latency = of_layers() if memory_file is None else remembered_table(memory_file, about, of_layers)
+        latency = measure_layers() if memory_file is None else remembered_table(memory_file, conditions, measure_layers)
     return ProbeReport(
         cores=len(os.sched_getaffinity(0)),
         memory_total=total,
@@ -89,7 +89,7 @@ def probe(
 
 
 def process_memory() -> int | None:
-    """Bytes that this process holds, onnxruntime with a loaded graph included; None where the kernel doesn't report it.
+    """Bytes of memory of this process, onnxruntime with a loaded graph included; None where the kernel doesn't say.
 
     Much of a library is only paged in once it is used, so a small training graph is loaded first.
     """
@@ -98,20 +98,20 @@ def process_memory() -> int | None:
 
 
 def table_summaries(report: ProbeReport) -> dict[str, str]:
-    """The table of layers' times in a few words, for logs and terminals."""
+    """A summary of the table of layers' times, for logs and terminals."""
     latency = report.latency
-    found = {"latency": ""}
+    summaries = {"latency": ""}
     if latency is not None:
         error = f"{latency.error:.1%}" if latency.points else "unknown"
         steps = "channel by channel" if latency.block == 1 else f"in steps of {latency.block} channels"
-        found["latency"] = f"{latency.points} measurements of layers, median error {error}, times grow {steps}"
-    return found
+        summaries["latency"] = f"{latency.points} measurements of layers, median error {error}, times grow {steps}"
+    return summaries
 
 
 def reference_net() -> dict[str, Any]:
     """The reference net: shapes of its tensors, classes, operations."""
-    found: dict[str, Any] = json.loads((_ASSETS / "probe.json").read_text())
-    return found
+    net: dict[str, Any] = json.loads((_ASSETS / "probe.json").read_text())
+    return net
 
 
 @contextmanager
@@ -133,6 +133,7 @@ def _rates(threads: int, seconds: float, cuda: bool) -> tuple[float, float, str]
     x = rng.standard_normal((batch, *reference["input_shape"])).astype(np.float32)
     feeds = timed_step_feeds(x, rng.integers(0, reference["classes"], batch), tensors, tensors)
     graph = (_ASSETS / f"probe_training-{CUDA if cuda else CPU}.onnx").read_bytes()
+    # As for layers: plans count operators that are launched one by one.
     session = Session(graph, threads=threads, training=True, cuda=cuda, records=False)
     train = median_seconds(one_step(session, feeds), enough=seconds / 2, most=math.inf)
     with reference_predictor(tensors, threads, cuda=cuda) as predictor:

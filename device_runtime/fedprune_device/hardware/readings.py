@@ -8,12 +8,15 @@ from pathlib import Path
 
 from fedprune.planning.identification import Facts, l4t_release
 
-UNDER_VOLTAGE = 1  # Bit 0 of `firmware_flags`
+# Bit 0 of `firmware_flags`.
+UNDER_VOLTAGE = 1
 
+# A device tree comes with the board's firmware: its entries and their number are bounded before they are sent or shown.
 _LONGEST = 200
 _MOST = 20
 
-TEGRA = Path("/etc/nv_tegra_release")  # on a Jetson: the release of its software
+# On a Jetson: the release of its software.
+TEGRA = Path("/etc/nv_tegra_release")
 
 _STATUS = Path("/proc/self/status")
 
@@ -52,12 +55,13 @@ def clock_hz(root: Path = Path("/")) -> int | None:
     A 1.25 GHz edition of the Raspberry Pi 4 looks like the others:
     https://github.com/geerlingguy/sbc-reviews/issues/110.
     """
+    # PCs' virtual machines have no cpufreq: there /proc/cpuinfo says the clock at this moment.
     files = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/cpuinfo_max_freq")
-    found = [int(text) * 1000 for text in map(_text, files) if text.isdigit()]
-    if not found:
+    clocks = [int(text) * 1000 for text in map(_text, files) if text.isdigit()]
+    if not clocks:
         lines = _text(root / "proc/cpuinfo").splitlines()
-        found = [int(float(x.partition(":")[2]) * 1e6) for x in lines if x.startswith("cpu MHz") and _number(x)]
-    top = max(found, default=0)
+        clocks = [int(float(x.partition(":")[2]) * 1e6) for x in lines if x.startswith("cpu MHz") and _number(x)]
+    top = max(clocks, default=0)
     return top if 10**6 <= top <= 10**11 else None
 
 
@@ -66,6 +70,7 @@ def temperature_c(root: Path = Path("/")) -> float | None:
     zones: dict[bool, list[float]] = {True: [], False: []}
     for zone in (root / "sys/class/thermal").glob("thermal_zone*"):
         text = _text(zone / "temp")
+        # Sensors that are off report impossible values.
         if text.lstrip("-").isdigit() and -80_000 <= int(text) <= 200_000:
             zones["cpu" in _text(zone / "type").lower()].append(int(text) / 1000)
     return max(zones[True] or zones[False], default=None)
@@ -106,25 +111,25 @@ def power_mode(root: Path = Path("/")) -> int | None:
 
 
 def condition(root: Path = Path("/")) -> str:
-    found, flags, mode = temperature_c(root), firmware_flags(root), power_mode(root)
-    parts = ["temperature unknown" if found is None else f"{found:.0f} °C"]
-    parts += ["slowed down"] if throttled(root) else []
-    parts += ["low voltage since boot"] if flags >> 16 & UNDER_VOLTAGE else []
-    parts += [] if mode is None else [f"power mode {mode}"]
-    return ", ".join(parts)
+    temperature, flags, mode = temperature_c(root), firmware_flags(root), power_mode(root)
+    texts = ["temperature unknown" if temperature is None else f"{temperature:.0f} °C"]
+    texts += ["slowed down"] if throttled(root) else []
+    texts += ["low voltage since boot"] if flags >> 16 & UNDER_VOLTAGE else []
+    texts += [] if mode is None else [f"power mode {mode}"]
+    return ", ".join(texts)
 
 
 def peak_memory() -> float:
-    """The most memory that this process has held, in bytes: ever, or since `restart_peak`.
+    """The peak memory of this process in bytes, from its start or from `restart_peak` on.
 
-    getrusage also counts what a process was before it became this program: the size of whatever started it.
+    getrusage, the fallback, also counts the process before it became this program: the size of whatever started it.
     """
-    found = _status("VmHWM")
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if found is None else found)
+    peak = _status("VmHWM")
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if peak is None else peak)
 
 
 def restart_peak() -> None:
-    """Let the peak begin with what is held now, so that a round's peak is its own and not an earlier round's.
+    """Reset the peak to the present memory, so that a round's peak is its own and not an earlier round's.
 
     A kernel without `clear_refs` goes on counting from the process's start: then a peak may be too high.
     """
@@ -133,12 +138,12 @@ def restart_peak() -> None:
 
 
 def own_memory() -> int:
-    """Bytes that this process holds and that the kernel can't take back, so that they are not available any more."""
+    """Bytes of this process that the kernel can't take back, as it can pages of files."""
     return _status("RssAnon") or 0
 
 
 def resident_memory() -> int | None:
-    """Bytes that this process holds; None where the kernel doesn't report it."""
+    """Bytes of memory of this process; None where the kernel doesn't report it."""
     return _status("VmRSS")
 
 

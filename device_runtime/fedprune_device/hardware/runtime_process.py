@@ -1,8 +1,8 @@
 """A process that loads onnxruntime before this one does, checks models with it and measures the board.
 
 Some wheels contain instructions that some boards lack (1.21.0 on a Raspberry Pi 4:
-https://github.com/microsoft/onnxruntime/issues/23957). They kill the process that loads them. And what a measurement
-takes is neither kept by this process nor counted in its peak memory.
+https://github.com/microsoft/onnxruntime/issues/23957). They kill the process that loads them. Besides, the memory of a
+measurement goes back to the system when the process ends, and isn't counted in the agent's peak.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fedprune_device.serving.model_slots import ModelSlots
 
 _LOG = logging.getLogger(__name__)
 
+# Generous, for small boards with slow cards: the limits only end a process that hangs.
 _START_S = 120.0
 _CHECK_S = 300.0
 _PROBE_S = 1800.0
@@ -36,7 +37,7 @@ _NO_PROBE = "Start without the probe (`--no-probe`): the profile's figures are b
 
 
 class RuntimeProcess(Closing):
-    """Started by the first request, and again by a request after `close`. Not for several threads."""
+    """A process that the first request starts, and a request after `close` again. Not for several threads."""
 
     def __init__(self, python: str = sys.executable) -> None:
         self._python = python
@@ -66,19 +67,19 @@ class RuntimeProcess(Closing):
     ) -> ProbeReport:
         """Measure the board (`fedprune_device.hardware.probe.probe`).
 
-        The available memory is what this process and the system had free when the other one was started.
+        The available memory is this process's and the system's free memory from before the other one started.
         """
         settings = {"threads": threads, "seconds": seconds, "layer_seconds": layer_seconds, "cuda": cuda}
         file = None if memory_file is None else str(memory_file)
         try:
-            found = self._ask({"probe": settings, "memory_file": file}, _PROBE_S, "the probe", _NO_PROBE)
+            report = self._ask({"probe": settings, "memory_file": file}, _PROBE_S, "the probe", _NO_PROBE)
         except RuntimeUnavailableError as error:
             if not cuda:
                 raise
             _LOG.warning("the probe of the GPU has failed (%s): measuring the processor", error)
             return self.probe(threads, seconds, layer_seconds=layer_seconds, memory_file=memory_file)
         total, available = self._memory
-        return replace(ProbeReport.from_dict(found), memory_total=total, memory_available=min(available, total))
+        return replace(ProbeReport.from_dict(report), memory_total=total, memory_available=min(available, total))
 
     def close(self) -> None:
         process, self._process = self._process, None
@@ -110,7 +111,7 @@ class RuntimeProcess(Closing):
             raise RuntimeUnavailableError(f"onnxruntime can't be loaded ({reason})") from error
         return process
 
-    def _ask(self, request: dict[str, Any], seconds: float, what: str, hint: str = "") -> Any:
+    def _ask(self, request: dict[str, Any], seconds: float, subject: str, hint: str = "") -> Any:
         self.check()
         process = self._process or self._start()
         try:
@@ -119,14 +120,14 @@ class RuntimeProcess(Closing):
         except (OSError, EOFError) as error:
             code, reason = self._ended(process)
             if process.late:
-                raise RuntimeUnavailableError(f"{what} isn't done within {seconds:g} s", hint=hint) from error
+                raise RuntimeUnavailableError(f"{subject} isn't done within {seconds:g} s", hint=hint) from error
             if code < 0:
                 reason = f"killed by signal {-code}"
                 if -code == signal.SIGILL:
                     hint = "This version of onnxruntime uses instructions that this processor lacks."
-            raise RuntimeUnavailableError(f"{what} failed ({reason})", hint=hint) from error
+            raise RuntimeUnavailableError(f"{subject} failed ({reason})", hint=hint) from error
         if "error" in answer:
-            raise RuntimeUnavailableError(f"{what} failed ({answer['error']})", hint=hint)
+            raise RuntimeUnavailableError(f"{subject} failed ({answer['error']})", hint=hint)
         return answer.get("answer")
 
     def _answer(self, process: LineProcess, seconds: float) -> Any:

@@ -1,4 +1,4 @@
-"""Training waits while the board is too hot or its voltage too low, and goes on when it has recovered."""
+"""Pauses of training while the board is too hot or its voltage too low."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from fedprune_device.hardware.readings import UNDER_VOLTAGE, firmware_flags, tem
 
 _LOG = logging.getLogger("fedprune.device")
 
+# Where training waits, and where it continues: a Raspberry Pi slows its clock down from 80 °C on, gradually
+# (https://www.raspberrypi.com/documentation/computers/raspberry-pi.html). The gap keeps pauses from alternating.
 HOT_C, COOL_C = 80.0, 72.0
-"""Where training waits, and where it continues: a Raspberry Pi slows its clock down from 80 °C on, gradually
-(https://www.raspberrypi.com/documentation/computers/raspberry-pi.html)."""
 
+# Seconds between two readings: heat changes slowly, and steps may take milliseconds.
 _LOOK_S = 5.0
 
 
@@ -54,11 +55,11 @@ class ThermalGuard:
         if now < self._next:
             return stop()
         self._next = now + _LOOK_S
-        why = self._trouble(self._hot)
-        if why and not stop():
-            _LOG.warning("training waits: %s", why)
-            self.waiting = why
-            while (why := self._trouble(self._cool)) and not stop():
+        reason = self._trouble(self._hot)
+        if reason and not stop():
+            _LOG.warning("training waits: %s", reason)
+            self.waiting = reason
+            while (reason := self._trouble(self._cool)) and not stop():
                 self._sleep(1.0)
             self.waiting = ""
             seconds = self._clock() - now
@@ -68,9 +69,9 @@ class ThermalGuard:
         return stop()
 
     def _trouble(self, limit_c: float) -> str:
-        found = temperature_c(self._root)
-        if found is not None and found >= limit_c:
-            return f"{found:.0f} °C, limit {limit_c:g} °C"
+        temperature = temperature_c(self._root)
+        if temperature is not None and temperature >= limit_c:
+            return f"{temperature:.0f} °C, limit {limit_c:g} °C"
         if firmware_flags(self._root) & UNDER_VOLTAGE:
             return "the supply's voltage is too low"
         return ""

@@ -30,12 +30,17 @@ class Formulation:
     weight_gradient: KernelForm
 
 
-_SMALL_MAP, _LARGE_KERNEL, _IMAGE_CHANNELS = 64, 25, 3
-"""Where one formulation overtakes another: measured with LeNet, VGG11 and ResNet20 on x86 (`benchmarks/step.py`)."""
+# Where one formulation overtakes another: measured with LeNet, VGG11 and ResNet20 on x86 (`benchmarks/step.py`).
+# The area of the output from which a product per tap is faster than columns.
+_SMALL_MAP = 64
+# The elements of a kernel from which products per tap are too many.
+_LARGE_KERNEL = 25
+# The channels of a first layer, whose product per tap would be too narrow to be fast.
+_IMAGE_CHANNELS = 3
 
 
+# On a GPU each launch costs more than its arithmetic: the formulation with the fewest operators.
 ON_CUDA = Formulation("transposed", "convolution")
-"""On a GPU launches cost more than numbers: the fewest operators."""
 
 
 def formulation(w: Window, channels: int) -> Formulation:
@@ -61,12 +66,12 @@ class Dense:
 
     def back(self, dy: str, bias: list[str]) -> str:
         """The transposed convolution of dy."""
-        out: str = getattr(self, f"back_by_{self.form.input_gradient}")(dy, bias)
-        return out
+        gradient: str = getattr(self, f"back_by_{self.form.input_gradient}")(dy, bias)
+        return gradient
 
     def kernel_gradient(self, x: str, dy: str) -> str:
-        out: str = getattr(self, f"kernel_by_{self.form.weight_gradient}")(x, dy)
-        return out
+        gradient: str = getattr(self, f"kernel_by_{self.form.weight_gradient}")(x, dy)
+        return gradient
 
     # -- input gradient ---------------------------------------------------------------------------------------------
 
@@ -77,6 +82,7 @@ class Dense:
         flip = [a for a in axes if self.w.kernel[a - 2] > 1]
         if not flip:
             return kernel
+        # A slice with step -1 reverses an axis. Its end must lie before index 0: ONNX clamps the smallest int32 so.
         ones = [-1] * len(flip)
         return g.emit("Slice", kernel, g.ints(*ones), g.ints(*[-(2**31)] * len(flip)), g.ints(*flip), g.ints(*ones))
 
@@ -116,12 +122,12 @@ class Dense:
     def _joined(self, products: list[str]) -> str:
         """A matrix [outputs, inputs] per kernel element as the kernel's gradient."""
         g, w = self.g, self.w
-        total = g.emit("Concat", *products, attrs={"axis": 1}) if len(products) > 1 else products[0]
+        side_by_side = g.emit("Concat", *products, attrs={"axis": 1}) if len(products) > 1 else products[0]
         count = math.prod(w.kernel)
         if count == 1:
-            return g.emit("Unsqueeze", total, g.ints(*range(2, self.rank + 2)))
-        apart = g.emit("Reshape", total, g.ints(0, count, -1))
-        return g.emit("Reshape", g.emit("Transpose", apart, attrs={"perm": [0, 2, 1]}), g.ints(0, 0, *w.kernel))
+            return g.emit("Unsqueeze", side_by_side, g.ints(*range(2, self.rank + 2)))
+        by_tap = g.emit("Reshape", side_by_side, g.ints(0, count, -1))
+        return g.emit("Reshape", g.emit("Transpose", by_tap, attrs={"perm": [0, 2, 1]}), g.ints(0, 0, *w.kernel))
 
     def kernel_by_columns(self, x: str, dy: str) -> str:
         """One matrix product over all windows of the batch."""
@@ -139,7 +145,9 @@ class Dense:
             "dilations": list(w.strides),
             "pads": w.flat_pads,
         }
+        # Batch and channels swap roles: the sum over the batch is the convolution's sum over its input channels.
         swapped = g.emit("Conv", _channels_first(g, x, self.rank), _channels_first(g, dy, self.rank), attrs=attrs)
+        # Input rows that no window reaches let the convolution slide further: it gives elements beyond the kernel's.
         if any(rest >= d for rest, d in zip(leftovers(w), w.dilations, strict=True)):
             axes = range(2, self.rank + 2)
             swapped = g.emit("Slice", swapped, g.ints(*[0] * self.rank), g.ints(*w.kernel), g.ints(*axes))
@@ -149,34 +157,36 @@ class Dense:
 def columns(g: Graph, x: str, w: Window) -> str:
     """All windows of a whole batch: [C · taps, positions · N]. With the batch last, a tap is a copy of long runs."""
     padded = _padded(g, _batch_last(g, x, len(w.sizes)), w, first=1)
-    parts = [g.emit("Unsqueeze", t, g.ints(1)) for t in taps(g, padded, w, first=1)]
-    stacked = g.emit("Concat", *parts, attrs={"axis": 1}) if len(parts) > 1 else parts[0]
+    slices = [g.emit("Unsqueeze", t, g.ints(1)) for t in taps(g, padded, w, first=1)]
+    stacked = g.emit("Concat", *slices, attrs={"axis": 1}) if len(slices) > 1 else slices[0]
     return g.emit("Flatten", stacked, attrs={"axis": 2})
 
 
 def taps(g: Graph, padded: str, w: Window, first: int) -> list[str]:
     """The slice of a padded input under each kernel element, whose spatial axes start at `first`."""
     axes = range(first, first + len(w.sizes))
-    out = []
+    slices = []
     for position in itertools.product(*map(range, w.kernel)):
         starts = [p * d for p, d in zip(position, w.dilations, strict=True)]
         ends = [s + (n - 1) * t + 1 for s, n, t in zip(starts, w.output, w.strides, strict=True)]
-        whole = all(
+        # A 1x1 kernel with stride 1 on an unpadded map: the slice would copy all of it.
+        is_everything = all(
             s == 0 and t == 1 and e == size + sum(pad)
             for s, e, t, size, pad in zip(starts, ends, w.strides, w.sizes, w.pads, strict=True)
         )
-        if whole:
-            out.append(padded)
+        if is_everything:
+            slices.append(padded)
             continue
         steps = [g.ints(*w.strides)] if any(t != 1 for t in w.strides) else []
-        out.append(g.emit("Slice", padded, g.ints(*starts), g.ints(*ends), g.ints(*axes), *steps))
-    return out
+        slices.append(g.emit("Slice", padded, g.ints(*starts), g.ints(*ends), g.ints(*axes), *steps))
+    return slices
 
 
 def _padded(g: Graph, x: str, w: Window, first: int) -> str:
     """Zeros around the spatial axes, which start at `first`; two axes in all are not spatial."""
     if not any(w.flat_pads):
         return x
+    # ONNX order: all begins, then all ends.
     begins, ends = ([0] * first + [p[k] for p in w.pads] + [0] * (2 - first) for k in (0, 1))
     return g.emit("Pad", x, g.ints(*begins, *ends))
 

@@ -20,16 +20,19 @@ from fedprune_export.ir.graph import Graph
 
 Band = npt.NDArray[np.float32]
 
-_TINY_MAP, _WHOLE_LINE, _BLOCK = 16, 64, 16
-"""A map up to this area is one line; lines up to this length stay whole; longer ones are cut into blocks.
-
-Measured with MobileNetV2's layers on x86.
-"""
+# Measured with MobileNetV2's layers on x86: longer lines waste more MACs on a band's zeros, shorter ones make more
+# products that are too small to be fast.
+# A map up to this area is one line.
+_TINY_MAP = 16
+# Lines up to this length stay whole.
+_WHOLE_LINE = 64
+# Longer lines are cut into blocks of this length.
+_BLOCK = 16
 
 
 @dataclass(frozen=True)
 class Side:
-    """How one side of the convolution is cut into lines.
+    """How the input or the output of the convolution is cut into lines.
 
     `count`: lines of one channel's map; `pads`: zeros before and after its last axis, to make it whole blocks.
     """
@@ -57,14 +60,15 @@ class Lines:
 
 
 def lines(w: Window) -> Lines:
-    """How a window's maps are best cut into lines."""
+    """The division of a window's maps into lines."""
     last = len(w.sizes) - 1
     if math.prod(w.sizes) <= _TINY_MAP:
+        # The band of several axes is the Kronecker product of the bands of each.
         bands = [_band(reads(w, axis), w.sizes[axis]) for axis in range(last + 1)]
         band = bands[0]
-        for other in bands[1:]:
-            both = np.einsum("kio,lpq->klipoq", band, other)
-            band = both.reshape([a * b for a, b in zip(band.shape, other.shape, strict=True)])
+        for axis_band in bands[1:]:
+            product = np.einsum("kio,lpq->klipoq", band, axis_band)
+            band = product.reshape([a * b for a, b in zip(band.shape, axis_band.shape, strict=True)])
         sides = [Side(sizes, 1, math.prod(sizes)) for sizes in (w.sizes, w.output)]
         return Lines(np.zeros((1, 1), np.int64), band[:, None], *sides)
     size, output, kernel = w.sizes[last], w.output[last], w.kernel[last]
@@ -73,8 +77,9 @@ def lines(w: Window) -> Lines:
     if size <= _WHOLE_LINE:
         band = _band(reads(w, last), size)[:, None]
         into, out = Side(w.sizes, leading[0], size), Side(w.output, leading[1], output)
-        inside = np.zeros((1, 1), np.int64)
+        block_reads = np.zeros((1, 1), np.int64)
     else:
+        # A block of `step` outputs reads `length` inputs, and what the kernel reaches of the blocks after it.
         step = max(_BLOCK // stride, 1)
         length, before = step * stride, w.pads[last][0]
         blocks = ((step - 1) * stride + dilation * (kernel - 1)) // length + 1
@@ -85,18 +90,19 @@ def lines(w: Window) -> Lines:
         count_in, count_out = -(-(size + before) // length), -(-output // step)
         into = Side(w.sizes, leading[0] * count_in, length, (before, count_in * length - size - before))
         out = Side(w.output, leading[1] * count_out, step, (0, count_out * step - output))
-        inside = np.arange(count_out)[:, None] + np.arange(blocks)
-        inside = np.where(inside < count_in, inside, -1)
+        block_reads = np.arange(count_out)[:, None] + np.arange(blocks)
+        # The last blocks of the output reach beyond the last block of the input: there are zeros.
+        block_reads = np.where(block_reads < count_in, block_reads, -1)
     leading_reads = np.zeros((1, 1), np.int64)
     for axis in range(last):
         leading_reads = joined(leading_reads, reads(w, axis), w.sizes[axis])
-    return Lines(joined(leading_reads, inside, into.count // leading[0]), band, into, out)
+    return Lines(joined(leading_reads, block_reads, into.count // leading[0]), band, into, out)
 
 
 def _band(read: Indices, size: int) -> Band:
     """1 where a kernel element leads from an input to an output: [elements, inputs, outputs]."""
-    hit: Band = (read[None] == np.arange(size)[:, None, None]).transpose(2, 0, 1).astype(np.float32)
-    return hit
+    band: Band = (read[None] == np.arange(size)[:, None, None]).transpose(2, 0, 1).astype(np.float32)
+    return band
 
 
 class Depthwise:
@@ -125,13 +131,13 @@ class Depthwise:
     def kernel_gradient(self, x: str, dy: str) -> str:
         """The gradients of the bands, whose elements are summed."""
         g, out = self.g, self.cut.out
-        # Of the two factors the smaller one is turned.
+        # Of the two factors the smaller one is transposed.
         side = g.emit("Reshape", self.lines(dy, out), g.ints(0, -1, out.length))
         side = g.emit("Transpose", side, attrs={"perm": [0, 2, 1]})
-        apart = g.emit("Reshape", g.emit("MatMul", side, self.seen(x)), g.ints(0, out.length, self.outer, -1))
-        apart = g.emit("Transpose", apart, attrs={"perm": [0, 2, 3, 1]})
-        apart = g.emit("Reshape", apart, g.ints(0, self.outer, -1))
-        sums = g.emit("MatMul", apart, g.constant(self.cut.band.reshape(self.elements, -1).T, np.float32))
+        products = g.emit("Reshape", g.emit("MatMul", side, self.seen(x)), g.ints(0, out.length, self.outer, -1))
+        products = g.emit("Transpose", products, attrs={"perm": [0, 2, 3, 1]})
+        products = g.emit("Reshape", products, g.ints(0, self.outer, -1))
+        sums = g.emit("MatMul", products, g.constant(self.cut.band.reshape(self.elements, -1).T, np.float32))
         return g.emit("Reshape", sums, g.ints(0, 1, *self.w.kernel))
 
     def banded(self, band: Band) -> str:
@@ -140,13 +146,16 @@ class Depthwise:
         return g.emit("Reshape", matrix, g.ints(0, self.read * band.shape[2], band.shape[3]))
 
     def lines(self, value: str, side: Side) -> str:
-        """[N, C, ...] as [C, N, lines, elements], made once."""
+        """[N, C, ...] as [C, N, lines, elements]; forward and gradients share the node."""
         if value not in self._lines:
             self._lines[value] = _to_lines(self.g, value, side)
         return self._lines[value]
 
     def seen(self, x: str) -> str:
-        """The lines that each line of the output reads, made once: [C, N · lines, lines read · elements]."""
+        """The lines that each line of the output reads: [C, N · lines, lines read · elements].
+
+        Forward and weight gradient share the node.
+        """
         if x not in self._seen:
             into = self.cut.into
             self._seen[x] = _gathered(self.g, self.lines(x, into), self.cut.reads, into)
@@ -174,10 +183,10 @@ def _from_lines(g: Graph, value: str, side: Side) -> str:
 
 
 def _gathered(g: Graph, value: str, read: Indices, side: Side) -> str:
-    """The lines that are read, side by side: [C, N, lines, elements] as [C, N · readers, lines read · elements]."""
+    """The lines of `read`, side by side: [C, N, lines, elements] as [C, N · readers, lines read · elements]."""
     if read.shape[1] > 1 or not np.array_equal(read[:, 0], np.arange(side.count)):
         if (read < 0).any():
             value = g.emit("Pad", value, g.ints(0, 0, 0, 0, 0, 0, 1, 0))
-        # An index of -1 is the last line: the zeros.
+        # Gather counts negative indices from the end: -1 is the line of zeros that was added.
         value = g.emit("Gather", value, g.constant(read, np.int64), attrs={"axis": 2})
     return g.emit("Reshape", value, g.ints(0, -1, read.shape[1] * side.length))

@@ -21,8 +21,9 @@ Shape = tuple[Dim, ...]
 BATCH = "N"  # the name of the batch dimension
 
 Monomial = tuple[str, ...]
+# A polynomial: the coefficient of each product of symbols. A dict makes sums and products of sizes a loop over terms;
+# the empty product is the constant.
 Form = dict[Monomial, int]
-"""A polynomial: the coefficient of each product of symbols; the empty product is the constant."""
 
 
 class Dimensions:
@@ -71,12 +72,13 @@ class Dimensions:
 
     def dim(self, form: Form) -> Dim:
         """The dimension that a polynomial is."""
+        # Sorted, so that equal polynomials have one name, however they were computed.
         terms = sorted((m, c) for m, c in form.items() if c and m)
         constant = form.get((), 0)
         if not terms:
             return constant
-        parts = ["*".join(m) + (f"*{c}" if c != 1 else "") for m, c in terms]
-        name = "+".join([*parts, str(constant)] if constant else parts)
+        names = ["*".join(m) + (f"*{c}" if c != 1 else "") for m, c in terms]
+        name = "+".join([*names, str(constant)] if constant else names)
         if name not in self._forms:
             self._forms[name] = dict(terms) | ({(): constant} if constant else {})
         return name
@@ -88,70 +90,72 @@ class Dimensions:
         return sum(c * math.prod(self._extents[s] for s in m) for m, c in self._forms[dim].items())
 
     def product(self, dims: Sequence[Dim]) -> Dim:
-        """The dimension that merging these gives."""
-        out: Form = {(): 1}
+        """The size of an axis that these axes are merged into."""
+        result: Form = {(): 1}
         for dim in dims:
             form = self.form(dim)
             merged: Form = {}
-            for m, c in out.items():
-                for other, times in form.items():
-                    both = tuple(sorted(m + other))
-                    merged[both] = merged.get(both, 0) + c * times
-            out = merged
-        return self.dim(out)
+            for m, c in result.items():
+                for factor, times in form.items():
+                    key = tuple(sorted(m + factor))
+                    merged[key] = merged.get(key, 0) + c * times
+            result = merged
+        return self.dim(result)
 
     def total(self, dims: Sequence[Dim]) -> Dim:
-        """The dimension that concatenating these gives."""
-        out: Form = {}
+        """The size of the concatenation of these axes."""
+        result: Form = {}
         for dim in dims:
             for m, c in self.form(dim).items():
-                out[m] = out.get(m, 0) + c
-        return self.dim(out)
+                result[m] = result.get(m, 0) + c
+        return self.dim(result)
 
-    def difference(self, whole: Dim, part: Dim) -> Dim:
-        """The rest of a dimension without a part of it."""
-        return self.total([whole, self.product([-1, part])])
+    def difference(self, minuend: Dim, subtrahend: Dim) -> Dim:
+        """The size that is left of `minuend` without `subtrahend`."""
+        return self.total([minuend, self.product([-1, subtrahend])])
 
-    def quotient(self, whole: Dim, part: Dim) -> Dim | None:
-        """The dimension that gives `whole` when it is merged with `part`; or None."""
-        rest, by = dict(self.form(whole)), self.form(part)
-        lead = max(by, key=_order)
-        out: Form = {}
+    def quotient(self, dividend: Dim, divisor: Dim) -> Dim | None:
+        """The size whose product with `divisor` is `dividend`; None if there is none."""
+        # Polynomial long division: the leading term of the rest is divided until nothing is left.
+        rest, divisor_form = dict(self.form(dividend)), self.form(divisor)
+        lead = max(divisor_form, key=_order)
+        result: Form = {}
         while any(rest.values()):
             top = max((m for m, c in rest.items() if c), key=_order)
             factor = _without(top, lead)
-            if factor is None or rest[top] % by[lead]:
+            if factor is None or rest[top] % divisor_form[lead]:
                 return None
-            times = rest[top] // by[lead]
-            out[factor] = out.get(factor, 0) + times
-            for m, c in by.items():
-                both = tuple(sorted(m + factor))
-                rest[both] = rest.get(both, 0) - c * times
-        return self.dim(out)
+            times = rest[top] // divisor_form[lead]
+            result[factor] = result.get(factor, 0) + times
+            for m, c in divisor_form.items():
+                key = tuple(sorted(m + factor))
+                rest[key] = rest.get(key, 0) - c * times
+        return self.dim(result)
 
     # -- at run time ------------------------------------------------------------------------------------------------
 
     def seen(self, value: str, shape: Shape) -> None:
-        """Remember where sizes can be read at run time."""
+        """Remember that the sizes of `shape` can be read off `value` at run time."""
         for axis, dim in enumerate(shape):
             if isinstance(dim, str):
+                # The first value with this size stays: it is computed earliest, and later ones may depend on its size.
                 self._sources.setdefault(dim, (value, axis))
 
     def size(self, dim: Dim) -> str:
         """A value of the graph that holds a dimension's size at run time, as int64 of shape [1].
 
-        Raises `ModelError` if no value that is known so far has a size from which it could be computed.
+        Raises `ModelError` if it can't be computed from a size of any value written so far.
         """
         if isinstance(dim, int):
             return self._graph.ints(dim)
-        found = self._size(dim, set())
-        if found is None:
+        size = self._size(dim, set())
+        if size is None:
             raise ModelError(
                 f"the size {dim} can't be computed from any tensor of the model",
                 got=", ".join(self._sources) or "no size that varies",
                 hint="A training graph reads widths off shapes of weights: give one an axis of this size alone.",
             )
-        return found
+        return size
 
     def sizes(self, dims: Sequence[Dim]) -> str:
         """Sizes at run time, as int64 of shape [len(dims)]: a constant where none varies."""
@@ -163,12 +167,12 @@ class Dimensions:
 
     def _size(self, dim: str, pending: set[str]) -> str | None:
         if dim not in self._sizes:
-            found = self._read(dim)
-            if found is None:
-                found = self._solved(dim, pending) if dim in self._extents else self._sum(self._forms[dim], pending)
-            if found is None:
+            size = self._read(dim)
+            if size is None:
+                size = self._solved(dim, pending) if dim in self._extents else self._sum(self._forms[dim], pending)
+            if size is None:
                 return None
-            self._sizes[dim] = found
+            self._sizes[dim] = size
         return self._sizes[dim]
 
     def _read(self, dim: str) -> str | None:
@@ -199,18 +203,19 @@ class Dimensions:
 
     def _solved(self, symbol: str, pending: set[str]) -> str | None:
         """The size of a symbol from a dimension in which it occurs once: (size − rest) / factor."""
+        # A symbol that is being solved already: its size can't follow from itself.
         if symbol in pending:
             return None
         g = self._graph
         for dim in self._sources:
             form = self._forms[dim]
-            within = [m for m in form if symbol in m]
-            if len(within) != 1 or within[0].count(symbol) != 1:
+            matches = [m for m in form if symbol in m]
+            if len(matches) != 1 or matches[0].count(symbol) != 1:
                 continue
-            inner = pending | {symbol}
-            others = {m: c for m, c in form.items() if symbol not in m and c}
-            rest = self._sum(others, inner) if others else ""
-            factor = self._sum({_without(within[0], (symbol,)) or (): form[within[0]]}, inner)
+            pending_symbols = pending | {symbol}
+            other_terms = {m: c for m, c in form.items() if symbol not in m and c}
+            rest = self._sum(other_terms, pending_symbols) if other_terms else ""
+            factor = self._sum({_without(matches[0], (symbol,)) or (): form[matches[0]]}, pending_symbols)
             size = self._read(dim)
             if rest is None or factor is None or size is None:
                 continue
@@ -219,15 +224,15 @@ class Dimensions:
 
 
 def _order(monomial: Monomial) -> tuple[int, Monomial]:
-    """Higher degrees first: an order in which products keep their place, as division needs."""
+    """The order of long division: by degree, then by name. It is the same after both sides are multiplied."""
     return len(monomial), monomial
 
 
-def _without(monomial: Monomial, part: Monomial) -> Monomial | None:
+def _without(monomial: Monomial, factors: Monomial) -> Monomial | None:
     """A product without some of its factors; None where it lacks one of them."""
-    left = list(monomial)
-    for symbol in part:
-        if symbol not in left:
+    remaining = list(monomial)
+    for symbol in factors:
+        if symbol not in remaining:
             return None
-        left.remove(symbol)
-    return tuple(left)
+        remaining.remove(symbol)
+    return tuple(remaining)

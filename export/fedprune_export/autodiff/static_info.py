@@ -40,9 +40,9 @@ class Knowledge(Dimensions):
         return all(symbol in widths for monomial in self.form(dim) for symbol in monomial)
 
     def known(self, name: str) -> tuple[Dim | None, ...] | None:
-        """A value's dimensions as the channel analysis found them, None for an axis that follows the batch.
+        """A value's dimensions by the channel analysis, None for an axis that follows the batch.
 
-        None where the model was not analysed.
+        None for a value that was not analysed.
         """
         axes = self._analysed.get(name)
         if axes is None:
@@ -55,19 +55,19 @@ class Knowledge(Dimensions):
         return axes[index] if axes is not None else None
 
     def prefix(self, axis: Axis, index: int) -> Dim | None:
-        """How many of the first `index` indices of an axis are left at every width; None where that is no number."""
-        parts: list[Dim] = []
+        """How many of the first `index` indices of an axis are left, as a size; None where it follows from no width."""
+        sizes: list[Dim] = []
         for s in axis.segments:
             if index <= 0:
                 break
             if s.length <= index:
-                parts.append(self.of_axis(Axis((s,)), self._architecture))
+                sizes.append(self.of_axis(Axis((s,)), self._architecture))
             elif s.group == FIXED:
-                parts.append(index)
+                sizes.append(index)
             else:
                 return None
             index -= s.length
-        return self.total(parts)
+        return self.total(sizes)
 
     def is_tensor(self, name: str) -> bool:
         return name in self._architecture.by_name
@@ -94,31 +94,35 @@ class Knowledge(Dimensions):
         number = self._traced(node, index)
         if number is None:
             return None
-        out, changing = number
+        constant, changing = number
         if changing.any():
             raise ModelError(
                 f"{describe(node)}: input {index} depends on the batch",
                 expected="a constant",
                 hint="Only the target of a Reshape may.",
             )
-        return out
+        return constant
 
     def target_shape(self, node: Node, index: int) -> Array | None:
-        """The target shape at a node's input with multiples of the batch at its `extent`, None if unknown. Raises
-        `ModelError` if the input is computed from data, or depends on the batch in another way than as a multiple."""
+        """The target shape at a node's input, with `BATCH_EXTENT` for the batch; None where there is no such input.
+
+        Raises `ModelError` if the input is computed from data, or depends on the batch other than as a multiple.
+        """
         number = self._traced(node, index)
         if number is None:
             return None
-        out, changing = number
+        target, changing = number
         if not changing.any():
-            return out
-        times, rest = np.divmod(out, BATCHES[0])
+            return target
+        # The trace ran with two batch sizes, both primes: an entry that is the same multiple of both follows the batch.
+        times, rest = np.divmod(target, BATCHES[0])
         second = self._trace.integers_second[node.inputs[index]]
         if np.any(changing & ((rest != 0) | (second != times * BATCHES[1]))):
             raise ModelError(
-                f"{describe(node)}: its target shape is no multiple of the batch", got=f"{out} of {BATCHES[0]} samples"
+                f"{describe(node)}: its target shape is no multiple of the batch",
+                got=f"{target} of {BATCHES[0]} samples",
             )
-        return np.where(changing, times * BATCH_EXTENT, out)
+        return np.where(changing, times * BATCH_EXTENT, target)
 
     def _traced(self, node: Node, index: int) -> tuple[Array, npt.NDArray[np.bool_]] | None:
         """A constant or the result of shape arithmetic, and where it depends on the batch."""
@@ -138,14 +142,14 @@ class Knowledge(Dimensions):
 
         Raises `ModelError` if a size follows the batch in another way.
         """
-        out: list[Dim] = []
+        shape: list[Dim] = []
         first, second = self._trace.shapes[name], self._trace.shapes_second[name]
         for a, b in zip(first, second, strict=True):
             slope, rest = divmod(b - a, BATCHES[1] - BATCHES[0])
             if rest:
                 raise ModelError(f"a size of value {name} is no linear form of the batch", got=f"{a}, {b}")
-            out.append(self.total([self.product([BATCH, slope]), a - slope * BATCHES[0]]))
-        return tuple(out)
+            shape.append(self.total([self.product([BATCH, slope]), a - slope * BATCHES[0]]))
+        return tuple(shape)
 
     # -- dimensions -------------------------------------------------------------------------------------------------
 

@@ -42,8 +42,9 @@ __all__ = [
 
 Array = npt.NDArray[Any]
 
+# Takes the gradients of a node's outputs (None for an output without one) and adds those of its inputs. Its
+# parameters vary: one per output.
 Pull = Callable[..., None]
-"""Takes the gradients of a node's outputs (None for an output without one) and adds those of its inputs."""
 
 Rule = Callable[["Tape", Node], "Pull | None"]
 
@@ -52,6 +53,7 @@ RULES: dict[str, Rule] = {}  # rules by operator
 gradient_rule = registrar(RULES, "gradient")  # register a rule for operators
 
 
+# Operators whose gradient is finite wherever their inputs are; roots, logarithms and divisions are not among them.
 _FINITE_SLOPES = frozenset(
     {
         *("Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Sub", "Mul", "Neg", "Sum", "Mean", "Identity", "Dropout"),
@@ -62,7 +64,6 @@ _FINITE_SLOPES = frozenset(
         *("Shape", "Gather", "Constant", "ConstantOfShape", "Expand", "Cast"),
     }
 )
-"""Operators whose gradient is finite wherever their inputs are."""
 
 
 class Tape(Knowledge):
@@ -102,7 +103,7 @@ class Tape(Knowledge):
     # -- values -----------------------------------------------------------------------------------------------------
 
     def enter(self, name: str, value: str, shape: Shape, *, wanted: bool = False) -> None:
-        """Make a value of the model known: what it is called in the training graph, and its shape."""
+        """Register a value of the model: its name in the training graph, and its shape."""
         self._values[name] = value
         self._shapes[name] = shape
         self.written[value] = shape
@@ -114,7 +115,7 @@ class Tape(Knowledge):
         """The name of a model's value in the training graph; constants are copied on first use.
 
         A constant over channels is as long as there are channels left, which takes equal entries along that axis.
-        Raises `ModelError` if the value is not known yet, or a constant has another number for each channel.
+        Raises `ModelError` if the value is not computed yet, or a constant has another number for each channel.
         """
         if name not in self._values:
             array = self._source.initializers.get(name)
@@ -125,27 +126,30 @@ class Tape(Knowledge):
         return self._values[name]
 
     def _enter_constant(self, name: str, array: Array) -> None:
+        # A training graph computes in float32 alone, whatever precision the model was saved in.
         if array.dtype in (np.float16, np.float64):
             array = array.astype(np.float32)
-        known = self.known(name)
-        shape: Shape = array.shape if known is None or None in known else tuple(d for d in known if d is not None)
+        analysed = self.known(name)
+        shape: Shape = (
+            array.shape if analysed is None or None in analysed else tuple(d for d in analysed if d is not None)
+        )
         varying = [i for i, d in enumerate(shape) if isinstance(d, str)]
-        small = array
+        reduced_array = array
         for axis in varying:
-            small = small.take([0], axis)
-        if varying and not np.array_equal(np.broadcast_to(small, array.shape), array):
+            reduced_array = reduced_array.take([0], axis)
+        if varying and not np.array_equal(np.broadcast_to(reduced_array, array.shape), array):
             raise ModelError(
                 f"constant {name} has another number for each channel",
                 expected="equal numbers along axes that are cut, or a parameter",
                 got=f"axes {list(shape)}",
             )
-        value = self.graph.constant(small, array.dtype)
+        value = self.graph.constant(reduced_array, array.dtype)
         if varying:
             value = self.graph.emit("Expand", value, self.sizes(shape))
         self.enter(name, value, shape)
 
     def _copy_arithmetic(self, name: str) -> None:
-        """Shape arithmetic that data is computed with is copied, so that it computes with the sizes at run time."""
+        """Copy shape arithmetic that data is computed with, so that it computes with the sizes at run time."""
         node = self._arithmetic.get(name)
         if node is None:
             raise ModelError(f"value {name} is read before it is computed")
@@ -153,17 +157,17 @@ class Tape(Knowledge):
         outputs = self.graph.emit_many(node.op, *inputs, outputs=len(node.outputs), attrs=node.attrs)
         for output, value in zip(node.outputs, outputs, strict=True):
             if output:
-                known = self.known(output)
-                if known is None or None in known:
-                    known = self.traced_shape(output)
-                self.enter(output, value, tuple(d for d in known if d is not None))
+                dims = self.known(output)
+                if dims is None or None in dims:
+                    dims = self.traced_shape(output)
+                self.enter(output, value, tuple(d for d in dims if d is not None))
 
     def shape(self, name: str) -> Shape:
         self.value(name)
         return self._shapes[name]
 
     def blocks(self, node: Node, name: str, index: int, count: int) -> tuple[Dim, Dim]:
-        """How an axis that is divided into `count` equal blocks at full width is divided at every width.
+        """The blocks of an axis at every width, which at full width are `count` equal ones.
 
         Either whole blocks are cut (their number varies), or the same positions of every block (their length does).
         Raises `ModelError` if neither is so. Returns how many blocks there are, and how long each is.
@@ -200,20 +204,21 @@ class Tape(Knowledge):
         """A value of `shape` reshaped to `target`, by constants as far as possible."""
         if shape == target:
             return value
+        # Reshape copies the input's size for an entry of 0, and computes one entry of -1.
         entries = [d if isinstance(d, int) else 0 if shape[i : i + 1] == (d,) else -1 for i, d in enumerate(target)]
-        free = [i for i, e in enumerate(entries) if e == -1]
-        if len(free) > 1:
+        varying = [i for i, e in enumerate(entries) if e == -1]
+        if len(varying) > 1:
             # All but one are computed; of the rest a run of numbers is one constant.
-            parts: list[str] = []
+            segments: list[str] = []
             run: list[int] = []
             for i, entry in enumerate(entries):
-                if i in free[1:]:
-                    parts += ([self.graph.ints(*run)] if run else []) + [self.size(target[i])]
+                if i in varying[1:]:
+                    segments += ([self.graph.ints(*run)] if run else []) + [self.size(target[i])]
                     run = []
                 else:
                     run.append(entry)
-            parts += [self.graph.ints(*run)] if run else []
-            return self.graph.emit("Reshape", value, self.graph.emit("Concat", *parts, attrs={"axis": 0}))
+            segments += [self.graph.ints(*run)] if run else []
+            return self.graph.emit("Reshape", value, self.graph.emit("Concat", *segments, attrs={"axis": 0}))
         return self.graph.emit("Reshape", value, self.graph.ints(*entries))
 
     def broadcast(self, node: Node, *shapes: Shape) -> Shape:
@@ -222,26 +227,29 @@ class Tape(Knowledge):
         Raises `ModelError` if they don't, or a constant spans a channel dimension.
         """
         rank = max(map(len, shapes))
-        out: list[Dim] = []
+        shape: list[Dim] = []
         for column in zip(*[(1,) * (rank - len(s)) + s for s in shapes], strict=True):
-            large = [d for d in dict.fromkeys(column) if d != 1]
-            if len(large) > 1:
+            sizes = [d for d in dict.fromkeys(column) if d != 1]
+            if len(sizes) > 1:
                 raise ModelError(
-                    f"{describe(node)}: sizes don't fit each other at every width", expected=large[0], got=large[1]
+                    f"{describe(node)}: sizes don't fit each other at every width", expected=sizes[0], got=sizes[1]
                 )
-            out.append(large[0] if large else 1)
-        return tuple(out)
+            shape.append(sizes[0] if sizes else 1)
+        return tuple(shape)
 
     def fitted(self, node: Node, index: int, shape: Shape) -> str:
-        """A scale or shift of a value whose last axes have `shape`; a constant with equal entries fits any width."""
+        """A scale or shift of a value whose last axes have `shape`, as long as these are.
+
+        A constant with equal entries fits every width; others are returned as they are.
+        """
         name = node.inputs[index]
         constant = self._source.initializers.get(name)
         if constant is None or self.is_tensor(name) or not any(isinstance(d, str) for d in shape):
             return self.value(name)
-        own = constant.reshape(-1)
-        if not own.size or np.any(own != own[0]):
+        entries = constant.reshape(-1)
+        if not entries.size or np.any(entries != entries[0]):
             return self.value(name)
-        first = self.graph.constant(np.float32(own[0]), np.float32)
+        first = self.graph.constant(np.float32(entries[0]), np.float32)
         return self.graph.emit("Expand", first, self.sizes(shape[len(shape) - constant.ndim :]))
 
     def shape_of(self, value: str) -> str:
@@ -286,23 +294,23 @@ class Tape(Knowledge):
         """Multiply a value by `output_scale`, and its gradient before it is pulled back."""
         self.enter(name, self.graph.emit("Mul", self.value(name), step_contract.OUTPUT_SCALE), self.shape(name))
 
-        def scaled(dy: str) -> None:
-            slope = self.graph.emit("Mul", dy, step_contract.OUTPUT_SCALE)
-            self.written[slope] = self.shape(name)
-            pull(slope)
+        def pull_scaled(dy: str) -> None:
+            scaled_gradient = self.graph.emit("Mul", dy, step_contract.OUTPUT_SCALE)
+            self.written[scaled_gradient] = self.shape(name)
+            pull(scaled_gradient)
 
-        return scaled
+        return pull_scaled
 
     def _check_shapes(self, node: Node) -> None:
         """A rule's output shapes must equal those of the channel analysis."""
         for name in node.outputs:
-            known, shape = self.known(name) if name else None, self._shapes.get(name)
-            if known is None or shape is None:
+            analysed, shape = self.known(name) if name else None, self._shapes.get(name)
+            if analysed is None or shape is None:
                 continue
-            if len(known) != len(shape) or any(k not in (None, d) for k, d in zip(known, shape, strict=True)):
+            if len(analysed) != len(shape) or any(k not in (None, d) for k, d in zip(analysed, shape, strict=True)):
                 raise ModelError(
                     f"{describe(node)}: the cut and the training graph would differ in shape",
-                    expected=list(known),
+                    expected=list(analysed),
                     got=list(shape),
                     hint="The channel rule and the gradient rule of this operator contradict each other.",
                 )
@@ -314,8 +322,8 @@ class Tape(Knowledge):
             i in self._arithmetic or (i in self._source.initializers and not self.is_tensor(i)) for i in inputs
         )
         # What is as long as there are channels is data, even if it is computed from nothing else: states of zeros.
-        long = any(isinstance(d, str) for o in node.outputs if o for d in self.known(o) or ())
-        if node.op in ("Shape", "Size") or (derived and not long and not is_dropout(node)):
+        has_width = any(isinstance(d, str) for o in node.outputs if o for d in self.known(o) or ())
+        if node.op in ("Shape", "Size") or (derived and not has_width and not is_dropout(node)):
             self._arithmetic.update(dict.fromkeys(node.outputs, node))
             return True
         return False
@@ -328,14 +336,15 @@ class Tape(Knowledge):
         self.written[gradient] = self.shape(name)
 
     def gradient(self, name: str) -> str | None:
-        """The whole gradient of a value; call it when everything that reads the value has been pulled back."""
-        parts = self._gradients.get(name)
-        if not parts:
+        """The sum of a value's gradients; call it when all readers of the value have been pulled back."""
+        gradients = self._gradients.get(name)
+        if not gradients:
             return None
-        while len(parts) > 1:
-            parts[:2] = [self.graph.emit("Add", parts[0], parts[1])]
-            self.written[parts[0]] = self.shape(name)
-        return parts[0]
+        # The list keeps the sum, so that a second call writes no further nodes.
+        while len(gradients) > 1:
+            gradients[:2] = [self.graph.emit("Add", gradients[0], gradients[1])]
+            self.written[gradients[0]] = self.shape(name)
+        return gradients[0]
 
     def backward(self) -> None:
         """Write the backward pass from the gradients that were added to the model's outputs."""
@@ -358,6 +367,7 @@ class Tape(Knowledge):
 
 def _can_be_float(node: Node, index: int) -> bool:
     """Whether an output can have a gradient: indices, counts and truths have none, whatever they are computed from."""
+    # The schema says so; operators of other domains have none, and count as floats.
     try:
         outputs = onnx.defs.get_schema(node.op, NORMAL_OPSET, node.domain).outputs
     except onnx.defs.SchemaError:

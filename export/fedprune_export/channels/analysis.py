@@ -43,6 +43,7 @@ class Grouping:
     _axes: dict[bytes, Axis] = field(default_factory=dict, repr=False)
 
     def axis(self, row: AtomRow) -> Axis:
+        # Most axes of a graph repeat a few rows; forming an axis is the slow part.
         key = row.tobytes()
         if key not in self._axes:
             self._axes[key] = _axis(self.group_of[row], self.position[row])
@@ -56,66 +57,71 @@ def grouped(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Gro
         picks: Where indices are taken from an axis; rows of units.
     """
     names = list(parameters)
-    stay: dict[str, int] = {}
+    stay_counts: dict[str, int] = {}
     unit = np.arange(1 + max((int(r.max(initial=0)) for value in rows.values() for r in value), default=0))
     while True:
         axes = list({r.tobytes(): r for value in rows.values() for row in value if (r := unit[row]).any()}.values())
-        found, unfit, alone = _groups(axes, unit.size)
-        why = "the number of kept channels can't be read from any tensor's shape"
-        lost = _untold({frozenset(found.group_of[unit[r]].tolist()) for n in names for r in rows[n]}, found.sizes)
-        if lost is None:
-            why = "a node such as Gather or Slice takes different parts of different channels"
-            lost = _shifted(found, [Pick(unit[p.source], p.taken, unit[p.made]) for p in picks])
-        if lost is None:
+        candidate, unfit, alone = _groups(axes, unit.size)
+        reason = "the number of kept channels can't be read from any tensor's shape"
+        rejected_group = _untold(
+            {frozenset(candidate.group_of[unit[r]].tolist()) for n in names for r in rows[n]}, candidate.sizes
+        )
+        # Which channels a node takes can only be judged once all widths can be read.
+        if rejected_group is None:
+            reason = "a node such as Gather or Slice takes different parts of different channels"
+            rejected_group = _shifted(candidate, [Pick(unit[p.source], p.taken, unit[p.made]) for p in picks])
+        if rejected_group is None:
             break
-        stay[why] = stay.get(why, 0) + found.sizes[lost]
-        unit = np.where(found.group_of[unit] == lost, 0, unit)
+        stay_counts[reason] = stay_counts.get(reason, 0) + candidate.sizes[rejected_group]
+        unit = np.where(candidate.group_of[unit] == rejected_group, 0, unit)
     if unfit:
-        stay = {"their order differs between layers": unfit, **stay}
-    notes = [f"{count} channels stay, because {why}." for why, count in stay.items()]
+        stay_counts = {"their order differs between layers": unfit, **stay_counts}
+    notes = [f"{count} channels stay, because {reason}." for reason, count in stay_counts.items()]
     if alone:
         notes.append(f"{alone} sets of channels stay, because each could only be kept or cut as a whole.")
-    return Grouping(found.group_of[unit], found.position[unit], found.sizes, notes)
+    return Grouping(candidate.group_of[unit], candidate.position[unit], candidate.sizes, notes)
 
 
-def _shifted(found: Grouping, picks: Sequence[Pick]) -> int | None:
-    """The first group of which a node takes different parts from different channels, or None.
+def _shifted(grouping: Grouping, picks: Sequence[Pick]) -> int | None:
+    """The first group from whose channels a node takes different indices; None if there is no such group.
 
-    The indices would then depend on which channels are kept, so no single graph could serve all selections.
+    The indices would then depend on which channels are kept, so that no single graph could serve all selections.
     """
     for pick in picks:
-        groups = found.group_of[pick.made]
+        groups = grouping.group_of[pick.made]
         if not (groups != FIXED).any():
             continue
-        pairs = np.stack([_places(found.axis(pick.made)), _places(found.axis(pick.source))[pick.taken]])
+        pairs = np.stack([_places(grouping.axis(pick.made)), _places(grouping.axis(pick.source))[pick.taken]])
         pairs = np.unique(pairs[:, groups != FIXED], axis=1)
         made, count = np.unique(pairs[0], return_counts=True)
         if (count > 1).any():
-            at = np.flatnonzero(_places(found.axis(pick.made)) == made[count > 1][0])[0]
-            return int(groups[at])
+            index = np.flatnonzero(_places(grouping.axis(pick.made)) == made[count > 1][0])[0]
+            return int(groups[index])
     return None
 
 
 def _places(axis: Axis) -> AtomRow:
-    """Each index's offset within its channel, plus its segment's offset: equal at corresponding indices of a segment's
-    channels."""
-    out, offset = [], 0
+    """Each index's offset within its channel, plus its segment's offset.
+
+    Corresponding indices of a segment's channels have equal ones.
+    """
+    offsets, offset = [], 0
     for s in axis.segments:
         inner = np.arange(s.inner if s.group != FIXED else s.length, dtype=np.int64) + offset
-        out.append(np.tile(inner, s.count) if s.group != FIXED else inner)
+        offsets.append(np.tile(inner, s.count) if s.group != FIXED else inner)
         offset += s.length
-    return np.concatenate(out) if out else np.zeros(0, np.int64)
+    return np.concatenate(offsets) if offsets else np.zeros(0, np.int64)
 
 
 def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int, int]:
-    """Groups of units that every axis holds in whole passes.
+    """Form groups that every axis lists completely, once or several times.
 
     Returns the groups; how many units had to be fixed because of their order, and how many because they were alone.
     """
     footprint: dict[int, list[tuple[int, int]]] = {}
     for i, row in enumerate(axes):
-        found, counts = np.unique(row, return_counts=True)
-        for u, n in zip(found.tolist(), counts.tolist(), strict=True):
+        units_of_row, counts = np.unique(row, return_counts=True)
+        for u, n in zip(units_of_row.tolist(), counts.tolist(), strict=True):
             if u:
                 footprint.setdefault(u, []).append((i, n))
     keys: dict[int, object] = {u: tuple(f) for u, f in footprint.items()}
@@ -131,15 +137,17 @@ def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int, int]:
         for g, units in enumerate(lists):
             group_of[units], position[units] = g, np.arange(len(units))
         runs, broken = _check_passes(axes, group_of, position, [len(m) for m in lists])
+        # A group of one channel could not lose any: an axis can't be cut to nothing.
         single = {g for g, units in enumerate(lists) if len(units) == 1}
         if not broken and not single:
             return Grouping(group_of, position, [len(m) for m in lists]), unfit, alone
         for g in broken - single:
-            parts = {u: runs.get(u, ()) for u in lists[g]}
-            if len(set(parts.values())) > 1:
-                for u, part in parts.items():
-                    keys[u] = (keys[u], part)
-                divided.update(parts)
+            runs_of_units = {u: runs.get(u, ()) for u in lists[g]}
+            # Units in different runs may be groups of their own: they are tried again with the runs as part of the key.
+            if len(set(runs_of_units.values())) > 1:
+                for u, run in runs_of_units.items():
+                    keys[u] = (keys[u], run)
+                divided.update(runs_of_units)
                 continue
             unfit += len(lists[g])
             for u in lists[g]:
@@ -153,16 +161,17 @@ def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int, int]:
 def _untold(axes: Iterable[frozenset[int]], sizes: Sequence[int]) -> int | None:
     """The smallest of the groups whose widths don't follow from the shapes of tensors; None if all do.
 
-    A training graph serves all widths: it reads them from the shapes of the tensors that it is given. `axes`: groups on
-    every axis of a tensor.
+    A training graph serves all widths: it reads them off the shapes of the tensors that are its inputs. `axes`: the
+    groups on every axis of a tensor.
     """
-    told = {FIXED}
+    readable = {FIXED}
     while True:
-        found = {g for axis in axes if len(axis - told) == 1 for g in axis - told}
-        if not found:
+        # An axis with one unknown width gives it: its size minus the others'. That may settle further axes.
+        solved = {g for axis in axes if len(axis - readable) == 1 for g in axis - readable}
+        if not solved:
             break
-        told |= found
-    return min((g for g in range(len(sizes)) if g not in told), key=lambda g: sizes[g], default=None)
+        readable |= solved
+    return min((g for g in range(len(sizes)) if g not in readable), key=lambda g: sizes[g], default=None)
 
 
 def _check_passes(
@@ -170,26 +179,26 @@ def _check_passes(
 ) -> tuple[dict[int, tuple[tuple[int, int], ...]], set[int]]:
     """The groups that some axis doesn't list completely and in order, and the runs in which units occur."""
     broken: set[int] = set()
-    spots: dict[int, list[tuple[int, int]]] = {}
+    occurrences: dict[int, list[tuple[int, int]]] = {}
     for i, row in enumerate(axes):
-        at = 0
+        run_number = 0
         for g, start, stop in _stretches(group_of[row]):
-            at += 1
+            run_number += 1
             if g == FIXED:
                 continue
-            part = row[start:stop]
-            if _passes(position[part], sizes[g]) is None:
+            stretch = row[start:stop]
+            if _passes(position[stretch], sizes[g]) is None:
                 broken.add(g)
                 # Where the order breaks, another run begins: its units may form a group of their own.
-                step = np.diff(position[part])
-                for run in np.split(part, np.flatnonzero((step != 0) & (step != 1)) + 1):
-                    at += 1
+                step = np.diff(position[stretch])
+                for run in np.split(stretch, np.flatnonzero((step != 0) & (step != 1)) + 1):
+                    run_number += 1
                     for u in np.unique(run).tolist():
-                        spots.setdefault(u, []).append((i, at))
+                        occurrences.setdefault(u, []).append((i, run_number))
                 continue
-            for u in np.unique(part).tolist():
-                spots.setdefault(u, []).append((i, at))
-    return {u: tuple(s) for u, s in spots.items()}, broken
+            for u in np.unique(stretch).tolist():
+                occurrences.setdefault(u, []).append((i, run_number))
+    return {u: tuple(s) for u, s in occurrences.items()}, broken
 
 
 def _stretches(groups: AtomRow) -> Iterable[tuple[int, int, int]]:
@@ -225,7 +234,8 @@ def _axis(groups: AtomRow, positions: AtomRow) -> Axis:
     return Axis(tuple(segments)) if segments else Axis.fixed(0)
 
 
-_MOST_RUNS = 40  # passes over the rules; fewer than ten settle one or two choices per layer
+# Passes over the rules. Fewer than ten settle one or two choices per layer; the bound only ends what would cycle.
+_MOST_RUNS = 40
 
 
 @dataclass(frozen=True)
@@ -240,7 +250,7 @@ class Analysis:
 def analyse(
     graph: Graph,
     parameters: Mapping[str, str],
-    seen: Trace,
+    trace: Trace,
     name: str,
     prefer: Prefer = "coarse",
     kept: Collection[str] = (),
@@ -254,7 +264,7 @@ def analyse(
             groups, "fine" for positions within all of them. Where one leaves nothing to cut, the other is taken.
         kept: Names of tensors whose channels all stay.
     """
-    channels, notes = _settle(graph, parameters, seen, prefer, kept)
+    channels, notes = _settle(graph, parameters, trace, prefer, kept)
     unit = _owned(channels)
     rows = {n: tuple(unit[r] for r in value) for n, value in channels.rows.items()}
     picks = [Pick(unit[p.source], p.taken, unit[p.made]) for p in channels.picks]
@@ -264,12 +274,12 @@ def analyse(
         causes = some(list(channels.atoms.anchors), most=3)
         notes.append(f"No channels can be cut: {causes} keep those that they read.")
     values: dict[str, tuple[Axis | None, ...]] = {
-        n: tuple(None if b else groups.axis(r) for r, b in zip(value, seen.batched(n), strict=True))
+        n: tuple(None if b else groups.axis(r) for r, b in zip(value, trace.batched(n), strict=True))
         for n, value in rows.items()
     }
-    out = seen.dims(LOGITS)
-    if not out or out[0] is not None or None in out[1:] or 0 in out:
-        raise ModelError("the model's output", expected="one row of logits per sample", got=list(out))
+    output_dims = trace.dims(LOGITS)
+    if not output_dims or output_dims[0] is not None or None in output_dims[1:] or 0 in output_dims:
+        raise ModelError("the model's output", expected="one row of logits per sample", got=list(output_dims))
     if not any(TensorKind(kind).trainable for kind in parameters.values()):
         raise ModelError("the model has no trainable tensor that its output depends on")
     architecture = Architecture(
@@ -279,22 +289,23 @@ def analyse(
             TensorSpec(n, TensorKind(kind), tuple(a for a in values[n] if a is not None))
             for n, kind in parameters.items()
         ),
-        layers=tuple(layers(graph, parameters, values, seen)),
-        activations=tuple(activations(graph, values, seen)),
+        layers=tuple(layers(graph, parameters, values, trace)),
+        activations=tuple(activations(graph, values, trace)),
         input_shape=tuple(int(d) for d in graph.inputs[0].shape[1:] if isinstance(d, int)),
-        output_shape=tuple(int(d) for d in out[1:] if d is not None),
+        output_shape=tuple(int(d) for d in output_dims[1:] if d is not None),
     )
     architecture.validate()
     return Analysis(architecture, values, notes)
 
 
 def _settle(
-    graph: Graph, parameters: Mapping[str, str], seen: Trace, prefer: Prefer, kept: Collection[str]
+    graph: Graph, parameters: Mapping[str, str], trace: Trace, prefer: Prefer, uncut: Collection[str]
 ) -> tuple[Channels, list[str]]:
     """Run the rules until every choice leaves something to cut."""
+    # Ties can't be undone, so that each pass begins with fresh atoms; only the choices are carried over.
     choices = Choices(prefer)
     for _ in range(_MOST_RUNS):
-        channels = Channels(graph, seen, parameters, choices, kept)
+        channels = Channels(graph, trace, parameters, choices, uncut)
         notes = walk(channels)
         channels.fix(channels.rows[LOGITS])
         notes += _fix_measured(channels)
@@ -307,22 +318,24 @@ def _settle(
 def _footprints(channels: Channels, unit: AtomRow) -> AtomRow:
     """Per unit a hash of the axes of tensors that it is on: equal for units that may form a group."""
     rows = [row for name in channels.parameters for row in channels.rows[name] if row.any()]
-    out = np.zeros(unit.size, np.int64)
+    hashes = np.zeros(unit.size, np.int64)
+    # A sum of random numbers, one per axis: other axes give another sum, and the order of axes doesn't matter. The seed
+    # is fixed, so that the same model always gets the same groups.
     numbers = np.random.default_rng(0).integers(1, 2**62, len(rows))
     with np.errstate(over="ignore"):
         for row, number in zip(rows, numbers, strict=True):
-            np.add.at(out, unit[row], number)
-    return out
+            np.add.at(hashes, unit[row], number)
+    return hashes
 
 
 def _owned(channels: Channels) -> AtomRow:
     """The unit of every atom; units that occur in no weight or statistic are fixed, because there is nothing to cut."""
     unit = channels.atoms.units()
-    owned = np.zeros(unit.size, np.bool_)
+    in_tensors = np.zeros(unit.size, np.bool_)
     for name in channels.parameters:
         for row in channels.rows[name]:
-            owned[unit[row]] = True
-    return np.where(owned[unit], unit, 0)
+            in_tensors[unit[row]] = True
+    return np.where(in_tensors[unit], unit, 0)
 
 
 def _fix_measured(channels: Channels) -> list[str]:
@@ -331,11 +344,11 @@ def _fix_measured(channels: Channels) -> list[str]:
     The count may occur in a shape input that `rewrites` replaces, unless that entry also depends on the batch. Returns
     a note per node that reads such a count.
     """
-    graph, seen = channels.graph, channels.seen
+    graph, trace = channels.graph, channels.seen
     unit = _owned(channels)
     constants = {n for n in graph.initializers if n not in channels.parameters}
-    numbers = follow(graph, seen, constants, lambda name: [bool(unit[r].any()) for r in channels.rows[name]])
-    notes, bad = [], {LOGITS} & set(numbers)
+    numbers = follow(graph, trace, constants, lambda name: [bool(unit[r].any()) for r in channels.rows[name]])
+    notes, measured_names = [], {LOGITS} & set(numbers)
     for node in graph.nodes:
         if any(o in numbers for o in node.outputs):
             continue
@@ -344,11 +357,11 @@ def _fix_measured(channels: Channels) -> list[str]:
                 continue
             marks = numbers[name]
             if TARGETS.get(node.op) == i and not node.domain:
-                free = [d is None for d in seen.dims(node.outputs[0])]
-                marks = marks.reshape(-1) & np.array(free) if marks.size == len(free) else marks
+                follows_batch = [d is None for d in trace.dims(node.outputs[0])]
+                marks = marks.reshape(-1) & np.array(follows_batch) if marks.size == len(follows_batch) else marks
             if marks.any():
-                bad.add(name)
+                measured_names.add(name)
                 notes.append(f"{node.op} {node.name} uses a number of channels as a value: these channels stay.")
-    for node in origins(graph, bad):
+    for node in origins(graph, measured_names):
         channels.fix(channels.rows[node.inputs[0]])
     return notes

@@ -1,7 +1,7 @@
 """Atoms: integer names for the indices of axes, and which of them can only be kept or cut together.
 
-Atom 0 is the fixed one: what is tied to it stays. Every other atom starts on its own; operators tie atoms to each
-other, and what hangs together in the end is a *unit*: the smallest thing that can be cut.
+Atom 0 is the fixed one: an index tied to it stays. Every other atom starts on its own; operators tie atoms to each
+other. All atoms that are tied in the end are a *unit*: the smallest thing that can be cut.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class Atoms:
     """Allocates atoms and collects ties between them.
 
     Attributes:
-        cause: What ties atoms for now; empty if it is to blame for nothing.
-        anchors: The causes by which something stays, in order.
+        cause: The node that ties atoms at the moment; empty for one that is not to blame.
+        anchors: The nodes that made something stay, in order.
     """
 
     def __init__(self) -> None:
@@ -41,6 +41,7 @@ class Atoms:
         left, right = np.broadcast_arrays(a, b)
         differ = left != right
         if differ.any():
+            # Atom 0 on one side: this node is why the other side stays.
             if self.cause and not (left[differ].all() and right[differ].all()):
                 self.anchors[self.cause] = None
             self._left.append(left[differ])
@@ -66,6 +67,7 @@ class Atoms:
                 if not open_ties.any():
                     break
                 left, right, a, b = left[open_ties], right[open_ties], a[open_ties], b[open_ties]
+                # minimum.at, because several ties may lower one label in a pass: plain indexing keeps the last alone.
                 np.minimum.at(label, np.maximum(a, b), np.minimum(a, b))
                 while True:
                     further = label[label]

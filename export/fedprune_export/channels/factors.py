@@ -1,7 +1,7 @@
-"""Reshapes: axes that are split into factors and put together from others.
+"""Reshapes: axes that are split into factors, and merged from factors of others.
 
-Runs of axes that hold the same elements are cut into common factors. What the atoms of an axis do not vary along needs
-no care. Where they vary along factors that end up on several axes, only one of these can be cut: a choice.
+Runs of axes that hold the same elements are split into common factors. Factors along which an axis has one atom need no
+care. Where the atoms vary along factors that end up on several axes, only one of these axes can be cut: a choice.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Assignment = tuple[int | None, ...]  # per old axis the new axis that takes its 
 class Run:
     """Old and new axes that hold the same elements, and their common factors.
 
-    `factors`: sizes whose product is that of either; `of_old`: per old axis the places of its factors; `of_new`: per
-    new axis the places of its factors.
+    `factors`: sizes whose product is that of either; `of_old`: per old axis the indices of its factors; `of_new`: per
+    new axis the indices of its factors.
     """
 
     olds: list[int]
@@ -31,42 +31,44 @@ class Run:
     of_new: list[range]
 
 
-def extents(seen: Trace, name: str) -> list[int] | None:
+def extents(trace: Trace, name: str) -> list[int] | None:
     """Sizes of a value with multiples of `BATCH_EXTENT` for multiples of the batch; None where one is neither."""
-    out = []
-    for a, b in zip(seen.shapes[name], seen.shapes_second[name], strict=True):
+    sizes = []
+    for a, b in zip(trace.shapes[name], trace.shapes_second[name], strict=True):
+        # The trace has two batch sizes: a size that is the same multiple of both follows the batch.
         times, rest = divmod(a, BATCHES[0])
         if a == b:
-            out.append(a)
+            sizes.append(a)
         elif rest == 0 and b == times * BATCHES[1]:
-            out.append(times * BATCH_EXTENT)
+            sizes.append(times * BATCH_EXTENT)
         else:
             return None
-    return out
+    return sizes
 
 
 def runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Shortest runs of old and new axes with equal products, in order."""
-    found: list[tuple[list[int], list[int]]] = []
+    runs_of_axes: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        olds, news, a, b = [], [], 1, 1
+        old_axes, new_axes, old_product, new_product = [], [], 1, 1
         while True:
-            if i < len(old) and (a <= b or j >= len(new)):
-                a *= old[i]
-                olds.append(i)
+            if i < len(old) and (old_product <= new_product or j >= len(new)):
+                old_product *= old[i]
+                old_axes.append(i)
                 i += 1
             elif j < len(new):
-                b *= new[j]
-                news.append(j)
+                new_product *= new[j]
+                new_axes.append(j)
                 j += 1
-            if (olds and news and a == b) or (i >= len(old) and j >= len(new)):
+            if (old_axes and new_axes and old_product == new_product) or (i >= len(old) and j >= len(new)):
                 break
-        found.append((olds, news))
-    if len(found) > 1 and not (found[-1][0] and found[-1][1]):
-        tail = found.pop()
-        found[-1] = (found[-1][0] + tail[0], found[-1][1] + tail[1])
-    return found
+        runs_of_axes.append((old_axes, new_axes))
+    # Trailing axes of size 1 are a run with one side only: they belong to the run before.
+    if len(runs_of_axes) > 1 and not (runs_of_axes[-1][0] and runs_of_axes[-1][1]):
+        last_run = runs_of_axes.pop()
+        runs_of_axes[-1] = (runs_of_axes[-1][0] + last_run[0], runs_of_axes[-1][1] + last_run[1])
+    return runs_of_axes
 
 
 def factored(olds: list[int], news: list[int], old: Sequence[int], new: Sequence[int]) -> Run | None:
@@ -75,17 +77,18 @@ def factored(olds: list[int], news: list[int], old: Sequence[int], new: Sequence
         list(itertools.accumulate((sizes[i] for i in axes), lambda a, b: a * b, initial=1))
         for axes, sizes in ((olds, old), (news, new))
     ]
+    # Ends of axes as products of sizes. Factors exist where every end divides the next one, whichever side it is of.
     marks = sorted({*ends[0], *ends[1]})
     if ends[0][-1] != ends[1][-1] or not marks[0] or any(b % a for a, b in itertools.pairwise(marks)):
         return None
     factors = [b // a for a, b in itertools.pairwise(marks)]
-    place = {mark: i for i, mark in enumerate(marks)}
-    spans = [[range(place[a], place[b]) for a, b in itertools.pairwise(side)] for side in ends]
+    index_of_mark = {mark: i for i, mark in enumerate(marks)}
+    spans = [[range(index_of_mark[a], index_of_mark[b]) for a, b in itertools.pairwise(side)] for side in ends]
     return Run(olds, news, factors, spans[0], spans[1])
 
 
 def common_factors(old: Sequence[int], new: Sequence[int]) -> tuple[list[int], list[list[int]]] | None:
-    """The coarsest sizes that make up both shapes, and per new axis the places of its factors; None without any."""
+    """The coarsest sizes that make up both shapes, and per new axis the indices of its factors; None without any."""
     factors: list[int] = []
     spans: list[list[int]] = []
     for olds, news in runs(old, new):
@@ -98,7 +101,7 @@ def common_factors(old: Sequence[int], new: Sequence[int]) -> tuple[list[int], l
 
 
 def assignments(run: Run, grids: Sequence[AtomRow], free: Sequence[bool]) -> list[Assignment]:
-    """Ways to give the atoms of old axes to new ones, leading axes first; none where no axis can take any.
+    """All assignments of old axes' atoms to new axes, leading axes first; empty where no axis can take any.
 
     Args:
         grids: Atoms of the old axes by factor.
@@ -106,20 +109,22 @@ def assignments(run: Run, grids: Sequence[AtomRow], free: Sequence[bool]) -> lis
     """
     takers: list[list[int | None]] = []
     for grid, span in zip(grids, run.of_old, strict=True):
-        moving = {
-            f for place, f in enumerate(span) if grid.shape[place] > 1 and (grid != grid.take([0], axis=place)).any()
+        varying_factors = {
+            f for index, f in enumerate(span) if grid.shape[index] > 1 and (grid != grid.take([0], axis=index)).any()
         }
-        takers.append([j for j, s in zip(run.news, run.of_new, strict=True) if moving & set(s) and not free[j]])
+        takers.append(
+            [j for j, s in zip(run.news, run.of_new, strict=True) if varying_factors & set(s) and not free[j]]
+        )
     carrying = [bool(t) for t in takers]
     if not any(carrying):
         return []
-    found: list[Assignment] = []
+    options: list[Assignment] = []
     for option in itertools.product(*([*t, None] if t else [None] for t in takers)):
-        taken = [j for j in option if j is not None]
-        if len(set(taken)) != len(taken):
+        used_axes = [j for j in option if j is not None]
+        if len(set(used_axes)) != len(used_axes):
             continue
-        # An old axis gives up only where all that could take it are taken.
-        if any(j is None and any(k not in taken for k in t) for j, t in zip(option, takers, strict=True)):
+        # An old axis stays without a taker only where all its candidates take another one: anything less cuts less.
+        if any(j is None and any(k not in used_axes for k in t) for j, t in zip(option, takers, strict=True)):
             continue
-        found.append(option)
-    return found
+        options.append(option)
+    return options

@@ -1,13 +1,13 @@
 """How each operator carries and ties atoms: one small function per operator.
 
-A rule reads the atoms of a node's inputs, ties what must be cut together, and says the atoms of the outputs. To support
-an operator, write its rule in its file in `operators`.
+A rule reads the atoms of a node's inputs, ties those that must be cut together, and sets the atoms of the outputs. To
+support an operator, write its rule in its file in `operators`.
 
 Operators whose channels can be cut in more than one way are *choices*, of which only one fits a rectangular tensor. An
 axis of heads × dims loses whole heads, or the same dims of every head; a grouped convolution whole groups, or the same
 position in every group. Each such node offers its options, coarsest first. The rules run over the whole graph with
-the options at hand; what left fewer than two channels to choose from is advanced to its next option, and they run
-again. Every run is right in itself: another option only makes more channels prunable.
+one option per node; a node whose option left fewer than two channels to choose from is advanced to its next one, and
+the rules run again. Every run is right in itself: another option only makes more channels prunable.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ Prefer = Literal["coarse", "fine"]  # which option comes first: whole heads and 
 
 Option = TypeVar("Option", bound=Hashable)
 
+# The channels that a grouped operator can lose: whole groups, or the same positions of every group.
 GROUPS, POSITIONS = "groups", "positions"
-"""The channels that a grouped operator can lose: whole groups, or the same positions of every group."""
 
+# How often a node may go through its options: the first time it may have failed for another node's choice.
 _LIVES = 2
 
 
@@ -52,10 +53,10 @@ class Choices:
         self._watched, self._spent = {}, set()
 
     def pick(self, key: str, options: Sequence[Option], *, ranked: bool = False) -> Option | None:
-        """The first option of a node that hasn't failed yet.
+        """The first option of a node that hasn't failed yet; None if all have failed: then its channels stay.
 
-        `options`: what it offers, coarsest first; `ranked`: whether the first is the better one whatever is preferred.
-        Returns the option, or None if all have failed: then the channels stay.
+        `options`: all options of the node, coarsest first; `ranked`: whether the first one is the best whatever is
+        preferred.
         """
         tried = self._tried.setdefault(key, set())
         self._offered[key] = len(options)
@@ -66,11 +67,11 @@ class Choices:
         return None
 
     def watch(self, key: str, option: Hashable, rows: Sequence[AtomRow]) -> None:
-        """Register the rows in which the option picked last must leave channels to choose from."""
+        """Register the rows in which the node's present option must leave channels to choose from."""
         self._watched[key] = (option, list(rows))
 
     def advance(self, unit: AtomRow, footprint: AtomRow) -> bool:
-        """Advance what left no row with two units that could be a group; returns whether another run is worth it.
+        """Advance the nodes none of whose rows has two units that could be a group; returns whether to run again.
 
         Of several only those with the most options left are advanced: queries that can lose heads or dimensions wait
         until keys and values in one tensor no longer choose between keys and values. A node that has run out of options
@@ -83,19 +84,19 @@ class Choices:
             for key, (option, rows) in self._watched.items()
             if not any(_alike(unit[row], footprint) for row in rows)
         ]
-        left = {key: self._offered[key] - len(self._tried[key]) for key, _ in failed}
+        options_left = {key: self._offered[key] - len(self._tried[key]) for key, _ in failed}
         for key, option in failed:
-            if left[key] == max(left.values()):
+            if options_left[key] == max(options_left.values()):
                 self._tried[key].add(option)
-        again = bool(failed)
-        if not again:
+        runs_again = bool(failed)
+        if not runs_again:
             for key in self._spent:
-                lives = self._lives.setdefault(key, _LIVES - 1)
-                if lives:
-                    self._lives[key] = lives - 1
+                passes = self._lives.setdefault(key, _LIVES - 1)
+                if passes:
+                    self._lives[key] = passes - 1
                     self._tried[key] = set()
-                    again = True
-        return again
+                    runs_again = True
+        return runs_again
 
 
 def _alike(row: AtomRow, footprint: AtomRow) -> bool:
@@ -104,15 +105,15 @@ def _alike(row: AtomRow, footprint: AtomRow) -> bool:
     return bool(np.unique(footprint[units]).size < units.size)
 
 
+# Per operator the input that is the shape of its output: a number of channels there is rewritten in a cut.
 TARGETS = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1, "Resize": 3}
-"""Per operator the input that is the shape of its output."""
 
 
 Rows = tuple[AtomRow, ...]  # atoms of a value, one row per axis
 
 
 class Pick(NamedTuple):
-    """Indices that are taken from an axis. `source`: atoms of the axis; `made`: atoms of what they make."""
+    """Indices that a node takes from an axis. `source`: atoms of the axis; `made`: atoms of the new axis."""
 
     source: AtomRow
     taken: npt.NDArray[np.int64]
@@ -124,7 +125,7 @@ class Channels:
 
     Args:
         parameters: Names of weights and statistics; only these get atoms of their own.
-        kept: Those of them whose indices all stay.
+        kept: Parameters whose indices all stay.
     """
 
     def __init__(
@@ -192,34 +193,34 @@ class Channels:
         """Set the rows of a node's output; the only index of an axis stays, because an axis can't be cut to nothing."""
         if index >= len(node.outputs) or not node.outputs[index]:
             return
-        kept = []
+        new_rows = []
         for row in rows:
             if row.size == 1 and row[0]:
                 self.atoms.fix(row)
                 row = still(1)
-            kept.append(row)
-        self.rows[node.outputs[index]] = tuple(kept)
+            new_rows.append(row)
+        self.rows[node.outputs[index]] = tuple(new_rows)
 
-    def pick(self, row: AtomRow, taken: npt.NDArray[np.int64]) -> AtomRow:
+    def pick(self, row: AtomRow, indices: npt.NDArray[np.int64]) -> AtomRow:
         """The atoms of the indices that are taken from an axis."""
-        made = row[taken]
-        if made.any():
-            self.picks.append(Pick(row, taken, made))
-        return made
+        atoms = row[indices]
+        if atoms.any():
+            self.picks.append(Pick(row, indices, atoms))
+        return atoms
 
     def still_outputs(self, node: Node) -> None:
-        """All indices of all outputs stay."""
+        """Fix all indices of all outputs."""
         for i, name in enumerate(node.outputs):
             if name:
                 self.out(node, self.still(name), i)
 
     def fix(self, rows: Sequence[AtomRow]) -> None:
-        """All these atoms stay."""
+        """Let all these atoms stay."""
         for row in rows:
             self.atoms.fix(row)
 
     def fix_inputs(self, node: Node, start: int = 0) -> None:
-        """All atoms of a node's inputs from one on stay."""
+        """Let all atoms of a node's inputs from `start` on stay."""
         for name in node.inputs[start:]:
             if name:
                 self.fix(self.rows[name])
@@ -240,7 +241,8 @@ def walk(channels: Channels) -> list[str]:
 
     Returns one note per node that had to fix channels for want of a rule or because of a constant.
     """
-    samples = {p.name for p in channels.graph.inputs}  # values in which the model has no part yet
+    # Values that were computed from inputs and constants alone, before any weight.
+    samples = {p.name for p in channels.graph.inputs}
     constants = channels.graph.initializers.keys() - channels.parameters.keys()
     rules = with_rules(RULES)
     for node in channels.graph.nodes:
@@ -248,19 +250,19 @@ def walk(channels: Channels) -> list[str]:
         of_samples = not samples.isdisjoint(reads) and node.op not in ("Shape", "Size")
         if of_samples and reads <= samples | constants:
             samples.update(node.outputs)
-        # The axes of samples stay for everybody: who reads them is not to blame.
+        # The axes of samples stay in every model: the node that reads them is not to blame.
         channels.atoms.cause = "" if of_samples else f"{node.op} {node.name}"
         if channels.follows_data(node):
             channels.data.update(o for o in node.outputs if o)
-        known = None if node.domain else rules.get(node.op)
-        if known is not None:
-            known(channels, node)
+        rule = None if node.domain else rules.get(node.op)
+        if rule is not None:
+            rule(channels, node)
             continue
         rows = [r for name in node.inputs if name for r in channels.rows[name]]
         channels.fix(rows)
         channels.still_outputs(node)
         if any(r.any() for r in rows):
-            called = f"{node.domain}::{node.op}" if node.domain else node.op
-            channels.notes.append(f"Operator {called} ({node.name}) has no channel rule: its channels stay.")
+            operator = f"{node.domain}::{node.op}" if node.domain else node.op
+            channels.notes.append(f"Operator {operator} ({node.name}) has no channel rule: its channels stay.")
     channels.atoms.cause = ""
     return channels.notes

@@ -23,9 +23,10 @@ from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
 
+# The kinds of labels: the number of one class, a 0 or 1 per class, or the values that the output should have.
 LABELS = ("classes", "multi", "values")
-"""The kinds of labels: the number of one class, a 0 or 1 per class, or the values that the output should have."""
 
+# Samples per run: the outputs of all samples at once may not fit in memory.
 _BATCH = 64
 
 
@@ -55,22 +56,24 @@ class LabelledData:
         ]
 
     def score(self, outputs: Callable[[Array], Array]) -> float:
-        """How well a model does: a share of right answers, or for values an error.
+        """The score of a model: a share of right answers, or for values an error.
 
         Args:
             outputs: The model: inputs [n, ...] to outputs [n, ...].
         """
-        parts = [outputs(self.x[s : s + _BATCH]) for s in range(0, len(self.x), _BATCH)]
-        out = np.concatenate(parts)
+        batches = [outputs(self.x[s : s + _BATCH]) for s in range(0, len(self.x), _BATCH)]
+        results = np.concatenate(batches)
         if self.labels == "classes":
-            right, counted = out.argmax(axis=1) == self.y, self.y != self.ignored
+            right, counted = results.argmax(axis=1) == self.y, self.y != self.ignored
             return int(np.count_nonzero(right & counted)) / max(1, int(np.count_nonzero(counted)))
         if self.labels == "multi":
-            return float(np.mean((out > 0) == (self.y > 0.5)))
-        return float(np.sqrt(np.mean((out.astype(np.float64) - self.y) ** 2)))
+            # Logits: a probability above one half.
+            return float(np.mean((results > 0) == (self.y > 0.5)))
+        # In float64, since squares of float32 outputs may overflow.
+        return float(np.sqrt(np.mean((results.astype(np.float64) - self.y) ** 2)))
 
     def score_of(self, graph: Graph) -> float:
-        """How well an inference graph does. Raises `DataError` if it doesn't take these samples."""
+        """The score of an inference graph. Raises `DataError` if it doesn't take these samples."""
         session = Session(graph.to_bytes())
 
         def outputs(x: Array) -> Array:
@@ -83,7 +86,7 @@ class LabelledData:
 
 
 def measured(path: Path, model: Model, recipe: Recipe) -> LabelledData:
-    """Samples of a file, labelled for a recipe's loss, with the score of the whole model on them.
+    """Read the samples of a file, labelled for a recipe's loss, and score the whole model on them.
 
     Raises `DataError` if the file can't be read, or its samples don't fit the model.
     """
@@ -122,34 +125,35 @@ def read(
     """
     arrays = _arrays(path)
     for ending in ("_test", ""):
-        row, names = f"x{ending}", [piece.name + ending for piece in inputs]
-        among = [name in arrays for name in names]
-        if inputs and (all(among) if row in names else row not in arrays and any(among)):
-            arrays[row] = _row(path, arrays, inputs, ending, np.dtype(dtype))
-    pair = next((p for p in (("x_test", "y_test"), ("x", "y")) if all(n in arrays for n in p)), None)
-    if pair is None:
-        named = " and ".join(piece.name for piece in inputs) or "x"
-        expected = f"arrays x_test and y_test, or {named} and y"
+        row_name, names = f"x{ending}", [piece.name + ending for piece in inputs]
+        is_present = [name in arrays for name in names]
+        # An input may itself be called x: then the file means the row unless it has all inputs.
+        if inputs and (all(is_present) if row_name in names else row_name not in arrays and any(is_present)):
+            arrays[row_name] = _row(path, arrays, inputs, ending, np.dtype(dtype))
+    array_names = next((p for p in (("x_test", "y_test"), ("x", "y")) if all(n in arrays for n in p)), None)
+    if array_names is None:
+        input_names = " and ".join(piece.name for piece in inputs) or "x"
+        expected = f"arrays x_test and y_test, or {input_names} and y"
         raise DataError(f"{path}", expected=expected, got=", ".join(arrays) or "none")
-    x, y = (arrays[n] for n in pair)
-    lengths = arrays.get(pair[0].replace("x", "lengths"))
+    x, y = (arrays[n] for n in array_names)
+    lengths = arrays.get(array_names[0].replace("x", "lengths"))
     if not len(x) or not fits(x.shape[1:], shape or architecture.input_shape):
         expected = shape_text("n", *(shape or architecture.input_shape))
-        raise DataError(f"{path}: shape of {pair[0]}", expected=expected, got=shape_text(*x.shape))
-    wanted = np.dtype(dtype)
-    if wanted.kind == "i" and x.dtype.kind not in "iu":
-        raise DataError(f"{path}: type of {pair[0]}", expected="whole numbers", got=x.dtype)
+        raise DataError(f"{path}: shape of {array_names[0]}", expected=expected, got=shape_text(*x.shape))
+    model_dtype = np.dtype(dtype)
+    if model_dtype.kind == "i" and x.dtype.kind not in "iu":
+        raise DataError(f"{path}: type of {array_names[0]}", expected="whole numbers", got=x.dtype)
     if x.dtype.kind not in "iufb":
-        raise DataError(f"{path}: {pair[0]}", expected="numbers", got=x.dtype)
-    _check_finite(f"{path}: {pair[0]}", x)
+        raise DataError(f"{path}: {array_names[0]}", expected="numbers", got=x.dtype)
+    _check_finite(f"{path}: {array_names[0]}", x)
     outputs = (len(x), *architecture.output_shape)
-    x = padded(x.astype(wanted), shape or (), lengths)
-    return LabelledData(x, _labels(path, pair[1], y, outputs, labels, ignored), labels, ignored)
+    x = padded(x.astype(model_dtype), shape or (), lengths)
+    return LabelledData(x, _labels(path, array_names[1], y, outputs, labels, ignored), labels, ignored)
 
 
 def _row(path: Path, arrays: Mapping[str, Array], inputs: Sequence[Piece], ending: str, dtype: np.dtype[Any]) -> Array:
     """The arrays of several inputs as one row per sample."""
-    parts = []
+    rows = []
     for piece in inputs:
         name = piece.name + ending
         x = arrays.get(name)
@@ -162,8 +166,8 @@ def _row(path: Path, arrays: Mapping[str, Array], inputs: Sequence[Piece], endin
             )
         if dtype.kind == "i" and x.dtype.kind not in "iu":
             raise DataError(f"{path}: type of {name}", expected="whole numbers", got=x.dtype)
-        parts.append(x.reshape(count, piece.size).astype(dtype))
-    return np.concatenate(parts, axis=1)
+        rows.append(x.reshape(count, piece.size).astype(dtype))
+    return np.concatenate(rows, axis=1)
 
 
 def _labels(path: Path, name: str, y: Array, outputs: tuple[int, ...], labels: str, ignored: int | None) -> Array:
@@ -188,10 +192,10 @@ def _labels(path: Path, name: str, y: Array, outputs: tuple[int, ...], labels: s
     return y.astype(np.float32)
 
 
-def _check_finite(where: str, array: Array) -> None:
-    bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
-    if len(bad):
-        raise DataError(f"{where} holds numbers that are not finite", got=f"sample {bad[0]}")
+def _check_finite(subject: str, array: Array) -> None:
+    bad_samples = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(axis=1))
+    if len(bad_samples):
+        raise DataError(f"{subject} holds numbers that are not finite", got=f"sample {bad_samples[0]}")
 
 
 def _kind(array: Array) -> str:
@@ -202,10 +206,10 @@ def _arrays(path: Path) -> dict[str, Array]:
     try:
         with path.open("rb") as raw:
             check_members(raw, str(path), DataError)
-            found = np.load(raw, allow_pickle=False)
-            if not hasattr(found, "files"):
+            arrays = np.load(raw, allow_pickle=False)
+            if not hasattr(arrays, "files"):
                 raise DataError(f"{path} is no .npz file", hint="Write it with numpy.savez(path, x=..., y=...).")
-            with found as file:
+            with arrays as file:
                 return {n: file[n] for n in file.files}
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error

@@ -1,4 +1,4 @@
-"""Does a bundle compute what the whole model computes without the channels that were cut?"""
+"""Check that a bundle computes what the whole model computes with the cut channels masked."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ from fedprune_export.ir.trace import sample_feeds
 from fedprune_export.pruning.cut import masked
 from fedprune_export.pruning.model import Model
 
-SAMPLES = 7  # random inputs of the check
+# Random inputs of the check; a batch that is no batch size of the trace, so that a frozen one would show.
+SAMPLES = 7
 
-STEP_SAMPLES = 6  # more than one, so that batch norms have something to normalise by, and losses pairs to compare
+# More than one, so that batch norms have something to normalise by, and losses pairs to compare.
+STEP_SAMPLES = 6
 
-TRIAL_RATE = 0.1  # where the recipe's own learning rate is 0, so that nothing would move
+# In place of a recipe's learning rate of 0, with which nothing would move.
+TRIAL_RATE = 0.1
 
-LIMIT = 1e-4  # float32 sums in another order differ by less than 1e-5; more means that the cut is wrong
+# Float32 sums in another order differ by less than 1e-5; more means that the cut is wrong.
+LIMIT = 1e-4
 
 
 def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> float:
-    """How far the files of a bundle are from the masked whole model on random inputs.
+    """The distance of a bundle's outputs from those of the masked whole model, on random inputs.
 
     Raises `ModelError` if they are too far from it, or onnxruntime doesn't load or run the inference graph.
     """
@@ -41,9 +45,10 @@ def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> fl
     with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
         for file in files.keys() & {INFERENCE, WEIGHTS, BASE}:
             (Path(name) / file).write_bytes(files[file])
-        small = Session(Path(name) / INFERENCE).run({X: x})[LOGITS]
-    whole = Session(masked(model, selection).to_bytes()).run({X: x})[LOGITS]
-    error = distance(small, whole)
+        outputs = Session(Path(name) / INFERENCE).run({X: x})[LOGITS]
+    reference = Session(masked(model, selection).to_bytes()).run({X: x})[LOGITS]
+    error = distance(outputs, reference)
+    # Negated, so that an error that is not a number is refused, too.
     if not error <= LIMIT:
         raise ModelError(
             "the cut model computes something else than the masked one",
@@ -55,7 +60,7 @@ def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> fl
 
 
 def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str = TRAINING) -> None:
-    """Take a training step of a bundle with random samples: whether it runs is seen at the bundle's own widths.
+    """Take a training step of a bundle with random samples, at the bundle's own widths.
 
     Raises `ModelError` if onnxruntime doesn't load or run the step, and `TrainingError` as `moved_tensors`.
     """
@@ -77,37 +82,37 @@ def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str
 def moved_tensors(
     step: Mapping[str, npt.NDArray[Any]], architecture: Architecture, tensors: Tensors, where: str = TRAINING
 ) -> int:
-    """How many trainable tensors a training step has moved.
+    """Count the trainable tensors that a training step has moved.
 
     Raises `TrainingError` if its loss or a next value isn't finite, a tensor has another shape, or none has moved.
 
     Args:
         step: The step's outputs.
-        tensors: The weights that it was given.
-        where: The file that the step is of.
+        tensors: The weights before the step.
+        where: The name of the step's file, for messages.
     """
     if not np.isfinite(step[LOSS]):
         raise TrainingError(f"{where}: the loss of random samples", expected="a finite number", got=float(step[LOSS]))
-    moved = 0
+    moved_count = 0
     for name, value in tensors.items():
-        after = step.get(following(name), value)
-        if after.shape != value.shape:
-            raise TrainingError(f"{where}: next value of {name}", expected=value.shape, got=after.shape)
-        if not np.isfinite(after).all():
+        next_value = step.get(following(name), value)
+        if next_value.shape != value.shape:
+            raise TrainingError(f"{where}: next value of {name}", expected=value.shape, got=next_value.shape)
+        if not np.isfinite(next_value).all():
             raise TrainingError(f"{where}: next value of {name} is not finite")
-        moved += architecture.by_name[name].kind.trainable and not np.array_equal(after, value)
-    if not moved:
-        one = architecture.output_shape[:1] == (1,)
+        moved_count += architecture.by_name[name].kind.trainable and not np.array_equal(next_value, value)
+    if not moved_count:
+        single_output = architecture.output_shape[:1] == (1,)
         raise TrainingError(
             f"{where}: a step moves no weight",
             hint="A softmax of one output is always 1: choose the loss bce, mse or another one for a single output."
-            if one
+            if single_output
             else "The loss of random samples has no gradient: choose another loss, or train other tensors.",
         )
-    return moved
+    return moved_count
 
 
-def distance(some: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:
+def distance(outputs: npt.NDArray[Any], reference: npt.NDArray[Any]) -> float:
     """The largest difference over the largest magnitude of the reference."""
     scale = max(float(np.abs(reference).max(initial=0)), float(np.finfo(np.float32).tiny))
-    return float(np.abs(some - reference).max(initial=0)) / scale
+    return float(np.abs(outputs - reference).max(initial=0)) / scale

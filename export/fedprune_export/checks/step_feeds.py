@@ -17,7 +17,8 @@ from fedprune.model.recipe import CUSTOM, MULTI, Recipe, labels_of
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]
 
-_SHARE = 0.7  # λ on trial: a step that ignores it, or the partners, has another loss
+# λ of mixup on trial: neither 0 nor 1 nor one half, so that a step that ignores it or the partners has another loss.
+_SHARE = 0.7
 
 
 def random_labels(recipe: Recipe, samples: int, classes: int, labels: tuple[str, Shape], seed: int = 0) -> Array:
@@ -27,7 +28,8 @@ def random_labels(recipe: Recipe, samples: int, classes: int, labels: tuple[str,
         labels: Type and shape of its input `y`, as a session gives them.
     """
     random, shape = np.random.default_rng(seed), (samples, *(d if isinstance(d, int) else 1 for d in labels[1][1:]))
-    if labels[0] == "tensor(int64)":  # of a loss of the model's own only that these two are classes is likely
+    # Which classes a loss of the model's own takes isn't known; two are likely.
+    if labels[0] == "tensor(int64)":
         return random.integers(0, min(classes, 2) if recipe.loss == CUSTOM else classes, shape)
     if labels_of(recipe.loss) == MULTI:
         return random.integers(0, 2, shape).astype(np.float32)
@@ -42,8 +44,9 @@ def step_feeds(
     y: Array,
     classes: int,
 ) -> dict[str, Array]:
-    """All inputs of a first training step on one whole batch; where labels can be mixed, each is with another's.
-    Dropouts drop nothing.
+    """All inputs of a first training step on one batch. Dropouts drop nothing.
+
+    Where labels can be mixed, each sample's is mixed with its neighbour's.
 
     Raises `ModelError` if the graph has an input that is not in the contract, or lacks x, y or a tensor.
 
@@ -59,11 +62,12 @@ def step_feeds(
     missing = [n for n in (step_contract.X, step_contract.Y, *tensors) if n not in inputs]
     if missing:
         raise ModelError("the training step lacks inputs", got=", ".join(missing[:5]))
-    strange = sorted(set(inputs) - set(feeds))
-    if strange:
+
+    unexpected = sorted(set(inputs) - set(feeds))
+    if unexpected:
         raise ModelError(
             "the training step has inputs that fedprune or the bundle's recipe doesn't know",
-            got=", ".join(strange[:5]),
+            got=", ".join(unexpected[:5]),
             hint="Export the bundle again with this version.",
         )
     return feeds

@@ -1,4 +1,4 @@
-"""Lower precision on trial: its files, made as a board makes them, and how far its outputs are from float32's."""
+"""Trials of a lower precision: its files, made as a board makes them, and how far its outputs are from float32's."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ from fedprune_export.ir.trace import sample_feeds
 from fedprune_export.precision.lowering import Lowered, lower
 from fedprune_export.pruning.model import Model
 
+# Samples per run: the outputs of all samples at once may not fit in memory.
 _AT_ONCE = 64
-_RANDOM = 64  # random samples, where none are given
+# Random samples, where none are given.
+_RANDOM = 64
 
+# How outputs are compared depends on a loss's kind of labels alone: one loss stands for each kind.
 _LOSSES = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A precision that may serve.
+    """A precision, its files, and how far its outputs are from float32's.
 
     Attributes:
-        given: Whether samples were given to compare on, or random ones had to do.
-        warning: That ranges were measured on samples that show little; empty if they weren't.
+        given: Whether the outputs were compared on given samples; else on random ones.
+        warning: Says that ranges were measured on samples that show little; empty if they weren't.
     """
 
     lowered: Lowered
@@ -48,10 +51,10 @@ class Trial:
     def describe(self) -> str:
         size = len(self.files[weights_file(self.lowered.precision)])
         stays = self.lowered.stays
-        said = f"{size:,} bytes of weights; {self.agreement.describe()}"
+        description = f"{size:,} bytes of weights; {self.agreement.describe()}"
         if not self.given:
-            said += " (random ones: no --data)"
-        return said + (f"; in float32 stay {some(stays)}" if stays else "")
+            description += " (random ones: no --data)"
+        return description + (f"; in float32 stay {some(stays)}" if stays else "")
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -81,7 +84,7 @@ class Trials:
 
     @cached_property
     def _reference(self) -> Array:
-        """Outputs in float32, which are wanted after it is clear that the model can be lowered at all."""
+        """Outputs in float32; computed late, since a model that can't be lowered at all doesn't need them."""
         with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
             return self._outputs(Path(name), INFERENCE)
 
@@ -114,16 +117,18 @@ class Trials:
         return trial
 
     def _relaxed(self, trial: Trial) -> Trial:
-        """The trial with as many layers in float32 as it takes; itself if it takes none."""
+        """Try again with layers in float32, until the outputs are close enough; returns the last trial."""
         layers = trial.lowered.layers
-        ends = {layers[0], layers[-1]}
-        inner = set(layers) - ends
-        if trial.agreement.refusal and inner:
-            trial = self._try(INT8, ends)
-        if trial.agreement.refusal and len(inner) > 1:
-            alone = {n: self._try(INT8, set(layers) - {n}).agreement.error for n in inner}
-            worst = sorted(alone, key=alone.__getitem__, reverse=True)
-            trial = self._try(INT8, ends.union(worst[: -(-len(worst) // 3)]))
+        end_layers = {layers[0], layers[-1]}
+        inner_layers = set(layers) - end_layers
+        # First and last layer are the usual culprits: they see the raw input and make the logits.
+        if trial.agreement.refusal and inner_layers:
+            trial = self._try(INT8, end_layers)
+        if trial.agreement.refusal and len(inner_layers) > 1:
+            # Each layer is judged with all others in float32, so that errors of two layers can't cancel out.
+            error_alone = {n: self._try(INT8, set(layers) - {n}).agreement.error for n in inner_layers}
+            worst = sorted(error_alone, key=error_alone.__getitem__, reverse=True)
+            trial = self._try(INT8, end_layers.union(worst[: -(-len(worst) // 3)]))
         return trial
 
     def _try(self, precision: str, keep: Collection[str] = ()) -> Trial:
@@ -140,9 +145,9 @@ class Trials:
             outputs = self._outputs(folder, graph_file(precision))
         labels = "classes" if self._data is None else self._data.labels
         y = None if self._data is None else self._data.y[: len(outputs)]
-        found = agreement(_LOSSES[labels], self._reference, outputs, y)
+        comparison = agreement(_LOSSES[labels], self._reference, outputs, y)
         warning = _alike(self._x[:CALIBRATION_SAMPLES]) if precision == INT8 else ""
-        return Trial(lowered, files, found, self._data is not None, warning)
+        return Trial(lowered, files, comparison, self._data is not None, warning)
 
     def _outputs(self, folder: Path, graph: str) -> Array:
         if graph == INFERENCE:
@@ -156,8 +161,10 @@ class Trials:
 
 
 def _alike(x: Array) -> str:
-    """That samples to measure ranges on are one, or all equal; empty if they differ."""
+    """A warning that the samples to measure ranges on are all equal, or a single one; empty if they differ."""
     if (x != x[:1]).any():
         return ""
-    few = "a single sample" if len(x) == 1 else f"{len(x)} equal samples"
-    return f"int8: ranges of activations were measured on {few}; give some hundred like those that the board will see"
+    subject = "a single sample" if len(x) == 1 else f"{len(x)} equal samples"
+    return (
+        f"int8: ranges of activations were measured on {subject}; give some hundred like those that the board will see"
+    )

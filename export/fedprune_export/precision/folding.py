@@ -19,35 +19,36 @@ def channel_axis(node: Node) -> int:
 
 def fold(pair: Pair) -> None:
     """Fold every batch norm that follows a layer of weights alone; others stay."""
-    kept: list[Node] = []
+    nodes: list[Node] = []
     producers, consumers = pair.graph.producers(), pair.graph.consumers()
     for node in pair.graph.nodes:
         layer = producers.get(node.inputs[0]) if node.inputs else None
         if layer is not None and len(consumers[node.inputs[0]]) == 1 and _foldable(pair, layer, node):
             _fold(pair, layer, node)
         else:
-            kept.append(node)
-    pair.graph.nodes = kept
+            nodes.append(node)
+    pair.graph.nodes = nodes
 
 
 def _foldable(pair: Pair, layer: Node, norm: Node) -> bool:
-    """Whether a node is a norm that can be folded into what is before it."""
+    """Whether a node is a norm that can be folded into the layer before it."""
     if norm.op != "BatchNormalization" or norm.domain or norm.attrs.get("training_mode", 0):
         return False
+    # Another reader, or the model's output, needs the layer's values before the norm.
     if layer.domain or layer.op not in _CHANNELS or norm.inputs[0] in pair.outputs():
         return False
     if not pair.is_tensor(layer.inputs[1]) or (layer.op == "ConvTranspose" and layer.attrs.get("group", 1) != 1):
         return False
     shape = pair.shape(layer.inputs[1])
     if layer.op in ("Gemm", "MatMul"):
-        plain = layer.attrs.get("alpha", 1.0) == layer.attrs.get("beta", 1.0) == 1.0
+        is_unscaled = layer.attrs.get("alpha", 1.0) == layer.attrs.get("beta", 1.0) == 1.0
         output = pair.shape(norm.inputs[0])
-        if not plain or output is None or shape is None or len(output) != 2 or len(shape) != 2:
+        if not is_unscaled or output is None or shape is None or len(output) != 2 or len(shape) != 2:
             return False
-    own = [*norm.inputs[1:], *layer.inputs[2:3]]
-    vectors = all(pair.is_tensor(i) or i in pair.graph.initializers for i in own if i)
-    flat = layer.op != "Gemm" or len(layer.inputs) < 3 or len(pair.shape(layer.inputs[2]) or ()) == 1
-    return shape is not None and vectors and flat
+    norm_inputs = [*norm.inputs[1:], *layer.inputs[2:3]]
+    are_constant = all(pair.is_tensor(i) or i in pair.graph.initializers for i in norm_inputs if i)
+    has_flat_bias = layer.op != "Gemm" or len(layer.inputs) < 3 or len(pair.shape(layer.inputs[2]) or ()) == 1
+    return shape is not None and are_constant and has_flat_bias
 
 
 def _fold(pair: Pair, layer: Node, norm: Node) -> None:
@@ -68,6 +69,7 @@ def _fold(pair: Pair, layer: Node, norm: Node) -> None:
     value = norm.outputs[0]
     new_weight = pair.define(f"{value}~folded", folded, like=weight)
     new_bias = pair.define(f"{value}~shift", shift, like=norm.inputs[1])
+    # A MatMul has no bias.
     if layer.op == "MatMul":
         layer.op = "Gemm"
     layer.inputs = [layer.inputs[0], new_weight, new_bias]

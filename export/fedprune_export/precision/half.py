@@ -1,7 +1,8 @@
 """float16: half the bytes, and what tensor cores compute with. Inputs and outputs stay float32.
 
 Which type an operator computes in is written into the graph (it is strongly typed), so that every runtime computes the
-same. What adds many numbers up or takes their exponentials stays in float32, and so does what isn't known to be safe.
+same. Operators that add many numbers up or take exponentials stay in float32, and so do all that aren't known to be
+safe.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from onnx import TensorProto
 from fedprune_export.ir.graph import Node
 from fedprune_export.precision.weight_prep import Pair
 
+# Operators that compute in float16.
 _HALF = frozenset(
     {
         *("Conv", "ConvTranspose", "Gemm", "MatMul", "MaxPool", "AveragePool"),
@@ -21,7 +23,6 @@ _HALF = frozenset(
         *("Expand", "Gather", "Pad", "Tile", "Where", "DepthToSpace", "SpaceToDepth"),
     }
 )
-"""Operators that compute in float16."""
 
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -48,7 +49,7 @@ class _Halving:
         self._computed: set[str] = set()
 
     def take(self, node: Node) -> bool:
-        """Append a node with what it needs; whether it computes in float16, or with no floats at all."""
+        """Append a node with the casts that it needs; returns whether it computes in float16, or without floats."""
         floats = [self._pair.is_float(o) for o in node.outputs if o]
         reads = [i for i in node.inputs if i and self._is_float(i)]
         if node.op not in _HALF or node.domain or not reads or not floats or not all(floats):
@@ -61,6 +62,7 @@ class _Halving:
         self._half |= {n: f"{n}~float16" for n in names}
         self._computed.update(names)
         self._graph.nodes.append(node)
+        # Outputs stay float32: whoever reads them need not know the precision.
         for name in self._ends.intersection(names):
             self._in_full(name)
         return True
@@ -75,18 +77,19 @@ class _Halving:
         """A value in float16."""
         if name in self._half:
             return self._half[name]
-        out = self._half[name] = f"{name}~float16"
+        half_name = self._half[name] = f"{name}~float16"
         if name in self._graph.initializers:
             value = np.clip(self._graph.initializers[name], -_LARGEST, _LARGEST)
-            self._graph.initializers[out] = value.astype(np.float16)
+            self._graph.initializers[half_name] = value.astype(np.float16)
         elif self._pair.is_tensor(name):
             make = self._pair.prepare
-            # What is too large becomes the largest, not infinite; whether that harms, the finished model shows.
+            # Numbers that are too large become the largest, not infinite; whether that harms, the trial of the
+            # finished model shows.
             bounded = make.emit("Clip", self._pair.read(name), make.scalar(-_LARGEST), make.scalar(_LARGEST))
-            self._pair.define(out, make.emit("Cast", bounded, attrs={"to": TensorProto.FLOAT16}), np.float16)
+            self._pair.define(half_name, make.emit("Cast", bounded, attrs={"to": TensorProto.FLOAT16}), np.float16)
         else:
-            self._graph.emit("Cast", name, attrs={"to": TensorProto.FLOAT16}, out=out)
-        return out
+            self._graph.emit("Cast", name, attrs={"to": TensorProto.FLOAT16}, out=half_name)
+        return half_name
 
     def _in_full(self, name: str) -> str:
         """A value in float32, under its own name."""

@@ -23,11 +23,12 @@ class Lowered:
     """The graphs of one precision.
 
     Attributes:
-        graph: What computes; its tensors are external data in the file `fedprune.runtime.precision_files.weights_file`.
-        prepare: Float32 weights, and for int8 ranges of activations, to these tensors.
-        calibrate: A batch of samples to ranges of activations; None where none are needed.
+        graph: The inference graph; its tensors are external data in the file
+            `fedprune.runtime.precision_files.weights_file`.
+        prepare: The graph from float32 weights, and for int8 ranges of activations, to these tensors.
+        calibrate: The graph from a batch of samples to ranges of activations; None where none are needed.
         layers: Outputs of the layers that compute with 8 bits, in order.
-        stays: The nodes that stay in float32, in words; of float32 itself none.
+        stays: Descriptions of the nodes that stay in float32; empty for precision "float32".
     """
 
     precision: str
@@ -40,8 +41,8 @@ class Lowered:
     @property
     def files(self) -> dict[str, bytes]:
         p = self.precision
-        made = {graph_file(p): self.graph, prepare_file(p): self.prepare}
-        return made if self.calibrate is None else {**made, calibrate_file(p): self.calibrate}
+        files = {graph_file(p): self.graph, prepare_file(p): self.prepare}
+        return files if self.calibrate is None else {**files, calibrate_file(p): self.calibrate}
 
     @property
     def packed(self) -> bytes:
@@ -50,7 +51,7 @@ class Lowered:
 
 
 def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collection[str] = ()) -> Lowered:
-    """Lower a submodel; weights are not looked at.
+    """Lower a submodel. The result depends on widths alone, not on weights.
 
     Args:
         precision: One of `fedprune.runtime.precision_files.PRECISIONS`.
@@ -91,14 +92,15 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
 def _written(
     pair: Pair, precision: str, calibrate: bytes | None, layers: tuple[str, ...], stays: tuple[str, ...]
 ) -> Lowered:
-    """The graphs as bytes; what the prepare graph makes is seen by running it on zeros."""
+    """Write the graphs as bytes."""
+    # Types and shapes of the tensors are seen by running the prepare graph on zeros: exact, and simpler than inference.
     rows = sum(p.name == RANGES and int(p.shape[0] or 0) for p in pair.prepare.inputs)
     ranges = np.zeros((rows, 2), np.float32) if precision == "int8" else None
-    made = prepare(Session(pair.prepare.to_bytes()), pair.zeros(), ranges)
-    tensors = {n: v for n, v in made.items() if n != RANGES}
+    outputs = prepare(Session(pair.prepare.to_bytes()), pair.zeros(), ranges)
+    tensors = {n: v for n, v in outputs.items() if n != RANGES}
     return Lowered(
         precision,
-        pair.graph_bytes(made, weights_file(precision)),
+        pair.graph_bytes(outputs, weights_file(precision)),
         pair.prepare_bytes(tensors),
         calibrate,
         layers,

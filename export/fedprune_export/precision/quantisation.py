@@ -5,8 +5,8 @@ weights are signed, symmetric and have a scale per output channel; a bias is int
 this combination onnxruntime has kernels on all processors that boards have: VNNI and AMX on x86, dot product and matrix
 instructions on Arm (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
 
-What is quantised begins at the layers with weights. Operators between two of them are quantised if all their inputs are
-already; everything else stays in float32.
+Layers with weights are quantised first. Operators between two of them are quantised if all their inputs are already;
+everything else stays in float32.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedprune_export.pruning.model import Model
 
 
 def calibration_graph(model: Model, widths: Sequence[int], plan: Plan) -> bytes:
-    """The inference graph with another output: the least and the largest number of activations, float32 [n, 2].
+    """The inference graph with the smallest and largest numbers of activations as its output, float32 [n, 2].
 
     Its weights are those of the inference graph, in the same file. Raises `BundleError` if the widths don't fit the
     architecture. `plan`: which activations, in this order.
@@ -37,8 +37,8 @@ def calibration_graph(model: Model, widths: Sequence[int], plan: Plan) -> bytes:
     graph = at_widths(model, widths)
     rows = []
     for name in plan.values:
-        ends = [graph.emit(op, name, attrs={"keepdims": 0}) for op in ("ReduceMin", "ReduceMax")]
-        pair = graph.emit("Concat", *(graph.emit("Unsqueeze", e, graph.ints(0)) for e in ends), attrs={"axis": 0})
+        bounds = [graph.emit(op, name, attrs={"keepdims": 0}) for op in ("ReduceMin", "ReduceMax")]
+        pair = graph.emit("Concat", *(graph.emit("Unsqueeze", e, graph.ints(0)) for e in bounds), attrs={"axis": 0})
         rows.append(graph.emit("Unsqueeze", pair, graph.ints(0)))
     graph.emit("Concat", *rows, out=RANGES, attrs={"axis": 0})
     graph.outputs = [Port(RANGES, np.dtype(np.float32), (len(rows), 2))]
@@ -47,15 +47,17 @@ def calibration_graph(model: Model, widths: Sequence[int], plan: Plan) -> bytes:
 
 
 _LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
-_CLAMPS = frozenset({"Relu", "Clip"})  # they vanish into the range of what they make
+# A clamp after a layer costs nothing: the range of its output ends where the clamp does, and rounding clamps.
+_CLAMPS = frozenset({"Relu", "Clip"})
 
+# Operators whose output holds numbers of their input, and so has its scale.
 _ARRANGING = frozenset({"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze"})
-"""Operators whose output has their input's numbers, and so its scale."""
 
+# Operators that onnxruntime computes on 8 bits; their output has a scale of its own.
 _COMBINING = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"})
-"""Operators that onnxruntime computes on 8 bits, with a scale of their output's own."""
 
-_SMALLEST = 1e-12  # a scale of what is always zero
+# The scale of values that are always zero: a scale of 0 would make 0 / 0.
+_SMALLEST = 1e-12
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Plan:
 
     Attributes:
         values: Activations with a range of their own, in the graph's order: rows of the ranges.
-        scales: Of every quantised activation, the one whose scale it has.
+        scales: Per quantised activation, the activation whose scale it has.
     """
 
     layers: list[str] = field(default_factory=list)
@@ -73,36 +75,36 @@ class Plan:
 
 
 def planned(pair: Pair, keep: Collection[str] = ()) -> Plan:
-    """The parts of a folded graph to quantise. `keep`: outputs of layers that stay in float32."""
+    """Choose the parts of a folded graph to quantise. `keep`: outputs of layers that stay in float32."""
     plan = Plan()
-    graph, ends = pair.graph, pair.outputs()
+    graph, output_names = pair.graph, pair.outputs()
     consumers = graph.consumers()
 
-    def after(name: str) -> str:
-        """The range of a value after a clamp."""
+    def range_source(name: str) -> str:
+        """The value whose range counts: that after a clamp, if nothing else reads the one before."""
         readers = consumers.get(name, [])
-        clamp = readers[0][0] if len(readers) == 1 and name not in ends else None
+        clamp = readers[0][0] if len(readers) == 1 and name not in output_names else None
         return clamp.outputs[0] if clamp is not None and clamp.op in _CLAMPS and not clamp.domain else name
 
-    wanted: set[str] = set()
+    ranged: set[str] = set()
     layers = [n for n in graph.nodes if _is_layer(pair, n) and n.outputs[0] not in keep]
     plan.layers = [n.outputs[0] for n in layers]
     for node in layers:
-        wanted.add(node.inputs[0])
-        if node.op == "Conv" and after(node.outputs[0]) not in ends:
-            wanted.add(after(node.outputs[0]))
-    plan.scales = {p.name: p.name for p in graph.inputs if p.name in wanted}
+        ranged.add(node.inputs[0])
+        if node.op == "Conv" and range_source(node.outputs[0]) not in output_names:
+            ranged.add(range_source(node.outputs[0]))
+    plan.scales = {p.name: p.name for p in graph.inputs if p.name in ranged}
     for node in graph.nodes:
         reads = [i for i in node.inputs if i and not pair.is_tensor(i) and i not in graph.initializers]
-        carried = bool(reads) and not node.domain and set(reads) <= plan.scales.keys()
+        reads_quantised = bool(reads) and not node.domain and set(reads) <= plan.scales.keys()
         floats = [i for i in node.inputs if i and pair.is_float(i)]
-        if carried and node.op in _ARRANGING and len(node.outputs) == 1 and node.outputs[0] not in ends:
+        if reads_quantised and node.op in _ARRANGING and len(node.outputs) == 1 and node.outputs[0] not in output_names:
             plan.scales[node.outputs[0]] = plan.scales[reads[0]]
             continue
-        if carried and node.op in _COMBINING and set(floats) == set(reads):
-            out = after(node.outputs[0])
-            wanted |= {out} - ends
-        plan.scales |= {o: o for o in node.outputs if o in wanted}
+        if reads_quantised and node.op in _COMBINING and set(floats) == set(reads):
+            output = range_source(node.outputs[0])
+            ranged |= {output} - output_names
+        plan.scales |= {o: o for o in node.outputs if o in ranged}
     plan.values = [v for v in plan.scales if plan.scales[v] == v]
     return plan
 
@@ -117,9 +119,11 @@ def _is_layer(pair: Pair, node: Node) -> bool:
     if shape is None or (node.op != "Conv" and len(shape) != 2):
         return False
     if node.op == "Gemm":
-        plain = node.attrs.get("alpha", 1.0) == node.attrs.get("beta", 1.0) == 1.0 and not node.attrs.get("transA", 0)
+        is_unscaled = node.attrs.get("alpha", 1.0) == node.attrs.get("beta", 1.0) == 1.0 and not node.attrs.get(
+            "transA", 0
+        )
         bias = node.inputs[2] if len(node.inputs) > 2 else ""
-        if not plain or (bias and len(pair.shape(bias) or ()) != 1):
+        if not is_unscaled or (bias and len(pair.shape(bias) or ()) != 1):
             return False
     return all(pair.is_tensor(i) or i in pair.graph.initializers for i in node.inputs[2:] if i)
 
@@ -132,21 +136,21 @@ def quantise(pair: Pair, plan: Plan) -> list[str]:
     graph = pair.graph
     _scales(pair, plan)
     nodes, graph.nodes = graph.nodes, []
-    read: dict[str, str] = {}
+    rounded_names: dict[str, str] = {}
     for port in graph.inputs:
         if port.name in plan.scales:
-            read[port.name] = _rounded(pair, port.name, plan)
+            rounded_names[port.name] = _rounded(pair, port.name, plan)
     stays = []
     for node in nodes:
         if node.outputs[0] in plan.layers:
             _layer(pair, node, plan)
         elif any(pair.is_tensor(i) for i in node.inputs if i):
             stays.append(described(node))
-        node.inputs = [read.get(i, i) for i in node.inputs]
+        node.inputs = [rounded_names.get(i, i) for i in node.inputs]
         graph.nodes.append(node)
         for name in node.outputs:
             if name in plan.scales:
-                read[name] = _rounded(pair, name, plan)
+                rounded_names[name] = _rounded(pair, name, plan)
     return stays
 
 
@@ -155,17 +159,19 @@ def _scales(pair: Pair, plan: Plan) -> None:
     make = pair.prepare
     make.inputs.append(Port(RANGES, np.dtype(np.float32), (len(plan.values), 2)))
     zero = make.scalar(0)
-    # 0 must be a number of its own: borders are padded with it, and clamps end there.
+    # 0 must be exact, and so in every range: borders are padded with it, and clamps end there.
     low = make.emit("Min", make.emit("Gather", RANGES, make.constant(0, np.int64), attrs={"axis": 1}), zero)
     high = make.emit("Max", make.emit("Gather", RANGES, make.constant(1, np.int64), attrs={"axis": 1}), zero)
     span = make.emit("Div", make.emit("Sub", high, low), make.scalar(255))
     scale = make.emit("Max", span, make.scalar(_SMALLEST))
-    point = make.emit("Round", make.emit("Div", make.emit("Neg", low), scale))
-    point = make.emit("Cast", make.emit("Clip", point, zero, make.scalar(255)), attrs={"to": TensorProto.UINT8})
+    zero_point = make.emit("Round", make.emit("Div", make.emit("Neg", low), scale))
+    zero_point = make.emit(
+        "Cast", make.emit("Clip", zero_point, zero, make.scalar(255)), attrs={"to": TensorProto.UINT8}
+    )
     for row, name in enumerate(plan.values):
-        at = make.constant(row, np.int64)
-        pair.define(f"{name}~scale", make.emit("Gather", scale, at, out=f"{name}~scale"))
-        pair.define(f"{name}~zero", make.emit("Gather", point, at, out=f"{name}~zero"), np.uint8)
+        index = make.constant(row, np.int64)
+        pair.define(f"{name}~scale", make.emit("Gather", scale, index, out=f"{name}~scale"))
+        pair.define(f"{name}~zero", make.emit("Gather", zero_point, index, out=f"{name}~zero"), np.uint8)
 
 
 def _rounded(pair: Pair, name: str, plan: Plan) -> str:
@@ -184,11 +190,11 @@ def _layer(pair: Pair, node: Node, plan: Plan) -> None:
     axes = [i for i in range(len(shape)) if i != axis]
     largest = make.emit("ReduceMax", make.emit("Abs", weight), attrs={"axes": axes, "keepdims": 0})
     scale = make.emit("Max", make.emit("Div", largest, make.scalar(127)), make.scalar(_SMALLEST))
-    above = pair.read(f"{plan.scales[node.inputs[0]]}~scale")
+    input_scale = pair.read(f"{plan.scales[node.inputs[0]]}~scale")
     if bias:
         # With weights that are almost zero, a bias may exceed an int32 at their scale.
-        least = make.emit("Div", make.emit("Abs", bias), make.emit("Mul", above, make.scalar(2.0**30)))
-        scale = make.emit("Max", scale, least)
+        min_scale = make.emit("Div", make.emit("Abs", bias), make.emit("Mul", input_scale, make.scalar(2.0**30)))
+        scale = make.emit("Max", scale, min_scale)
     zeros = make.emit("ConstantOfShape", make.emit("Shape", scale), attrs={"value": np.zeros(1, np.int8)})
     numbers = make.emit("QuantizeLinear", weight, scale, zeros, attrs={"axis": axis})
     node.inputs[1] = graph.emit(
@@ -199,24 +205,26 @@ def _layer(pair: Pair, node: Node, plan: Plan) -> None:
         attrs={"axis": axis},
     )
     if bias:
-        product = make.emit("Mul", scale, above)
-        whole = make.emit("Cast", make.emit("Round", make.emit("Div", bias, product)), attrs={"to": TensorProto.INT32})
+        product = make.emit("Mul", scale, input_scale)
+        rounded_bias = make.emit(
+            "Cast", make.emit("Round", make.emit("Div", bias, product)), attrs={"to": TensorProto.INT32}
+        )
         node.inputs[2] = graph.emit(
             "DequantizeLinear",
-            pair.define(f"{stem}~bias", whole, np.int32),
+            pair.define(f"{stem}~bias", rounded_bias, np.int32),
             pair.define(f"{stem}~product", product),
             attrs={"axis": 0},
         )
 
 
 def settle(pair: Pair) -> None:
-    """Write what has a form with 8 bits under another name in that form."""
+    """Replace operators by equal ones that have an 8-bit form."""
     graph = pair.graph
     nodes, graph.nodes = graph.nodes, []
     for node in nodes:
         shape = pair.shape(node.inputs[0]) if node.inputs else None
         if node.op == "Flatten" and not node.domain and node.attrs.get("axis", 1) == 1 and shape is not None:
-            # The size is written out: no samples at all have no size that could be concluded from it.
+            # The size is written out: for an empty batch Reshape couldn't infer it.
             graph.emit("Reshape", node.inputs[0], graph.ints(0, math.prod(shape[1:])), out=node.outputs[0])
         elif node.op == "ReduceMean" and not node.domain and shape is not None and _over_maps(node, len(shape)):
             graph.emit("GlobalAveragePool", node.inputs[0], out=node.outputs[0])

@@ -1,8 +1,7 @@
 """A model that is being lowered: the graph that a board will run, and the graph that makes its tensors.
 
-Weights change after every round, so whatever is done to them is not done here but written down: every tensor that the
-lowered graph reads is an output of the `prepare` graph, which takes the float32 weights by name. A board runs it with
-onnxruntime alone.
+Weights change after every round, so that a board has to convert them itself, with onnxruntime alone: every tensor that
+the lowered graph reads is an output of the `prepare` graph, which takes the float32 weights by name.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ class Pair:
     """A graph and the one that prepares its tensors. Raises `BundleError` if the widths don't fit the architecture.
 
     Attributes:
-        graph: What a board will run; passes rewrite it. Its weights are not among its initialisers.
-        prepare: What makes its tensors; passes add to it.
+        graph: The graph that a board will run; passes rewrite it. Its weights are not among its initialisers.
+        prepare: The graph that makes its tensors; passes add to it.
         tensors: Every tensor that `graph` may read: its name there, and its name in `prepare`.
     """
 
@@ -39,14 +38,14 @@ class Pair:
         self.prepare = Graph(name="prepare", _counter=self.graph._counter)
         self._weights = model.architecture.shapes(widths)
         self.tensors: dict[str, str] = {}
-        whole = self.graph.copy()
-        whole.initializers |= self.zeros()
-        found = infer(whole, batch=2)
-        self._shapes, self._dtypes = found.shapes, found.dtypes
+        complete = self.graph.copy()
+        complete.initializers |= self.zeros()
+        inferred = infer(complete, batch=2)
+        self._shapes, self._dtypes = inferred.shapes, inferred.dtypes
         self._hoist()
 
     def shape(self, name: str) -> tuple[int, ...] | None:
-        """A value's shape for a batch of two samples; None where it isn't known."""
+        """A value's shape for a batch of two samples; None where it can't be inferred."""
         return self._shapes.get(name)
 
     def is_float(self, name: str) -> bool:
@@ -81,8 +80,8 @@ class Pair:
 
         Args:
             name: Its name; nothing else may have it.
-            value: The value of `prepare` that it is.
-            like: A tensor of the same shape, where it is one that passes may look at.
+            value: The value of `prepare` that becomes the tensor.
+            like: A tensor of the same shape, for later passes that ask for the shape.
         """
         self.tensors[name], self._dtypes[name] = value, np.dtype(dtype)
         if like is not None:
@@ -90,20 +89,20 @@ class Pair:
         return name
 
     def _hoist(self) -> None:
-        """Compute nodes that depend on weights alone once, when they are prepared."""
-        kept: list[Node] = []
-        ends = self.outputs()
+        """Move nodes that depend on weights alone to `prepare`, which computes them once per round, not per batch."""
+        remaining: list[Node] = []
+        output_names = self.outputs()
         for node in self.graph.nodes:
             reads = [i for i in node.inputs if i]
-            own = all(self.is_tensor(i) or i in self.graph.initializers for i in reads)
-            if not own or not any(map(self.is_tensor, reads)) or ends & set(node.outputs):
-                kept.append(node)
+            from_weights = all(self.is_tensor(i) or i in self.graph.initializers for i in reads)
+            if not from_weights or not any(map(self.is_tensor, reads)) or output_names & set(node.outputs):
+                remaining.append(node)
                 continue
             for name in reads:
                 self.read(name)
             self.prepare.nodes.append(node)
             self.tensors |= {o: o for o in node.outputs if o}
-        self.graph.nodes = kept
+        self.graph.nodes = remaining
 
     def finish(self) -> None:
         """Let the prepare graph end in the tensors that the graph reads, in the order of reading."""
@@ -128,24 +127,25 @@ class Pair:
     def zeros(self) -> dict[str, Array]:
         return {n: np.zeros(s, np.float32) for n, s in self._weights.items()}
 
-    def prepare_bytes(self, made: Mapping[str, Array]) -> bytes:
-        """The prepare graph, once it is known what it makes.
+    def prepare_bytes(self, tensors: Mapping[str, Array]) -> bytes:
+        """The prepare graph with the types of its outputs.
 
-        `made`: its outputs, of which types and ranks are taken.
+        `tensors`: its outputs, for their types and ranks.
         """
-        self.prepare.outputs = [Port(n, v.dtype, (None,) * v.ndim) for n, v in made.items()]
+        self.prepare.outputs = [Port(n, v.dtype, (None,) * v.ndim) for n, v in tensors.items()]
         return self.prepare.to_bytes()
 
-    def graph_bytes(self, made: Mapping[str, Array], file: str) -> bytes:
+    def graph_bytes(self, tensors: Mapping[str, Array], file: str) -> bytes:
         """The lowered graph; its tensors are external data.
 
-        `made`: all tensors of the file, of which types and shapes are taken; `file`: the file next to the graph that
-        holds them.
+        `tensors`: all tensors of the file, for their types and shapes; `file`: the file next to the graph that holds
+        them.
         """
         proto = self.graph.to_proto()
-        offset = len(tensorfile.header_of(made))
+        # Tensors stand in the file in this order, one after the other, behind a header of fixed length.
+        offset = len(tensorfile.header_of(tensors))
         read = {i for n in self.graph.nodes for i in n.inputs}
-        for name, value in made.items():
+        for name, value in tensors.items():
             if name in read:
                 add_external(proto, name, value.dtype, value.shape, file, offset)
             offset += value.nbytes

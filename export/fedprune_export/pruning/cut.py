@@ -1,6 +1,6 @@
 """Cutting: the physically smaller graph of a submodel.
 
-Weights are gathered in rank order; what else in a graph says a channel count is rewritten (see `rewrites`).
+Weights are gathered in rank order; attributes and constants that hold a channel count are rewritten (see `rewrites`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def at_widths(model: Model, widths: Sequence[int]) -> Graph:
     """
     sizes = Sizes(model, model.architecture.check_widths(widths))
     graph = model.graph.copy()
-    graph.metadata.pop(RANKS_KEY, None)  # of the whole model's channels
+    # Ranks are of the whole model's channels: a submodel has others.
+    graph.metadata.pop(RANKS_KEY, None)
     without_dropout(graph)
     for name in model.architecture.by_name:
         del graph.initializers[name]

@@ -1,6 +1,6 @@
 """Frozen weights in low precision: float16, or int8 with one scale per output channel.
 
-They are constants of a model instead of tensors of its architecture, so no update, optimiser state or anchor has them.
+They are constants of a model instead of tensors of its architecture: no update, optimiser state or anchor has them.
 A model's own graph holds them as float32 numbers that low precision represents exactly. Graphs for boards read the
 stored numbers, as inputs of a training graph and as external data of an inference graph, and dequantise them again for
 every layer, right before it.
@@ -22,9 +22,10 @@ from fedprune_export.ir.graph import Array, Graph, Node
 
 PRECISIONS = ("float16", "int8")
 
+# Symmetric int8: -128 is left out, so that a number and its negative have the same precision.
 _LEVELS = 127
+# Scales keep 16 significant bits: their product with 7 bits is then exact in float32 and gives the same scale again.
 _SCALE_BITS = np.uint32(0xFFFFFF00)
-"""Scales have 16 significant bits, so that a product with 7 bits is exact and gives the same scale again."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class FrozenBase:
     axes: Mapping[str, int | None]
 
     def stored(self, name: str, value: Array) -> dict[str, Array]:
-        """A tensor as it is stored: its numbers, and with int8 its scales [output channels]."""
+        """The stored form of a tensor: its numbers, and with int8 its scales [output channels]."""
         axis = self.axes[name]
+        # Biases and norms stay in float32: they are a small share of the bytes.
         if value.ndim < 2:
             return {base(name): value}
         if axis is None:
@@ -47,17 +49,17 @@ class FrozenBase:
 
     def rounded(self, name: str, value: Array) -> Array:
         """A tensor's float32 values as a board dequantises them; stored again, they give the same bytes."""
-        found = self.stored(name, value)
-        numbers = found[base(name)].astype(np.float32)
+        arrays = self.stored(name, value)
+        numbers = arrays[base(name)].astype(np.float32)
         axis = self.axes[name]
-        return numbers if axis is None else numbers * _along(found[base_scale(name)], axis, value.ndim)
+        return numbers if axis is None else numbers * _along(arrays[base_scale(name)], axis, value.ndim)
 
     def tensors(self, values: Mapping[str, Array]) -> dict[str, Array]:
-        """All tensors as they are stored, by the names that graphs have for them."""
+        """The stored form of all tensors, by the names that graphs have for them."""
         return {k: v for name in self.axes for k, v in self.stored(name, values[name]).items()}
 
     def specs(self, values: Mapping[str, Array]) -> tuple[BaseSpec, ...]:
-        """Names, types and shapes of what is stored."""
+        """Names, types and shapes of the stored arrays."""
         return tuple(BaseSpec(k, _CODES[v.dtype.name], v.shape) for k, v in self.tensors(values).items())
 
 
@@ -67,9 +69,9 @@ _CODES = {"float32": "F32", "float16": "F16", "int8": "I8"}
 def chosen(
     graph: Graph, architecture: Architecture, frozen: Iterable[str], precision: str
 ) -> tuple[FrozenBase, Architecture]:
-    """The base of a model whose frozen weights are stored in `precision`, and its architecture without them.
+    """Store the frozen weights of a model in `precision`; returns this base and the architecture without them.
 
-    The weights in the graph are rounded. Raises `ModelError` if there are none, or one can't be stored.
+    Rounds the weights in the graph. Raises `ModelError` if there are none, or one can't be stored.
     """
     check_precision(precision)
     names = [n for n in frozen if n in architecture.by_name]
@@ -81,11 +83,11 @@ def chosen(
             hint="Give adapters, too (--lora, lora=), or freeze weights in torch (requires_grad=False).",
         )
     outputs = _output_axes(graph, architecture, set(names)) if precision == "int8" else {}
-    found = FrozenBase(precision, {n: outputs.get(n) for n in names})
+    frozen_base = FrozenBase(precision, {n: outputs.get(n) for n in names})
     for name in names:
         value = graph.initializers[name]
         with np.errstate(over="ignore", invalid="ignore"):
-            rounded = found.rounded(name, value)
+            rounded = frozen_base.rounded(name, value)
         if not np.isfinite(rounded).all():
             raise ModelError(
                 f"base {precision!r}: {name} has numbers that it can't hold",
@@ -93,13 +95,15 @@ def chosen(
                 got=f"{np.abs(value).max():g}",
             )
         graph.initializers[name] = rounded
-    kept = tuple(t for t in architecture.tensors if t.name not in found.axes)
-    layers = tuple(_unweighted(r, architecture) if r.weight in found.axes else r for r in architecture.layers)
-    return found, replace(architecture, tensors=kept, layers=layers, base=found.specs(graph.initializers))
+    tensors = tuple(t for t in architecture.tensors if t.name not in frozen_base.axes)
+    layers = tuple(_unweighted(r, architecture) if r.weight in frozen_base.axes else r for r in architecture.layers)
+    return frozen_base, replace(
+        architecture, tensors=tensors, layers=layers, base=frozen_base.specs(graph.initializers)
+    )
 
 
 def check_precision(precision: object) -> None:
-    """Raises `ModelError` if it is none of `PRECISIONS`."""
+    """Raise `ModelError` for a precision that is none of `PRECISIONS`."""
     if precision not in PRECISIONS:
         raise ModelError("base", expected=" or ".join(PRECISIONS), got=shown(str(precision)))
 
@@ -107,23 +111,24 @@ def check_precision(precision: object) -> None:
 def _unweighted(layer: Layer, architecture: Architecture) -> Layer:
     """A layer of frozen weights as a product that sums as many numbers: its cost without its tensor."""
     products = math.prod(architecture.by_name[layer.weight].shape) * layer.positions
-    made = max(1, layer.makes.size(architecture.sizes, architecture.sizes))
-    return replace(layer, weight="", positions=0, output_axis=0, inner=Axis.fixed(max(1, products // made)))
+    outputs = max(1, layer.makes.size(architecture.sizes, architecture.sizes))
+    return replace(layer, weight="", positions=0, output_axis=0, inner=Axis.fixed(max(1, products // outputs)))
 
 
 def _output_axes(graph: Graph, architecture: Architecture, names: set[str]) -> dict[str, int]:
-    """The axis of each matrix that makes output channels; of an embedding that is only looked up, its last one."""
-    out = {r.weight: r.output_axis for r in architecture.layers if r.weight in names}
+    """The axis of each matrix that its output channels are on; of an embedding that is only looked up, the last one."""
+    axes = {r.weight: r.output_axis for r in architecture.layers if r.weight in names}
     for node in graph.nodes:
         if node.op == "Gather" and node.attrs.get("axis", 0) == 0 and node.inputs[0] in names:
-            out.setdefault(node.inputs[0], len(architecture.by_name[node.inputs[0]].axes) - 1)
-    return {n: axis for n, axis in out.items() if len(architecture.by_name[n].axes) > 1}
+            axes.setdefault(node.inputs[0], len(architecture.by_name[node.inputs[0]].axes) - 1)
+    return {n: axis for n, axis in axes.items() if len(architecture.by_name[n].axes) > 1}
 
 
 def _scales(value: Array, axis: int) -> Array:
     """Scales [channels] that map the largest number of each channel to 127; 1 for a channel of zeros."""
     largest = np.abs(value).max(tuple(i for i in range(value.ndim) if i != axis))
     scale = np.asarray(largest / np.float32(_LEVELS), np.float32)
+    # Rounded to the nearest: half of the cleared bits is added before. A carry into the exponent is right, too.
     bits = scale.view(np.uint32)
     scale = ((bits + np.uint32(0x80)) & _SCALE_BITS).view(np.float32)
     return np.asarray(np.where(scale > 0, scale, np.float32(1)))
@@ -144,7 +149,7 @@ def read_low(graph: Graph, frozen: FrozenBase) -> None:
 
 
 def _gate(graph: Graph, value: str) -> str:
-    """A number [1] of int64 that is there as soon as a value is, and that no optimiser knows."""
+    """An int64 number [1] that exists once a value is computed; no optimiser can fold it into a constant."""
     flat = graph.emit("Reshape", value, graph.ints(-1))
     return graph.emit("Cast", graph.emit("Gather", flat, graph.ints(0)), attrs={"to": 7})
 
@@ -158,18 +163,18 @@ class _Reads:
         graph = self._graph
         ranks = {n: len(graph.initializers[n].shape) for n in self._base.axes if n in graph.initializers}
         self._moved = {n: (n, tuple(range(rank))) for n, rank in ranks.items()}
-        given = {p.name for p in graph.inputs} | set(graph.initializers)
+        available = {p.name for p in graph.inputs} | set(graph.initializers)
         nodes, graph.nodes = graph.nodes, []
         for node in nodes:
             if node.op == "Transpose" and node.inputs[0] in self._moved:
                 name, order = self._moved[node.inputs[0]]
-                turn = node.attrs.get("perm") or list(reversed(range(len(order))))
-                self._moved[node.outputs[0]] = name, tuple(order[i] for i in turn)
+                perm = node.attrs.get("perm") or list(reversed(range(len(order))))
+                self._moved[node.outputs[0]] = name, tuple(order[i] for i in perm)
                 continue
             if node.op == "Gather" and node.inputs[0] in self._moved and not self._looks_up(node):
                 continue
-            free = [i for i in node.inputs if i and i not in self._moved and i not in given]
-            node.inputs = [self._read(i, free) if i in self._moved else i for i in node.inputs]
+            computed_inputs = [i for i in node.inputs if i and i not in self._moved and i not in available]
+            node.inputs = [self._read(i, computed_inputs) if i in self._moved else i for i in node.inputs]
             graph.nodes.append(node)
         for name in ranks:
             del graph.initializers[name]
@@ -178,7 +183,10 @@ class _Reads:
                 raise ModelError(f"an output of the model is a frozen weight: {self._moved[port.name][0]}")
 
     def _looks_up(self, node: Node) -> bool:
-        """Write a look-up of rows that are dequantised afterwards; True if it must be done the other way round."""
+        """Write the look-up of an embedding's rows, dequantised afterwards.
+
+        Returns whether the node must be kept instead, because the whole matrix has to be dequantised first.
+        """
         name, order = self._moved[node.inputs[0]]
         rank, axis = len(order), self._base.axes[name]
         if node.attrs.get("axis", 0) != 0 or order != tuple(range(rank)) or rank < 2 or axis == 0:
@@ -187,22 +195,22 @@ class _Reads:
         self._whole(name, rows, None if axis is None else axis - rank, node.outputs[0])
         return False
 
-    def _read(self, value: str, free: list[str]) -> str:
+    def _read(self, value: str, computed_inputs: list[str]) -> str:
         name, order = self._moved[value]
         rank, axis = len(order), self._base.axes[name]
         if rank < 2:
             return base(name)
-        low = base(name)
-        if free:
-            zeros = self._graph.emit("Mul", _gate(self._graph, free[0]), self._graph.ints(*[0] * rank))
-            low = self._graph.emit("Reshape", low, zeros)
+        stored = base(name)
+        if computed_inputs:
+            zeros = self._graph.emit("Mul", _gate(self._graph, computed_inputs[0]), self._graph.ints(*[0] * rank))
+            stored = self._graph.emit("Reshape", stored, zeros)
         if order != tuple(range(rank)):
-            # As it is stored, an array is half or a quarter as large as its float32 numbers.
-            low = self._graph.emit("Transpose", low, attrs={"perm": list(order)})
-        return self._whole(name, low, None if axis is None else order.index(axis))
+            # Transposed before it is dequantised: the stored array is half or a quarter as large as float32 numbers.
+            stored = self._graph.emit("Transpose", stored, attrs={"perm": list(order)})
+        return self._whole(name, stored, None if axis is None else order.index(axis))
 
-    def _whole(self, name: str, low: str, axis: int | None, out: str | None = None) -> str:
+    def _whole(self, name: str, numbers: str, axis: int | None, out: str | None = None) -> str:
         """Dequantise numbers whose scales are along `axis`."""
         if axis is None:
-            return self._graph.emit("Cast", low, attrs={"to": 1}, out=out)
-        return self._graph.emit("DequantizeLinear", low, base_scale(name), attrs={"axis": axis}, out=out)
+            return self._graph.emit("Cast", numbers, attrs={"to": 1}, out=out)
+        return self._graph.emit("DequantizeLinear", numbers, base_scale(name), attrs={"axis": axis}, out=out)

@@ -1,7 +1,7 @@
 """The masked whole graph: what a cut must equal.
 
 Weights stay as they are. Lost channels are multiplied by zero where they are contracted: at the inputs of convolutions,
-matrix products, recurrent layers and sums. In between they hold what they hold, since no operator mixes them with kept
+matrix products, recurrent layers and sums. In between their values don't matter, since no operator mixes them with kept
 ones; zero weights instead would make weights that are normalised in the graph divide by zero. A norm that averages over
 channels averages over those that are kept, be it of activations or of weights (weight standardisation, weight norm):
 that is what the smaller network does, and all that it can do.
@@ -25,13 +25,13 @@ Mask = npt.NDArray[np.float32]
 
 
 def masked(model: Model, selection: Selection) -> Graph:
-    """The whole graph with the channels masked that the submodel lacks."""
+    """The whole graph, with the channels masked that the submodel lacks."""
     graph = model.graph.copy()
     masks = Masks(model, selection, graph)
     nodes, graph.nodes, rules = graph.nodes, [], with_rules(MASK_RULES)
     for node in nodes:
-        change = None if node.domain else rules.get(node.op)
-        if change is None or not change(masks, node):
+        rule = None if node.domain else rules.get(node.op)
+        if rule is None or not rule(masks, node):
             graph.nodes.append(node)
     return graph
 
@@ -53,20 +53,21 @@ class Masks:
 
     def length(self, name: str, axis: int) -> int:
         """Indices of an axis at full width. Raises `ModelError` if the axis follows the batch."""
-        found = self.axis(name, axis)
-        if found is None:
+        value_axis = self.axis(name, axis)
+        if value_axis is None:
             raise ModelError(f"a norm averages over axis {axis} of {name}, which follows the batch")
-        return found.length
+        return value_axis.length
 
     def of(self, name: str, axis: int) -> Mask | None:
         """Ones for kept indices of an axis, zeros for lost ones; None where nothing is lost."""
         key = (name, axis % self.rank(name))
         if key not in self._counts:
-            found = self.axis(*key)
+            value_axis = self.axis(*key)
             mask = None
-            if found is not None and found.groups:
-                mask = np.zeros(found.length, np.float32)
-                mask[self._selection.indices(found)] = 1
+            if value_axis is not None and value_axis.groups:
+                mask = np.zeros(value_axis.length, np.float32)
+                mask[self._selection.indices(value_axis)] = 1
+            # A mask of ones would only cost a multiplication per layer.
             self._counts[key] = None if mask is None or mask.all() else mask
         return self._counts[key]
 
@@ -87,8 +88,8 @@ class Masks:
         return self.graph.constant(mask.reshape(shape), np.float32)
 
 
+# Masks the axes that a node contracts; returns whether it has written the node itself, in another form.
 MaskRule = Callable[[Masks, Node], bool | None]
-"""Masks what a node contracts; returns whether it has written the node itself, in another form."""
 
 MASK_RULES: dict[str, MaskRule] = {}  # rules by operator
 

@@ -1,4 +1,4 @@
-"""A model as the compiler holds it: normalised inference graph, weights by name, architecture, channel groups."""
+"""An imported model: normalised inference graph, weights by name, architecture, channel groups."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import Trace, trace
 from fedprune_export.pruning.frozen_base import FrozenBase
 
+# Key of a graph's metadata: per group its channels, best first, as the fleet that trained the model cut it. A digest of
+# the groups stands with it, so that ranks are dropped after another analysis has formed other groups.
 RANKS_KEY = "fedprune.ranks"
-"""Key of a graph's metadata: per group its channels, best first, as the fleet that trained the model cut it; with a
-digest of the groups."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -31,19 +31,19 @@ class Groups(Sequence[ChannelGroup]):
 
     @property
     def stays(self) -> list[tuple[str, int]]:
-        """Channel axes of weights that stay, in whole or in part: places such as `fc.weight[0]`, and how many indices.
+        """The channel axes of weights that stay, in whole or in part, such as `fc.weight[0]`, and how many indices.
 
         The kernel axes of convolutions are left out.
         """
         kernels = {n.weight: n.op for n in self.architecture.layers if n.weight in self.architecture.by_name}
-        out = []
+        fixed_axes = []
         for spec in self.architecture.tensors:
             axes = spec.axes[:2] if "Conv" in kernels.get(spec.name, "") else spec.axes
             for i, axis in enumerate(axes):
                 size = sum(s.length for s in axis.segments if s.group == FIXED)
                 if size and axis.length > 1:  # a depthwise filter reads one channel, which can't be cut
-                    out.append((f"{spec.name}[{i}]", size))
-        return out
+                    fixed_axes.append((f"{spec.name}[{i}]", size))
+        return fixed_axes
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -106,6 +106,7 @@ class Model:
     metric: Graph | None = field(default=None, repr=False)
     class_names: tuple[str, ...] = ()
     ranks: Ranks | None = field(default=None, repr=False, compare=False)
+    # Exports, checks and jobs of one model ask for the same graphs.
     training_graphs: dict[tuple[Features, str], Graph] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

@@ -32,7 +32,7 @@ class Sizes:
         return [a.length if a is not None else None for a in self._axes(name)]
 
     def after(self, name: str) -> list[int | None]:
-        """The same at these widths."""
+        """Sizes of a value's axes at the widths of the cut; None where they follow the batch."""
         full = self._architecture.sizes
         return [a.size(self._widths, full) if a is not None else None for a in self._axes(name)]
 
@@ -41,14 +41,14 @@ class Sizes:
         return self.before(name)[axis] != self.after(name)[axis]
 
     def kept(self, name: str, axis: int) -> npt.NDArray[np.int64]:
-        """Which indices of an axis are left where the first channels of every group are kept.
+        """The indices of an axis that are left where the first channels of every group are kept.
 
-        Other channels may be kept, in another order; but always this many, and at these places of the axis.
+        A selection may keep other channels, in another order, but always this many, at these positions of the axis.
         """
-        found = self._axes(name)[axis]
-        if found is None:
+        value_axis = self._axes(name)[axis]
+        if value_axis is None:
             raise ModelError(f"axis {axis} of {name} follows the batch")
-        return self._selection.indices(found)
+        return self._selection.indices(value_axis)
 
     @cached_property
     def _selection(self) -> Selection:

@@ -13,8 +13,8 @@ from fedprune.model.architecture import TensorKind
 from fedprune_export.ir.graph import Node
 from fedprune_export.pruning.model import Model
 
+# Recurrent layers aren't among them: a scaled state would be scaled again at every step.
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-"""Recurrent layers aren't among them: a scaled state would be scaled again at every step."""
 
 
 def scaled_outputs(model: Model) -> frozenset[str]:
@@ -32,28 +32,29 @@ def scaled_outputs(model: Model) -> frozenset[str]:
 def _last(model: Model, layers: list[Node]) -> set[str]:
     """First outputs of the layers from which the model's output is reached through no other layer."""
     producers, stops = model.graph.producers(), {n.outputs[0] for n in layers}
-    found: set[str] = set()
-    seen: set[str] = set()
-    front = [p.name for p in model.graph.outputs]
-    while front:
-        name = front.pop()
-        if not name or name in seen:
+    last_outputs: set[str] = set()
+    visited: set[str] = set()
+    pending = [p.name for p in model.graph.outputs]
+    while pending:
+        name = pending.pop()
+        if not name or name in visited:
             continue
-        seen.add(name)
+        visited.add(name)
         if name in stops:
-            found.add(name)
+            last_outputs.add(name)
         elif name in producers:
-            front += producers[name].inputs
-    return found
+            pending += producers[name].inputs
+    return last_outputs
 
 
 def _with_bias(model: Model, node: Node, consumers: Mapping[str, list[tuple[Node, int]]]) -> str:
-    """A layer's output or, where all that reads it is the addition of a bias, that sum."""
+    """A layer's output or, where the addition of a bias alone reads it, that sum."""
+    # Importers write a layer's bias as a node of its own where its operator takes none, as after MatMul.
     name = node.outputs[0]
     readers = consumers.get(name, [])
     if len(readers) != 1 or readers[0][0].op != "Add":
         return name
     reader = readers[0][0]
-    other = next((i for i in reader.inputs if i != name), "")
-    spec = model.architecture.by_name.get(other)
+    addend = next((i for i in reader.inputs if i != name), "")
+    spec = model.architecture.by_name.get(addend)
     return reader.outputs[0] if spec is not None and spec.kind is TensorKind.BIAS else name

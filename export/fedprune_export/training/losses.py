@@ -21,13 +21,15 @@ def target_shape(features: Features, outputs: tuple[int, ...]) -> tuple[Shape, n
     return (BATCH, *features.target_shape(outputs)), np.dtype(np.int64 if features.counts else np.float32)
 
 
-def write_loss(g: Graph, logits: str, outputs: tuple[int, ...], features: Features, own: Model | None = None) -> str:
-    """Write the loss and what else is known of a batch's outputs.
+def write_loss(
+    g: Graph, logits: str, outputs: tuple[int, ...], features: Features, own_loss: Model | None = None
+) -> str:
+    """Write the loss of a batch, and the counts of right answers.
 
     Args:
         g: The training graph; its inputs and outputs grow.
         logits: The model's output [N, *outputs]; classes are on its axis 1.
-        own: The model's own loss, where the features ask for that.
+        own_loss: The model's own loss, where the features ask for it.
 
     Returns:
         The gradient of the loss by the logits.
@@ -43,6 +45,7 @@ def write_loss(g: Graph, logits: str, outputs: tuple[int, ...], features: Featur
     if features.class_mask:
         g.add_input(step_contract.CLASS_MASK, outputs[:1])
         mask = along_classes(g, step_contract.CLASS_MASK, outputs)
+        # After the offset, so that the logit of a masked class is exactly 0.
         present = g.emit("Greater", mask, g.scalar(0))
         logits = g.emit("Where", present, logits, g.scalar(0))
     if features.class_weight:
@@ -50,34 +53,35 @@ def write_loss(g: Graph, logits: str, outputs: tuple[int, ...], features: Featur
     loss = LOSSES[features.loss]
     if loss.setting:
         g.add_input(loss.setting)
-    parts = loss.write(g, logits, outputs, features) if own is None else _of_graph(g, logits, own)
+    loss_parts = loss.write(g, logits, outputs, features) if own_loss is None else _of_graph(g, logits, own_loss)
     if loss.labels == MULTI:
-        right = g.emit("Greater", step_contract.Y, g.scalar(0.5))
-        count_hits(g, g.emit("Equal", g.emit("Greater", logits, g.scalar(0)), right))
-    share = _share(g, parts, features)
-    g.emit("ReduceSum", g.emit("Mul", parts.row, share), attrs={"keepdims": 0}, out=step_contract.LOSS)
-    gradient = parts.gradient(share)
+        is_positive = g.emit("Greater", step_contract.Y, g.scalar(0.5))
+        count_hits(g, g.emit("Equal", g.emit("Greater", logits, g.scalar(0)), is_positive))
+    share = _share(g, loss_parts, features)
+    g.emit("ReduceSum", g.emit("Mul", loss_parts.row, share), attrs={"keepdims": 0}, out=step_contract.LOSS)
+    gradient = loss_parts.gradient(share)
     # Logits of masked classes were replaced, so that no gradient passes them.
     return g.emit("Where", present, gradient, g.scalar(0)) if present else gradient
 
 
-def _share(g: Graph, parts: LossParts, features: Features) -> str:
-    """By what the losses of labels are multiplied: of `row`'s shape, or []."""
-    divisor = parts.divisor
+def _share(g: Graph, loss_parts: LossParts, features: Features) -> str:
+    """The factor of each label's loss in the batch's: of `row`'s shape, or []."""
+    divisor = loss_parts.divisor
     if features.accumulate:
         g.add_input(step_contract.DIVISOR)
+        # Micro-batches are divided by what the whole batch counts, which only the trainer knows.
         divisor = step_contract.DIVISOR
-    elif not parts.weight and not divisor:
-        divisor = elements_of(g, parts.row)
-    return g.emit("Div", parts.weight, divisor) if parts.weight else g.emit("Reciprocal", divisor)
+    elif not loss_parts.weight and not divisor:
+        divisor = elements_of(g, loss_parts.row)
+    return g.emit("Div", loss_parts.weight, divisor) if loss_parts.weight else g.emit("Reciprocal", divisor)
 
 
 def _of_graph(g: Graph, logits: str, loss: Model) -> LossParts:
     """A loss that is a graph, differentiated by the same rules as the model."""
-    taken, labels = (tuple(d for d in p.shape[1:] if isinstance(d, int)) for p in loss.graph.inputs)
+    output_sizes, label_sizes = (tuple(d for d in p.shape[1:] if isinstance(d, int)) for p in loss.graph.inputs)
     tape = Tape(loss, g)
-    tape.enter(step_contract.LOGITS, logits, (BATCH, *taken), wanted=True)
-    tape.enter(step_contract.Y, step_contract.Y, (BATCH, *labels))
+    tape.enter(step_contract.LOGITS, logits, (BATCH, *output_sizes), wanted=True)
+    tape.enter(step_contract.Y, step_contract.Y, (BATCH, *label_sizes))
     try:
         tape.forward()
     except ModelError as error:
@@ -92,9 +96,9 @@ def _of_graph(g: Graph, logits: str, loss: Model) -> LossParts:
     def gradient(share: str) -> str:
         tape.add(step_contract.LOSS, g.emit("Expand", share, tape.shape_of(row)))
         tape.backward()
-        found = tape.gradient(step_contract.LOGITS)
-        if found is None:
+        logit_gradient = tape.gradient(step_contract.LOGITS)
+        if logit_gradient is None:
             raise ModelError("the model's own loss has no gradient by its outputs")
-        return found
+        return logit_gradient
 
     return LossParts(row, gradient)

@@ -13,8 +13,8 @@ from fedprune.model.recipe import Features
 from fedprune_export.autodiff.tape import Shape, Tape, port
 from fedprune_export.ir.graph import Graph
 
+# The smallest denominator of the surrogate: where weight and threshold are both 0, 0 / 0 would be not a number.
 _TINY = float(np.finfo(np.float32).tiny)
-"""Least denominator of the surrogate: where weight and threshold are both 0 there is nothing to divide."""
 
 
 def used(g: Graph, name: str, features: Features) -> str:
@@ -28,7 +28,7 @@ def used(g: Graph, name: str, features: Features) -> str:
 
 
 def passed(g: Graph, name: str, gradient: str, features: Features) -> str:
-    """The gradient by a tensor, of that by what the forward pass read, where the data loss alone is concerned.
+    """The gradient of the data loss by a tensor, from its gradient by the value that the forward pass read.
 
     With a threshold, the step 1[|w| ≥ θ] is taken to rise by 2θ/(|w| + θ)² per unit of |w| where it is 1, and not at
     all where it is 0 (FIARSE, Wu et al., NeurIPS 2024), so that ∂L/∂w = g · 1[|w| ≥ θ] · (1 + 2θ|w|/(|w| + θ)²). A
@@ -36,11 +36,13 @@ def passed(g: Graph, name: str, gradient: str, features: Features) -> str:
     """
     if not features.threshold:
         return gradient
-    size = g.emit("Abs", name)
+    magnitude = g.emit("Abs", name)
     theta = step_contract.threshold(name)
-    whole = g.emit("Max", g.emit("Add", size, theta), g.scalar(_TINY))
+    denominator = g.emit("Max", g.emit("Add", magnitude, theta), g.scalar(_TINY))
     # Two quotients, since the square of the sum of two small numbers would be 0.
-    rise = g.emit("Mul", g.emit("Div", size, whole), g.emit("Div", g.emit("Mul", theta, g.scalar(2)), whole))
+    rise = g.emit(
+        "Mul", g.emit("Div", magnitude, denominator), g.emit("Div", g.emit("Mul", theta, g.scalar(2)), denominator)
+    )
     slope = g.emit("Add", rise, g.scalar(1))
     return g.emit("Where", _active(g, name), g.emit("Mul", gradient, slope), g.scalar(0))
 
@@ -49,19 +51,20 @@ def _active(g: Graph, name: str) -> str:
     return g.emit("GreaterOrEqual", g.emit("Abs", name), step_contract.threshold(name))
 
 
-_CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
+# torch.nn.utils.clip_grad_norm_ adds it to the norm.
+_CLIP_EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A tensor that is trained, and its symbolic shape."""
+    """A tensor that trains, and its symbolic shape."""
 
     name: str
     shape: Shape
 
 
 def add_inputs(g: Graph, tensors: Sequence[Trained], features: Features) -> None:
-    """Give the graph the inputs of the optimiser: its numbers, and what every tensor brings besides itself."""
+    """Give the graph the inputs of the optimiser: its numbers, and per tensor its state, anchor, mask and so on."""
     read = {name: n for name, n in step_contract.OPTIMIZER_NUMBERS.items() if n.is_read(features)}
     g.inputs += [port(name, (), n.dtype) for name, n in read.items()]
     arrays = [*step_contract.states(features.optimizer)]
@@ -86,8 +89,9 @@ def write_updates(g: Graph, tape: Tape, tensors: Sequence[Trained], features: Fe
         mask = step_contract.mask(name) if features.element_mask else ""
         target = step_contract.following(name)
         if mask:
-            kept = g.emit("Greater", mask, g.scalar(0))
-            g.emit("Where", kept, update(tensor, gradient, mask, None), name, out=target)
+            # Weight decay and momentum would move masked elements, too.
+            is_kept = g.emit("Greater", mask, g.scalar(0))
+            g.emit("Where", is_kept, update(tensor, gradient, mask, None), name, out=target)
         else:
             update(tensor, gradient, mask, target)
         arrays = [name, *(state(name) for state in step_contract.states(features.optimizer))]
@@ -95,9 +99,11 @@ def write_updates(g: Graph, tape: Tape, tensors: Sequence[Trained], features: Fe
 
 
 class _Scalars:
-    """Scalars as a tensor takes them: in its rank where its last dimension is 1, since onnxruntime multiplies an array
-    of shape [n, m, 1, 1] by a scalar of shape [] element by element, fifty times slower than by one of shape
-    [1, 1, 1, 1]."""
+    """Scalars in a shape that is fast to multiply a tensor by.
+
+    onnxruntime multiplies an array of shape [n, m, 1, 1] by a scalar of shape [] element by element, fifty times slower
+    than by one of shape [1, 1, 1, 1]: where a tensor's last dimension is 1, a scalar gets the tensor's rank.
+    """
 
     def __init__(self, g: Graph) -> None:
         self._g = g
@@ -113,17 +119,17 @@ class _Scalars:
 
 
 def _objective(g: Graph, tape: Tape, tensor: Trained, features: Features, fit: _Scalars) -> str:
-    """The gradient of the whole objective by a tensor; sums are of the data loss's alone."""
+    """The gradient of the objective by a tensor; gradients are summed over micro-batches before the proximal term."""
     name, shape = tensor.name, tensor.shape
     gradient = tape.gradient(name) or g.emit("ConstantOfShape", tape.shape_of(name))
     gradient = passed(g, name, gradient, features)
     if features.accumulate:
-        so_far = step_contract.following(step_contract.total(name))
-        gradient = g.emit("Add", step_contract.total(name), gradient, out=so_far)
-        g.add_output(so_far, shape)
+        running_total = step_contract.following(step_contract.total(name))
+        gradient = g.emit("Add", step_contract.total(name), gradient, out=running_total)
+        g.add_output(running_total, shape)
     if features.proximal:
-        moved = g.emit("Sub", name, step_contract.anchor(name))
-        pull = g.emit("Mul", moved, fit(step_contract.strength(name), tensor))
+        deviation = g.emit("Sub", name, step_contract.anchor(name))
+        pull = g.emit("Mul", deviation, fit(step_contract.strength(name), tensor))
         gradient = g.emit("Add", gradient, pull)
     if features.element_mask:
         gradient = g.emit("Mul", gradient, step_contract.mask(name))
@@ -141,9 +147,8 @@ def _clip_share(g: Graph, gradients: Sequence[str]) -> str:
     return g.emit("Min", share, g.scalar(1))
 
 
+# Takes a tensor, its gradient, its mask (or "") and a name; writes the next state, and the next tensor by this name.
 _Update = Callable[[Trained, str, str, "str | None"], str]
-"""Takes a tensor, its gradient and its mask (or nothing), writes its state and returns the tensor as it is then, by the
-name that is given."""
 
 
 def _sgd(g: Graph, fit: _Scalars) -> _Update:
@@ -154,9 +159,9 @@ def _sgd(g: Graph, fit: _Scalars) -> _Update:
         gradient = g.emit("Add", gradient, g.emit("Mul", name, fit(step_contract.WEIGHT_DECAY, tensor)))
         if mask:
             gradient = g.emit("Mul", gradient, mask)
-        old = g.emit("Mul", state, fit(step_contract.MOMENTUM, tensor))
-        moved = g.emit("Add", old, gradient, out=step_contract.following(state))
-        return g.emit("Sub", name, g.emit("Mul", moved, fit(step_contract.LR, tensor)), out=out)
+        decayed = g.emit("Mul", state, fit(step_contract.MOMENTUM, tensor))
+        momentum = g.emit("Add", decayed, gradient, out=step_contract.following(state))
+        return g.emit("Sub", name, g.emit("Mul", momentum, fit(step_contract.LR, tensor)), out=out)
 
     return update
 
@@ -168,6 +173,7 @@ def _adam(g: Graph, fit: _Scalars, *, decoupled: bool) -> _Update:
     w −= lr/(1 − β1^t) · m / (√v/√(1 − β2^t) + ε), with AdamW also lr · wd · w.
     """
 
+    # In float64 (type 11), since 1 − β^t of a β near 1 loses most of its digits in float32.
     number, one = g.emit("Cast", step_contract.STEP_NUMBER, attrs={"to": 11}), g.constant(1, np.float64)
     (keep1, take1), (keep2, take2) = (_shares(g, beta) for beta in (step_contract.BETA1, step_contract.BETA2))
     bias1, bias2 = (
@@ -183,14 +189,14 @@ def _adam(g: Graph, fit: _Scalars, *, decoupled: bool) -> _Update:
             gradient = g.emit("Add", gradient, g.emit("Mul", name, fit(step_contract.WEIGHT_DECAY, tensor)))
             gradient = g.emit("Mul", gradient, mask) if mask else gradient
         first, second = step_contract.buffer(name), step_contract.second(name)
-        fresh = g.emit("Mul", gradient, fit(take1, tensor))
-        mean = g.emit("Add", g.emit("Mul", first, fit(keep1, tensor)), fresh, out=step_contract.following(first))
-        fresh = g.emit("Mul", g.emit("Mul", gradient, gradient), fit(take2, tensor))
-        square = g.emit("Add", g.emit("Mul", second, fit(keep2, tensor)), fresh, out=step_contract.following(second))
-        spread = g.emit(
+        addend = g.emit("Mul", gradient, fit(take1, tensor))
+        mean = g.emit("Add", g.emit("Mul", first, fit(keep1, tensor)), addend, out=step_contract.following(first))
+        addend = g.emit("Mul", g.emit("Mul", gradient, gradient), fit(take2, tensor))
+        square = g.emit("Add", g.emit("Mul", second, fit(keep2, tensor)), addend, out=step_contract.following(second))
+        denominator = g.emit(
             "Add", g.emit("Div", g.emit("Sqrt", square), fit(root, tensor)), fit(step_contract.EPSILON, tensor)
         )
-        change = g.emit("Mul", g.emit("Div", mean, spread), fit(pace, tensor))
+        change = g.emit("Mul", g.emit("Div", mean, denominator), fit(pace, tensor))
         change = g.emit("Add", change, g.emit("Mul", name, fit(shrink, tensor))) if decoupled else change
         return g.emit("Sub", name, change, out=out)
 
@@ -204,10 +210,10 @@ def _lion(g: Graph, fit: _Scalars) -> _Update:
 
     def update(tensor: Trained, gradient: str, mask: str, out: str | None) -> str:
         name, state = tensor.name, step_contract.buffer(tensor.name)
-        meant = g.emit("Add", g.emit("Mul", state, fit(keep1, tensor)), g.emit("Mul", gradient, fit(take1, tensor)))
-        kept, fresh = g.emit("Mul", state, fit(keep2, tensor)), g.emit("Mul", gradient, fit(take2, tensor))
-        g.emit("Add", kept, fresh, out=step_contract.following(state))
-        change = g.emit("Add", g.emit("Sign", meant), g.emit("Mul", name, fit(step_contract.WEIGHT_DECAY, tensor)))
+        direction = g.emit("Add", g.emit("Mul", state, fit(keep1, tensor)), g.emit("Mul", gradient, fit(take1, tensor)))
+        decayed, addend = g.emit("Mul", state, fit(keep2, tensor)), g.emit("Mul", gradient, fit(take2, tensor))
+        g.emit("Add", decayed, addend, out=step_contract.following(state))
+        change = g.emit("Add", g.emit("Sign", direction), g.emit("Mul", name, fit(step_contract.WEIGHT_DECAY, tensor)))
         return g.emit("Sub", name, g.emit("Mul", change, fit(step_contract.LR, tensor)), out=out)
 
     return update

@@ -25,6 +25,7 @@ from fedprune_export.training.optimizers import Trained, add_inputs, used, write
 def training_step(model: Model, features: Features, unit: str = CPU) -> Graph:
     """The training step of a model for all its widths; derived once per model, features and unit. Raises `ModelError`
     or `ConfigError` as `training_graph`."""
+    # Differentiating takes far longer than a look-up, and the same graph serves all boards of a unit.
     key = features, unit
     if key not in model.training_graphs:
         model.training_graphs[key] = training_graph(model, features, unit)
@@ -37,8 +38,8 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     The batch and all channel dimensions are symbolic: one graph serves every width of the architecture.
 
     Args:
-        unit: Whose kernels it is written for: the processor's, or those of a GPU (`fedprune.planning.probe_report`).
-            Either runs on both, and computes the same up to rounding.
+        unit: The kernels to write it for: the processor's, or a GPU's (`fedprune.planning.probe_report`). Either graph
+            runs on both, and computes the same up to rounding.
 
     Raises:
         ModelError: An operator can't be differentiated, or its size would have to be fixed; the message names the node.
@@ -58,28 +59,29 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     if features.ordered_dropout or features.axes:
         graph.metadata[step_contract.AXES] = axes_json(architecture)
     scaled = scaled_outputs(model) if features.scale else ()
-    constant = {} if model.base is None else {n: model.graph.initializers[n] for n in model.base.axes}
-    tape = Tape(model, graph, {*frozen, *constant}, scaled=scaled)
+    base_constants = {} if model.base is None else {n: model.graph.initializers[n] for n in model.base.axes}
+    tape = Tape(model, graph, {*frozen, *base_constants}, scaled=scaled)
     if features.scale:
         graph.add_input(step_contract.OUTPUT_SCALE)
         tape.written[step_contract.OUTPUT_SCALE] = ()
     input_shape = sample_shape(model.graph)
     graph.add_input(step_contract.X, input_shape, model.graph.inputs[0].dtype)
     _check_logits(model, features)
-    own = _own_loss(model, features)
-    graph.inputs.append(_labels(model, features, own))
+    # The order of inputs is the order of these calls: x, y, tensors, then the optimiser's.
+    own_loss = _own_loss(model, features)
+    graph.inputs.append(_labels(model, features, own_loss))
     tape.enter(model.graph.inputs[0].name, step_contract.X, input_shape)
 
     trained: list[Trained] = []
     for spec in architecture.tensors:
         shape, value = tape.tensor_shape(spec), spec.name
         graph.add_input(spec.name, shape)
-        wanted = spec.kind.trainable and spec.name not in frozen
-        if wanted:
+        trains = spec.kind.trainable and spec.name not in frozen
+        if trains:
             trained.append(Trained(spec.name, shape))
             value = used(graph, spec.name, features)
-        tape.enter(spec.name, value, shape, wanted=wanted)
-    for name, numbers in constant.items():
+        tape.enter(spec.name, value, shape, wanted=trains)
+    for name, numbers in base_constants.items():
         graph.initializers[name] = numbers
         tape.enter(name, name, numbers.shape)
     add_inputs(graph, trained, features)
@@ -89,12 +91,13 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     logits = model.graph.outputs[0].name
     if not tape.wants(logits):
         raise ModelError("no trained tensor takes part in the output", got=", ".join(t.name for t in trained[:5]))
-    tape.add(logits, write_loss(graph, tape.value(logits), outputs, features, own))
+    tape.add(logits, write_loss(graph, tape.value(logits), outputs, features, own_loss))
     tape.backward()
     write_updates(graph, tape, trained, features)
-    made = {o.name for o in graph.outputs}
+    # Only a batch normalisation writes next values of statistics: others would be sent back as they came.
+    output_names = {o.name for o in graph.outputs}
     for spec in architecture.statistics:
-        if spec.name not in frozen and step_contract.following(spec.name) not in made:
+        if spec.name not in frozen and step_contract.following(spec.name) not in output_names:
             raise ModelError(f"statistic {spec.name} belongs to no batch normalisation")
     graph.rename({tape.value(logits): step_contract.LOGITS})
     labels = next(p for p in graph.inputs if p.name == step_contract.Y)
@@ -107,6 +110,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     graph.metadata |= {k: v for k, v in model.graph.metadata.items() if k == LENGTH}
     if features.ignore_label is not None:
         graph.metadata[step_contract.IGNORED] = str(features.ignore_label)
+    # After pruning, so that only tensors that some node reads get a dequantised copy.
     graph.prune()
     if model.base is not None:
         read_low(graph, model.base)
@@ -116,7 +120,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
 
 
 def _check_logits(model: Model, features: Features) -> None:
-    """Make sure that a loss of logits gets some. Raises `ModelError` if the model ends in probabilities."""
+    """Raise `ModelError` if the loss takes logits and the model ends in probabilities."""
     if not LOSSES[features.loss].reads_logits:
         return
     maker = maker_of_probabilities(model.graph, model.graph.outputs[0].name, model.architecture.by_name)
@@ -145,9 +149,9 @@ def _own_loss(model: Model, features: Features) -> Model | None:
     return model.loss
 
 
-def _labels(model: Model, features: Features, own: Model | None) -> Port:
+def _labels(model: Model, features: Features, own_loss: Model | None) -> Port:
     """The training graph's labels."""
-    if own is None:
+    if own_loss is None:
         return port(step_contract.Y, *target_shape(features, model.architecture.output_shape))
-    labels = own.graph.inputs[1]
+    labels = own_loss.graph.inputs[1]
     return port(step_contract.Y, (BATCH, *(d for d in labels.shape[1:] if isinstance(d, int))), labels.dtype)
