@@ -68,6 +68,7 @@ def export(
         ranked_by = scorer or "magnitude"
         ranking = ranks(score(ranked_by, model.architecture, model.tensors))
     selection = Selection.of(model.architecture, plan.widths, ranking)
+    # All checks come before anything is written: a bundle that computes something else never exists.
     step = training_step(model, recipe.features, plan.unit).to_bytes()
     files = bundle_files(model, selection, recipe, training=step, opset=opset)
     error = parity(model, selection, files)

@@ -137,7 +137,7 @@ def array(request: Request, shape: Shape | None, *, tokens: bool) -> Array:
 
 
 def batch(x: Array, shape: Shape, max_samples: int, *, tokens: bool) -> Array:
-    """One sample, or several [n, ...], as a batch of at most `max_samples` for a model; raises `DataError` if they don't fit.
+    """One sample, or several [n, ...], as a batch for a model; raises `DataError` if they don't fit, or are too many.
 
     Names and None in `shape` match any size.
     """

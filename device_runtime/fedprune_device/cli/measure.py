@@ -17,10 +17,10 @@ from fedprune_device.hardware.runtime_process import check_runtime
 
 def identify_board(arguments: argparse.Namespace) -> None:
 
-    board_facts = facts()
-    identification = identify(board_facts)
+    readings = facts()
+    identification = identify(readings)
     if arguments.json:
-        print(json.dumps({"board": asdict(board_facts), **identification.to_dict()}, sort_keys=True))
+        print(json.dumps({"board": asdict(readings), **identification.to_dict()}, sort_keys=True))
     else:
         print(identification.describe())
 

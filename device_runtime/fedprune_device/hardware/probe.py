@@ -64,13 +64,13 @@ def probe(
         conditions += ", on its GPU"
     latency = None
 
-    def measure_layers() -> LatencyTable:
+    def measure_table() -> LatencyTable:
         begin("layers", layer_seconds)
         measured = measure(threads, layer_seconds, cuda=unit == CUDA)
         return fitted(measured, typical_gpu_table() if unit == CUDA else typical_table(train))
 
     if layer_seconds:
-        latency = measure_layers() if memory_file is None else remembered_table(memory_file, conditions, measure_layers)
+        latency = measure_table() if memory_file is None else remembered_table(memory_file, conditions, measure_table)
     return ProbeReport(
         cores=len(os.sched_getaffinity(0)),
         memory_total=total,

@@ -52,18 +52,19 @@ def _image(arguments: argparse.Namespace) -> None:
 
     check_programs()
     kit = open_kit(arguments.kit, server_signer(arguments.signing_key, unsigned=arguments.unsigned))
-    wanted = _first_boot(arguments, kit.device)
+    setup = _first_boot(arguments, kit.device)
     scheme = Scheme(arguments.scheme) if arguments.scheme else None
     out = None if arguments.dry_run else arguments.out
-    packed = arguments.source.stat().st_size if is_there(arguments.source, file=True) else 0
-    secret = kit.claimed or wanted.wifi is not None
+    packed_bytes = arguments.source.stat().st_size if is_there(arguments.source, file=True) else 0
+    # A claim, or the key of a wireless network.
+    secret = kit.claimed or setup.wifi is not None
     with (
-        byte_progress(f"Unpacking {arguments.source.name}", packed) as advance,
+        byte_progress(f"Unpacking {arguments.source.name}", packed_bytes) as advance,
         image.opened_image(arguments.source, out, advance, private=secret) as file,
     ):
         contents = image.examine(file, scheme, str(arguments.source))
         image.check(contents, kit)
-        steps = image.customise(file, contents, kit, wanted, write=out is not None)
+        steps = image.customise(file, contents, kit, setup, write=out is not None)
     system = contents.system.title or "unknown system"
     print(f"{system}, {contents.scheme.value}, {contents.system.mount}; kit: {kit.target}")
     steps = [f"copy {arguments.source} to {arguments.out} ({contents.size / 1e6:.0f} MB)", *steps]

@@ -15,6 +15,7 @@ from fedprune.core.validation import matching
 _HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 _USER = re.compile(r"(?!(?:root|fedprune)$)[a-z_][a-z0-9_-]{0,30}")
 _COUNTRY = re.compile(r"[A-Z]{2}")
+# A key of WPA has 32 bytes, and a passphrase at most 63 characters: 64 hex digits can only be a key.
 _KEY = re.compile(r"[0-9A-Fa-f]{64}")
 _PHRASE = re.compile(r"[\x20-\x7e]{8,63}")
 _COMMENT = re.compile(r"[\x20-\x7e]{0,200}")
@@ -27,6 +28,7 @@ _KINDS = (
     "sk-ssh-ed25519@openssh.com",
     "sk-ecdsa-sha2-nistp256@openssh.com",
 )
+# They become words of one shell command at the first boot.
 _MAX_KEYS = 20
 
 

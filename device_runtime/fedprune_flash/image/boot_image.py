@@ -1,4 +1,4 @@
-"""An image of Raspberry Pi OS with a kit: examined, planned and written, without root or a mount."""
+"""Examine an image of Raspberry Pi OS, and write a kit into it, without root or a mount."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ from fedprune_flash.image.first_boot import CMDLINE, KIT_FOLDER, Scheme, first_b
 from fedprune_flash.image.partitions import Partitions, read_partitions
 from fedprune_flash.kit.kit import Kit
 
+# No card is larger: a stream that unpacks for ever must end.
 MAX_IMAGE = 2**40
+# Bytes that are unpacked at a time; a block of zeros becomes a hole in the file, and larger ones are rarely all zeros.
 _PIECE = 4 * 2**20
+# Where an ISO 9660 file system has its identifier, CD001.
 _ISO = 32_769
+# Magic numbers of packed images, and of files that users take for images.
 _SUFFIXES = {b"\xfd7zXZ\0": "xz", b"\x1f\x8b": "gzip"}
 _OTHERS = {
     b"PK\x03\x04": ("a ZIP file", "Unpack it first."),
@@ -41,15 +45,16 @@ _OTHERS = {
 
 
 def packing(source: Path) -> str:
-    """How an image is packed: `xz`, `gzip`, or empty. Raises `ImageError` if it isn't an image."""
+    """The packing of an image: `xz`, `gzip`, or empty. Raises `ImageError` if it isn't an image."""
     try:
         with source.open("rb") as file:
             head = file.read(_ISO + 5)
     except OSError as error:
         raise ImageError(f"can't read {source}: {error.strerror}", hint=remedy(error)) from error
-    for magic, (what, hint) in _OTHERS.items():
+    for magic, (kind_text, hint) in _OTHERS.items():
         if head.startswith(magic):
-            raise ImageError(f"{source}", expected="an image (.img, .img.xz, .img.gz)", got=what, hint=hint)
+            raise ImageError(f"{source}", expected="an image (.img, .img.xz, .img.gz)", got=kind_text, hint=hint)
+    # Hybrid ISO images have a master boot record, too.
     if head[_ISO:] == b"CD001" and head[510:512] != b"\x55\xaa":
         raise ImageError(f"{source}", expected="an image of a card", got="an ISO image of a CD")
     if head[_ISO:] == b"CD001":
@@ -60,14 +65,14 @@ def packing(source: Path) -> str:
 def unpack(source: Path, out: BinaryIO, advance: Advance = silent) -> int:
     """Copy an image, unpacked, into an empty file; runs of zeros take no space. Returns its size in bytes.
 
-    `advance` takes how many more bytes of the source were read. Raises `ImageError` if it isn't an image, or is damaged
-    or cut short.
+    `advance` is called with the bytes of the source that were read since the last call. Raises `ImageError` if it isn't
+    an image, or is damaged or cut short.
     """
     kind = packing(source)
-    size = read = 0
+    size = read_bytes = 0
     with source.open("rb") as raw:
-        opened = _opened(raw, kind)
-        while piece := _next(opened, source):
+        stream = _opened(raw, kind)
+        while piece := _next(stream, source):
             size += len(piece)
             if size > MAX_IMAGE:
                 raise ImageError(f"{source}", expected=f"at most {MAX_IMAGE} bytes", got="more")
@@ -76,8 +81,8 @@ def unpack(source: Path, out: BinaryIO, advance: Advance = silent) -> int:
                     out.seek(len(piece), os.SEEK_CUR)
                 else:
                     out.write(piece)
-            advance(raw.tell() - read)
-            read = raw.tell()
+            advance(raw.tell() - read_bytes)
+            read_bytes = raw.tell()
     with storage_errors(f"can't write {out.name}"):
         out.truncate(size)
         out.flush()
@@ -90,9 +95,9 @@ def _opened(raw: BinaryIO, kind: str) -> BinaryIO:
     return cast("BinaryIO", gzip.GzipFile(fileobj=raw)) if kind == "gzip" else raw
 
 
-def _next(opened: BinaryIO, source: Path) -> bytes:
+def _next(stream: BinaryIO, source: Path) -> bytes:
     try:
-        return opened.read(_PIECE)
+        return stream.read(_PIECE)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise ImageError(
             f"{source} is damaged or cut short ({reason(error)})", hint="Fetch the image again."
@@ -102,16 +107,20 @@ def _next(opened: BinaryIO, source: Path) -> bytes:
 
 
 _MOUNTS = ("/boot/firmware", "/boot")
-_MACHINES = {0xB7: "aarch64", 0x28: "armhf", 0x3E: "x86_64"}  # e_machine of ELF
+# e_machine of ELF.
+_MACHINES = {0xB7: "aarch64", 0x28: "armhf", 0x3E: "x86_64"}
+# For systems whose /usr/bin/python3 can't be read.
 _PYTHONS = {"debian 12": "3.11", "debian 13": "3.13", "ubuntu 22.04": "3.10", "ubuntu 24.04": "3.12"}
+# Keys in no template of cloud-init (https://github.com/RPi-Distro/pi-gen, stage2/04-cloud-init/files): a file that has
+# one was changed by the user.
 _TELLING = {
     "user-data": ("hostname", "users", "runcmd", "bootcmd", "write_files", "packages", "chpasswd", "rpi_userconf"),
     "network-config": ("wifis", "bridges", "bonds", "vlans", "addresses"),
     "meta-data": (),
 }
-"""Keys in no template of cloud-init (https://github.com/RPi-Distro/pi-gen, stage2/04-cloud-init/files)."""
 
-_MARGIN = 64  # clusters for folders, in addition to those of files
+# Clusters for folders, in addition to those of files.
+_MARGIN = 64
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ class ImageContents:
 
 @contextmanager
 def opened_image(source: Path, out: Path | None, advance: Advance = silent, *, private: bool = False) -> Iterator[Path]:
-    """An unpacked image: a new file that gets its name `out` at the end, or one for reading alone without `out`.
+    """Unpack an image: into a new file that gets its name `out` at the end, or without `out` into one for reading.
 
     A `private` file is readable to this user alone, from its first byte on.
     """
@@ -164,11 +173,11 @@ def examine(image: Path, scheme: Scheme | None = None, name: str = "the image") 
         fat = Fat(image, partitions.boot)
         roots = (Ext4(image, partition) for partition in partitions.roots)
         root = next((root for root in roots if root.exists("/")), None)
-        chosen = scheme or recognise(fat, lambda path: root is not None and root.exists(path))
+        chosen_scheme = scheme or recognise(fat, lambda path: root is not None and root.exists(path))
         if not fat.exists(CMDLINE):
             raise ImageError("the boot partition has no cmdline.txt", expected="that of a Raspberry Pi")
         cmdline = fat.read(CMDLINE).decode("utf-8", "replace").strip()
-        return ImageContents(partitions, _system(root), chosen, cmdline, size)
+        return ImageContents(partitions, _system(root), chosen_scheme, cmdline, size)
 
 
 def check(contents: ImageContents, kit: Kit) -> None:
@@ -183,16 +192,19 @@ def check(contents: ImageContents, kit: Kit) -> None:
             f"a kit for a Jetson in an image of {system.title or 'a Raspberry Pi'}",
             hint="Make the kit without --jetson; on a Jetson install from a stick or with Ansible.",
         )
-    for what, there, wanted, option in (
+    for subject, actual, expected, option in (
         ("Python", system.python, target.python, "python"),
         ("architecture", system.architecture, target.architecture, "architecture"),
     ):
-        if there and there != wanted:
-            hint = f"Make the kit with --{option} {there}."
-            if there == "armhf":
+        if actual and actual != expected:
+            hint = f"Make the kit with --{option} {actual}."
+            if actual == "armhf":
                 hint = "There is no onnxruntime for a 32-bit system: take the 64-bit image."
             raise KitError(
-                f"{what} of {system.title or 'the image'}", expected=f"{wanted}, as the kit's", got=there, hint=hint
+                f"{subject} of {system.title or 'the image'}",
+                expected=f"{expected}, as the kit's",
+                got=actual,
+                hint=hint,
             )
     if len(contents.partitions.roots) > 1 and contents.scheme is Scheme.FIRSTRUN:
         # https://docs.mender.io: firstrun.sh with run_success_action=reboot lets such an image reboot for ever.
@@ -202,14 +214,14 @@ def check(contents: ImageContents, kit: Kit) -> None:
         )
 
 
-def customise(image: Path, contents: ImageContents, kit: Kit, wanted: FirstBoot, *, write: bool = True) -> list[str]:
+def customise(image: Path, contents: ImageContents, kit: Kit, setup: FirstBoot, *, write: bool = True) -> list[str]:
     """Write a kit, and what starts it, to an image's boot partition, or only plan it; returns the steps.
 
     Raises `ImageError` if there is no room on the boot partition, or it has settings already.
     """
     fat = Fat(image, contents.partitions.boot)
     files = first_boot_files(
-        contents.scheme, wanted, contents.system.mount, contents.cmdline, unsigned=not kit.signed_by
+        contents.scheme, setup, contents.system.mount, contents.cmdline, unsigned=not kit.signed_by
     )
     if fat.exists(KIT_FOLDER):
         raise ImageError(f"there is a folder {KIT_FOLDER} on the boot partition", hint="Take an unchanged image.")
@@ -240,9 +252,10 @@ def customise(image: Path, contents: ImageContents, kit: Kit, wanted: FirstBoot,
 
 
 def _verify(image: Path, fat: Fat, kit: Kit, paths: Sequence[str], files: Mapping[str, bytes]) -> None:
-    """Read back what was written, from the disk."""
+    """Read the written files back, from the disk."""
     with image.open("rb") as file:
         os.fsync(file.fileno())
+        # The pages in memory are dropped, so that the reads below come from the disk.
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     contents = chain(files.items(), ((f"{KIT_FOLDER}/{path}", (kit.folder / path).read_bytes()) for path in paths))
     for name, content in contents:
@@ -253,13 +266,15 @@ def _verify(image: Path, fat: Fat, kit: Kit, paths: Sequence[str], files: Mappin
 def _check_template(name: str, content: bytes) -> None:
     """Raspberry Pi OS brings templates that are mostly comments; anything else is the user's own settings."""
     lines = [line.strip() for line in content.decode("utf-8", "replace").splitlines()]
-    own = [line for line in lines if line and not line.startswith("#")]
-    telling = _TELLING.get(name)
-    if telling is not None:
-        own = [line for line in own if line.partition(":")[0] in telling]
-    if own:
+    settings_lines = [line for line in lines if line and not line.startswith("#")]
+    user_keys = _TELLING.get(name)
+    if user_keys is not None:
+        settings_lines = [line for line in settings_lines if line.partition(":")[0] in user_keys]
+    if settings_lines:
         raise ImageError(
-            f"{name} on the boot partition has settings already", got=repr(own[0][:60]), hint="Take an unchanged image."
+            f"{name} on the boot partition has settings already",
+            got=repr(settings_lines[0][:60]),
+            hint="Take an unchanged image.",
         )
 
 
@@ -276,8 +291,8 @@ def _system(root: Ext4 | None) -> ImageSystem:
         if head[:4] == b"\x7fELF" and len(head) == 20:
             architecture = _MACHINES.get(struct.unpack_from("<H", head, 18)[0], "")
     table = [line.split() for line in _text(root, "/etc/fstab").splitlines() if not line.startswith("#")]
-    mounted = {row[1] for row in table if len(row) > 2 and row[2] in ("vfat", "msdos", "auto")}
-    mount = next((m for m in _MOUNTS if m in mounted), _MOUNTS[0])
+    mount_points = {row[1] for row in table if len(row) > 2 and row[2] in ("vfat", "msdos", "auto")}
+    mount = next((m for m in _MOUNTS if m in mount_points), _MOUNTS[0])
     return ImageSystem(title, python, architecture, mount)
 
 

@@ -1,4 +1,4 @@
-"""A few small files of an ext4 file system, by debugfs of e2fsprogs: what system is in an image.
+"""Read small files of an image's ext4 file system, by debugfs of e2fsprogs, to recognise its system.
 
 Nothing is ever written.
 """
@@ -11,12 +11,16 @@ from pathlib import Path
 from fedprune_flash.image.partitions import Partition
 from fedprune_flash.image.programs import run_program
 
+# Short targets are stored in the inode itself, and printed so.
 _LINK = re.compile(r'^Fast link dest: "([^"\n]*)"$', re.MULTILINE)
 _MAX_STATUS = 2**16
 
 
 class Ext4:
-    """The file system of a partition in an image; paths of constants alone, since debugfs has a quoting of its own."""
+    """The file system of a partition in an image.
+
+    Paths must be constants of the code, since debugfs has a quoting of its own.
+    """
 
     def __init__(self, image: Path, partition: Partition) -> None:
         self._image, self._start = image, partition.start
@@ -29,7 +33,7 @@ class Ext4:
         return self._ask(f"cat {path}", limit)
 
     def link_target(self, path: str) -> str:
-        """Where a symbolic link leads; empty if the path is none."""
+        """The target of a symbolic link; empty if the path is none."""
         target = _LINK.search(self._status(path))
         return "" if target is None else target[1]
 
@@ -37,7 +41,7 @@ class Ext4:
         return self._ask(f"stat {path}", _MAX_STATUS).decode("utf-8", "replace")
 
     def _ask(self, request: str, limit: int) -> bytes:
-        # By its number, because debugfs takes a question mark in a path for the beginning of options.
+        # By the number of an open file, because debugfs takes a question mark in a path for the beginning of options.
         with self._image.open("rb") as file:
             words = ["-R", request, f"/dev/fd/{file.fileno()}?offset={self._start}"]
             return run_program("debugfs", words, limit, environment={"DEBUGFS_PAGER": "cat"}, file=file.fileno()).output

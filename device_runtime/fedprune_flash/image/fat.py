@@ -15,8 +15,10 @@ from fedprune_flash.image.programs import ProgramOutput, run_program
 # A user's settings may name drives. Cards have no geometry, which mtools would check.
 _ENVIRONMENT = {"MTOOLSRC": os.devnull, "MTOOLS_SKIP_CHECK": "1", "LC_ALL": "C.UTF-8"}
 _FREE = re.compile(r"([0-9][0-9 ]*) bytes free")
-_HEAD = 64  # bytes of a boot sector that tell the clusters' size
-_MAX_LISTING = 2**24  # bytes; a FAT's root folder of 65,536 names takes a third of that
+# Bytes of a boot sector, up to the fields of the clusters' size.
+_HEAD = 64
+# Bytes of a listing: a FAT's root folder of 65,536 names takes a third of that.
+_MAX_LISTING = 2**24
 
 
 class Fat:
@@ -31,6 +33,7 @@ class Fat:
         with image.open("rb") as file:
             file.seek(partition.start)
             head = file.read(_HEAD)
+        # Bytes per sector (offset 11) times sectors per cluster (offset 13).
         self.cluster = int.from_bytes(head[11:13], "little") * head[13]
         listing = self._call("mdir", "::/")
         free = _FREE.search(listing.output.decode("utf-8", "replace"))
@@ -61,16 +64,16 @@ class Fat:
         self._run("mmd", f"::/{path}")
 
     def size_of(self, count: int) -> int:
-        """Bytes that a file of so many bytes takes."""
+        """The bytes that a file of `count` bytes takes on the disk: whole clusters."""
         return -(-count // self.cluster) * self.cluster
 
     def _run(self, program: str, *words: str, limit: int = _MAX_LISTING) -> bytes:
-        done = self._call(program, *words, limit=limit)
-        if done.is_cut:
+        result = self._call(program, *words, limit=limit)
+        if result.is_cut:
             raise ImageError(f"{self._name}: {words[-1]}", expected=f"at most {limit} bytes", got="more")
-        if done.status:
-            raise ImageError(f"{self._name}: {program}: {(done.error.strip() or 'no message').splitlines()[0][:200]}")
-        return done.output
+        if result.status:
+            raise ImageError(f"{self._name}: {program}: {(result.error.strip() or 'no message').splitlines()[0][:200]}")
+        return result.output
 
     def _call(self, program: str, *words: str, limit: int = _MAX_LISTING) -> ProgramOutput:
         return run_program(program, ["-i", self._drive, *words], limit, environment=_ENVIRONMENT)

@@ -1,7 +1,7 @@
 """The files on a boot partition that make an image into a board, for every scheme.
 
-All of them run `fedprune-install.sh`, which is next to the kit's folder and starts the kit's installer. A power cut may
-come at any moment of a first boot, so it is started at every boot until the kit is installed.
+All schemes run `fedprune-install.sh`, which is next to the kit's folder and starts the kit's installer. A power cut may
+come at any moment of a first boot, so that the script is started at every boot until the kit is installed.
 
 An image's scheme is recognised by the files on its boot partition:
 
@@ -32,14 +32,17 @@ from fedprune_flash.on_board.installation import FIRST_BOOT
 CMDLINE = "cmdline.txt"
 _ISSUE = "issue.txt"
 _CLOUD_INIT = ("user-data", "meta-data", "network-config")
+# How cmdline.txt starts the first boot of Raspberry Pi OS 12 and of earlier ones.
 _FIRST_INIT = ("init=/usr/lib/raspberrypi-sys-mods/firstboot", "init=/usr/lib/raspi-config/init_resize.sh")
+# The release of Raspberry Pi OS 13 before the first one with cloud-init: no other file shows its scheme.
 _BEFORE_CLOUD_INIT = "Raspberry Pi reference 2025-10-01"
 
 KIT_FOLDER = "fedprune"
 STARTER = "fedprune-install.sh"
+# Not `firstrun.sh`: the initramfs of Raspberry Pi OS 12 rewrites a file of that name, and cmdline.txt with it.
 SCRIPT = "fedprune-firstrun.sh"
-"""Not `firstrun.sh`, whose content and cmdline.txt the initramfs of Raspberry Pi OS 12 rewrites."""
 
+# The groups of the first user of Raspberry Pi OS.
 _GROUPS = "users,adm,dialout,audio,netdev,video,plugdev,games,input,gpio,spi,i2c,render,sudo"
 
 _STARTER = """\
@@ -76,9 +79,9 @@ Type=oneshot
 ExecStart=/bin/sh {mount}/{starter}
 """
 
-# cloud-init records that `runcmd` and `write_files` were done before it does them, once for a board. `bootcmd` runs
-# early at every boot, so the unit waits for the boot partition and for the end of cloud-init. The unit is in /run, and
-# so leaves nothing behind.
+# cloud-init records `runcmd` and `write_files` as done before it does them, once for a board: after a power cut they
+# would never run. `bootcmd` runs early at every boot, so that the unit waits for the boot partition and for the end of
+# cloud-init. The unit is in /run, where it vanishes with the next boot.
 _EVERY_BOOT = """\
 [ -e {installed} ] || [ -L {removed} ] && exit 0
 mkdir -p {folder}
@@ -150,7 +153,7 @@ for switch in /var/lib/systemd/rfkill/*:wlan; do echo 0 >"$switch"; done
 
 
 class Scheme(Enum):
-    """How an image takes settings at its first boot."""
+    """The mechanism by which an image takes settings at its first boot."""
 
     CLOUD_INIT = "cloud-init"
     FIRSTRUN = "firstrun"
@@ -179,7 +182,7 @@ def recognise(fat: Fat, in_root: Callable[[str], bool]) -> Scheme:
 
 
 def first_boot_files(
-    scheme: Scheme, wanted: FirstBoot, mount: str, cmdline: str, *, unsigned: bool = False
+    scheme: Scheme, setup: FirstBoot, mount: str, cmdline: str, *, unsigned: bool = False
 ) -> dict[str, bytes]:
     """Contents by name of all files to write next to the kit, including cmdline.txt where it changes.
 
@@ -188,14 +191,14 @@ def first_boot_files(
     files = {STARTER: _STARTER.format(options=" --unsigned" if unsigned else "")}
     words = cmdline.split()
     if scheme is Scheme.CLOUD_INIT:
-        files |= _cloud_init(wanted, mount)
+        files |= _cloud_init(setup, mount)
         identity = hashlib.sha256("".join(files.values()).encode()).hexdigest()[:16]
         files["meta-data"] = f"dsmode: local\ninstance-id: fedprune-{identity}\n"
         words = [w for w in words if not w.startswith("ds=")] + [f"ds=nocloud;i=fedprune-{identity}"]
     elif scheme is Scheme.PRESEED:
-        files["rpi-preseed.toml"] = _preseed(wanted, mount)
+        files["rpi-preseed.toml"] = _preseed(setup, mount)
     else:
-        files[SCRIPT] = _FIRSTRUN.format(parts=_parts(wanted))
+        files[SCRIPT] = _FIRSTRUN.format(parts=_parts(setup))
         words = [w for w in words if not w.startswith(("systemd.run", "systemd.unit="))]
         words += [f"systemd.run={mount}/{SCRIPT}", "systemd.run_success_action=reboot"]
         words.append("systemd.unit=kernel-command-line.target")
@@ -204,39 +207,39 @@ def first_boot_files(
     return {name: text.encode() for name, text in files.items()}
 
 
-def _cloud_init(wanted: FirstBoot, mount: str) -> dict[str, str]:
-    body: dict[str, object] = {"hostname": wanted.hostname, "manage_etc_hosts": True}
+def _cloud_init(setup: FirstBoot, mount: str) -> dict[str, str]:
+    body: dict[str, object] = {"hostname": setup.hostname, "manage_etc_hosts": True}
     commands: list[list[str]] = []
-    if wanted.user is not None:
+    if setup.user is not None:
         body["users"] = [
             {
-                "name": wanted.user,
+                "name": setup.user,
                 "groups": _GROUPS,
                 "shell": "/bin/bash",
                 "lock_passwd": True,  # nosec B105  # a switch, no password
                 "sudo": "ALL=(ALL) NOPASSWD:ALL",
-                "ssh_authorized_keys": list(wanted.ssh_keys),
+                "ssh_authorized_keys": list(setup.ssh_keys),
             }
         ]
         body["ssh_pwauth"] = False
         commands.insert(0, ["systemctl", "enable", "--now", "ssh"])
-    if wanted.wifi is not None:
+    if setup.wifi is not None:
         commands.insert(0, ["rfkill", "unblock", "wifi"])
     body["bootcmd"] = [["sh", "-c", _every_boot(mount)]]
     if commands:
         body["runcmd"] = commands
     files = {"user-data": "#cloud-config\n" + _yaml(body)}
-    if wanted.wifi is not None:
-        files["network-config"] = _yaml({"network": _netplan(wanted.wifi)})
+    if setup.wifi is not None:
+        files["network-config"] = _yaml({"network": _netplan(setup.wifi)})
     return files
 
 
 def _every_boot(mount: str) -> str:
     text = _UNIT.format(installed=_INSTALLED, mount=mount, starter=STARTER)
     unit = PurePosixPath(FIRST_BOOT)
-    removed = f"/etc/systemd/system/{unit.name}"
+    mask = f"/etc/systemd/system/{unit.name}"
     return _EVERY_BOOT.format(
-        installed=_INSTALLED, removed=removed, folder=unit.parent, unit=unit, name=unit.name, text=text
+        installed=_INSTALLED, removed=mask, folder=unit.parent, unit=unit, name=unit.name, text=text
     )
 
 
@@ -248,18 +251,18 @@ def _netplan(wifi: Wifi) -> dict[str, object]:
     return {"version": 2, "ethernets": {"eth0": {"dhcp4": True, "optional": True}}, "wifis": {"wlan0": wireless}}
 
 
-def _preseed(wanted: FirstBoot, mount: str) -> str:
-    tables: dict[str, dict[str, object]] = {"system": {"hostname": wanted.hostname}}
-    if wanted.user is not None:
-        tables["user"] = {"name": wanted.user, "passwordless_sudo": True}
-        tables["ssh"] = {"enabled": True, "password_authentication": False, "authorized_keys": list(wanted.ssh_keys)}  # nosec B105  # a switch, no password
-    if wanted.wifi is not None:
+def _preseed(setup: FirstBoot, mount: str) -> str:
+    tables: dict[str, dict[str, object]] = {"system": {"hostname": setup.hostname}}
+    if setup.user is not None:
+        tables["user"] = {"name": setup.user, "passwordless_sudo": True}
+        tables["ssh"] = {"enabled": True, "password_authentication": False, "authorized_keys": list(setup.ssh_keys)}  # nosec B105  # a switch, no password
+    if setup.wifi is not None:
         tables["wlan"] = {
-            "ssid": wanted.wifi.ssid,
-            "password": wanted.wifi.key,
+            "ssid": setup.wifi.ssid,
+            "password": setup.wifi.key,
             "password_encrypted": True,  # nosec B105  # a switch, no password
-            "hidden": wanted.wifi.hidden,
-            "country": wanted.wifi.country,
+            "hidden": setup.wifi.hidden,
+            "country": setup.wifi.country,
             "key_mgmt": "wpa-psk",
         }
     # The installer needs neither network nor time.
@@ -267,30 +270,31 @@ def _preseed(wanted: FirstBoot, mount: str) -> str:
     return 'config_version = "1.1"\n' + _toml(tables)
 
 
-def _parts(wanted: FirstBoot) -> str:
-    parts = _HOSTNAME.format(name=wanted.hostname)
-    if wanted.user is not None:
-        parts += _USER.format(name=wanted.user, keys=" ".join(shlex.quote(k) for k in wanted.ssh_keys))
-    if wanted.wifi is not None:
-        wifi, raw = wanted.wifi, wanted.wifi.ssid.encode()
-        parts += _WIFI.format(
-            numbers="".join(f"{byte};" for byte in raw),  # whatever characters it has
+def _parts(setup: FirstBoot) -> str:
+    script = _HOSTNAME.format(name=setup.hostname)
+    if setup.user is not None:
+        script += _USER.format(name=setup.user, keys=" ".join(shlex.quote(k) for k in setup.ssh_keys))
+    if setup.wifi is not None:
+        wifi, raw = setup.wifi, setup.wifi.ssid.encode()
+        script += _WIFI.format(
+            # As numbers, so that no character of the name can break out of the file.
+            numbers="".join(f"{byte};" for byte in raw),
             hex=raw.hex(),
             key=wifi.key,
             country=wifi.country,
             hidden=str(wifi.hidden).lower(),
             scan=int(wifi.hidden),
         )
-    return parts
+    return script
 
 
 def _yaml(value: Mapping[str, object]) -> str:
-    """YAML, of which JSON is a part unless it escapes characters beyond ASCII as pairs."""
+    """Write YAML: JSON is a part of it, unless characters beyond ASCII are escaped as surrogate pairs."""
     return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
 def _toml(tables: Mapping[str, Mapping[str, object]]) -> str:
-    """TOML, whose strings, booleans and lists of strings are JSON's, without escapes beyond ASCII."""
+    """Write TOML: its strings, booleans and lists of strings are those of JSON, without escapes beyond ASCII."""
     blocks = []
     for name, table in tables.items():
         rows = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in table.items())

@@ -1,4 +1,4 @@
-"""The partitions of an image: the four entries of a master boot record, and the bytes that each has.
+"""The partitions of an image, from the four entries of its master boot record.
 
 Layout: https://wiki.osdev.org/MBR_(x86). A Raspberry Pi boots from the first FAT partition; its root file system is an
 ext4 one.
@@ -12,10 +12,13 @@ from typing import BinaryIO
 
 from fedprune.core.errors import ImageError
 
+# The unit of the table's numbers.
 SECTOR = 512
 FAT_TYPES = frozenset({0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E})
 LINUX = 0x83
+# A disk with a GUID partition table has one entry of this type in its master boot record, which protects the rest.
 _GPT = 0xEE
+# Where the entries begin in the first sector.
 _ENTRIES = 446
 
 
@@ -38,8 +41,9 @@ class Partitions:
 
 
 def read_partitions(file: BinaryIO, size: int, name: str = "the image") -> Partitions:
-    """The partitions of an image of `size` bytes; raises `ImageError` if they are invalid or there is no boot
-    partition.
+    """Read the partitions of an image of `size` bytes.
+
+    Raises `ImageError` if they are invalid or there is no boot partition.
     """
     file.seek(0)
     head = file.read(2 * SECTOR)
@@ -49,7 +53,7 @@ def read_partitions(file: BinaryIO, size: int, name: str = "the image") -> Parti
             expected="a master boot record",
             hint="Give an image of Raspberry Pi OS (.img, .img.xz or .img.gz); download it again if it is one.",
         )
-    found = []
+    partitions = []
     for number in range(1, 5):
         entry = head[_ENTRIES + 16 * (number - 1) :][:16]
         kind = entry[4]
@@ -61,20 +65,20 @@ def read_partitions(file: BinaryIO, size: int, name: str = "the image") -> Parti
                 hint="That is an image for another kind of board. On a Jetson use a kit.",
             )
         if kind and sectors:
-            found.append(Partition(number, kind, start * SECTOR, sectors * SECTOR))
-    _check(found, size)
-    boot = next((p for p in found if p.kind in FAT_TYPES), None)
+            partitions.append(Partition(number, kind, start * SECTOR, sectors * SECTOR))
+    _check(partitions, size)
+    boot = next((p for p in partitions if p.kind in FAT_TYPES), None)
     if boot is None:
-        kinds = ", ".join(f"{p.kind:#04x}" for p in found) or "none"
+        kinds = ", ".join(f"{p.kind:#04x}" for p in partitions) or "none"
         raise ImageError(
             "the image has no boot partition", expected="a FAT partition", got=f"partitions of type {kinds}"
         )
-    return Partitions(boot, tuple(p for p in found if p.kind == LINUX))
+    return Partitions(boot, tuple(p for p in partitions if p.kind == LINUX))
 
 
-def _check(found: list[Partition], size: int) -> None:
+def _check(partitions: list[Partition], size: int) -> None:
     end = SECTOR
-    for partition in sorted(found, key=lambda p: p.start):
+    for partition in sorted(partitions, key=lambda p: p.start):
         if partition.start < end:
             raise ImageError(f"partition {partition.number} overlaps another one or the table")
         end = partition.start + partition.size

@@ -1,7 +1,6 @@
 """Programs that know the file systems of images, as a plain user and without a mount: mtools and debugfs.
 
-An image may be damaged, or made to harm: what such a program prints is read up to a limit, for so many
-seconds.
+An image may be damaged, or made to harm: the output of such a program is read up to a limit, for a limited time.
 """
 
 from __future__ import annotations
@@ -18,13 +17,15 @@ from typing import IO, cast
 from fedprune.core.errors import MissingExtraError
 
 _PACKAGES = {"mtools": ("mdir", "mcopy", "mtype", "mmd"), "e2fsprogs": ("debugfs",)}
-_MAX_ERROR = 2000  # bytes of a program's error output, of which a message shows a line
+# Bytes of a program's error output, of which a message shows a line.
+_MAX_ERROR = 2000
+# Listing or reading takes far less; a damaged file system can make a program loop.
 _MAX_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class ProgramOutput:
-    """What a program has printed. `is_cut`: it would have printed more, and was killed."""
+    """The output of a program. `is_cut`: it printed more than the limit, and was killed."""
 
     status: int
     output: bytes

@@ -1,6 +1,6 @@
 """A board's settings: server, site, name, data, and the authority that it trusts.
 
-They are stored on a memory card that anyone may read, so they contain no secret. A claim, which is good for one
+They are stored on a memory card that anyone may read, so that they contain no secret. A claim, which is good for one
 enrollment, is a file of its own, which the installer deletes.
 """
 
@@ -20,8 +20,10 @@ from fedprune.wire.topics import check_device, check_name
 from fedprune.wire.urls import BrokerUrl
 from fedprune_flash.kit.unit import HIDDEN
 
-SAMPLES = "/srv/fedprune/samples.npz"  # the default place of a board's samples
+# The default place of a board's samples.
+SAMPLES = "/srv/fedprune/samples.npz"
 
+# Bytes: room for some hundred certificates.
 MAX_AUTHORITIES = 256 * 1024
 
 _HOST = r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\])"
@@ -71,7 +73,7 @@ class BoardSettings:
 
 
 def checked_claim(text: str) -> str:
-    """A one-time claim as boards read it; raises `ConfigError` if the text is none, or is a private key."""
+    """Check and normalise a one-time claim; raises `ConfigError` if the text is none, or is a private key."""
     if _PRIVATE.search(text):
         raise ConfigError(
             "claim", expected="a one-time claim", got="a private key", hint="Keys are made on the board and stay there."
@@ -84,20 +86,20 @@ def checked_claim(text: str) -> str:
 
 
 def checked_authorities(raw: bytes) -> bytes:
-    """Certificates of authorities in PEM form, without anything else in the file; raises `ConfigError`."""
+    """Check certificates of authorities in PEM form, and leave out anything else in the file; else `ConfigError`."""
     if len(raw) > MAX_AUTHORITIES:
         raise ConfigError("certificate file", expected=f"at most {MAX_AUTHORITIES} bytes", got=len(raw))
     if _PRIVATE.search(raw.decode("ascii", "replace")):
         raise ConfigError("certificate file", expected="certificates alone", got="a private key among them")
     try:
-        found = x509.load_pem_x509_certificates(raw)
+        certificates = x509.load_pem_x509_certificates(raw)
     except ValueError as error:
         raise ConfigError("certificate file", expected="certificates in PEM form", got=shown(raw[:40])) from error
-    return b"".join(c.public_bytes(Encoding.PEM) for c in found)
+    return b"".join(c.public_bytes(Encoding.PEM) for c in certificates)
 
 
 def _check_server(name: str, value: object) -> None:
-    # What a URL may be and an environment file may not, such as a line break, is refused, too.
+    # The URL becomes a line of an environment file: characters such as a line break are refused, too.
     if not isinstance(value, str) or "@" in value or not _URL.fullmatch(value):
         raise ConfigError(
             name,
@@ -113,8 +115,8 @@ def _check_server(name: str, value: object) -> None:
 
 def _hidden(data: str) -> str:
     """The folder hidden from the service that contains this path; empty if it is visible."""
-    parts = tuple(part for part in data.split("/") if part not in ("", ".")) if data.startswith("/") else ()
-    return next((f for f in HIDDEN if parts[: f.count("/")] == tuple(f.split("/")[1:])), "")
+    path_parts = tuple(name for name in data.split("/") if name not in ("", ".")) if data.startswith("/") else ()
+    return next((f for f in HIDDEN if path_parts[: f.count("/")] == tuple(f.split("/")[1:])), "")
 
 
 def _is_path(text: str) -> bool:

@@ -2,7 +2,7 @@
 
 install.pyz       the installer, which needs nothing but Python
 kit.json          the kind of board, sha256 and size of every file, and the server's signature of all that
-device.env        the same as the service's environment
+device.env        the board's settings, as the service's environment
 fedprune.service  the systemd unit
 launcher.pyz      starts the runtime of a slot
 ca.pem            other authorities of the broker, if any
@@ -52,7 +52,8 @@ from fedprune_flash.on_board.kit_folder import (
 )
 from fedprune_flash.on_board.runtime_slot import ENTRY, NUMBER
 
-MAX_BYTES = 2**31  # the most bytes of a kit; a boot partition holds less
+# A boot partition holds less.
+MAX_BYTES = 2**31
 
 
 def server_signer(key: Path | None, *, unsigned: bool) -> SigningKey | None:
@@ -112,8 +113,8 @@ def build_kit(
     """Make a kit; the folder appears once it is complete. One with a claim is readable to this user alone.
 
     `wheel` is fedprune's own, built from the checkout by default; `links` are folders with wheels, instead of a
-    network. `tell` is called with what is done next. Raises `KitError` if the wheels are not available, or don't suit
-    the target.
+    network. `tell` is called with the name of each step. Raises `KitError` if the wheels are not available, or don't
+    suit the target.
     """
     if out.exists():
         raise UsageError(f"{out} is there already", hint="Name a folder that isn't, or remove it.")
@@ -124,37 +125,38 @@ def build_kit(
     with storage_errors(f"can't write {out}"):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-            new = Path(folder) / "kit"
-            wheels = new / WHEELS
-            new.mkdir(mode=0o777 if claim is None else 0o700)
+            kit_folder_path = Path(folder) / "kit"
+            wheels = kit_folder_path / WHEELS
+            kit_folder_path.mkdir(mode=0o777 if claim is None else 0o700)
             wheels.mkdir()
             if wheel is None:
                 tell("building fedprune's wheel")
-            own = wheelhouse.build_wheel(Path(folder)) if wheel is None else _given(wheel)
+            own_wheel = wheelhouse.build_wheel(Path(folder)) if wheel is None else _given(wheel)
             tell("fetching wheels")
-            wheelhouse.fetch(own, target, wheels, links)
-            if not (wheels / own.name).exists():
-                shutil.copyfile(own, wheels / own.name)
+            wheelhouse.fetch(own_wheel, target, wheels, links)
+            if not (wheels / own_wheel.name).exists():
+                shutil.copyfile(own_wheel, wheels / own_wheel.name)
             tell("checking wheels")
             wheelhouse.check(sorted(wheels.iterdir()), target)
-            (new / INSTALLER).write_bytes(installer_archive())
-            (new / LAUNCHER).write_bytes(launcher_archive())
+            (kit_folder_path / INSTALLER).write_bytes(installer_archive())
+            (kit_folder_path / LAUNCHER).write_bytes(launcher_archive())
             settings = {ENVIRONMENT: environment(board), SERVICE: unit(board, target)}
             for name, text in settings.items():
-                (new / name).write_text(text, encoding="utf-8")
+                (kit_folder_path / name).write_text(text, encoding="utf-8")
             if authorities is not None:
-                (new / AUTHORITY).write_bytes(checked_authorities(authorities))
+                (kit_folder_path / AUTHORITY).write_bytes(checked_authorities(authorities))
             if claim is not None:
-                (new / CLAIM).touch(mode=0o600)  # before anything is in it
-                (new / CLAIM).write_text(checked_claim(claim), encoding="ascii")
+                # The permissions first: the secret must not be readable to others for a moment.
+                (kit_folder_path / CLAIM).touch(mode=0o600)
+                (kit_folder_path / CLAIM).write_text(checked_claim(claim), encoding="ascii")
             contents = contents_digest(Wheel(path, path.name) for path in sorted(wheels.iterdir()))
-            paths = [p for p in new.rglob("*") if p.is_file()]
+            paths = [p for p in kit_folder_path.rglob("*") if p.is_file()]
             rows = [
-                {"path": str(p.relative_to(new)), "bytes": p.stat().st_size, "sha256": file_digest(p)}
+                {"path": str(p.relative_to(kit_folder_path)), "bytes": p.stat().st_size, "sha256": file_digest(p)}
                 for p in sorted(paths)
             ]
-            (new / MANIFEST).write_text(_manifest(rows, target, board, contents, signer), encoding="utf-8")
-            new.rename(out)
+            (kit_folder_path / MANIFEST).write_text(_manifest(rows, target, board, contents, signer), encoding="utf-8")
+            kit_folder_path.rename(out)
     return open_kit(out)
 
 
@@ -208,7 +210,7 @@ def _given(wheel: Path) -> Path:
 
 
 def unit(board: BoardSettings, target: Target) -> str:
-    """The systemd unit: the strict one, or that of a Jetson, whose agent may use the GPU."""
+    """The systemd unit: the strict one, or a Jetson's, whose agent may use the GPU."""
     command = ["run", "--patient", "--state", STATE, "--data", board.data]
     if board.authority:
         command += ["--ca", f"{SETTINGS}/{AUTHORITY}"]

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from fedprune.core.errors import ConfigError, shown
 from fedprune.core.validation import word
 
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")  # JetPack 6, Raspberry Pi OS 12, JetPack 7 and Raspberry Pi OS 13
+# Those of JetPack 6, Raspberry Pi OS 12, JetPack 7 and Raspberry Pi OS 13.
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 ARCHITECTURES = ("aarch64", "x86_64")
 
+# Packages of JetPack, built for its GPU and for each other, with their minimum versions.
 JETPACKS: Mapping[str, str] = {"numpy": "1.23", "onnxruntime": "1.18"}
-"""Packages of JetPack, built for its GPU and for each other, with their minimum versions."""
 
 # pip finds a wheel that is tagged for an older glibc under that tag only.
 _GLIBC = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
@@ -52,8 +53,8 @@ class Target:
 
     @property
     def version(self) -> tuple[int, int]:
-        found = _MINOR.fullmatch(self.python)
-        return 3, int(found[1]) if found else 0
+        match = _MINOR.fullmatch(self.python)
+        return 3, int(match[1]) if match else 0
 
     @property
     def platforms(self) -> tuple[str, ...]:

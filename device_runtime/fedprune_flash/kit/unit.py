@@ -1,5 +1,4 @@
-"""The systemd unit of a board's service: restarts, a watchdog, a sandbox, and limits that leave room for other
-services.
+"""The systemd unit of a board's service: restarts, watchdog, sandbox, and limits that leave room for other services.
 
 A CPU board gets a strict sandbox. On a Jetson CUDA needs the GPU's device files and generates code, so the unit allows
 these devices and memory that is both writable and executable.
@@ -15,8 +14,8 @@ from string import Template
 from fedprune.core.errors import ConfigError
 from fedprune.core.validation import matching
 
+# Folders that the service doesn't see, or sees empty (ProtectHome, PrivateTmp).
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # nosec B108  # names alone
-"""Folders that the service doesn't see, or sees empty (ProtectHome, PrivateTmp)."""
 
 _PATH = re.compile(r"(?!.*/\.\.(/|$))/[A-Za-z0-9_./@+-]{0,200}")
 _PLAIN = re.compile(r"[A-Za-z0-9_./:@=,+%$-]+")
@@ -40,7 +39,8 @@ def unit_text(arguments: Sequence[str] = ("run",), *, jetson: bool = False, cond
 
 
 def _quoted(word: str) -> str:
-    """A word of a command line in systemd's quoting."""
+    """A word of a command line in systemd's quoting (systemd.service(5), "Command lines")."""
+    # systemd expands both, also between quotes.
     escaped = word.replace("%", "%%").replace("$", "$$")
     if _PLAIN.fullmatch(escaped):
         return escaped

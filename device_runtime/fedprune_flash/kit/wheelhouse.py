@@ -1,7 +1,7 @@
 """A wheelhouse: all wheels that a board needs, fetched for its Python and processor instead of this machine's.
 
 pip downloads for another platform, but evaluates markers such as `python_version < "3.11"` for the Python that runs it.
-So the wheels are checked again here: each must run on the target, with all its requirements.
+Therefore the wheels are checked again here: each must run on the target, with all its requirements.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ from fedprune.core.imports import module_code
 from fedprune.releases.wheels import OWN, environment, parsed, supported, unmet
 from fedprune_flash.kit.target import Target
 
+# Packages that JetPack brings, built for its GPU and for each other: a wheel of the same name would shadow them.
 SHADOWS = ("numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python", "tensorrt", "torch")
-"""Packages that JetPack brings, built for its GPU and for each other: a wheel of the same name would shadow them."""
 
+# The lock file: the version and the sha256 of every wheel that a kit may download.
 LOCK = Path(__file__).with_name("board_wheels.txt")
-"""The lock file: the version and the sha256 of every wheel that a kit may download."""
 
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
+# Lines of pip's error output that a message quotes: the last ones name the reason.
 _LINES = 3
+# Downloads until no requirement is missing: each one may bring wheels with requirements of their own.
 _ROUNDS = 5
 
 
 def checkout() -> Path | None:
-    """The folder of fedprune's source code, if that is what runs; None if fedprune is installed."""
+    """The folder of the source code that runs; None if fedprune is installed from a wheel."""
     for folder in Path(__file__).resolve().parents:
         if (folder / "pyproject.toml").is_file() and (folder / "device_runtime" / "fedprune_flash").is_dir():
             return folder
@@ -56,56 +58,58 @@ def build_wheel(out: Path) -> Path:
 
 
 def own_wheel(folder: Path) -> Path:
-    found = sorted(p for p in folder.glob("*.whl") if parsed(p, KitError)[0] == OWN)
-    if len(found) != 1:
-        raise KitError(f"wheels of fedprune in {folder}", expected="one", got=len(found))
-    return found[0]
+    wheels = sorted(p for p in folder.glob("*.whl") if parsed(p, KitError)[0] == OWN)
+    if len(wheels) != 1:
+        raise KitError(f"wheels of fedprune in {folder}", expected="one", got=len(wheels))
+    return wheels[0]
 
 
 def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) -> None:
-    """Fetch what a board needs into a folder, except the packages of its own Python.
+    """Fetch the wheels that a board needs into a folder, except the packages of its own Python.
 
     From a network only files of the lock file are taken, so that kits are reproducible; `links` are folders with
     wheels, in place of a network. Raises `KitError`.
     """
-    platforms = [part for tag in target.platforms for part in ("--platform", tag)]
+    platforms = [word for tag in target.platforms for word in ("--platform", tag)]
     kind = ["--implementation", "cp", "--python-version", target.python, "--only-binary=:all:"]
-    wanted = [f"{wheel}[{target.extra}]"]
+    requirements = [f"{wheel}[{target.extra}]"]
     with tempfile.TemporaryDirectory() as folder:
         sources = ["--no-index", *(p for link in links for p in ("--find-links", str(link)))]
         if not links:
-            fixed = Path(folder) / LOCK.name
-            fixed.write_text("".join(f"{line}\n" for line in constraints(target)), encoding="utf-8")
-            sources = ["--constraint", str(fixed)]
+            constraints_file = Path(folder) / LOCK.name
+            constraints_file.write_text("".join(f"{line}\n" for line in constraints(target)), encoding="utf-8")
+            sources = ["--constraint", str(constraints_file)]
         for _ in range(_ROUNDS):
-            _pip("download", *sources, *platforms, *kind, "--dest", str(out), *wanted)
-            # pip leaves out what markers require on the target alone.
+            _pip("download", *sources, *platforms, *kind, "--dest", str(out), *requirements)
+            # pip leaves out requirements whose markers hold on the target alone.
             wheels = sorted(out.glob("*.whl"))
-            wanted = sorted({f"{r.name}{r.specifier}" for _, r, found in _unmet(wheels, target) if found is None})
-            if not wanted:
+            requirements = sorted(
+                {f"{r.name}{r.specifier}" for _, r, actual in _unmet(wheels, target) if actual is None}
+            )
+            if not requirements:
                 break
-    known = set(_HASH.findall(LOCK.read_text(encoding="ascii")))
+    locked_digests = set(_HASH.findall(LOCK.read_text(encoding="ascii")))
     for path in out.glob("*.whl"):
         name = parsed(path, KitError)[0]
         if name in target.system:
             path.unlink()
-        elif not links and name != OWN and (found := file_digest(path)) not in known:
+        elif not links and name != OWN and (actual := file_digest(path)) not in locked_digests:
             raise KitError(
-                f"{path.name} from the network", expected=f"a file of {LOCK.name}", got=f"sha256 {found}",
+                f"{path.name} from the network", expected=f"a file of {LOCK.name}", got=f"sha256 {actual}",
                 hint="The index may have been tampered with. Wheels of your own are given with --find-links.",
             )  # fmt: skip
 
 
 def constraints(target: Target) -> list[str]:
     """The versions of the lock file for a target."""
-    environment, found = _environment(target), []
+    environment, versions = _environment(target), []
     for line in LOCK.read_text(encoding="ascii").splitlines():
         if not line or line.startswith(("#", " ")):
             continue
-        wanted = Requirement(line.rstrip(" \\"))
-        if wanted.marker is None or wanted.marker.evaluate(environment):
-            found.append(f"{wanted.name}{wanted.specifier}")
-    return found
+        requirement = Requirement(line.rstrip(" \\"))
+        if requirement.marker is None or requirement.marker.evaluate(environment):
+            versions.append(f"{requirement.name}{requirement.specifier}")
+    return versions
 
 
 def check(wheels: Sequence[Path], target: Target) -> None:
@@ -130,10 +134,10 @@ def check(wheels: Sequence[Path], target: Target) -> None:
         versions[name] = version
     if OWN not in versions:
         raise KitError(f"{OWN} is missing", hint="Add its wheel to the folder of --find-links.")
-    for wheel, wanted, found in _unmet(wheels, target):
+    for wheel, requirement, version_found in _unmet(wheels, target):
         raise KitError(
-            f"{wheel.name} requires {wanted.name}{wanted.specifier} on {target}",
-            got="nothing" if found is None else found,
+            f"{wheel.name} requires {requirement.name}{requirement.specifier} on {target}",
+            got="nothing" if version_found is None else version_found,
             hint="Add the wheel to the folder of --find-links, or let pip fetch it.",
         )
 
@@ -149,18 +153,18 @@ def _environment(target: Target) -> dict[str, str]:
 
 def _pip(*arguments: str) -> None:
     command = [sys.executable, "-c", module_code("pip"), "--disable-pip-version-check", "--quiet", *arguments]
-    done = subprocess.run(  # noqa: S603  # nosec B603  # pip, with names that our own metadata says
+    result = subprocess.run(  # noqa: S603  # nosec B603  # pip, with names that our own metadata says
         command, capture_output=True, text=True, check=False, env={**os.environ, "PIP_NO_INPUT": "1"}, timeout=3600
     )
-    if done.returncode and os.strerror(errno.ENOSPC) in done.stderr:
+    if result.returncode and os.strerror(errno.ENOSPC) in result.stderr:
         raise StorageFullError(
             f"pip {arguments[0]} found no room: {os.strerror(errno.ENOSPC)}",
             hint=f"Free some space in the kit's folder and in {tempfile.gettempdir()}.",
         )
-    if done.returncode:
-        said = " ".join(done.stderr.strip().splitlines()[-_LINES:])
+    if result.returncode:
+        error_text = " ".join(result.stderr.strip().splitlines()[-_LINES:])
         raise KitError(
-            f"pip {arguments[0]} failed: {said[:600] or done.returncode}",
+            f"pip {arguments[0]} failed: {error_text[:600] or result.returncode}",
             hint="Downloading for another Python needs pip 24.1 or newer. Without a network, give a folder of "
             "wheels with --find-links.",
         )

@@ -22,15 +22,15 @@ def holds(path: Path, data: bytes, mode: int) -> bool:
 
 
 def blacken(path: Path) -> None:
-    """Overwrite a file and delete it. FAT writes in place, so no secret stays on a card.
+    """Overwrite a file and delete it. FAT writes in place, so that no secret stays on a card.
 
     After a power cut the file may still exist, filled with zeros.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
     try:
-        left = b"\0" * os.fstat(descriptor).st_size
-        while left:
-            left = left[os.write(descriptor, left) :]
+        zeros = b"\0" * os.fstat(descriptor).st_size
+        while zeros:
+            zeros = zeros[os.write(descriptor, zeros) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -48,11 +48,11 @@ def owned(paths: Iterable[Path], owner: Owner | None) -> bool:
 
 
 def give(paths: Iterable[Path], owner: Owner | None) -> None:
-    """Give these paths and all below them to an owner; links themselves, never their targets, and not what vanishes."""
+    """Give these paths and all below them to an owner. Links are given themselves, never their targets."""
     if owner is not None:
         for path in paths:
-            for name, folder, found in _tree(path):
-                if (found.st_uid, found.st_gid) != owner:
+            for name, folder, status in _tree(path):
+                if (status.st_uid, status.st_gid) != owner:
                     with suppress(FileNotFoundError):
                         os.chown(name, *owner, dir_fd=folder, follow_symlinks=False)
 

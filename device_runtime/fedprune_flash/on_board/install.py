@@ -57,8 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments, unknown = parser.parse_known_args(argv)
     os.umask(0o022)
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            # So that a service that was stopped is started again.
+        # nohup ignores SIGHUP: that stays.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            # As an exception, so that a service that was stopped is started again.
             signal.signal(number, signal.default_int_handler)
     try:
         if unknown:

@@ -1,4 +1,4 @@
-"""The installation of a kit, which does only what isn't done yet, and its removal."""
+"""The installation of a kit, which skips every step whose result is there already, and its removal."""
 
 from __future__ import annotations
 
@@ -25,21 +25,24 @@ HOME, SETTINGS, STATE = "/opt/fedprune", "/etc/fedprune", "/var/lib/fedprune"
 TEGRA = "/etc/nv_tegra_release"
 PYTHON = "/usr/bin/python3"  # the Python of the service
 
+# The unit that an image customised for cloud-init makes at every boot, until the kit is installed.
 FIRST_BOOT = "/run/systemd/system/fedprune-install.service"
-"""The unit that an image customised for cloud-init makes at every boot, until the kit is installed."""
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _CLAIM = re.compile(rb"FP1[A-Z0-9]{56}")
-_MOST_OF_CLAIM = 400  # bytes that are read of a claim, which may be in UTF-16
-_JOINED = f"{STATE}/identity/tls.key"  # the last file of an identity that a board writes as it joins
+# Bytes that are read of a claim: its text with dashes and blanks, also in UTF-16 as Windows writes it.
+_MOST_OF_CLAIM = 400
+# The last file of an identity that a board writes as it joins.
+_JOINED = f"{STATE}/identity/tls.key"
 _UNITS = "/etc/systemd/system"
 _WANTS = f"{_UNITS}/multi-user.target.wants"
-_NAME = re.compile(r"^FEDPRUNE_DEVICE=(.*)$", re.MULTILINE)  # the board's name in its environment
+# The board's name in its environment.
+_NAME = re.compile(r"^FEDPRUNE_DEVICE=(.*)$", re.MULTILINE)
 _VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
 
 
 class BoardSystem:
-    """The board that something is installed on or removed from.
+    """The board that a kit is installed on or removed from.
 
     A `root` other than / is a trial: no user is made, and systemctl is only called if it is in the root's usr/bin.
     """
@@ -69,7 +72,8 @@ class BoardSystem:
         """The server's key that this board knows: root's own file, else that of the identity with which it joined."""
         for path in (f"{HOME}/{KEY}", f"{STATE}/identity/{KEY}"):
             if os.path.lexists(self.at(path)):
-                return read_key(str(self.at(path)), os.O_NOFOLLOW | os.O_NONBLOCK)  # the second is not root's
+                # The second file is the service's: its user could put a link or a pipe there, which root must not open.
+                return read_key(str(self.at(path)), os.O_NOFOLLOW | os.O_NONBLOCK)
         return None
 
     def check_root(self) -> None:
@@ -78,51 +82,52 @@ class BoardSystem:
             raise UsageError("only root may do this", hint="Run it with sudo.")
 
 
-def read_key(given: str, flags: int = 0) -> bytes:
+def read_key(option: str, flags: int = 0) -> bytes:
     """A server's key from 64 hex digits, or from a file with them, opened with `flags`; else `KitError`."""
-    digits = given
+    digits = option
     try:
-        if not _HEX.fullmatch(given):
-            with os.fdopen(os.open(given, os.O_RDONLY | flags), "rb") as file:
+        if not _HEX.fullmatch(option):
+            with os.fdopen(os.open(option, os.O_RDONLY | flags), "rb") as file:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise KitError(f"the server's key {shown(given)}", expected="a plain file", got="something else")
+                    raise KitError(f"the server's key {shown(option)}", expected="a plain file", got="something else")
                 digits = file.read(200).decode("ascii", "replace").strip()
     except OSError as error:
-        raise KitError(f"can't read the server's key {given}: {error.strerror}") from error
+        raise KitError(f"can't read the server's key {option}: {error.strerror}") from error
     if not _HEX.fullmatch(digits):
-        raise KitError(f"the server's key {shown(given)}", expected="64 hex digits, or a file with them")
+        raise KitError(f"the server's key {shown(option)}", expected="64 hex digits, or a file with them")
     return bytes.fromhex(digits)
 
 
-def read_claim(given: str) -> bytes:
+def read_claim(option: str) -> bytes:
     """A claim from a file, or from standard input for -; else `JoinError`. The service verifies its check."""
     try:
-        with open(0 if given == "-" else given, "rb", closefd=given != "-") as file:
+        with open(0 if option == "-" else option, "rb", closefd=option != "-") as file:
             raw = file.read(_MOST_OF_CLAIM)
     except OSError as error:
-        raise JoinError(f"can't read the claim {given}: {error.strerror}") from error
+        raise JoinError(f"can't read the claim {option}: {error.strerror}") from error
     with suppress(UnicodeError):
         raw = decode_text(raw).encode()
     claim = raw.strip()
     if not _CLAIM.fullmatch(re.sub(rb"[\s-]", b"", claim).upper()):
         raise JoinError(
-            f"the claim {given}",
+            f"the claim {option}",
             expected="FP1- and 7 groups of 8 characters",
-            got=f"another text of {len(claim)} bytes",  # which may be a key
+            # Not the text itself, which may be a key.
+            got=f"another text of {len(claim)} bytes",
             hint="`fedprune-server claim` makes one.",
         )
     return claim
 
 
-def trusted_key(kit: KitFolder, place: BoardSystem, given: str | None, *, unsigned: bool) -> bytes | None:
+def trusted_key(kit: KitFolder, place: BoardSystem, option: str | None, *, unsigned: bool) -> bytes | None:
     """The key that this board trusts with a kit; None for a kit that may be installed unsigned.
 
     Raises `KitError` if the kit is not signed, or by another key than the one that the operator names or the board
     knows.
     """
-    known = place.server_key() if given is None else read_key(given)
-    if kit.signature or (known is not None and not unsigned):
-        return kit.authenticate(known)
+    known_key = place.server_key() if option is None else read_key(option)
+    if kit.signature or (known_key is not None and not unsigned):
+        return kit.authenticate(known_key)
     if not unsigned:
         raise KitError("the kit is not signed", hint="Make it with --signing-key, or install it with --unsigned.")
     if place.at(f"{HOME}/{KEY}").exists():
@@ -165,25 +170,25 @@ class Installation:
         if self.kit.claimed and self.claim is not None:
             raise UsageError("this kit has a claim of its own", hint="Leave --claim out.")
         self._check_name()
-        wanted, found = self.kit.manifest.get("python"), self._python()
-        if wanted != found:
+        required, actual = self.kit.manifest.get("python"), self._python()
+        if required != actual:
             raise KitError(
-                f"this kit is for Python {wanted}, this board has {found}", hint=f"Make one with --python {found}."
+                f"this kit is for Python {required}, this board has {actual}", hint=f"Make one with --python {actual}."
             )
-        wanted, found = self.kit.manifest.get("architecture"), platform.machine()
-        if wanted != found or sys.maxsize < 2**32:
+        required, actual = self.kit.manifest.get("architecture"), platform.machine()
+        if required != actual or sys.maxsize < 2**32:
             bits = "" if sys.maxsize > 2**32 else " with a 32-bit Python"
-            raise KitError(f"this kit is for {wanted}, this board is {found}{bits}", hint="Make another kit.")
+            raise KitError(f"this kit is for {required}, this board is {actual}{bits}", hint="Make another kit.")
         if self.kit.jetson != self.place.at(TEGRA).exists():
-            what = ("a Jetson", "no Jetson") if self.kit.jetson else ("a board that is no Jetson", "one")
+            kinds = ("a Jetson", "no Jetson") if self.kit.jetson else ("a board that is no Jetson", "one")
             raise KitError(
-                f"this kit is for {what[0]}, this board is {what[1]}",
+                f"this kit is for {kinds[0]}, this board is {kinds[1]}",
                 hint="On a Jetson JetPack's own packages must not be hidden: `fedprune-flash kit --jetson`.",
             )
         self.runtime.check()
 
     def _check_name(self) -> None:
-        """Keep one board's name from a board that has another: who installs many may have mixed up their addresses."""
+        """Raise `BoardError` if the board has another name: an operator of many may have mixed up their addresses."""
         if self.device is None:
             return
         check_device(self.device, "--device", error=UsageError)
@@ -201,7 +206,7 @@ class Installation:
         return call([PYTHON, "-c", _VERSION]).strip()
 
     def install(self) -> None:
-        """Do what isn't done yet, in an order in which a power cut leaves nothing half trusted."""
+        """Do all steps that aren't done yet, in an order in which a power cut leaves nothing half trusted."""
         place, runtime = self.place, self.runtime
         if runtime.newer:
             print("already: a release of the server's, which is newer than any kit's: it stays", flush=True)
@@ -218,12 +223,12 @@ class Installation:
             self._stop()
             runtime.fill()
         # A state folder on another disk may be a link, which is root's.
-        given = [*runtime.folders, self._state.resolve()]
-        if not self._state.is_dir() or not owned(given, place.owner):
+        service_paths = [*runtime.folders, self._state.resolve()]
+        if not self._state.is_dir() or not owned(service_paths, place.owner):
             self._say(f"give slots and {STATE} to {USER}")
             self._stop()
             self._state.mkdir(parents=True, exist_ok=True)
-            give(given, place.owner)
+            give(service_paths, place.owner)
         for name in (ENVIRONMENT, AUTHORITY):
             path = place.at(SETTINGS) / name
             if name in self.kit.names and not holds(path, self._setting(name), 0o644):
@@ -259,7 +264,7 @@ class Installation:
             self.place.control.tell("stop", SERVICE)
 
     def _setting(self, name: str) -> bytes:
-        """A file of settings: the kit's, in which a name that was given takes the place of the kit's."""
+        """The content of a file of settings: the kit's, with the board's name in place of the kit's."""
         content = self.kit.read(name)
         if name == ENVIRONMENT and self.device is not None:
             content = _NAME.sub(f"FEDPRUNE_DEVICE={self.device}", content.decode()).encode()
@@ -278,7 +283,8 @@ class Installation:
 
     def _enable(self) -> None:
         place = self.place
-        place.link.parent.mkdir(parents=True, exist_ok=True)  # and the unit's, in which it is
+        # The unit's folder is a parent of this one.
+        place.link.parent.mkdir(parents=True, exist_ok=True)
         write_file(place.unit, self.kit.read(SERVICE))
         place.link.unlink(missing_ok=True)
         place.link.symlink_to(f"{_UNITS}/{SERVICE}")
@@ -311,7 +317,8 @@ def remove(place: BoardSystem, *, purge: bool) -> None:
 def _remove_service(place: BoardSystem) -> None:
     if place.control.running:
         place.control.tell("stop", SERVICE)
-    if place.at(FIRST_BOOT).exists():  # what the boot partition brings would install it again at the next boot
+    # Else the boot partition's unit would install the kit again at the next boot.
+    if place.at(FIRST_BOOT).exists():
         mask = place.at(f"{_UNITS}/{Path(FIRST_BOOT).name}")
         mask.unlink(missing_ok=True)
         mask.symlink_to("/dev/null")

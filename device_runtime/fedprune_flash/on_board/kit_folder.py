@@ -14,19 +14,22 @@ from fedprune_device.launcher.ed25519 import verify
 from fedprune_device.launcher.slot_store import PURPOSE, digest, sync_folder
 from fedprune_flash.on_board.board_files import blacken
 
-SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*){0,3}")  # paths that a kit may have
+# Paths that a kit may have: neither absolute nor upwards, and no hidden files.
+SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*){0,3}")
 
 MANIFEST, CLAIM, WHEELS = "kit.json", "claim.txt", "wheelhouse"
+# The name of a claim that was handed over, while it is overwritten. No kit has a file of that name.
 SPENT = ".claim.txt.spent"
-"""The name of a claim that was handed over, while it is overwritten. No kit has a file of that name."""
 
 LAUNCHER, ENVIRONMENT, AUTHORITY = "launcher.pyz", "device.env", "ca.pem"
 SERVICE = "fedprune.service"
 
 VERSION = 4
 
+# A wheelhouse has some tens of files.
 _MOST_FILES = 500
-_MOST_READ = 2**22  # bytes of a file that is read whole: any but wheels
+# Bytes of a file that is read as a whole: any but wheels.
+_MOST_READ = 2**22
 
 
 class KitFolder:
@@ -45,8 +48,8 @@ class KitFolder:
         wheels = [row for row in rows if row[0].endswith(".whl")]
         self.names = {path for path, _ in rows}
         self.wheels = [folder / path for path, _ in wheels]
-        named = hashlib.sha256(json.dumps(wheels).encode()).hexdigest()
-        self.runtime = f"{self.manifest['fedprune']}+kit.{named[:12]}"
+        wheels_digest = hashlib.sha256(json.dumps(wheels).encode()).hexdigest()
+        self.runtime = f"{self.manifest['fedprune']}+kit.{wheels_digest[:12]}"
 
     @property
     def claimed(self) -> bool:
@@ -77,19 +80,19 @@ class KitFolder:
         """The key that the manifest names as its signer's; raises `ValueError` if it names none."""
         return bytes.fromhex(str(self.manifest.get("key", "")))
 
-    def authenticate(self, known: bytes | None) -> bytes:
+    def authenticate(self, known_key: bytes | None) -> bytes:
         """Check the manifest's signature before anything else is read; returns the key that made it. Raises `KitError`.
 
-        `known` is the server's key, as this board knows it; None trusts the kit's own.
+        `known_key` is the server's key, as this board knows it; None trusts the kit's own.
         """
         try:
             key, signature = self.key, bytes.fromhex(self.signature)
         except ValueError:
             key = signature = b""
-        if known is not None and key != known:
+        if known_key is not None and key != known_key:
             raise KitError(
                 "the kit is not signed by the server that this board knows",
-                expected=f"key {fingerprint(known or b'')}",
+                expected=f"key {fingerprint(known_key or b'')}",
                 got=f"key {fingerprint(key)}" if key else "no signature",
                 hint="Take a kit that this server signed. If its key has changed, name the new one with --key.",
             )
@@ -102,14 +105,14 @@ class KitFolder:
 
         Names that begin with a dot are ignored: operating systems leave them on sticks, and no kit has any.
         """
-        wanted = self.names | {MANIFEST} | ({CLAIM} if self.manifest.get("claim") is not None else set())
+        expected_names = self.names | {MANIFEST} | ({CLAIM} if self.manifest.get("claim") is not None else set())
         for path in sorted(self.folder.rglob("*")):
             name = str(path.relative_to(self.folder))
-            if any(part.startswith(".") for part in name.split("/")):
+            if any(step.startswith(".") for step in name.split("/")):
                 continue
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
                 raise KitError(f"{shown(name)} of the kit isn't a plain file", hint="Copy or make the kit again.")
-            if not path.is_dir() and name not in wanted:
+            if not path.is_dir() and name not in expected_names:
                 raise KitError(f"{shown(name)} is not part of the kit", hint="Remove it, or make the kit again.")
         rows = [*self.manifest["files"], *([self.manifest["claim"]] if self.claimed else [])]
         for row in rows:
@@ -138,7 +141,7 @@ class KitFolder:
 
 
 def signed_text(body: dict[str, Any]) -> str:
-    """The text of a kit's manifest that is signed: all of it but the signature."""
+    """The part of a kit's manifest that is signed: all of it but the signature."""
     return json.dumps({name: body[name] for name in body if name != "signature"}, indent=1, sort_keys=True) + "\n"
 
 
@@ -162,5 +165,5 @@ def _manifest(raw: bytes) -> dict[str, Any]:
             raise ValueError("imports")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise KitError("kit.json is not that of a kit for this installer", hint="Make the kit again.") from error
-    made: dict[str, Any] = body
-    return made
+    manifest: dict[str, Any] = body
+    return manifest

@@ -1,4 +1,4 @@
-"""The kit's runtime in a slot: installed as releases are, tested once, and only then started by the launcher."""
+"""The kit's runtime in a slot: installed like a release, and tested before the launcher may start it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from fedprune_flash.on_board.board_files import give
 from fedprune_flash.on_board.kit_folder import LAUNCHER, KitFolder
 
 ENTRY = "fedprune_start:device"
-NUMBER = 0  # the release number of every kit. Those of a server are higher, so that a kit never replaces one.
+# The release number of every kit. Those of a server are higher, so that a kit never replaces one.
+NUMBER = 0
 
-SPARE = 64 * 2**20  # bytes that stay free
+# Bytes that stay free.
+SPARE = 64 * 2**20
 
 _FOLDERS = ("state", "incoming", *SLOTS)
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,80}")
@@ -37,9 +39,9 @@ print("version", getattr(import_module(sys.argv[1]), "__version__", ""))
 class RuntimeSlot:
     """The runtime of a kit, and the folder that it is installed in.
 
-    `owner` is the service's user, as whom the kit's modules are tested; None for the installing user. The launcher is
-    to trust `key`, which signed the kit. None for an unsigned kit. `folders` belong to the service's
-    user, whose updates write there; the launcher stays root's.
+    `owner` is the service's user, as whom the kit's modules are tested; None for the installing user. `key` signed the
+    kit, and the launcher is to trust it; None for an unsigned kit. `folders` belong to the service's user, whose
+    updates write there; the launcher stays root's.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class RuntimeSlot:
 
     @property
     def filled(self) -> bool:
-        """Whether this kit's runtime is what starts, or a release of the server's, which is newer than any kit."""
+        """Whether this kit's runtime starts already, or a release of the server's, which is newer than any kit."""
         state = self._state()
         if state is None:
             return False
@@ -88,29 +90,31 @@ class RuntimeSlot:
         wheels = self._wheels()
         check_distinct(wheels)
         needed = SPARE + sum(wheel.size for wheel in wheels)
-        there = self.home.root
-        while not there.exists():
-            there = there.parent
-        free = shutil.disk_usage(there).free
+        existing = self.home.root
+        while not existing.exists():
+            existing = existing.parent
+        free = shutil.disk_usage(existing).free
         free += sum(p.lstat().st_blocks * 512 for p in (self.home.root / self._free_slot()).rglob("*"))
         if not self.filled and free < needed:
             raise StorageFullError(
-                f"no room in {there}", expected=f"{needed >> 20} MB", got=f"{free >> 20} MB", hint="Free some space."
+                f"no room in {existing}", expected=f"{needed >> 20} MB", got=f"{free >> 20} MB", hint="Free some space."
             )
 
     def fill(self) -> None:
-        """Install the wheels in the free slot, test them, and make that slot the one that starts.
+        """Install the wheels in the free slot, test them, and let the launcher start that slot.
 
         The server's key is written once the slot is whole, so that a board always has a slot that its key has signed.
         Raises `ReleaseError` if a wheel is damaged, `RuntimeUnavailableError` if the runtime doesn't load here.
         """
         home, state = self.home, self._state()
-        for path in home.folder.iterdir():  # the service's user may write here: root follows none of its links
+        # The service's user may write here: root must follow none of its links.
+        for path in home.folder.iterdir():
             if path.is_symlink() or path.name.endswith(".new"):
                 path.unlink()
         slot = self._free_slot()
         home.drop_record(slot)
-        give([home.root / slot], (os.geteuid(), os.getegid()))  # the service's user must not write there meanwhile
+        # The service's user must not write there meanwhile: checked files could be replaced.
+        give([home.root / slot], (os.geteuid(), os.getegid()))
         install_wheels(home, slot, self._wheels(), lambda files: self._tested(slot, files), self._key)
         if self._key is not None:
             write_file(home.root / KEY, self._key.hex().encode())
@@ -126,7 +130,7 @@ class RuntimeSlot:
         give([self.home.root / slot], self._owner)
         for module, oldest in kit.manifest["imports"].items():
             self._probe(self.home.root / slot, module, oldest)
-        # With the same wheels in it, the first release over the air is only what has changed.
+        # With the wheels recorded, the first release over the air transfers only those that have changed.
         wheels = {digest(path)[0]: tuple(sorted(Wheel(path, path.name).paths)) for path in kit.wheels}
         proof = kit.signed, kit.signature
         return SlotRecord(NUMBER, kit.runtime, ENTRY, files, None, *proof, wheels)
@@ -163,31 +167,31 @@ class RuntimeSlot:
         environment |= {"PYTHONPATH": str(slot), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONNOUSERSITE": "1"}
         user, group = self._owner or (None, None)
         try:
-            done = subprocess.run(  # noqa: S603  # nosec B603  # our own lines; the module's name is checked above
+            result = subprocess.run(  # noqa: S603  # nosec B603  # our own lines; the module's name is checked above
                 [self._python, "-c", _PROBE, module],
                 capture_output=True, text=True, check=False, env=environment, cwd="/", timeout=_PROBE_S,
                 user=user, group=group, extra_groups=None if user is None else [],
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise RuntimeUnavailableError(f"{module} doesn't load within {_PROBE_S:g} s") from error
-        own = "On a Jetson it is to come with JetPack; a kit brings none." if self._kit.jetson else "Make another kit."
-        if done.returncode == -signal.SIGILL:
+        hint = "On a Jetson it is to come with JetPack; a kit brings none." if self._kit.jetson else "Make another kit."
+        if result.returncode == -signal.SIGILL:
             raise RuntimeUnavailableError(
                 f"{module} uses instructions that this processor lacks", hint="Take another version of it."
             )
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise RuntimeUnavailableError(f"{module} can't be loaded: {said[:300]}", hint=own)
-        version = next((line[8:] for line in done.stdout.splitlines() if line.startswith("version ")), "")
+        if result.returncode:
+            error_text = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+            raise RuntimeUnavailableError(f"{module} can't be loaded: {error_text[:300]}", hint=hint)
+        version = next((line[8:] for line in result.stdout.splitlines() if line.startswith("version ")), "")
         if oldest and _numbers(version) < _numbers(oldest):
             raise RuntimeUnavailableError(
                 f"the board's own {module}",
                 expected=f"{oldest} or newer",
                 got=version or "an unknown version",
-                hint=own,
+                hint=hint,
             )
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    found = _VERSION.match(version)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
+    match = _VERSION.match(version)
+    return tuple(int(number) for number in match[0].split(".")) if match else ()

@@ -1,4 +1,4 @@
-"""The board's service: orders to systemd, and what it reports."""
+"""Control of the board's service: commands to systemd, and the service's state and errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from fedprune.core.errors import BoardError, DataError, StorageError, reason
 from fedprune_flash.on_board.kit_folder import SERVICE
 
+# Between two looks at a service that starts.
 _PAUSE_S = 0.5
+# systemctl stop waits for the agent, which saves its state before it ends.
 _CALL_S = 120.0
 
 
@@ -18,8 +20,8 @@ class ServiceControl:
     """systemd on this board. A `root` other than / is a trial: its usr/bin/systemctl is used, or nothing is started."""
 
     def __init__(self, root: Path) -> None:
-        own = root / "usr/bin/systemctl"
-        self._systemctl = "systemctl" if root == Path("/") else str(own) if own.exists() else ""
+        systemctl = root / "usr/bin/systemctl"
+        self._systemctl = "systemctl" if root == Path("/") else str(systemctl) if systemctl.exists() else ""
 
     @property
     def there(self) -> bool:
@@ -33,8 +35,8 @@ class ServiceControl:
         """The service's properties; empty without systemd."""
         if not self.there:
             return {}
-        asked = "--property=ActiveState,SubState,ConditionResult"
-        lines = call([self._systemctl, "show", asked, SERVICE], must=False).splitlines()
+        properties = "--property=ActiveState,SubState,ConditionResult"
+        lines = call([self._systemctl, "show", properties, SERVICE], must=False).splitlines()
         return {key: value for key, _, value in (line.partition("=") for line in lines)}
 
     @property
@@ -43,7 +45,7 @@ class ServiceControl:
 
     @property
     def running(self) -> bool:
-        """Whether a process of it may exist."""
+        """Whether a process of the service may exist."""
         return self.state().get("ActiveState") not in (None, "inactive", "failed")
 
     def wait(self, seconds: float, samples: str) -> None:
@@ -83,12 +85,14 @@ def call(command: list[str], *, must: bool = True) -> str:
     """Run a program and return its output; raises `StorageError`, with its last line, if it fails and `must` not."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     try:
-        done = subprocess.run(  # noqa: S603  # nosec B603  # systemctl, and the name of our unit
+        result = subprocess.run(  # noqa: S603  # nosec B603  # systemctl, and the name of our unit
             command, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=clean, timeout=_CALL_S
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise StorageError(f"can't run {command[0]}: {reason(error)}") from error
-    if must and done.returncode:
-        said = (done.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise StorageError(f"{Path(command[0]).name} failed: {said[:300]}")
-    return done.stdout.decode("utf-8", "replace")
+    if must and result.returncode:
+        error_text = (
+            result.stderr.decode("utf-8", "replace").strip().splitlines() or [f"exit status {result.returncode}"]
+        )[-1]
+        raise StorageError(f"{Path(command[0]).name} failed: {error_text[:300]}")
+    return result.stdout.decode("utf-8", "replace")

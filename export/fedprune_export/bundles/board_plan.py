@@ -1,4 +1,4 @@
-"""How wide a model can be on one board, and how the board then trains it."""
+"""The plan of a model for one board: its widths, and how the board trains it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.updates import DOWN, NO_CODECS, PLAIN, Codec
 from fedprune_export.pruning.model import Model
 
+# Per limit the setting that raises it in an export, and in the job that its bundle is for.
 _SETTINGS = {
     MEMORY: "--set accumulate={}",
     TIME: "--deadline {0}, a job's deadline_s = {0}",
     BYTES: "--bytes-per-round {0}, a job's byte_budget = {0}",
     ENERGY: "--joules-per-round {0}, a job's energy_budget = {0}",
 }
-"""Per limit what raises it in an export, and in the job that its bundle is for."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,7 +36,7 @@ class BoardPlan:
         profile: The board.
         recipe: How the board trains; its batch is in as many parts as the board's memory needs.
         samples: Training samples that the board is expected to hold.
-        probe: What the board measured of itself, if it did.
+        probe: The board's own measurements, if there are any.
         chosen: The widths, what they cost, and which limit binds.
         whole: What a round of the whole model would cost the board.
     """
@@ -55,12 +55,12 @@ class BoardPlan:
 
     @property
     def unit(self) -> str:
-        """What the board trains on, one of `UNITS`."""
+        """The unit that trains on the board, one of `UNITS`."""
         return trains_on(self.profile, self.probe)
 
     @property
     def density(self) -> float:
-        """The kept share of all channels that the widths are near to."""
+        """The kept share of all channels that the widths round to."""
         return self.chosen.density
 
     def __str__(self) -> str:
@@ -91,13 +91,13 @@ def plan(
         recipe: How the board trains; by default `Recipe()`.
         samples: Training samples that the board holds.
         density: Kept share of every channel group; by default as much as fits the board.
-        bytes_per_round: What a round may carry, down plus up.
+        bytes_per_round: Bytes that a round may transfer, down plus up.
         deadline_s: Seconds that a round may take, transfers included.
         joules_per_round: Energy that its training may take beyond what the idle board takes; where the profile doesn't
             have its power, the plan warns instead.
         compression: Codec of the weights that the board is sent and of its updates, such as `int8`; with `top-k` of the
             updates alone.
-        probe: What the board measured of itself; it beats the profile.
+        probe: The board's own measurements; they beat the profile's figures.
         profiles: Folders of own profiles, searched for a `target` given by name.
 
     Raises:
@@ -129,7 +129,7 @@ def plan(
     codec = Codec.parse(compression, "compression")
     codecs = NO_CODECS if codec is None else (str(codec), str(codec) if codec.name in DOWN else None)
     architecture = model.architecture
-    chosen = PlanSearch(
+    width_plan = PlanSearch(
         architecture,
         profile,
         recipe,
@@ -141,11 +141,12 @@ def plan(
         densities=DENSITIES if density is None else (density,),
         frozen=model.frozen,
         codecs=codecs,
+        # Memory that is predicted from a profile alone may be too low by so much (docs/planner.md).
         margin=TOO_LOW if probe is None else 0.0,
         names=_SETTINGS,
     ).plan()
-    recipe = recipe.in_parts(chosen.accumulate)
+    recipe = recipe.in_parts(width_plan.accumulate)
     uncut = predict(
         architecture, architecture.sizes, profile, recipe, samples, probe=probe, frozen=model.frozen, codecs=codecs
     )
-    return BoardPlan(profile, recipe, samples, probe, chosen, uncut)
+    return BoardPlan(profile, recipe, samples, probe, width_plan, uncut)

@@ -1,4 +1,4 @@
-"""Makes the files of a board's bundle; `fedprune.runtime.bundle_folder` writes them."""
+"""The files of a board's bundle, as bytes; `fedprune.runtime.bundle_folder` writes them."""
 
 from __future__ import annotations
 

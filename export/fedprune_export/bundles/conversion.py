@@ -78,7 +78,7 @@ def with_weights(model: Model, tensors: Mapping[str, Array], where: str, ranks: 
 
     Args:
         tensors: All its tensors by name; further ones, such as torch's counters, are left out.
-        ranks: Recorded in the model, instead of those that it has: these are of its own weights.
+        ranks: Ranks to record in the model; those that it has belong to its old weights.
     """
     for spec in model.architecture.tensors:
         value = tensors.get(spec.name)
@@ -105,19 +105,20 @@ def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None =
     Args:
         opset: The opset of the file; by default the graph's own, or one that every supported onnxruntime loads.
     """
+    # A graph at another opset is imported anew: importing translates its operators to the forms that can be lowered.
     written = graph
     if opset not in (None, graph.opset) and graph.opset != NORMAL_OPSET:
         written = import_onnx(graph.to_bytes(), name).graph
     proto = written.to_proto(opset=opset)
-    listed = {p.key: p.value for p in proto.metadata_props}
-    listed[PARAMETERS_KEY] = json.dumps(list(names))
-    onnx.helper.set_model_props(proto, listed)
+    properties = {p.key: p.value for p in proto.metadata_props}
+    properties[PARAMETERS_KEY] = json.dumps(list(names))
+    onnx.helper.set_model_props(proto, properties)
     raw: bytes = proto.SerializeToString(deterministic=True)
     return raw
 
 
-def placed(bundle: Bundle, into: Model, *, keep: bool = False) -> dict[str, Array]:
-    """The tensors of a bundle at their places in the whole model's.
+def placed(bundle: Bundle, model: Model, *, keep: bool = False) -> dict[str, Array]:
+    """Scatter the tensors of a bundle into those of the whole model.
 
     Raises `BundleError` if the bundle is not one of that model's.
 
@@ -125,10 +126,10 @@ def placed(bundle: Bundle, into: Model, *, keep: bool = False) -> dict[str, Arra
         keep: Whether the model's own weights stay in the channels that the bundle lacks. Otherwise these weights are 0,
             so that the channels add nothing; statistics stay in any case.
     """
-    check_origin(bundle, into)
-    statistics = {t.name for t in into.architecture.tensors if t.kind in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)}
-    onto = {n: v if keep or n in statistics else np.zeros_like(v) for n, v in into.tensors.items()}
-    return dict(bundle.selection.scatter(tensorfile.load(bundle.path(WEIGHTS)), onto))
+    check_origin(bundle, model)
+    statistics = {t.name for t in model.architecture.tensors if t.kind in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)}
+    targets = {n: v if keep or n in statistics else np.zeros_like(v) for n, v in model.tensors.items()}
+    return dict(bundle.selection.scatter(tensorfile.load(bundle.path(WEIGHTS)), targets))
 
 
 def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
@@ -136,23 +137,23 @@ def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
 
     Raises `ModelError` if it is damaged. `graph`: a graph of the model, which says what other names tensors have.
     """
-    out: dict[str, Array] = {}
-    others, names = tied(graph.metadata), original_names(graph.metadata)
+    state: dict[str, Array] = {}
+    aliases, names = tied(graph.metadata), original_names(graph.metadata)
     for name, value in tensors.items():
-        out |= dict.fromkeys((names.get(name, name), *others.get(name, ())), value)
+        state |= dict.fromkeys((names.get(name, name), *aliases.get(name, ())), value)
         norm = name.removesuffix("running_var")
         if norm != name and f"{norm}running_mean" in tensors:
-            out[norm + COUNTER] = np.zeros((), np.int64)
-    return out
+            state[norm + COUNTER] = np.zeros((), np.int64)
+    return state
 
 
 def agreement(error: float) -> str:
-    """How near a file's outputs are to those of its source, for people."""
+    """A text that says how close a file's outputs are to those of its source."""
     return f"its outputs equal the source's {f'to within {error:.1e}' if error else 'exactly'}"
 
 
 def onnx_parity(raw: bytes, graph: Graph) -> float:
-    """How far the outputs of an ONNX file are from a graph's, on random samples.
+    """The distance of an ONNX file's outputs from a graph's, on random samples.
 
     Raises `ModelError` if they are too far from it, or onnxruntime doesn't load the file.
     """
@@ -163,7 +164,7 @@ def onnx_parity(raw: bytes, graph: Graph) -> float:
 def state_parity(
     state: Mapping[str, Array], graph: Graph, reference: Graph, module: Any = None, hint: str = ""
 ) -> float:
-    """How far the outputs of a model with the tensors of a state dict are from a reference's, on random samples.
+    """The distance of the outputs of a model with a state dict's tensors from a reference's, on random samples.
 
     Raises `ModelError` if they are too far from it, or the module doesn't load the state dict.
 
@@ -172,25 +173,28 @@ def state_parity(
     """
     x = sample_feeds(reference, SAMPLES)[X]
     expected = outputs(reference.to_bytes(), x)
-    filled = graph.copy()
+    filled_graph = graph.copy()
     names = original_names(graph.metadata)
-    filled.initializers.update({n: state[names.get(n, n)] for n in graph.initializers if names.get(n, n) in state})
-    error = _checked(outputs(filled.to_bytes(), x), expected, "the model with this state dict", hint)
+    filled_graph.initializers.update(
+        {n: state[names.get(n, n)] for n in graph.initializers if names.get(n, n) in state}
+    )
+    error = _checked(outputs(filled_graph.to_bytes(), x), expected, "the model with this state dict", hint)
     if module is None:
         return error
-    found = _module_outputs(module, state, x, frozenset(metadata.unused(graph.metadata)))
-    return max(error, _checked(found, expected, "the torch module with it", hint))
+    module_outputs = _module_outputs(module, state, x, frozenset(metadata.unused(graph.metadata)))
+    return max(error, _checked(module_outputs, expected, "the torch module with it", hint))
 
 
 def outputs(model: bytes, x: Array) -> Array:
     return Session(model).run({X: x})[LOGITS]
 
 
-def _checked(found: Array, expected: Array, what: str, hint: str = "") -> float:
-    error = distance(found, expected) if found.shape == expected.shape else math.inf
+def _checked(actual: Array, expected: Array, subject: str, hint: str = "") -> float:
+    error = distance(actual, expected) if actual.shape == expected.shape else math.inf
+    # Negated, so that an error that is not a number is refused, too.
     if not error <= LIMIT:
         raise ModelError(
-            f"{what} computes something else than the model that it was made of",
+            f"{subject} computes something else than the model that it was made of",
             expected=f"outputs equal to {LIMIT:g}",
             got=f"a difference of {error:.2g}",
             hint=hint or "Please report this with the model.",
@@ -198,17 +202,18 @@ def _checked(found: Array, expected: Array, what: str, hint: str = "") -> float:
     return error
 
 
-def _module_outputs(module: Any, state: Mapping[str, Array], x: Array, spare: AbstractSet[str]) -> Array:
+def _module_outputs(module: Any, state: Mapping[str, Array], x: Array, unused: AbstractSet[str]) -> Array:
     """Outputs of a torch module with a state dict; buffers that the state dict lacks stay as they are."""
     torch = _torch()
     try:
+        # Not strict: buffers that don't count, such as a table of positions, may be missing; the check below is ours.
         missed, unknown = module.load_state_dict(
             {n: torch.from_numpy(np.array(v)) for n, v in state.items()}, strict=False
         )
     except RuntimeError as error:  # a tensor of another shape
         raise ModelError(f"the torch module doesn't load the state dict ({reason(error)})") from error
     parameters = {n for n, _ in module.named_parameters(remove_duplicate=False)}
-    lacking = sorted(n for n in missed if n in parameters - spare)
+    lacking = sorted(n for n in missed if n in parameters - unused)
     if lacking or unknown:
         raise ModelError(
             "the state dict is not the torch module's",
@@ -217,8 +222,8 @@ def _module_outputs(module: Any, state: Mapping[str, Array], x: Array, spare: Ab
         )
     module.eval()
     with torch.no_grad():
-        found: Array = module(torch.from_numpy(x)).numpy()
-    return found
+        results: Array = module(torch.from_numpy(x)).numpy()
+    return results
 
 
 def write_state_dict(path: Path, state: Mapping[str, Array]) -> int:

@@ -1,4 +1,4 @@
-"""Models as repositories of the Hugging Face hub: folders in its layout with a model card, up- and download."""
+"""Models as repositories of the Hugging Face hub: folders in its layout with a model card, upload and download."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ from fedprune_export.pruning.model import Model
 
 log = logging.getLogger("fedprune.export")
 
+# The names that the hub takes: owner and name of up to 96 characters.
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96}")
 _TAGS = ("federated-learning", "structured-pruning", "onnx")
 
+# Key of `config.json`: the digest of the card as it was written. Another digest means that the user edited the card,
+# which is then kept.
 _CARD_DIGEST = "card_sha256"
-"""Key of `config.json`: the digest of the card as it was written, which tells whether it was edited."""
 
 _USE = """## Loading it
 
@@ -84,10 +86,10 @@ class ModelCard:
         if task != "other":
             head["pipeline_tag"] = task
         if self.metrics:
-            measured = [{"type": name, "value": round(value, 6)} for name, value in self.metrics.items()]
+            metric_rows = [{"type": name, "value": round(value, 6)} for name, value in self.metrics.items()]
             name = self.data or "own data"
             data = {"type": re.sub(r"\W+", "-", name).strip("-").lower() or "data", "name": name}
-            result = {"task": {"type": task}, "dataset": data, "metrics": measured}
+            result = {"task": {"type": task}, "dataset": data, "metrics": metric_rows}
             head["model-index"] = [{"name": architecture.name, "results": [result]}]
         # JSON is YAML, too.
         lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
@@ -129,6 +131,7 @@ def save_pretrained(model: Model, folder: str | Path, *, card: ModelCard | None 
     onnx_parity(graph, model.graph)
     with storage_errors(f"can't make {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
+    # Asked before config.json is written, which holds the digest of the new card.
     text = card.to_markdown(model).encode()
     edited = _is_edited(folder)
     write_whole(folder / WEIGHTS, tensorfile.encode(state_dict(model.tensors, model.graph), {"format": "pt"}))

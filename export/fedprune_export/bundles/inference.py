@@ -1,7 +1,7 @@
 """Inference graphs with external weights: a board can replace the weights file without any ONNX library.
 
 The graph refers to ranges of `weights.safetensors`. The layout of that file depends only on the tensors' names and
-shapes, so new weights of the same widths fit the same graph.
+shapes, so that new weights of the same widths fit the same graph.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from fedprune_export.pruning.cut import at_widths
 from fedprune_export.pruning.frozen_base import read_low
 from fedprune_export.pruning.model import Model
 
-WEIGHTS_FILE = "weights.safetensors"  # the file of weights that an inference graph refers to
+# The file of weights that an inference graph refers to.
+WEIGHTS_FILE = "weights.safetensors"
 _MODEL_FILE = "model.onnx"
 
 
@@ -44,17 +45,20 @@ def inference_model(model: Model, widths: Sequence[int], *, opset: int | None = 
     offset = len(tensorfile.header([(b.name, b.code, b.shape) for b in model.architecture.base]))
     for array in model.architecture.base:
         offset = add_external(proto, array.name, array.dtype, array.shape, BASE, offset)
-        # What is an input, too, is only a default value, so no runtime folds it into float32 constants.
+        # An initialiser that is an input, too, is only a default value: no runtime folds it into float32 constants.
         kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
         proto.graph.input.append(onnx.helper.make_tensor_value_info(array.name, kind, array.shape))
     return with_weights(proto, model.architecture.shapes(widths))
 
 
 def write_model(folder: Path, model: Model, weights: bytes) -> None:
-    """Write a global model as `model.onnx` and the weights that it refers to. Raises `StorageFullError` if there is no
-    room, and `StorageError` if the disk fails."""
+    """Write a global model as `model.onnx` and the weights that it refers to.
+
+    Raises `StorageFullError` if there is no room, and `StorageError` if the disk fails.
+    """
     with storage_errors(f"can't make {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
+    # The graph last: it never refers to weights that aren't there.
     write_whole(folder / WEIGHTS_FILE, weights)
     if (frozen := model.base_file) is not None:
         write_whole(folder / BASE, frozen)
@@ -75,7 +79,7 @@ def add_external(
 ) -> int:
     """Add an initialiser that is stored in a file next to the model.
 
-    `offset`: where in it the tensor begins, in bytes. Returns where it ends.
+    `offset`: the byte of the file at which the tensor begins. Returns that at which it ends.
     """
     length = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     tensor = proto.graph.initializer.add()
@@ -110,13 +114,13 @@ def inference_graph(folder: Path) -> Graph:
         tensors |= tensorfile.load(folder / BASE)
     outside = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     inside = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
-    for wanted in outside:
-        found = tensors.get(wanted.name)
-        if found is None or found.shape != tuple(wanted.dims):
+    for initialiser in outside:
+        tensor = tensors.get(initialiser.name)
+        if tensor is None or tensor.shape != tuple(initialiser.dims):
             raise BundleError(
-                f"{path} and the weights don't belong together: {wanted.name}",
-                expected=tuple(wanted.dims),
-                got="nothing" if found is None else found.shape,
+                f"{path} and the weights don't belong together: {initialiser.name}",
+                expected=tuple(initialiser.dims),
+                got="nothing" if tensor is None else tensor.shape,
             )
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(inside)

@@ -26,24 +26,26 @@ from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import sample_feeds
 from fedprune_export.pruning.model import Model
 
+# The largest difference of the two graphs' losses, relative to 1 + loss: boards apply the same limit before a model
+# serves.
 LOSS_LIMIT = 1e-3
-"""How far the two graphs' losses may differ, relative to 1 + loss: the limit that boards apply before a model serves.
-"""
 
+# A single sample, an odd number, and all: a graph with a frozen batch fails at one of them.
 _BATCHES = (1, 3, STEP_SAMPLES)
-_RATES = (TRIAL_RATE, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)  # learning rates that are tried in turn: some losses are steep
+# Learning rates that are tried in turn: some losses are steep.
+_RATES = (TRIAL_RATE, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check of a bundle that was passed."""
+    """A check that a bundle has passed, and its finding."""
 
     name: str
     found: str
 
 
 def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
-    """Check a bundle, one thing after the other.
+    """Check a bundle; yields each check once it is passed.
 
     Args:
         model: The whole model that it was cut from, to compare with.
@@ -94,7 +96,7 @@ class _Trial:
         return random_labels(self.bundle.recipe, STEP_SAMPLES, self.outputs[0], self.training.inputs[step.Y])
 
     def feeds(self, tensors: dict[str, Array] | None = None, rate: float | None = None) -> dict[str, Array]:
-        out = step_feeds(
+        feeds = step_feeds(
             self.training.inputs,
             self.bundle.recipe,
             {**(self.tensors if tensors is None else tensors), **self.bundle.frozen()},
@@ -102,81 +104,82 @@ class _Trial:
             self.y,
             self.outputs[0],
         )
-        return out if rate is None else {**out, step.LR: np.array(rate, np.float32)}
+        return feeds if rate is None else {**feeds, step.LR: np.array(rate, np.float32)}
 
     @cached_property
     def loss(self) -> float:
         return float(self.training.run(self.feeds(), [step.LOSS])[step.LOSS])
 
     def check_weights(self) -> str:
-        """All numbers are finite; names and shapes are those of the selection, or the bundle wouldn't have opened."""
+        """Check that all numbers are finite; names and shapes were checked when the bundle was opened."""
         for name, value in self.tensors.items():
             if not np.isfinite(value).all():
                 raise BundleError(f"{WEIGHTS}: tensor {name} has numbers that are not finite")
         return f"{quantity(len(self.tensors), 'tensor')}, {sum(v.size for v in self.tensors.values()):,} finite numbers"
 
     def check_inference(self) -> str:
-        """Logits of several batch sizes have the right shape, and are those of each sample alone."""
+        """Check that logits have the right shape at several batch sizes, and that each depends on its sample alone."""
         shape = self.bundle.architecture.input_shape
         if tuple(self.graph.inputs[0].shape[1:]) != shape:
             raise BundleError(f"{INFERENCE}: its input", expected=shape, got=self.graph.inputs[0].shape[1:])
         session = Session(self.bundle.path(INFERENCE))
-        whole = session.run({step.X: self.x})[step.LOGITS]
+        all_logits = session.run({step.X: self.x})[step.LOGITS]
         for batch in _BATCHES:
             logits = session.run({step.X: self.x[:batch]})[step.LOGITS]
             if logits.shape != (batch, *self.outputs):
                 raise ModelError(f"{INFERENCE}: logits", expected=(batch, *self.outputs), got=logits.shape)
             if not np.isfinite(logits).all():
                 raise ModelError(f"{INFERENCE}: logits of {batch} random samples are not finite")
-            if not distance(logits, whole[:batch]) <= LIMIT:
+            if not distance(logits, all_logits[:batch]) <= LIMIT:
                 raise ModelError(f"{INFERENCE}: the logits of a sample depend on the others of its batch")
         return f"logits {shape_text('n', *self.outputs)} of {', '.join(map(str, _BATCHES))} random samples are finite"
 
     def check_step(self) -> str:
-        """A step gives a finite loss, moves weights, and keeps all shapes."""
+        """Check that a step gives a finite loss, moves weights, and keeps all shapes."""
         # With the recipe's own rate of 0 nothing would move: try the step with another.
-        out = self.training.run(self.feeds(rate=None if self.bundle.recipe.lr else TRIAL_RATE))
-        moved = moved_tensors(out, self.bundle.architecture, self.tensors)
-        still = [n for n in self.tensors if step.following(n) not in out]
-        return f"loss {float(out[step.LOSS]):.4g}; a step moves {quantity(moved, 'tensor')}" + (
-            f" and leaves {len(still)} frozen" if still else ""
+        outputs = self.training.run(self.feeds(rate=None if self.bundle.recipe.lr else TRIAL_RATE))
+        moved_count = moved_tensors(outputs, self.bundle.architecture, self.tensors)
+        frozen = [n for n in self.tensors if step.following(n) not in outputs]
+        return f"loss {float(outputs[step.LOSS]):.4g}; a step moves {quantity(moved_count, 'tensor')}" + (
+            f" and leaves {len(frozen)} frozen" if frozen else ""
         )
 
     def check_descent(self) -> str:
-        """A small step lowers the loss of the batch that it is taken for."""
+        """Check that a small step lowers the loss of its own batch."""
         for rate in _RATES:
-            out = self.training.run(self.feeds(rate=rate))
-            after = {n: out.get(step.following(n), v) for n, v in self.tensors.items()}
-            later = float(self.training.run(self.feeds(after), [step.LOSS])[step.LOSS])
-            if later < self.loss:
-                return f"a step at learning rate {rate:g} lowers the loss to {later:.4g}"
+            outputs = self.training.run(self.feeds(rate=rate))
+            next_tensors = {n: outputs.get(step.following(n), v) for n, v in self.tensors.items()}
+            next_loss = float(self.training.run(self.feeds(next_tensors), [step.LOSS])[step.LOSS])
+            if next_loss < self.loss:
+                return f"a step at learning rate {rate:g} lowers the loss to {next_loss:.4g}"
         raise TrainingError(f"{TRAINING}: no step, however small, lowers the loss of its own batch", got=self.loss)
 
     def check_agreement(self) -> str:
-        """Both graphs compute the same loss if batch norms use the batch's statistics in both."""
+        """Check that both graphs compute the same loss if batch norms use the batch's statistics in both."""
         graph = self.graph
         norms = [
             n
             for n in graph.nodes
             if n.op == "BatchNormalization" and step.following(n.inputs[3]) in self.training.outputs
         ]
+        # Before opset 14 BatchNormalization in training mode had other outputs.
         if norms and graph.opset < 14:
             return f"not compared: batch norms have no training mode at opset {graph.opset}"
-        trained = graph.copy()
-        for node in trained.nodes:
+        training_graph = graph.copy()
+        for node in training_graph.nodes:
             if node.op == "BatchNormalization" and step.following(node.inputs[3]) in self.training.outputs:
                 node.attrs["training_mode"] = 1
-                node.outputs += [trained.fresh("mean"), trained.fresh("var")]
-        logits = Session(trained.to_bytes(), training=True).run({step.X: self.x})[step.LOGITS]
-        mine = self._loss_of(logits)
-        if not abs(mine - self.loss) <= LOSS_LIMIT * (1 + abs(self.loss)):
+                node.outputs += [training_graph.fresh("mean"), training_graph.fresh("var")]
+        logits = Session(training_graph.to_bytes(), training=True).run({step.X: self.x})[step.LOGITS]
+        inference_loss = self._loss_of(logits)
+        if not abs(inference_loss - self.loss) <= LOSS_LIMIT * (1 + abs(self.loss)):
             raise ModelError(
                 "inference and training graph contradict each other",
                 expected=f"a loss of {self.loss:.6g}",
-                got=f"{mine:.6g} of the inference graph's logits",
+                got=f"{inference_loss:.6g} of the inference graph's logits",
                 hint="Export the bundle again.",
             )
-        return f"the inference graph's logits give the same loss to {abs(mine - self.loss):.1e}"
+        return f"the inference graph's logits give the same loss to {abs(inference_loss - self.loss):.1e}"
 
     def _loss_of(self, logits: Array) -> float:
         """The loss of these outputs: computed with numpy, or by the training graph's own loss if that is a graph."""
@@ -188,21 +191,29 @@ class _Trial:
         return float(objective.run({**feeds, step.LOGITS: logits})[step.LOSS])
 
     def check_precision(self, precision: str) -> str:
-        """The lower-precision weights are what the bundle's conversion graph makes of the float32 weights; its
-        predictions are finite.
+        """Check that lower-precision weights are those that the bundle's prepare graph makes of the float32 weights.
+
+        Predictions with them must be finite.
         """
         bundle = self.bundle
-        held = tensorfile.load(bundle.path(weights_file(precision)))
-        made = tensorfile.decode(lowered_weights(bundle.folder, precision, self.tensors))
-        for name in (*made, *held):
-            mine, theirs = made.get(name), held.get(name)
-            if mine is None or theirs is None or mine.dtype != theirs.dtype or mine.shape != theirs.shape:
+        stored = tensorfile.load(bundle.path(weights_file(precision)))
+        prepared = tensorfile.decode(lowered_weights(bundle.folder, precision, self.tensors))
+        for name in (*prepared, *stored):
+            prepared_value, stored_value = prepared.get(name), stored.get(name)
+            if (
+                prepared_value is None
+                or stored_value is None
+                or prepared_value.dtype != stored_value.dtype
+                or prepared_value.shape != stored_value.shape
+            ):
                 raise BundleError(
                     f"{weights_file(precision)}: tensor {name} is not what {prepare_file(precision)} makes"
                 )
             # Another processor may round a number to its neighbour.
-            one = 1.0 if mine.dtype.kind in "iu" else 0.0
-            if not np.allclose(mine.astype(np.float64), theirs.astype(np.float64), rtol=1e-3, atol=one + 1e-6):
+            rounding_step = 1.0 if prepared_value.dtype.kind in "iu" else 0.0
+            if not np.allclose(
+                prepared_value.astype(np.float64), stored_value.astype(np.float64), rtol=1e-3, atol=rounding_step + 1e-6
+            ):
                 raise BundleError(
                     f"{weights_file(precision)}: tensor {name} was not made from these weights",
                     hint="Export the bundle again.",
@@ -212,24 +223,24 @@ class _Trial:
         if logits.shape != shape or not np.isfinite(logits).all():
             raise ModelError(f"{graph_file(precision)}: logits of random samples are not finite numbers {shape}")
         # How far they are off says nothing: ranges were measured on samples of another kind.
-        return f"{len(held)} tensors are those of the weights; logits of random samples are finite"
+        return f"{len(stored)} tensors are those of the weights; logits of random samples are finite"
 
 
 def check_model(bundle: Bundle, model: Model) -> str:
-    """A bundle's outputs are those of the whole model with the lost channels masked.
+    """Check that a bundle's outputs are those of the whole model with the lost channels masked.
 
     Raises:
         BundleError: The bundle is of another architecture, or its weights are not the model's.
         ModelError: It computes something else.
     """
     check_origin(bundle, model)
-    mine = bundle.selection.gather(model.tensors)
-    held = tensorfile.load(bundle.path(WEIGHTS))
-    changed = [n for n, v in mine.items() if not np.array_equal(v, held[n])]
+    cut_tensors = bundle.selection.gather(model.tensors)
+    stored = tensorfile.load(bundle.path(WEIGHTS))
+    changed = [n for n, v in cut_tensors.items() if not np.array_equal(v, stored[n])]
     if changed:
         raise BundleError(
             "the bundle holds other weights than the model",
-            expected=f"{len(mine)} equal tensors",
+            expected=f"{len(cut_tensors)} equal tensors",
             got=f"{len(changed)} others, such as {changed[0]}",
             hint="Give the model that the bundle was exported from; a torch factory may draw other weights each time.",
         )

@@ -93,9 +93,9 @@ def _shifted(grouping: Grouping, picks: Sequence[Pick]) -> int | None:
             continue
         pairs = np.stack([_places(grouping.axis(pick.made)), _places(grouping.axis(pick.source))[pick.taken]])
         pairs = np.unique(pairs[:, groups != FIXED], axis=1)
-        made, count = np.unique(pairs[0], return_counts=True)
+        target_offsets, count = np.unique(pairs[0], return_counts=True)
         if (count > 1).any():
-            index = np.flatnonzero(_places(grouping.axis(pick.made)) == made[count > 1][0])[0]
+            index = np.flatnonzero(_places(grouping.axis(pick.made)) == target_offsets[count > 1][0])[0]
             return int(groups[index])
     return None
 

@@ -85,33 +85,33 @@ def to_torch(arguments: argparse.Namespace) -> None:
     _check_out(arguments, ".safetensors", ".pt", ".pth")
     model = _model(arguments)
     source = _source(arguments, model)
-    graph, tensors, named, hint = source.graph, source.tensors, None, ""
+    graph, tensors, module_source, hint = source.graph, source.tensors, None, ""
     if arguments.into is not None:
         if source.bundle is None:
             hint = _OF_BOARD if model is None else "A whole model's weights are in their places already."
             raise UsageError("--into is for bundles", hint=hint)
-        into = read_model(arguments, arguments.into, source.bundle.architecture.name)
-        tensors = conversion.placed(source.bundle, into, keep=arguments.others == "keep")
-        graph, named = into.graph, arguments.into
+        whole_model = read_model(arguments, arguments.into, source.bundle.architecture.name)
+        tensors = conversion.placed(source.bundle, whole_model, keep=arguments.others == "keep")
+        graph, module_source = whole_model.graph, arguments.into
         hint = (
             "Channels of zeros count in a layer norm or group norm: use --others keep, or leave out --into and build "
             "the module as narrow (fedprune_export.narrowed)."
         )
     elif model is not None:
-        named = arguments.source
+        module_source = arguments.source
     state = conversion.state_dict(tensors, graph)
-    compared = ""
+    comparison = ""
     error: float | None = None
     if arguments.into is None or arguments.others == "zero":
         with tables.progress("comparing outputs"):
-            module = None if named is None else torch_module(named)
+            module = None if module_source is None else torch_module(module_source)
             error = conversion.state_parity(state, graph, source.graph, module, hint)
-        compared = f"; {conversion.agreement(error)}{'' if module is None else ' in torch'}"
+        comparison = f"; {conversion.agreement(error)}{'' if module is None else ' in torch'}"
     size = conversion.write_state_dict(arguments.out, state)
     if arguments.json:
         _print_json(arguments.out, source.title, size, error)
         return
-    print(f"{arguments.out}: {quantity(len(state), 'tensor')}, {size:,} bytes, {source.title}{compared}")
+    print(f"{arguments.out}: {quantity(len(state), 'tensor')}, {size:,} bytes, {source.title}{comparison}")
 
 
 def _print_json(out: Path, title: str, size: int, error: float | None) -> None:
@@ -120,14 +120,14 @@ def _print_json(out: Path, title: str, size: int, error: float | None) -> None:
 
 
 def _check_out(arguments: argparse.Namespace, *endings: str) -> None:
-    """Refuse another kind of file name, and to write over what is read."""
+    """Refuse another kind of file name, and one that would overwrite a source."""
     if arguments.out.suffix not in endings:
-        known = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
-        raise UsageError("OUT", expected=f"a file name that ends in {known}", got=str(arguments.out))
+        expected = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
+        raise UsageError("OUT", expected=f"a file name that ends in {expected}", got=str(arguments.out))
     if not arguments.out.exists():
         return
-    for read in (arguments.source, arguments.weights, getattr(arguments, "into", None)):
-        if read is not None and any(p.exists() and arguments.out.samefile(p) for p in _files(Path(read))):
+    for source in (arguments.source, arguments.weights, getattr(arguments, "into", None)):
+        if source is not None and any(p.exists() and arguments.out.samefile(p) for p in _files(Path(source))):
             raise UsageError(f"{arguments.out} is read and would be written over", hint="Give the result another name.")
 
 

@@ -38,11 +38,12 @@ from fedprune_export.cli.options import (
     targets,
 )
 
-_SCORERS = ("ordered", "magnitude")  # those that look at a model alone; curvature needs what a fleet has learnt
+# Those that look at a model alone; others need measurements of a fleet's training.
+_SCORERS = ("ordered", "magnitude")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what an export takes."""
+    """Add the arguments of an export."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument(
         "--target",
@@ -103,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class _Boards:
     """The boards of a command line, checked before the model is read.
 
-    `probe`: what the only board measured of itself, if it did.
+    `probe`: the only board's own measurements, if there are any.
     """
 
     profiles: tuple[HardwareProfile, ...]
@@ -121,7 +122,8 @@ def export(arguments: argparse.Namespace) -> int:
         model = read_model(arguments)
         data = _data(arguments, model, boards.recipe)
         tell("deriving the training step")
-        fx.training_step(model, boards.recipe.features)  # a model that can't be trained is no board's fault
+        # Before the boards: a model that can't be trained fails once, and not for each board.
+        fx.training_step(model, boards.recipe.features)
         for profile, folder in zip(boards.profiles, boards.folders, strict=True):
             tell(f"exporting for {profile.name} ({len(results) + 1} of {len(boards.profiles)})")
             try:
@@ -132,7 +134,8 @@ def export(arguments: argparse.Namespace) -> int:
                 results[profile.name] = error
     if len(results) > 1:
         return _print_all(results, model.notes, arguments.out, as_json=arguments.json)
-    report = next(r for r in results.values() if isinstance(r, fx.Report))  # the only one: its error was raised
+    # The only result is a report: its error would have been raised.
+    report = next(r for r in results.values() if isinstance(r, fx.Report))
     if arguments.json:
         print_json(report.to_dict())
     else:
@@ -141,7 +144,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _boards(arguments: argparse.Namespace) -> _Boards:
-    """Check what can be checked before the model is read."""
+    """Check all options that don't depend on the model, whose import may take minutes."""
     profiles = tuple(profile_store.chosen(name, arguments.profiles) for name in targets(arguments.target))
     recipe, probe = read_recipe(arguments), read_probe(arguments)
     if INT8 in arguments.precision and arguments.data is None:
@@ -212,7 +215,7 @@ def _print_all(
 ) -> int:
     """Print a row per bundle, each note once with its targets, and a line per target that failed."""
     reports = {name: r for name, r in results.items() if not isinstance(r, FedpruneError)}
-    failed = {name: r for name, r in results.items() if isinstance(r, FedpruneError)}
+    errors = {name: r for name, r in results.items() if isinstance(r, FedpruneError)}
     if as_json:
         print_json([_body(name, result) for name, result in results.items()])
     else:
@@ -227,9 +230,9 @@ def _print_all(
                 print(f"replaced: the bundle that was in {report.folder}")
         where = f" in {out} (each has a report.html)" if reports else ""
         print(f"bundles: {len(reports)} of {len(results)}{where}")
-    for name, error in failed.items():
+    for name, error in errors.items():
         print(f"error: {name}: {' '.join(str(error).split())}", file=sys.stderr)
-    return int(next((e.exit_code for e in failed.values()), ExitCode.OK))
+    return int(next((e.exit_code for e in errors.values()), ExitCode.OK))
 
 
 def _body(name: str, result: fx.Report | FedpruneError) -> dict[str, Any]:

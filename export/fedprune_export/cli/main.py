@@ -11,6 +11,8 @@ from fedprune import __version__
 from fedprune.core.cli import Command, check_command, run_command, with_extra
 from fedprune.core.command_parser import CommandParser
 
+# Commands other than the export, by the first word of the command line: their module and help text. The export has no
+# word of its own, so that `fedprune-export MODEL` needs none.
 COMMANDS = {
     "groups": ("cli.groups", "the channel groups of a model, and what stays"),
     "operators": ("cli.operators", "every operator that can be cut or trained"),
@@ -19,7 +21,6 @@ COMMANDS = {
     "to-torch": ("cli.convert", "a bundle's weights as a torch state dict"),
     "profiles": ("cli.profiles", "list, show, check and identify hardware profiles"),
 }
-"""Commands other than the export, by the first word of the command line: their module and help text."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export_parser(words: Sequence[str]) -> CommandParser:
-    if words and not any(word.startswith("--target") for word in words):  # without it, it is no export
+    # An export needs --target; without it the first word is more likely a misspelt command than a model.
+    if words and not any(word.startswith("--target") for word in words):
         check_command(words[0], COMMANDS, "See `fedprune-export --help`.")
     return build_parser()
 

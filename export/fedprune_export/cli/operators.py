@@ -1,4 +1,4 @@
-"""`operators`: every operator that can be cut or trained, out of the registries of rules."""
+"""`operators`: the operators that can be cut or trained, from the registries of rules."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ def operators(arguments: argparse.Namespace) -> None:
 
 def table() -> list[dict[str, Any]]:
     """One row per operator: its name and the first line of each rule's docstring, or None."""
+    # Imported late, as everywhere in this room: help texts must not wait for onnx and onnxruntime.
     from fedprune_export.autodiff.tape import RULES as GRADIENTS
     from fedprune_export.channels.rule import RULES as CHANNELS
     from fedprune_export.ir.operators import with_rules
@@ -62,7 +63,7 @@ def table() -> list[dict[str, Any]]:
 
 
 def _forms() -> Mapping[str, str]:
-    """In which forms operators are read and written."""
+    """The forms in which operators are read and written."""
     from fedprune_export.importing.control_flow import CONTROL_FLOW
     from fedprune_export.importing.inlining import BY_DEFINITION
     from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, SPLIT_AND_CONCAT
@@ -70,17 +71,19 @@ def _forms() -> Mapping[str, str]:
     from fedprune_export.ir.composites import NATIVE
     from fedprune_export.ir.opset_lowering import EARLIER_FORMS, LATER_FORMS
 
-    out: dict[str, list[str]] = {}
-    out |= {name: ["unrolled on import, if it doesn't depend on the data"] for name in CONTROL_FLOW}
-    out |= {name: ["later forms are read, too"] for name in TRANSLATED}
-    out |= {name: ["removed on import"] for name in SEQUENCE_OPERATORS}
-    out |= {name: [f"becomes {form} on import"] for name, form in (BECOMES | BY_DEFINITION | SPLIT_AND_CONCAT).items()}
+    forms_of: dict[str, list[str]] = {}
+    forms_of |= {name: ["unrolled on import, if it doesn't depend on the data"] for name in CONTROL_FLOW}
+    forms_of |= {name: ["later forms are read, too"] for name in TRANSLATED}
+    forms_of |= {name: ["removed on import"] for name in SEQUENCE_OPERATORS}
+    forms_of |= {
+        name: [f"becomes {form} on import"] for name, form in (BECOMES | BY_DEFINITION | SPLIT_AND_CONCAT).items()
+    }
     for name, since in NATIVE.items():
-        out.setdefault(name, []).append(f"recognised in its decomposed form; written so below opset {since}")
+        forms_of.setdefault(name, []).append(f"recognised in its decomposed form; written so below opset {since}")
     for forms in (LATER_FORMS, EARLIER_FORMS):
         for name, since in forms.items():
-            out.setdefault(name, []).append(f"written in its newer form from opset {since} on")
-    return {name: "; ".join(parts) for name, parts in out.items()}
+            forms_of.setdefault(name, []).append(f"written in its newer form from opset {since} on")
+    return {name: "; ".join(texts) for name, texts in forms_of.items()}
 
 
 def _summary(rules: Mapping[str, Callable[..., Any]], name: str) -> str | None:

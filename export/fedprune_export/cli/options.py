@@ -1,4 +1,4 @@
-"""Options that several commands share: where a model comes from, and how it is trained."""
+"""Options that several commands share: the source of a model, and its training."""
 
 from __future__ import annotations
 
@@ -156,11 +156,11 @@ def add_precision_option(parser: argparse.ArgumentParser) -> None:
 
 def precisions(text: str) -> tuple[str, ...]:
     """Names of lower precisions, separated by commas, each once."""
-    found = tuple(dict.fromkeys(names(text)))
-    wrong = next((n for n in found if n not in PRECISIONS), None)
+    chosen_precisions = tuple(dict.fromkeys(names(text)))
+    wrong = next((n for n in chosen_precisions if n not in PRECISIONS), None)
     if wrong is not None:
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(PRECISIONS)}, got {wrong!r}")
-    return found
+    return chosen_precisions
 
 
 def add_probe_option(parser: argparse.ArgumentParser) -> None:
@@ -201,18 +201,18 @@ def own_graph(arguments: argparse.Namespace, name: str) -> str | None:
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe of a command line: that of the file, with the options in its place."""
     body = {} if arguments.recipe is None else _recipe_body(arguments.recipe)
-    word = CUSTOM if own_graph(arguments, "loss") is not None else arguments.loss
+    loss = CUSTOM if own_graph(arguments, "loss") is not None else arguments.loss
     metric = CUSTOM if own_graph(arguments, "metric") is not None else arguments.metric
-    if word and arguments.labels and labels_of(word) != arguments.labels:
+    if loss and arguments.labels and labels_of(loss) != arguments.labels:
         raise UsageError(
             f"--loss {arguments.loss} compares with labels of another kind",
-            expected="no --labels" if word == CUSTOM else f"--labels {labels_of(word)}",
+            expected="no --labels" if loss == CUSTOM else f"--labels {labels_of(loss)}",
             got=arguments.labels,
         )
     if arguments.labels and not arguments.loss and labels_of(str(body.get("loss", Recipe.loss))) != arguments.labels:
         body["loss"] = _LOSS_OF[arguments.labels]
     for key, value in (
-        ("loss", word),
+        ("loss", loss),
         ("metric", metric),
         ("label_smoothing", arguments.label_smoothing),
         ("huber_delta", arguments.huber_delta),
@@ -240,7 +240,7 @@ def _recipe_body(path: Path) -> dict[str, Any]:
 
 
 def _names_in(path: Path) -> list[str]:
-    """Tensor names of a file: a JSON list, or one per line, `#` begins a remark."""
+    """Tensor names of a file: a JSON list, or one per line; a line that begins with `#` is a comment."""
     try:
         text = read_file(path).decode("utf-8")
     except OSError as error:
@@ -298,10 +298,10 @@ def targets(texts: Sequence[str]) -> tuple[str, ...]:
 
     Raises `UsageError` if there is no target, or one comes twice.
     """
-    found = [n.strip() for text in texts for n in text.split(",") if n.strip()]
-    if not found:
+    chosen_targets = [n.strip() for text in texts for n in text.split(",") if n.strip()]
+    if not chosen_targets:
         raise UsageError("--target", expected="the name of a hardware profile, or a file")
-    twice = [n for n in found if found.count(n) > 1]
+    twice = [n for n in chosen_targets if chosen_targets.count(n) > 1]
     if twice:
         raise UsageError(f"--target {twice[0]} comes twice")
-    return tuple(found)
+    return tuple(chosen_targets)

@@ -55,18 +55,18 @@ def register(subparsers: Any) -> None:
 def list_profiles(arguments: argparse.Namespace) -> int:
     """Print all profiles, the sound ones before the first error is raised."""
     profiles: list[HardwareProfile] = []
-    bad: list[ProfileError] = []
+    errors: list[ProfileError] = []
     names = profile_store.names(arguments.folder)
     for name in names:
         try:
             profiles.append(profile_store.find(name, arguments.folder))
         except ProfileError as error:  # noqa: PERF203
-            bad.append(error)
+            errors.append(error)
     if arguments.json:
         _print_json([p.to_dict() for p in profiles])
     else:
         _print_profiles(profiles)
-    _raise(bad, len(names))
+    _raise(errors, len(names))
     return 0
 
 
@@ -107,11 +107,11 @@ def _training(profile: HardwareProfile) -> tuple[str, str]:
     return unit, f"{rate / 1e9:,.1f} GFLOP/s"
 
 
-def _raise(bad: Sequence[ProfileError], of: int) -> None:
-    if len(bad) == 1:
-        raise bad[0]
-    if bad:
-        raise ProfileError(f"{len(bad)} of {of} profiles are not sound: " + "; ".join(map(str, bad)))
+def _raise(errors: Sequence[ProfileError], total: int) -> None:
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ProfileError(f"{len(errors)} of {total} profiles are not sound: " + "; ".join(map(str, errors)))
 
 
 def show_profile(arguments: argparse.Namespace) -> int:
@@ -132,23 +132,23 @@ def show_profile(arguments: argparse.Namespace) -> int:
 
 def check_profiles(arguments: argparse.Namespace) -> int:
     """Check files, all of them before the first error is raised."""
-    good: list[tuple[Path, HardwareProfile]] = []
-    bad: list[tuple[Path, ProfileError]] = []
+    sound: list[tuple[Path, HardwareProfile]] = []
+    failures: list[tuple[Path, ProfileError]] = []
     for path in arguments.files:
         try:
-            good.append((path, profile_store.read(path)))
+            sound.append((path, profile_store.read(path)))
         except ProfileError as error:  # noqa: PERF203
-            bad.append((path, error))
+            failures.append((path, error))
     if arguments.json:
-        rows = [{"file": str(f), "ok": True, "name": p.name} for f, p in good]
-        rows += [{"file": str(f), "ok": False, "error": str(e)} for f, e in bad]
+        rows = [{"file": str(f), "ok": True, "name": p.name} for f, p in sound]
+        rows += [{"file": str(f), "ok": False, "error": str(e)} for f, e in failures]
         _print_json(rows)
     else:
-        for path, profile in good:
-            renamed = path.with_name(f"{profile.name}{path.suffix}")
-            note = "" if path == renamed else f"; as a profile of a folder it must be called {renamed.name}"
+        for path, profile in sound:
+            expected_path = path.with_name(f"{profile.name}{path.suffix}")
+            note = "" if path == expected_path else f"; as a profile of a folder it must be called {expected_path.name}"
             print(f"{path}: ok ({profile.name}, {len(profile.sources)} figures with sources{note})")
-    _raise([e for _, e in bad], len(arguments.files))
+    _raise([e for _, e in failures], len(arguments.files))
     return 0
 
 
@@ -162,16 +162,16 @@ def identify_profile(arguments: argparse.Namespace) -> int:
         arguments.memory,
         arguments.clock,
     )
-    found = identify(facts, arguments.folder)
+    identification = identify(facts, arguments.folder)
     if arguments.json:
-        _print_json(found.to_dict())
+        _print_json(identification.to_dict())
     else:
-        print(found.describe())
+        print(identification.describe())
     return 0
 
 
+# Units by the ending of a figure's name; the first that fits, so that `_bytes_s` stands before `_s`.
 _UNITS = {"_hz": "Hz", "_flops": "FLOP/s", "_bytes_s": "bytes/s", "_s": "s", "_w": "W", "bytes": "bytes"}
-"""Units by how a figure's name ends; the first that fits."""
 
 
 def _figure(key: str, value: Any) -> str:

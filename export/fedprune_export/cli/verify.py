@@ -30,7 +30,7 @@ def verify(arguments: argparse.Namespace) -> None:
     """Print every check that is passed."""
     from fedprune_export.bundles import verification
 
-    passed: list[dict[str, str]] = []
+    passed_checks: list[dict[str, str]] = []
     try:
         with tables.progress() as tell:
             model = None
@@ -39,12 +39,12 @@ def verify(arguments: argparse.Namespace) -> None:
                 model = read_model(arguments, name=open_bundle(arguments.bundle).architecture.name)
             tell("checking the bundle")
             for check in verification.verify(arguments.bundle, model):
-                passed.append({"check": check.name, "found": check.found})
+                passed_checks.append({"check": check.name, "found": check.found})
                 if not arguments.json:
                     print(f"{check.name}: {check.found}")
     except FedpruneError as error:
         if arguments.json:
-            print_json({"ok": False, "passed": passed, "error": str(error)})
+            print_json({"ok": False, "passed": passed_checks, "error": str(error)})
         raise
     if arguments.json:
-        print_json({"ok": True, "passed": passed})
+        print_json({"ok": True, "passed": passed_checks})

@@ -1,4 +1,4 @@
-"""Report of an export: costs before and after, the plan, and how exact the cut is, as text, JSON and pages."""
+"""The report of an export: costs before and after, the plan, and how exact the cut is, as text, JSON and pages."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from fedprune_export.checks.parity import SAMPLES
 from fedprune_export.precision import Trial
 from fedprune_export.pruning.model import Model
 
+# Figures of `Costs` and `Prediction` by name, with title and unit: rows of the table of costs, in this order.
 _FIGURES = (
     ("parameters", "parameters", ""),
     ("forward_macs", "MACs per sample, forward", ""),
@@ -47,10 +48,11 @@ _FIGURES = (
     ("train_j", "energy of a round's training, predicted", "J"),
     ("latency_j", "energy of a prediction, predicted", "J"),
 )
-"""Figures of `Costs` and `Prediction` by name, with title and unit."""
 
+# The parts of the predicted memory, in the order of the bar's pieces.
 _MEMORY = ("process", "graph", "weights", "activations", "samples")
-_MEMBERS = 40  # members of a channel group that are named
+# Members of a channel group that are named: a residual stream has hundreds.
+_MEMBERS = 40
 
 _COSTS = (Column(""), Column("whole model", right=True), Column("this bundle", right=True), Column("kept", right=True))
 _GROUPS = (Column("group"), Column("channels", right=True), Column("kept", right=True), Column("members"))
@@ -71,10 +73,10 @@ _FILES = (Column("file"), Column("size", right=True))
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How well the model does on given data before any training, whole and as cut.
+    """The model's scores on given data before any training, whole and as cut.
 
     Attributes:
-        measure: What was computed, in words; of an error less is better.
+        measure: The name of the score; of an error less is better.
     """
 
     measure: str
@@ -89,12 +91,12 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Side:
-    """A layer, whole or as cut.
+    """The costs of a layer, whole or as cut.
 
     Attributes:
-        shape: Of its weight; None where two values are multiplied.
-        macs: Of one sample's forward pass.
-        activation_bytes: What it makes of one sample.
+        shape: The weight's shape; None where two values are multiplied.
+        macs: MACs of one sample's forward pass.
+        activation_bytes: Bytes of its output for one sample.
     """
 
     shape: tuple[int, ...] | None
@@ -111,7 +113,7 @@ class Report:
     """The files of an export and their cost on the board; prints as text.
 
     Attributes:
-        plan: Why the submodel is as wide as it is, and how the board trains it.
+        plan: The widths with their reasons, and how the board trains.
         parity: Largest difference between the bundle's outputs and those of the whole model with the lost channels
             masked, relative to the largest output.
         trials: The lower precisions that the bundle has, too.
@@ -152,7 +154,7 @@ class Report:
 
     @cached_property
     def layers(self) -> tuple[tuple[Layer, Side, Side], ...]:
-        """Everything that takes time, whole and as cut, in the model's order."""
+        """All layers that take time, with their costs whole and as cut, in the model's order."""
         architecture = self.model.architecture
         return tuple(
             (layer, self._side(layer, architecture.sizes), self._side(layer, self.selection.widths))
@@ -259,11 +261,11 @@ class Report:
 
     def _facts(self) -> dict[str, str]:
         recipe = self.plan.recipe
-        parts = f", in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
+        batch_parts = f", in {recipe.accumulate} parts" if recipe.accumulate > 1 else ""
         return {
             "Model": self.model.architecture.name,
             "Board": self.target,
-            "Batch size": f"{recipe.batch_size}{parts}",
+            "Batch size": f"{recipe.batch_size}{batch_parts}",
             "Samples on the board": f"{self.plan.samples:,}",
             "Recipe": f"{recipe.optimizer}, learning rate {recipe.lr:g}, loss {recipe.loss}",
             "Channels ranked by": self.scorer,
@@ -276,17 +278,17 @@ class Report:
         after = _figures(self.after, self.plan.chosen.prediction)
         rows = []
         for key, title, unit in _FIGURES:
-            was, now = before.get(key), after.get(key)
-            if was is not None and now is not None:
-                shown = [amount(n, unit) if unit else f"{round(n):,}" for n in (was, now)]
-                rows.append((title, *shown, f"{now / was if was else 1:.1%}"))
+            before_value, after_value = before.get(key), after.get(key)
+            if before_value is not None and after_value is not None:
+                texts = [amount(n, unit) if unit else f"{round(n):,}" for n in (before_value, after_value)]
+                rows.append((title, *texts, f"{after_value / before_value if before_value else 1:.1%}"))
         if self.accuracy is not None:
             title = f"{self.accuracy.measure} on {self.accuracy.samples:,} given samples"
             rows.append((title, *self.accuracy.shown(), ""))
         return rows
 
     def _memory(self) -> list[Bar]:
-        """Peak memory of training by what takes it: of the whole model and of this bundle."""
+        """Bars of the peak memory of training by its uses: of the whole model and of this bundle."""
         uses = {"whole model": self.plan.whole.memory, "this bundle": self.plan.chosen.prediction.memory}
         widest = max(use.total for use in uses.values())
         return [
@@ -314,21 +316,22 @@ def limits(plan: Plan) -> list[Bar]:
 
 def channel_bars(selection: Selection) -> list[Bar]:
     """One bar per channel group, its kept channels filled, in the model's own order."""
-    architecture, found = selection.architecture, []
+    architecture, bars = selection.architecture, []
     for i, (group, width) in enumerate(zip(architecture.groups, selection.widths, strict=True)):
-        kept = np.zeros(group.size)
-        kept[selection.ranks[i][:width]] = 1
+        # Ranks list the best channels first; the bar shows them where they are in the model.
+        is_kept = np.zeros(group.size)
+        is_kept[selection.ranks[i][:width]] = 1
         members = architecture.summary(i)
         first = members[0].partition("[")[0].removesuffix(".weight") if members else ""
-        found.append(
+        bars.append(
             Bar(
                 f"{group.name} {first}",
-                (tiles(group.name, kept),),
+                (tiles(group.name, is_kept),),
                 f"{width:,} of {group.size:,}",
                 f"{group.name}: {', '.join(members[:8])}",
             )
         )
-    return found
+    return bars
 
 
 def layer_bars(architecture: Architecture, widths: Sequence[int]) -> list[Bar]:
@@ -369,13 +372,13 @@ def _layer_row(layer: Layer, before: Side, after: Side) -> tuple[str, ...]:
 
 
 def _figures(costs: Costs, prediction: Prediction) -> dict[str, Any]:
-    predicted = {k: v for k, v in asdict(prediction).items() if isinstance(v, (int, float))}
-    counted = ("parameters", "forward_macs", "training_macs", "wire_bytes")
+    predicted_values = {k: v for k, v in asdict(prediction).items() if isinstance(v, (int, float))}
+    counted_names = ("parameters", "forward_macs", "training_macs", "wire_bytes")
     return {
         "parameters": costs.parameters,
         "forward_macs": costs.forward_macs,
         "training_macs": costs.training_macs,
         "weights_bytes": costs.wire_bytes,
         "activation_bytes": costs.kept_bytes,
-        **{k: v for k, v in predicted.items() if k not in counted},
+        **{k: v for k, v in predicted_values.items() if k not in counted_names},
     }
