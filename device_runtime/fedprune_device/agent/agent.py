@@ -48,7 +48,7 @@ from fedprune_device.telemetry.crash_reporter import CrashReporter
 
 # Births are for what changes rarely: a source whose samples grow by the second must not send one for each.
 AGAIN_S = 60.0
-# Characters of the description of the software; versions and an engine fit, and a birth stays small.
+# The protocol takes so many characters for the description of the software.
 _SOFTWARE = 256
 # Characters of the predicting engine's description, so that the versions before it always fit.
 _LONGEST = 150
@@ -89,17 +89,17 @@ class BirthBuilder:
         self._at = now
         engine_text = f", predicts with {one_line(engine, _LONGEST)}" if engine else ""
         return Birth(
-            self._connection.device,
-            session,
-            self._profile_name,
-            samples,
-            f"fedprune {__version__}, onnxruntime {onnxruntime_version()}, Python {platform.python_version()}"
+            device=self._connection.device,
+            session=session,
+            profile=self._profile_name,
+            samples=samples,
+            software=f"fedprune {__version__}, onnxruntime {onnxruntime_version()}, Python {platform.python_version()}"
             f"{self._slot}{engine_text}"[:_SOFTWARE],
-            self._probe.to_dict() if self._probe is not None else None,
-            None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
-            CODECS,
-            round(self._connection.answers.slowest, 3) or None,
-            self._abilities,
+            probe=self._probe.to_dict() if self._probe is not None else None,
+            held=None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
+            codecs=CODECS,
+            answer_s=round(self._connection.answers.slowest, 3) or None,
+            abilities=self._abilities,
             effective_classes=None if self._private() else self._data.effective_classes,
         )
 

@@ -25,6 +25,7 @@ _LOOK_S = 0.2
 def build_engine(arguments: argparse.Namespace) -> None:
     from fedprune_device.engines import bindings
 
+    # A board's engine has its own place in the state folder.
     if (arguments.bundle is None) != (arguments.out is None):
         raise UsageError("--out is for --bundle, and needed there")
     plan = None if arguments.plan is None else read_plan(arguments.plan)

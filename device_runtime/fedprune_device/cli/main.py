@@ -300,6 +300,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from fedprune_device.hardware.allocator import return_freed_blocks
     from fedprune_device.network.membership import MembershipOptions
 
+    # Before the agent allocates anything: the setting only counts for later blocks.
     return_freed_blocks()
     logging.basicConfig(level=arguments.log_level.upper(), handlers=[log_handler()])
     member, samples = options_of(MembershipOptions, arguments), options_of(SampleOptions, arguments)

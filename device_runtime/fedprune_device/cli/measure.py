@@ -40,6 +40,7 @@ def probe_board(arguments: argparse.Namespace) -> None:
     tables = table_summaries(report)
     for field in fields(report):
         value = getattr(report, field.name)
+        # Units follow from the names of the report's fields.
         if field.name.endswith("_rate") and value is not None:
             value = f"{value / 1e9:.2f} GFLOP/s"
         elif field.name.startswith("memory_"):

@@ -114,6 +114,7 @@ def _slots(state: Path) -> ModelSlots:
                 f"there is no folder {state}",
                 hint=f"Give the folder that `fedprune-device run --state` uses.{looked_for(state)}",
             )
+        # Opened only to report an unreadable folder as such, and not as one without a model.
         if pointer.is_file():
             pointer.open("rb").close()
         elif state_folders := sorted(p.parent.name for p in state.glob(f"*/{FILE}")):

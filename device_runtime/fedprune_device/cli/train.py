@@ -62,7 +62,8 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
         training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, number)
     except DataError as error:
         raise DataError(f"{arguments.data}: {error}") from error
-    del trainer  # it ends with the training, which the new model needs the memory of
+    # The only reference left is the training's, which drops it when the new model needs the memory.
+    del trainer
     report: Callable[[str], None] = (lambda line: None) if arguments.json else partial(print, flush=True)
     report(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
     before = training.measured(Predictor(bundle.folder, threads=number), "before")
@@ -134,7 +135,8 @@ class _LocalTraining:
         loss = None
         if not self._trainer.normalised:
             loss = self._trainer.loss(tensors, self._data, self._recipe, self._classes, PROBE_SAMPLES)
-        del self._trainer  # the new model needs its memory
+        # The new model needs its memory.
+        del self._trainer
         files = read_files(self._bundle)
         files[WEIGHTS] = tensorfile.encode(tensors)
         with tempfile.TemporaryDirectory(prefix="fedprune-") as name:

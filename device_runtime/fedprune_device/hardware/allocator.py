@@ -18,7 +18,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 
 def return_freed_blocks() -> None:
-    """Let freed blocks of 128 KiB and more go back to the system at once, from here on.
+    """Return freed blocks of 128 KiB and more to the system at once, from now on.
 
     With every large block that is freed glibc raises the size from which it maps a block on its own, up to 32 MiB.
     Smaller ones are cut from heaps that rarely shrink: weights that come and go with the rounds leave them full of
@@ -28,7 +28,7 @@ def return_freed_blocks() -> None:
 
 
 def share_heaps() -> None:
-    """Let the threads of this process share two heaps, from here on.
+    """Let the threads of this process share two heaps, from now on.
 
     By default glibc gives each thread one of its own, up to eight per core, and what a thread has freed there serves
     that thread alone. Where the environment sets `MALLOC_ARENA_MAX`, that stays.

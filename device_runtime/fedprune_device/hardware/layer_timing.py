@@ -142,7 +142,7 @@ def _steps(
             break
         widths, batch = tuple(point["widths"]), int(point["batch"])
         seconds = median_seconds(one_step(session, _feeds(architecture, widths, batch)), time_left.clock)
-        measurements.append(Measurement(architecture, widths, batch, seconds, True))
+        measurements.append(Measurement(architecture, widths, batch, seconds, training=True))
     return measurements
 
 
@@ -172,7 +172,7 @@ def _predictions(
             (folder / WEIGHTS).write_bytes(tensorfile.encode(_tensors(architecture, widths)))
             predictor = Predictor(folder, threads=threads, cuda=cuda)
             seconds = median_seconds(lambda p=predictor: p.predict(x), time_left.clock)  # type: ignore[misc]
-            measurements.append(Measurement(architecture, widths, 1, seconds, False))
+            measurements.append(Measurement(architecture, widths, 1, seconds, training=False))
     return measurements
 
 

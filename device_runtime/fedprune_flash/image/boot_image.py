@@ -215,7 +215,7 @@ def check(contents: ImageContents, kit: Kit) -> None:
 
 
 def customise(image: Path, contents: ImageContents, kit: Kit, setup: FirstBoot, *, write: bool = True) -> list[str]:
-    """Write a kit, and what starts it, to an image's boot partition, or only plan it; returns the steps.
+    """Write a kit and the files that start it to an image's boot partition, or only plan that; returns the steps.
 
     Raises `ImageError` if there is no room on the boot partition, or it has settings already.
     """

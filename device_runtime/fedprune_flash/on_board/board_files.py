@@ -58,7 +58,7 @@ def give(paths: Iterable[Path], owner: Owner | None) -> None:
 
 
 def drop(folder: Path) -> None:
-    """Delete a folder and what is in it; raises `StorageError` if a link is in its place."""
+    """Delete a folder with its content; raises `StorageError` for a link to a folder."""
     if folder.is_symlink():
         raise StorageError(
             f"{folder} is a link to {folder.readlink()}",

@@ -28,18 +28,18 @@ from fedprune_flash.on_board.installation import (
 from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder, fingerprint
 
 
-def install(work: Installation, wait: float) -> None:
-    work.check()
+def install(installation: Installation, wait: float) -> None:
+    installation.check()
     try:
-        work.install()
+        installation.install()
     except BaseException:
-        work.resume()
+        installation.resume()
         raise
-    data = str(work.kit.manifest["data"])
-    if wait and work.start:
-        work.place.control.wait(wait, data)
+    data = str(installation.kit.manifest["data"])
+    if wait and installation.start:
+        installation.place.control.wait(wait, data)
         print(f"running: {SERVICE}", flush=True)
-    elif data.startswith("/") and not work.place.at(data).exists():
+    elif data.startswith("/") and not installation.place.at(data).exists():
         print(f"The samples are to come: put them at {data}, readable to {USER}, then `systemctl start {SERVICE}`.")
 
 
@@ -67,18 +67,20 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError(f"there is no option {unknown[0][:60]}{near}", hint="See --help.")
         if arguments.purge and not arguments.remove:
             raise UsageError("--purge without --remove")
-        place = BoardSystem(arguments.root.resolve())
-        place.check_root()
+        system = BoardSystem(arguments.root.resolve())
+        system.check_root()
         if arguments.remove:
-            remove(place, purge=arguments.purge)
+            remove(system, purge=arguments.purge)
         else:
             kit = KitFolder(Path(sys.argv[0]).resolve().parent)
             claim = None if arguments.claim is None else read_claim(arguments.claim)
-            key = trusted_key(kit, place, arguments.key, unsigned=arguments.unsigned)
+            key = trusted_key(kit, system, arguments.key, unsigned=arguments.unsigned)
             kit.check()
             print(f"signed with key {fingerprint(kit.key)}" if key else "not signed", flush=True)
-            work = Installation(kit, place, start=not arguments.no_start, key=key, claim=claim, device=arguments.device)
-            install(work, arguments.wait)
+            installation = Installation(
+                kit, system, start=not arguments.no_start, key=key, claim=claim, device=arguments.device
+            )
+            install(installation, arguments.wait)
     except FedpruneError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return int(error.exit_code)

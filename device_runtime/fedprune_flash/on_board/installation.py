@@ -119,18 +119,18 @@ def read_claim(option: str) -> bytes:
     return claim
 
 
-def trusted_key(kit: KitFolder, place: BoardSystem, option: str | None, *, unsigned: bool) -> bytes | None:
+def trusted_key(kit: KitFolder, system: BoardSystem, option: str | None, *, unsigned: bool) -> bytes | None:
     """The key that this board trusts with a kit; None for a kit that may be installed unsigned.
 
     Raises `KitError` if the kit is not signed, or by another key than the one that the operator names or the board
     knows.
     """
-    known_key = place.server_key() if option is None else read_key(option)
+    known_key = system.server_key() if option is None else read_key(option)
     if kit.signature or (known_key is not None and not unsigned):
         return kit.authenticate(known_key)
     if not unsigned:
         raise KitError("the kit is not signed", hint="Make it with --signing-key, or install it with --unsigned.")
-    if place.at(f"{HOME}/{KEY}").exists():
+    if system.at(f"{HOME}/{KEY}").exists():
         raise KitError(
             "the kit is not signed, and this board's launcher starts only what its server has signed",
             hint="Make the kit with --signing-key, or --remove the installation first.",
@@ -148,18 +148,18 @@ class Installation:
     def __init__(
         self,
         kit: KitFolder,
-        place: BoardSystem,
+        system: BoardSystem,
         *,
         start: bool,
         key: bytes | None = None,
         claim: bytes | None = None,
         device: str | None = None,
     ) -> None:
-        self.kit, self.place, self.key, self.claim, self.device = kit, place, key, claim, device
-        self.start = start and place.control.there
+        self.kit, self.place, self.key, self.claim, self.device = kit, system, key, claim, device
+        self.start = start and system.control.there
         self._changed = False
         self._stopped = False
-        self._state = place.at(STATE)
+        self._state = system.at(STATE)
 
     @property
     def runtime(self) -> RuntimeSlot:
@@ -207,10 +207,10 @@ class Installation:
 
     def install(self) -> None:
         """Do all steps that aren't done yet, in an order in which a power cut leaves nothing half trusted."""
-        place, runtime = self.place, self.runtime
+        system, runtime = self.place, self.runtime
         if runtime.newer:
             print("already: a release of the server's, which is newer than any kit's: it stays", flush=True)
-        if place.live and place.owner is None:
+        if system.live and system.owner is None:
             self._say("make the system user fedprune")
             self._add_user()
             runtime = self.runtime  # whose files are that user's
@@ -224,13 +224,13 @@ class Installation:
             runtime.fill()
         # A state folder on another disk may be a link, which is root's.
         service_paths = [*runtime.folders, self._state.resolve()]
-        if not self._state.is_dir() or not owned(service_paths, place.owner):
+        if not self._state.is_dir() or not owned(service_paths, system.owner):
             self._say(f"give slots and {STATE} to {USER}")
             self._stop()
             self._state.mkdir(parents=True, exist_ok=True)
-            give(service_paths, place.owner)
+            give(service_paths, system.owner)
         for name in (ENVIRONMENT, AUTHORITY):
-            path = place.at(SETTINGS) / name
+            path = system.at(SETTINGS) / name
             if name in self.kit.names and not holds(path, self._setting(name), 0o644):
                 self._say(f"write {SETTINGS}/{name}")
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,10 +238,10 @@ class Installation:
         if not self._handed_over():
             self._say(f"hand the claim over to {STATE}/claim{', and delete it here' if self.claim is None else ''}")
             self._hand_over()
-        if not holds(place.unit, self.kit.read(SERVICE), 0o644) or not place.link.is_symlink():
+        if not holds(system.unit, self.kit.read(SERVICE), 0o644) or not system.link.is_symlink():
             self._say(f"write and enable {SERVICE}")
             self._enable()
-        if self.start and (self._changed or not place.control.up):
+        if self.start and (self._changed or not system.control.up):
             self._say(f"start {SERVICE}")
             self._begin()
 
@@ -282,15 +282,15 @@ class Installation:
         self.kit.blacken_claim()
 
     def _enable(self) -> None:
-        place = self.place
+        system = self.place
         # The unit's folder is a parent of this one.
-        place.link.parent.mkdir(parents=True, exist_ok=True)
-        write_file(place.unit, self.kit.read(SERVICE))
-        place.link.unlink(missing_ok=True)
-        place.link.symlink_to(f"{_UNITS}/{SERVICE}")
-        sync_folder(place.link.parent)
+        system.link.parent.mkdir(parents=True, exist_ok=True)
+        write_file(system.unit, self.kit.read(SERVICE))
+        system.link.unlink(missing_ok=True)
+        system.link.symlink_to(f"{_UNITS}/{SERVICE}")
+        sync_folder(system.link.parent)
         if self.start:
-            place.control.tell("daemon-reload")
+            system.control.tell("daemon-reload")
 
     def _begin(self) -> None:
         self.place.control.tell("reset-failed", SERVICE, must=False)
@@ -298,32 +298,32 @@ class Installation:
         self.place.control.tell("restart", "--no-block", SERVICE)
 
 
-def remove(place: BoardSystem, *, purge: bool) -> None:
+def remove(system: BoardSystem, *, purge: bool) -> None:
     """Undo an installation, without a kit; `purge` deletes the board's state, its identity and the user, too."""
-    if place.unit.exists() or place.link.is_symlink():
+    if system.unit.exists() or system.link.is_symlink():
         print(f"now: stop and remove {SERVICE}", flush=True)
-        _remove_service(place)
+        _remove_service(system)
     for path in (SETTINGS, HOME, *([STATE] if purge else [])):
-        if os.path.lexists(place.at(path)):
+        if os.path.lexists(system.at(path)):
             print(f"now: delete {path}", flush=True)
-            drop(place.at(path))
-    if purge and place.owner is not None:
+            drop(system.at(path))
+    if purge and system.owner is not None:
         print(f"now: remove the user {USER}", flush=True)
         call(["userdel", USER])
     if not purge:
         print(f"What was learnt stays in {STATE}, and so do the board's identity, its user and its samples.")
 
 
-def _remove_service(place: BoardSystem) -> None:
-    if place.control.running:
-        place.control.tell("stop", SERVICE)
+def _remove_service(system: BoardSystem) -> None:
+    if system.control.running:
+        system.control.tell("stop", SERVICE)
     # Else the boot partition's unit would install the kit again at the next boot.
-    if place.at(FIRST_BOOT).exists():
-        mask = place.at(f"{_UNITS}/{Path(FIRST_BOOT).name}")
+    if system.at(FIRST_BOOT).exists():
+        mask = system.at(f"{_UNITS}/{Path(FIRST_BOOT).name}")
         mask.unlink(missing_ok=True)
         mask.symlink_to("/dev/null")
-    for path in (place.link, place.unit):
+    for path in (system.link, system.unit):
         path.unlink(missing_ok=True)
         if path.parent.is_dir():
             sync_folder(path.parent)
-    place.control.tell("daemon-reload", must=False)
+    system.control.tell("daemon-reload", must=False)

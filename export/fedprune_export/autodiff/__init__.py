@@ -1,4 +1,4 @@
-"""Reverse-mode differentiation over ONNX graphs: the tape, and what the rules of several operators need.
+"""Reverse-mode differentiation over ONNX graphs: the tape, and helpers that the rules of several operators share.
 
 Not here: the rules of operators (`operators`), losses and optimisers (`training`).
 """

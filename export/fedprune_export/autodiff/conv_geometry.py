@@ -113,7 +113,7 @@ def leftovers(w: Window) -> list[int]:
 
 
 def reads(w: Window, axis: int) -> Indices:
-    """Which index of one axis each output reads at each kernel element, -1 for padding: [outputs, elements]."""
+    """The index of one axis that each output reads at each kernel element, -1 for padding: [outputs, elements]."""
     starts = np.arange(w.output[axis])[:, None] * w.strides[axis] - w.pads[axis][0]
     indices = starts + np.arange(w.kernel[axis]) * w.dilations[axis]
     return np.where((indices >= 0) & (indices < w.sizes[axis]), indices, -1).astype(np.int64)
@@ -127,7 +127,7 @@ def joined(a: Indices, b: Indices, size: int) -> Indices:
 
 
 def all_reads(w: Window) -> Indices:
-    """Which position of the flat map each output reads at each kernel element, -1 for padding: [outputs, elements]."""
+    """The index of the flat map that each output reads at each kernel element, -1 for padding: [outputs, elements]."""
     indices = np.zeros((1, 1), np.int64)
     for axis, size in enumerate(w.sizes):
         indices = joined(indices, reads(w, axis), size)

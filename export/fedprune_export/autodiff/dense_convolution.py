@@ -19,7 +19,7 @@ KernelForm = Literal["taps", "columns", "convolution"]
 
 @dataclass(frozen=True)
 class Formulation:
-    """How one convolution is computed.
+    """The operators by which a convolution's gradients are computed.
 
     `input_gradient`: a convolution with the flipped kernel, or a transposed convolution; `weight_gradient`: a product
     per kernel element and sample ("taps"), one over columns (all windows of the whole batch), or a convolution with dy

@@ -32,7 +32,7 @@ _BLOCK = 16
 
 @dataclass(frozen=True)
 class Side:
-    """How the input or the output of the convolution is cut into lines.
+    """The division of the convolution's input or output into lines.
 
     `count`: lines of one channel's map; `pads`: zeros before and after its last axis, to make it whole blocks.
     """
@@ -61,42 +61,49 @@ class Lines:
 
 def lines(w: Window) -> Lines:
     """The division of a window's maps into lines."""
-    last = len(w.sizes) - 1
+    last_axis = len(w.sizes) - 1
     if math.prod(w.sizes) <= _TINY_MAP:
         # The band of several axes is the Kronecker product of the bands of each.
-        bands = [_band(reads(w, axis), w.sizes[axis]) for axis in range(last + 1)]
+        bands = [_band(reads(w, axis), w.sizes[axis]) for axis in range(last_axis + 1)]
         band = bands[0]
         for axis_band in bands[1:]:
             product = np.einsum("kio,lpq->klipoq", band, axis_band)
             band = product.reshape([a * b for a, b in zip(band.shape, axis_band.shape, strict=True)])
         sides = [Side(sizes, 1, math.prod(sizes)) for sizes in (w.sizes, w.output)]
         return Lines(np.zeros((1, 1), np.int64), band[:, None], *sides)
-    size, output, kernel = w.sizes[last], w.output[last], w.kernel[last]
-    stride, dilation = w.strides[last], w.dilations[last]
-    leading = [math.prod(s[:last]) for s in (w.sizes, w.output)]
+    size, output, kernel = w.sizes[last_axis], w.output[last_axis], w.kernel[last_axis]
+    stride, dilation = w.strides[last_axis], w.dilations[last_axis]
+    leading_positions = [math.prod(s[:last_axis]) for s in (w.sizes, w.output)]
     if size <= _WHOLE_LINE:
-        band = _band(reads(w, last), size)[:, None]
-        into, out = Side(w.sizes, leading[0], size), Side(w.output, leading[1], output)
+        band = _band(reads(w, last_axis), size)[:, None]
+        into, out = Side(w.sizes, leading_positions[0], size), Side(w.output, leading_positions[1], output)
         block_reads = np.zeros((1, 1), np.int64)
     else:
-        # A block of `step` outputs reads `length` inputs, and what the kernel reaches of the blocks after it.
-        step = max(_BLOCK // stride, 1)
-        length, before = step * stride, w.pads[last][0]
-        blocks = ((step - 1) * stride + dilation * (kernel - 1)) // length + 1
-        band = np.zeros((kernel, blocks * length, step), np.float32)
-        for tap, element in itertools.product(range(kernel), range(step)):
+        # A block of outputs reads as many inputs times the stride, and those of later blocks that the kernel reaches.
+        block_outputs = max(_BLOCK // stride, 1)
+        block_inputs, pad_before = block_outputs * stride, w.pads[last_axis][0]
+        blocks = ((block_outputs - 1) * stride + dilation * (kernel - 1)) // block_inputs + 1
+        band = np.zeros((kernel, blocks * block_inputs, block_outputs), np.float32)
+        for tap, element in itertools.product(range(kernel), range(block_outputs)):
             band[tap, element * stride + tap * dilation, element] = 1
-        band = band.reshape(kernel, blocks, length, step)
-        count_in, count_out = -(-(size + before) // length), -(-output // step)
-        into = Side(w.sizes, leading[0] * count_in, length, (before, count_in * length - size - before))
-        out = Side(w.output, leading[1] * count_out, step, (0, count_out * step - output))
-        block_reads = np.arange(count_out)[:, None] + np.arange(blocks)
+        band = band.reshape(kernel, blocks, block_inputs, block_outputs)
+        input_blocks, output_blocks = -(-(size + pad_before) // block_inputs), -(-output // block_outputs)
+        into = Side(
+            w.sizes,
+            leading_positions[0] * input_blocks,
+            block_inputs,
+            (pad_before, input_blocks * block_inputs - size - pad_before),
+        )
+        out = Side(
+            w.output, leading_positions[1] * output_blocks, block_outputs, (0, output_blocks * block_outputs - output)
+        )
+        block_reads = np.arange(output_blocks)[:, None] + np.arange(blocks)
         # The last blocks of the output reach beyond the last block of the input: there are zeros.
-        block_reads = np.where(block_reads < count_in, block_reads, -1)
+        block_reads = np.where(block_reads < input_blocks, block_reads, -1)
     leading_reads = np.zeros((1, 1), np.int64)
-    for axis in range(last):
+    for axis in range(last_axis):
         leading_reads = joined(leading_reads, reads(w, axis), w.sizes[axis])
-    return Lines(joined(leading_reads, block_reads, into.count // leading[0]), band, into, out)
+    return Lines(joined(leading_reads, block_reads, into.count // leading_positions[0]), band, into, out)
 
 
 def _band(read: Indices, size: int) -> Band:

@@ -37,7 +37,7 @@ class Dimensions:
         self._sizes: dict[str, str] = {}
 
     def symbol(self, name: str, extent: int) -> Dim:
-        """A size that varies by itself, and what it is at full width."""
+        """Define a size that varies by itself. `extent`: the size at full width."""
         self._extents[name] = extent
         self._forms[name] = {(name,): 1}
         return name

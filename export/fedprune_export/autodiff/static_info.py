@@ -55,7 +55,7 @@ class Knowledge(Dimensions):
         return axes[index] if axes is not None else None
 
     def prefix(self, axis: Axis, index: int) -> Dim | None:
-        """How many of the first `index` indices of an axis are left, as a size; None where it follows from no width."""
+        """The number of the first `index` indices that a cut leaves, as a size; None where it follows from no width."""
         sizes: list[Dim] = []
         for s in axis.segments:
             if index <= 0:
@@ -157,7 +157,7 @@ class Knowledge(Dimensions):
         return tuple(self.of_axis(axis, self._architecture) for axis in spec.axes)
 
     def static(self, node: Node, dims: Sequence[Dim]) -> tuple[int, ...]:
-        """These dimensions as numbers. Raises `ModelError` if one of them is a channel or batch dimension."""
+        """The dimensions as numbers. Raises `ModelError` if one of them is a channel or batch dimension."""
         if not all(isinstance(d, int) for d in dims):
             raise ModelError(
                 f"{describe(node)} needs a fixed size where the batch or a channel dimension varies",

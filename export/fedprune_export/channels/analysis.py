@@ -211,7 +211,7 @@ def _stretches(groups: AtomRow) -> Iterable[tuple[int, int, int]]:
 
 
 def _passes(positions: AtomRow, size: int) -> tuple[int, int] | None:
-    """How often a run lists all positions in order, and how often each is repeated; None if it doesn't."""
+    """The number of times that a run lists all positions in order, and of repetitions of each; None if it doesn't."""
     inner = int(np.argmax(positions != positions[0])) if (positions != positions[0]).any() else positions.size
     if positions.size % (inner * size):
         return None

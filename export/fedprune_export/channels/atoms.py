@@ -37,7 +37,7 @@ class Atoms:
         return row
 
     def tie(self, a: AtomRow, b: AtomRow) -> None:
-        """Atoms at the same place of both rows can only be kept or cut together."""
+        """Tie atoms at the same index of both rows: they can only be kept or cut together."""
         left, right = np.broadcast_arrays(a, b)
         differ = left != right
         if differ.any():
@@ -48,7 +48,7 @@ class Atoms:
             self._right.append(right[differ])
 
     def fix(self, row: AtomRow) -> None:
-        """These atoms stay."""
+        """Tie these atoms to the fixed one, so that they stay."""
         self.tie(row, np.zeros_like(row))
 
     def units(self) -> AtomRow:

@@ -1,4 +1,4 @@
-"""How each operator carries and ties atoms: one small function per operator.
+"""The state and the registry of channel rules: one small function per operator carries and ties atoms.
 
 A rule reads the atoms of a node's inputs, ties those that must be cut together, and sets the atoms of the outputs. To
 support an operator, write its rule in its file in `operators`.
@@ -35,7 +35,7 @@ _LIVES = 2
 
 
 class Choices:
-    """Which options were tried, per node; kept from run to run.
+    """The options that were tried, per node, over all runs.
 
     `prefer`: whether the coarsest option is tried first, or the finest.
     """
@@ -49,7 +49,7 @@ class Choices:
         self._spent: set[str] = set()
 
     def begin(self) -> None:
-        """Forget what was watched: a new run begins."""
+        """Begin a new run: forget the rows that were watched in the last one."""
         self._watched, self._spent = {}, set()
 
     def pick(self, key: str, options: Sequence[Option], *, ranked: bool = False) -> Option | None:

@@ -112,8 +112,9 @@ def read(
     shape: Shape | None = None,
     inputs: Sequence[Piece] = (),
 ) -> LabelledData:
-    """Read a `.npz` file with `x_test` and `y_test`, or else `x` and `y`; in place of `x` with an array for each of a
-    model's several inputs.
+    """Read a `.npz` file with `x_test` and `y_test`, or else `x` and `y`.
+
+    A model with several inputs may have an array for each of them in place of `x`.
 
     Raises `DataError` if the file can't be read, lacks an array, or holds samples that don't fit the model.
 

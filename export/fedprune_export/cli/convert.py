@@ -24,6 +24,7 @@ _WEIGHTS = "weights of the whole model, such as fedprune-server export-model wri
 
 
 def register(subparsers: Any) -> None:
+    # Both commands register here, whichever is asked for: they share their last options.
     onnx: argparse.ArgumentParser = subparsers.add_parser(
         "to-onnx",
         description="Write a bundle's submodel, the model that a board serves, or a whole model with given weights as "
@@ -63,11 +64,13 @@ def to_onnx(arguments: argparse.Namespace) -> None:
     """Write an ONNX file."""
     from fedprune_export.bundles import conversion
 
+    # Before the import of a model, which may take minutes.
     _check_out(arguments, ".onnx")
     model = _model(arguments)
     with tables.progress(f"writing {arguments.out}") as tell:
         source = _source(arguments, model)
         raw = conversion.onnx_file(source.graph, source.tensors, arguments.name or "model", arguments.opset)
+        # Compared before it is written: a file that computes something else never exists.
         tell("comparing outputs")
         error = conversion.onnx_parity(raw, source.graph)
         write_whole(arguments.out, raw)
@@ -102,6 +105,7 @@ def to_torch(arguments: argparse.Namespace) -> None:
     state = conversion.state_dict(tensors, graph)
     comparison = ""
     error: float | None = None
+    # With other weights in the missing channels the whole model computes something else by intention.
     if arguments.into is None or arguments.others == "zero":
         with tables.progress("comparing outputs"):
             module = None if module_source is None else torch_module(module_source)

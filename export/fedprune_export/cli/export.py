@@ -163,6 +163,7 @@ def _folders(out: Path, targets: Sequence[str]) -> tuple[Path, ...]:
     if len(targets) > 1 and is_bundle(out):
         raise BundleError(f"{out} is itself a bundle", hint="Give another --out for several targets.")
     folders = (out,) if len(targets) == 1 else tuple(out / name for name in targets)
+    # Before the first export: with several boards the last one's folder must not fail after an hour.
     for folder, target in zip(folders, targets, strict=True):
         check_folder(folder, target)
     return folders

@@ -24,6 +24,7 @@ def register(subparsers: Any) -> None:
 
 def groups(arguments: argparse.Namespace) -> None:
     """Print a model's channel groups."""
+    # On stderr, so that the result can be piped.
     with tables.progress() as tell:
         tell(f"importing {arguments.model}")
         model = read_model(arguments)

@@ -61,6 +61,7 @@ def _command_parser(name: str) -> CommandParser:
     parser = CommandParser(prog="fedprune-export")
     module = importlib.import_module(f"fedprune_export.{COMMANDS[name][0]}")
     module.register(parser.add_subparsers(dest="command", required=True, metavar="COMMAND"))
+    # Profiles are the toolkit's: showing them needs no onnx.
     parser.set_defaults(run=_run if name == "profiles" else with_extra("export", _run))
     return parser
 

@@ -25,6 +25,7 @@ MODEL_HELP = (
 BASE_PRECISIONS = ("float16", "int8")
 PREFERENCES = ("coarse", "fine")
 
+# The usual loss of each kind of labels, for users who know their labels and not the losses.
 _LOSS_OF = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
 
@@ -189,6 +190,7 @@ def own_graph(arguments: argparse.Namespace, name: str) -> str | None:
     built_in = [n for n in (LOSSES if name == "loss" else METRICS_OF["own"]) if n != CUSTOM]
     if text is None or text in built_in:
         return None
+    # Else a misspelt built-in name would be looked up as a file or a module.
     if ":" not in text and not text.endswith(".onnx"):
         raise UsageError(
             f"--{name}",
@@ -199,7 +201,7 @@ def own_graph(arguments: argparse.Namespace, name: str) -> str | None:
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
-    """The recipe of a command line: that of the file, with the options in its place."""
+    """The recipe of a command line: the file's settings, overridden by the options."""
     body = {} if arguments.recipe is None else _recipe_body(arguments.recipe)
     loss = CUSTOM if own_graph(arguments, "loss") is not None else arguments.loss
     metric = CUSTOM if own_graph(arguments, "metric") is not None else arguments.metric
@@ -209,6 +211,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
             expected="no --labels" if loss == CUSTOM else f"--labels {labels_of(loss)}",
             got=arguments.labels,
         )
+    # A loss of the file that suits the labels stays, such as focal for classes.
     if arguments.labels and not arguments.loss and labels_of(str(body.get("loss", Recipe.loss))) != arguments.labels:
         body["loss"] = _LOSS_OF[arguments.labels]
     for key, value in (
@@ -221,6 +224,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
             body[key] = value
     if arguments.freeze:
         body["frozen"] = arguments.freeze
+    # Last: --set wins over every other option.
     body.update(arguments.set)
     return _checked(body, arguments.recipe)
 

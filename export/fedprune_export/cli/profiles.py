@@ -56,6 +56,7 @@ def list_profiles(arguments: argparse.Namespace) -> int:
     """Print all profiles, the sound ones before the first error is raised."""
     profiles: list[HardwareProfile] = []
     errors: list[ProfileError] = []
+    # One wrong file must not hide the others.
     names = profile_store.names(arguments.folder)
     for name in names:
         try:
@@ -103,6 +104,7 @@ def _training(profile: HardwareProfile) -> tuple[str, str]:
     """The unit that trains, and the rate at which plans count its products."""
     gpu = profile.gpu
     peak = None if gpu is None else gpu.peak_flops
+    # A GPU's peak is never reached in training: plans count with a share of it, and so does this table.
     unit, rate = ("CPU", profile.train_rate) if peak is None else ("GPU", GPU_SHARE * peak)
     return unit, f"{rate / 1e9:,.1f} GFLOP/s"
 
@@ -181,6 +183,7 @@ def _figure(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, str):
         return value
+    # Else the name would end in `_round`, which has no unit.
     name = key.replace("bytes_per_round", "bytes")
     unit = next((unit for end, unit in _UNITS.items() if name.endswith(end)), "")
     if unit == "bytes":

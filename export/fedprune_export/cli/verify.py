@@ -36,10 +36,12 @@ def verify(arguments: argparse.Namespace) -> None:
             model = None
             if arguments.model:
                 tell(f"importing {arguments.model}")
+                # Under the bundle's name: an architecture's digest includes it.
                 model = read_model(arguments, name=open_bundle(arguments.bundle).architecture.name)
             tell("checking the bundle")
             for check in verification.verify(arguments.bundle, model):
                 passed_checks.append({"check": check.name, "found": check.found})
+                # At once, since later checks may take a while.
                 if not arguments.json:
                     print(f"{check.name}: {check.found}")
     except FedpruneError as error:

@@ -105,7 +105,7 @@ class Pair:
         self.graph.nodes = remaining
 
     def finish(self) -> None:
-        """Let the prepare graph end in the tensors that the graph reads, in the order of reading."""
+        """Make the tensors that the graph reads the outputs of the prepare graph, in the order of reading."""
         names: dict[str, str] = {}
         for node in self.graph.nodes:
             for i, name in enumerate(node.inputs):

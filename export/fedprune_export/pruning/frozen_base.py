@@ -30,7 +30,7 @@ _SCALE_BITS = np.uint32(0xFFFFFF00)
 
 @dataclass(frozen=True)
 class FrozenBase:
-    """Which tensors are stored in low precision, and along which axis those in int8 have scales (others None)."""
+    """The tensors that are stored in low precision. `axes`: per tensor the axis of its int8 scales, or None."""
 
     precision: str
     axes: Mapping[str, int | None]
@@ -139,7 +139,9 @@ def _along(scale: Array, axis: int, rank: int) -> Array:
 
 
 def read_low(graph: Graph, frozen: FrozenBase) -> None:
-    """Let a graph read its base in the stored precision; the caller gives it inputs or external data of these names.
+    """Rewrite a graph so that it reads its base in the stored precision.
+
+    The caller adds inputs or external data of these names.
 
     Each reader gets a dequantised copy of its own, so that none lives longer than a layer. It waits for the reader's
     other input (`_gate`): onnxruntime would otherwise merge copies of one weight, and might make all of them

@@ -1,4 +1,4 @@
-"""The masked whole graph: what a cut must equal.
+"""The masked whole graph: the reference whose outputs a cut must equal.
 
 Weights stay as they are. Lost channels are multiplied by zero where they are contracted: at the inputs of convolutions,
 matrix products, recurrent layers and sums. In between their values don't matter, since no operator mixes them with kept

@@ -24,7 +24,7 @@ RANKS_KEY = "fedprune.ranks"
 
 @dataclass(frozen=True, repr=False)
 class Groups(Sequence[ChannelGroup]):
-    """The channel groups of a model; prints as text. `notes`: what the import changed or could not analyse."""
+    """The channel groups of a model; prints as text. `notes`: the import's changes, and parts that it can't analyse."""
 
     architecture: Architecture
     notes: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ class Model:
         graph: The normalised inference graph. Its only input is `x` with a free batch, its only output is `logits`;
             every weight and statistic is an initialiser under its tensor name; all other initialisers are constants.
         architecture: Channel groups, tensors and costs of that graph.
-        notes: What the import changed or could not analyse, for people: one sentence each.
+        notes: Changes by the import, and parts that it could not analyse, for people: one sentence each.
         values: Axes of every value at full width; None for an axis that follows the batch.
         frozen: Names of tensors that the model's author froze (`requires_grad=False` in torch).
         base: Which frozen weights are stored in low precision; these are constants of the graph and no tensors.

@@ -303,7 +303,7 @@ class Report:
 
 
 def limits(plan: Plan) -> list[Bar]:
-    """One bar per limit: filled is what the submodel needs."""
+    """One bar per limit, filled by the submodel's need."""
     return [
         Bar(
             f"{limit.name} (binds)" if limit.name == plan.bound else limit.name,

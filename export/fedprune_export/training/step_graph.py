@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model import step_contract
 from fedprune.model.lengths import LENGTH
@@ -72,15 +74,7 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     graph.inputs.append(_labels(model, features, own_loss))
     tape.enter(model.graph.inputs[0].name, step_contract.X, input_shape)
 
-    trained: list[Trained] = []
-    for spec in architecture.tensors:
-        shape, value = tape.tensor_shape(spec), spec.name
-        graph.add_input(spec.name, shape)
-        trains = spec.kind.trainable and spec.name not in frozen
-        if trains:
-            trained.append(Trained(spec.name, shape))
-            value = used(graph, spec.name, features)
-        tape.enter(spec.name, value, shape, wanted=trains)
+    trained = _enter_tensors(tape, model, frozen, features)
     for name, numbers in base_constants.items():
         graph.initializers[name] = numbers
         tape.enter(name, name, numbers.shape)
@@ -100,6 +94,32 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
         if spec.name not in frozen and step_contract.following(spec.name) not in output_names:
             raise ModelError(f"statistic {spec.name} belongs to no batch normalisation")
     graph.rename({tape.value(logits): step_contract.LOGITS})
+    _add_metadata(graph, model, features)
+    # After pruning, so that only tensors that some node reads get a dequantised copy.
+    graph.prune()
+    if model.base is not None:
+        read_low(graph, model.base)
+        graph.inputs += [port(b.name, b.shape, b.dtype) for b in architecture.base]
+        graph.prune()
+    return graph
+
+
+def _enter_tensors(tape: Tape, model: Model, frozen: Collection[str], features: Features) -> list[Trained]:
+    """Make the architecture's tensors inputs of the training graph; returns those that train."""
+    trained: list[Trained] = []
+    for spec in model.architecture.tensors:
+        shape, value = tape.tensor_shape(spec), spec.name
+        tape.graph.add_input(spec.name, shape)
+        trains = spec.kind.trainable and spec.name not in frozen
+        if trains:
+            trained.append(Trained(spec.name, shape))
+            value = used(tape.graph, spec.name, features)
+        tape.enter(spec.name, value, shape, wanted=trains)
+    return trained
+
+
+def _add_metadata(graph: Graph, model: Model, features: Features) -> None:
+    """Add the trainer's further inputs to the metadata: metric, augmentations, bounds of a length, ignored label."""
     labels = next(p for p in graph.inputs if p.name == step_contract.Y)
     if features.metric:
         graph.metadata[step_contract.METRIC] = embedded_metric(model, labels, features)
@@ -110,13 +130,6 @@ def training_graph(model: Model, features: Features, unit: str = CPU) -> Graph:
     graph.metadata |= {k: v for k, v in model.graph.metadata.items() if k == LENGTH}
     if features.ignore_label is not None:
         graph.metadata[step_contract.IGNORED] = str(features.ignore_label)
-    # After pruning, so that only tensors that some node reads get a dequantised copy.
-    graph.prune()
-    if model.base is not None:
-        read_low(graph, model.base)
-        graph.inputs += [port(b.name, b.shape, b.dtype) for b in architecture.base]
-        graph.prune()
-    return graph
 
 
 def _check_logits(model: Model, features: Features) -> None:
