@@ -72,11 +72,19 @@ def build_parser() -> CommandParser:
 def _add_join(commands: Any) -> None:
     join = commands.add_parser("join", help="become a member of a fleet, with a claim or by the operator's approval")
     add_membership(join)
-    join.add_argument("--pin", metavar="HEX", help="of the server's authority, as `init` shows it, without a claim")
     join.add_argument(
-        "--new-key", action="store_true", help="forget the identity that this board has, such as a revoked one"
+        "--pin",
+        metavar="HEX",
+        help="fingerprint of the server's authority, as `init` shows it, to join without a claim",
     )
-    join.add_argument("--patient", action="store_true", help="wait as long as it takes")
+    join.add_argument(
+        "--new-key", action="store_true", help="join with a new key, in place of a revoked identity for example"
+    )
+    join.add_argument(
+        "--patient",
+        action="store_true",
+        help="wait without a time-out: for the server, and for the operator's approval",
+    )
     join.set_defaults(run=_command("join", "join"))
 
 
@@ -84,35 +92,51 @@ def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="take part in a fleet, or continue after a stop, crash or power cut")
     add_membership(run)
     run.add_argument(
-        "--insecure", action="store_true", help="without identity, TLS and signatures: on the server's machine alone"
+        "--insecure",
+        action="store_true",
+        help="without identity, TLS and signatures: for trials on the server's machine alone",
     )
-    run.add_argument("--seed", type=int, default=0, help="of the split into training and test samples (default: 0)")
+    run.add_argument(
+        "--seed", type=int, default=0, help="seed of the split into training and test samples (default: 0)"
+    )
     run.add_argument(
         "--validation-share",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="of the training samples, set aside for what training and fleet decide by (default: 0)",
+        help="share of the training samples set aside for validation, such as early stopping (default: 0)",
     )
-    run.add_argument("--profile", metavar="NAME", help="a hardware profile's name or file (default: what fits)")
+    run.add_argument(
+        "--profile",
+        metavar="NAME",
+        help="a hardware profile's name or file (default: the profile that fits this board)",
+    )
     add_accelerator_options(run)
     run.add_argument("--threads", type=whole_number, default=threads(), metavar="N", help="default: half of the cores")
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
-    run.add_argument("--patient", action="store_true", help="wait for a broker that isn't there when starting")
+    run.add_argument("--patient", action="store_true", help="at the start, wait for a broker that can't be reached")
     run.add_argument(
         "--pause-above",
         type=float,
         default=HOT_C,
         metavar="C",
-        help="training waits at this heat (default: %(default)g °C)",
+        help="training pauses from this temperature on (default: %(default)g °C)",
     )
-    run.add_argument("--resume-below", type=float, default=COOL_C, metavar="C", help="default: %(default)g °C")
-    run.add_argument("--no-probe", action="store_true", help="don't measure the board; the profile is believed")
+    run.add_argument(
+        "--resume-below",
+        type=float,
+        default=COOL_C,
+        metavar="C",
+        help="training continues below this temperature (default: %(default)g °C)",
+    )
+    run.add_argument(
+        "--no-probe", action="store_true", help="don't measure the board, and plan with its profile's figures"
+    )
     run.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",
-        help="what is logged on stderr (default: info)",
+        help="least level of messages on stderr (default: info)",
     )
     add_local_options(run)
     add_policy_option(run)
@@ -195,13 +219,15 @@ def _add_train(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="any other number of the recipe, such as batch_size=16; repeatable",
     )
-    train.add_argument("--seed", type=int, default=0, help="of the test split and the order of samples (default: 0)")
+    train.add_argument(
+        "--seed", type=int, default=0, help="seed of the test split and of the order of samples (default: 0)"
+    )
     train.add_argument(
         "--validation-share",
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="of the training samples, set aside for early stopping (default: 0)",
+        help="share of the training samples set aside for early stopping (default: 0)",
     )
     train.add_argument("--threads", type=whole_number, metavar="N", help="default: half of the cores")
     add_json(train)
@@ -241,7 +267,9 @@ def _add_predict(commands: Any) -> None:
 
 
 def _add_engine(commands: Any) -> None:
-    build = commands.add_parser("build-engine", help="build the TensorRT engine of what serves, and check it (Jetson)")
+    build = commands.add_parser(
+        "build-engine", help="build and check the TensorRT engine of the serving model (Jetson)"
+    )
     source = build.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--state", type=Path, metavar="DIR", help="the state folder of an agent, whose engine it becomes"
@@ -251,13 +279,15 @@ def _add_engine(commands: Any) -> None:
     build.add_argument(
         "--plan", type=Path, metavar="FILE", help="an engine.json (default: the bundle's, or docs/jetson.md's values)"
     )
-    build.add_argument("--rebuild", action="store_true", help="even if a good engine exists, or earlier builds failed")
+    build.add_argument(
+        "--rebuild", action="store_true", help="build even if a good engine exists, or earlier builds failed"
+    )
     add_json(build, "the report as JSON, for programs")
     build.set_defaults(run=_command("build_engine", "build_engine"))
 
 
 def _add_runtime(commands: Any) -> None:
-    update = commands.add_parser("update", help="bring a release into the slot that doesn't run, to be tried next")
+    update = commands.add_parser("update", help="install a release in the idle slot; the next start tries it")
     update.add_argument("--release", type=Path, required=True, metavar="DIR", help="the release's folder")
     update.add_argument(
         "--key",
@@ -269,12 +299,18 @@ def _add_runtime(commands: Any) -> None:
         "--jetson",
         action=argparse.BooleanOptionalAction,
         default=TEGRA.exists(),
-        help="never hide packages that JetPack brings (default: as this board is)",
+        help="never hide packages that JetPack brings (default: yes on a Jetson)",
     )
-    update.add_argument("--stage-only", action="store_true", help="leave its trial to a later `update`")
-    update.add_argument("--attempts", type=int, default=3, metavar="N", help="starts of a trial (default: 3)")
+    update.add_argument("--stage-only", action="store_true", help="install it only; a later `update` starts its trial")
     update.add_argument(
-        "--deadline", type=float, default=600.0, metavar="S", help="seconds of each until it is healthy (default: 600)"
+        "--attempts", type=int, default=3, metavar="N", help="starts that a trial may take (default: 3)"
+    )
+    update.add_argument(
+        "--deadline",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds in which a start must become healthy (default: 600)",
     )
     slots = commands.add_parser("slots", help="show which release runs, and how the last update ended")
     add_json(slots)

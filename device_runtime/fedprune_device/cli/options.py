@@ -50,13 +50,13 @@ def add_membership(parser: argparse.ArgumentParser) -> None:
         "--join",
         metavar="URL",
         default=os.environ.get(JOIN),
-        help=f"where to ask to join, ${JOIN} (default: the broker's port for joining, 8884, then the broker)",
+        help=f"address for joining, also ${JOIN} (default: port 8884 of the broker's host, then the broker)",
     )
     parser.add_argument(
         "--ca",
         type=Path,
         metavar="FILE",
-        help="who vouches for the broker; `system` for the system's authorities (default: the fleet's own)",
+        help="certificates of the broker's authority; `system` for the system's (default: the fleet's own authority)",
     )
     parser.add_argument(
         "--site",
@@ -71,7 +71,13 @@ def add_membership(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="this board's name, unique in the site (default: $FEDPRUNE_DEVICE, else the host's name)",
     )
-    parser.add_argument("--state", type=Path, required=True, metavar="DIR", help="what must survive a power cut")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the folder of the board's state: identity, models, work in progress",
+    )
     parser.add_argument(
         "--claim", metavar="FILE", help="a one-time claim, - for standard input (default: the file claim in --state)"
     )
@@ -95,7 +101,11 @@ def add_local_options(parser: argparse.ArgumentParser) -> None:
     )
     add_sample_options(local)
     local.add_argument(
-        "--samples-bytes", type=byte_count, default=SAMPLES_BYTES, metavar="BYTES", help="their room (default: 64 MiB)"
+        "--samples-bytes",
+        type=byte_count,
+        default=SAMPLES_BYTES,
+        metavar="BYTES",
+        help="space for added samples (default: 64 MiB)",
     )
 
 
@@ -105,33 +115,47 @@ def add_sample_options(group: argparse._ArgumentGroup) -> None:
         "--class-names", type=_names, default=(), metavar="A,B,C", help="names of the classes, as on all boards"
     )
     group.add_argument(
-        "--image-mean", type=_numbers, default=(0.0,), metavar="M[,M,M]", help="of images, which are scaled to 0 to 1"
+        "--image-mean",
+        type=_numbers,
+        default=(0.0,),
+        metavar="M[,M,M]",
+        help="subtracted from images, whose values are scaled to 0 to 1",
     )
     group.add_argument(
-        "--image-deviation", type=_numbers, default=(1.0,), metavar="D[,D,D]", help="they are divided by this"
+        "--image-deviation",
+        type=_numbers,
+        default=(1.0,),
+        metavar="D[,D,D]",
+        help="images are divided by it after the subtraction",
     )
     group.add_argument(
         "--audio-rate",
         type=whole_number,
         default=16_000,
         metavar="HZ",
-        help="of recordings, as the model expects it (default: 16000)",
+        help="sampling rate that the model expects of recordings (default: 16000)",
     )
     group.add_argument(
-        "--samples-most", type=whole_number, default=SAMPLES_MOST, metavar="N", help="samples kept (default: 10000)"
+        "--samples-most",
+        type=whole_number,
+        default=SAMPLES_MOST,
+        metavar="N",
+        help="largest number of samples kept (default: 10000)",
     )
     group.add_argument(
         "--test-share",
         type=float,
         default=TEST_SHARE,
         metavar="SHARE",
-        help="of added samples, or of those in folders, kept for testing (default: %(default)s)",
+        help="share of added samples, or of those in folders, kept for testing (default: %(default)s)",
     )
 
 
 def add_tier_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tier", choices=TIERS, help="what computes, if it works here: docs/jetson.md (default: as the profile says)"
+        "--tier",
+        choices=TIERS,
+        help="runtime and unit that compute, if they work here: docs/jetson.md (default: the profile's)",
     )
 
 

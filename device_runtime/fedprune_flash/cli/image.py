@@ -21,7 +21,7 @@ def add_image_command(commands: argparse._SubParsersAction[CommandParser]) -> No
     image = commands.add_parser("image", help="write a kit and a board's settings into an image of Raspberry Pi OS")
     image.add_argument("source", type=Path, metavar="SRC", help="the image: .img, .img.xz or .img.gz")
     image.add_argument("--out", type=Path, required=True, metavar="FILE", help="the image to make")
-    image.add_argument("--kit", type=Path, required=True, metavar="FOLDER", help="what `fedprune-flash kit` made")
+    image.add_argument("--kit", type=Path, required=True, metavar="FOLDER", help="a kit of `fedprune-flash kit`")
     image.add_argument("--hostname", metavar="NAME", help="the board's name in the network (default: as in the fleet)")
     image.add_argument(
         "--user", metavar="NAME", help="the user who logs in with --ssh-key, and has sudo (default: no new user)"
@@ -31,14 +31,18 @@ def add_image_command(commands: argparse._SubParsersAction[CommandParser]) -> No
     image.add_argument(
         "--wifi-password-file", type=Path, metavar="FILE", help="the passphrase, in place of the variable"
     )
-    image.add_argument("--wifi-country", metavar="CC", help="where it is, such as DE: without it the radio stays off")
+    image.add_argument(
+        "--wifi-country", metavar="CC", help="country of the network, such as DE; without it the radio stays off"
+    )
     image.add_argument("--wifi-hidden", action="store_true", help="the network doesn't announce itself")
     image.add_argument(
         "--scheme",
         choices=("cloud-init", "firstrun", "preseed"),
         help="how the image takes settings (default: recognised by its boot partition)",
     )
-    image.add_argument("--signing-key", type=Path, metavar="FILE", help="the server's, which must have signed the kit")
+    image.add_argument(
+        "--signing-key", type=Path, metavar="FILE", help="key of the server that must have signed the kit"
+    )
     image.add_argument("--unsigned", action="store_true", help="don't check who signed the kit")
     image.add_argument("--dry-run", action="store_true", help="print every step, and write nothing")
     image.set_defaults(run=with_extra("flash", _image))

@@ -24,7 +24,9 @@ def add_kit_command(commands: argparse._SubParsersAction[CommandParser]) -> None
     kit = commands.add_parser("kit", help="make a folder from which a board installs itself, without a network")
     kit.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     kit.add_argument("--server", required=True, metavar="URL", help="mqtts://host[:port], no password")
-    kit.add_argument("--join", default="", metavar="URL", help="where to join (default: the server's host, port 8884)")
+    kit.add_argument(
+        "--join", default="", metavar="URL", help="address for joining (default: the server's host, port 8884)"
+    )
     kit.add_argument(
         "--device",
         required=True,
@@ -45,7 +47,7 @@ def add_kit_command(commands: argparse._SubParsersAction[CommandParser]) -> None
         "--find-links", type=Path, action="append", default=[], metavar="DIR", help="wheels; then no network is used"
     )
     kit.add_argument(
-        "--signing-key", type=Path, metavar="FILE", help="the server's: identity/signing.key in its state folder"
+        "--signing-key", type=Path, metavar="FILE", help="the server's key: identity/signing.key in its state folder"
     )
     add_json(kit)
     kit.set_defaults(run=with_extra("flash", _kit))

@@ -35,7 +35,7 @@ class Formulation:
 _SMALL_MAP = 64
 # The elements of a kernel from which products per tap are too many.
 _LARGE_KERNEL = 25
-# The channels of a first layer, whose product per tap would be too narrow to be fast.
+# A first layer has at most so many input channels: with a large kernel, its weight gradient is a convolution.
 _IMAGE_CHANNELS = 3
 
 

@@ -234,7 +234,7 @@ def _axis(groups: AtomRow, positions: AtomRow) -> Axis:
     return Axis(tuple(segments)) if segments else Axis.fixed(0)
 
 
-# Passes over the rules. Fewer than ten settle one or two choices per layer; the bound only ends what would cycle.
+# Passes over the rules. Fewer than ten settle one or two choices per layer; the bound guards against endless passes.
 _MOST_RUNS = 40
 
 

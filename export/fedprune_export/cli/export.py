@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hardware profile: a name or a TOML file; several, repeated or with commas, give a folder each",
     )
     add_profiles_option(parser)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the bundle's folder, or the bundles'")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="the bundle's folder; several go into folders in it"
+    )
     parser.add_argument("--density", type=density, default=None, help="kept share of all channels, or auto (default)")
     parser.add_argument(
         "--scorer",
@@ -69,19 +71,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="training samples that the board holds (default: 1000)",
     )
     parser.add_argument(
-        "--bytes-per-round", type=byte_count, metavar="BYTES", help="what a round may carry, down plus up: such as 1MB"
+        "--bytes-per-round",
+        type=byte_count,
+        metavar="BYTES",
+        help="bytes that a round may transfer, down plus up, such as 1MB",
     )
     parser.add_argument(
         "--compression",
         type=codec,
         default=PLAIN,
         metavar="CODEC",
-        help="codec of weights and updates whose bytes count, as the job's, such as int8 (default: none)",
+        help="codec in which transferred weights and updates are counted, as in the job, such as int8 (default: none)",
     )
     parser.add_argument(
-        "--joules-per-round", type=joules, metavar="J", help="what a round's training may take beyond the idle board's"
+        "--joules-per-round",
+        type=joules,
+        metavar="J",
+        help="energy of a round's training in addition to the idle board's",
     )
-    parser.add_argument("--deadline", type=seconds, metavar="SECONDS", help="what a round may take")
+    parser.add_argument("--deadline", type=seconds, metavar="SECONDS", help="seconds that a round may take")
     parser.add_argument("--opset", type=whole_number, metavar="N", help="opset of the inference graph (default: 17)")
     parser.add_argument(
         "--class-names",

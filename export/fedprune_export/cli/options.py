@@ -48,7 +48,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--output",
         metavar="NAME",
-        help="which output of an ONNX file counts, or at which value within it the model ends",
+        help="the output of an ONNX file to use, or the value within it at which the model ends",
     )
     group.add_argument(
         "--parameters",
@@ -87,16 +87,17 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--metric",
         metavar="METRIC",
-        help=f"by what models are judged besides accuracy and loss: {_choices(METRICS_OF['own'])}, or one of your own, "
-        "given as a loss is",
+        help=f"metric besides accuracy and loss: {_choices(METRICS_OF['own'])}, or one of your own, given as a loss is",
     )
     group.add_argument(
         "--labels",
         choices=tuple(_LOSS_OF),
-        help="what labels are: the number of a class, a 0 or 1 per class, or values; it chooses the loss",
+        help="kind of labels, which chooses the loss: the number of a class, a 0 or 1 per class, or values",
     )
-    group.add_argument("--label-smoothing", type=float, metavar="SHARE", help="of cross_entropy: 0 to below 1")
-    group.add_argument("--huber-delta", type=float, metavar="D", help="of huber: where squares become straight lines")
+    group.add_argument(
+        "--label-smoothing", type=float, metavar="SHARE", help="label smoothing of cross_entropy: 0 to below 1"
+    )
+    group.add_argument("--huber-delta", type=float, metavar="D", help="error from which the huber loss is linear")
     group.add_argument(
         "--freeze", action="append", metavar="PATTERN", help="tensors that aren't trained, such as 'stem.*'; repeatable"
     )
@@ -170,7 +171,7 @@ def add_probe_option(parser: argparse.ArgumentParser) -> None:
         "--probe",
         type=Path,
         metavar="FILE.json",
-        help="what the board measured of itself (fedprune-device probe --json); it beats the profile",
+        help="the board's own measurements (fedprune-device probe --json), which beat the profile's figures",
     )
 
 
@@ -211,7 +212,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
             expected="no --labels" if loss == CUSTOM else f"--labels {labels_of(loss)}",
             got=arguments.labels,
         )
-    # A loss of the file that suits the labels stays, such as focal for classes.
+    # A loss of the file that suits the labels stays, such as huber for values.
     if arguments.labels and not arguments.loss and labels_of(str(body.get("loss", Recipe.loss))) != arguments.labels:
         body["loss"] = _LOSS_OF[arguments.labels]
     for key, value in (
