@@ -67,7 +67,12 @@ def _kit(arguments: argparse.Namespace) -> None:
         except UnicodeError:
             claim = raw.decode("ascii", "replace")
     board = BoardSettings(
-        arguments.server, arguments.device, arguments.site, arguments.data, authorities is not None, arguments.join
+        server=arguments.server,
+        device=arguments.device,
+        site=arguments.site,
+        data=arguments.data,
+        authority=authorities is not None,
+        join=arguments.join,
     )
     with progress("making the kit") as tell:
         kit = build_kit(

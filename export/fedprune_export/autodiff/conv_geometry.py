@@ -99,7 +99,15 @@ def window(tape: Tape, node: Node, kernel: tuple[int, ...]) -> Window:
         output.append(count)
     if min(output) < 1:
         raise ModelError(f"{describe(node)}: the kernel is larger than its input", got=list(sizes))
-    return Window(sizes, kernel, strides, dilations, tuple(pads), tuple(output), tuple(overhang))
+    return Window(
+        sizes=sizes,
+        kernel=kernel,
+        strides=strides,
+        dilations=dilations,
+        pads=tuple(pads),
+        output=tuple(output),
+        overhang=tuple(overhang),
+    )
 
 
 def leftovers(w: Window) -> list[int]:

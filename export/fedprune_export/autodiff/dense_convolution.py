@@ -93,7 +93,9 @@ class Dense:
             (d * (k - 1) - before, d * (k - 1) - after)
             for (before, after), d, k in zip(w.pads, w.dilations, w.kernel, strict=True)
         )
-        return Window(w.output, w.kernel, w.strides, w.dilations, pads, w.sizes)
+        return Window(
+            sizes=w.output, kernel=w.kernel, strides=w.strides, dilations=w.dilations, pads=pads, output=w.sizes
+        )
 
     def back_by_flipped(self, dy: str, bias: list[str]) -> str:
         """A convolution of dy with the flipped kernel."""

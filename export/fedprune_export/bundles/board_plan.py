@@ -127,6 +127,7 @@ def plan(
         )
     recipe = recipe or Recipe()
     codec = Codec.parse(compression, "compression")
+    # Weights can't be sent with top-k: boards would train on from values that most of the model once had.
     codecs = NO_CODECS if codec is None else (str(codec), str(codec) if codec.name in DOWN else None)
     architecture = model.architecture
     width_plan = PlanSearch(
@@ -149,4 +150,4 @@ def plan(
     uncut = predict(
         architecture, architecture.sizes, profile, recipe, samples, probe=probe, frozen=model.frozen, codecs=codecs
     )
-    return BoardPlan(profile, recipe, samples, probe, width_plan, uncut)
+    return BoardPlan(profile=profile, recipe=recipe, samples=samples, probe=probe, chosen=width_plan, whole=uncut)

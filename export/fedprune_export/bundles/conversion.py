@@ -143,6 +143,7 @@ def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
         state |= dict.fromkeys((names.get(name, name), *aliases.get(name, ())), value)
         norm = name.removesuffix("running_var")
         if norm != name and f"{norm}running_mean" in tensors:
+            # torch's strict loading wants the counters of batch norms, though no inference reads them.
             state[norm + COUNTER] = np.zeros((), np.int64)
     return state
 
@@ -245,6 +246,7 @@ def write_state_dict(path: Path, state: Mapping[str, Array]) -> int:
         raise UsageError(f"{path}", expected="a file name that ends in .safetensors, .pt or .pth")
     torch = _torch()
     buffer = io.BytesIO()
+    # Copies, since torch warns of read-only arrays, such as those of a mapped file.
     torch.save({n: torch.from_numpy(np.array(v)) for n, v in state.items()}, buffer)
     raw = buffer.getvalue()
     write_whole(path, raw)

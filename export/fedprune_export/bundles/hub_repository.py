@@ -134,6 +134,7 @@ def save_pretrained(model: Model, folder: str | Path, *, card: ModelCard | None 
     # Asked before config.json is written, which holds the digest of the new card.
     text = card.to_markdown(model).encode()
     edited = _is_edited(folder)
+    # Loaders such as transformers' refuse a file that doesn't name its format.
     write_whole(folder / WEIGHTS, tensorfile.encode(state_dict(model.tensors, model.graph), {"format": "pt"}))
     write_whole(folder / GRAPH, graph)
     if edited:
@@ -194,6 +195,7 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, m
         commit = hub.upload_folder(
             repo_id=repository,
             folder_path=folder,
+            # Nothing else that lies in the folder is published.
             allow_patterns=[*FILES],
             commit_message=message or f"Upload a model of fedprune {__version__}",
         )

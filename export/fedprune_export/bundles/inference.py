@@ -70,6 +70,7 @@ def with_weights(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) ->
     offset = len(tensorfile.header([(n, "F32", s) for n, s in shapes.items()]))
     for name, shape in shapes.items():
         offset = add_external(proto, name, np.dtype(np.float32), shape, WEIGHTS_FILE, offset)
+    # Deterministic: equal models have equal bytes, and so one digest.
     raw: bytes = proto.SerializeToString(deterministic=True)
     return raw
 

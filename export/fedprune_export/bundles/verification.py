@@ -185,6 +185,7 @@ class _Trial:
         """The loss of these outputs: computed with numpy, or by the training graph's own loss if that is a graph."""
         value = LOSSES[self.bundle.recipe.loss].value
         if value is not None:
+            # In float64, so that the reference is more exact than the graph.
             return value(logits.astype(np.float64), self.feeds())
         objective = Session(part_for(self.bundle.path(TRAINING).read_bytes(), [step.LOSS], given=[step.LOGITS]))
         feeds = {n: v for n, v in self.feeds().items() if n in objective.inputs}

@@ -64,8 +64,9 @@ class LabelledData:
         batches = [outputs(self.x[s : s + _BATCH]) for s in range(0, len(self.x), _BATCH)]
         results = np.concatenate(batches)
         if self.labels == "classes":
-            right, counted = results.argmax(axis=1) == self.y, self.y != self.ignored
-            return int(np.count_nonzero(right & counted)) / max(1, int(np.count_nonzero(counted)))
+            # Positions with the ignored label count neither as right nor as wrong.
+            is_right, is_counted = results.argmax(axis=1) == self.y, self.y != self.ignored
+            return int(np.count_nonzero(is_right & is_counted)) / max(1, int(np.count_nonzero(is_counted)))
         if self.labels == "multi":
             # Logits: a probability above one half.
             return float(np.mean((results > 0) == (self.y > 0.5)))

@@ -157,12 +157,12 @@ def check_profiles(arguments: argparse.Namespace) -> int:
 def identify_profile(arguments: argparse.Namespace) -> int:
     """Print which profile fits a board, and why."""
     facts = Facts(
-        arguments.model,
-        tuple(arguments.compatible),
-        arguments.l4t,
-        arguments.machine,
-        arguments.memory,
-        arguments.clock,
+        model=arguments.model,
+        compatible=tuple(arguments.compatible),
+        l4t=arguments.l4t,
+        machine=arguments.machine,
+        memory_total=arguments.memory,
+        clock_hz=arguments.clock,
     )
     identification = identify(facts, arguments.folder)
     if arguments.json:

@@ -147,7 +147,7 @@ class Trials:
         y = None if self._data is None else self._data.y[: len(outputs)]
         comparison = agreement(_LOSSES[labels], self._reference, outputs, y)
         warning = _alike(self._x[:CALIBRATION_SAMPLES]) if precision == INT8 else ""
-        return Trial(lowered, files, comparison, self._data is not None, warning)
+        return Trial(lowered, files, comparison, given=self._data is not None, warning=warning)
 
     def _outputs(self, folder: Path, graph: str) -> Array:
         if graph == INFERENCE:

@@ -99,10 +99,10 @@ def _written(
     outputs = prepare(Session(pair.prepare.to_bytes()), pair.zeros(), ranges)
     tensors = {n: v for n, v in outputs.items() if n != RANGES}
     return Lowered(
-        precision,
-        pair.graph_bytes(outputs, weights_file(precision)),
-        pair.prepare_bytes(tensors),
-        calibrate,
-        layers,
-        stays,
+        precision=precision,
+        graph=pair.graph_bytes(outputs, weights_file(precision)),
+        prepare=pair.prepare_bytes(tensors),
+        calibrate=calibrate,
+        layers=layers,
+        stays=stays,
     )

@@ -277,6 +277,7 @@ class Report:
         before = _figures(self.before, self.plan.whole)
         after = _figures(self.after, self.plan.chosen.prediction)
         rows = []
+        # A figure is missing where a board's profile lacks it, such as its power.
         for key, title, unit in _FIGURES:
             before_value, after_value = before.get(key), after.get(key)
             if before_value is not None and after_value is not None:
@@ -290,6 +291,7 @@ class Report:
     def _memory(self) -> list[Bar]:
         """Bars of the peak memory of training by its uses: of the whole model and of this bundle."""
         uses = {"whole model": self.plan.whole.memory, "this bundle": self.plan.chosen.prediction.memory}
+        # Both bars have one scale.
         widest = max(use.total for use in uses.values())
         return [
             Bar(
@@ -336,6 +338,7 @@ def channel_bars(selection: Selection) -> list[Bar]:
 
 def layer_bars(architecture: Architecture, widths: Sequence[int]) -> list[Bar]:
     """One bar per layer: as long as its output channels, the kept part filled."""
+    # Products of two activations have no channels of their own.
     layers = [layer for layer in architecture.layers if layer.weight in architecture.by_name]
     sizes = [_outputs(architecture, widths, layer) for layer in layers]
     widest = max((full for full, _ in sizes), default=1)
