@@ -33,14 +33,14 @@ from fedprune_device.engines.engine import Engine
 from fedprune_device.engines.engine_check import answers
 
 _PROGRESS_EVERY_S = 0.5
-_RUNS = 11
+_RUNS = 11  # an odd number of timed predictions, whose median ignores the first, which allocates memory
 
 
 def main() -> int:
     # If memory runs out, the OOM killer should end this process, not the board's agent.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-    os.nice(10)
+    os.nice(10)  # predictions, which run in another process meanwhile, have priority
     try:
         print(json.dumps(_make(BuildRequest.from_json(sys.stdin.read()))))
     except FedpruneError as error:
@@ -59,28 +59,30 @@ def _end_with(parent: int) -> None:
         raise EngineError("the process that requested an engine has ended")
 
 
-def _make(order: BuildRequest) -> dict[str, Any]:
-    _end_with(order.parent)
-    found = bindings.find()
-    plan, folder = EnginePlan.from_json(order.plan.encode()), order.folder
+def _make(request: BuildRequest) -> dict[str, Any]:
+    _end_with(request.parent)
+    tensorrt = bindings.find()
+    plan, folder = EnginePlan.from_json(request.plan.encode()), request.folder
     graph = folder / plan.graph
     began = time.monotonic()
     errors = TensorRTErrors()
     with errors.translated("TensorRT failed"):
-        if order.base is not None:
-            made = refit(found, errors, order.base.read_bytes(), graph)
+        if request.base is not None:
+            engine_bytes = refit(tensorrt, errors, request.base.read_bytes(), graph)
         else:
-            known = b"" if order.timings is None else order.timings.read_bytes()
-            progress, refittable = _ThrottledProgress(), order.refittable
-            made, known = build(found, errors, graph, plan, refittable=refittable, timings=known, tell=progress)
-            atomic_file.write_whole(folder / "timing.cache", known, private=True)
-    atomic_file.write_whole(folder / "engine.plan", made, private=True)
+            timings = b"" if request.timings is None else request.timings.read_bytes()
+            progress, refittable = _ThrottledProgress(), request.refittable
+            engine_bytes, timings = build(
+                tensorrt, errors, graph, plan, refittable=refittable, timings=timings, tell=progress
+            )
+            atomic_file.write_whole(folder / "timing.cache", timings, private=True)
+    atomic_file.write_whole(folder / "engine.plan", engine_bytes, private=True)
     seconds = time.monotonic() - began
-    engine = Engine(found, made)
+    engine = Engine(tensorrt, engine_bytes)
     x = np.load(folder / "x.npy", allow_pickle=False)
-    file = io.BytesIO()
-    np.save(file, answers(engine, x))
-    atomic_file.write_whole(folder / "answers.npy", file.getvalue(), sync=False, private=True)
+    buffer = io.BytesIO()
+    np.save(buffer, answers(engine, x))
+    atomic_file.write_whole(folder / "answers.npy", buffer.getvalue(), sync=False, private=True)
     return {"seconds": seconds, "latency_s": _latency(engine, x[:1])}
 
 
@@ -94,7 +96,7 @@ def _latency(engine: Engine, x: Any) -> float:
 
 
 class _ThrottledProgress:
-    """Prints progress at most twice a second: TensorRT reports thousands of steps, which would fill the disk."""
+    """Print progress at most twice a second: TensorRT reports thousands of steps, which would fill the disk."""
 
     def __init__(self) -> None:
         self._at = 0.0

@@ -15,17 +15,19 @@ from typing import Any
 from fedprune.core.errors import EngineError, reason
 from fedprune_device.engines.cuda import Cuda, Device
 
+# Versions whose refittable engines may compute something else, even before they take new weights
+# (https://docs.nvidia.com/deeplearning/tensorrt/11.3.0/inference-library/refitting-engines.html).
 WRONG_WHEN_REFITTABLE = ("11.3.",)
-"""Versions that may compute something else in engines that can take new weights, even before they take any
-(https://docs.nvidia.com/deeplearning/tensorrt/11.3.0/inference-library/refitting-engines.html)."""
 
+# The version becomes a part of an engine's key and of messages to the server, so nothing else may be in it.
 _VERSION = re.compile(r"\d{1,3}(\.\d{1,5}){1,4}(\.?[a-z0-9]{1,12})?")
+# One failure may bring many errors, of which the last ones are kept.
 _MOST_LINES = 8
 
 
 @dataclass(frozen=True)
 class Bindings:
-    """A TensorRT that can be used: the module, CUDA's runtime library, and the graphics unit."""
+    """A TensorRT that can be used: its Python module, CUDA's runtime library and the GPU."""
 
     trt: Any
     version: str
@@ -40,8 +42,8 @@ class Bindings:
     @property
     def refits(self) -> bool:
         """Whether engines can take new weights from an ONNX file here, and compute right when they can."""
-        wrong = self.version.startswith(WRONG_WHEN_REFITTABLE)
-        return hasattr(self.trt, "OnnxParserRefitter") and hasattr(self.trt.BuilderFlag, "REFIT") and not wrong
+        miscomputes = self.version.startswith(WRONG_WHEN_REFITTABLE)
+        return hasattr(self.trt, "OnnxParserRefitter") and hasattr(self.trt.BuilderFlag, "REFIT") and not miscomputes
 
     @property
     def tells_progress(self) -> bool:
@@ -93,7 +95,7 @@ class TensorRTErrors:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, msg: str) -> None:
-                # Whatever is raised here would end the process: it is called from TensorRT's threads.
+                # An exception here would end the process, because TensorRT's own threads call this.
                 if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                     errors.take(msg)
 
@@ -103,14 +105,14 @@ class TensorRTErrors:
         self.lines = [*self.lines, reason(Exception(message))][-_MOST_LINES:]
 
     @contextmanager
-    def translated(self, what: str) -> Iterator[None]:
+    def translated(self, message: str) -> Iterator[None]:
         """Turn what the bindings raise, a TypeError for an object that TensorRT didn't make, into an `EngineError`."""
         try:
             yield
         except EngineError:
             raise
         except Exception as error:
-            raise EngineError(what, got=self.lines[-1] if self.lines else reason(error)) from error
+            raise EngineError(message, got=self.lines[-1] if self.lines else reason(error)) from error
 
-    def error(self, what: str) -> EngineError:
-        return EngineError(what, got=self.lines[-1] if self.lines else "no reason")
+    def error(self, message: str) -> EngineError:
+        return EngineError(message, got=self.lines[-1] if self.lines else "no reason")

@@ -1,4 +1,4 @@
-"""Building an engine from an ONNX graph with its weights; giving a built one new weights. A child process does it."""
+"""Build an engine from an ONNX graph and its weights, or give a built one new weights; run in a child process."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def build(
     trt = bindings.trt
     logger = errors.logger(trt)
     builder = trt.Builder(logger)
-    kinds = trt.NetworkDefinitionCreationFlag
+    creation_flags = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(
-        1 << int(kinds.STRONGLY_TYPED if bindings.strongly_typed else kinds.EXPLICIT_BATCH)
+        1 << int(creation_flags.STRONGLY_TYPED if bindings.strongly_typed else creation_flags.EXPLICIT_BATCH)
     )
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
@@ -49,7 +49,7 @@ def build(
     if refittable:
         config.set_flag(trt.BuilderFlag.REFIT)
     cache = config.create_timing_cache(timings)
-    # A cache of another device is refused, not bent: its timings would be wrong here.
+    # A cache of another device is refused (`ignore_mismatch` is False): its timings would be wrong here.
     if timings and not config.set_timing_cache(cache, False):
         timings = b""
         cache = config.create_timing_cache(timings)
@@ -83,13 +83,14 @@ def refit(bindings: Bindings, errors: TensorRTErrors, base: bytes, graph: Path) 
     if not refitter.refit_cuda_engine():
         raise errors.error("TensorRT can't put the new weights into the engine")
     config = engine.create_serialization_config()
+    # A serialised engine may lack its weights, and the one that serves must have them.
     config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
     return bytes(engine.serialize_with_config(config))
 
 
 def _set_batches(builder: Any, network: Any, config: Any, plan: EnginePlan) -> None:
     """Declare the batch sizes: the first dimension of every input that is free."""
-    profile, free = builder.create_optimization_profile(), False
+    profile, has_free_batch = builder.create_optimization_profile(), False
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
         first, *rest = tuple(tensor.shape)
@@ -101,8 +102,8 @@ def _set_batches(builder: Any, network: Any, config: Any, plan: EnginePlan) -> N
             )
         if first < 0:
             profile.set_shape(tensor.name, *((n, *rest) for n in plan.batch))
-            free = True
-    if free and config.add_optimization_profile(profile) < 0:
+            has_free_batch = True
+    if has_free_batch and config.add_optimization_profile(profile) < 0:
         raise EngineError(f"TensorRT refuses batches of {plan.batch[0]} to {plan.batch[2]} samples")
 
 
@@ -113,6 +114,7 @@ def _monitor(trt: Any, tell: Tell) -> Any:
             self._steps: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            # Nested phases are left out: the outer ones tell how far a build is.
             if parent_phase is None:
                 self._steps[phase_name] = num_steps
 
@@ -127,7 +129,7 @@ def _monitor(trt: Any, tell: Tell) -> Any:
     return Monitor()
 
 
-def _refused(parser: Any, errors: TensorRTErrors, what: str) -> EngineError:
+def _refused(parser: Any, errors: TensorRTErrors, message: str) -> EngineError:
     for i in range(parser.num_errors):
         errors.take(str(parser.get_error(i).desc()))
-    return errors.error(what)
+    return errors.error(message)

@@ -1,4 +1,4 @@
-"""An engine in the making: a child process with an order, watched from outside, and ended when its time is over."""
+"""The child process that builds an engine: started with a request, polled by the agent, killed at its time-out."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from fedprune.core.errors import EngineError, reason
 from fedprune.core.imports import module_code
 from fedprune_device.engines.engine_cache import EngineCache
 
-_MOST_SAID = 4096  # bytes at the end of a child's output that are read
+# Bytes at the end of a child's output that are read: only the last line counts, and TensorRT writes many before it.
+_MOST_SAID = 4096
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """The order to a child process.
+    """The request to a child process.
 
     `folder` holds graph, weights and `x.npy`, the inputs of the check, and gets the result. `base` is the engine that
     gets new weights, None to build one. The child ends with the process `parent`.
@@ -61,19 +62,19 @@ class BuildResult:
 
 
 class BuildProcess:
-    """A child process at work; raises `EngineError` if it can't be started."""
+    """A child process that builds an engine; raises `EngineError` if it can't be started."""
 
     def __init__(
-        self, cache: EngineCache, order: BuildRequest, timeout_s: float, clock: Callable[[], float] = time.monotonic
+        self, cache: EngineCache, request: BuildRequest, timeout_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._folder, self._clock = order.folder, clock
+        self._folder, self._clock = request.folder, clock
         self._timeout_s, self._until = timeout_s, clock() + timeout_s
         self._out, self._err = cache.work / "out.txt", cache.work / "err.txt"
         command = [sys.executable, "-c", module_code("fedprune_device.engines")]
-        given = cache.work / "order.json"
+        request_file = cache.work / "order.json"
         with storage_errors(f"can't write {cache.work}"):
-            given.write_text(order.to_json())
-            with given.open() as stdin, self._out.open("wb") as out, self._err.open("wb") as err:
+            request_file.write_text(request.to_json())
+            with request_file.open() as stdin, self._out.open("wb") as out, self._err.open("wb") as err:
                 try:
                     # A group of its own, so that all that TensorRT starts ends with it.
                     self._child = subprocess.Popen(command, stdin=stdin, stdout=out, stderr=err, start_new_session=True)  # noqa: S603  # nosec B603  # our own module, in this Python
@@ -105,23 +106,23 @@ class BuildProcess:
         return self._made()
 
     def stop(self) -> None:
-        if self._child.poll() is None:  # until then its number isn't reused
+        if self._child.poll() is None:  # before it is waited for, its process number isn't reused
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
 
     def _made(self) -> BuildResult:
         try:
-            said = json.loads(_last_line(self._out))
-            seconds, latency = float(said["seconds"]), float(said["latency_s"])
+            report = json.loads(_last_line(self._out))
+            seconds, latency = float(report["seconds"]), float(report["latency_s"])
             if not (math.isfinite(seconds) and math.isfinite(latency)):
                 raise ValueError("times are not finite")
-            found = np.load(self._folder / "answers.npy", allow_pickle=False)
+            answers = np.load(self._folder / "answers.npy", allow_pickle=False)
         except (ValueError, KeyError, TypeError, OSError, EOFError, RecursionError, OverflowError) as error:
             raise EngineError(
                 f"the process that makes the engine left nothing that can be read ({reason(error)})"
             ) from error
-        return BuildResult(seconds, latency, found)
+        return BuildResult(seconds, latency, answers)
 
 
 def _last_line(path: Path) -> str:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import EngineError
 
+# Where CUDA's runtime library is looked for, newest first; the last place is where JetPack puts it.
 NAMES = (
     "libcudart.so.13",
     "libcudart.so.12",
@@ -22,10 +23,12 @@ NAMES = (
     "libcudart.so",
     "/usr/local/cuda/lib64/libcudart.so",
 )
-"""Where CUDA's runtime library is looked for, newest first; the last place is where JetPack puts it."""
 
+# cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost
 _TO_DEVICE, _FROM_DEVICE = 1, 2
+# cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor, cudaDevAttrIntegrated
 _MAJOR, _MINOR, _INTEGRATED = 75, 76, 18
+# cudaErrorMemoryAllocation
 _OUT_OF_MEMORY = 2
 
 _POINTER, _NUMBER = ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)
@@ -44,7 +47,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
 
 @dataclass(frozen=True)
 class Device:
-    """A board's graphics unit: its compute capability, such as 8.7, and its memory in bytes."""
+    """A board's GPU: its compute capability, such as 8.7, and its memory in bytes."""
 
     sm: str
     shared_memory: bool
@@ -64,7 +67,7 @@ class Cuda:
         self._library.cudaGetErrorString.restype = ctypes.c_char_p
 
     def device(self) -> Device:
-        """The first graphics unit, the only one of a Jetson; raises `EngineError` if none works."""
+        """The first GPU, the only one of a Jetson; raises `EngineError` if none works."""
         count = ctypes.c_int()
         try:
             self.call("cudaGetDeviceCount", ctypes.byref(count))
@@ -85,9 +88,9 @@ class Cuda:
             hint = "Other processes share this memory: end some, or build smaller." if code == _OUT_OF_MEMORY else ""
             raise EngineError(f"{name} failed: {words.decode(errors='replace')} ({code})", hint=hint)
 
-    def _attribute(self, which: int) -> int:
+    def _attribute(self, attribute: int) -> int:
         value = ctypes.c_int()
-        self.call("cudaDeviceGetAttribute", ctypes.byref(value), which, 0)
+        self.call("cudaDeviceGetAttribute", ctypes.byref(value), attribute, 0)
         return value.value
 
 
@@ -97,20 +100,21 @@ class Stream:
     def __init__(self, cuda: Cuda) -> None:
         self._cuda, self.handle = cuda, 0
         self._memory: dict[str, tuple[int, int]] = {}
-        found = ctypes.c_void_p()
-        cuda.call("cudaStreamCreate", ctypes.byref(found))
-        self.handle = int(found.value or 0)
+        handle = ctypes.c_void_p()
+        cuda.call("cudaStreamCreate", ctypes.byref(handle))
+        self.handle = int(handle.value or 0)
 
     def memory(self, name: str, size: int) -> int:
-        """The address of memory of the device with a name. It is kept, and replaced if it is too small."""
-        address, room = self._memory.get(name, (0, 0))
-        if room < max(size, 1):
+        """The address of the named buffer on the device, which is kept, and replaced by a larger one if needed."""
+        address, capacity = self._memory.get(name, (0, 0))
+        if capacity < max(size, 1):
             if address:
+                # Before cudaFree: if that fails, `close` must not free it a second time.
                 del self._memory[name]
                 self._cuda.call("cudaFree", address)
-            found = ctypes.c_void_p()
-            self._cuda.call("cudaMalloc", ctypes.byref(found), max(size, 1))
-            address = int(found.value or 0)
+            pointer = ctypes.c_void_p()
+            self._cuda.call("cudaMalloc", ctypes.byref(pointer), max(size, 1))
+            address = int(pointer.value or 0)
             self._memory[name] = address, max(size, 1)
         return address
 
@@ -130,6 +134,7 @@ class Stream:
 
     def close(self) -> None:
         addresses, handle = [address for address, _ in self._memory.values()], self.handle
+        # Cleared first, since `close` may be called twice: by the owner, and when the object is collected.
         self._memory, self.handle = {}, 0
         with contextlib.suppress(EngineError):
             for address in addresses:

@@ -14,6 +14,7 @@ from fedprune_device.engines.cuda import Stream
 
 Array = npt.NDArray[Any]
 
+# TensorRT's names of the types that inputs and outputs of our graphs have. INT8 and BF16 stay inside an engine.
 _TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}
 
 
@@ -37,27 +38,28 @@ class Engine:
         self._stream = Stream(bindings.cuda)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Run the engine, in parts where there are more samples than it takes at once; by default for all outputs."""
+        """Run the engine, in chunks if there are more samples than it takes at once; by default for all outputs."""
         if set(feeds) != set(self.inputs):
             raise EngineError("inputs of the engine", expected=", ".join(self.inputs), got=", ".join(feeds))
         samples = len(next(iter(feeds.values())))
-        least, most = self._batch or (samples, samples)
-        parts = []
-        for start in range(0, max(samples, 1), max(most, 1)):
-            part = {n: v[start : start + most] for n, v in feeds.items()}
-            count = len(next(iter(part.values())))
-            # Fewer than the engine takes are filled up; an empty batch still says what shape outputs have.
-            wanted = max(count, least)
-            filled = {
-                n: np.concatenate([v, np.zeros((wanted - count, *v.shape[1:]), v.dtype)]) for n, v in part.items()
+        min_batch, max_batch = self._batch or (samples, samples)
+        chunk_outputs = []
+        for start in range(0, max(samples, 1), max(max_batch, 1)):
+            chunk = {n: v[start : start + max_batch] for n, v in feeds.items()}
+            count = len(next(iter(chunk.values())))
+            # Fewer samples than the engine takes are padded with zeros; even an empty batch tells the outputs' shape.
+            batch_size = max(count, min_batch)
+            padded_chunk = {
+                n: np.concatenate([v, np.zeros((batch_size - count, *v.shape[1:]), v.dtype)]) for n, v in chunk.items()
             }
             with self._errors.translated("the engine failed"):
-                parts.append({n: v[:count] for n, v in self._run(filled).items()})
+                chunk_outputs.append({n: v[:count] for n, v in self._run(padded_chunk).items()})
         names = list(outputs) if outputs is not None else list(self.outputs)
-        return {n: np.concatenate([p[n] for p in parts]) for n in names}
+        return {n: np.concatenate([p[n] for p in chunk_outputs]) for n in names}
 
     def close(self) -> None:
         self._stream.close()
+        # In this order: TensorRT wants a context to end before its engine, and the engine before its runtime.
         self._context = self._engine = self._runtime = None
 
     def _load(self, trt: Any, raw: bytes) -> None:
@@ -82,16 +84,16 @@ class Engine:
 
     def _add_input(self, name: str) -> None:
         shape = tuple(self._engine.get_tensor_shape(name))
-        # Token ids are int64 in graphs; TensorRT 8 knows none and takes them as int32.
+        # Token ids are int64 in graphs; TensorRT 8 has no int64 and takes them as int32.
         kind = "tensor(int64)" if self._dtypes[name].kind == "i" else "tensor(float)"
         self.inputs[name] = (kind, tuple(None if d < 0 else int(d) for d in shape))
         if shape and shape[0] < 0:
-            least, _, most = (tuple(s) for s in self._engine.get_tensor_profile_shape(name, 0))
-            self._batch = max(1, int(least[0])), int(most[0])
+            min_shape, _, max_shape = (tuple(s) for s in self._engine.get_tensor_profile_shape(name, 0))
+            self._batch = max(1, int(min_shape[0])), int(max_shape[0])
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         context, stream = self._context, self._stream
-        kept = []  # copies are under way until `wait` returns
+        input_copies = []  # must stay alive until `wait` returns: the stream copies from them asynchronously
         for name, value in feeds.items():
             array = np.ascontiguousarray(value, self._dtypes[name])
             if not context.set_input_shape(name, array.shape):
@@ -99,18 +101,18 @@ class Engine:
             address = stream.memory(name, array.nbytes)
             stream.put(address, array)
             self._bind(name, address)
-            kept.append(array)
-        found = {}
+            input_copies.append(array)
+        results = {}
         for name in self.outputs:
             array = np.empty(tuple(context.get_tensor_shape(name)), self._dtypes[name])
             self._bind(name, stream.memory(name, array.nbytes))
-            found[name] = array
+            results[name] = array
         if not context.execute_async_v3(stream.handle):
             raise self._errors.error("the engine failed")
-        for name, array in found.items():
+        for name, array in results.items():
             stream.get(array, stream.memory(name, array.nbytes))
         stream.wait()
-        return found
+        return results
 
     def _bind(self, name: str, address: int) -> None:
         if not self._context.set_tensor_address(name, address):

@@ -1,4 +1,6 @@
-"""Engines on the board's own disk. Nothing here ever came over a network, and nothing here is trusted to be whole.
+"""The cache of engines on the board's own disk.
+
+No engine ever comes over a network. No file is trusted to be complete: its digest is checked when it is read.
 
 lock           held by the process that builds an engine
 engine.plan    the engine for what serves, with engine.json: what it is for and its digest
@@ -73,8 +75,8 @@ class EngineCache:
     def work(self) -> Path:
         return self.root / "work"
 
-    def path(self, what: str) -> Path:
-        return self.root / _FILES[what]
+    def path(self, kind: str) -> Path:
+        return self.root / _FILES[kind]
 
     @contextmanager
     def making(self) -> Iterator[None]:
@@ -86,29 +88,30 @@ class EngineCache:
             with storage_errors(f"can't write {self.work}"):
                 shutil.rmtree(self.work, ignore_errors=True)
                 self.work.mkdir(mode=0o700)
-            for name in (*_FILES.values(), *(f"{what}.json" for what in _FILES), RECORD):
+            for name in (*_FILES.values(), *(f"{kind}.json" for kind in _FILES), RECORD):
                 atomic_file.sweep(self.root, name)  # not the marker, which a process that loads an engine may write
             try:
                 yield
             finally:
                 shutil.rmtree(self.work, ignore_errors=True)
 
-    def put(self, what: str, new: Path, key: str, facts: dict[str, Any]) -> None:
-        """Move a finished file here. A power cut leaves the old one, the new one or none."""
-        with storage_errors(f"can't read {new}"):
-            sha256 = file_digest(new)
-        atomic_file.place(new, self.path(what))
-        if what == ENGINE:  # what ended a process was another, or has been rebuilt and tried since
+    def put(self, kind: str, file: Path, key: str, facts: dict[str, Any]) -> None:
+        """Move a finished file into the cache. A power cut leaves the old one, the new one or none."""
+        with storage_errors(f"can't read {file}"):
+            sha256 = file_digest(file)
+        # The note is written last: a file without a matching note is damaged to `read`, and built again.
+        atomic_file.place(file, self.path(kind))
+        if kind == ENGINE:  # what ended a process was another, or has been rebuilt and tried since
             atomic_file.remove(self._marker)
-        atomic_file.write_document(self._note(what), {**facts, "key": key, "sha256": sha256})
+        atomic_file.write_document(self._note(kind), {**facts, "key": key, "sha256": sha256})
 
-    def read(self, what: str, key: str) -> tuple[bytes, dict[str, Any]]:
+    def read(self, kind: str, key: str) -> tuple[bytes, dict[str, Any]]:
         """A file for a key and its facts; raises `EngineError` if it is missing, has another key, or is damaged."""
         try:
-            note = atomic_file.read_document(self._note(what))
+            note = atomic_file.read_document(self._note(kind))
         except StorageError as error:
             raise EngineError(str(error)) from error
-        path = self.path(what)
+        path = self.path(kind)
         if note is None or not path.is_file():
             raise EngineError(f"there is no {path.name} yet")
         if note.get("key") != key:
@@ -125,11 +128,11 @@ class EngineCache:
         """The record of engine builds for a key; a new one if it can't be read."""
         try:
             body = atomic_file.read_document(self.root / RECORD)
-            found = CachedEngine(key) if body is None else convert(CachedEngine, body, "record", EngineError)
+            record = CachedEngine(key) if body is None else convert(CachedEngine, body, "record", EngineError)
         except FedpruneError as error:
             _LOG.warning("what is known of making engines can't be read, going on without it: %s", error)
-            found = CachedEngine(key)
-        return found if found.key == key else CachedEngine(key)
+            record = CachedEngine(key)
+        return record if record.key == key else CachedEngine(key)
 
     def keep(self, record: CachedEngine) -> None:
         atomic_file.write_document(self.root / RECORD, asdict(record))
@@ -138,8 +141,8 @@ class EngineCache:
     def loading(self, sha256: str) -> Iterator[None]:
         """Load an engine in this process; raises `EngineError` if loading it has ended a process before.
 
-        While another process loads one, both do. Only the other one's end would be noticed: this one would load the
-        engine again at its next start.
+        If another process is loading an engine, this one loads without a marker: if it ends, that is not noticed, and
+        the engine is loaded again at the next start.
         """
         marker = self._marker
         with ExitStack() as stack:
@@ -152,10 +155,10 @@ class EngineCache:
                 yield
                 return
             try:
-                before = atomic_file.read_document(marker)
+                previous_load = atomic_file.read_document(marker)
             except StorageError:
-                before = None
-            if before is not None and before.get("sha256") == sha256:
+                previous_load = None
+            if previous_load is not None and previous_load.get("sha256") == sha256:
                 raise EngineError(
                     "loading this engine ended the process before",
                     hint="Build it again: `fedprune-device build-engine`.",
@@ -170,8 +173,8 @@ class EngineCache:
     def _marker(self) -> Path:
         return self.root / "loading.json"
 
-    def _note(self, what: str) -> Path:
-        return self.root / f"{what}.json"
+    def _note(self, kind: str) -> Path:
+        return self.root / f"{kind}.json"
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -20,40 +20,43 @@ class WrongOutputError(EngineError):
     """An engine computes something else than onnxruntime."""
 
 
+# Enough samples to see a wrong engine, few enough that onnxruntime predicts them on the processor in a moment.
 _MOST_SAMPLES = 16
 
 
-def trial_inputs(inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]], most: int) -> Array:
+def trial_inputs(inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]], max_batch: int) -> Array:
     """Inputs for the check: fixed noise, one sample more than fits into a batch of `most`, or 17; zeros for tokens."""
     kind, shape = inputs[step_contract.X]
     sizes = [d if isinstance(d, int) else 1 for d in shape[1:]]
-    noise = keyed(0, "engine").standard_normal((min(most, _MOST_SAMPLES) + 1, *sizes))
+    noise = keyed(0, "engine").standard_normal((min(max_batch, _MOST_SAMPLES) + 1, *sizes))
     return np.zeros(noise.shape, np.int64) if kind == "tensor(int64)" else noise.astype(np.float32)
 
 
 def answers(session: Runs, x: Array) -> Array:
     """A model's outputs for some inputs at once, and for the first one alone: batches of both sizes must be right."""
-    together = session.run({step_contract.X: x}, [step_contract.LOGITS])[step_contract.LOGITS]
-    alone = session.run({step_contract.X: x[:1]}, [step_contract.LOGITS])[step_contract.LOGITS]
-    return np.concatenate([together, alone]).astype(np.float32)
+    batch_outputs = session.run({step_contract.X: x}, [step_contract.LOGITS])[step_contract.LOGITS]
+    single_output = session.run({step_contract.X: x[:1]}, [step_contract.LOGITS])[step_contract.LOGITS]
+    return np.concatenate([batch_outputs, single_output]).astype(np.float32)
 
 
-def deviation(found: Array, expected: Array, tolerance: float) -> float:
-    """How far an engine's answers are from onnxruntime's, relative to 1 plus the largest of those.
+def deviation(outputs: Array, expected: Array, tolerance: float) -> float:
+    """The largest difference between an engine's outputs and onnxruntime's, relative to 1 plus the largest of those.
 
-    Raises `WrongOutputError` if by more than `tolerance`, in shape, or they are not finite.
+    Raises `WrongOutputError` if the difference exceeds `tolerance`, shapes differ or outputs are not finite.
     """
-    if found.shape != expected.shape:
+    if outputs.shape != expected.shape:
         raise WrongOutputError(
-            "shape of the engine's outputs", expected=shape_text(*expected.shape), got=shape_text(*found.shape)
+            "shape of the engine's outputs", expected=shape_text(*expected.shape), got=shape_text(*outputs.shape)
         )
-    if not np.isfinite(found).all():
+    if not np.isfinite(outputs).all():
         raise WrongOutputError("the engine's outputs are not finite")
-    if not found.size:
+    if not outputs.size:
         return 0.0
-    far = float(np.abs(found - expected).max() / (1 + np.abs(expected).max()))
-    if not far <= tolerance:
+    largest_difference = float(np.abs(outputs - expected).max() / (1 + np.abs(expected).max()))
+    if not largest_difference <= tolerance:  # not `>`, which a NaN would pass
         raise WrongOutputError(
-            "the engine contradicts onnxruntime", expected=f"a deviation of at most {tolerance:g}", got=f"{far:.3g}"
+            "the engine contradicts onnxruntime",
+            expected=f"a deviation of at most {tolerance:g}",
+            got=f"{largest_difference:.3g}",
         )
-    return far
+    return largest_difference

@@ -1,4 +1,4 @@
-"""Decides what answers predictions: an engine that is valid here and has passed its check, or else onnxruntime."""
+"""Choose what answers predictions: an engine that is valid on this board and has passed its check, else onnxruntime."""
 
 from __future__ import annotations
 
@@ -31,12 +31,11 @@ from fedprune_device.serving.predictor import WEIGHTS, Predictor
 
 _LOG = logging.getLogger("fedprune.device")
 
+# Consecutive failed builds after which the board stops trying on its own: each takes minutes of its GPU.
 MOST_FAILURES = 2
-"""Consecutive failed builds after which the board stops trying on its own: each takes minutes of its GPU."""
 
+# How an engine gets new weights: a refit of a refittable engine, a rebuild with cached timings, or a first build.
 REFIT, REBUILD, BUILD = "refit", "rebuild", "build"
-"""How an engine gets new weights: by refitting a refittable engine, by a rebuild with cached timings, or by a first
-build."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,13 @@ class EngineSelector:
     def progress(self) -> str:
         return "" if self._job is None else self._job.making.progress
 
-    def want(self, wanted: EngineRequest, *, rebuild: bool = False) -> None:
+    def want(self, request: EngineRequest, *, rebuild: bool = False) -> None:
         """Request an engine for a model in place of the last request; `turn` does the rest.
 
         With `rebuild` an engine is made even if one exists, and regardless of earlier failures.
         """
         self.close()
-        self._wanted, self._rebuild, self.error = wanted, rebuild, None
+        self._wanted, self._rebuild, self.error = request, rebuild, None
         self.status, self.facts = "onnxruntime (an engine is being made)", {}
 
     def turn(self) -> CheckedSession | None:
@@ -114,21 +113,21 @@ class EngineSelector:
         The caller waits for what this process must do itself: find CUDA and TensorRT, predict the samples of the check
         on the processor, load an engine and try it. For a large model that takes seconds.
         """
-        wanted = self._wanted
-        if wanted is None:
+        request = self._wanted
+        if request is None:
             return None
         try:
-            found = self._go_on(wanted)
+            session = self._go_on(request)
         except Exception as error:  # noqa: BLE001 - whatever it is, onnxruntime continues answering
-            known = error if isinstance(error, FedpruneError) else EngineError(f"unexpected: {error!r}"[:300])
+            failure = error if isinstance(error, FedpruneError) else EngineError(f"unexpected: {error!r}"[:300])
             self.close()
-            self.status, self.error = f"onnxruntime ({known})", known
-            _LOG.warning("no engine answers, but onnxruntime: %s", known, exc_info=known is not error)
+            self.status, self.error = f"onnxruntime ({failure})", failure
+            _LOG.warning("no engine answers, but onnxruntime: %s", failure, exc_info=failure is not error)
             return None
-        if found is not None:
+        if session is not None:
             self.close()
             _LOG.info("%s answers predictions: %s", self.status, self._shown())
-        return found
+        return session
 
     def close(self) -> None:
         job, self._job, self._wanted = self._job, None, None
@@ -142,32 +141,33 @@ class EngineSelector:
         self.status, self.facts = f"onnxruntime (the engine failed: {error})", {}
         _LOG.warning("onnxruntime answers, because the engine failed: %s", error)
 
-    def _go_on(self, wanted: EngineRequest) -> CheckedSession | None:
+    def _go_on(self, request: EngineRequest) -> CheckedSession | None:
         if self._bindings is None:
             self._bindings = self._find()
         if self._job is None:
-            return self._begin(wanted, self._bindings)
-        made = None
+            return self._begin(request, self._bindings)
+        result = None
         try:
-            made = self._job.making.poll()
-            return None if made is None else self._take(wanted, self._bindings, self._job, made)
+            result = self._job.making.poll()
+            return None if result is None else self._take(request, self._bindings, self._job, result)
         except EngineError as error:
-            self._failed(wanted, self._bindings, self._job, error, tried=made is not None)
+            self._failed(request, self._bindings, self._job, error, child_succeeded=result is not None)
             return None
 
-    def _begin(self, wanted: EngineRequest, found: Bindings) -> CheckedSession | None:
-        place = self._where(found)
-        graph = wanted.folder / self.plan.graph
+    def _begin(self, request: EngineRequest, tensorrt: Bindings) -> CheckedSession | None:
+        platform = self._where(tensorrt)
+        graph = request.folder / self.plan.graph
         if not graph.is_file():
             raise EngineError(f"the plan's graph {self.plan.graph} isn't there")
         with storage_errors(f"can't read {graph}"):
-            key = place.key(file_digest(graph), self.plan.digest)
-        self._x = trial_inputs(wanted.predictor.session.inputs, self.plan.batch[2])
-        self._expected = answers(wanted.predictor.session, self._x)
+            key = platform.key(file_digest(graph), self.plan.digest)
+        self._x = trial_inputs(request.predictor.session.inputs, self.plan.batch[2])
+        self._expected = answers(request.predictor.session, self._x)
         record = self.cache.record(key)
         if not self._rebuild:
+            # After a restart the cached engine usually has the weights that serve.
             try:
-                return self._load(wanted, found, key)
+                return self._load(request, tensorrt, key)
             except EngineError as error:
                 _LOG.info("an engine is to be made: %s", error)
             if record.failures >= MOST_FAILURES:
@@ -175,21 +175,23 @@ class EngineSelector:
                     f"{record.failures} engines failed: {record.reason}",
                     hint="Try again: `fedprune-device build-engine --rebuild`.",
                 )
-        way = self._way(found, record, key)
+        method = self._way(tensorrt, record, key)
         self._lock.enter_context(self.cache.making())
-        self._start(wanted, found, key, place, way, refittable=way == BUILD and self._refits(found, record))
+        self._start(
+            request, tensorrt, key, platform, method, refittable=method == BUILD and self._refits(tensorrt, record)
+        )
         return None
 
-    def _refits(self, found: Bindings, record: CachedEngine) -> bool:
-        return found.refits and self.plan.refit and record.refits
+    def _refits(self, tensorrt: Bindings, record: CachedEngine) -> bool:
+        return tensorrt.refits and self.plan.refit and record.refits
 
-    def _way(self, found: Bindings, record: CachedEngine, key: str) -> str:
-        """Each way is tried once and measured; then the faster one is taken."""
+    def _way(self, tensorrt: Bindings, record: CachedEngine, key: str) -> str:
+        """The way to give an engine new weights: each is tried once and measured, then the faster one is taken."""
         try:
             self.cache.read(BASE, key)
         except EngineError:
             return BUILD
-        if not self._refits(found, record):
+        if not self._refits(tensorrt, record):
             return REBUILD
         if record.refit_s is None:
             return REFIT
@@ -197,51 +199,58 @@ class EngineSelector:
 
     def _start(
         self,
-        wanted: EngineRequest,
-        found: Bindings,
+        request: EngineRequest,
+        tensorrt: Bindings,
         key: str,
-        place: EnginePlatform,
-        way: str,
+        platform: EnginePlatform,
+        method: str,
         *,
         refittable: bool = False,
     ) -> None:
         cache, work = self.cache, self.cache.work
-        lowered = [weights_file(p) for p in PRECISIONS if graph_file(p) == self.plan.graph]
-        for name in (self.plan.graph, WEIGHTS, *lowered):
-            atomic_file.place(wanted.folder / name, work / name, sync=False)
-        if (wanted.folder / FROZEN).is_file():
-            atomic_file.place(wanted.folder / FROZEN, work / FROZEN, sync=False)
+        lowered_weights = [weights_file(p) for p in PRECISIONS if graph_file(p) == self.plan.graph]
+        # In a folder of the child's own, because the next round may replace the model while the child reads it.
+        for name in (self.plan.graph, WEIGHTS, *lowered_weights):
+            atomic_file.place(request.folder / name, work / name, sync=False)
+        if (request.folder / FROZEN).is_file():
+            atomic_file.place(request.folder / FROZEN, work / FROZEN, sync=False)
         with storage_errors(f"can't read {work / WEIGHTS}"):
-            if file_digest(work / WEIGHTS) != wanted.weights:
+            if file_digest(work / WEIGHTS) != request.weights:
                 raise EngineError("the model was replaced meanwhile")
-        file = io.BytesIO()
-        np.save(file, self._x)
-        atomic_file.write_whole(work / "x.npy", file.getvalue(), sync=False, private=True)
+        buffer = io.BytesIO()
+        np.save(buffer, self._x)
+        atomic_file.write_whole(work / "x.npy", buffer.getvalue(), sync=False, private=True)
         timings = None
         try:
-            cache.read(TIMINGS, place.timings)
+            cache.read(TIMINGS, platform.timings)
             timings = cache.path(TIMINGS)
         except EngineError:
             pass  # every layer is measured then
-        base = cache.path(BASE) if way == REFIT else None
-        order = BuildRequest(work, self.plan.to_json(), refittable, timings, base)
-        making = BuildProcess(cache, order, self.plan.timeout_s)
+        base_engine = cache.path(BASE) if method == REFIT else None
+        build_request = BuildRequest(work, self.plan.to_json(), refittable, timings, base_engine)
+        process = BuildProcess(cache, build_request, self.plan.timeout_s)
         try:
             # A build counts as failed until it succeeds, so that one that crashes the board is not repeated for ever. A
             # build that can't even be started crashes nothing, and doesn't count.
             self._count(key, 1, "it was interrupted: out of memory, a crash or a power cut")
         except BaseException:
-            making.stop()
+            process.stop()
             raise
-        self._job = _Job(making, way, refittable, key, place, timings is not None)
-        _LOG.info("making an engine (%s) with %s", way, found.describe())
+        self._job = _Job(process, method, refittable, key, platform, timings is not None)
+        _LOG.info("making an engine (%s) with %s", method, tensorrt.describe())
 
-    def _take(self, wanted: EngineRequest, found: Bindings, job: _Job, made: BuildResult) -> CheckedSession:
+    def _take(self, request: EngineRequest, tensorrt: Bindings, job: _Job, result: BuildResult) -> CheckedSession:
         """Check what a child process made, put it into the cache and load it."""
-        far = deviation(made.answers, self._expected, self.plan.tolerance)
+        measured_deviation = deviation(result.answers, self._expected, self.plan.tolerance)
         cache, key = self.cache, job.key
-        numbers = {"weights": wanted.weights, "way": job.way, "seconds": made.seconds, "deviation": far}
-        numbers["latency_s"] = made.latency_s
+        numbers = {
+            "weights": request.weights,
+            "way": job.way,
+            "seconds": result.seconds,
+            "deviation": measured_deviation,
+        }
+        numbers["latency_s"] = result.latency_s
+        # Only a build measures layers; a refit keeps the formulation that its base engine was built with.
         if job.way != REFIT:
             cache.put(TIMINGS, cache.work / "timing.cache", job.place.timings, {})
         if job.refittable:
@@ -249,50 +258,53 @@ class EngineSelector:
         cache.put(ENGINE, cache.work / "engine.plan", key, numbers)
         # An engine that this process has no memory for is a failure, too, so nothing counts as done before it is
         # loaded.
-        answering = self._load(wanted, found, key)
+        session = self._load(request, tensorrt, key)
         record = replace(cache.record(key), failures=0, reason="")
         if job.way == REFIT:
-            record = replace(record, refit_s=made.seconds)
+            record = replace(record, refit_s=result.seconds)
+        # A rebuild without cached timings measures every layer again: its duration says nothing about the next one.
         elif job.way == REBUILD and job.warm:
-            record = replace(record, rebuild_s=made.seconds)
+            record = replace(record, rebuild_s=result.seconds)
         cache.keep(record)
-        return answering
+        return session
 
-    def _failed(self, wanted: EngineRequest, found: Bindings, job: _Job, error: EngineError, *, tried: bool) -> None:
+    def _failed(
+        self, request: EngineRequest, tensorrt: Bindings, job: _Job, error: EngineError, *, child_succeeded: bool
+    ) -> None:
         """Build an engine that can't be refitted if a refittable or refitted one may be wrong; otherwise raise `error`.
 
         If the child's check has passed and only this process has no memory for the engine, the error is raised, too,
         because no other kind of engine would help.
         """
         self._job = None
-        wrong = isinstance(error, WrongOutputError)
-        if (wrong and job.refittable) or (job.way == REFIT and (wrong or not tried)):
+        outputs_differ = isinstance(error, WrongOutputError)
+        if (outputs_differ and job.refittable) or (job.way == REFIT and (outputs_differ or not child_succeeded)):
             _LOG.warning("refitting doesn't work on this board, building an engine without it: %s", error)
             self._count(job.key, -1)
             self.cache.keep(replace(self.cache.record(job.key), refits=False))
-            self._start(wanted, found, job.key, job.place, REBUILD)
+            self._start(request, tensorrt, job.key, job.place, REBUILD)
             return
         self._count(job.key, 0, str(error))
         raise error
 
-    def _count(self, key: str, more: int, reason: str = "") -> None:
+    def _count(self, key: str, change: int, reason: str = "") -> None:
         record = self.cache.record(key)
-        self.cache.keep(replace(record, failures=max(0, record.failures + more), reason=reason[:300]))
+        self.cache.keep(replace(record, failures=max(0, record.failures + change), reason=reason[:300]))
 
-    def _load(self, wanted: EngineRequest, found: Bindings, key: str) -> CheckedSession:
+    def _load(self, request: EngineRequest, tensorrt: Bindings, key: str) -> CheckedSession:
         raw, numbers = self.cache.read(ENGINE, key)
-        if numbers.get("weights") != wanted.weights:
+        if numbers.get("weights") != request.weights:
             raise EngineError("the engine has other weights")
         with self.cache.loading(str(numbers["sha256"])):
-            engine = Engine(found, raw)
+            engine = Engine(tensorrt, raw)
             try:
-                far = deviation(answers(engine, self._x), self._expected, self.plan.tolerance)
+                measured_deviation = deviation(answers(engine, self._x), self._expected, self.plan.tolerance)
             except EngineError:
                 engine.close()
                 raise
-        self.facts = {**numbers, "deviation": far}
-        self.status = f"TensorRT {found.version}, {self.plan.precision}"
-        return CheckedSession(engine, wanted.predictor, self)
+        self.facts = {**numbers, "deviation": measured_deviation}
+        self.status = f"TensorRT {tensorrt.version}, {self.plan.precision}"
+        return CheckedSession(engine, request.predictor, self)
 
     def _shown(self) -> str:
         f = self.facts
@@ -301,7 +313,7 @@ class EngineSelector:
 
 
 class CheckedSession:
-    """An engine, with onnxruntime as the fallback."""
+    """A session of an engine that has passed its check, with onnxruntime as the fallback."""
 
     def __init__(self, engine: Engine, predictor: Predictor, selector: EngineSelector) -> None:
         self.inputs, self.outputs = predictor.session.inputs, predictor.session.outputs
@@ -323,9 +335,10 @@ class CheckedSession:
         self._engine = None
 
 
-def here(found: Bindings) -> EnginePlatform:
-    read = facts()
-    return EnginePlatform(read.model[:200], read.l4t, found.device.sm, found.version, power_mode())
+def here(tensorrt: Bindings) -> EnginePlatform:
+    """The platform that engines built on this board now are valid for."""
+    board_facts = facts()
+    return EnginePlatform(board_facts.model[:200], board_facts.l4t, tensorrt.device.sm, tensorrt.version, power_mode())
 
 
 ENGINES = "engines"  # the folder of engines in a state directory
@@ -346,7 +359,7 @@ class Accelerator:
         return self.name != CPU
 
     def selector(self, state: Path) -> EngineSelector | None:
-        """The selector that keeps an engine for predictions, if the board uses one."""
+        """The selector that keeps an engine for predictions; None unless the tier is TensorRT."""
         if self.name != TENSORRT:
             return None
         return EngineSelector(state / ENGINES, self.plan)

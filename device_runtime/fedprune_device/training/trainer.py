@@ -63,7 +63,7 @@ class TrainingStoppedError(FedpruneError):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The result of local training.
+    """The result of a local training.
 
     Attributes:
         tensors: The new weights and statistics, in the order in which they were given.
@@ -71,8 +71,8 @@ class TrainingResult:
         samples: Local training samples.
         loss_first: Mean loss over the first tenth of the steps (at least one).
         loss_last: Mean loss over the last tenth of the steps (at least one).
-        train_accuracy: Share of correctly classified samples (with `bce` of labels) in the last epoch, as seen while
-            training; None where numbers are predicted.
+        train_accuracy: Share of correctly classified samples (with `bce` of labels) in the last epoch, counted by its
+            steps; None where numbers are predicted.
         seconds: Wall-clock time.
         step_seconds: Median time of a step.
         last_squares: Squared gradients of the last of these steps, by tensor, if the recipe asks for them.
@@ -95,13 +95,13 @@ class TrainingResult:
     @classmethod
     def unmoved(cls, tensors: Tensors, steps: int, samples: int, seconds: float) -> TrainingResult:
         """The result of a training that changes nothing."""
-        nothing = math.nan
-        return cls(dict(tensors), steps, samples, nothing, nothing, None, seconds, seconds / max(1, steps), {})
+        unknown = math.nan
+        return cls(dict(tensors), steps, samples, unknown, unknown, None, seconds, seconds / max(1, steps), {})
 
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """A training that is asked for.
+    """The job, round and state of a training.
 
     Attributes:
         classes: Entries of the model's output.
@@ -125,7 +125,7 @@ class TrainingTask:
 
 @dataclass(frozen=True)
 class TrainingControl:
-    """How a training is watched and ended early.
+    """Callbacks that watch a training and may end it early.
 
     Attributes:
         progress: Called with (steps done, steps in all) after each step.
@@ -136,6 +136,180 @@ class TrainingControl:
     progress: Callable[[int, int], None] = lambda done, total: None
     stop: Callable[[], bool] = lambda: False
     enough: Callable[[], bool] = lambda: False
+
+
+class _TrainingRun:
+    """One training under way: the inputs of its steps, the arrays that they write into, and what was counted so far."""
+
+    def __init__(self, graph: StepGraph, tensors: Mapping[str, Array], data: LocalData, task: TrainingTask) -> None:
+        recipe, classes = task.recipe, task.classes
+        self._graph, self._data, self._task, self._names = graph, data, task, tuple(tensors)
+        graph.check(tensors)
+        self._targets = graph.targets(recipe, classes)
+        data.check(self._targets, graph.input_shape, token_ids=graph.token_ids)
+        self._y = self._targets(data.y_train)
+        self._constants = graph.constants(tensors, self._y, recipe, classes, task.mask)
+        # Copies, because steps write into them.
+        self._state: dict[str, Array] = {n: np.array(v, order="C") for n, v in tensors.items()}
+        for name in graph.states:
+            self._state[name] = np.zeros_like(self._state[name.partition("::")[0]])
+        for name in task.moments.keys() & set(graph.states):
+            np.copyto(self._state[name], task.moments[name])
+        # A step's outputs are written here: among the activations in onnxruntime's arena they would make it grow.
+        self._spare = {n: np.empty_like(self._state[n]) for n in graph.moving}
+        self._width_plans = self._all_width_plans(tensors)
+        self._augmentation = graph.augmentation(recipe)
+        if len(self._width_plans) == 1:  # narrower steps cut arrays, which the processor does
+            self._state, self._spare = graph.place(self._state, "state"), graph.place(self._spare, "next state")
+            self._constants |= graph.place({n: v for n, v in self._constants.items() if "::" in n}, "constant")
+        normalised = bool(graph.statistics)
+        self.batches = Batches(data.samples, recipe, normalised=normalised)
+        # Batch-norm statistics of a single sample are worthless.
+        validates = recipe.patience > 0 and len(data.y_val) > (1 if normalised else 0)
+        self._early_stopping = EarlyStopping(recipe.patience, keep=recipe.best_epoch) if validates else None
+        self._losses: list[float] = []
+        self._step_times: list[float] = []
+        self._squares: Tensors = {}
+        self._epoch_hits = self._epoch_labels = 0
+
+    def step(self, number: int, rows: Rows) -> None:
+        """Carry out step `number`, from 1, on these training samples; raises `DivergedError`."""
+        began = time.monotonic()
+        graph, task, recipe = self._graph, self._task, self._task.recipe
+        micro_batches, mix_shares = self._micro_batches(number, rows)
+        feeds = {**self._constants, **self._state, **mix_shares}
+        # The rate at the middle of the step, so that no step of a schedule has a rate of 0 and is lost.
+        feeds[step_contract.LR] = np.array(recipe.rate(task.round, (number - 0.5) / self.batches.steps), np.float32)
+        own_widths, widths = self._width_plans[0], self._step_widths(number)
+        narrower_axes = None if widths == own_widths else graph.axes
+        if narrower_axes is not None:
+            feeds = narrower_axes.narrowed(feeds, own_widths, widths)
+        gradient_names = graph.gradients if recipe.report_squares and self._ends_epoch(number) else []
+        spare = self._spare if narrower_axes is None else None
+        dropout_key = (task.seed, task.round, task.device, "dropout", number)
+        loss, hits, values, gradients = graph.advance(
+            feeds, micro_batches, task.taken + number, gradient_names, spare, dropout_key
+        )
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
+        if narrower_axes is None:
+            self._spare = {n: self._state[n] for n in values}
+            self._state |= values
+        else:
+            # Statistics of narrower layers are those of other sums: only steps at the own width measure them.
+            values = {n: v for n, v in values.items() if n not in graph.statistics}
+            narrower_axes.write_back(self._state, values, own_widths, widths)
+        self._losses.append(loss)
+        if (number - 1) % self.batches.per_epoch == 0:
+            self._epoch_hits = self._epoch_labels = 0
+        self._epoch_hits += hits
+        self._epoch_labels += sum(self._targets.count(micro_batch.y) for micro_batch in micro_batches)
+        if gradients:
+            with np.errstate(over="ignore"):  # `result` refuses what is not finite
+                squares = (np.square(np.asarray(gradient)) for gradient in gradients)
+                self._squares = dict(zip(graph.trainable, squares, strict=True))
+        self._step_times.append(time.monotonic() - began)
+
+    def stops_early(self, number: int) -> bool:
+        """Whether step `number` ends an epoch after which validation samples say that more training is useless."""
+        if self._early_stopping is None or not self._ends_epoch(number):
+            return False
+        weights = {n: np.array(self._state[n]) for n in self._names}
+        loss = self._validation_loss({**self._constants, **weights})
+        return loss is not None and self._early_stopping.over(loss, weights, number, self._squares)
+
+    def result(self, seconds: float) -> TrainingResult:
+        """The result of all steps, or of the best epoch; raises `DivergedError` if a tensor is not finite."""
+        losses, best, taken = self._losses, self._early_stopping, len(self._losses)
+        if best is not None and self._task.recipe.best_epoch and best.steps:
+            self._state |= best.tensors
+            taken, self._squares = best.steps, best.squares
+        tensors = {n: np.asarray(self._state[n], np.float32) for n in self._names}
+        for name, value in {**tensors, **{step_contract.squares(n): v for n, v in self._squares.items()}}.items():
+            if not np.isfinite(value).all():
+                raise DivergedError(f"tensor {name} is not finite after step {taken}", hint=_FAR)
+        tenth = max(1, len(losses) // 10)
+        return TrainingResult(
+            tensors=tensors,
+            steps=taken,
+            samples=self._data.samples,
+            loss_first=float(np.mean(losses[:tenth])),
+            loss_last=float(np.mean(losses[-tenth:])),
+            train_accuracy=self._epoch_hits / max(1, self._epoch_labels) if self._graph.scores else None,
+            seconds=seconds,
+            step_seconds=float(np.median(self._step_times)),
+            last_squares=self._squares,
+            moments={n: np.asarray(self._state[n]) for n in self._graph.states},
+            taken=self._task.taken + len(losses),
+        )
+
+    def _ends_epoch(self, number: int) -> bool:
+        return number == self.batches.steps or number % self.batches.per_epoch == 0
+
+    def _micro_batches(self, number: int, rows: Rows) -> tuple[list[Part], dict[str, Array]]:
+        """A step's samples, augmented and mixed as the recipe says, and the inputs that mixing adds."""
+        graph, task, recipe = self._graph, self._task, self._task.recipe
+        micro_batches = [Part.of(self._data.x_train, self._y, chunk) for chunk in self.batches.parts(rows)]
+        if self._augmentation is not None:
+            key = (task.round, task.device, "augment", number)
+            micro_batches = [self._augmentation(m, task.seed, *key, i) for i, m in enumerate(micro_batches)]
+        # Token ids can't be averaged, nor samples of different lengths.
+        if not recipe.mixes_samples or graph.token_ids or free_axis(graph.input_shape) is not None:
+            return micro_batches, {}
+        pairs = [(m.make, m.y) for m in micro_batches]
+        mixed, share = recipe.mixed(pairs, task.seed, task.round, task.device, number)
+        return [Part(*arrays) for arrays in mixed], {
+            step_contract.Y_SHARE: share
+        } if recipe.features.label_pairs else {}
+
+    def _all_width_plans(self, tensors: Mapping[str, Array]) -> list[tuple[int, ...]]:
+        """The widths at which steps train, the tensors' own first."""
+        if not self._task.recipe.ordered_dropout:
+            return [()]
+        try:
+            axes = self._graph.axes or TensorAxes.from_json("{}")
+            plans = axes.plans(self._task.widths, self._task.recipe.ordered_dropout)
+            axes.check(tensors, plans[0])
+        except BundleError as error:
+            raise TrainingError(
+                f"ordered dropout: {error}", hint="The training graph must be made for this recipe."
+            ) from error
+        return plans
+
+    def _step_widths(self, number: int) -> tuple[int, ...]:
+        """The widths at which a step trains: with ordered dropout drawn anew for each."""
+        plans, task = self._width_plans, self._task
+        if len(plans) == 1:
+            return plans[0]
+        return plans[int(keyed(task.seed, task.round, task.device, "widths", number).integers(len(plans)))]
+
+    def _validation_loss(self, feeds: dict[str, Array]) -> float | None:
+        """Data loss of the validation samples, as a step sees it (batch norm takes their statistics), but unscaled.
+
+        None if the training samples lack the classes of all of them, so that they weigh nothing.
+        """
+        graph, recipe = self._graph, self._task.recipe
+        y = graph.targets(recipe, self._task.classes)(self._data.y_val)
+        if step_contract.OUTPUT_SCALE in feeds:
+            feeds = {**feeds, step_contract.OUTPUT_SCALE: np.array(1, np.float32)}
+        loss = total = 0.0
+        for rows in even_parts(np.arange(len(y)), recipe.micro_batch):
+            batch = Part.of(self._data.x_val, y, rows)
+            weight = graph.divisor(batch.y, feeds)
+            if not weight:  # all of classes that the training samples lack
+                continue
+            inputs = {
+                step_contract.X: batch.x,
+                step_contract.Y: batch.y,
+                step_contract.Y_PARTNER: batch.y,
+                step_contract.DIVISOR: np.array(weight, np.float32),
+            }
+            outputs = graph.run_forward({**feeds, **inputs}, [step_contract.LOSS])
+            loss += weight * float(outputs[step_contract.LOSS])
+            total += weight
+        if not math.isfinite(loss):
+            raise DivergedError("the validation loss is not finite", got=loss, hint=_FAR)
+        return loss / total if total else None
 
 
 class Trainer(StepGraph):
@@ -163,112 +337,25 @@ class Trainer(StepGraph):
         control = control or TrainingControl()
         try:
             return self._train(tensors, data, task, control)
-        except GpuLostError as error:  # a training depends on nothing but what it is given
+        except GpuLostError as error:  # a training depends on its arguments alone, so that it may begin again
             self.leave_gpu(error)
             return self._train(tensors, data, task, control)
 
     def _train(
         self, tensors: Mapping[str, Array], data: LocalData, task: TrainingTask, control: TrainingControl
     ) -> TrainingResult:
-        recipe, classes = task.recipe, task.classes
-        seed, round_, device = task.seed, task.round, task.device
         began = time.monotonic()
-        self.check(tensors)
-        wanted = self.targets(recipe, classes)
-        data.check(wanted, self.input_shape, token_ids=self.token_ids)
-        y = wanted(data.y_train)
-        constant = self.constants(tensors, y, recipe, classes, task.mask)
-        state: dict[str, Array] = {n: np.array(v, order="C") for n, v in tensors.items()}  # steps write into it
-        for name in self.states:
-            state[name] = np.zeros_like(state[name.partition("::")[0]])
-        for name in task.moments.keys() & set(self.states):
-            np.copyto(state[name], task.moments[name])
-        # A step's outputs are written here: among the activations in onnxruntime's arena they would make it grow.
-        spare = {n: np.empty_like(state[n]) for n in self.moving}
-        plans, augmentation = self._plans(tensors, recipe, task.widths), self.augmentation(recipe)
-        if len(plans) == 1:  # narrower steps cut arrays, which the processor does
-            state, spare = self.place(state, "state"), self.place(spare, "next state")
-            constant |= self.place({n: v for n, v in constant.items() if "::" in n}, "constant")
-        batches = Batches(data.samples, recipe, normalised=self.normalised)
-        validates = recipe.patience > 0 and self._can_validate(data)
-        patience = EarlyStopping(recipe.patience, keep=recipe.best_epoch) if validates else None
-        losses: list[float] = []
-        times: list[float] = []
-        squares: Tensors = {}
-        hits = seen = 0
-        for number, (_, rows) in enumerate(batches.rows(round_, device, seed=seed), 1):
+        run = _TrainingRun(self, tensors, data, task)
+        steps = run.batches.steps
+        for number, (_, rows) in enumerate(run.batches.rows(task.round, task.device, seed=task.seed), 1):
             if control.stop():
-                raise TrainingStoppedError(f"training was stopped before step {number} of {batches.steps}")
-            at = time.monotonic()
-            parts = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
-            plan, fed = plans[0], {**constant, **state}
-            fed[step_contract.LR] = np.array(recipe.rate(round_, (number - 0.5) / batches.steps), np.float32)
-            if augmentation is not None:
-                key = (round_, device, "augment", number)
-                parts = [augmentation(part, seed, *key, place) for place, part in enumerate(parts)]
-            if recipe.mixes_samples and not self.token_ids and free_axis(self.input_shape) is None:
-                mixed, share = recipe.mixed([(part.make, part.y) for part in parts], seed, round_, device, number)
-                parts = [Part(*part) for part in mixed]
-                fed |= {step_contract.Y_SHARE: share} if recipe.features.label_pairs else {}
-            if len(plans) > 1:
-                plan = plans[int(keyed(seed, round_, device, "widths", number).integers(len(plans)))]
-            narrower = None if plan == plans[0] else self.axes
-            if narrower is not None:
-                fed = narrower.narrowed(fed, plans[0], plan)
-            ends = number == batches.steps or number % batches.per_epoch == 0
-            asked = self.gradients if recipe.report_squares and ends else []
-            into = spare if narrower is None else None
-            noise = (seed, round_, device, "dropout", number)
-            loss, right, moved, gradients = self.advance(fed, parts, task.taken + number, asked, into, noise)
-            if not math.isfinite(loss):
-                raise DivergedError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
-            if narrower is None:
-                spare = {n: state[n] for n in moved}
-                state |= moved
-            else:
-                # Statistics of narrower layers are those of other sums: only steps at the own width measure them.
-                moved = {n: v for n, v in moved.items() if n not in self.statistics}
-                narrower.write_back(state, moved, plans[0], plan)
-            del moved
-            losses.append(loss)
-            if (number - 1) % batches.per_epoch == 0:
-                hits = seen = 0
-            hits, seen = hits + right, seen + sum(wanted.count(part.y) for part in parts)
-            if gradients:
-                with np.errstate(over="ignore"):  # what is not finite is an error below
-                    squares = {n: np.square(np.asarray(g)) for n, g in zip(self.trainable, gradients, strict=True)}
-            times.append(time.monotonic() - at)
-            control.progress(number, batches.steps)
-            if patience is not None and ends:
-                reached = {n: np.array(state[n]) for n in tensors}
-                validation_loss = self._validation_loss({**constant, **reached}, data, recipe, classes)
-                if validation_loss is not None and patience.over(validation_loss, reached, number, squares):
-                    break
-            if control.enough():
+                raise TrainingStoppedError(f"training was stopped before step {number} of {steps}")
+            run.step(number, rows)
+            control.progress(number, steps)
+            if run.stops_early(number) or control.enough():
                 break
         self.release()
-        steps = len(losses)
-        if patience is not None and recipe.best_epoch and patience.steps:
-            state |= patience.tensors
-            steps, squares = patience.steps, patience.squares
-        result = {n: np.asarray(state[n], np.float32) for n in tensors}
-        for name, value in {**result, **{step_contract.squares(n): v for n, v in squares.items()}}.items():
-            if not np.isfinite(value).all():
-                raise DivergedError(f"tensor {name} is not finite after step {steps}", hint=_FAR)
-        tenth = max(1, len(losses) // 10)
-        return TrainingResult(
-            tensors=result,
-            steps=steps,
-            samples=data.samples,
-            loss_first=float(np.mean(losses[:tenth])),
-            loss_last=float(np.mean(losses[-tenth:])),
-            train_accuracy=hits / max(1, seen) if self.scores else None,
-            seconds=time.monotonic() - began,
-            step_seconds=float(np.median(times)),
-            last_squares=squares,
-            moments={n: np.asarray(state[n]) for n in self.states},
-            taken=task.taken + len(losses),
-        )
+        return run.result(time.monotonic() - began)
 
     def calibrated(
         self, tensors: Mapping[str, Array], data: LocalData, recipe: Recipe, *, seed: int, device: str
@@ -300,64 +387,20 @@ class Trainer(StepGraph):
         feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in self.states}
         rows = np.arange(min(samples, len(y)))
         batches = Batches(data.samples, recipe, normalised=self.normalised)
-        parts = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
-        batches_of = [parts] if self.accumulates else [[part] for part in parts]
-        losses = [self.advance(feeds, each, 1).loss for each in batches_of]
+        micro_batches = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
+        steps = [micro_batches] if self.accumulates else [[part] for part in micro_batches]
+        losses = [self.advance(feeds, step, 1).loss for step in steps]
         self.release()
         if self.accumulates:
             return losses[0]
-        return float(np.average(losses, weights=[self.divisor(part.y, feeds) for part in parts]))
-
-    def _can_validate(self, data: LocalData) -> bool:
-        return len(data.y_val) > (1 if self.normalised else 0)  # statistics of a single sample are worthless
-
-    def _validation_loss(self, feeds: dict[str, Array], data: LocalData, recipe: Recipe, classes: int) -> float | None:
-        """Data loss of the validation samples, as a step sees it (batch norm takes their statistics), but unscaled.
-
-        None where all of them are of classes that the training samples lack, so that they weigh nothing.
-        """
-        y = self.targets(recipe, classes)(data.y_val)
-        feeds = dict(feeds)
-        if step_contract.OUTPUT_SCALE in feeds:
-            feeds[step_contract.OUTPUT_SCALE] = np.array(1, np.float32)
-        loss = total = 0.0
-        for rows in even_parts(np.arange(len(y)), recipe.micro_batch):
-            part = Part.of(data.x_val, y, rows)
-            weight = self.divisor(part.y, feeds)
-            if not weight:
-                continue  # of classes that the training samples lack, which weigh nothing
-            own = {
-                step_contract.X: part.x,
-                step_contract.Y: part.y,
-                step_contract.DIVISOR: np.array(weight, np.float32),
-            }
-            own[step_contract.Y_PARTNER] = part.y
-            loss += weight * float(self.run_forward({**feeds, **own}, [step_contract.LOSS])[step_contract.LOSS])
-            total += weight
-        if not math.isfinite(loss):
-            raise DivergedError("the validation loss is not finite", got=loss, hint=_FAR)
-        return loss / total if total else None
-
-    def _plans(self, tensors: Mapping[str, Array], recipe: Recipe, widths: Sequence[int]) -> list[tuple[int, ...]]:
-        """The widths at which steps train, the tensors' own first."""
-        if not recipe.ordered_dropout:
-            return [()]
-        try:
-            axes = self.axes or TensorAxes.from_json("{}")
-            plans = axes.plans(widths, recipe.ordered_dropout)
-            axes.check(tensors, plans[0])
-        except BundleError as error:
-            raise TrainingError(
-                f"ordered dropout: {error}", hint="The training graph must be made for this recipe."
-            ) from error
-        return plans
+        return float(np.average(losses, weights=[self.divisor(part.y, feeds) for part in micro_batches]))
 
 
 class TrainerCache:
     """The training graph that was used last, which another runner's round usually needs again.
 
     A board doesn't `keep` it after training: the new model needs its memory, and loading it takes less than two steps.
-    The parts that were cut of it stay until another graph is used.
+    The subgraphs that were cut from it stay until another graph is used.
     """
 
     def __init__(self, threads: int = 1, *, keep: bool = False, cuda: bool = False) -> None:
@@ -379,19 +422,19 @@ class TrainerCache:
         return self._loaded[1]
 
     def predictor(self, model: Path) -> Predictor:
-        """A staged model, opened."""
+        """Open a staged model."""
         return Predictor(model, threads=self.threads, cuda=self._cuda)
 
     def release(self) -> None:
-        """Training is over."""
+        """Unload the graph after a training, unless it is to be kept."""
         if not self._keep:
             self._loaded = None
 
 
 Run = Callable[[dict[str, Array], Sequence[str]], Mapping[str, Array]]  # takes feeds and names of outputs
 
+# An old value so large that a batch's is negligible beside it: the share of it that is kept is exact to the last bit.
 _HUGE = np.float32(2.0**40)
-"""An old value that makes a batch's negligible, so that the share of it that is kept is exact to the last bit."""
 
 
 def batch_norm_statistics(
@@ -410,18 +453,18 @@ def batch_norm_statistics(
     isn't finite afterwards, keeps its `old` value.
     """
     outputs = [step_contract.following(n) for n in names]
-    none = {n: np.zeros_like(old[n]) for n in names}
-    huge = run(
-        {**feeds, **{n: np.full_like(v, _HUGE) for n, v in none.items()}, step_contract.X: x[batches[0]]}, outputs
+    zeros = {n: np.zeros_like(old[n]) for n in names}
+    huge_outputs = run(
+        {**feeds, **{n: np.full_like(v, _HUGE) for n, v in zeros.items()}, step_contract.X: x[batches[0]]}, outputs
     )
     totals: dict[str, npt.NDArray[np.float64]] = {n: np.zeros(old[n].shape, np.float64) for n in names}
     for rows in batches:
-        out = run({**feeds, **none, step_contract.X: x[rows]}, outputs)
+        outputs_of_batch = run({**feeds, **zeros, step_contract.X: x[rows]}, outputs)
         for name in names:
-            totals[name] += np.asarray(out[step_contract.following(name)], np.float64)
+            totals[name] += np.asarray(outputs_of_batch[step_contract.following(name)], np.float64)
     result: Tensors = {}
     for name in names:
-        taken = 1.0 - float(np.median(np.asarray(huge[step_contract.following(name)]))) / float(_HUGE)
-        fresh = totals[name] / (len(batches) * taken) if taken > 0 else totals[name] * np.nan
-        result[name] = np.asarray(fresh if np.isfinite(fresh).all() else old[name], np.float32)
+        batch_share = 1.0 - float(np.median(np.asarray(huge_outputs[step_contract.following(name)]))) / float(_HUGE)
+        mean = totals[name] / (len(batches) * batch_share) if batch_share > 0 else totals[name] * np.nan
+        result[name] = np.asarray(mean if np.isfinite(mean).all() else old[name], np.float32)
     return result
