@@ -1,4 +1,4 @@
-"""Samples from arrays: an `.npz` file, or what a function returns."""
+"""Samples from arrays: an `.npz` file, or the arrays that a function returns."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ from fedprune_device.data.stored_array import Inputs, StoredArray, as_inputs, de
 def load_data(
     source: str, seed: int = 0, device: str = "", validation_share: float = 0.0, *, spool: Path | None = None
 ) -> LocalData:
-    """Read a device's data; large arrays of an `.npz` file stay there and are read as batches are drawn.
+    """Read a device's data; large arrays of an `.npz` file stay in the file and are read as batches are drawn.
 
     Raises `DataError` if the source can't be read or doesn't hold usable samples; the message names it.
 
     Args:
-        source: A `.npz` file with `x`, `y` (or `x_train`, `y_train`) and, if there are such, `x_test`, `y_test`,
-            `x_val`, `y_val`, or without any `y...`; for a model of several inputs an array under the name of each in
-            place of `x`; with `lengths` (`lengths_train` ...) where samples are padded; or
-            `package.module:function`. The function may take `device` and
-            `seed` and returns a `LocalData`, a mapping with a file's names, (x, y) or (x_train, y_train, x_test,
-            y_test).
+        source: An `.npz` file, or `package.module:function`. The file has `x` and `y` (or `x_train` and `y_train`) and
+            may have `x_test`, `y_test`, `x_val`, `y_val`; without any `y...` samples have no labels. For a model of
+            several inputs it has an array under the name of each in place of `x`. If samples are padded, it has
+            `lengths` (`lengths_train` ...). The function may take `device` and `seed`, and returns a `LocalData`, a
+            mapping with a file's names, (x, y) or (x_train, y_train, x_test, y_test).
         seed: Seed of the split where the source has no test samples.
         device: The device's name: it keys the split.
         validation_share: Share of the training samples that is set aside for validation, where the source has no
@@ -44,10 +43,10 @@ def load_data(
     Returns:
         Checked data. The same source, seed and device always give the same split.
     """
-    found = _found(source, seed, device, spool)
+    content = _found(source, seed, device, spool)
     try:
-        data = found if isinstance(found, LocalData) else _assemble(found, seed, device, spool)
-        del found
+        data = content if isinstance(content, LocalData) else _assemble(content, seed, device, spool)
+        del content  # otherwise its arrays would stay in memory beside their copies on the disk
         if spool is not None:
             data = data.moved_out(spool)
         return data.with_validation(validation_share, seed, device)
@@ -57,19 +56,19 @@ def load_data(
 
 def load_inputs(source: str, shape: Shape | None = None, *, token_ids: bool = False) -> Inputs:
     """Read samples without labels; a source's labels are ignored, and `x_test` is preferred (`load_data`)."""
-    found, rows = _found(source, 0, "", None), None
+    content, rows = _found(source, 0, "", None), None
     try:
-        if isinstance(found, LocalData):
-            rows = found.rows
-            found = {"x_train": found.x_train, **({"x_test": found.x_test} if len(found.x_test) else {})}
-        elif not isinstance(found, np.ndarray):
-            found, rows = _packed(_named(found), None)
-        if isinstance(found, dict):
-            name = next((n for n in ("x_test", "x_train", "x") if n in found), None)
+        if isinstance(content, LocalData):
+            rows = content.rows
+            content = {"x_train": content.x_train, **({"x_test": content.x_test} if len(content.x_test) else {})}
+        elif not isinstance(content, np.ndarray):
+            content, rows = _packed(_named(content), None)
+        if isinstance(content, dict):
+            name = next((n for n in ("x_test", "x_train", "x") if n in content), None)
             if name is None:
-                raise DataError("array 'x' is missing", got=", ".join(map(str, found)) or "nothing")
-            found = found[name]
-        x = checked_inputs(found if isinstance(found, StoredArray) else np.asarray(found), "unlabelled")
+                raise DataError("array 'x' is missing", got=", ".join(map(str, content)) or "nothing")
+            content = content[name]
+        x = checked_inputs(content if isinstance(content, StoredArray) else np.asarray(content), "unlabelled")
         check_type(x, token_ids)
         if not len(x):
             raise DataError("the source holds no samples", expected="at least one", got=0)
@@ -89,15 +88,15 @@ def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) 
     a file.
     """
     try:
-        with path.open("rb") as raw:
-            check_members(raw, str(path), DataError)
-            found = np.load(raw, allow_pickle=False)
-            if not isinstance(found, np.ndarray):
-                with found:
-                    return _members(path, found, spool)
+        with path.open("rb") as file:
+            check_members(file, str(path), DataError)
+            arrays = np.load(file, allow_pickle=False)
+            if not isinstance(arrays, np.ndarray):
+                with arrays:
+                    return _members(path, arrays, spool)
             if not single:
                 raise DataError(f"{path} is a single array", expected="an .npz file with x and y")
-            return {"x": found}
+            return {"x": arrays}
     except (DataError, StorageError):
         raise
     except OSError as error:
@@ -118,7 +117,7 @@ def _members(path: Path, file: Any, spool: Path | None = None) -> dict[str, Inpu
 
 
 def is_function(source: str) -> bool:
-    """Whether a data source names a function: what is there as a file is read as one."""
+    """Whether a data source names a function. A name with a colon may be a file's: an existing file is read as one."""
     return ":" in source and not source.endswith(".npz") and not is_there(Path(source), file=True)
 
 
@@ -140,9 +139,9 @@ def _call(source: str, seed: int, device: str) -> object:
     module_name, _, name = source.partition(":")
     try:
         function = getattr(own_module(module_name), name)
-        known = {"device": device, "seed": seed}
-        takes = inspect.signature(function).parameters
-        return function(**{k: v for k, v in known.items() if k in takes})
+        arguments = {"device": device, "seed": seed}
+        parameters = inspect.signature(function).parameters
+        return function(**{k: v for k, v in arguments.items() if k in parameters})
     except DataError:
         raise
     except Exception as error:  # the user's code may raise anything
@@ -152,95 +151,98 @@ def _call(source: str, seed: int, device: str) -> object:
         ) from error
 
 
-def _named(found: object) -> dict[str, Any]:
-    if isinstance(found, (tuple, list)):
-        names = {2: ("x", "y"), 4: ("x_train", "y_train", "x_test", "y_test")}.get(len(found))
+def _named(returned: object) -> dict[str, Any]:
+    if isinstance(returned, (tuple, list)):
+        names = {2: ("x", "y"), 4: ("x_train", "y_train", "x_test", "y_test")}.get(len(returned))
         if names is None:
-            raise DataError("data", expected="2 or 4 arrays", got=len(found))
-        found = dict(zip(names, found, strict=True))
-    if not isinstance(found, dict):
-        raise DataError("data", expected="arrays, a mapping or LocalData", got=type(found).__name__)
-    return found
+            raise DataError("data", expected="2 or 4 arrays", got=len(returned))
+        returned = dict(zip(names, returned, strict=True))
+    if not isinstance(returned, dict):
+        raise DataError("data", expected="arrays, a mapping or LocalData", got=type(returned).__name__)
+    return returned
 
 
-def _packed(found: dict[str, Any], spool: Path | None) -> tuple[dict[str, Any], Rows | None]:
-    """Arrays of several inputs, by name, as parts of one: in the alphabetical order of the names, as models take them.
+def _packed(arrays: dict[str, Any], spool: Path | None) -> tuple[dict[str, Any], Rows | None]:
+    """Join the arrays of several inputs into one, in the alphabetical order of their names, as models take them.
 
-    Lengths of padded samples follow the numbers of each, and what these rows hold is returned, too. What is large is
-    written to a file in `spool`, or held in memory without one. Raises `DataError` if they don't belong together.
+    Lengths of padded samples follow the numbers of each sample; the content of such rows is returned, too. Large arrays
+    are written to a file in `spool`, or held in memory without one. Raises `DataError` if they don't belong together.
     """
-    if any(name.partition("_")[0] == "x" for name in found):
-        return _with_lengths(found, spool)
+    if any(name.partition("_")[0] == "x" for name in arrays):
+        return _with_lengths(arrays, spool)
     splits: dict[str, dict[str, Inputs]] = {}
-    for name, array in found.items():
-        base, _, end = name.rpartition("_")
-        own, split = (base, f"_{end}") if base and end in SPLITS else (name, "")
-        if own != "y":
-            splits.setdefault(split, {})[own] = as_inputs(array)
+    for name, array in arrays.items():
+        stem, _, ending = name.rpartition("_")
+        input_name, split = (stem, f"_{ending}") if stem and ending in SPLITS else (name, "")
+        if input_name != "y":
+            splits.setdefault(split, {})[input_name] = as_inputs(array)
     names = sorted(set().union(*splits.values()))
     if len(names) < 2:
-        return found, None
-    out = {name: array for name, array in found.items() if name.partition("_")[0] == "y"}
-    for split, arrays in splits.items():
-        if sorted(arrays) != names or len({len(a) if a.ndim else -1 for a in arrays.values()}) > 1:
+        return arrays, None
+    packed = {name: array for name, array in arrays.items() if name.partition("_")[0] == "y"}
+    for split, split_arrays in splits.items():
+        if sorted(split_arrays) != names or len({len(a) if a.ndim else -1 for a in split_arrays.values()}) > 1:
             raise DataError(
                 f"arrays of several inputs{split and f' ({split[1:]})'}",
                 expected=f"{', '.join(names)}, each with as many samples",
-                got=", ".join(f"{n} {described(a)} of {len(a)}" if a.ndim else f"{n} []" for n, a in arrays.items()),
+                got=", ".join(
+                    f"{n} {described(a)} of {len(a)}" if a.ndim else f"{n} []" for n, a in split_arrays.items()
+                ),
             )
-        types = [array.stored if isinstance(array, StoredArray) else array.dtype for array in arrays.values()]
-        whole = all(found.kind in "iu" and found != np.uint8 for found in types)
-        dtype = np.dtype(np.int64 if whole else np.float32)
-        out[f"x{split}"] = joined([arrays[name] for name in names], dtype, spool)
-    return out, None
+        # uint8 isn't a type of token ids: models read images of whole numbers as float32.
+        dtypes = [array.stored if isinstance(array, StoredArray) else array.dtype for array in split_arrays.values()]
+        are_whole = all(dtype.kind in "iu" and dtype != np.uint8 for dtype in dtypes)
+        dtype = np.dtype(np.int64 if are_whole else np.float32)
+        packed[f"x{split}"] = joined([split_arrays[name] for name in names], dtype, spool)
+    return packed, None
 
 
-def _with_lengths(found: dict[str, Any], spool: Path | None) -> tuple[dict[str, Any], Rows | None]:
-    splits = [name.removeprefix("x") for name in found if name.partition("_")[0] == "x"]
-    own = [name for name in found if name.partition("_")[0] == LENGTHS]
-    if not own:
-        return found, None
-    if sorted(own) != sorted(f"{LENGTHS}{split}" for split in splits):
+def _with_lengths(arrays: dict[str, Any], spool: Path | None) -> tuple[dict[str, Any], Rows | None]:
+    splits = [name.removeprefix("x") for name in arrays if name.partition("_")[0] == "x"]
+    length_names = [name for name in arrays if name.partition("_")[0] == LENGTHS]
+    if not length_names:
+        return arrays, None
+    if sorted(length_names) != sorted(f"{LENGTHS}{split}" for split in splits):
         expected = ", ".join(f"{LENGTHS}{split}" for split in splits)
-        raise DataError("arrays of lengths", expected=expected, got=", ".join(own))
-    pairs = [(as_inputs(found[f"x{split}"]), as_inputs(found[f"{LENGTHS}{split}"])) for split in splits]
+        raise DataError("arrays of lengths", expected=expected, got=", ".join(length_names))
+    pairs = [(as_inputs(arrays[f"x{split}"]), as_inputs(arrays[f"{LENGTHS}{split}"])) for split in splits]
     rows = rows_of(pairs)
-    out = {name: array for name, array in found.items() if name not in own}
+    packed = {name: array for name, array in arrays.items() if name not in length_names}
     for split, (x, lengths) in zip(splits, pairs, strict=True):
-        whole = x.dtype in (np.int32, np.int64)
-        out[f"x{split}"] = joined([x, lengths], np.dtype(np.int64 if whole else np.float32), spool)
-    return out, rows
+        are_whole = x.dtype in (np.int32, np.int64)
+        packed[f"x{split}"] = joined([x, lengths], np.dtype(np.int64 if are_whole else np.float32), spool)
+    return packed, rows
 
 
-def _assemble(arrays: object, seed: int, device: str, spool: Path | None) -> LocalData:
-    found, rows = _named(arrays), None
-    if found.keys() & {"y", "y_train"} or any(name.partition("_")[0] == LENGTHS for name in found):
-        found, rows = _packed(found, spool)
-    suffix = "_train" if "x_train" in found else ""
+def _assemble(content: object, seed: int, device: str, spool: Path | None) -> LocalData:
+    arrays, rows = _named(content), None
+    if arrays.keys() & {"y", "y_train"} or any(name.partition("_")[0] == LENGTHS for name in arrays):
+        arrays, rows = _packed(arrays, spool)
+    suffix = "_train" if "x_train" in arrays else ""
     x: Inputs
     y: Inputs
     try:
-        x = as_inputs(found[f"x{suffix}"])
-        y = as_inputs(found[f"y{suffix}"]) if found.keys() & {"y", "y_train", "y_test", "y_val"} else x
+        x = as_inputs(arrays[f"x{suffix}"])
+        y = as_inputs(arrays[f"y{suffix}"]) if arrays.keys() & {"y", "y_train", "y_test", "y_val"} else x
     except KeyError as error:
         raise DataError(
             f"array {error.args[0]!r} is missing",
             expected="x and y (or x_train and y_train)",
-            got=", ".join(map(str, found)) or "nothing",
+            got=", ".join(map(str, arrays)) or "nothing",
         ) from error
     for split in () if y is x else ("test", "val"):
-        if (f"x_{split}" in found) != (f"y_{split}" in found):
+        if (f"x_{split}" in arrays) != (f"y_{split}" in arrays):
             raise DataError(f"{split} data", expected=f"both x_{split} and y_{split}, or neither")
 
     def pair(split: str) -> tuple[Inputs, Inputs]:
-        inputs = as_inputs(found[f"x_{split}"])
-        return inputs, inputs if y is x else as_inputs(found[f"y_{split}"])
+        inputs = as_inputs(arrays[f"x_{split}"])
+        return inputs, inputs if y is x else as_inputs(arrays[f"y_{split}"])
 
-    own: Any = pair("val") if "x_val" in found else ()
-    if "x_test" in found:
-        return LocalData(x, y, *pair("test"), *own, rows=rows)
+    validation: Any = pair("val") if "x_val" in arrays else ()
+    if "x_test" in arrays:
+        return LocalData(x, y, *pair("test"), *validation, rows=rows)
     x, y = checked_samples(x, y, "")  # before the split, so that an error names the sample by its place in the source
     order = keyed(seed, "split", device).permutation(len(y))
-    aside = int(len(y) * TEST_SHARE)
-    train, test = np.sort(order[aside:]), np.sort(order[:aside])
-    return LocalData(*select_pairs(x, y, train), *select_pairs(x, y, test), *own, rows=rows)
+    test_count = int(len(y) * TEST_SHARE)
+    train, test = np.sort(order[test_count:]), np.sort(order[:test_count])
+    return LocalData(*select_pairs(x, y, train), *select_pairs(x, y, test), *validation, rows=rows)

@@ -18,7 +18,7 @@ Samples = npt.NDArray[np.float32]
 RATES = (1000, 384_000)  # Hz
 
 _MOST_LENGTH = 2**22  # numbers of one file, before and after it is resampled: at 16 kHz four minutes
-_CHUNK = 2**20  # products that are summed at once
+_CHUNK = 2**20  # products that are summed at once, which bounds the memory of resampling to some MB
 _ZEROS = 16  # zero crossings of the filter, to each side
 _EDGE = 0.945  # of the lower Nyquist frequency: where the filter begins to close
 
@@ -57,21 +57,21 @@ class Audio:
             raise DataError(
                 "a recording for this model", expected=f"numbers {shape_text(*shape)}", got="[length] or [1, length]"
             )
-        found = resampled(*decoded(body), self.rate)
-        count = max(1, len(found) // length)
+        recording = resampled(*decoded(body), self.rate)
+        count = max(1, len(recording) // length)
         out = np.zeros(count * length, np.float32)
-        out[: len(found)] = found[: len(out)]
+        out[: len(recording)] = recording[: len(out)]
         return out.reshape(count, *(length if size is None else size for size in shape))
 
     def numbers(self, samples: npt.NDArray[np.float32]) -> Samples:
         return samples
 
 
-def _windows(found: Samples, length: Lengths, shape: Shape) -> Samples:
-    if len(found) < length.least:
-        raise DataError("length of a recording", expected=f"at least {length.least} numbers", got=len(found))
-    starts = range(0, len(found) - length.least + 1, length.most)
-    windows = [found[at : at + length.most] for at in starts]
+def _windows(recording: Samples, length: Lengths, shape: Shape) -> Samples:
+    if len(recording) < length.least:
+        raise DataError("length of a recording", expected=f"at least {length.least} numbers", got=len(recording))
+    starts = range(0, len(recording) - length.least + 1, length.most)
+    windows = [recording[start : start + length.most] for start in starts]
     return np.concatenate([padded(w.reshape(1, *[1] * (len(shape) - 1), -1), shape) for w in windows])
 
 
@@ -107,12 +107,12 @@ def _chunks(body: bytes) -> dict[bytes, tuple[int, bytes]]:
     if body[:4] != b"RIFF" or body[8:12] != b"WAVE":
         raise _unreadable_error("something else")
     chunks: dict[bytes, tuple[int, bytes]] = {}
-    at = 12
-    while at + 8 <= len(body):
-        name, size = struct.unpack_from("<4sI", body, at)
-        at += 8
-        chunks.setdefault(name, (size, body[at : at + size]))
-        at += size + size % 2  # a chunk of an odd size is followed by a byte of padding
+    position = 12
+    while position + 8 <= len(body):
+        name, size = struct.unpack_from("<4sI", body, position)
+        position += 8
+        chunks.setdefault(name, (size, body[position : position + size]))
+        position += size + size % 2  # a chunk of an odd size is followed by a byte of padding
     return chunks
 
 
@@ -132,35 +132,37 @@ def _mono(raw: bytes, width: int, channels: int) -> Samples:
     return np.asarray(numbers.reshape(-1, channels).mean(1), np.float32)
 
 
-def resampled(found: Samples, rate: int, wanted: int) -> Samples:
+def resampled(recording: Samples, rate: int, target_rate: int) -> Samples:
     """Numbers at another rate, by a windowed sinc.
 
-    y(m) = Σ x(n) · h(m · rate / wanted − n), h(t) = c · sinc(c · t) · cos²(π t / 2w) for |t| < w, where c is the share
-    of the band that both rates have (Smith, "Digital Audio Resampling", CCRMA).
+    y(m) = Σ x(n) · h(m · rate / target_rate − n), h(t) = c · sinc(c · t) · cos²(π t / 2w) for |t| < w.
+    c is the share of the band that both rates have (Smith, "Digital Audio Resampling", CCRMA).
     """
-    if rate == wanted:
-        return found
-    common = gcd(rate, wanted)
-    up, down = wanted // common, rate // common
-    length = -(-len(found) * up // down)
+    if rate == target_rate:
+        return recording
+    common = gcd(rate, target_rate)
+    up, down = target_rate // common, rate // common
+    length = -(-len(recording) * up // down)
     if length > _MOST_LENGTH:
         raise DataError("length of a recording at the model's rate", expected=f"at most {_MOST_LENGTH}", got=length)
     band = _EDGE * min(1.0, up / down)
-    reach = int(np.ceil(_ZEROS / band))
-    padded = np.pad(found, reach)
-    around = np.arange(-reach + 1, reach + 1)
+    half_width = int(np.ceil(_ZEROS / band))
+    padded = np.pad(recording, half_width)
+    taps = np.arange(-half_width + 1, half_width + 1)
     out = np.empty(length, np.float32)
-    step = max(1, _CHUNK // len(around))
+    step = max(1, _CHUNK // len(taps))
 
-    def filters(part: npt.NDArray[np.int64]) -> Samples:
+    def filters(phase_indices: npt.NDArray[np.int64]) -> Samples:
         """The filter [k, taps] at each of these phases, in parts of `up`."""
-        distance = around - (part / up)[:, None]
-        found = band * np.sinc(band * distance) * np.cos(np.pi / 2 * np.clip(distance / reach, -1, 1)) ** 2
-        return np.asarray(found, np.float32)
+        distance = taps - (phase_indices / up)[:, None]
+        window = np.cos(np.pi / 2 * np.clip(distance / half_width, -1, 1)) ** 2
+        return np.asarray(band * np.sinc(band * distance) * window, np.float32)
 
     phases = filters(np.arange(up)) if up <= step else None  # most rates have few phases, which come again and again
     for begin in range(0, length, step):
-        whole, part = np.divmod(np.arange(begin, min(begin + step, length), dtype=np.int64) * down, up)
-        near = padded[(whole[:, None] + around) + reach]
-        out[begin : begin + step] = np.einsum("ij,ij->i", near, filters(part) if phases is None else phases[part])
+        offsets, phase_indices = np.divmod(np.arange(begin, min(begin + step, length), dtype=np.int64) * down, up)
+        neighbours = padded[(offsets[:, None] + taps) + half_width]
+        out[begin : begin + step] = np.einsum(
+            "ij,ij->i", neighbours, filters(phase_indices) if phases is None else phases[phase_indices]
+        )
     return out

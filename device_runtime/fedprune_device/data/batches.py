@@ -1,4 +1,4 @@
-"""Which local samples every training step takes, and in which parts."""
+"""The local samples of every training step, and their division into micro-batches."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Samples that are worked on at once, made by `make` when needed; `partner` are the classes mixed into them."""
+    """Samples that are worked on at once; `partner` are the classes mixed into them.
+
+    `make` reads or computes the samples each time, so that only one micro-batch is in memory.
+    """
 
     make: Callable[[], Array]
     y: Array
@@ -54,24 +57,24 @@ class Batches:
 
     def rows(self, *key: object, seed: int) -> Iterator[tuple[int, Rows]]:
         """Epoch and rows of every step; `key`, `seed` (the job's) and the epoch decide the order."""
-        number = 0
+        step = 0
         for epoch in range(self._recipe.epochs):
             order = keyed(seed, *key, "batches", epoch).permutation(self._samples)
             for start in self._starts:
-                if number == self.steps:
+                if step == self.steps:
                     return
-                number += 1
+                step += 1
                 yield epoch, order[start : start + self._recipe.batch_size]
 
     def parts(self, rows: Rows) -> list[Rows]:
         """The parts in which a batch is worked through, as equal as can be."""
-        most = self._recipe.micro_batch
-        if self._normalised and most == 2 and len(rows) % 2 and len(rows) > 1:
-            rows = rows[:-1]  # as above: no part of a single sample
-        return np.array_split(rows, -(-len(rows) // most))
+        max_rows = self._recipe.micro_batch
+        if self._normalised and max_rows == 2 and len(rows) % 2 and len(rows) > 1:
+            rows = rows[:-1]  # as above: no micro-batch of a single sample
+        return np.array_split(rows, -(-len(rows) // max_rows))
 
 
-def even_parts(order: Rows, most: int) -> list[Rows]:
+def even_parts(order: Rows, max_rows: int) -> list[Rows]:
     """Rows in parts as equal as possible, of at most `most` and at least two rows."""
-    count = -(-len(order) // most)
+    count = -(-len(order) // max_rows)
     return np.array_split(order, max(1, min(count, len(order) // 2)))

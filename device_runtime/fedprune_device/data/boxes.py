@@ -14,7 +14,7 @@ from fedprune.core.errors import DataError, reason
 
 Boxes = npt.NDArray[np.float32]
 
-MOST_CLASS = 2**24 - 1
+MOST_CLASS = 2**24 - 1  # larger numbers are not exact in float32, the type of boxes
 
 _LEAST = 1e-6  # share of an image's side that a box has at least
 _EDGE = 0.01  # share by which numbers may lie beyond the image, for rounding: as much as Ultralytics lets pass
@@ -26,22 +26,22 @@ def yolo_boxes(body: bytes, classes: int = MOST_CLASS + 1) -> Boxes:
         lines = body.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise DataError("labels", expected="text", got=reason(error)) from error
-    out = []
+    boxes = []
     for number, line in enumerate(lines, 1):
-        if not (parts := line.split()):
+        if not (words := line.split()):
             continue
-        where = f"line {number} of the labels"
-        if len(parts) != 5:
-            hint = "Boxes are read, outlines are not." if len(parts) > 5 else ""
-            hint = "A sixth value is a prediction's confidence: save labels without it." if len(parts) == 6 else hint
-            raise DataError(where, expected="class cx cy w h", got=f"{len(parts)} values", hint=hint)
-        kind, *sides = map(_parsed_number, parts)
+        place = f"line {number} of the labels"
+        if len(words) != 5:
+            hint = "Boxes are read, outlines are not." if len(words) > 5 else ""
+            hint = "A sixth value is a prediction's confidence: save labels without it." if len(words) == 6 else hint
+            raise DataError(place, expected="class cx cy w h", got=f"{len(words)} values", hint=hint)
+        kind, *sides = map(_parsed_number, words)
         if not (0 <= kind < classes and kind % 1 == 0):
-            raise DataError(where, expected=f"a class from 0 to {classes - 1}", got="something else")
+            raise DataError(place, expected=f"a class from 0 to {classes - 1}", got="something else")
         if not all(-_EDGE <= v <= 1 + _EDGE for v in sides) or min(sides[2:]) < _LEAST:
-            raise DataError(where, expected="shares of the image, from 0 to 1", got="something else")
-        out.append([kind, *(min(max(v, 0.0), 1.0) for v in sides)])
-    return np.array(out, np.float32).reshape(-1, 5)
+            raise DataError(place, expected="shares of the image, from 0 to 1", got="something else")
+        boxes.append([kind, *(min(max(v, 0.0), 1.0) for v in sides)])
+    return np.array(boxes, np.float32).reshape(-1, 5)
 
 
 def _parsed_number(text: str) -> float:

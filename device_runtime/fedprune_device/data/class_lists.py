@@ -12,7 +12,7 @@ from fedprune.core.errors import ConfigError
 _TEXTS = ("classes.txt", "obj.names")  # a name in each line: Label Studio, LabelImg; darknet, CVAT
 _YAMLS = ("data.yaml", "dataset.yaml", "data.yml", "dataset.yml")  # Ultralytics, Roboflow
 _MOST_BYTES = 2**16
-_MOST_LINE = 1000  # characters of an entry
+_MOST_LINE = 1000  # characters of an entry; the pattern's time grows faster than a line's length
 
 _NAMES = re.compile(r"^names[ \t]*:[ \t]*(.*)$", re.MULTILINE)
 _ENTRY = re.compile(r"""[ \t]*(?:-[ \t]|(\d+)[ \t]*:)[ \t]*("[^"]*"|'[^']*'|[^#\n]*?)[ \t]*(?:[ \t]\#.*)?""")

@@ -19,7 +19,7 @@ from fedprune_device.data.stored_array import Inputs, StoredArray, as_inputs, de
 
 Array = npt.NDArray[Any]
 
-SPLITS = ("train", "test", "val")
+SPLITS = ("train", "test", "val")  # the suffixes of the arrays in a file, and in `LocalData`
 _NO_SAMPLES = np.zeros((0, 0), np.float32)
 
 _SCALE = "Scale images yourself as the model expects them, such as x.astype('float32') / 255."
@@ -70,9 +70,9 @@ class LocalData:
             x, y = getattr(self, f"x_{split}"), getattr(self, f"y_{split}")
             if x.shape[1:] != self.x_train.shape[1:]:
                 raise DataError(f"shape of one {split} sample", expected=self.x_train.shape[1:], got=x.shape[1:])
-            for one, other, what in ((self.x_train, x, "inputs"), (self.y_train, y, "labels")):
-                if (_type(one), one.shape[1:]) != (_type(other), other.shape[1:]):
-                    raise DataError(f"type of {split} {what}", expected=described(one), got=described(other))
+            for first, other, what in ((self.x_train, x, "inputs"), (self.y_train, y, "labels")):
+                if (_type(first), first.shape[1:]) != (_type(other), other.shape[1:]):
+                    raise DataError(f"type of {split} {what}", expected=described(first), got=described(other))
 
     @property
     def samples(self) -> int:
@@ -86,14 +86,17 @@ class LocalData:
         return effective_classes(np.unique(y, return_counts=True)[1])
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
-        """The samples as a model takes them, padded where their length varies; else itself, which never changes."""
+        """The samples as a model takes them, padded if its lengths vary; else this object, which never changes."""
         if shape is None or free_axis(shape) is None:
             return self
         arrays: list[Inputs] = []
         for split in SPLITS:
             x, y = getattr(self, f"x_{split}"), getattr(self, f"y_{split}")
-            some = fitted(x, self.rows, shape) if len(x) else _NO_SAMPLES
-            arrays += [some, some if y is x else fitted_labels(y, some, shape, targets, self.spool)]
+            padded_inputs = fitted(x, self.rows, shape) if len(x) else _NO_SAMPLES
+            arrays += [
+                padded_inputs,
+                padded_inputs if y is x else fitted_labels(y, padded_inputs, shape, targets, self.spool),
+            ]
         return LocalData(*arrays)
 
     @property
@@ -113,13 +116,13 @@ class LocalData:
         """
         if not 0 <= share < 1:
             raise DataError("share of the training samples for validation", expected="0 to below 1", got=share)
-        aside = int(self.samples * share)
-        if not aside or len(self.y_val):
+        count = int(self.samples * share)
+        if not count or len(self.y_val):
             return self
         order = keyed(seed, "validation", device).permutation(self.samples)
-        train, val = np.sort(order[aside:]), np.sort(order[:aside])
-        own, aside_of = (select_pairs(self.x_train, self.y_train, rows) for rows in (train, val))
-        return LocalData(*own, self.x_test, self.y_test, *aside_of, rows=self.rows, spool=self.spool)
+        train, val = np.sort(order[count:]), np.sort(order[:count])
+        kept_pairs, validation_pairs = (select_pairs(self.x_train, self.y_train, rows) for rows in (train, val))
+        return LocalData(*kept_pairs, self.x_test, self.y_test, *validation_pairs, rows=self.rows, spool=self.spool)
 
     def moved_out(self, spool: Path) -> LocalData:
         """The same with large arrays in temporary files in `spool`, which are deleted with this process."""
@@ -137,12 +140,12 @@ class LocalData:
         token_ids: bool | None = None,
     ) -> None:
         """Check labels and inputs against a model; raises `DataError`. In `shape`, names and None are any size."""
-        own = (
+        can_reproduce = (
             free_axis(shape or ()) is None
             and targets.loss != "cross_entropy"
             and targets.takes_whole == (self.x_train.dtype.kind == "i")
         )
-        if self.unlabelled and not (own and fits(self.x_train.shape[1:], targets.shape)):
+        if self.unlabelled and not (can_reproduce and fits(self.x_train.shape[1:], targets.shape)):
             raise DataError(
                 "the samples have no labels",
                 expected=f"labels {shape_text('n', *targets.shape)} for loss {targets.loss}",
@@ -253,13 +256,13 @@ def _check_numbers(inputs: Array, kind: str, first: int) -> None:
         _check_finite(inputs, f"{kind}inputs", first)
 
 
-def _check_finite(some: Array, what: str, first: int) -> None:
-    if not np.isfinite(some).all():
-        bad = int(np.flatnonzero(~np.isfinite(some.reshape(len(some), -1)).all(1))[0])
-        held = "a NaN" if np.isnan(some[bad]).any() else "an infinity"
+def _check_finite(numbers: Array, what: str, first: int) -> None:
+    if not np.isfinite(numbers).all():
+        first_bad = int(np.flatnonzero(~np.isfinite(numbers.reshape(len(numbers), -1)).all(1))[0])
+        problem = "a NaN" if np.isnan(numbers[first_bad]).any() else "an infinity"
         raise DataError(
             f"{what} hold numbers that are not finite",
-            got=f"sample {first + bad}, which has {held}",
+            got=f"sample {first + first_bad}, which has {problem}",
             hint="Leave such samples out, or fill the gaps, as numpy.nan_to_num does.",
         )
 
@@ -270,16 +273,16 @@ def _type(array: Inputs) -> np.dtype[Any]:
 
 
 class SampleSource(Protocol):
-    """Samples that may become more or other ones: each round takes those that there are when it begins."""
+    """A source whose samples may change: each round takes the samples that exist when it begins."""
 
     @property
     def samples(self) -> int:
-        """Training samples now; the agent's loop asks for it, so that it must be known already."""
+        """Number of training samples now. The agent's loop reads it, so that it must not wait for a disk."""
 
     @property
     def effective_classes(self) -> int | None:
-        """How many classes their labels are worth (`fedprune_device.data.labels.effective_classes`), known as `samples`
-        is; None where it isn't known, or samples have no class."""
+        """How many classes the labels are worth (`fedprune_device.data.labels.effective_classes`), without waiting;
+        None if it isn't known, or samples have no class."""
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """A round's samples; raises `DataError` if there are none.

@@ -35,15 +35,15 @@ class DecodedSamples:
         with storage_errors("can't make a file for decoded samples"):
             self._file = Copy.in_folder(folder)
 
-    def serves(self, wanted: Collection[str]) -> bool:
-        """Whether this cache is worth keeping for these files: at most half of what it holds is unwanted, and the
-        wanted files fit.
+    def serves(self, names: Collection[str]) -> bool:
+        """Whether this cache is worth keeping for these files: at most half of its files are others, and the missing
+        ones fit.
         """
-        useless = sum(name not in wanted for name in self._rows)
-        lacking = sum(name not in self._rows for name in wanted)
-        each = self._count / max(1, len(self._rows))
-        fits = (self._count + lacking * each) * self._record <= self._room
-        return 2 * useless <= len(self._rows) and (fits or not useless)
+        useless_files = sum(name not in names for name in self._rows)
+        missing_files = sum(name not in self._rows for name in names)
+        samples_per_file = self._count / max(1, len(self._rows))
+        fits = (self._count + missing_files * samples_per_file) * self._record <= self._room
+        return 2 * useless_files <= len(self._rows) and (fits or not useless_files)
 
     def rows(self, name: str, decode: Callable[[], tuple[Array, Array]]) -> range:
         """The rows of a file's samples. If the file is new, `decode` is called; it returns samples [k, ...] and labels
@@ -59,17 +59,17 @@ class DecodedSamples:
         x, y = decode()
         if not self._count:
             self._x, self._y = np.empty_like(x[0]), np.empty_like(y[0])  # types and shapes alone
-        for one, first, what in ((x, self._x, "samples"), (y, self._y, "labels")):
-            if (one.dtype, one.shape[1:]) != (first.dtype, first.shape):
+        for array, first, what in ((x, self._x, "samples"), (y, self._y, "labels")):
+            if (array.dtype, array.shape[1:]) != (first.dtype, first.shape):
                 raise DataError(
-                    f"the {what}", expected=_kind(first.dtype, first.shape), got=_kind(one.dtype, one.shape[1:])
+                    f"the {what}", expected=_kind(first.dtype, first.shape), got=_kind(array.dtype, array.shape[1:])
                 )
         if (self._count + len(x)) * self._record > self._room and self._count:
             raise self._full()
         records = np.empty((len(x), self._record), np.uint8)
-        for begin, some in ((0, x), (self._x.nbytes, y)):
-            one = np.ascontiguousarray(some).reshape(len(x), -1).view(np.uint8)
-            records[:, begin : begin + one.shape[1]] = one
+        for begin, array in ((0, x), (self._x.nbytes, y)):
+            raw = np.ascontiguousarray(array).reshape(len(x), -1).view(np.uint8)
+            records[:, begin : begin + raw.shape[1]] = raw
         with storage_errors("can't write decoded samples"):
             write_all(self._file.fileno(), records.tobytes(), self._count * self._record)
         self._rows[name] = range(self._count, self._count + len(x))
@@ -82,8 +82,8 @@ class DecodedSamples:
 
     def labels(self, rows: npt.NDArray[np.int64]) -> Array | StoredArray:
         """The labels of these rows; scalar labels are held in memory."""
-        places = rows * self._record + self._x.nbytes
-        stored = StoredArray.at_places(self._file, places, self._y.dtype, self._y.shape)
+        positions = rows * self._record + self._x.nbytes
+        stored = StoredArray.at_places(self._file, positions, self._y.dtype, self._y.shape)
         return replace(stored, in_range=True) if self._y.ndim else stored[:]
 
     @property

@@ -1,4 +1,4 @@
-"""Digests of files, so that unchanged ones are not read again at the next start."""
+"""An index of files' digests, so that unchanged files are not read again at the next start."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ class FileIndex:
 
     @contextmanager
     def updating(self) -> Iterator[FileIndex]:
-        """Look every file up in the body; entries of the others are dropped, and new ones written at its end."""
+        """Look up every file in the body; at its end entries of other files are dropped, and new ones are written."""
         self._seen = set()
         yield self
         self._entries = {key: self._entries[key] for key in self._seen}
         if self._path is None or not (self._new or self._lines > 2 * len(self._entries) + 100):
             return
-        whole = self._lines + len(self._new) > 2 * len(self._entries) + 100
-        lines = [_line(key, entry) for key, entry in self._entries.items()] if whole else self._new
+        rewrites = self._lines + len(self._new) > 2 * len(self._entries) + 100
+        lines = [_line(key, entry) for key, entry in self._entries.items()] if rewrites else self._new
         with storage_errors(f"can't write {self._path}"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            target = self._path.with_suffix(".new") if whole else self._path
-            with target.open("w" if whole else "a", encoding="ascii") as file:
-                file.write(("" if whole or self._ends else "\n") + "".join(lines))
-            if whole:
+            target = self._path.with_suffix(".new") if rewrites else self._path
+            with target.open("w" if rewrites else "a", encoding="ascii") as file:
+                file.write(("" if rewrites or self._ends else "\n") + "".join(lines))
+            if rewrites:
                 target.replace(self._path)
-        self._lines = len(lines) + (0 if whole else self._lines)
+        self._lines = len(lines) + (0 if rewrites else self._lines)
         self._new, self._ends = [], True
 
     def known(self, key: str, status: os.stat_result) -> str | None:

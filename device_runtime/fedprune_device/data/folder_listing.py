@@ -1,4 +1,4 @@
-"""Folders and files of samples, without those that operating systems make between them."""
+"""Folders and files of samples, without the hidden ones and those that operating systems make."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SYSTEM = re.compile(
     re.IGNORECASE,
 )
 
-_MOST_LEVELS = 4  # of folders in folders; links may go round in circles
+_MOST_LEVELS = 4  # of nested folders; links may lead round in circles
 
 
 def is_system_name(name: str) -> bool:

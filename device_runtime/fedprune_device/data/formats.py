@@ -1,4 +1,4 @@
-"""How one file becomes samples, by the ending of its name."""
+"""The protocol of file formats: how one file becomes samples."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ TYPES = {"image/jpeg": "JPEG", "image/png": "PNG"}
 ENDINGS = (".jpg", ".jpeg", ".png")
 MAX_BYTES = 4 * 2**20
 _MASKS = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's modes of one whole number per pixel
-_DEPTH, _COLOUR = 24, 25  # places of a PNG's bits per number and kind of colours
-_GREY = 0
-MAX_PIXELS = 2**24  # a file may be small and its picture not: it is asked for its size before it is unpacked
+_DEPTH, _COLOUR = 24, 25  # offsets of a PNG's bits per number and of its kind of colours
+_GREY = 0  # the kind of colours of a grey PNG
+MAX_PIXELS = 2**24  # a small file may unpack to a huge image: its header is checked first
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,11 @@ def mask(body: bytes, height: int, width: int) -> npt.NDArray[np.int64]:
         if body[_COLOUR] == _GREY and body[_DEPTH] in (2, 4):
             # Some programs write classes as they are, others pack shades of grey: 3 of 2 bits is class 3, or 255.
             raise DataError("a grey mask", expected="1, 8 or 16 bits", got=body[_DEPTH], hint="Save it with 8 bits.")
-        numbers = np.asarray(upright_image(image))
+        pixels = np.asarray(upright_image(image))
     rows, columns = (
-        ((np.arange(new) + 0.5) * old / new).astype(int)
-        for new, old in zip((height, width), numbers.shape, strict=True)
+        ((np.arange(new) + 0.5) * old / new).astype(int) for new, old in zip((height, width), pixels.shape, strict=True)
     )
-    return np.asarray(numbers[rows][:, columns], np.int64)
+    return np.asarray(pixels[rows][:, columns], np.int64)
 
 
 def _pillow() -> Any:
@@ -116,7 +115,7 @@ def _opened(body: bytes, kinds: tuple[str, ...]) -> Iterator[Any]:
     pillow = _pillow()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of sizes, which are looked at here
+            warnings.simplefilter("ignore")  # Pillow warns of large images, which are refused below
             with pillow.open(io.BytesIO(body), formats=kinds) as image:
                 if image.width * image.height > MAX_PIXELS:
                     size = f"{image.width} x {image.height}"
@@ -124,7 +123,7 @@ def _opened(body: bytes, kinds: tuple[str, ...]) -> Iterator[Any]:
                 yield image
     except DataError:
         raise
-    except pillow.UnidentifiedImageError as error:  # its text is an object's address
+    except pillow.UnidentifiedImageError as error:  # its message is only the address of a BytesIO object
         raise DataError("the image can't be read", expected=" or ".join(kinds), got="something else") from error
     except Exception as error:  # what is damaged makes a decoder raise anything
         raise DataError("the image can't be read", expected=" or ".join(kinds), got=reason(error)) from error

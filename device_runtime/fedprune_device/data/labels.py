@@ -1,4 +1,4 @@
-"""Labels as training graphs take them, and what they imply for losses and predictions."""
+"""Labels in the form that training graphs take, and the class weights and logit offsets that follow from them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from fedprune.model.step_contract import numbers
 from fedprune_device.data.stored_array import Inputs, StoredArray, chunks
 
 Array = npt.NDArray[Any]
-Terms = Mapping[str, Array]
-"""Arrays and numbers of the loss, by input name of the training graph."""
+Terms = Mapping[str, Array]  # arrays and numbers of the loss, by input name of the training graph
 
-_SMOOTHING = 0.1
+_SMOOTHING = 0.1  # of a class's count: the logarithm of an absent class's share stays finite
 
 
 @dataclass(frozen=True)
@@ -59,24 +58,24 @@ class Targets:
         """
         column = y.ndim == 1 and len(self.shape) == 1 and self.shape[0] in (1, None)
         shape = (1,) if column else y.shape[1:]
-        whole = self.takes_whole
-        if whole and y.ndim == len(self.shape) + 2 and y.shape[1] == self.classes:
+        takes_whole = self.takes_whole
+        if takes_whole and y.ndim == len(self.shape) + 2 and y.shape[1] == self.classes:
             raise self._unfit(y, "If they are one-hot, save the number of the class: y.argmax(1).")
-        if whole and y.dtype.kind not in "iu":
+        if takes_whole and y.dtype.kind not in "iu":
             raise self._unfit(y, "Save them as whole numbers: y.astype('int64').")
         if len(shape) != len(self.shape) or any(
             isinstance(d, int) and d != g for d, g in zip(self.shape, shape, strict=True)
         ):
             raise self._unfit(y, "The model and its loss decide the shape: is it the loss that you mean?")
-        known = isinstance(y, StoredArray) and y.in_range
-        if labels_of(self.loss) == "classes" and not known:
+        in_range = isinstance(y, StoredArray) and y.in_range
+        if labels_of(self.loss) == "classes" and not in_range:
             class_counts(y, self.classes, self.ignored)
-        if whole:
+        if takes_whole:
             return y
         out = y.as_float32() if isinstance(y, StoredArray) else np.ascontiguousarray(y, np.float32)
-        for some in chunks(out) if labels_of(self.loss) == MULTI and out.size and not known else ():
-            if not (some.min() >= 0 and some.max() <= 1):
-                got = f"{some.min():g} to {some.max():g}"
+        for chunk in chunks(out) if labels_of(self.loss) == MULTI and out.size and not in_range else ():
+            if not (chunk.min() >= 0 and chunk.max() <= 1):
+                got = f"{chunk.min():g} to {chunk.max():g}"
                 raise DataError("a label is out of range", expected=f"0 to 1 (loss {self.loss})", got=got)
         return out[:][:, None] if column else out
 
@@ -85,20 +84,20 @@ class Targets:
         return int(np.count_nonzero(y != self.ignored)) if self.ignored is not None else y.size
 
     def _unfit(self, y: Inputs, hint: str) -> DataError:
-        what = "numbers from 0 to 1" if labels_of(self.loss) == MULTI else "numbers"
-        what = "whole numbers" if self.takes_whole else what
-        kind = "whole numbers" if y.dtype.kind in "iu" else "numbers"
+        expected = "numbers from 0 to 1" if labels_of(self.loss) == MULTI else "numbers"
+        expected = "whole numbers" if self.takes_whole else expected
+        given = "whole numbers" if y.dtype.kind in "iu" else "numbers"
         return DataError(
             f"labels for loss {self.loss}",
-            expected=f"{what} {shape_text('n', *self.shape)}",
-            got=f"{kind} {shape_text('n', *y.shape[1:])}",
+            expected=f"{expected} {shape_text('n', *self.shape)}",
+            got=f"{given} {shape_text('n', *y.shape[1:])}",
             hint=hint,
         )
 
 
 def class_counts(y: Inputs, classes: int, ignored: int | None = None) -> npt.NDArray[np.int64]:
     """Labels per class; raises `DataError` if one is out of range."""
-    return sum((_class_counts(some, classes, ignored) for some in chunks(y)), np.zeros(classes, np.int64))
+    return sum((_class_counts(chunk, classes, ignored) for chunk in chunks(y)), np.zeros(classes, np.int64))
 
 
 def _class_counts(y: Array, classes: int, ignored: int | None) -> npt.NDArray[np.int64]:
@@ -118,7 +117,7 @@ def _class_counts(y: Array, classes: int, ignored: int | None) -> npt.NDArray[np
 def effective_classes(counts: Iterable[int]) -> int | None:
     """How many evenly shared classes samples are worth: exp of the labels' entropy, rounded; None without samples.
 
-    A whole number, since more digits would tell how many samples each class has.
+    It is rounded because the server gets it: more digits would tell how many samples each class has.
     """
     shares = np.array([n for n in counts if n], np.float64)
     if not len(shares):
@@ -147,20 +146,20 @@ def class_weights(y: Inputs, classes: int, ignored: int | None = None) -> npt.ND
     """Loss weights that make all present classes count alike: n / (present classes · n_c), 0 for absent ones."""
     counts = class_counts(y, classes, ignored).astype(np.float64)
     present = counts > 0
-    out = np.zeros(classes, np.float64)
-    out[present] = counts.sum() / (present.sum() * counts[present])
-    return np.asarray(out, np.float32)
+    weights = np.zeros(classes, np.float64)
+    weights[present] = counts.sum() / (present.sum() * counts[present])
+    return np.asarray(weights, np.float32)
 
 
 def positive_weights(y: Inputs) -> npt.NDArray[np.float32]:
     """Weights of positive labels [n, K, ...] of `bce`: negatives over positives; 1 where a class lacks either."""
     axes = (0, *range(2, y.ndim))
-    positive = sum((some.sum(axis=axes, dtype=np.float64) for some in chunks(y)), np.zeros(y.shape[1], np.float64))
+    positive = sum((chunk.sum(axis=axes, dtype=np.float64) for chunk in chunks(y)), np.zeros(y.shape[1], np.float64))
     negative = y.size / y.shape[1] - positive
-    mixed = (positive > 0) & (negative > 0)
-    out = np.ones(y.shape[1], np.float64)
-    out[mixed] = negative[mixed] / positive[mixed]
-    return np.asarray(out, np.float32)
+    has_both = (positive > 0) & (negative > 0)
+    weights = np.ones(y.shape[1], np.float64)
+    weights[has_both] = negative[has_both] / positive[has_both]
+    return np.asarray(weights, np.float32)
 
 
 @dataclass(frozen=True)
@@ -186,16 +185,16 @@ class LogitAdjustment:
 
     def __call__(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The logits [n, classes, ...] of own predictions; in the order of the training graph, masked last."""
-        along = (-1, *[1] * (logits.ndim - 2))
+        per_class = (-1, *[1] * (logits.ndim - 2))
         if self.offset is not None:
-            logits = logits + np.array(self.offset, np.float32).reshape(along)
+            logits = logits + np.array(self.offset, np.float32).reshape(per_class)
         if self.present is not None:
-            logits = np.where(np.array(self.present).reshape(along) > 0, logits, np.float32(0))
+            logits = np.where(np.array(self.present).reshape(per_class) > 0, logits, np.float32(0))
         return logits
 
 
 def hits(loss: str, outputs: npt.NDArray[np.float32], targets: Array) -> npt.NDArray[np.bool_] | None:
-    """Which classes are right [n, ...], with `bce` which labels [n, K, ...]; None where numbers are predicted."""
+    """Which classes are predicted right [n, ...], with `bce` which labels [n, K, ...]; None for predicted numbers."""
     if loss == "cross_entropy":
         return np.asarray(np.argmax(outputs, axis=1) == targets)
     if labels_of(loss) == MULTI:
@@ -208,15 +207,15 @@ def loss_terms(y: Inputs, recipe: Recipe, classes: int) -> dict[str, Array]:
 
     `y` are all training labels.
     """
-    features, out = recipe.features, dict[str, Array]()
+    features, terms = recipe.features, dict[str, Array]()
     if features.logit_offset:
-        out[step_contract.LOGIT_OFFSET] = log_prior(y, classes, recipe.ignore_label)
+        terms[step_contract.LOGIT_OFFSET] = log_prior(y, classes, recipe.ignore_label)
     if features.class_weight:
-        out[step_contract.CLASS_WEIGHT] = (
+        terms[step_contract.CLASS_WEIGHT] = (
             class_weights(y, classes, recipe.ignore_label)
             if recipe.loss == "cross_entropy"
             else positive_weights(y if isinstance(y, StoredArray) else np.asarray(y, np.float32))
         )
     if features.class_mask:
-        out[step_contract.CLASS_MASK] = class_presence(y, classes, recipe.ignore_label)
-    return out | numbers(recipe)
+        terms[step_contract.CLASS_MASK] = class_presence(y, classes, recipe.ignore_label)
+    return terms | numbers(recipe)

@@ -1,4 +1,4 @@
-"""Which files of a folder are samples, and what their labels are.
+"""The layouts of folders: which files are samples, and where their labels are.
 
 A folder may be divided into parts for training, validation and testing, as tools of the field write it: `train/` and
 `val/` with a layout in each (Roboflow, torchvision), or in `images/` and `labels/` (Ultralytics).
@@ -22,29 +22,28 @@ from fedprune_device.data.folder_listing import files_in, folders_below, folders
 from fedprune_device.data.image_decoding import ENDINGS, mask
 from fedprune_device.data.labels import Targets, class_counts
 
-NO_LABELS = np.zeros(0, np.float32)
-"""The labels of a sample that has none."""
+NO_LABELS = np.zeros(0, np.float32)  # the labels of a sample that has none
 
 IMAGES = "images"  # the folder of images whose labels are in a folder next to it
 
+# The class that masks of Pascal VOC, Cityscapes and their tools give to places that count for nothing.
 IGNORED = 255
-"""Places of a mask that count for nothing, where the recipe names such a class."""
 
-LABEL_BYTES = 4 * 2**20  # most bytes of a file with labels
+LABEL_BYTES = 4 * 2**20  # most bytes of a file with labels: that of an image
 
+# The parts of a data set by the names that tools give their folders.
 _PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-"""The parts of a data set by the names of their folders."""
 
 
 class Layout:
-    """The arrangement of files in some folders, by default without labels. `names` are classes, which are no parts.
+    """The layout of some folders, by default without labels. A folder with a name in `names` is a class, not a part.
 
     Attributes:
-        holds: What it consists of, for messages.
+        holds: The files that the layout expects, for messages.
         parts: The parts that the folder itself is divided into; empty if it isn't.
     """
 
@@ -114,13 +113,13 @@ class ClassFolders(Layout):
             return self._names.index(folder.name)
         if folder.name.isdecimal() and folder.name.isascii() and len(folder.name) < 8:
             return int(folder.name)
-        wanted = " or ".join(self._names) or "a number"
+        expected = " or ".join(self._names) or "a number"
         hint = "Give the classes' names in the order that all boards share: --class-names A,B,C."
         if (folder / IMAGES).is_dir():
             hint = f"It has {IMAGES} in it: give it as the folder of samples itself."
         elif any(other.name.lower() in _PARTS for other in folders_in(folder.parent)):
             hint = "Of a divided folder all folders are parts, such as train, val and test: move the others away."
-        raise ConfigError(f"{folder} is not the folder of a class", expected=wanted, got=folder.name, hint=hint)
+        raise ConfigError(f"{folder} is not the folder of a class", expected=expected, got=folder.name, hint=hint)
 
 
 class Unlabelled(Layout):
@@ -168,24 +167,24 @@ class Masks(_Images):
         if targets is None:
             return NO_LABELS
         height, width = (
-            int(own if isinstance(own, int) else size if isinstance(size, int) else 1)
-            for own, size in zip(targets.shape[-2:], shape[-2:], strict=True)
+            int(side if isinstance(side, int) else size if isinstance(size, int) else 1)
+            for side, size in zip(targets.shape[-2:], shape[-2:], strict=True)
         )
-        found = mask(label_bytes, height, width)
+        classes = mask(label_bytes, height, width)
         if not targets.takes_whole:
-            each = found > 0 if targets.classes == 1 else found == np.arange(targets.classes)[:, None, None]
-            return each.reshape(targets.classes, height, width).astype(np.float32)
+            per_class = classes > 0 if targets.classes == 1 else classes == np.arange(targets.classes)[:, None, None]
+            return per_class.reshape(targets.classes, height, width).astype(np.float32)
         if targets.ignored is not None and targets.classes <= IGNORED:
-            found[found == IGNORED] = targets.ignored
+            classes[classes == IGNORED] = targets.ignored
         if targets.loss != "cross_entropy":
-            return found.astype(np.int32)
-        class_counts(found, targets.classes, targets.ignored)
-        return found.astype(np.uint8 if 0 <= (targets.ignored or 0) <= 255 >= targets.classes else np.int32)
+            return classes.astype(np.int32)
+        class_counts(classes, targets.classes, targets.ignored)
+        return classes.astype(np.uint8 if 0 <= (targets.ignored or 0) <= 255 >= targets.classes else np.int32)
 
 
 def _takes_boxes(targets: Targets) -> bool:
-    most, *rest = targets.shape or (None,)
-    return rest == [5] and isinstance(most, int) and not targets.takes_whole
+    max_boxes, *rest = targets.shape or (None,)
+    return rest == [5] and isinstance(max_boxes, int) and not targets.takes_whole
 
 
 class YoloBoxes(_Images):
@@ -232,7 +231,8 @@ class YoloBoxes(_Images):
 
     def label(self, path: Path, label_bytes: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
         if targets is not None and path.parent not in self._labelled:
-            # All images without a file are rather a folder that is missing than a street without cars.
+            # If no image of a folder has a label file, the label folder is probably missing: refuse, rather than learn
+            # that there are no objects anywhere.
             raise DataError(
                 f"labels of a folder of {IMAGES}",
                 expected=self.holds,
@@ -256,8 +256,8 @@ def _padded(boxes: npt.NDArray[np.float32], targets: Targets | None) -> npt.NDAr
         return NO_LABELS
     out = np.zeros((int(targets.shape[0] or 0), 5), np.float32)
     out[:, 0] = -1
-    largest = np.argsort(-boxes[:, 3] * boxes[:, 4], kind="stable")[: len(out)]
-    out[: len(largest)] = boxes[np.sort(largest)]
+    largest_boxes = np.argsort(-boxes[:, 3] * boxes[:, 4], kind="stable")[: len(out)]
+    out[: len(largest_boxes)] = boxes[np.sort(largest_boxes)]
     return out
 
 
@@ -282,8 +282,8 @@ def layout_of(root: Path, names: tuple[str, ...]) -> Layout:
     """
     folders = folders_in(root, names)
     parts = [_PARTS.get(folder.name.lower()) for folder in folders if folder.name not in names]
-    divided = len(parts) == len(folders) and "train" in parts and all(parts)
-    homes = folders if divided else [root]
+    is_divided = len(parts) == len(folders) and "train" in parts and all(parts)
+    homes = folders if is_divided else [root]
     homes_of_images = [home for home in homes if IMAGES not in names and (home / IMAGES).is_dir()]
     if homes_of_images:
         for kind in (Masks, YoloBoxes):

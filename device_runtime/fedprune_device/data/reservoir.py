@@ -1,4 +1,4 @@
-"""Choice of the samples of an endless stream that are kept: a fair share per class, and a uniform choice of each class.
+"""Choose the samples of an endless stream to keep: a fair share per class, and a uniform choice within each class.
 
 Algorithm R (Vitter, Random Sampling with a Reservoir, ACM TOMS 11(1), 1985): of n samples seen, each is among the k
 that are kept with probability k / n. Here every class has a reservoir of its own. While there is room, everything is
@@ -20,8 +20,8 @@ from typing import Any
 from fedprune.core.rng import keyed
 from fedprune_device.data.splits import SplitShares
 
-UNLABELLED = -1
-_ANY_CLASS = 0  # all labelled samples have one limit
+UNLABELLED = -1  # the label of samples without one; classes begin at 0
+_ANY_CLASS = 0  # stands for every class in questions about room: all labelled samples share one limit
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Reservoir:
         return {label: list(c.ids) for label, c in sorted(self._classes.items()) if c.ids}
 
     def unlabelled(self) -> Iterator[str]:
-        """Kept samples without a label, the oldest first; after a restart, as they are on the disk."""
+        """Kept samples without a label, the oldest first; after a restart, in the order of the log on the disk."""
         return (name for name, (label, _) in self._of.items() if label == UNLABELLED)
 
     @property
@@ -105,8 +105,9 @@ class Reservoir:
         return label in self._classes
 
     def set_seen(self, label: int, seen: int) -> None:
-        found = self._classes.setdefault(label, _Class())
-        found.seen = max(seen, len(found.ids))
+        class_ = self._classes.setdefault(label, _Class())
+        # A count that was written before its samples may be lower than the number of samples.
+        class_.seen = max(seen, len(class_.ids))
 
     def most(self, *, unlabelled: bool) -> tuple[int, int]:
         """Limits of samples with, or without, labels: their number and bytes."""
@@ -117,8 +118,8 @@ class Reservoir:
 
     def decide(self, name: str, label: int, size: int) -> Verdict:
         """Decide on a new sample; nothing changes until `apply`."""
-        own = self._classes.get(label, _Class())
-        seen = own.seen + 1
+        class_ = self._classes.get(label, _Class())
+        seen = class_.seen + 1
         if size > self._limits[label == UNLABELLED][1] or not self._limits[label == UNLABELLED][0]:
             return Verdict(name, label, size, seen, kept=False)
         evicted: list[str] = []
@@ -128,13 +129,19 @@ class Reservoir:
                 evicted.append(next(oldest))
         if not self._fits(label, size, evicted):
             largest = self._largest(label, evicted)
-            if label != UNLABELLED and own.seen == len(own.ids) and self._left(largest, evicted) >= len(own.ids) + 2:
+            # Only if the largest class is not the smaller one of the two after the exchange.
+            if (
+                label != UNLABELLED
+                and class_.seen == len(class_.ids)
+                and self._left(largest, evicted) >= len(class_.ids) + 2
+            ):
                 evicted.append(self._evicted(largest, name, evicted))
             else:
-                place = int(keyed(self._seed, "reservoir", label, seen).integers(seen))
-                if place >= len(own.ids):
+                # Algorithm R: the drawn number is the slot that the new sample takes, if it is one of the kept ones.
+                index = int(keyed(self._seed, "reservoir", label, seen).integers(seen))
+                if index >= len(class_.ids):
                     return Verdict(name, label, size, seen, kept=False)
-                evicted.append(own.ids[place])
+                evicted.append(class_.ids[index])
         while not self._fits(label, size, evicted):  # sizes differ: one sample may replace several
             evicted.append(self._evicted(self._largest(label, evicted), name, evicted))
         return Verdict(name, label, size, seen, True, tuple(evicted))
@@ -149,9 +156,9 @@ class Reservoir:
 
     def restore(self, name: str, label: int, size: int) -> None:
         """Add a sample that is stored already, when a set is read again."""
-        found = self._classes.setdefault(label, _Class())
-        insort(found.ids, name)
-        found.seen = max(found.seen, len(found.ids))
+        class_ = self._classes.setdefault(label, _Class())
+        insort(class_.ids, name)
+        class_.seen = max(class_.seen, len(class_.ids))
         self._of[name] = label, size
         self._bytes[label == UNLABELLED] += size
         self._count[label == UNLABELLED] += 1
@@ -159,10 +166,10 @@ class Reservoir:
     def drop(self, name: str, *, unseen: bool = False) -> None:
         """Remove a sample; with `unseen` it counts as never seen, because it was deleted or relabelled."""
         label, size = self._of.pop(name)
-        found = self._classes[label]
-        del found.ids[bisect_left(found.ids, name)]
-        found.seen -= unseen
-        if not found.ids and found.seen <= 0:
+        class_ = self._classes[label]
+        del class_.ids[bisect_left(class_.ids, name)]
+        class_.seen -= unseen
+        if not class_.ids and class_.seen <= 0:
             del self._classes[label]
         self._bytes[label == UNLABELLED] -= size
         self._count[label == UNLABELLED] -= 1
@@ -170,15 +177,18 @@ class Reservoir:
     def surplus(self) -> str | None:
         """A sample to evict because a limit is exceeded; None if none is."""
         for label in (UNLABELLED, _ANY_CLASS):
-            if not self._fits(label, 0, [], more=0):
+            if not self._fits(label, 0, [], added=0):
                 return self._evicted(self._largest(label, []), "surplus", [])
         return None
 
-    def _fits(self, label: int, size: int, evicted: list[str], more: int = 1) -> bool:
-        side = label == UNLABELLED
-        most, most_bytes = self._limits[side]
+    def _fits(self, label: int, size: int, evicted: list[str], added: int = 1) -> bool:
+        unlabelled = label == UNLABELLED
+        max_samples, max_bytes = self._limits[unlabelled]
         freed = sum(self._of[n][1] for n in evicted)
-        return self._count[side] - len(evicted) + more <= most and self._bytes[side] - freed + size <= most_bytes
+        return (
+            self._count[unlabelled] - len(evicted) + added <= max_samples
+            and self._bytes[unlabelled] - freed + size <= max_bytes
+        )
 
     def _largest(self, label: int, evicted: list[str]) -> int:
         if label == UNLABELLED:
@@ -187,12 +197,12 @@ class Reservoir:
         return max(labels, key=lambda c: self._left(c, evicted), default=label)
 
     def _left(self, label: int, evicted: list[str]) -> int:
-        found = self._classes.get(label, _Class())
-        return len(found.ids) - sum(self._of[n][0] == label for n in evicted)
+        class_ = self._classes.get(label, _Class())
+        return len(class_.ids) - sum(self._of[n][0] == label for n in evicted)
 
     def _evicted(self, label: int, newcomer: str, evicted: list[str]) -> str:
-        left = [n for n in self._classes[label].ids if n not in evicted]
-        return left[int(keyed(self._seed, "room", newcomer, len(evicted)).integers(len(left)))]
+        candidates = [n for n in self._classes[label].ids if n not in evicted]
+        return candidates[int(keyed(self._seed, "room", newcomer, len(evicted)).integers(len(candidates)))]
 
 
 def census(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
@@ -200,25 +210,25 @@ def census(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
 
     Samples that wait for a label are in no part.
     """
-    kept = reservoir.kept()
-    parts = Counter(
-        shares.part(n) for c, names in kept.items() if c != UNLABELLED or not reservoir.waiting for n in names
+    names_by_class = reservoir.kept()
+    part_counts = Counter(
+        shares.part(n) for c, names in names_by_class.items() if c != UNLABELLED or not reservoir.waiting for n in names
     )
     classes = {
-        str(c): {"kept": len(kept.get(c, ())), "seen": seen}
+        str(c): {"kept": len(names_by_class.get(c, ())), "seen": seen}
         for c, seen in reservoir.seen.items()
         if c != UNLABELLED and seen
     }
     room = {}
     for unlabelled in (False, True):
-        most, most_bytes = reservoir.most(unlabelled=unlabelled)
-        held, held_bytes = reservoir.held(unlabelled=unlabelled)
-        side = {"samples": held, "samples_most": most, "bytes": held_bytes, "bytes_most": most_bytes}
-        room["unlabelled" if unlabelled else "labelled"] = side
+        max_samples, max_bytes = reservoir.most(unlabelled=unlabelled)
+        samples, bytes_ = reservoir.held(unlabelled=unlabelled)
+        usage = {"samples": samples, "samples_most": max_samples, "bytes": bytes_, "bytes_most": max_bytes}
+        room["unlabelled" if unlabelled else "labelled"] = usage
     return {
         "classes": classes,
-        "unlabelled": len(kept.get(UNLABELLED, ())),
-        "unlabelled_dropped": reservoir.seen.get(UNLABELLED, 0) - len(kept.get(UNLABELLED, ())),
-        "parts": {p: parts[p] for p in ("train", "val", "test")},
+        "unlabelled": len(names_by_class.get(UNLABELLED, ())),
+        "unlabelled_dropped": reservoir.seen.get(UNLABELLED, 0) - len(names_by_class.get(UNLABELLED, ())),
+        "parts": {p: part_counts[p] for p in ("train", "val", "test")},
         "room": room,
     }

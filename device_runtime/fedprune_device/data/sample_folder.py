@@ -1,4 +1,4 @@
-"""A folder of files which the application fills with samples: new ones are noticed at the next round."""
+"""A folder of files that the application fills with samples; each round reads the files that exist when it begins."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ DECODED_BYTES = 2**30  # room on the disk for decoded samples
 
 _LOG = logging.getLogger("fedprune.device")
 
-_MOST_FILES = 200_000  # files that are looked at, of each class as many as there are, or a fair share
+_MOST_FILES = 200_000  # files that are looked at: of each class all, or a fair share
 
+# Files that are read at the start if the index doesn't know them; the first round reads the others, so that a board
+# with many new files is ready at once.
 _HASHED_AT_START = 1000
-"""Files that are read at the start if the index doesn't know them; a round reads the others, so that a board with many
-new files is ready at once."""
 
+# Endings of samples that aren't read, with the format that they are to be converted to.
 _FOREIGN = {
     **dict.fromkeys(
         (".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jfif", ".ppm"), "JPEG or PNG"
     ),
     **dict.fromkeys((".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".aiff"), "WAV"),
 }
-"""Endings of samples that aren't read, with what they are to be converted to."""
 
+# If the same file is in several parts, the last of these decides, so that no sample is trained on and tested on.
 _ORDER = ("train", "val", "test")
-"""The parts of a sample that is in several: the last one decides, so that none is trained on and tested on."""
 
 _T = TypeVar("_T")
 
@@ -104,7 +104,7 @@ class SampleFolder:
 
     @property
     def effective_classes(self) -> int | None:
-        """That of the files for training, where folders are classes."""
+        """See `SampleSource`; of the files for training, None unless folders are classes."""
         return effective_classes(self._classes) if len(self._classes) > 1 else None
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
@@ -113,9 +113,9 @@ class SampleFolder:
             raise DataError("the shape of samples", expected="a model's input")
         layout = self._look()
         layout.check(targets)
-        parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-        decoded, left = self._decoded_for((shape, targets)), self._most
-        taken: set[Format] = set()
+        rows_by_part: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+        decoded, room = self._decoded_for((shape, targets)), self._most
+        formats: set[Format] = set()
         refusals = [*self._refusals]
         for file in self._chosen:
             try:
@@ -127,24 +127,24 @@ class SampleFolder:
                 _LOG.warning("%s is left out: %s", file.path, error)
                 refusals.append(str(error))
                 continue
-            parts[file.part] += rows[:left]
-            left -= min(left, len(rows))
-            taken.add(self._format(file.path))
-            if not left:
+            rows_by_part[file.part] += rows[:room]
+            room -= min(room, len(rows))
+            formats.add(self._format(file.path))
+            if not room:
                 break
-        if not parts["train"]:
-            raise self._nothing_to_train_on(layout, sum(map(len, parts.values())), refusals)
-        convert = taken.pop().numbers
+        if not rows_by_part["train"]:
+            raise self._nothing_to_train_on(layout, sum(map(len, rows_by_part.values())), refusals)
+        convert = formats.pop().numbers
         arrays: list[Any] = []
         for part in ("train", "test", "val"):
-            some = np.array(parts[part], np.int64)
-            x, y = decoded.inputs(some, convert), decoded.labels(some)
+            rows_of_part = np.array(rows_by_part[part], np.int64)
+            x, y = decoded.inputs(rows_of_part, convert), decoded.labels(rows_of_part)
             arrays += [x, x if y.shape[1:] == NO_LABELS.shape else y]
-        self._training = len(parts["train"])
+        self._training = len(rows_by_part["train"])
         return LocalData(*arrays)
 
     def _nothing_to_train_on(self, layout: Layout, held_out: int, refusals: list[str]) -> DataError:
-        """Why there is nothing to train on: a server is told this alone, and not what is in the log."""
+        """The error if there is nothing to train on. It names one cause, because the server doesn't see the log."""
         hint = ""
         if held_out:
             got = f"{held_out} held out for testing and validation"
@@ -169,61 +169,63 @@ class SampleFolder:
 
     def _decoded_for(self, key: object) -> DecodedSamples:
         """Decoded samples of earlier rounds, unless they are for another model or too many are no longer chosen."""
-        wanted = {file.key for file in self._chosen}
-        if self._decoded is None or self._decoded[0] != key or not self._decoded[1].serves(wanted):
+        keys = {file.key for file in self._chosen}
+        if self._decoded is None or self._decoded[0] != key or not self._decoded[1].serves(keys):
             self._decoded = None
             self._decoded = key, DecodedSamples(self._state, self._room)
         return self._decoded[1]
 
-    def _look(self, most_new: int = _MOST_FILES) -> Layout:
-        """Find the files, and choose; of those that the index doesn't know read at most `most_new`."""
+    def _look(self, max_new: int = _MOST_FILES) -> Layout:
+        """Find the files and choose among them; at most `max_new` files that the index doesn't know are read."""
         layout = layout_of(self._root, self._names)
-        lists = layout.files((*self._formats, *_FOREIGN))
-        self._count_foreign(path.suffix.lower() for paths in lists for path in paths)
-        lists = [[path for path in paths if path.suffix.lower() in self._formats] for paths in lists]
-        if (count := sum(map(len, lists))) > _MOST_FILES:
+        paths_by_class = layout.files((*self._formats, *_FOREIGN))
+        self._count_foreign(path.suffix.lower() for paths in paths_by_class for path in paths)
+        paths_by_class = [[path for path in paths if path.suffix.lower() in self._formats] for paths in paths_by_class]
+        if (count := sum(map(len, paths_by_class))) > _MOST_FILES:
             _LOG.warning("%s holds %d files; %d are looked at, of every class", self._root, count, _MOST_FILES)
-        group = {path: number for number, paths in enumerate(lists) for path in paths}
-        by_class: list[dict[str, _File]] = [{} for _ in lists]  # the same files count once
+        class_of = {path: number for number, paths in enumerate(paths_by_class) for path in paths}
+        by_class: list[dict[str, _File]] = [{} for _ in paths_by_class]  # the same files count once
         self._refusals = []
         with self._index.updating() as index:
-            for path in islice(_in_turn(lists), _MOST_FILES):
+            for path in islice(_in_turn(paths_by_class), _MOST_FILES):
                 names: list[str] = []
                 label_file = None
                 try:
                     label_file = layout.label_file(path)
-                    for one in (path,) if label_file is None else (path, label_file):
-                        status, key = one.lstat(), str(one.relative_to(self._root))
+                    for hashed_path in (path,) if label_file is None else (path, label_file):
+                        status, key = hashed_path.lstat(), str(hashed_path.relative_to(self._root))
                         name = index.known(key, status)
                         if name is None:
-                            if not most_new:
+                            if not max_new:
                                 break
-                            most_new -= 1
-                            name = index.add(key, status, hashlib.sha256(self._content(one)).hexdigest())
+                            max_new -= 1
+                            name = index.add(key, status, hashlib.sha256(self._content(hashed_path)).hexdigest())
                         names.append(name)
                     else:
                         version = " ".join([layout.version(path), *names[1:]])
                         file = _File(path, label_file, names[0], version, self._part(layout, path, names[0]))
-                        other = by_class[group[path]].get(file.name, file)
-                        by_class[group[path]][file.name] = max(file, other, key=lambda one: _ORDER.index(one.part))
+                        same_content = by_class[class_of[path]].get(file.name, file)
+                        by_class[class_of[path]][file.name] = max(
+                            file, same_content, key=lambda candidate: _ORDER.index(candidate.part)
+                        )
                 except FileNotFoundError:
                     if label_file is not None:
                         self._refusals.append("it has no file of labels")
-                    continue  # it was deleted, or renamed, since it was listed
+                    continue  # the file was deleted or renamed since it was listed
                 except (OSError, DataError) as error:
                     self._refusals.append(str(error))
                     _LOG.warning("%s is left out: %s", path, error)
-        lines = [[found[name] for name in sorted(found)] for found in by_class]
-        self._classes = [sum(file.part == "train" for file in files) for files in lines]
-        self._chosen = list(islice(_in_turn(lines), self._most))
+        chosen_by_class = [[files_by_name[name] for name in sorted(files_by_name)] for files_by_name in by_class]
+        self._classes = [sum(file.part == "train" for file in files) for files in chosen_by_class]
+        self._chosen = list(islice(_in_turn(chosen_by_class), self._most))
         self._training = sum(file.part == "train" for file in self._chosen)
         return layout
 
     def _part(self, layout: Layout, path: Path, name: str) -> str:
-        """The part that the folder itself gives a file; else one by its digest, of those that the folder lacks."""
-        own = layout.part(path)
-        if own in ("val", "test"):
-            return own
+        """The part that a file's folder names; else one by the file's digest, of the parts that have no folder."""
+        folder_part = layout.part(path)
+        if folder_part in ("val", "test"):
+            return folder_part
         part = self._shares.part(name)
         return "train" if part in layout.parts else part
 
@@ -242,21 +244,22 @@ class SampleFolder:
         return _content(path, self._format(path).most_bytes if path.suffix.lower() in self._formats else LABEL_BYTES)
 
 
-def _in_turn(lines: Iterable[list[_T]]) -> Iterable[_T]:
-    return (one for turn in zip_longest(*lines) for one in turn if one is not None)
+def _in_turn(queues: Iterable[list[_T]]) -> Iterable[_T]:
+    return (item for turn in zip_longest(*queues) for item in turn if item is not None)
 
 
-def _content(path: Path, most: int) -> bytes:
-    """A file's bytes; raises `DataError` unless it is a plain file of at most `most` bytes, or `OSError`."""
+def _content(path: Path, max_bytes: int) -> bytes:
+    """A file's bytes; raises `DataError` unless it is a plain file of at most `max_bytes` bytes, or `OSError`."""
     with open(path, "rb", opener=_opened) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise DataError("a sample", expected="a plain file", got="something else")
-        content = b"" if status.st_size > most else file.read(most + 1)  # it may be growing
-    if max(status.st_size, len(content)) > most:
-        raise DataError("size of a file", expected=f"at most {most} bytes", got="more")
+        content = b"" if status.st_size > max_bytes else file.read(max_bytes + 1)  # it may be growing
+    if max(status.st_size, len(content)) > max_bytes:
+        raise DataError("size of a file", expected=f"at most {max_bytes} bytes", got="more")
     return content
 
 
 def _opened(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would be waited for
+    # No links, which could lead to any file of the board; and a pipe must not be waited for.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

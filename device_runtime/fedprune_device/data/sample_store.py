@@ -4,8 +4,8 @@ samples/set.json            what the set was made with, and its key
 samples/model.json          what the model of the last round takes
 samples/segment-*.log       the samples (`data.segment_log`)
 
-Which samples stay is the reservoir's business. Which of them are held out is decided by a keyed hash of a sample's
-name and by nothing else, so that a sample never moves from one part to another.
+The reservoir decides which samples stay. A keyed hash of a sample's name, and nothing else, decides which of them are
+held out, so that a sample never moves from one part to another.
 """
 
 from __future__ import annotations
@@ -53,21 +53,23 @@ _LOG = logging.getLogger("fedprune.device")
 
 _MODEL = "model.json"
 
-_SEGMENTS = 16  # segments that the room on the disk is divided into
-_LIVE = 5 / 8  # share of the room that samples take; the rest is for what no longer counts, and for cleaning
+# Segments that the room on the disk is divided into: reclaiming one rewrites at most this share of the samples.
+_SEGMENTS = 16
+# Share of the room that samples take; the rest is for records that no longer count, and for reclaiming a segment.
+_LIVE = 5 / 8
 
+# Bytes of samples that are rewritten with one sync, so that reclaiming a segment of many small samples is fast.
 _PIECE = 256 * 1024
-"""Bytes of samples that are rewritten with one sync, so that reclaiming a segment of many small ones is fast."""
 
+# At least this many different labels are allowed, or as many as samples: a count is kept of each label for ever.
 _LABELS = 1000
-"""Different labels that there may be at least; as many as samples otherwise. What is counted of each is kept."""
 
+# Declined samples (or a hundredth of all) after which the counts are written: a flood of samples wears no card.
 _NOTED = 64
-"""Declined samples (or a hundredth of all) after which it is noted how many were seen: a flood wears no card."""
 
 
 class SampleConflictError(DataError):
-    """A sample is there already, with another label."""
+    """A sample exists already with another label."""
 
 
 class NoSampleError(DataError):
@@ -93,10 +95,10 @@ def checked_label(label: int | None) -> int:
 
 
 class SampleStore(Closing):
-    """The set. All methods may be called from any thread.
+    """The set of samples on the disk. All methods may be called from any thread.
 
-    `input` is the shape that the model of the last round takes, also one that found nothing to train on; None before
-    the first. Raises `ConfigError` if the set was made with other shares, or there is room for nothing.
+    `input` is the shape that the model of the last round takes, also if that round found nothing to train on; None
+    before the first round. Raises `ConfigError` if the set was made with other shares, or its room is too small.
     """
 
     def __init__(self, root: Path, limits: Limits, shares: SplitShares | None = None) -> None:
@@ -132,7 +134,7 @@ class SampleStore(Closing):
 
     @property
     def effective_classes(self) -> int | None:
-        """That of the labelled samples that would be trained on; doesn't wait either."""
+        """See `SampleSource`; of the labelled samples that would be trained on. Never waits for the disk either."""
         counts = Counter(self._training.copy().values())  # other threads add samples
         del counts[UNLABELLED]
         return effective_classes(counts.values())
@@ -185,10 +187,10 @@ class SampleStore(Closing):
         like = outline(payload)
         return np.frombuffer(payload[-like.nbytes :] if like.size else b"", like.dtype).reshape(like.shape)
 
-    def unlabelled(self, most: int) -> list[str]:
+    def unlabelled(self, limit: int) -> list[str]:
         """Samples without a label, the newest first."""
         with self._lock:
-            return list(self._reservoir.unlabelled())[: -most - 1 : -1]
+            return list(self._reservoir.unlabelled())[: -limit - 1 : -1]
 
     def delete(self, name: str) -> None:
         """Delete a sample; raises `NoSampleError` if it doesn't exist."""
@@ -215,29 +217,36 @@ class SampleStore(Closing):
         with self._lock:
             if targets is not None and shape is not None:
                 self._remember(tuple(shape), itself)
-            kept = self._reservoir.kept()
-            rows = [(n, c) for c, names in kept.items() if c != UNLABELLED or itself for n in names]
-            places = {n: self._places[n] for n, _ in rows}
-            segments = sorted({place.segment for place in places.values()})
-            files = self._log.opened(segments)  # what is cleared away meanwhile doesn't matter
-        found = []
-        for n, c in rows:
-            place = places[n]
-            number = segments.index(place.segment)
+            names_by_class = self._reservoir.kept()
+            rows = [
+                (name, label)
+                for label, names in names_by_class.items()
+                if label != UNLABELLED or itself
+                for name in names
+            ]
+            positions = {name: self._places[name] for name, _ in rows}
+            segments = sorted({position.segment for position in positions.values()})
+            files = self._log.opened(segments)  # open files stay readable when their segment is reclaimed meanwhile
+        stored = []
+        for name, label in rows:
+            position = positions[name]
+            number = segments.index(position.segment)
             with storage_errors(f"can't read {self._root}"):
-                payload = os.pread(files.descriptors[number], place.size, place.at)
-            if digest(payload).hex() != n:
+                payload = os.pread(files.descriptors[number], position.size, position.at)
+            if digest(payload).hex() != name:
                 with self._lock:
-                    self._forget(n)
+                    self._forget(name)
                 continue
             like = outline(payload)
-            found.append(StoredSample(n, c, like, FILE * number + place.at + place.size - like.size * like.itemsize))
+            stored.append(
+                StoredSample(name, label, like, FILE * number + position.at + position.size - like.size * like.itemsize)
+            )
         parts: dict[str, list[StoredSample]] = {"train": [], "test": [], "val": []}
-        for one in of_one_kind(found, shape):
-            parts[self._shares.part(one.name)].append(one)
+        for sample in of_one_kind(stored, shape):
+            parts[self._shares.part(sample.name)].append(sample)
         fitting = sum(map(len, parts.values()))
-        if fitting < len(found):
-            _LOG.warning("%d samples have another shape than the rest, or the model: left out", len(found) - fitting)
+        if fitting < len(stored):
+            _LOG.warning("%d samples have another shape than the rest, or the model: left out", len(stored) - fitting)
         if not parts["train"]:
             raise DataError(
                 "there is nothing to train on yet",
@@ -266,8 +275,8 @@ class SampleStore(Closing):
 
     def _followed(self, verdict: Verdict) -> Added:
         self._reservoir.apply(verdict)
-        for gone in verdict.evicted:
-            self._gone(gone)
+        for evicted in verdict.evicted:
+            self._gone(evicted)
         if verdict.kept and self._trained(verdict.id, verdict.label):
             self._training[verdict.id] = verdict.label
         return self._added(verdict.id, verdict.label, kept=verdict.kept, duplicate=False)
@@ -280,20 +289,20 @@ class SampleStore(Closing):
         self._reservoir.restore(name, old, size)  # until it is on the disk
         self._reservoir.set_seen(old, seen)
         if verdict.kept:
-            place = self._keep(verdict, payload)
+            position = self._keep(verdict, payload)
         else:
             self._write([LogRecord(Kind.DELETED, bytes.fromhex(name))])
         self._reservoir.drop(name, unseen=True)
         self._gone(name)
         if verdict.kept:
-            self._places[name] = place
+            self._places[name] = position
         return self._followed(verdict)
 
     def _keep(self, verdict: Verdict, payload: bytes) -> RecordPosition:
         """Write a sample that is kept, and what makes room for it."""
         dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.evicted]
         record = LogRecord(Kind.SAMPLE, bytes.fromhex(verdict.id), verdict.label, verdict.seen, payload)
-        # First what is new: if the end is torn, there is one too many, not one too few.
+        # The new sample comes first: if a power cut tears the end off, there is one sample too many, not too few.
         return self._write([record, *dropped])[0]
 
     def _write(self, records: list[LogRecord]) -> list[RecordPosition]:
@@ -309,7 +318,7 @@ class SampleStore(Closing):
         return self._log.append(records)
 
     def _note(self) -> None:
-        """Write down what was seen, which may get lost: then a few samples more are kept than should be."""
+        """Write the counts of seen samples, unsynced: if they get lost, slightly too many new samples are kept."""
         self._declined, record = 0, record_of(self._reservoir.seen)
         try:
             self._clean(record.size)
@@ -318,7 +327,7 @@ class SampleStore(Closing):
             _LOG.warning("can't note how many samples were seen: %s", error)
 
     def _clean(self, need: int) -> None:
-        """Clear away the oldest segments until the log stays within its room."""
+        """Reclaim the oldest segments until the log stays within its room."""
         for _ in range(4 * _SEGMENTS):
             segments = self._log.segments
             if len(segments) < 2 or self._log.size + need + self._segment <= self._limits.bytes:
@@ -330,57 +339,58 @@ class SampleStore(Closing):
         )
 
     def _move_out(self, segment: int) -> None:
-        alive = {n: p for n, p in self._places.items() if p.segment == segment}
-        if not alive:
+        live = {n: p for n, p in self._places.items() if p.segment == segment}
+        if not live:
             return
-        piece: list[LogRecord] = []
+        batch: list[LogRecord] = []
         size = 0
         file = self._log.opened([segment])
-        for name, place in alive.items():
-            payload = self._log.read(place, file)
+        for name, position in live.items():
+            payload = self._log.read(position, file)
             if digest(payload).hex() != name:
                 self._forget(name)
                 continue
             record = LogRecord(Kind.SAMPLE, bytes.fromhex(name), self._reservoir.label(name), 0, payload)
             size += record.size
-            if piece and (size > _PIECE or self._log.begins(size)):  # a piece fills what a segment has left
-                self._move(piece)
-                piece, size = [], record.size
-            piece.append(record)
-        self._move(piece)
+            if batch and (size > _PIECE or self._log.begins(size)):  # a batch never spans two segments
+                self._move(batch)
+                batch, size = [], record.size
+            batch.append(record)
+        self._move(batch)
 
     def _move(self, records: list[LogRecord]) -> None:
         if records:
-            places = self._append(records)
-            self._places.update((r.name.hex(), place) for r, place in zip(records, places, strict=True))
+            positions = self._append(records)
+            self._places.update((r.name.hex(), position) for r, position in zip(records, positions, strict=True))
 
     def _replay(self) -> None:
-        for record, place in self._log.replay():
+        for record, position in self._log.replay():
             name = record.name.hex()
             if record.kind == Kind.COUNTS:
                 self._recount(record)
                 continue
-            known = name in self._reservoir
-            if known:
-                moved = record.kind == Kind.DELETED or self._reservoir.label(name) != record.label
-                self._reservoir.drop(name, unseen=moved and record.kind != Kind.DROPPED)
+            is_known = name in self._reservoir
+            if is_known:
+                leaves_class = record.kind == Kind.DELETED or self._reservoir.label(name) != record.label
+                self._reservoir.drop(name, unseen=leaves_class and record.kind != Kind.DROPPED)
                 del self._places[name]
             if record.kind == Kind.SAMPLE:
                 if record.seen:
                     self._reservoir.set_seen(record.label, record.seen)
-                self._reservoir.restore(name, record.label, HEAD_BYTES + place.size)
-                self._places[name] = place
-        while (surplus := self._reservoir.surplus()) is not None:  # a torn end, bits that were lost, or less room
+                self._reservoir.restore(name, record.label, HEAD_BYTES + position.size)
+                self._places[name] = position
+        # After a torn end, lost bits, or with a smaller room than before there are more samples than may be.
+        while (surplus := self._reservoir.surplus()) is not None:
             self._reservoir.drop(surplus)
             del self._places[surplus]
         self._count()
 
     def _count(self) -> None:
-        kept = self._reservoir.kept()
-        self._training = {n: c for c, names in kept.items() for n in names if self._trained(n, c)}
+        names_by_class = self._reservoir.kept()
+        self._training = {n: c for c, names in names_by_class.items() for n in names if self._trained(n, c)}
 
     def _recall(self) -> None:
-        """Read what the model of the last round takes; what is damaged is found out at the next round."""
+        """Read what the model of the last round takes; if the file is damaged, it is unknown until the next round."""
         try:
             body = atomic_file.read_document(self._root / _MODEL) or {"input": None, "unlabelled": False}
             shape, unlabelled = body["input"], body["unlabelled"] is True
@@ -390,7 +400,7 @@ class SampleStore(Closing):
             _LOG.warning("what the last model takes is unknown until the next round (%s)", error)
 
     def _remember(self, shape: Shape, unlabelled: bool) -> None:
-        """Keep what the model of a round takes: how many samples it may train on is reported before the next one."""
+        """Keep what the model of a round takes: the number of its training samples is reported before the next one."""
         if (shape, not unlabelled) == (self.input, self._reservoir.waiting):
             return
         atomic_file.write_document(self._root / _MODEL, {"input": written(shape), "unlabelled": unlabelled})
@@ -398,9 +408,9 @@ class SampleStore(Closing):
         self._count()
 
     def _payload(self, name: str) -> bytes:
-        """A sample's bytes; one that is damaged is given up."""
-        place = self._places[name]
-        payload = self._log.read(place, self._log.opened([place.segment]))
+        """A sample's bytes; a damaged sample is dropped."""
+        position = self._places[name]
+        payload = self._log.read(position, self._log.opened([position.segment]))
         if digest(payload).hex() != name:
             self._forget(name)
             raise NoSampleError(f"sample {name} is damaged and was given up")
@@ -434,9 +444,9 @@ class SampleStore(Closing):
 
     def _check_room_for(self, label: int) -> None:
         """Bound the number of counted classes, also before a model defines them."""
-        most = max(self._limits.samples, _LABELS)
-        if label != UNLABELLED and not self._reservoir.knows(label) and self._reservoir.labels >= most:
-            raise DataError("label", expected=f"at most {most} different ones", got=f"{label} in addition")
+        max_labels = max(self._limits.samples, _LABELS)
+        if label != UNLABELLED and not self._reservoir.knows(label) and self._reservoir.labels >= max_labels:
+            raise DataError("label", expected=f"at most {max_labels} different ones", got=f"{label} in addition")
 
     def _added(self, name: str, label: int, *, kept: bool, duplicate: bool) -> Added:
         return Added(name, kept, duplicate, None if label == UNLABELLED else label, self._shares.part(name))

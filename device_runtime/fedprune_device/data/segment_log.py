@@ -1,12 +1,12 @@
-"""An append-only log of samples in segments: what wears a flash card least, and what a power cut can't tear.
+"""An append-only log of samples in segments, which wears a flash card little and survives power cuts.
 
 A sample in a file of its own costs a write of the folder, of an inode and of both their journals; here it is one
 write and one sync at the end of a file. Nothing is changed in place. Every record has a head with a digest of its
 own, keyed so that no sample can pass for a record, and its payload is named by its digest: what is damaged is skipped
 by name, and what a power cut tore is the end of a segment that is never written to again.
 
-Room is made from the oldest segment on: its live records are appended again, and the file is deleted. A
-deletion in the oldest segment is of something older, which is gone, so that none has to be kept.
+Room is made from the oldest segment on: its live records are appended again, and the file is deleted. A deletion in the
+oldest segment can only be of an older record, which is gone already, so that deletions aren't appended again.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ _FILE = re.compile(r"segment-(\d{8})\.log")
 class Kind(IntEnum):
     """The kinds of records."""
 
-    SAMPLE = 1  # a sample is kept, with a label; an older record of it no longer counts
-    DROPPED = 2  # it made room for another one
-    DELETED = 3  # the application deleted it
+    SAMPLE = 1  # a sample is kept, with a label; an older record of the same sample no longer counts
+    DROPPED = 2  # a sample made room for another one
+    DELETED = 3  # the application deleted a sample
     COUNTS = 4  # how many samples were seen; the payload is JSON
 
 
@@ -83,7 +83,7 @@ def record_of(seen: Mapping[int, int]) -> LogRecord:
 
 
 def seen_in(record: LogRecord) -> dict[int, int]:
-    """How many samples of each class were seen, as a log has it; raises `ValueError` if the record is damaged."""
+    """The number of samples of each class that were seen; raises `ValueError` if the record is damaged."""
     if digest(record.payload) != record.name:
         raise ValueError("the digest is another")
     try:
@@ -99,8 +99,8 @@ class SegmentLog:
         self._root, self._key, self._segment_bytes = root, key, segment_bytes
         with storage_errors(f"can't read {root}"):
             root.mkdir(parents=True, exist_ok=True)
-            found = [(m, p.stat().st_size) for p in root.iterdir() if (m := _FILE.fullmatch(p.name))]
-        self._sizes = dict(sorted((int(m[1]), size) for m, size in found))
+            files = [(m, p.stat().st_size) for p in root.iterdir() if (m := _FILE.fullmatch(p.name))]
+        self._sizes = dict(sorted((int(m[1]), size) for m, size in files))
         self._last = max(self._sizes, default=0)
         self._open: int | None = None
         self._torn = True  # until the last segment has been read to its end
@@ -117,22 +117,22 @@ class SegmentLog:
         return self._root / f"segment-{segment:08}.log"
 
     def replay(self) -> Iterator[tuple[LogRecord, RecordPosition]]:
-        """All records, oldest first. What is damaged is skipped and logged."""
+        """All records, oldest first. Damaged bytes are skipped and logged."""
         for segment in self._sizes:
             with storage_errors(f"can't read {self.path(segment)}"):
                 data = self.path(segment).read_bytes()
-            at = 0
-            while at < len(data):
-                record, size = self._parse(data, at)
+            position = 0
+            while position < len(data):
+                record, size = self._parse(data, position)
                 if record is None:
-                    after = data.find(_MAGIC, at + 1)
-                    _LOG.warning("%s: damaged or torn at byte %d", self.path(segment).name, at)
-                    at = after if after >= 0 else len(data)
+                    next_record = data.find(_MAGIC, position + 1)
+                    _LOG.warning("%s: damaged or torn at byte %d", self.path(segment).name, position)
+                    position = next_record if next_record >= 0 else len(data)
                     self._torn = True
                     continue
                 self._torn = False
-                yield record, RecordPosition(segment, at + HEAD_BYTES, size)
-                at += HEAD_BYTES + size
+                yield record, RecordPosition(segment, position + HEAD_BYTES, size)
+                position += HEAD_BYTES + size
         self._torn = self._torn or not self._sizes
 
     def append(self, records: Sequence[LogRecord]) -> list[RecordPosition]:
@@ -157,10 +157,10 @@ class SegmentLog:
             copy = Copy(*descriptors)
         return copy
 
-    def read(self, place: RecordPosition, segment: Copy) -> bytes:
+    def read(self, position: RecordPosition, segment: Copy) -> bytes:
         """A payload of an opened segment; one that is cut is shorter."""
         with storage_errors(f"can't read {self._root}"):
-            return os.pread(segment.fileno(), place.size, place.at)
+            return os.pread(segment.fileno(), position.size, position.at)
 
     def remove_oldest(self) -> None:
         segment = next(iter(self._sizes))
@@ -182,16 +182,17 @@ class SegmentLog:
             if self.begins(sum(r.size for r in records)):
                 self._begin()
             descriptor = self._opened()
-            start = at = self._sizes[self._last]
-            places, pieces = [], []
+            start = end = self._sizes[self._last]
+            positions, buffers = [], []
             for record in records:
                 head = self._head(record)
-                places.append(RecordPosition(self._last, at + len(head), len(record.payload)))
-                pieces += [head, record.payload]
-                at += record.size
-            self._torn = True  # until all is written
+                positions.append(RecordPosition(self._last, end + len(head), len(record.payload)))
+                buffers += [head, record.payload]
+                end += record.size
+            # Until all is written: after an error nothing is ever appended behind a record that may be torn.
+            self._torn = True
             try:
-                write_all(descriptor, b"".join(pieces), start)
+                write_all(descriptor, b"".join(buffers), start)
                 if sync:
                     os.fsync(descriptor)
             except OSError:
@@ -200,8 +201,8 @@ class SegmentLog:
                 self._sizes[self._last] = os.fstat(descriptor).st_size
                 self._torn = self._sizes[self._last] != start
                 raise
-            self._sizes[self._last], self._torn = at, False
-        return places
+            self._sizes[self._last], self._torn = end, False
+        return positions
 
     def _begin(self) -> None:
         self.close()
@@ -223,12 +224,12 @@ class SegmentLog:
     def _seal(self, head: bytes) -> bytes:
         return hashlib.blake2b(head, digest_size=_DIGEST, key=self._key).digest()
 
-    def _parse(self, data: bytes, at: int) -> tuple[LogRecord | None, int]:
-        head = data[at : at + _HEAD.size]
-        if len(head) < _HEAD.size or data[at + _HEAD.size : at + HEAD_BYTES] != self._seal(head):
+    def _parse(self, data: bytes, start: int) -> tuple[LogRecord | None, int]:
+        head = data[start : start + _HEAD.size]
+        if len(head) < _HEAD.size or data[start + _HEAD.size : start + HEAD_BYTES] != self._seal(head):
             return None, 0
         _, kind, label, size, seen, name = _HEAD.unpack(head)
-        if at + HEAD_BYTES + size > len(data) or kind not in {*Kind}:
+        if start + HEAD_BYTES + size > len(data) or kind not in {*Kind}:
             return None, 0
-        payload = data[at + HEAD_BYTES : at + HEAD_BYTES + size] if kind == Kind.COUNTS else b""
+        payload = data[start + HEAD_BYTES : start + HEAD_BYTES + size] if kind == Kind.COUNTS else b""
         return LogRecord(Kind(kind), name, label, seen, payload), size

@@ -2,8 +2,8 @@
 
 A file has samples that are padded to one shape, and an array `lengths` with the length of each. Until the model is
 known, both are kept together as rows [n, numbers and length]: the numbers of a sample in C order, then its length.
-`rows_of` finds out what such rows hold (`Rows`). `fitted` makes samples of them that are padded to the model's upper
-bound, and `fitted_labels` makes labels in which padded places count for nothing.
+`rows_of` describes such rows (`Rows`). `fitted` turns them into samples that are padded to the model's upper bound, and
+`fitted_labels` pads labels so that padded places count for nothing.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from fedprune_device.data.stored_array import Inputs, StoredArray, chunks, gathe
 
 Array = npt.NDArray[Any]
 
-LENGTHS = "lengths"
-"""The array of a file that holds the length of each sample."""
+LENGTHS = "lengths"  # the array of a file that holds the length of each sample
 
 
 @dataclass(frozen=True)
@@ -41,17 +40,17 @@ class Rows:
 def rows_of(arrays: Sequence[tuple[Inputs, Inputs]]) -> Rows:
     """The rows of splits of samples [n, ...] with their lengths [n]; raises `DataError` if these don't fit."""
     shapes = {x.shape[1:] for x, _ in arrays}
-    found = []
+    length_arrays = []
     for x, lengths in arrays:
         check_lengths(lengths, len(x))
-        found.append(np.asarray(lengths).astype(np.int64))
+        length_arrays.append(np.asarray(lengths).astype(np.int64))
     if len(shapes) != 1:
         raise DataError("arrays with lengths", expected="samples of one padded shape in all splits", got=len(shapes))
-    shape, numbers = shapes.pop(), np.concatenate(found)
+    shape, numbers = shapes.pop(), np.concatenate(length_arrays)
     low, high = (int(numbers.min()), int(numbers.max())) if len(numbers) else (1, 1)
     if low < 1 or high > max(shape, default=0):
-        wrong = low if low < 1 else high
-        raise DataError("length of a sample", expected=f"1 to {max(shape, default=0)}", got=wrong)
+        bad_length = low if low < 1 else high
+        raise DataError("length of a sample", expected=f"1 to {max(shape, default=0)}", got=bad_length)
     return Rows(shape, low, high)
 
 
@@ -73,8 +72,8 @@ def fitted(x: Inputs, rows: Rows | None, shape: Shape) -> Inputs:
     if rows is not None and len(rows.shape) == len(shape):
         longest = min(rows.shape[axis], bounds.most)
         if rows.shortest < bounds.least or rows.longest > longest:
-            wrong = rows.shortest if rows.shortest < bounds.least else rows.longest
-            raise DataError("length of a sample", expected=f"{bounds.least} to {longest}", got=wrong)
+            bad_length = rows.shortest if rows.shortest < bounds.least else rows.longest
+            raise DataError("length of a sample", expected=f"{bounds.least} to {longest}", got=bad_length)
     convert = partial(_converted, rows, shape)
     if not isinstance(x, StoredArray):
         return convert(x)
@@ -92,8 +91,8 @@ def _converted(rows: Rows | None, shape: Shape, x: Array) -> Array:
     return padded(x[:, :size].reshape(len(x), *rows.shape), shape, lengths)
 
 
-def _read(before: Any, dtype: np.dtype[Any], convert: Any, raw: Array) -> Array:
-    return np.asarray(convert(raw.astype(dtype, copy=False) if before is None else before(raw)))
+def _read(first_convert: Any, dtype: np.dtype[Any], convert: Any, raw: Array) -> Array:
+    return np.asarray(convert(raw.astype(dtype, copy=False) if first_convert is None else first_convert(raw)))
 
 
 def fitted_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None, spool: Path | None) -> Inputs:
@@ -106,12 +105,12 @@ def fitted_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None, s
     bounds = None if axis is None else shape[axis]
     if axis is None or targets is None or not isinstance(bounds, Lengths):
         return y
-    most, own = bounds.most, y.shape[1] if y.ndim == 2 else 0
-    if targets.shape != (most,) or not targets.takes_whole or not 0 < own <= most:
+    longest, label_length = bounds.most, y.shape[1] if y.ndim == 2 else 0
+    if targets.shape != (longest,) or not targets.takes_whole or not 0 < label_length <= longest:
         return y
-    pieces = chunks(x) if len(y) else ()
-    lengths = np.concatenate([np.zeros(0, np.int64), *(lengths_of(some, axis) for some in pieces)])
-    if own == most and (lengths == most).all():
+    input_chunks = chunks(x) if len(y) else ()
+    lengths = np.concatenate([np.zeros(0, np.int64), *(lengths_of(chunk, axis) for chunk in input_chunks)])
+    if label_length == longest and (lengths == longest).all():
         return y
     if targets.ignored is None:
         raise DataError(
@@ -120,11 +119,11 @@ def fitted_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None, s
 
     def parts(ignored: int) -> Iterator[Array]:
         first = 0
-        for some in chunks(y):
-            out = np.full((len(some), most), ignored, np.int32)
-            out[:, :own] = some
-            out[np.arange(most) >= lengths[first : first + len(some), None]] = ignored
-            first += len(some)
+        for chunk in chunks(y):
+            out = np.full((len(chunk), longest), ignored, np.int32)
+            out[:, :label_length] = chunk
+            out[np.arange(longest) >= lengths[first : first + len(chunk), None]] = ignored
+            first += len(chunk)
             yield out
 
-    return gathered(parts(targets.ignored), (len(y), most), np.dtype(np.int32), spool)
+    return gathered(parts(targets.ignored), (len(y), longest), np.dtype(np.int32), spool)

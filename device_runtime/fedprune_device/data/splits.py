@@ -15,7 +15,7 @@ from fedprune.core.errors import ConfigError, StorageError
 _FORMAT = "fedprune.samples/1"
 
 
-TEST_SHARE = 0.2  # share of the samples that is set aside where a source brings no test split of its own
+TEST_SHARE = 0.2  # share of the samples that is set aside if a source has no test split of its own
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class SplitShares:
 
     def part(self, name: str) -> str:
         """The part that a sample belongs to, for ever."""
+        # By the name alone, so that no later sample changes it; \x1f stands in no name, so that no two keys are equal.
         text = "\x1f".join([str(self.seed), self.device, "part", name])
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
         return self.part_at(number)
@@ -46,22 +47,25 @@ class SplitShares:
 
 
 def claimed(root: Path, shares: SplitShares) -> bytes:
-    """The key of the set in a folder. A new set keeps the shares that it is made with; others raise `ConfigError`."""
-    path, wanted = root / "set.json", asdict(shares)
+    """The key of the set of samples in a folder; a new set is made if there is none.
+
+    Raises `ConfigError` if the set was made with other shares.
+    """
+    path, shares_table = root / "set.json", asdict(shares)
     body = atomic_file.read_document(path)
     if body is None:
         with storage_errors(f"can't write {root}"):
             root.mkdir(parents=True, exist_ok=True)
         atomic_file.sweep(root)
-        body = {"format": _FORMAT, "shares": wanted, "key": os.urandom(16).hex()}
+        body = {"format": _FORMAT, "shares": shares_table, "key": os.urandom(16).hex()}
         atomic_file.write_document(path, body)
     if body.get("format") != _FORMAT:
         raise StorageError(f"{path} is of another version", expected=_FORMAT, got=body.get("format"))
-    if body["shares"] != wanted:
+    if body["shares"] != shares_table:
         raise ConfigError(
             f"the samples in {root} are divided otherwise",
             expected=json.dumps(body["shares"]),
-            got=json.dumps(wanted),
+            got=json.dumps(shares_table),
             hint="Keep --seed, --device and the shares as they were: a test sample must never be trained on.",
         )
     return bytes.fromhex(body["key"])

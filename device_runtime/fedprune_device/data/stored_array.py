@@ -30,11 +30,12 @@ Rows = npt.NDArray[np.int64]
 
 FILE = 2**48  # more bytes than any file has: the factor that separates offsets of several files
 
+# Bytes that are read or written at once: enough for a disk's speed, little beside a training's memory.
 _CHUNK_BYTES = 2**20
 
 
 class Copy:
-    """Open files, closed when nothing refers to them: without a name they are gone then, however the process ends."""
+    """Open files, closed when nothing refers to them. Files without a name vanish then, however the process ends."""
 
     def __init__(self, *descriptors: int) -> None:
         self.descriptors = descriptors
@@ -84,20 +85,20 @@ class StoredArray:
     def at_places(
         cls,
         file: Copy,
-        places: Rows,
+        positions: Rows,
         dtype: np.dtype[Any],
         shape: tuple[int, ...],
         convert: Callable[[Array], Array] | None = None,
     ) -> StoredArray:
         """Checked samples [n, *shape], one at each of these places, each turned by `convert`."""
         sample = None if convert is None else convert(np.zeros((1, *shape), dtype)).shape[1:]
-        whole = (len(places), *shape)
-        return cls(file, None, 0, dtype, whole, checked=True, convert=convert, sample=sample, places=places)
+        file_shape = (len(positions), *shape)
+        return cls(file, None, 0, dtype, file_shape, checked=True, convert=convert, sample=sample, places=positions)
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        whole = self.stored.kind in "iu" and self.convert is None
-        return np.dtype(np.int64 if whole else self.result)
+        stays_whole = self.stored.kind in "iu" and self.convert is None
+        return np.dtype(np.int64 if stays_whole else self.result)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,7 +114,7 @@ class StoredArray:
 
     @property
     def nbytes(self) -> int:
-        return sum(0 if kept is None else kept.nbytes for kept in (self.rows, self.places))
+        return sum(0 if indices is None else indices.nbytes for indices in (self.rows, self.places))
 
     def __len__(self) -> int:
         return self.whole[0] if self.rows is None else len(self.rows)
@@ -121,17 +122,17 @@ class StoredArray:
     def __getitem__(self, rows: Any) -> Array:
         """Some samples, by their numbers or a slice, read now. Raises `DataError` if the file has changed."""
         chosen = _chosen(rows, len(self)) if self.rows is None else self.rows[rows]
-        one = self.stored.itemsize * prod(self.whole[1:])
+        sample_bytes = self.stored.itemsize * prod(self.whole[1:])
         raw = np.empty((np.size(chosen), *self.whole[1:]), self.stored)
-        bytes_of = memoryview(raw.reshape(-1).view(np.uint8).data)
+        buffer = memoryview(raw.reshape(-1).view(np.uint8).data)
         with self._opened() as descriptors:
-            at = 0
-            for place, count in self._pieces(np.atleast_1d(chosen), one):
-                piece = bytes_of[at * one : (at + count) * one]
-                self._fill(descriptors[place // FILE], piece, place % FILE)
-                at += count
-        read = raw.astype(self.dtype, copy=False) if self.convert is None else self.convert(raw)
-        return read if np.ndim(chosen) else read[0]
+            done = 0
+            for position, count in self._pieces(np.atleast_1d(chosen), sample_bytes):
+                chunk = buffer[done * sample_bytes : (done + count) * sample_bytes]
+                self._fill(descriptors[position // FILE], chunk, position % FILE)
+                done += count
+        samples = raw.astype(self.dtype, copy=False) if self.convert is None else self.convert(raw)
+        return samples if np.ndim(chosen) else samples[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         return np.asarray(self[:], dtype)
@@ -148,11 +149,11 @@ class StoredArray:
         step = max(1, _CHUNK_BYTES // max(1, self.dtype.itemsize * prod(self.shape[1:])))
         return (self[start : start + step] for start in range(0, len(self), step))
 
-    def _pieces(self, rows: Rows, one: int) -> Iterator[tuple[int, int]]:
+    def _pieces(self, rows: Rows, sample_bytes: int) -> Iterator[tuple[int, int]]:
         """Where pieces of neighbouring samples begin, and how many samples each has."""
         if self.places is not None:
-            return ((int(place), 1) for place in self.places[rows])
-        return ((self.offset + first * one, count) for first, count in _runs(rows))
+            return ((int(position), 1) for position in self.places[rows])
+        return ((self.offset + first * sample_bytes, count) for first, count in _runs(rows))
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[tuple[int, ...]]:
@@ -165,12 +166,12 @@ class StoredArray:
                 raise self._changed()
             yield descriptors
 
-    def _fill(self, descriptor: int, piece: memoryview, at: int) -> None:
-        while piece:
-            count = os.preadv(descriptor, [piece], at)
+    def _fill(self, descriptor: int, buffer: memoryview, position: int) -> None:
+        while buffer:
+            count = os.preadv(descriptor, [buffer], position)
             if not count:
                 raise self._changed()
-            piece, at = piece[count:], at + count
+            buffer, position = buffer[count:], position + count
 
     @property
     def _name(self) -> str:
@@ -195,16 +196,16 @@ def select(x: Inputs, rows: Rows) -> Inputs:
 
 def select_pairs(x: Inputs, y: Inputs, rows: Rows) -> tuple[Inputs, Inputs]:
     """Some samples and their labels; one object where samples are their own labels."""
-    some = select(x, rows)
-    return some, some if y is x else select(y, rows)
+    selected = select(x, rows)
+    return selected, selected if y is x else select(y, rows)
 
 
-def as_inputs(found: object) -> Inputs:
-    return found if isinstance(found, StoredArray) else np.asarray(found)
+def as_inputs(values: object) -> Inputs:
+    return values if isinstance(values, StoredArray) else np.asarray(values)
 
 
 def described(array: Inputs) -> str:
-    """Type and shape, for messages."""
+    """An array's type and shape, for messages."""
     return f"{array.dtype} [{', '.join(['n', *map(str, array.shape[1:])])}]"
 
 
@@ -227,19 +228,20 @@ def member(
     descriptor = archive.fp.fileno()
     stamp = _stamp(descriptor)
     with archive.open(info) as stream:
-        packed = info.compress_type != zipfile.ZIP_STORED
+        is_compressed = info.compress_type != zipfile.ZIP_STORED
         shape: tuple[int, ...] = ()
         if npy.read_magic(stream) == (1, 0):
             shape, fortran, dtype = npy.read_array_header_1_0(stream)
             begin = info.file_size - prod(shape) * dtype.itemsize
             usable = _usable(dtype, shape, any_type=any_type) and not fortran and stream.tell() == begin
-        if not shape or not usable or (packed and spool is None):
-            with archive.open(info) as again:
-                return np.asarray(npy.read_array(again, allow_pickle=False))
-        if packed and spool is not None:
+        if not shape or not usable or (is_compressed and spool is None):
+            with archive.open(info) as stream_again:
+                return np.asarray(npy.read_array(stream_again, allow_pickle=False))
+        if is_compressed and spool is not None:
             return _spooled(spool, shape, dtype, lambda file: shutil.copyfileobj(stream, file, _CHUNK_BYTES))
-        while stream.read(_CHUNK_BYTES):  # to the end, where the checksum is compared
+        while stream.read(_CHUNK_BYTES):  # to the end, where `zipfile` compares the checksum
             pass
+    # The local header's name and extra field may be longer or shorter than those of the archive's directory.
     head = os.pread(descriptor, 30, info.header_offset)
     start = info.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
     return StoredArray(path.absolute(), stamp, start + begin, dtype, shape)
@@ -249,8 +251,8 @@ def moved_out(x: Inputs, spool: Path, *, any_type: bool = False) -> Inputs:
     """Checked samples in a temporary file in `spool`, which is deleted with this process, if they are large."""
     if isinstance(x, StoredArray) or not _usable(x.dtype, x.shape, any_type=any_type):
         return x
-    stored = _spooled(spool, x.shape, x.dtype, lambda file: file.write(np.ascontiguousarray(x).data))
-    return replace(stored, checked=True)
+    stored_array = _spooled(spool, x.shape, x.dtype, lambda file: file.write(np.ascontiguousarray(x).data))
+    return replace(stored_array, checked=True)
 
 
 def joined(arrays: Sequence[Inputs], dtype: np.dtype[Any], spool: Path | None) -> Inputs:
@@ -259,18 +261,20 @@ def joined(arrays: Sequence[Inputs], dtype: np.dtype[Any], spool: Path | None) -
 
     def rows() -> Iterator[Array]:
         step = max(1, _CHUNK_BYTES // max(1, dtype.itemsize * width))
-        for some in (slice(start, start + step) for start in range(0, count, step)):
-            pieces = [array[some] for array in arrays]
-            yield np.concatenate([p.reshape(len(p), prod(p.shape[1:])).astype(dtype) for p in pieces], axis=1)
+        for rows_slice in (slice(start, start + step) for start in range(0, count, step)):
+            flat_arrays = [array[rows_slice] for array in arrays]
+            yield np.concatenate([p.reshape(len(p), prod(p.shape[1:])).astype(dtype) for p in flat_arrays], axis=1)
 
     return gathered(rows(), (count, width), dtype, spool)
 
 
-def gathered(parts: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any], spool: Path | None) -> Inputs:
+def gathered(chunks: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any], spool: Path | None) -> Inputs:
     """One array of this shape from parts of its samples; in a temporary file in `spool` if it is large."""
     if spool is None or not _usable(dtype, shape, any_type=False):
-        return np.concatenate([np.zeros((0, *shape[1:]), dtype), *parts])
-    return _spooled(spool, shape, dtype, lambda file: [file.write(np.ascontiguousarray(some).data) for some in parts])
+        return np.concatenate([np.zeros((0, *shape[1:]), dtype), *chunks])
+    return _spooled(
+        spool, shape, dtype, lambda file: [file.write(np.ascontiguousarray(chunk).data) for chunk in chunks]
+    )
 
 
 def _usable(dtype: np.dtype[Any], shape: tuple[int, ...], *, any_type: bool) -> bool:

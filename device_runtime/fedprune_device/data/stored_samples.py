@@ -1,4 +1,4 @@
-"""Samples as a set keeps them, and as a model takes them: bytes with type and shape, and arrays on the disk."""
+"""The bytes in which the sample store keeps a sample, and the arrays that a model takes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from fedprune_device.data.stored_array import Copy, StoredArray, gathered
 
 Array = npt.NDArray[Any]
 
-_FLOATS, _TOKENS = 0, 1
-_RANK = 8
+_FLOATS, _TOKENS = 0, 1  # the first byte of a stored sample
+_RANK = 8  # the most dimensions of a sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,48 +65,51 @@ def of_one_kind(samples: list[StoredSample], shape: Shape | None) -> list[Stored
 
     Where the length of samples may vary, all that fit are of one shape.
     """
-    samples = [one for one in samples if shape is None or fits(one.like.shape, shape)]
+    samples = [sample for sample in samples if shape is None or fits(sample.like.shape, shape)]
     varies = shape is not None and free_axis(shape) is not None
 
     def kind(x: Array) -> tuple[str, tuple[int, ...]]:
         return x.dtype.kind, () if varies else x.shape
 
-    kinds = Counter(kind(one.like) for one in samples)
+    kinds = Counter(kind(sample.like) for sample in samples)
     if not kinds:
         return []
-    most = max(sorted(kinds, key=repr), key=lambda k: kinds[k])
-    return [one for one in samples if kind(one.like) == most]
+    # Sorted, so that of two equally frequent kinds it is always the same one.
+    frequent_kind = max(sorted(kinds, key=repr), key=lambda k: kinds[k])
+    return [sample for sample in samples if kind(sample.like) == frequent_kind]
 
 
 def reproduces(targets: Targets, shape: Shape) -> bool:
-    """Whether a model's outputs are compared with its inputs, so that its samples need no labels."""
+    """Whether a model is trained to reproduce its inputs, so that its samples need no labels."""
     return not targets.takes_whole and tuple(targets.shape) == tuple(shape)
 
 
 def local_data(
-    parts: Sequence[Sequence[StoredSample]], files: Copy, shape: Shape | None, *, itself: bool, spool: Path
+    samples_by_part: Sequence[Sequence[StoredSample]], files: Copy, shape: Shape | None, *, itself: bool, spool: Path
 ) -> LocalData:
     """Samples of one kind for training, testing and validation, with labels unless they are their own (`itself`).
 
     Large ones stay in `files`; those of different lengths are padded, in a file in `spool` if they are large.
     """
-    one = parts[0][0].like
-    held = one.size * 4 * sum(map(len, parts)) <= HELD_BYTES
+    example = samples_by_part[0][0].like
+    fits_memory = example.size * 4 * sum(map(len, samples_by_part)) <= HELD_BYTES
     arrays: list[Any] = []
-    for some in parts:
-        places = np.array([sample.begin for sample in some], np.int64)
-        labels = np.array([sample.label for sample in some], np.int64)
+    for samples in samples_by_part:
+        positions = np.array([sample.begin for sample in samples], np.int64)
+        labels = np.array([sample.label for sample in samples], np.int64)
         if shape is not None and free_axis(shape) is not None:
-            sizes = tuple(int(size) for size in at_most(shape) if isinstance(size, int))
-            rows = (padded(_stored(files, sample.like, places[n : n + 1])[:], shape) for n, sample in enumerate(some))
-            arrays += [gathered(rows, (len(some), *sizes), one.dtype, spool), labels]
+            padded_shape = tuple(int(size) for size in at_most(shape) if isinstance(size, int))
+            rows = (
+                padded(_stored(files, sample.like, positions[n : n + 1])[:], shape) for n, sample in enumerate(samples)
+            )
+            arrays += [gathered(rows, (len(samples), *padded_shape), example.dtype, spool), labels]
         else:
-            stored = _stored(files, one, places)
-            inputs = stored[:] if held else stored
+            stored = _stored(files, example, positions)
+            inputs = stored[:] if fits_memory else stored
             arrays += [inputs, inputs if itself else labels]
     return LocalData(*arrays)
 
 
-def _stored(files: Copy, like: Array, places: npt.NDArray[np.int64]) -> StoredArray:
+def _stored(files: Copy, like: Array, positions: npt.NDArray[np.int64]) -> StoredArray:
     """Samples of a type and shape, at these places."""
-    return StoredArray.at_places(files, places, like.dtype, like.shape)
+    return StoredArray.at_places(files, positions, like.dtype, like.shape)

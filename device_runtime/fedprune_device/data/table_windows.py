@@ -24,7 +24,10 @@ Array = npt.NDArray[Any]
 
 TABLE_BYTES = 2**30  # room on the disk for a table's numbers
 
-_BLOCK = 8  # windows, end to end, that are for training, validation or testing together
+# Windows, end to end, that are for training, validation or testing together. A block's last rows are lost to windows
+# that would reach into the next one, so that longer blocks lose less, and shorter ones spread the parts more evenly.
+_BLOCK = 8
+# (√5 − 1) / 2: its multiples modulo 1 fill the range from 0 to 1 evenly, however many there are.
 _GOLDEN = 0.6180339887498949
 
 
@@ -92,7 +95,7 @@ class TableFile:
 
     @property
     def effective_classes(self) -> int | None:
-        """That of all rows, where a column has their class."""
+        """See `SampleSource`; of all rows, None unless a column has their class."""
         return self._numbers.effective_classes
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
@@ -109,11 +112,11 @@ class TableFile:
             for number in range(3):
                 x = numbers.windows(first[part == number], plan.steps, plan.inputs)
                 arrays += [x, self._labels(x, first[part == number], plan, targets)]
-            found = LocalData(*arrays)
+            data = LocalData(*arrays)
         except DataError as error:
             raise DataError(f"{self._path}: {error}") from error
-        self._training = found.samples
-        return found
+        self._training = data.samples
+        return data
 
     def _labels(self, x: StoredArray, first: npt.NDArray[np.int64], plan: _Plan, targets: Targets | None) -> Inputs:
         if targets is None or (targets.takes_whole and not self._numbers.columns.classes):
@@ -130,16 +133,16 @@ class TableFile:
     def _windows(self, span: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """First rows of the chosen windows, and the part that each is for: 0 training, 1 testing, 2 validation."""
         block = _BLOCK * span
-        per, (blocks, rest) = block - span + 1, divmod(self._numbers.count, block)
-        total = blocks * per + max(0, rest - span + 1)
+        windows_per_block, (blocks, rest_rows) = block - span + 1, divmod(self._numbers.count, block)
+        total = blocks * windows_per_block + max(0, rest_rows - span + 1)
         if not total:
             raise DataError("rows", expected=f"at least {span}, a window's", got=self._numbers.count)
         chosen = np.arange(0, total, -(-total // self._most), dtype=np.int64)
-        blocks_of, within = np.divmod(chosen, per)
-        # A sequence that fills every share evenly from the beginning on, the first block being for training.
-        number = 1 - (blocks_of * _GOLDEN) % 1
-        return blocks_of * block + within, np.array(
-            [("train", "test", "val").index(self._shares.part_at(n)) for n in number]
+        blocks_of, offsets = np.divmod(chosen, windows_per_block)
+        # 1 minus the sequence: the first block then is for training, whatever the shares are.
+        positions = 1 - (blocks_of * _GOLDEN) % 1
+        return blocks_of * block + offsets, np.array(
+            [("train", "test", "val").index(self._shares.part_at(n)) for n in positions]
         )
 
     def _stamped(self) -> tuple[int, int, int]:
@@ -151,14 +154,14 @@ class TableFile:
         stamp, count, labels = self._stamped(), 0, Counter[float]()
         with rows_of(self._path, self._names) as (columns, parts), storage_errors("can't write the numbers of a table"):
             file = Copy.in_folder(self._spool)
-            for some in parts:
-                width = some.shape[1] * 4
-                if (count + len(some)) * width > self._room:
+            for rows in parts:
+                width = rows.shape[1] * 4
+                if (count + len(rows)) * width > self._room:
                     raise DataError("numbers", expected=f"at most {self._room // 4}", got="more")
-                write_all(file.fileno(), some.tobytes(), count * width)
-                count += len(some)
-                if columns.classes:  # the last of the numbers that are kept
-                    labels.update(some[:, -1].tolist())
+                write_all(file.fileno(), rows.tobytes(), count * width)
+                count += len(rows)
+                if columns.classes:  # `Columns.all` puts the class last
+                    labels.update(rows[:, -1].tolist())
             return stamp, _Numbers(file, columns, count, effective_classes(labels.values()))
 
 
@@ -203,11 +206,11 @@ def oriented(shape: Shape, channels: int, first: bool) -> tuple[int, bool]:
 
 
 def laid_out(begin: int, count: int, first: bool, rank: int) -> Callable[[Array], Array]:
-    """Turns rows [n, rows, columns] into some of the columns, [n, columns, rows], [n, rows, columns] or [n, all]."""
+    """A function from rows [n, rows, columns] to some columns: [n, columns, rows], [n, rows, columns] or [n, all]."""
 
     def laid_out(rows: Array) -> Array:
-        some = rows[:, :, begin : begin + count]
-        some = some.transpose(0, 2, 1) if first else some
-        return np.ascontiguousarray(some.reshape(len(some), count * rows.shape[1]) if rank == 1 else some)
+        chosen = rows[:, :, begin : begin + count]
+        chosen = chosen.transpose(0, 2, 1) if first else chosen
+        return np.ascontiguousarray(chosen.reshape(len(chosen), count * rows.shape[1]) if rank == 1 else chosen)
 
     return laid_out

@@ -29,9 +29,9 @@ SKIPPED = ("", "time", "timestamp", "date", "datetime")  # columns of no numbers
 _INDEX = re.compile(r"unnamed: 0|__index_level_\d+__")  # an index without a name, as pandas writes it
 
 _MOST_COLUMNS = 4096
-_MOST_LINE = 2**20  # characters
+_MOST_LINE = 2**20  # characters; without a limit a file without line breaks would be read as a whole
 _MOST_CHANGE = 1.0  # of a number in float32; seconds since 1970, and keys of databases, change by more
-_CELLS = 2**14  # cells of a file that are held at once
+_CELLS = 2**14  # cells of a file that are held at once: as a Python string each takes some 60 bytes
 _BUFFERED = 2**16  # bytes of a column of a Parquet file that are read at once; otherwise all of a row group are
 
 _DELIMITERS = ";\t|,"
@@ -71,26 +71,28 @@ class Columns:
     @classmethod
     def of(cls, names: Sequence[str]) -> Columns:
         """Raises `DataError` if names are missing, twice there, or there are too many."""
-        lower = [name.lower() for name in names]
-        used = [place for place, name in enumerate(lower) if name not in SKIPPED and not _INDEX.fullmatch(name)]
+        lower_names = [name.lower() for name in names]
+        used_columns = [
+            column for column, name in enumerate(lower_names) if name not in SKIPPED and not _INDEX.fullmatch(name)
+        ]
         if len(names) > _MOST_COLUMNS:
             raise DataError("columns", expected=f"at most {_MOST_COLUMNS}", got=len(names))
-        for place in used:
-            if (first := names.index(names[place])) != place:
+        for column in used_columns:
+            if (first := names.index(names[column])) != column:
                 raise DataError(
                     "names of columns",
                     expected="different ones",
-                    got=f"that of column {first + 1} for {place + 1}, too",
+                    got=f"that of column {first + 1} for {column + 1}, too",
                 )
-        if used and all(_is_number(names[place].replace(",", ".")) for place in used):
+        if used_columns and all(_is_number(names[column].replace(",", ".")) for column in used_columns):
             raise DataError("the first row", expected="names of columns", got="numbers")
-        classes = tuple(place for place in used if lower[place] in CLASSES)
+        classes = tuple(column for column in used_columns if lower_names[column] in CLASSES)
         if len(classes) > 1:
-            places = " and ".join(str(place + 1) for place in classes)
+            column_texts = " and ".join(str(column + 1) for column in classes)
             hint = f"The others are inputs under another name, or left out: the one is called {CLASS}."
-            raise DataError("columns of classes", expected="one", got=f"columns {places}", hint=hint)
-        targets = tuple(place for place in used if lower[place].startswith(TARGET))
-        inputs = tuple(place for place in used if place not in targets + classes)
+            raise DataError("columns of classes", expected="one", got=f"columns {column_texts}", hint=hint)
+        targets = tuple(column for column in used_columns if lower_names[column].startswith(TARGET))
+        inputs = tuple(column for column in used_columns if column not in targets + classes)
         if not inputs:
             raise DataError("columns", expected="some of numbers to read", got="none")
         return cls(inputs, targets, classes)
@@ -110,8 +112,8 @@ def rows_of(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[Columns,
     try:
         with storage_errors(f"can't read {path}"):
             if path.suffix.lower() == PARQUET:
-                with _parquet(path, class_names) as found:
-                    yield found
+                with _parquet(path, class_names) as table:
+                    yield table
             else:
                 with path.open(encoding=_encoding(path), newline="") as file:
                     yield _csv(file, class_names)
@@ -161,9 +163,9 @@ def _csv(file: Any, class_names: tuple[str, ...]) -> tuple[Columns, Iterator[npt
 
 
 class _Decimals:
-    """Which mark stands before decimals in a CSV file: a point or, as spreadsheets of many countries write it, a comma.
+    """The decimal mark of a CSV file: a point or, as spreadsheets of many countries write it, a comma.
 
-    A comma is taken for it where another character separates the columns, unless it may as well separate thousands.
+    If another character separates the columns, a comma is a decimal mark unless it may as well separate thousands.
     """
 
     def __init__(self, delimiter: str) -> None:
@@ -171,7 +173,7 @@ class _Decimals:
         self._marks: set[str] = set()
 
     def __call__(self, column: list[str]) -> list[str]:
-        """The cells with points; raises `DataError` if the file has both marks, since one of them means thousands."""
+        """The cells with decimal points. Raises `DataError` if the file has both marks: one of them means thousands."""
         text = "\n".join(column)
         if "." in text and any(_POINT.fullmatch(cell.strip()) for cell in column):
             self._marks.add(".")
@@ -186,29 +188,29 @@ class _Decimals:
 
 
 def _delimiter(names: str, row: str) -> str:
-    """The character that is as often in the first row as in the second one, or else the most frequent one there.
+    """The character that occurs as often in the first row as in the second, or else the most frequent in the first.
 
-    Quoted texts don't count. Names and numbers have commas more often than another delimiter.
+    Quoted texts don't count. The comma comes last, because names and numbers contain it more often than the others.
     """
-    counts = [tuple(_QUOTED.sub("", line).count(one) for line in (names, row)) for one in _DELIMITERS]
-    alike = [one for one, (first, second) in zip(_DELIMITERS, counts, strict=True) if first == second > 0]
-    return alike[0] if alike else max(reversed(_DELIMITERS), key=_QUOTED.sub("", names).count)
+    counts = [tuple(_QUOTED.sub("", line).count(character) for line in (names, row)) for character in _DELIMITERS]
+    regular = [character for character, (first, second) in zip(_DELIMITERS, counts, strict=True) if first == second > 0]
+    return regular[0] if regular else max(reversed(_DELIMITERS), key=_QUOTED.sub("", names).count)
 
 
 def _record(lines: Iterator[str]) -> list[str]:
     """The lines of the next row that isn't empty: several if one of its quoted texts has line breaks."""
-    read = [next((line for line in lines if line.strip()), "")]
-    is_open = bool(_OPENS.search(read[0])) and read[0].count('"') % 2 == 1
-    length = len(read[0])
-    while is_open and length < _MOST_LINE and (more := next(lines, "")):
-        read.append(more)
-        length += len(more)
-        is_open ^= more.count('"') % 2 == 1
-    return read
+    lines_of_row = [next((line for line in lines if line.strip()), "")]
+    is_open = bool(_OPENS.search(lines_of_row[0])) and lines_of_row[0].count('"') % 2 == 1
+    length = len(lines_of_row[0])
+    while is_open and length < _MOST_LINE and (next_line := next(lines, "")):
+        lines_of_row.append(next_line)
+        length += len(next_line)
+        is_open ^= next_line.count('"') % 2 == 1
+    return lines_of_row
 
 
 def _text(record: Sequence[str]) -> str:
-    """A row as one text; its first line if no quote ends what the row's last one has begun."""
+    """A row as one text; only its first line if its last quotation mark is never closed."""
     text = "".join(record)
     return record[0] if text.count('"') % 2 else text
 
@@ -221,7 +223,7 @@ def _lines(file: Any) -> Iterator[str]:
 
 
 def _check_unpacked(metadata: Any, packed: int, columns: int) -> None:
-    """Refuse a Parquet file that says it unfolds to far more than it has: a few bytes can hold a billion equal rows."""
+    """Refuse a Parquet file that would unpack to far more than its size: a few bytes can hold a billion equal rows."""
     groups = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
     unpacked = max(groups, 4 * columns * metadata.num_rows)
     if unpacked > max(MOST_INFLATED, MOST_RATIO * packed):
@@ -241,10 +243,10 @@ def _parquet(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[Columns
         raise MissingExtraError("Parquet files need pyarrow", extra="parquet") from error
 
     def parts() -> Iterator[npt.NDArray[np.float32]]:
-        begin, wanted = 1, [names[place] for place in columns.all]
+        begin, column_names = 1, [names[place] for place in columns.all]
         try:
-            for batch in file.iter_batches(max(1, _CELLS // len(wanted)), columns=wanted):
-                yield _numbers(columns, [_cells(batch.column(name)) for name in wanted], begin, class_names)
+            for batch in file.iter_batches(max(1, _CELLS // len(column_names)), columns=column_names):
+                yield _numbers(columns, [_cells(batch.column(name)) for name in column_names], begin, class_names)
                 begin += len(batch)
         except OSError as error:
             if error.errno is not None:
@@ -265,19 +267,22 @@ def _parquet(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[Columns
 
 
 def _check_types(schema: Any, columns: Columns) -> None:
-    """Refuse columns of a Parquet file that are neither numbers nor texts; the message has no name of a column."""
+    """Refuse columns of a Parquet file that are neither numbers nor texts.
+
+    The message may be sent to the server, so that it has no name of a column.
+    """
     from pyarrow import types
 
     for place in columns.all:
         kind = schema.field(place).type
         kind = kind.value_type if types.is_dictionary(kind) else kind
-        numbers = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_null)
-        if any(test(kind) for test in numbers) or str(kind) in ("string", "large_string", "string_view"):
+        accepted_types = (types.is_integer, types.is_floating, types.is_decimal, types.is_boolean, types.is_null)
+        if any(test(kind) for test in accepted_types) or str(kind) in ("string", "large_string", "string_view"):
             continue
         name = re.split(r"\W", str(kind))[0]
-        wanted = "classes, as whole numbers or texts" if place in columns.classes else "numbers"
+        expected = "classes, as whole numbers or texts" if place in columns.classes else "numbers"
         hint = _TIMES if types.is_temporal(kind) else f"{_CONVERT}, each in a column of its own, or leave them out."
-        raise DataError(f"type of column {place + 1}", expected=wanted, got=name, hint=hint)
+        raise DataError(f"type of column {place + 1}", expected=expected, got=name, hint=hint)
 
 
 def _cells(column: Any) -> Any:
@@ -305,17 +310,19 @@ def _numbers(
         values = _values(numbers)
         with np.errstate(all="ignore"):
             out[:, number] = values
-            right = np.isfinite(out[:, number]) & (np.abs(out[:, number] - values) < _MOST_CHANGE)
-            right &= not classes or ((values >= 0) & (values < 2**24) & (values % 1 == 0))
-        if not right.all():
-            bad = int(np.argmin(right))
-            names_only = begin + bad == 1 and not any(_is_number(column[0]) for column in cells)
-            raise _refusal(f"row {begin + bad}, column {place + 1}", column[bad], class_names, classes, names_only)
+            is_valid = np.isfinite(out[:, number]) & (np.abs(out[:, number] - values) < _MOST_CHANGE)
+            is_valid &= not classes or ((values >= 0) & (values < 2**24) & (values % 1 == 0))
+        if not is_valid.all():
+            first_bad = int(np.argmin(is_valid))
+            names_only = begin + first_bad == 1 and not any(_is_number(column[0]) for column in cells)
+            raise _refusal(
+                f"row {begin + first_bad}, column {place + 1}", column[first_bad], class_names, classes, names_only
+            )
     return out
 
 
 def _refusal(where: str, cell: Any, class_names: tuple[str, ...], classes: bool, names_only: bool) -> DataError:
-    """Why a cell is refused, and the way out that loses nothing. `names_only`: there is no number in the first row.
+    """The error of a refused cell, with a hint that loses no data. `names_only`: the first row has no number.
 
     The message may be sent to the server: it doesn't quote the cell.
     """
@@ -335,12 +342,12 @@ def _refusal(where: str, cell: Any, class_names: tuple[str, ...], classes: bool,
         hint = _COMMAS
     elif names_only:
         hint = "Names of columns are one row: leave a second one, such as of units, out."
-    wanted = (" or ".join(class_names) or "a whole number from 0") if classes else "a number"
-    return DataError(where, expected=wanted, got=got, hint=hint)
+    expected = (" or ".join(class_names) or "a whole number from 0") if classes else "a number"
+    return DataError(where, expected=expected, got=got, hint=hint)
 
 
 def _values(cells: Any) -> npt.NDArray[np.float64]:
-    """Numbers of cells, NaN where one is none."""
+    """The numbers of cells, NaN for a cell that has none."""
     try:
         values = np.asarray(cells, np.float64)
         texts = isinstance(cells, list) or cells.dtype == object

@@ -13,8 +13,8 @@ from fedprune.core.errors import DataError
 
 _ORIENTATION = 0x0112  # the EXIF tag
 
+# Pillow's `Image.Transpose` that puts an image upright, by its EXIF orientation.
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
-"""Pillow's `Image.Transpose` that puts an image upright, by its EXIF orientation."""
 
 _ON_ITS_SIDE = (5, 6, 7, 8)  # orientations that swap width and height
 
@@ -24,8 +24,8 @@ _SHORT = 2**16 - 1  # the number of white
 
 _BILINEAR = 2  # Pillow's number
 
+# Levels by which sRGB profiles of different makers differ: these are not worth a conversion.
 _SAME_COLOUR = 2
-"""Levels by which sRGB profiles of different makers differ: these are not worth a conversion."""
 
 
 def viewer_image(image: Any, mode: str, size: tuple[int, int] | None = None) -> Any:

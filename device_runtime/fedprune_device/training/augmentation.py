@@ -34,15 +34,15 @@ class Augmentation:
         except ModelError as error:
             raise TrainingError(f"the training graph's augmentation: {error}") from error
 
-    def __call__(self, part: Part, seed: int, *key: object) -> Part:
-        """The part with its samples augmented when they are requested, by random numbers that `seed` and `key` decide;
-        its labels move along where they are places."""
+    def __call__(self, micro_batch: Part, seed: int, *key: object) -> Part:
+        """The same samples, augmented when they are requested, by random numbers that `seed` and `key` decide. Labels
+        of places move along with their sample."""
 
         def numbers() -> Array:
-            return keyed(seed, *key).random((len(part.y), self.plan.numbers), np.float32)
+            return keyed(seed, *key).random((len(micro_batch.y), self.plan.numbers), np.float32)
 
-        y = part.y if self.plan.fill is None else augment_labels(self.plan, part.y, numbers())
-        return replace(part, make=lambda: augment_samples(self.plan, part.x, numbers()), y=y)
+        y = micro_batch.y if self.plan.fill is None else augment_labels(self.plan, micro_batch.y, numbers())
+        return replace(micro_batch, make=lambda: augment_samples(self.plan, micro_batch.x, numbers()), y=y)
 
 
 def augment_samples(plan: AugmentPlan, x: Array, numbers: Array) -> Array:
@@ -58,8 +58,12 @@ def augment_samples(plan: AugmentPlan, x: Array, numbers: Array) -> Array:
                 f"augmentation {step.name}", expected=f"{step.begin + step.size} numbers a sample", got=row.shape[1]
             )
         values = row[:, step.begin : step.begin + step.size].reshape(len(row), *step.shape)
-        own = numbers[:, step.first : step.first + step.numbers]
-        values = _move(values, step, step.axes, own, 0) if step.moves else _CHANGES[step.name](values, step, own)
+        step_numbers = numbers[:, step.first : step.first + step.numbers]
+        values = (
+            _move(values, step, step.axes, step_numbers, 0)
+            if step.moves
+            else _CHANGES[step.name](values, step, step_numbers)
+        )
         row[:, step.begin : step.begin + step.size] = values.reshape(len(row), -1)
     return out
 
@@ -79,13 +83,13 @@ def _move(values: Array, step: AugmentStep, axes: tuple[int, ...], numbers: Arra
         return np.where(_spread(numbers[:, 0] < 0.5, values), values, np.flip(values, axes[0]))
     out = np.full_like(values, fill)
     rank = values.ndim - 1
-    for sample, own in enumerate(numbers):
+    for sample, sample_numbers in enumerate(numbers):
         target: list[slice] = [slice(None)] * rank
         source = target.copy()
-        for axis, u in zip(axes, own, strict=True):
+        for axis, u in zip(axes, sample_numbers, strict=True):
             length = values.shape[axis]
-            most = int(step.values[0]) if step.name == "crop" else max(1, round(step.values[0] * length))
-            offset = int(_below(u, 2 * most + 1)) - most
+            max_offset = int(step.values[0]) if step.name == "crop" else max(1, round(step.values[0] * length))
+            offset = int(_below(u, 2 * max_offset + 1)) - max_offset
             target[axis] = slice(max(0, -offset), max(0, length - max(0, offset)))
             source[axis] = slice(max(0, offset), max(0, length + min(0, offset)))
         out[sample][tuple(target)] = values[sample][tuple(source)]
@@ -93,7 +97,7 @@ def _move(values: Array, step: AugmentStep, axes: tuple[int, ...], numbers: Arra
 
 
 def _below(u: Any, bound: Any) -> Any:
-    """Random numbers from 0 to below 1 as whole numbers from 0 to below a bound."""
+    """Map random numbers from 0 to below 1 to whole numbers from 0 to below a bound."""
     return np.floor(u * np.float32(1) * bound).astype(np.int64)
 
 
@@ -141,8 +145,8 @@ def _mask_bands(values: Array, step: AugmentStep, numbers: Array) -> Array:
     "SpecAugment", Interspeech 2019, Sec. 2: masks of width f ~ U[0, F] from f0 ~ U[0, ν − f) on)."""
     out: Array = values.copy()
     means = _mean(values)
-    for number, (axis, most) in enumerate(zip(step.axes, step.values, strict=True)):
-        widths = _below(numbers[:, 2 * number], int(most) + 1)
+    for number, (axis, max_width) in enumerate(zip(step.axes, step.values, strict=True)):
+        widths = _below(numbers[:, 2 * number], int(max_width) + 1)
         begins = _below(numbers[:, 2 * number + 1], values.shape[axis] - widths)
         for sample, (width, begin) in enumerate(zip(widths, begins, strict=True)):
             np.moveaxis(out[sample], axis, 0)[begin : begin + width] = means[sample].reshape(())

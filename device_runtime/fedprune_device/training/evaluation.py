@@ -20,30 +20,30 @@ from fedprune_device.training.trainer import TrainingResult
 
 PROBE_SAMPLES = 32  # local samples with which a new model is checked before it serves
 
+# Samples that are predicted at once, if a training step takes as many: the planner counts a step's memory alone.
 _MOST_AT_ONCE = 64
-"""Samples that are predicted at once, where a training step takes as many: the planner counts a step's memory."""
 
 _PREDICTIONS = 7  # predictions of one sample that are timed in a round
 
+# Metrics of a set that are not the mean of its samples' metrics.
 _OF_SETS = ("ap", "perplexity")
-"""Metrics whose mean over samples is not that of the set."""
 
+# Metrics that tell of the machine; all others are the same wherever an offer is carried out.
 MEASURED = frozenset(
     {"download_seconds", "evaluate_seconds", "train_seconds", "step_seconds", "latency_seconds", "peak_memory_bytes"}
 )
-"""Metrics that tell of the machine; all others are the same wherever an offer is carried out."""
 
 
 class Evaluation:
-    """Measures models of one round. `own` is what the board's own labels change in its predictions."""
+    """Measures models of one round. `own` adjusts logits to the board's own labels."""
 
     def __init__(
-        self, data: LocalData, recipe: Recipe, classes: int, own: LogitAdjustment, objective: Objective
+        self, data: LocalData, recipe: Recipe, classes: int, adjustment: LogitAdjustment, objective: Objective
     ) -> None:
         self._data = data
         self._recipe = recipe
         self._classes = classes
-        self._own = own
+        self._own = adjustment
         self._objective = objective
         self._at_once = min(_MOST_AT_ONCE, recipe.micro_batch, data.samples)
         self.metrics: dict[str, float] = {"samples_test": float(len(data.y_test))}
@@ -63,14 +63,14 @@ class Evaluation:
         has none. The loss takes the place of a metric that judges sets."""
         judge = METRICS[self._recipe.judged_by]
         judge = LOSS if judge.name in _OF_SETS else judge
-        y, found = self._objective.targets(self._data.y_val), []
-        for at in range(0, len(y), self._at_once):
-            outputs = self._own(model.predict(self._data.x_val[at : at + self._at_once], self._at_once))
-            labels = np.asarray(y[at : at + self._at_once])
+        y, values = self._objective.targets(self._data.y_val), []
+        for start in range(0, len(y), self._at_once):
+            outputs = self._own(model.predict(self._data.x_val[start : start + self._at_once], self._at_once))
+            labels = np.asarray(y[start : start + self._at_once])
             for i in range(len(outputs)):
-                one = self._objective(outputs[i : i + 1], labels[i : i + 1])
-                found.append(self._objective.metrics(one).get(judge.name, math.nan))
-        return np.array(found, np.float64) * (1 if judge.higher else -1)
+                measure = self._objective(outputs[i : i + 1], labels[i : i + 1])
+                values.append(self._objective.metrics(measure).get(judge.name, math.nan))
+        return np.array(values, np.float64) * (1 if judge.higher else -1)
 
     def check(self, model: Predictor, loss: float | None) -> None:
         """Check that a model may serve. `loss` is the training graph's for it on the first training samples; None where
@@ -101,33 +101,33 @@ class Evaluation:
         x, y = getattr(self._data, f"x_{split}"), getattr(self._data, f"y_{split}")
         if not len(y):
             return False
-        y, found = self._objective.targets(y), []
-        for at in range(0, len(y), self._at_once):  # outputs may take more memory than samples
-            some = slice(at, at + self._at_once)
-            found.append(self._objective(self._own(model.predict(x[some], self._at_once)), y[some]))
-        self.metrics |= {f"{k}_{name}": v for k, v in self._objective.metrics(Measure.of(found)).items()}
+        y, measures = self._objective.targets(y), []
+        for start in range(0, len(y), self._at_once):  # outputs may take more memory than samples
+            batch = slice(start, start + self._at_once)
+            measures.append(self._objective(self._own(model.predict(x[batch], self._at_once)), y[batch]))
+        self.metrics |= {f"{k}_{name}": v for k, v in self._objective.metrics(Measure.of(measures)).items()}
         return True
 
     def _measured(self, outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], terms: Terms) -> Measure:
         """The objective of outputs, computed in small batches."""
-        some = [slice(s, s + self._at_once) for s in range(0, len(y), self._at_once)]
-        return Measure.of([self._objective(outputs[s], y[s], terms) for s in some])
+        batches = [slice(s, s + self._at_once) for s in range(0, len(y), self._at_once)]
+        return Measure.of([self._objective(outputs[s], y[s], terms) for s in batches])
 
 
-def clearly_better(values: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> bool:
+def clearly_better(values: npt.NDArray[np.float64], other_values: npt.NDArray[np.float64]) -> bool:
     """Whether one model's values of samples are better than another's by more than one standard error.
 
-    That of a sum of differences whose mean is 0 is the root of the sum of their squares. So one sample alone decides
-    nothing; of the samples that one model gets right and the other wrong, it takes 2 to 0 or 4 to 1.
+    If the mean of the differences is 0, the standard error of their sum is the root of the sum of their squares. So one
+    sample alone decides nothing; of the samples that only one of the models gets right, it takes 2 to 0 or 4 to 1.
     """
-    found = values - others
-    found = found[np.isfinite(found)]
-    return float(found.sum()) > math.sqrt(float(np.square(found).sum()))
+    gains = values - other_values
+    gains = gains[np.isfinite(gains)]
+    return float(gains.sum()) > math.sqrt(float(np.square(gains).sum()))
 
 
 def training_metrics(result: TrainingResult) -> dict[str, float]:
-    right = {} if result.train_accuracy is None else {"train_accuracy": result.train_accuracy}
-    return right | {
+    accuracy = {} if result.train_accuracy is None else {"train_accuracy": result.train_accuracy}
+    return accuracy | {
         "loss_first": result.loss_first,
         "loss_last": result.loss_last,
         "train_seconds": result.seconds,

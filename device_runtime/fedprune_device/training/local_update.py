@@ -1,4 +1,4 @@
-"""One accepted offer: its input weights, the board's own average, and the files that its training produces."""
+"""The work on one accepted offer: its input weights, the board's own average, and the files that training produces."""
 
 from __future__ import annotations
 
@@ -31,23 +31,25 @@ from fedprune_device.training.trainer import Trainer, TrainingResult
 
 
 def carried(
-    found: Tensors,
+    arrays: Tensors,
     base: LocalState,
     offer: Offer,
     tensors: Mapping[str, npt.NDArray[Any]],
     read: Callable[[BlobRef], bytes],
 ) -> Tensors:
-    """Arrays that `base` has of tensors trained now (or of their optimiser's state); of another selection for the
-    channels that both have, and 0 for the others."""
-    if found and base.selection != offer.selection:
+    """Arrays of an earlier round for the tensors that are trained now, or for their optimiser's state.
+
+    If `base` is of another selection, the channels that both selections have are copied, and the others are 0.
+    """
+    if arrays and base.selection != offer.selection:
         if offer.moved is None or offer.moved_from != base.selection:
             return {}
         try:
-            found = relocated(found, read(offer.moved), 2 * max(v.nbytes for v in tensors.values()) + 2**20)
+            arrays = relocated(arrays, read(offer.moved), 2 * max(v.nbytes for v in tensors.values()) + 2**20)
         except ProtocolError:
             return {}
     shapes = {n: v.shape for n, v in tensors.items()}
-    return {n: v for n, v in found.items() if shapes.get(n.partition("::")[0]) == v.shape}
+    return {n: v for n, v in arrays.items() if shapes.get(n.partition("::")[0]) == v.shape}
 
 
 def continued(
@@ -57,7 +59,7 @@ def continued(
     tensors: Mapping[str, npt.NDArray[Any]],
     read: Callable[[BlobRef], bytes],
 ) -> tuple[Tensors, int]:
-    """The optimiser's state that a round begins with, and the steps behind it; none where it begins at zero.
+    """The optimiser's state that a round begins with, and the steps that led to it; empty if it begins at zero.
 
     Adam's correction of its means counts all steps. For new channels, whose means are 0, the first steps would be
     several times too long (up to (1 − β1^t)/√(1 − β2^t) · lr, 6.5 · lr by default), so their mean square is that of the
@@ -65,13 +67,15 @@ def continued(
     """
     if base is None or base.optimizer != optimizer:
         return {}, 0
-    found = carried(base.moments, base, offer, tensors, read)
+    moments = carried(base.moments, base, offer, tensors, read)
     if base.selection != offer.selection:
-        for name in found.keys() & set(map(step_contract.second, tensors)):
-            known = found[name] > 0
-            if known.any():
-                found[name] = np.where(known, found[name], found[name][known].mean(dtype=np.float64).astype(np.float32))
-    return found, base.steps if found else 0
+        for name in moments.keys() & set(map(step_contract.second, tensors)):
+            is_known = moments[name] > 0
+            if is_known.any():
+                moments[name] = np.where(
+                    is_known, moments[name], moments[name][is_known].mean(dtype=np.float64).astype(np.float32)
+                )
+    return moments, base.steps if moments else 0
 
 
 _LOG = logging.getLogger("fedprune.device")
@@ -79,8 +83,10 @@ _LOG = logging.getLogger("fedprune.device")
 
 @dataclass(frozen=True)
 class Average:
-    """The board's own average as it predicts, with a share `blend` of the received weights; `loss` as in
-    `UpdateFiles`."""
+    """The tensors that predict for the board's own average, with a share `blend` of the received weights.
+
+    `loss` is as in `UpdateFiles`.
+    """
 
     tensors: Tensors
     blend: float
@@ -91,9 +97,9 @@ class Average:
 class UpdateFiles:
     """The files that training leaves, in memory that outlives its graph.
 
-    `after` is the model as it predicts, None where that is the file `sent`. The first of `averages` serves, unless
+    `after` is the trained model as it predicts, None if it is the file `sent`. The first of `averages` serves, unless
     validation samples prefer the second; without any the trained model serves. `own` is what the board keeps. `loss` is
-    the training graph's for the trained model that is to serve, where it computes the same as inference.
+    the training graph's for the trained model that is to serve, None if training and inference differ by design.
     """
 
     sent: BlobRef
@@ -135,28 +141,29 @@ class LocalUpdate:
         maskable = {*trainer.trainable, *trainer.frozen}
         received, self.mask = unpacked(weights, mask, recipe, trainer.axes, offer.widths, maskable)
         self.tensors = received
-        stay = {*self._personal, *trainer.frozen}
-        self._received = {n: v for n, v in received.items() if n not in stay} if recipe.blend else {}
+        unblended = {*self._personal, *trainer.frozen}
+        self._received = {n: v for n, v in received.items() if n not in unblended} if recipe.blend else {}
         if self.kept is not None and self.kept.base is not None:
-            mine = {n: v for n, v in received.items() if n in self._personal}
-            mine = self.kept.base.personalised(offer, mine)
-            self.tensors = received | applied(self.mask, mine)
+            personal = {n: v for n, v in received.items() if n in self._personal}
+            personal = self.kept.base.personalised(offer, personal)
+            self.tensors = received | applied(self.mask, personal)
         trainer.check(self.tensors)
 
     def before(self) -> bytes | None:
         """The file of the offered model as it predicts here; None where it is the one that was received."""
-        own = self.kept is not None and self.kept.base is not None and bool(self._personal)
-        changed = own or bool(self.mask) or self._calibrates
+        has_personal = self.kept is not None and self.kept.base is not None and bool(self._personal)
+        changed = has_personal or bool(self.mask) or self._calibrates
         return tensorfile.encode(self._predicting(self.tensors)) if changed else None
 
     def optimizer_state(self, read: Callable[[BlobRef], bytes]) -> tuple[Tensors, int]:
         """The optimiser's state of the round before, and the steps behind it, as far as they are kept."""
         if self.kept is None or not self._recipe.keep_optimizer_state:
             return {}, 0
-        found = continued(self.kept.base, self._recipe.optimizer, self._offer, self.tensors, read)
+        state = continued(self.kept.base, self._recipe.optimizer, self._offer, self.tensors, read)
         if self.kept.base is not None:
-            self.kept.base = replace(self.kept.base, moments={})  # one copy is enough
-        return found
+            # One copy is enough: on a small board the optimiser's state is up to twice as large as the weights.
+            self.kept.base = replace(self.kept.base, moments={})
+        return state
 
     def made(
         self,
@@ -174,17 +181,17 @@ class LocalUpdate:
         training graph's losses are wanted. Raises `TrainingError` if the update is not finite.
         """
         trained, recipe, trainer = result.tensors, self._recipe, self._trainer
-        other = trainer.frozen or self._personal or recipe.report_squares or self._codec is not None
-        other = other or recipe.update_clip > 0 or self._form is not None
-        whole = not self.mask and not other
-        after = trained if whole and not self._calibrates else self._predicting(trained)
-        private = self._private(self._sent(result, after), read)
+        leaves_out = trainer.frozen or self._personal or recipe.report_squares or self._codec is not None
+        leaves_out = leaves_out or recipe.update_clip > 0 or self._form is not None
+        sends_trained = not self.mask and not leaves_out
+        predicting = trained if sends_trained and not self._calibrates else self._predicting(trained)
+        private = self._private(self._sent(result, predicting), read)
         if self._form is None:
             update, residual = self._encoded(private, trained, read)
         else:
             update, residual = self._vector(self._form, private, trained, read)
         del private
-        sent = put(update)
+        update_ref = put(update)
         del update
         average: Tensors = {}
         shares: list[float] = []
@@ -193,28 +200,28 @@ class LocalUpdate:
             average = averaged(base, self._offer, trained, recipe.average, axes=trainer.axes, mask=self.mask)
             shares = self._shares(base, evaluates=evaluates)
             del base
-        own = None
+        local_state = None
         if self.kept is not None:
             personal = {n: np.array(v) for n, v in trained.items() if n in self._personal}
-            own = LocalState.of(
+            local_state = LocalState.of(
                 self._offer, average, personal, self.mask if average else ALL, residual=residual, **self._left(result)
             )
             self.kept.release()
         averages = tuple(self._average(average, share, compares=compares) for share in shares)
         self._received = {}
         loss = self._loss(trained) if compares and not averages else None
-        kept = None
-        if after is not trained:  # most of these arrays are in the memory of the training graph
-            kept = {n: np.array(v) if v is trained[n] else v for n, v in after.items()}
-        return UpdateFiles(sent, kept, averages, own, loss)
+        served = None
+        if predicting is not trained:  # most of these arrays are in the memory of the training graph
+            served = {n: np.array(v) if v is trained[n] else v for n, v in predicting.items()}
+        return UpdateFiles(update_ref, served, averages, local_state, loss)
 
     def _shares(self, base: LocalState | None, *, evaluates: bool) -> list[float]:
         """The shares of the received weights in the averages that may serve, that of the round before first."""
         blend = self._recipe.blend
         if not self._recipe.validate_blend or not len(self._data.y_val):
             return [blend]
-        found = [0.0, blend] if base is not None and base.alone else [blend, 0.0]
-        return found if evaluates else found[:1]
+        shares = [0.0, blend] if base is not None and base.alone else [blend, 0.0]
+        return shares if evaluates else shares[:1]
 
     def _average(self, average: Tensors, share: float, *, compares: bool) -> Average:
         tensors = blended(average, self._received, share, mask=self.mask) if share else average
@@ -234,18 +241,18 @@ class LocalUpdate:
             return {}
         return {"moments": moments, "optimizer": self._recipe.optimizer, "steps": result.taken}
 
-    def _sent(self, result: TrainingResult, after: Tensors) -> Tensors:
+    def _sent(self, result: TrainingResult, predicting: Tensors) -> Tensors:
         """The tensors for the server: those that were trained, without frozen ones, which it has, and personal ones."""
         tensors, trainer = result.tensors, self._trainer
-        if self._calibrates:  # those that training left are mostly of the weights that were received
-            tensors = {n: v if n in trainer.trainable else after[n] for n, v in tensors.items()}
+        if self._calibrates:  # the running statistics after a few steps are mostly those of the received weights
+            tensors = {n: v if n in trainer.trainable else predicting[n] for n, v in tensors.items()}
         sent = {n: v for n, v in tensors.items() if n not in self._personal and n not in trainer.frozen}
         squares = {n: result.last_squares[n] for n in sent if n in result.last_squares}
         sent, squares = pack(self.mask, sent), pack(self.mask, squares)
         return sent | {step_contract.squares(n): v for n, v in squares.items()}
 
     def _private(self, update: Tensors, read: Callable[[BlobRef], bytes]) -> Tensors:
-        """The update as it may leave the board, before any codec sees it."""
+        """The update with clipping and noise; before it is encoded, so that no codec sees more than the server may."""
         recipe = self._recipe
         if not recipe.update_clip:
             return update
@@ -253,26 +260,26 @@ class LocalUpdate:
         return noised(update, received, self._trainer.trainable, recipe.update_clip, recipe.update_noise, self._noise())
 
     def _encoded(self, update: Tensors, trained: Tensors, read: Callable[[BlobRef], bytes]) -> tuple[bytes, Tensors]:
-        """The update as it travels, and what that leaves out, with all elements in their places."""
+        """The encoded update, and the remainder that encoding leaves out, with all elements in their places."""
         if self._codec is None:
             return tensorfile.encode(update), {}
         received: Tensors = tensorfile.decode(read(self._offer.weights))
-        missed = self._missed(trained, read)
-        packed = pack(self.mask, missed)
+        residual = self._missed(trained, read)
+        packed = pack(self.mask, residual)
         try:
-            raw, left = encode(self._codec, update, received, self._trainer.trainable, packed)
+            raw, remainder = encode(self._codec, update, received, self._trainer.trainable, packed)
         except ProtocolError as error:
             _LOG.warning("the update is sent plainly: %s", error)
             return tensorfile.encode(update), {}
-        return raw, unpack(self.mask, left)
+        return raw, unpack(self.mask, remainder)
 
     def _vector(
         self, form: MaskedForm, update: Tensors, trained: Tensors, read: Callable[[BlobRef], bytes]
     ) -> tuple[bytes, Tensors]:
-        """The update as the vector that is to be masked, and what its codes leave out."""
+        """The update as the vector that is to be masked, and the remainder that its codes leave out."""
         received: Tensors = tensorfile.decode(read(self._offer.weights))
-        vector, left = form.vector.encode(update, received, self._missed(trained, read))
-        return vector.to_bytes(), left
+        vector, remainder = form.vector.encode(update, received, self._missed(trained, read))
+        return vector.to_bytes(), remainder
 
     def _missed(self, trained: Tensors, read: Callable[[BlobRef], bytes]) -> Tensors:
         """The residual of earlier updates."""
@@ -280,7 +287,7 @@ class LocalUpdate:
         return {} if base is None else carried(base.residual, base, self._offer, trained, read)
 
     def _predicting(self, tensors: Tensors) -> Tensors:
-        """Weights as they predict, with statistics of the board's own where it measures them."""
+        """The weights that predict: thresholded, with batch-norm statistics of the board's own if it measures them."""
         tensors = self._effective(tensors)
         if not self._calibrates:
             return tensors
@@ -291,9 +298,9 @@ class LocalUpdate:
         """The weights that a forward pass sees: with FIARSE's threshold, small elements of masked tensors are 0."""
         out = dict(tensors)
         if self._recipe.mask == "threshold":
-            theta = np.float32(self._recipe.mask_threshold)
+            threshold = np.float32(self._recipe.mask_threshold)
             for name in self.mask.keys() & set(self._trainer.trainable):
-                out[name] = np.where(np.abs(out[name]) >= theta, out[name], np.float32(0))
+                out[name] = np.where(np.abs(out[name]) >= threshold, out[name], np.float32(0))
         return out
 
 
@@ -313,8 +320,8 @@ def averaged(
 
     It reduces the noise of few local steps and of each round's averaging in a personal model, without traffic.
 
-    In another selection of the same order of channels, the common part is carried over; of another order nothing is, so
-    that the average starts over. So does an element that was masked before.
+    If the selection has changed but not the order of channels, the channels that both have are averaged; if the order
+    has changed, the average starts over. So does an element that was masked before.
     """
     out = {n: np.array(v, np.float32) for n, v in trained.items()}
     if base is None or not base.average:
@@ -351,11 +358,11 @@ def blended(
 
 def _mix(value: npt.NDArray[np.float32], base: LocalState, name: str, decay: float, mask: Active) -> None:
     """Mix the old average into new weights, in their place: boards have no memory to waste."""
-    known = base.mask.get(name)
-    fresh = None if known is None else value[~known]
+    was_active = base.mask.get(name)
+    newcomers = None if was_active is None else value[~was_active]
     _mean(base.average[name], value, decay)
-    if known is not None:
-        value[~known] = fresh
+    if was_active is not None:
+        value[~was_active] = newcomers
     if name in mask:
         value[~mask[name]] = 0
 
@@ -372,7 +379,7 @@ def _carry(base: LocalState, offer: Offer, out: Tensors, decay: float, axes: Ten
         axes.check(base.average, base.widths)
         axes.check(out, offer.widths)
     except BundleError:
-        return  # whatever it is, it is no average of this model
+        return  # the stored tensors are no average of this model, so that the average starts over
     old = axes.narrowed(base.average, base.widths, common)
     new = {n: v.copy() for n, v in axes.narrowed(out, offer.widths, common).items()}
     for name in new:
@@ -381,7 +388,7 @@ def _carry(base: LocalState, offer: Offer, out: Tensors, decay: float, axes: Ten
 
 
 def _mean(old: Array, new: Array, decay: float) -> None:
-    """decay · old + (1 − decay) · new, in the place of the new."""
+    """Replace `new` by decay · old + (1 − decay) · new."""
     new *= np.float32(1 - decay)
     new += np.float32(decay) * old
 
@@ -417,14 +424,14 @@ def unpacked(
         for name, value in tensors.items():
             if value.dtype != np.float32:
                 raise BundleError(f"type of {name}", expected="float32", got=value.dtype)
-        known = from_bits(bits, axes.shapes(widths))
-        return unpack(known, tensors), known
+        active = from_bits(bits, axes.shapes(widths))
+        return unpack(active, tensors), active
     except BundleError as error:
         raise BundleError(f"mask and weights of the offer don't fit each other: {error}") from error
 
 
 def decoded(offer: Offer, read: Callable[[str], bytes]) -> bytes | None:
-    """The weights file of an offer; None where what came doesn't make it, so that it must be downloaded as it is."""
+    """The weights file of an offer, decoded; None if the digest is another, so that it must be downloaded as it is."""
     if offer.coded is None:
         return None
     raw = read(offer.coded.sha256)
@@ -433,10 +440,10 @@ def decoded(offer: Offer, read: Callable[[str], bytes]) -> bytes | None:
         codec = Codec.parse(offer.weights_codec, "offer: weights_codec")
         if codec is None:
             return None
-        held = None if base is None else tensorfile.decode(base)
-        if held is not None and offer.moved is not None:
-            held = relocated(held, read(offer.moved.sha256), 2 * offer.weights.size + 2**20)
-        file = tensorfile.encode(weights.decode(codec, raw, held, offer.weights.size))
+        base_weights = None if base is None else tensorfile.decode(base)
+        if base_weights is not None and offer.moved is not None:
+            base_weights = relocated(base_weights, read(offer.moved.sha256), 2 * offer.weights.size + 2**20)
+        file = tensorfile.encode(weights.decode(codec, raw, base_weights, offer.weights.size))
     except (BundleError, ConfigError, ProtocolError):
         return None
     return file if tensorfile.digest(file) == offer.weights.sha256 else None

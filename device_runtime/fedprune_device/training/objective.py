@@ -1,4 +1,4 @@
-"""The loss and metrics of a model's outputs, as its training graph computes them from there on."""
+"""The loss and metrics of a model's outputs, computed by the part of its training graph that follows them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 
 class Measure(NamedTuple):
-    """A loss, what it weighs among other batches' losses, and how many of how many labels are right.
+    """A batch's loss, its weight among other batches' losses, and the number of right labels and of all labels.
 
     `hits` is None where numbers are predicted, of which none is right or wrong; `sums` [k] (float64) are those of the
     recipe's metric, if it has one.
@@ -41,13 +41,13 @@ class Measure(NamedTuple):
         return None if self.hits is None or not self.labels else self.hits / self.labels
 
     @classmethod
-    def of(cls, parts: Sequence[Measure]) -> Measure:
+    def of(cls, measures: Sequence[Measure]) -> Measure:
         """The combined result of a set's parts, of which there is at least one."""
-        weight = sum(m.weight for m in parts)
-        loss = sum(m.loss * m.weight for m in parts) / weight if weight else math.nan
-        hits = None if parts[0].hits is None else sum(m.hits or 0 for m in parts)
-        found = [m.sums for m in parts if m.sums is not None]
-        return cls(loss, weight, hits, sum(m.labels for m in parts), np.sum(found, axis=0) if found else None)
+        weight = sum(m.weight for m in measures)
+        loss = sum(m.loss * m.weight for m in measures) / weight if weight else math.nan
+        hits = None if measures[0].hits is None else sum(m.hits or 0 for m in measures)
+        sums = [m.sums for m in measures if m.sums is not None]
+        return cls(loss, weight, hits, sum(m.labels for m in measures), np.sum(sums, axis=0) if sums else None)
 
 
 class _Metric:
@@ -63,12 +63,12 @@ class _Metric:
 
     def sums(self, outputs: npt.NDArray[np.float32], labels: Array) -> npt.NDArray[np.float64]:
         feeds = {step_contract.LOGITS: outputs, step_contract.Y: labels}
-        found = self._sums.run({n: v for n, v in feeds.items() if n in self._sums.inputs}, [step_contract.SUMS])
-        return found[step_contract.SUMS].astype(np.float64)
+        results = self._sums.run({n: v for n, v in feeds.items() if n in self._sums.inputs}, [step_contract.SUMS])
+        return results[step_contract.SUMS].astype(np.float64)
 
     def value(self, sums: npt.NDArray[np.float64]) -> float:
-        found = self._value.run({step_contract.SUMS: sums.astype(np.float32)}, [step_contract.VALUE])
-        return float(found[step_contract.VALUE])
+        results = self._value.run({step_contract.SUMS: sums.astype(np.float32)}, [step_contract.VALUE])
+        return float(results[step_contract.VALUE])
 
 
 class Objective:
@@ -112,16 +112,16 @@ class Objective:
         weight = weight_of(labels, ignored, feeds.get(step_contract.CLASS_WEIGHT)) if scores else float(len(labels))
         if step_contract.DIVISOR in feeds:
             feeds[step_contract.DIVISOR] = np.array(weight or 1.0, np.float32)
-        found = self._session.run({**feeds, step_contract.LOGITS: outputs, step_contract.Y: labels}, self._outputs)
-        hits = int(found[step_contract.HITS]) if step_contract.HITS in found else None
+        results = self._session.run({**feeds, step_contract.LOGITS: outputs, step_contract.Y: labels}, self._outputs)
+        hits = int(results[step_contract.HITS]) if step_contract.HITS in results else None
         sums = None if self._metric is None else self._metric.sums(outputs, labels)
-        return Measure(float(found[step_contract.LOSS]), weight, hits, self.targets.count(labels), sums)
+        return Measure(float(results[step_contract.LOSS]), weight, hits, self.targets.count(labels), sums)
 
-    def metrics(self, whole: Measure) -> dict[str, float]:
+    def metrics(self, measure: Measure) -> dict[str, float]:
         """Loss, accuracy and the recipe's metric, as far as they are defined for these samples and finite."""
-        found = {"loss": whole.loss if whole.weight else math.nan}
-        if whole.accuracy is not None:
-            found["accuracy"] = whole.accuracy
-        if self._metric is not None and whole.sums is not None:
-            found[self._recipe.judged_by] = self._metric.value(whole.sums)
-        return {name: value for name, value in found.items() if math.isfinite(value)}
+        metrics = {"loss": measure.loss if measure.weight else math.nan}
+        if measure.accuracy is not None:
+            metrics["accuracy"] = measure.accuracy
+        if self._metric is not None and measure.sums is not None:
+            metrics[self._recipe.judged_by] = self._metric.value(measure.sums)
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -1,7 +1,7 @@
-"""Training while the server is away: the active model is trained on, on the board's own samples, on a schedule.
+"""Training without the server: on a schedule, the active model is trained further on the board's own samples.
 
-Nothing of it is sent: the fleet learns from the samples, in the first round after it. An update that was finished
-before waits as usual.
+No result is sent: the fleet learns from the same samples in its next round. An update that was finished before the
+server went away waits as usual.
 """
 
 from __future__ import annotations
@@ -65,19 +65,19 @@ class OfflineTraining:
         """Note that a training is done, so that the next one waits for its time."""
         times = int(self._number("times")) + 1
         atomic_file.write_document(self._store.root / _RECORD, {"at": self._clock(), "times": times})
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in sorted(result.metrics.items()))
-        _LOG.info("trained offline; %s serves (%s)", "the new model" if serves else "the old model", shown)
+        metrics = ", ".join(f"{k} {v:.4g}" for k, v in sorted(result.metrics.items()))
+        _LOG.info("trained offline; %s serves (%s)", "the new model" if serves else "the old model", metrics)
 
     def _offer(self) -> Offer | None:
         """The last offer, from what serves instead of what was received; None where it can't be trained on."""
         task, record = self._store.task, self._store.slots.current()
         if task is None or record is None or task.offer.mask is not None:
-            return None  # where single weights are left out, only the offer that is gone says which
+            return None  # the mask says which weights are left out, and its blob is deleted once the offer is done
         offer = task.offer
         if (record.job, record.round, record.files[GRAPH]) != (offer.job, offer.round, offer.inference.sha256):
-            return None  # it is another one's, which is still being pulled
+            return None  # the offer is newer than what serves: its blobs may still be arriving
         if not all(self._store.blobs.has(graph.sha256) for graph in offer.graphs):
-            return None  # graphs come from the server
+            return None  # only the server can send the graphs
         weights = self._store.blobs.put(self._store.slots.weights(record))
         recipe = {**offer.recipe, "evaluate_every": 1}
         return replace(
@@ -95,14 +95,14 @@ class OfflineTraining:
             self._tried is not None and now - self._tried < self._every
         ):
             return False
-        at = max(self._store.slots.installed_at(), self._number("at"))
-        # Where the clock has been set back, the time without the server has to do.
-        return (self._clock() - at if at <= self._clock() else silent) >= self._every
+        last_trained_at = max(self._store.slots.installed_at(), self._number("at"))
+        # If the clock was set back, the seconds without the server, by a monotonic clock, are used instead.
+        return (self._clock() - last_trained_at if last_trained_at <= self._clock() else silent) >= self._every
 
     def _number(self, name: str) -> float:
         try:
-            found = (atomic_file.read_document(self._store.root / _RECORD) or {}).get(name)
+            value = (atomic_file.read_document(self._store.root / _RECORD) or {}).get(name)
         except StorageError as error:
             _LOG.warning("%s: going on without it", error)
             return 0
-        return found if isinstance(found, (int, float)) and 0 <= found < 2**53 else 0
+        return value if isinstance(value, (int, float)) and 0 <= value < 2**53 else 0

@@ -24,8 +24,8 @@ from fedprune.runtime.bundle import BASE
 from fedprune.runtime.precision_files import served_files
 from fedprune.updates.privacy import GaussianNoise
 from fedprune.wire.messages import Offer, Update
-from fedprune_device.data.dataset import SampleSource
-from fedprune_device.data.labels import LogitAdjustment
+from fedprune_device.data.dataset import LocalData, SampleSource
+from fedprune_device.data.labels import LogitAdjustment, Targets
 from fedprune_device.hardware.readings import restart_peak
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.serving.model_slots import ModelSlots, Serving
@@ -35,6 +35,7 @@ from fedprune_device.storage.local_state import MemoryStateStore, RoundState, St
 from fedprune_device.training.evaluation import MEASURED, Evaluation, clearly_better, training_metrics
 from fedprune_device.training.local_update import Average, LocalUpdate, decoded
 from fedprune_device.training.trainer import (
+    Trainer,
     TrainerCache,
     TrainingControl,
     TrainingResult,
@@ -51,9 +52,9 @@ Report = Callable[[str, int, int], None]  # takes the phase, units done and unit
 
 
 class DamagedBlobError(StorageError):
-    """A blob on the disk is not what its name says, and must be downloaded again.
+    """A blob on the disk doesn't match the digest in its name, and must be downloaded again.
 
-    Only the loop deletes it, which knows whether it is being downloaded already.
+    Only the agent's loop deletes it, because only the loop knows whether it is being downloaded already.
     """
 
     sha256 = ""
@@ -74,6 +75,16 @@ class RoundResult:
             self.own.commit()
 
 
+@dataclass(frozen=True)
+class _RoundInputs:
+    """The samples of a round, the labels that its graph takes, and the graphs that lower its model, by precision."""
+
+    data: LocalData
+    targets: Targets
+    adjustment: LogitAdjustment
+    lowering: Mapping[str, BlobRef]
+
+
 class RoundRunner:
     """Carries out offers, one at a time, on a board and in the simulator.
 
@@ -81,8 +92,8 @@ class RoundRunner:
     isn't kept; only simulations give another. `trainer` may be shared with other runners.
 
     A model is checked before it may serve: its inference graph has the training graph's loss, its outputs are finite.
-    `agreeing` are pairs of the two graphs' digests whose agreement was seen, on other weights perhaps: there nothing is
-    checked again and no latency measured, since no simulated model serves. A board gives none.
+    `agreeing` are pairs of digests of training and inference graphs whose agreement has been checked, perhaps on other
+    weights. Only a simulator gives them: as no simulated model serves, it checks a pair once and measures no latency.
     """
 
     def __init__(
@@ -107,11 +118,11 @@ class RoundRunner:
         self.lowering = lowering or ReducedPrecision()
         self._noise = noise or (lambda offer: GaussianNoise.secret())
 
-    def commit(self, made: RoundResult) -> Update:
+    def commit(self, result: RoundResult) -> Update:
         """Commit the newest offer's result: own state and active model. Returns the update to send."""
-        made.keep()
-        self._slots.install(made.model)
-        return made.update
+        result.keep()
+        self._slots.install(result.model)
+        return result.update
 
     def make(
         self,
@@ -133,29 +144,75 @@ class RoundRunner:
         True, `ModelError` if a graph doesn't load or the new model fails its check, `StorageError`.
         """
         recipe = Recipe.from_dict(offer.recipe)
-        # Damage is found out first, before a graph is loaded.
-        weights = self._weights(offer)
-        mask = None if offer.mask is None else self._blob(offer.mask)
-        trainer = self._trainer.of(offer.training.sha256, lambda: self._blob(offer.training), self._base(offer))
-        wanted = trainer.targets(recipe, offer.classes)
-        data = self._data.snapshot(trainer.input_shape, wanted)
-        work = LocalUpdate(
-            offer, recipe, weights, mask, trainer, self._states, self._device, data, lambda: self._noise(offer)
-        )
-        data.check(wanted, trainer.input_shape, token_ids=trainer.token_ids)
-        self._blob(offer.inference)
-        kits = self.lowering.wanted(offer).lowered or {}
-        for kit in kits.values():
-            self._blob(kit)
-        own = LogitAdjustment.of(data.y_train, recipe, offer.classes)
-        evaluation = Evaluation(data, recipe, offer.classes, own, trainer.objective(recipe, offer.classes))
+        work, trainer, evaluation, inputs = self._prepare(offer, recipe)
         evaluation.metrics["download_seconds"] = download_seconds
-
         evaluates = offer.round % recipe.evaluate_every == 0
         report("evaluate", 0, 2)
         if evaluates:
             evaluation.add(self._candidate(offer, work.before() or offer.weights), "before")
-        del weights, mask
+        result = self._train(offer, work, trainer, inputs, TrainingControl(partial(report, "train"), stop))
+        report("evaluate", 1, 2)
+        # From here on a small board has memory only for the new tensors, the loaded model and what is blended in.
+        work.tensors = {}
+        graphs = offer.training.sha256, offer.inference.sha256
+        checks = self._agreeing is None or graphs not in self._agreeing
+        files, state = work.made(result, self._blobs.put, self._blob, evaluates=evaluates, compares=checks), work.kept
+        # The arrays of tensors and squares are in the loaded graph's memory, which `release` gives back.
+        result = replace(result, tensors={}, last_squares={}, moments={})
+        del work, trainer
+        self._trainer.release()
+        serving: BlobRef | bytes = files.sent if files.after is None else tensorfile.encode(files.after)
+        files, loss = replace(files, after=None), files.loss
+        when = "after"
+        if files.averages:
+            if evaluates:
+                evaluation.add(self._candidate(offer, serving), when)
+            (average, serving), when = self._chosen(offer, files.averages, evaluation), "average"
+            files, loss = replace(files, averages=()), average.loss
+            if recipe.validate_blend:
+                evaluation.metrics[BLEND] = average.blend
+                if files.own is not None:
+                    files = replace(files, own=replace(files.own, alone=average.blend < recipe.blend))
+            del average
+        if checks or evaluates:
+            self._measure(evaluation, self._candidate(offer, serving), loss, when if evaluates else None, checks=checks)
+        if self._agreeing is not None:
+            self._agreeing.add(graphs)
+        lowering_graphs = {precision: self._blob(ref) for precision, ref in inputs.lowering.items()}
+        precision = self.lowering.staged(self._slots.staging, lowering_graphs, inputs.data, recipe, inputs.targets)
+        evaluation.metrics |= training_metrics(result)
+        if state is not None and files.own is not None:
+            state.stage(files.own)
+        metrics = evaluation.finite()
+        model = self._serving_record(offer, recipe, inputs.adjustment, serving, precision)
+        return RoundResult(self._update(offer, recipe, files.sent, result, metrics), model, metrics, state)
+
+    def _prepare(self, offer: Offer, recipe: Recipe) -> tuple[LocalUpdate, Trainer, Evaluation, _RoundInputs]:
+        """Read all of an offer's blobs and the samples of the round."""
+        # Damaged weights are found first, before a graph is loaded.
+        weights = self._weights(offer)
+        mask = None if offer.mask is None else self._blob(offer.mask)
+        trainer = self._trainer.of(offer.training.sha256, lambda: self._blob(offer.training), self._base(offer))
+        targets = trainer.targets(recipe, offer.classes)
+        data = self._data.snapshot(trainer.input_shape, targets)
+        work = LocalUpdate(
+            offer, recipe, weights, mask, trainer, self._states, self._device, data, lambda: self._noise(offer)
+        )
+        data.check(targets, trainer.input_shape, token_ids=trainer.token_ids)
+        # Only read to be verified, so that a damaged blob is downloaded again before minutes of training.
+        self._blob(offer.inference)
+        lowering = self.lowering.wanted(offer).lowered or {}
+        for graph in lowering.values():
+            self._blob(graph)
+        adjustment = LogitAdjustment.of(data.y_train, recipe, offer.classes)
+        objective = trainer.objective(recipe, offer.classes)
+        evaluation = Evaluation(data, recipe, offer.classes, adjustment, objective)
+        return work, trainer, evaluation, _RoundInputs(data, targets, adjustment, lowering)
+
+    def _train(
+        self, offer: Offer, work: LocalUpdate, trainer: Trainer, inputs: _RoundInputs, control: TrainingControl
+    ) -> TrainingResult:
+        recipe, data = Recipe.from_dict(offer.recipe), inputs.data
         moments, taken = work.optimizer_state(self._blob)
         task = TrainingTask(
             recipe, offer.classes, offer.seed, self._device, offer.round, offer.widths, work.mask, moments, taken
@@ -163,83 +220,64 @@ class RoundRunner:
         del moments
         began = time.monotonic()
         try:
-            result = trainer.train(work.tensors, data, task, TrainingControl(partial(report, "train"), stop))
+            result = trainer.train(work.tensors, data, task, control)
         except DivergedError as error:
             if not recipe.update_clip:
                 raise
-            # That it did is of the samples, too: the server gets noise alone, as from a board that learnt nothing.
+            # Divergence tells of the samples, too: the server gets noise alone, as from a board that learnt nothing.
             _LOG.warning("round %d of job %s: %s; the update is noise alone", offer.round, offer.job, error)
             result = TrainingResult.unmoved(
                 work.tensors, recipe.steps(data.samples), data.samples, time.monotonic() - began
             )
-        if stop():
+        if control.stop():
             raise TrainingStoppedError("training was stopped after its last step")
-        report("evaluate", 1, 2)
-        # From here on there is memory for the new ones alone, besides the loaded model and what is blended in.
-        work.tensors = {}
-        graphs = offer.training.sha256, offer.inference.sha256
-        checks = self._agreeing is None or graphs not in self._agreeing
-        made, kept = work.made(result, self._blobs.put, self._blob, evaluates=evaluates, compares=checks), work.kept
-        # Those of tensors and squares are in the loaded graph's memory.
-        result = replace(result, tensors={}, last_squares={}, moments={})
-        del work, trainer
-        self._trainer.release()
-        serves: BlobRef | bytes = made.sent if made.after is None else tensorfile.encode(made.after)
-        made, loss = replace(made, after=None), made.loss
-        when = "after"
-        if made.averages:
-            if evaluates:
-                evaluation.add(self._candidate(offer, serves), when)
-            (average, serves), when = self._chosen(offer, made.averages, evaluation), "average"
-            made, loss = replace(made, averages=()), average.loss
-            if recipe.validate_blend:
-                evaluation.metrics[BLEND] = average.blend
-                if made.own is not None:
-                    made = replace(made, own=replace(made.own, alone=average.blend < recipe.blend))
-            del average
-        if checks or evaluates:
-            model = self._candidate(offer, serves)
-            if checks:
-                evaluation.check(model, loss)
-            if evaluates:
-                evaluation.add(model, when)
-            if checks:
-                evaluation.latency(model)
-            del model
-        if self._agreeing is not None:
-            self._agreeing.add(graphs)
-        lower = {p: self._blob(kit) for p, kit in kits.items()}
-        precision = self.lowering.staged(self._slots.staging, lower, data, recipe, wanted)
-        evaluation.metrics |= training_metrics(result)
-        if kept is not None and made.own is not None:
-            kept.stage(made.own)
-        metrics = evaluation.finite()
-        told = {n: v for n, v in metrics.items() if n in MEASURED} if recipe.update_clip else metrics
-        update = Update(
+        return result
+
+    @staticmethod
+    def _measure(
+        evaluation: Evaluation, model: Predictor, loss: float | None, when: str | None, *, checks: bool
+    ) -> None:
+        """Check the model that is to serve, and evaluate it under the name `when`, None for not at all."""
+        if checks:
+            evaluation.check(model, loss)
+        if when is not None:
+            evaluation.add(model, when)
+        if checks:
+            evaluation.latency(model)
+
+    def _update(
+        self, offer: Offer, recipe: Recipe, sent: BlobRef, result: TrainingResult, metrics: Mapping[str, float]
+    ) -> Update:
+        # A private update tells of the machine alone: all other metrics were measured on samples, without noise.
+        sent_metrics = {n: v for n, v in metrics.items() if not recipe.update_clip or n in MEASURED}
+        return Update(
             self._device,
             offer.job,
             offer.round,
             offer.attempt,
             offer.weights.sha256,
-            made.sent,
+            sent,
             result.samples,
             result.steps,
-            told,
+            sent_metrics,
         )
-        serving = Serving(
+
+    def _serving_record(
+        self, offer: Offer, recipe: Recipe, adjustment: LogitAdjustment, weights: BlobRef | bytes, precision: str
+    ) -> Serving:
+        return Serving(
             job=offer.job,
             round=offer.round,
             classes=offer.classes,
-            files=self._files(offer, serves, precision),
-            offset=own.offset,
+            files=self._files(offer, weights, precision),
+            offset=adjustment.offset,
             loss=recipe.loss,
-            present=own.present,
+            present=adjustment.present,
             precision=precision,
         )
-        return RoundResult(update, serving, metrics, kept)
 
     def _files(self, offer: Offer, weights: BlobRef | bytes, precision: str) -> dict[str, str]:
-        """Digests of the staged model's files: of what came, those that were offered."""
+        """Digests of the staged model's files; those of received files are the offer's and not computed again."""
         files = {GRAPH: offer.inference.sha256} | ({} if offer.base is None else {BASE: offer.base.sha256})
         files[WEIGHTS] = weights.sha256 if isinstance(weights, BlobRef) else tensorfile.digest(weights)
         staging = self._slots.staging
@@ -247,15 +285,17 @@ class RoundRunner:
             return files | {n: file_digest(staging / n) for n in served_files(precision) if n not in files}
 
     def _chosen(self, offer: Offer, averages: Sequence[Average], evaluation: Evaluation) -> tuple[Average, bytes]:
-        """The average that serves, and its file: the first, unless the second is clearly better."""
-        first, *others = averages
-        other = None if not others else evaluation.of_each(self._candidate(offer, tensorfile.encode(others[0].tensors)))
+        """The average that is to serve, and its file: the first one, unless the second one is clearly better."""
+        first, *rest = averages
+        second_values = (
+            None if not rest else evaluation.of_each(self._candidate(offer, tensorfile.encode(rest[0].tensors)))
+        )
         raw = tensorfile.encode(first.tensors)
-        if other is None or not clearly_better(other, evaluation.of_each(self._candidate(offer, raw))):
+        if second_values is None or not clearly_better(second_values, evaluation.of_each(self._candidate(offer, raw))):
             return first, raw
-        _LOG.info("job %s: the average serves with %g of the received weights", offer.job, others[0].blend)
+        _LOG.info("job %s: the average serves with %g of the received weights", offer.job, rest[0].blend)
         del raw  # a small board has memory for one
-        return others[0], tensorfile.encode(others[0].tensors)
+        return rest[0], tensorfile.encode(rest[0].tensors)
 
     def _blob(self, ref: BlobRef) -> bytes:
         return self._read(ref.sha256)
@@ -272,7 +312,7 @@ class RoundRunner:
             raise damaged from error
 
     def _weights(self, offer: Offer) -> bytes:
-        """The received weights, decoded where they came so."""
+        """The received weights, decoded if they were sent encoded."""
         if offer.coded is not None and not self._blobs.has(offer.weights.sha256):
             raw = decoded(offer, self._read)
             if raw is None:
@@ -349,7 +389,7 @@ class TrainingThread:
             self.error = error
 
     def _ended(self) -> bool:
-        """Asked between two steps, which is where training may wait."""
+        """Whether training should stop. Called between two steps, where a hot board pauses until it has cooled down."""
         return self._stop.is_set() if self._guard is None else self._guard.pause(self._stop.is_set)
 
     def _report(self, phase: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""A loaded training graph: what it takes, what it gives, and how one step of it is run."""
+"""A loaded training graph: its inputs, its outputs, and the run of one step."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from fedprune_device.training.objective import Objective
 
 Array = npt.NDArray[Any]
 
+# onnxruntime's names of the types in which a frozen base is stored.
 _TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
 
 
@@ -74,15 +75,10 @@ class StepGraph:
         self._forward: dict[tuple[str, ...], Session] = {}
         self._objective: tuple[Recipe, int, Objective] | None = None
         inputs, outputs = self._session.inputs, set(self._session.outputs)
+        # The graph doesn't name its optimiser: of the three, Adam alone reads epsilon, and SGD alone no beta.
         optimizer = "adam" if step_contract.EPSILON in inputs else "lion" if step_contract.BETA1 in inputs else "sgd"
-        wanted = Features(optimizer=optimizer)
-        required = {step_contract.X, step_contract.Y}
-        required.update(name for name, n in step_contract.OPTIMIZER_NUMBERS.items() if n.is_read(wanted))
-        self._classifies = inputs.get(step_contract.Y, ("", ()))[0] == "tensor(int64)"
-        results = {step_contract.LOSS}
-        if required - set(inputs) or not results <= outputs:
-            missing = sorted(required - set(inputs)) + sorted(results - outputs)
-            raise TrainingError("this is not a training graph", got=f"no {', '.join(missing)}")
+        self._check_contract(optimizer)
+        self._classifies = inputs[step_contract.Y][0] == "tensor(int64)"
         self.scores = step_contract.HITS in outputs
         self._results = (step_contract.LOSS, step_contract.HITS) if self.scores else (step_contract.LOSS,)
         self.names = tuple(n for n in inputs if n not in step_contract.RESERVED and "::" not in n)
@@ -98,30 +94,41 @@ class StepGraph:
         self._sums = [step_contract.total(n) for n in self.trainable if step_contract.total(n) in inputs]
         gradients = [step_contract.gradient(n) for n in self.trainable]
         self.gradients = gradients if outputs.issuperset(gradients) else []
-        known = {*step_contract.INPUTS, *self.names, *self.states, *self._sums}
-        known.update(
-            f(n)
-            for n in self.trainable
-            for f in (step_contract.anchor, step_contract.strength, step_contract.mask, step_contract.threshold)
-        )
         self._base_path, self._base = base, dict[str, Array]()
         self._base_names = {n for n in inputs if n.endswith((step_contract.base(""), step_contract.base_scale("")))}
         if self._base_names and base is None:
             raise TrainingError("the training graph reads a frozen base", expected="a file of it", got="none")
         self.dropout = DropoutMasks.of(inputs, self._session.metadata)
-        known |= {*self._base_names, *self.dropout.ratios}
-        if set(inputs) - known:
-            raise TrainingError(
-                "the training graph has inputs that this device can't feed",
-                got=", ".join(sorted(set(inputs) - known)[:5]),
-                hint="Update fedprune on the device.",
-            )
         self.moving = [*self.trainable, *self.statistics, *self.states]
         ignored = self._session.metadata.get(step_contract.IGNORED)
         self._ignored = None if ignored is None else int(ignored)
-        lacking = {step_contract.following(n) for n in (*self.moving, *self._sums)} - outputs
-        if lacking:
-            raise TrainingError("the training graph lacks outputs", got=", ".join(sorted(lacking)[:5]))
+        self._check_complete()
+
+    def _check_contract(self, optimizer: str) -> None:
+        """Refuse a graph that isn't a training graph."""
+        inputs, outputs = set(self._session.inputs), set(self._session.outputs)
+        required = {step_contract.X, step_contract.Y}
+        numbers = step_contract.OPTIMIZER_NUMBERS.items()
+        required.update(name for name, number in numbers if number.is_read(Features(optimizer=optimizer)))
+        missing = sorted(required - inputs) + sorted({step_contract.LOSS} - outputs)
+        if missing:
+            raise TrainingError("this is not a training graph", got=f"no {', '.join(missing)}")
+
+    def _check_complete(self) -> None:
+        """Refuse a training graph with an input that nothing here feeds, or without an output that a step needs."""
+        inputs, outputs = set(self._session.inputs), set(self._session.outputs)
+        of_tensors = (step_contract.anchor, step_contract.strength, step_contract.mask, step_contract.threshold)
+        fed = {*step_contract.INPUTS, *self.names, *self.states, *self._sums, *self._base_names, *self.dropout.ratios}
+        fed.update(input_of(n) for n in self.trainable for input_of in of_tensors)
+        if inputs - fed:
+            raise TrainingError(
+                "the training graph has inputs that this device can't feed",
+                got=", ".join(sorted(inputs - fed)[:5]),
+                hint="Update fedprune on the device.",
+            )
+        missing_outputs = {step_contract.following(n) for n in (*self.moving, *self._sums)} - outputs
+        if missing_outputs:
+            raise TrainingError("the training graph lacks outputs", got=", ".join(sorted(missing_outputs)[:5]))
 
     def check(self, tensors: Mapping[str, Array]) -> None:
         """Check weights against the graph's inputs; raises `TrainingError`."""
@@ -138,11 +145,13 @@ class StepGraph:
                 raise TrainingError(f"type of {name}", expected="float32", got=value.dtype)
             if len(shape) != value.ndim:
                 raise TrainingError(f"shape of {name}", expected=shape, got=value.shape)
-            for dim, size in zip(shape, value.shape, strict=True):
+            for dimension, size in zip(shape, value.shape, strict=True):
                 # A free dimension has a name; the same name must mean the same width everywhere.
-                wanted = sizes.setdefault(dim, size) if isinstance(dim, str) and dim else dim
-                if isinstance(wanted, int) and wanted != size:
-                    raise TrainingError(f"shape of {name}", expected=f"{wanted} ({dim})", got=value.shape)
+                expected_size = (
+                    sizes.setdefault(dimension, size) if isinstance(dimension, str) and dimension else dimension
+                )
+                if isinstance(expected_size, int) and expected_size != size:
+                    raise TrainingError(f"shape of {name}", expected=f"{expected_size} ({dimension})", got=value.shape)
 
     @cached_property
     def axes(self) -> TensorAxes | None:
@@ -158,24 +167,30 @@ class StepGraph:
     def constants(
         self, tensors: Mapping[str, Array], y: Inputs, recipe: Recipe, classes: int, mask: Active = ALL
     ) -> dict[str, Array]:
-        """The inputs that are the same in every step; `y` are all training labels, as `targets` gives them.
+        """The inputs that are the same in every step; `y` are all training labels, converted by `targets`.
 
         Raises `TrainingError` if the graph was made for another kind of recipe, `DataError` if a label is out of range.
         """
         feeds = loss_terms(y, recipe, classes) | anchors(recipe, tensors, self.trainable)
         feeds |= self.masking(tensors, recipe, mask)
-        of_steps = {*step_contract.OF_SAMPLES, step_contract.STEP_NUMBER, step_contract.DIVISOR}
-        wanted = set(self._session.inputs) - of_steps - {*self.names, *self.states, *self._sums}
-        wanted -= {*self._base_names, *self.dropout.ratios}
+        step_inputs = {*step_contract.OF_SAMPLES, step_contract.STEP_NUMBER, step_contract.DIVISOR}
+        required = set(self._session.inputs) - step_inputs - {*self.names, *self.states, *self._sums}
+        required -= {*self._base_names, *self.dropout.ratios}
         classifies = self._classifies if recipe.loss == CUSTOM else recipe.features.counts
         scores = recipe.features.scores
-        whole = not self._sums and recipe.features.accumulate
-        mute = not self.gradients and recipe.report_squares
-        if wanted != set(feeds) or classifies != self._classifies or scores != self.scores or whole or mute:
+        cannot_accumulate = not self._sums and recipe.features.accumulate
+        cannot_report_gradients = not self.gradients and recipe.report_squares
+        if (
+            required != set(feeds)
+            or classifies != self._classifies
+            or scores != self.scores
+            or cannot_accumulate
+            or cannot_report_gradients
+        ):
             raise TrainingError(
                 "training graph and recipe don't fit each other",
-                expected=", ".join(sorted(wanted - set(feeds))[:5]) or "no further inputs",
-                got=", ".join(sorted(set(feeds) - wanted)[:5]) or f"no value for them (loss {recipe.loss})",
+                expected=", ".join(sorted(required - set(feeds))[:5]) or "no further inputs",
+                got=", ".join(sorted(set(feeds) - required)[:5]) or f"no value for them (loss {recipe.loss})",
             )
         return feeds
 
@@ -215,17 +230,19 @@ class StepGraph:
             feeds[step_contract.OUTPUT_SCALE] = np.array(recipe.scale, np.float32)
         for name in self.trainable:
             if recipe.features.element_mask or step_contract.mask(name) in self._session.inputs:
-                on = mask.get(name)
-                feeds[step_contract.mask(name)] = np.ones_like(tensors[name]) if on is None else on.astype(np.float32)
+                active = mask.get(name)
+                feeds[step_contract.mask(name)] = (
+                    np.ones_like(tensors[name]) if active is None else active.astype(np.float32)
+                )
             if recipe.features.threshold or step_contract.threshold(name) in self._session.inputs:
-                theta = recipe.mask_threshold if name in mask else 0.0
-                feeds[step_contract.threshold(name)] = np.array(theta, np.float32)
+                threshold = recipe.mask_threshold if name in mask else 0.0
+                feeds[step_contract.threshold(name)] = np.array(threshold, np.float32)
         return feeds
 
     def advance(
         self,
         feeds: Mapping[str, Array],
-        parts: Sequence[Part],
+        micro_batches: Sequence[Part],
         number: int,
         gradients: Sequence[str] = (),
         into: Mapping[str, Array] | None = None,
@@ -238,37 +255,42 @@ class StepGraph:
         if step_contract.STEP_NUMBER in self._session.inputs:
             feeds[step_contract.STEP_NUMBER] = np.array(number, np.int64)
         if step_contract.DIVISOR in self._session.inputs:
-            feeds[step_contract.DIVISOR] = np.array(sum(self.divisor(p.y, feeds) for p in parts) or 1.0, np.float32)
+            feeds[step_contract.DIVISOR] = np.array(
+                sum(self.divisor(p.y, feeds) for p in micro_batches) or 1.0, np.float32
+            )
         feeds |= {n: np.zeros(feeds[n.partition("::")[0]].shape, np.float32) for n in self._sums}
         loss, hits = 0.0, 0
-        moved: dict[str, Array] = {}
-        asked: list[Array] = []
-        for count, part in enumerate(parts, 1):
-            last = count == len(parts)
-            names = self.moving if last else [*self.statistics, *self._sums]
-            extra = list(gradients) if last else []
-            labels = {step_contract.Y: part.y}
+        values: dict[str, Array] = {}
+        gradient_arrays: list[Array] = []
+        for count, micro_batch in enumerate(micro_batches, 1):
+            is_last = count == len(micro_batches)
+            names = self.moving if is_last else [*self.statistics, *self._sums]
+            gradient_names = list(gradients) if is_last else []
+            labels = {step_contract.Y: micro_batch.y}
             if dropout_key is None:
-                labels |= self.dropout.ones(feeds, len(part.y))
+                labels |= self.dropout.ones(feeds, len(micro_batch.y))
             else:
-                labels |= self.dropout.draw(feeds, len(part.y), *dropout_key, count)
+                labels |= self.dropout.draw(feeds, len(micro_batch.y), *dropout_key, count)
             if step_contract.Y_PARTNER in self._session.inputs:
-                labels[step_contract.Y_PARTNER] = part.y if part.partner is None else part.partner
-            out = self._run(
-                {**feeds, **labels, step_contract.X: part.x},
-                [*self._results, *map(step_contract.following, names), *extra],
-                {step_contract.following(n): into[n] for n in names} if last and into else {},
+                labels[step_contract.Y_PARTNER] = micro_batch.y if micro_batch.partner is None else micro_batch.partner
+            outputs = self._run(
+                {**feeds, **labels, step_contract.X: micro_batch.x},
+                [*self._results, *map(step_contract.following, names), *gradient_names],
+                {step_contract.following(n): into[n] for n in names} if is_last and into else {},
             )
-            loss += float(out[step_contract.LOSS])
-            hits += int(out[step_contract.HITS]) if step_contract.HITS in out else 0
-            moved, asked = {n: out[step_contract.following(n)] for n in names}, [out[n] for n in extra]
-            if not last:
+            loss += float(outputs[step_contract.LOSS])
+            hits += int(outputs[step_contract.HITS]) if step_contract.HITS in outputs else 0
+            values, gradient_arrays = (
+                {n: outputs[step_contract.following(n)] for n in names},
+                [outputs[n] for n in gradient_names],
+            )
+            if not is_last:
                 # onnxruntime's outputs are stored among the activations in its arena: if they stayed, the next part's
                 # activations would have to fit around them, and the arena would grow.
-                feeds |= {n: np.array(value) for n, value in moved.items()}
-                del out
-                moved.clear()
-        return Moved(loss, hits, moved, asked)
+                feeds |= {n: np.array(value) for n, value in values.items()}
+                del outputs
+                values.clear()
+        return Moved(loss, hits, values, gradient_arrays)
 
     def place(self, arrays: Mapping[str, Array], role: str) -> dict[str, Any]:
         """Arrays where steps are computed; see `Session.place`."""
@@ -283,8 +305,8 @@ class StepGraph:
                     self._parts.part_for(self._bytes, outputs), threads=self._threads, training=True, cuda=self._cuda
                 )
                 self._forward[tuple(outputs)] = session
-            fed = {**feeds, **self._frozen(), **self.dropout.ones(feeds, len(feeds[step_contract.X]))}
-            return session.run({n: v for n, v in fed.items() if n in session.inputs}, outputs)
+            inputs = {**feeds, **self._frozen(), **self.dropout.ones(feeds, len(feeds[step_contract.X]))}
+            return session.run({n: v for n, v in inputs.items() if n in session.inputs}, outputs)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error
 
@@ -295,23 +317,23 @@ class StepGraph:
             session.leave_gpu(error)
 
     def release(self) -> None:
-        """Let go of the mapped base, whose pages count as the process's memory; the next run maps it again."""
+        """Unmap the frozen base, whose pages count as the process's memory; the next run maps it again."""
         self._base = {}
 
     def _frozen(self) -> dict[str, Array]:
         """The frozen base, mapped and not read: it is never copied, and the system may drop its pages."""
         if self._base_names and not self._base and self._base_path is not None:
-            found = tensorfile.mapped(self._base_path)
+            base = tensorfile.mapped(self._base_path)
             for name in self._base_names:
                 kind, shape = self._session.inputs[name]
-                value = found.get(name)
+                value = base.get(name)
                 if value is None or value.shape != shape or _TYPES.get(value.dtype.name) != kind:
                     raise TrainingError(
                         f"{self._base_path}: {name} of the frozen base",
                         expected=f"{kind} {shape}",
                         got="nothing" if value is None else f"{value.dtype} {value.shape}",
                     )
-            self._base = self._session.place({n: found[n] for n in self._base_names}, "base")
+            self._base = self._session.place({n: base[n] for n in self._base_names}, "base")
         return self._base
 
     def _bytes(self) -> bytes:
