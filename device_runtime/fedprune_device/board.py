@@ -1,4 +1,4 @@
-"""The builder of the board's program: makes every part of it, in the order in which they need each other."""
+"""The composition root of the board's program: it makes every part, in the order in which they need each other."""
 
 from __future__ import annotations
 
@@ -193,17 +193,16 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     owner = DirectoryOwner(device, member_options.site)
     with ExitStack() as stack, _stopped_children(stopping):
-        fixed = (
-            None if sample_options.data == LOCAL else sample_options.open(state, stack)
-        )  # what is wrong with it comes first
+        # Before the state directory is locked and written: an error in the user's data is reported first.
+        fixed_data = None if sample_options.data == LOCAL else sample_options.open(state, stack)
         store = stack.enter_context(DeviceStore(state, owner=owner))
         store.hold_to(policy)
         if store.privacy.private:
             _LOG.info("privacy: %s", store.privacy.describe())
         crashes = CrashReports(state, quiet=lambda: store.privacy.private)
         stack.enter_context(crashes.watched())
-        data = sample_options.open(state, stack) if fixed is None else fixed
-        runtime.check()  # before this process loads it, which may end the process
+        data = sample_options.open(state, stack) if fixed_data is None else fixed_data
+        runtime.check()  # in a child process, before this process loads onnxruntime: a broken one may end its process
         stack.enter_context(
             answering(
                 address,
@@ -217,7 +216,7 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
         )
         member = membership(member_options)
         if config.no_probe or (member.identity is not None and not member.identity.joined):
-            runtime.close()  # to join may take days
+            runtime.close()  # joining may take days, and the child process needs memory
         with starting("waiting to join the fleet"):
             if not join_first(member, patient=config.patient, stopped=stopping):
                 return
@@ -252,7 +251,8 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
         connecting.set()
         connection.link.start(patient=config.patient)
         stack.callback(connection.link.close)
-        owner.claim(state)  # not before: a start that fails must not give the directory to a mistyped name
+        # Only now: a start that fails must not give the state directory to a mistyped device name.
+        owner.claim(state)
         renewal = member.renewal(connection.link)
         if renewal is not None:
             stack.enter_context(renewal)
@@ -270,10 +270,10 @@ def _check_trial(trial: ReleaseTrial, runtime: RuntimeProcess, serving: Path) ->
 def _probed(config: BoardConfig, runtime: RuntimeProcess, data: SampleSource, *, cuda: bool) -> ProbeReport:
     _LOG.info("measuring this board, which takes 10 to 30 s")
     report = runtime.probe(config.threads, memory_file=config.membership.state / "layer_times.json", cuda=cuda)
-    # A plan counts this process and its samples, which hold memory already.
-    held = data.bytes if isinstance(data, LocalData) else 0
-    taken = process_memory()
-    report = replace(report, process_bytes=None if taken is None else max(taken - held, 2**20))
+    # The probe reports this process without its samples, because the planner adds the samples' memory itself.
+    sample_bytes = data.bytes if isinstance(data, LocalData) else 0
+    process_bytes = process_memory()
+    report = replace(report, process_bytes=None if process_bytes is None else max(process_bytes - sample_bytes, 2**20))
     _LOG.info("probe: %s", json.dumps(report.to_dict() | table_summaries(report)))
     return report
 
@@ -292,9 +292,9 @@ def _profile(name: str | None) -> HardwareProfile | None:
     if name:
         return profile_store.find(name)
     try:
-        found = identify(facts())
+        identification = identify(facts())
     except ProfileError as error:
         _LOG.warning("no hardware profile fits this board, so that only its disk limits what it accepts: %s", error)
         return None
-    _LOG.info("profile: %s", found.describe())
-    return found.profile
+    _LOG.info("profile: %s", identification.describe())
+    return identification.profile

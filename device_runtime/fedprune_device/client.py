@@ -20,8 +20,8 @@ from secrets import SystemRandom
 from typing import Any
 from urllib.parse import quote
 
-_MOST_BYTES = 64 * 2**20
-_LONGEST_WAIT = 5.0
+_MOST_BYTES = 64 * 2**20  # of an answer
+_LONGEST_WAIT = 5.0  # seconds between two tries
 
 
 class BoardError(Exception):
@@ -29,8 +29,8 @@ class BoardError(Exception):
 
     def __init__(self, status: int, what: str, expected: str = "", got: str = "", hint: str = "") -> None:
         self.status, self.what, self.expected, self.got, self.hint = status, what, expected, got, hint
-        parts = [f"{name} {text}" for name, text in (("expected", expected), ("got", got)) if text]
-        message = what + (": " + ", ".join(parts) if parts else "")
+        details = [f"{name} {text}" for name, text in (("expected", expected), ("got", got)) if text]
+        message = what + (": " + ", ".join(details) if details else "")
         super().__init__(f"{message}. {hint}" if hint else message)
 
 
@@ -127,8 +127,8 @@ class Board:
             return False
 
     def _ask(self, method: str, path: str, body: bytes | None = None, kind: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = self._request(method, path, body, {"Content-Type": kind} if kind else {})
-        return found
+        answer: dict[str, Any] = self._request(method, path, body, {"Content-Type": kind} if kind else {})
+        return answer
 
     def _request(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> Any:
         for number in range(self._tries):
@@ -151,7 +151,8 @@ class Board:
     def _once(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, Any]:
         connection = _Connection(self._address, self._timeout)
         try:
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may answer before it has read all
+            # A board that refuses a request may answer and hang up before it has read all of it.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(method, path, body, headers)
             response = connection.getresponse()
             raw = response.read(_MOST_BYTES)
@@ -177,7 +178,8 @@ class _Connection(http.client.HTTPConnection):
             return
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            # Where many connect at a time, this waits for its turn; with Python's own timeout it fails at once.
+            # With this option `connect` waits for its turn among many clients. With Python's own timeout the socket
+            # doesn't block, and on a Unix socket whose queue is full `connect` fails at once.
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(float(self.timeout or 0)))
         except OSError:
             self.sock.settimeout(self.timeout)
@@ -190,21 +192,21 @@ def _timeval(seconds: float) -> bytes:
 
 
 def _body(x: Any) -> tuple[bytes, str]:
-    """Samples as they are sent, and the name of that form."""
+    """The body of a request with samples, and its content type."""
     if isinstance(x, (bytes, bytearray)):
         return bytes(x), "image/png" if x[:4] == b"\x89PNG" else "image/jpeg"
     if not hasattr(x, "astype"):
         return json.dumps({"x": x}).encode(), "application/json"
     # An array: one safetensors file, whose form is its length, what is in it, and the numbers.
-    whole = x.dtype.kind in "iu"
-    data = x.astype("<i8" if whole else "<f4").tobytes()
-    about = {"dtype": "I64" if whole else "F32", "shape": list(x.shape), "data_offsets": [0, len(data)]}
+    are_whole = x.dtype.kind in "iu"
+    data = x.astype("<i8" if are_whole else "<f4").tobytes()
+    about = {"dtype": "I64" if are_whole else "F32", "shape": list(x.shape), "data_offsets": [0, len(data)]}
     head = json.dumps({"x": about}).encode()
     return len(head).to_bytes(8, "little") + head + data, "application/safetensors"
 
 
 def _error(status: int, answer: dict[str, Any]) -> BoardError:
-    found = answer.get("error")
-    found = found if isinstance(found, dict) else {}
-    parts = [str(found.get(name) or "") for name in ("what", "expected", "got", "hint")]
-    return BoardError(status, parts[0] or f"the board answered {status}", *parts[1:])
+    error = answer.get("error")
+    error = error if isinstance(error, dict) else {}
+    texts = [str(error.get(name) or "") for name in ("what", "expected", "got", "hint")]
+    return BoardError(status, texts[0] or f"the board answered {status}", *texts[1:])

@@ -25,11 +25,12 @@ from fedprune_device.launcher.state import COMMITTED, STAGED, TRIAL, DamagedErro
 
 VERSION = 1  # releases name the oldest launcher that can start them (`Release.launcher`)
 
-_PAUSE_S = 0.2
-_GRACE_S = 10.0
-_WORDS_S = 2.0
-_WORDS = 2000
+_PAUSE_S = 0.2  # between two looks at the child process
+_GRACE_S = 10.0  # from SIGTERM to SIGKILL
+_WORDS_S = 2.0  # how long the end of a dead child's stderr is waited for
+_WORDS = 2000  # bytes of a line of stderr
 _WORDLESS = "the last attempt ended without a message, as in a power cut"
+# The program of a slot. The current folder is taken off the path, or a file in it could replace a module of the slot.
 _START = """
 import sys
 from importlib import import_module
@@ -39,6 +40,8 @@ sys.argv[0] = module
 sys.exit(getattr(import_module(module), function)())
 """
 
+# Begins the process of a release on trial: it ends with its launcher, however that ends. An orphan would hold the state
+# directory's lock, so that a launcher that is started again could run no release.
 _END_WITH_LAUNCHER = """
 import os, signal
 try:
@@ -49,13 +52,11 @@ except (ImportError, OSError, AttributeError, TypeError):
 if os.getppid() != {launcher}:
     os._exit(1)
 """
-"""Begins the process of a release on trial: it ends with its launcher, whatever ends that. Left alone it would hold the
-state directory's lock, so that no launcher that is started again could run a release."""
 
 
 @dataclass(frozen=True)
 class SlotExit:
-    """How a started release ended. `code` is the launcher's if it ends, too; `asked` if it was asked to stop."""
+    """How a started release ended. `code` is the launcher's exit code if it ends, too; `asked`: it was told to stop."""
 
     reason: str
     code: int = 1
@@ -93,7 +94,7 @@ def decide(home: SlotStore) -> tuple[str, SlotRecord, LauncherState]:
         except DamagedError:
             if home.key() is not None:
                 raise DamagedError(reason) from None  # only what the server has signed is started
-            # Most of the stable slot is intact: a try is better than a board that stays offline.
+            # A damaged slot may still run: trying it is better than a board that stays offline.
             return state.stable, home.record(state.stable), state
         version = state.highest
         with suppress(DamagedError):
@@ -110,16 +111,16 @@ def launch(home: SlotStore, run: Callable[[str, SlotRecord, LauncherState | None
     while True:
         slot, record, state = decide(home)
         on_trial = state.phase == TRIAL
-        end = run(slot, record, state if on_trial else None)
+        slot_exit = run(slot, record, state if on_trial else None)
         if not on_trial:
-            return end.code
+            return slot_exit.code
         with home.changing():
             after = home.load()
             if after is not None and after.phase == TRIAL and after.highest == state.highest:
-                told = after.trouble if after.sequence > state.sequence else ""
-                home.save(after.failed(f"{end.reason} ({told})" if told else end.reason))
-        if end.asked or (after is not None and after.outcome == UpdateOutcome(state.highest, COMMITTED)):
-            return end.code
+                trouble = after.trouble if after.sequence > state.sequence else ""
+                home.save(after.failed(f"{slot_exit.reason} ({trouble})" if trouble else slot_exit.reason))
+        if slot_exit.asked or (after is not None and after.outcome == UpdateOutcome(state.highest, COMMITTED)):
+            return slot_exit.code
 
 
 class SlotRunner:
@@ -146,31 +147,32 @@ class SlotRunner:
             os.execve(sys.executable, command, environment)  # noqa: S606  # nosec B606  # no shell is involved
         command[2] = _END_WITH_LAUNCHER.format(launcher=os.getpid()) + _START
         notify(f"STATUS=trying version {record.version}\nEXTEND_TIMEOUT_USEC={int((state.seconds + 30) * 1e6)}")
-        before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        old_handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         self._child = child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)  # noqa: S603  # nosec B603  # this Python, with a slot of the launcher's own folder
-        words = StderrTail(child.stderr)
+        stderr_tail = StderrTail(child.stderr)
         deadline = time.monotonic() + state.seconds
         while child.poll() is None and time.monotonic() < deadline and not self._asked:
             time.sleep(_PAUSE_S)
         after = self._home.load()
-        late = not self._asked and child.poll() is None and after is not None and after.phase == TRIAL
-        if late or self._asked:
+        is_late = not self._asked and child.poll() is None and after is not None and after.phase == TRIAL
+        if is_late or self._asked:
             child.terminate()
             with suppress(subprocess.TimeoutExpired):
                 child.wait(_GRACE_S)
             child.kill()
         child.wait()  # a committed release keeps running; the launcher waits for its end
-        for number, handler in before.items():  # otherwise a stop would be lost while the next release starts
+        # With the old handlers a stop ends the launcher; `_ask` would only remember it while the next release starts.
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
         code = child.returncode
-        how = f"killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        reason = f"not healthy within {state.seconds:g} s" if late else f"{how} before it was healthy"
-        said = words.read() if code > 0 and not late else ""
-        reason += f": {said}" if said else ""
+        ending = f"killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        reason = f"not healthy within {state.seconds:g} s" if is_late else f"{ending} before it was healthy"
+        last_line = stderr_tail.read() if code > 0 and not is_late else ""
+        reason += f": {last_line}" if last_line else ""
         return SlotExit(reason, 0 if self._asked else code if code >= 0 else 128 - code, bool(self._asked))
 
     def _ask(self, number: int, _frame: object) -> None:
-        """Pass a stop on to the release; a second one kills it."""
+        """Pass a stop on to the release; a second stop kills it."""
         if self._child is not None:
             self._child.send_signal(signal.SIGKILL if self._asked else signal.SIGTERM)
         self._asked = number

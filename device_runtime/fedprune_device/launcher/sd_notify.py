@@ -17,7 +17,7 @@ READY, WATCHDOG, STOPPING = "READY=1", "WATCHDOG=1", "STOPPING=1"
 
 START_S = 900  # how long a start may take without a message: the unit's TimeoutStartSec
 
-_AGAIN_S = 60.0
+_AGAIN_S = 60.0  # between two extensions of a start, each of which lasts START_S
 
 
 def notify(text: str, environment: Mapping[str, str] = os.environ) -> bool:
@@ -43,25 +43,25 @@ def more_time(seconds: float) -> str:
 
 
 @contextmanager
-def starting(what: str, tell: Callable[[str], object] = notify, again: float = _AGAIN_S) -> Iterator[None]:
-    """Keep the manager from ending a start that waits for a network or an approval, while the body runs.
+def starting(description: str, tell: Callable[[str], object] = notify, again: float = _AGAIN_S) -> Iterator[None]:
+    """Keep systemd from ending a start that waits for a network or an approval, while the body runs.
 
     The manager isn't told that the service is ready, because its watchdog would begin to count. After the body the
     start has nearly `START_S` seconds again.
     """
-    with repeating(lambda: tell(f"{status(what)}\n{more_time(START_S)}"), again, "fedprune-starting"):
+    with repeating(lambda: tell(f"{status(description)}\n{more_time(START_S)}"), again, "fedprune-starting"):
         yield
 
 
 @contextmanager
-def repeating(say: Callable[[], object], again: float, name: str) -> Iterator[None]:
+def repeating(call: Callable[[], object], interval_s: float, name: str) -> Iterator[None]:
     """Call a function at once and every `again` seconds, in a thread of this name, while the body runs."""
-    over = threading.Event()
+    ended = threading.Event()
 
     def run() -> None:
         while True:
-            say()
-            if over.wait(again):
+            call()
+            if ended.wait(interval_s):
                 return
 
     thread = threading.Thread(target=run, name=name, daemon=True)
@@ -69,7 +69,7 @@ def repeating(say: Callable[[], object], again: float, name: str) -> Iterator[No
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         thread.join()
 
 

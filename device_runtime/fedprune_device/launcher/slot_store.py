@@ -1,4 +1,4 @@
-"""The folder of the slots, their records and the state of updates, and all that is written there.
+"""The folder of the launcher: slots, their records and the state of updates.
 
 Every file is written next to its old version, flushed and renamed. The launcher includes this module, so it imports the
 standard library alone.
@@ -23,8 +23,8 @@ from fedprune_device.launcher.state import ROLLED_BACK, SLOTS, DamagedError, Lau
 FORMAT = 1  # format of state and records. A launcher is installed once, and reads what later releases write.
 
 KEY = "server.pub"
+# The prefix of a signed manifest, as in `fedprune.releases.release`, which the launcher can't import.
 PURPOSE = b"fedprune release 1\n"
-"""The beginning of what is signed of a release, as in `fedprune.releases.release`, which the launcher can't import."""
 
 Owner = tuple[int, int]  # numbers of a user and its group
 
@@ -96,15 +96,16 @@ class SlotStore:
             os.close(descriptor)
 
     def load(self) -> LauncherState | None:
-        found = []
+        states = []
         for name in ("state.json", "copy.json"):
             with suppress(DamagedError):
-                found.append(LauncherState.read(_read(self.folder / name)))
-        return max(found, key=lambda s: s.sequence, default=None)
+                states.append(LauncherState.read(_read(self.folder / name)))
+        return max(states, key=lambda s: s.sequence, default=None)
 
     def save(self, state: LauncherState) -> None:
         """Write both copies of a state; after a power cut the old or the new one counts."""
         state = replace(state, sequence=state.sequence + 1)
+        # One after the other, each synced: a power cut damages at most one of them.
         for name in ("copy.json", "state.json"):
             _write(self.folder / name, asdict(state))
 
@@ -113,18 +114,24 @@ class SlotStore:
         body = _read(self.folder / f"{slot}.json")
         try:
             files = {str(path): (str(sha256), int(size)) for path, (sha256, size) in body["files"].items()}
-            own = body.get("system")
-            system = None if own is None else tuple(map(str, own))
-            proof = str(body.get("manifest", "")), str(body.get("signature", ""))
+            system_modules = body.get("system")
+            system = None if system_modules is None else tuple(map(str, system_modules))
+            manifest_and_signature = str(body.get("manifest", "")), str(body.get("signature", ""))
             wheels = {str(sha256): tuple(map(str, paths)) for sha256, paths in body.get("wheels", {}).items()}
-            made = SlotRecord(
-                int(body["version"]), str(body["name"]), str(body["entry"]), files, system, *proof, wheels
+            record = SlotRecord(
+                int(body["version"]),
+                str(body["name"]),
+                str(body["entry"]),
+                files,
+                system,
+                *manifest_and_signature,
+                wheels,
             )
         except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
             raise DamagedError(f"the record of slot {slot} is not one") from error
-        if not _ENTRY.fullmatch(made.entry):
+        if not _ENTRY.fullmatch(record.entry):
             raise DamagedError(f"the record of slot {slot} names no module:function")
-        return made
+        return record
 
     def write_record(self, slot: str, record: SlotRecord) -> None:
         """Write a slot's record; from then on it counts as installed."""
@@ -136,7 +143,7 @@ class SlotStore:
         sync_folder(self.folder)
 
     def whole(self, slot: str, *, from_disk: bool = False, key: bytes | None = None) -> SlotRecord:
-        """A slot's record, if the server (or `key`) signed it, every file matches it and no other file exists.
+        """A slot's record, after checking that the server (or `key`) signed it, every file matches and none is added.
 
         `from_disk` reads synced files from the disk instead of the page cache, which hides write errors. Raises
         `DamagedError`.
@@ -146,8 +153,8 @@ class SlotStore:
         if key is not None and not _signed(record, key):
             raise DamagedError(f"slot {slot}: the server's key has not signed what is in it")
         paths = (p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-        found = {str(p.relative_to(folder)) for p in paths}
-        for path in sorted(found ^ set(record.files)):
+        present_paths = {str(p.relative_to(folder)) for p in paths}
+        for path in sorted(present_paths ^ set(record.files)):
             what = "is missing" if path in record.files else "doesn't belong there"
             raise DamagedError(f"slot {slot}: {path} {what}")
         for path, (sha256, size) in record.files.items():
@@ -156,7 +163,7 @@ class SlotStore:
         return record
 
     def recover(self) -> LauncherState:
-        """A state in place of a lost one. The lower number is the stable slot's, since the other may never have run.
+        """Make a state in place of a lost one. The lower version becomes stable, since the other may never have run.
 
         Raises `DamagedError` if no slot is whole.
         """
@@ -192,25 +199,25 @@ def _signed(record: SlotRecord, key: bytes) -> bool:
     try:
         signature, manifest = bytes.fromhex(record.signature), record.manifest.encode()
         body = json.loads(manifest) if verify(key, signature, PURPOSE + manifest) else {}
-        told = body["number"], body["entry"], body["contents"]
+        signed_facts = body["number"], body["entry"], body["contents"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
-    return bool(told == (record.version, record.entry, files_digest(record.files)))
+    return bool(signed_facts == (record.version, record.entry, files_digest(record.files)))
 
 
 def digest(path: Path, *, from_disk: bool = False) -> tuple[str, int]:
     """sha256 and size of a file; ("", -1) if it can't be read."""
-    found, size = hashlib.sha256(), 0
+    sha256, size = hashlib.sha256(), 0
     try:
         with path.open("rb") as file:
             if from_disk:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            while piece := file.read(2**20):
-                found.update(piece)
-                size += len(piece)
+            while chunk := file.read(2**20):
+                sha256.update(chunk)
+                size += len(chunk)
     except OSError:
         return "", -1
-    return found.hexdigest(), size
+    return sha256.hexdigest(), size
 
 
 def _read(path: Path) -> Any:
@@ -230,10 +237,11 @@ def write_file(path: Path, data: bytes, mode: int = 0o644, owner: Owner | None =
     It has the permissions from its first byte on, and by default this user as its owner. No link is followed: root may
     write where others may, too.
     """
-    new = path.with_name(f".{path.name}.new")
-    if os.path.lexists(new):
-        new.unlink()
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    new_path = path.with_name(f".{path.name}.new")
+    # O_EXCL below follows no link, but fails on what an interrupted write has left.
+    if os.path.lexists(new_path):
+        new_path.unlink()
+    descriptor = os.open(new_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         os.fchmod(descriptor, mode)
         if owner is not None:
@@ -243,14 +251,14 @@ def write_file(path: Path, data: bytes, mode: int = 0o644, owner: Owner | None =
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    new.replace(path)
+    new_path.replace(path)
     sync_folder(path.parent)
 
 
 def _write(path: Path, body: Any) -> None:
     text = json.dumps(body, sort_keys=True)
-    whole = {"format": FORMAT, "body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    write_file(path, json.dumps(whole).encode())
+    document = {"format": FORMAT, "body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_file(path, json.dumps(document).encode())
 
 
 def sync_folder(folder: Path) -> None:

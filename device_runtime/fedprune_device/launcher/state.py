@@ -17,8 +17,8 @@ SLOTS = ("a", "b")
 STABLE, STAGED, TRIAL = "stable", "staged", "trial"
 COMMITTED, ROLLED_BACK = "committed", "rolled back"
 
-MOST_STARTS = 1000
-LONGEST_S = 3600.0  # limits of starts, attempts and an attempt's seconds
+MOST_STARTS = 1000  # of starts of a staged release, and of attempts of a trial
+LONGEST_S = 3600.0  # of an attempt
 
 
 class DamagedError(Exception):
@@ -81,11 +81,11 @@ class LauncherState:
         return replace(self, phase=STABLE, left=0, trouble="", outcome=outcome)
 
     def failed(self, reason: str) -> LauncherState:
-        """An attempt failed; the last one ends the trial."""
+        """Note that an attempt failed; after the last one the trial is rolled back."""
         return self.roll_back(reason) if self.left <= 0 else replace(self, trouble=line(reason))
 
     def note(self, trouble: str) -> LauncherState:
-        """Set the reason in case that the attempt ends now."""
+        """Note a reason that is reported if the attempt ends without a message."""
         return replace(self, trouble=line(trouble))
 
     def fall_back(self, version: int, reason: str) -> LauncherState:
@@ -96,19 +96,19 @@ class LauncherState:
     @classmethod
     def read(cls, body: Any) -> LauncherState:
         try:
-            made = cls(**{**body, "outcome": UpdateOutcome(**body["outcome"]) if body["outcome"] else None})
-            numbers = (made.left, made.highest, made.sequence)
+            state = cls(**{**body, "outcome": UpdateOutcome(**body["outcome"]) if body["outcome"] else None})
+            numbers = (state.left, state.highest, state.sequence)
             if (
-                made.stable not in SLOTS
-                or made.phase not in (STABLE, STAGED, TRIAL)
+                state.stable not in SLOTS
+                or state.phase not in (STABLE, STAGED, TRIAL)
                 or not all(isinstance(n, int) and n >= 0 for n in numbers)
-                or made.left > MOST_STARTS
-                or not 0 <= made.seconds <= LONGEST_S
+                or state.left > MOST_STARTS
+                or not 0 <= state.seconds <= LONGEST_S
             ):
                 raise ValueError("a value is out of range")
         except (TypeError, KeyError, ValueError) as error:
             raise DamagedError(f"the launcher's state is not one ({error})") from error
-        return made
+        return state
 
 
 def line(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The board's connection to its server: each message is signed or verified, and parsed, here and nowhere else.
+"""The board's connection to its server, the only place that signs, verifies and parses messages.
 
 The rest of the board sees only messages, no topics and no signatures.
 """
@@ -24,8 +24,8 @@ from fedprune.wire.transfer import ResponseTime
 
 _LOG = logging.getLogger("fedprune.device")
 
+# Seconds for which a server may be busy before it answers an announcement; it asks each board for its log at once.
 ANSWER_S = 25.0
-"""Seconds for which a server may be busy before it answers an announcement; it asks each board for its log at once."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Received:
 
 
 class Channel:
-    """Messages as they are, without signatures: for a server on the same machine."""
+    """Messages without signatures, for a server on the same machine."""
 
     def __init__(self, device: str, site: str) -> None:
         self.device, self.topics = device, Topics(site)
@@ -69,7 +69,7 @@ class Channel:
 
 
 class Connection:
-    """Traffic of the board; `answers` are the delays of the server's answers."""
+    """The board's connection. `answers` estimates how long the server takes to answer."""
 
     def __init__(self, link: Link, channel: Channel, clock: Callable[[], float] = time.monotonic) -> None:
         self.link, self.device, self.topics = link, channel.device, channel.topics
@@ -77,7 +77,7 @@ class Connection:
         self.clock = clock
         self._channel = channel
         self._complaints = RejectedMessageLog(_LOG, clock)
-        self._announced_at: float | None = None  # until the server answers, or it was said that it doesn't
+        self._announced_at: float | None = None  # None once the server has answered, or its silence was logged
         self._answered = self._heard_server = False
 
     @property
@@ -114,7 +114,7 @@ class Connection:
         self.link.leave(seconds)
 
     def receive(self, timeout: float | None = 0.0) -> Received | Chunk | ConnectionUp | ConnectionDown | None:
-        """The next message, chunk or event; None if nothing came in time, or what came is invalid."""
+        """The next message, chunk or event; None if nothing valid arrives in time."""
         item = self.link.get(timeout)
         self._miss_answer()
         if isinstance(item, ConnectionUp):
@@ -141,7 +141,8 @@ class Connection:
     def _miss_answer(self) -> None:
         """Log once per connection that the server doesn't answer this board's announcement.
 
-        A broker acknowledges what its rules don't let through, and a revoked board isn't told.
+        Nothing else shows it: a broker also acknowledges messages that its access rules drop, and doesn't tell a
+        revoked board.
         """
         if self._announced_at is None or self.clock() - self._announced_at < ANSWER_S:
             return

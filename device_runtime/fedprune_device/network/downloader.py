@@ -1,4 +1,4 @@
-"""The download of what an offer needs: from the web server that it names, and the rest over MQTT."""
+"""The download of an offer's blobs: from the web server that the offer names, and the rest over MQTT."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from fedprune_device.network.uplink import Uplink
 class Downloader:
     """Downloads the blobs of one offer at a time, in parallel. No call waits for the network.
 
-    Weights that can be decoded from something shorter are downloaded in that form, and whole if the server no longer
-    has it; they are decoded where they are used.
+    Weights are downloaded in their shorter encoded form if there is one, and plainly if the server no longer has it.
+    They are decoded later, by the round that uses them.
 
     Attributes:
         offer: What is being downloaded; None if nothing is.
@@ -53,19 +53,21 @@ class Downloader:
 
     @property
     def progress(self) -> tuple[int, int]:
-        rows = [self._web.progress] if self._web is not None else [pull.progress for pull in self._pulls.values()]
-        return sum(done for done, _ in rows), sum(total for _, total in rows)
+        progresses = [self._web.progress] if self._web is not None else [pull.progress for pull in self._pulls.values()]
+        return sum(done for done, _ in progresses), sum(total for _, total in progresses)
 
     def begin(self, offer: Offer, now: float, *, plainly: bool = False, asks: bool = True) -> None:
-        """Begin with another offer; `plainly`: with weights as they are; `asks`: the server can be asked. Raises
-        `StorageFullError` if there is no room, and `ProtocolError` if a reference contradicts itself."""
+        """Begin with another offer; `plainly`: without encoded weights; `asks`: the connection is up.
+
+        Raises `StorageFullError` if there is no room, and `ProtocolError` if a reference contradicts itself.
+        """
         self._plainly, self._began = plainly, now
         self._prepare(offer)
         self._stop_web()
-        lacking = tuple(pull.ref for pull in self._pulls.values())
-        if offer.blobs_at is not None and lacking:
+        missing = tuple(pull.ref for pull in self._pulls.values())
+        if offer.blobs_at is not None and missing:
             base = BlobUrl.parse(offer.blobs_at)
-            self._web = self._last_web = HttpFetch(self._store, base, lacking, self._context)
+            self._web = self._last_web = HttpFetch(self._store, base, missing, self._context)
         elif asks:
             self.connected(now)
 
@@ -75,7 +77,7 @@ class Downloader:
             self.offer = offer
 
     def connected(self, now: float) -> None:
-        """Request everything: what was requested on another connection is lost."""
+        """Request everything that is missing: requests of an earlier connection are lost."""
         self._pull(lambda pull: pull.start(now))
 
     def remind(self, now: float) -> None:
@@ -99,7 +101,7 @@ class Downloader:
         self._uplink.ask(self.offer.job, weights.start(now))
 
     def turn(self, now: float) -> float | None:
-        """Go on with what is being downloaded; returns the seconds that it took, once it is complete."""
+        """Continue the download; returns the seconds that it took, once it is complete."""
         if self.offer is None:
             return None
         if self._web is not None and self._web.over():
@@ -134,12 +136,12 @@ class Downloader:
         self.offer = offer
 
     def _pull_of(self, ref: BlobRef) -> Pull:
-        arriving = self._store.partial(ref, vouched=True)  # the server has named and signed both of its digests
+        partial_blob = self._store.partial(ref, vouched=True)  # a signed offer names both of its digests
         lend = partial(reuse_leaves, self._store)
-        return Pull(ref, arriving, limit=self._limit, answers=self._connection.answers, lend=lend)
+        return Pull(ref, partial_blob, limit=self._limit, answers=self._connection.answers, lend=lend)
 
     def _pull(self, step: Callable[[Pull], list[BlobRequest]]) -> None:
-        """Go on over MQTT, unless the web server is at it: what comes meanwhile was requested before."""
+        """Send the requests of a step, unless the web server is sending: chunks that arrive then are late ones."""
         if self.offer is not None and self._web is None:
             pulls = [pull for pull in self._pulls.values() if not pull.done]
             self._uplink.ask(self.offer.job, [request for pull in pulls for request in step(pull)])

@@ -1,4 +1,4 @@
-"""How a board becomes a member of its fleet and stays one: it joins with a claim or waits for approval, and renews.
+"""Membership in a fleet: a board joins with a claim or waits for approval, and renews its certificate.
 
 It asks on a connection of its own that needs no certificate. Its messages contain no secret and are signed, so an
 attacker in between can only block them. A user and a password of the broker are secrets: they go only to a broker that
@@ -32,11 +32,11 @@ _LOG = logging.getLogger("fedprune.device")
 JOIN_PORT = 8884  # of brokers that `fedprune-server broker-config` sets up, in addition to 8883 for members
 
 _MEMBERS_PORT = 8883
-_AGAIN_S = 5.0
-_WAITING_S = 20.0
-_LOOK_S = 600.0
+_AGAIN_S = 5.0  # between two requests without an answer
+_WAITING_S = 20.0  # between two requests while an operator's approval is awaited, which takes minutes at least
+_LOOK_S = 600.0  # between two looks at the certificate's end
 _DAY_S = 24 * 3600.0
-_PATIENCE_S = 60.0
+_PATIENCE_S = 60.0  # for one renewal; the next look tries again
 
 
 def join_urls(broker: str) -> list[str]:
@@ -68,9 +68,9 @@ def join_routes(identity: DeviceIdentity, urls: Sequence[str], authority: Path |
         return [
             JoinRoute(url, lambda: pinned_context(authority, None, None, lambda: BUILT)) for url in urls if authority
         ]
-    without = [JoinRoute(url, lambda: identity.context(authority, certificate=False)) for url in urls]
-    # Its own certificate may have ended; but there are brokers that refuse connections without one.
-    return [*without, JoinRoute(urls[-1], lambda: identity.context(authority))]
+    without_certificate = [JoinRoute(url, lambda: identity.context(authority, certificate=False)) for url in urls]
+    # First without a certificate, since the board's own may have expired; but some brokers require one.
+    return [*without_certificate, JoinRoute(urls[-1], lambda: identity.context(authority))]
 
 
 def enrol(
@@ -90,91 +90,94 @@ def enrol(
     whole wait; None waits for ever. Raises `IdentityError` without claim and pin, `JoinError` if the server refuses or
     every answer was foreign, `BrokerError` if no answer came in time or it was stopped.
     """
-    known = claim.pin if claim is not None else pin
-    if known is None:
+    authority_pin = claim.pin if claim is not None else pin
+    if authority_pin is None:
         raise IdentityError(
             f"{identity.device} can't tell its server from another without a claim",
             hint="Give it one of `fedprune-server claim`: --claim FILE. Or the pin that `init` showed: --pin HEX.",
         )
     stopped = stopped or threading.Event()
-    until = None if patience_s is None else time.monotonic() + patience_s
-    last: BrokerError | ForeignAnswerError | None = None
-    said: list[str] = []
-    while not stopped.is_set() and (until is None or time.monotonic() < until):
-        failed: list[BrokerError | ForeignAnswerError] = []
-        for way in join_routes(identity, urls, authority):
+    deadline = None if patience_s is None else time.monotonic() + patience_s
+    last_error: BrokerError | ForeignAnswerError | None = None
+    reported_lines: list[str] = []
+    while not stopped.is_set() and (deadline is None or time.monotonic() < deadline):
+        errors: list[BrokerError | ForeignAnswerError] = []
+        for route in join_routes(identity, urls, authority):
             try:
-                return _asked(identity, way, claim, known, until, stopped, tell)
+                return _asked(identity, route, claim, authority_pin, deadline, stopped, tell)
             except (BrokerError, ForeignAnswerError) as error:  # noqa: PERF203 - each may be tried again
-                failed.append(error)
-        # Not every broker has a port for joining: what fails is told when all have failed.
-        lines = [one_line(str(error)) for error in failed]
-        over = until is not None and time.monotonic() >= until  # then the last one is the command's error
-        for line in lines[: len(lines) - over] if lines != said else ():
+                errors.append(error)
+        # Not every broker has a port for joining: errors are reported only when all routes have failed.
+        lines = [one_line(str(error)) for error in errors]
+        is_over = deadline is not None and time.monotonic() >= deadline  # then the last one is the command's error
+        for line in lines[: len(lines) - is_over] if lines != reported_lines else ():
             tell(line)
-        said = lines
-        last = next((e for e in failed if isinstance(e, ForeignAnswerError)), failed[-1] if failed else last)
-        left = math.inf if until is None else until - time.monotonic()
-        stopped.wait(max(0.0, min(_AGAIN_S, left)))
-    raise last or BrokerError(f"no server was asked to let {identity.device} in")
+        reported_lines = lines
+        last_error = next(
+            (e for e in errors if isinstance(e, ForeignAnswerError)), errors[-1] if errors else last_error
+        )
+        seconds_left = math.inf if deadline is None else deadline - time.monotonic()
+        stopped.wait(max(0.0, min(_AGAIN_S, seconds_left)))
+    raise last_error or BrokerError(f"no server was asked to let {identity.device} in")
 
 
 def _asked(
     identity: DeviceIdentity,
-    way: JoinRoute,
+    route: JoinRoute,
     claim: Claim | None,
     pin: bytes,
-    until: float | None,
+    deadline: float | None,
     stopped: threading.Event,
     tell: Callable[[str], None],
 ) -> Admission:
-    """Ask over one broker until it is settled or time is up (`BrokerError`; `ForeignAnswerError` if the answers weren't
-    the server's).
+    """Ask over one broker until the server admits or refuses the board.
+
+    Raises `BrokerError` when time is up, `ForeignAnswerError` if answers came and none was the server's.
     """
-    request, topics, told = identity.request(claim), Topics(identity.site), False
-    doubt: ProtocolError | None = None
-    with Link(way.url, request.nonce, tls=way.tls) as link:
+    request, topics, is_waiting = identity.request(claim), Topics(identity.site), False
+    foreign_answer: ProtocolError | None = None
+    with Link(route.url, request.nonce, tls=route.tls) as link:
         link.subscribe([topics.joined(request.nonce)])
         link.start()
-        again = 0.0
-        while not stopped.is_set() and (until is None or time.monotonic() < until):
-            if time.monotonic() >= again:
+        next_request_at = 0.0
+        while not stopped.is_set() and (deadline is None or time.monotonic() < deadline):
+            if time.monotonic() >= next_request_at:
                 link.publish(topics.join(request.nonce), request.to_bytes())
-                again = time.monotonic() + (_WAITING_S if told else _AGAIN_S)
+                next_request_at = time.monotonic() + (_WAITING_S if is_waiting else _AGAIN_S)
             item = link.get(0.2)
             if not isinstance(item, tuple):
                 continue
             try:
                 answer = parse(item[1])
                 admission = identity.admit(answer, pin) if isinstance(answer, JoinAnswer) else None
-            except ProtocolError as error:  # not by the server: it must not keep the server's answer from coming
-                if doubt is None:
+            except ProtocolError as error:  # a forged answer must not end the wait for the server's own
+                if foreign_answer is None:
                     tell(f"an answer doesn't count: {one_line(str(error))}")
-                doubt = error
+                foreign_answer = error
                 continue
             if admission is not None:
                 return admission
-            if not told:
-                told = True
+            if not is_waiting:
+                is_waiting = True
                 tell(
                     f"waiting for the operator: compare the key's fingerprint, {identity.key.verifying.fingerprint}, "
                     f"with `fedprune-server devices`, then `fedprune-server devices approve "
                     f"{identity.device} --key {identity.key.verifying.fingerprint}`"
                 )
-    if doubt is not None and not told and not stopped.is_set():
+    if foreign_answer is not None and not is_waiting and not stopped.is_set():
         raise ForeignAnswerError(
-            f"the only answers to {identity.device}'s request to join didn't count: {one_line(str(doubt))}",
+            f"the only answers to {identity.device}'s request to join didn't count: {one_line(str(foreign_answer))}",
             hint="Is the claim or pin of the server that runs there?",
         )
     raise BrokerError(
-        f"no answer to {identity.device}'s request to join site {identity.site} by way of {BrokerUrl.parse(way.url)}",
+        f"no answer to {identity.device}'s request to join site {identity.site} by way of {BrokerUrl.parse(route.url)}",
         hint="Does the server run, with an identity, and is the site the one that `fedprune-server init` named? "
         "It is default where none was given: --site default.",
     )
 
 
 class Renewal:
-    """Requests a new certificate in time, in a thread; it counts from the next connection.
+    """Requests a new certificate in time, in a thread; the board presents it from its next connection on.
 
     It is also requested at most once a day while the broker refuses the board, because the clock of a board that was
     switched off may be wrong.

@@ -24,7 +24,7 @@ from fedprune_device.network.leaf_reuse import reuse_leaves
 _LOG = logging.getLogger("fedprune.device")
 
 _ANSWER_S = 1.0  # how long an answer's beginning may take without the fetch falling behind
-_BATCH = 8  # leaves that are held in memory at a time
+_BATCH = 8  # leaves of 32 KiB that are held in memory at a time
 _CUTS = 5  # connections that may break in the middle of a blob, if each brought something
 
 
@@ -55,7 +55,7 @@ class HttpFetch(HttpTransfer):
         return self.done, self.total
 
     def over(self) -> bool:
-        """Whether it has ended, which is logged. What is lacking then is for MQTT."""
+        """Whether the fetch has ended, which is logged. MQTT then downloads the missing leaves."""
         if not super().over():
             return False
         if self.failure:
@@ -99,21 +99,21 @@ class HttpFetch(HttpTransfer):
         raw = bytearray()
         while len(raw) < length:
             raw += self._read(answer, min(LEAF, length - len(raw)))
-        found = read_table_file(bytes(raw), ref.leaf_count)
-        present = partial.count
-        if found is None or not partial.set_table(found):
+        table = read_table_file(bytes(raw), ref.leaf_count)
+        count_before = partial.count
+        if table is None or not partial.set_table(table):
             raise HttpTransferError(f"the leaf table of blob {ref.sha256[:12]} there is another one than the offer's")
-        self.done += partial.count - present
+        self.done += partial.count - count_before
 
     def _missing(self, partial: PartialBlob) -> None:
-        before = partial.count
+        count_before = partial.count
         try:
             for first, end in _gaps(partial.present):
                 self._leaves(partial, first, end)
         except (OSError, http.client.HTTPException):
             self._connection.close()
             self._cuts += 1
-            if self._ending.is_set() or partial.count == before or self._cuts > _CUTS:
+            if self._ending.is_set() or partial.count == count_before or self._cuts > _CUTS:
                 raise
 
     def _leaves(self, partial: PartialBlob, first: int, end: int) -> None:
@@ -121,29 +121,31 @@ class HttpFetch(HttpTransfer):
         start, stop = first * LEAF, min(end * LEAF, ref.size)
         answer = self._ask(self.base.blob(ref.sha256), stop - start, (start, ref.size))
         if answer.status == http.client.OK:
-            first, end = 0, ref.leaf_count  # ranges mean nothing to it: all of the blob comes
-        for at in range(first, end, _BATCH):
-            last = min(at + _BATCH, end)
-            payload = b"".join(self._read(answer, ref.leaf_size(i)) for i in range(at, last))
-            before = partial.count
-            wrong = partial.write_leaves(at, payload)
-            self.done += partial.count - before
+            first, end = 0, ref.leaf_count  # the server ignores ranges and sends the whole blob
+        for batch_start in range(first, end, _BATCH):
+            batch_end = min(batch_start + _BATCH, end)
+            payload = b"".join(self._read(answer, ref.leaf_size(i)) for i in range(batch_start, batch_end))
+            count_before = partial.count
+            bad_leaves = partial.write_leaves(batch_start, payload)
+            self.done += partial.count - count_before
             self.bytes += len(payload)
-            if wrong:
-                raise HttpTransferError(f"leaf {wrong[0]} of blob {ref.sha256[:12]} there is not what the offer says")
+            if bad_leaves:
+                raise HttpTransferError(
+                    f"leaf {bad_leaves[0]} of blob {ref.sha256[:12]} there is not what the offer says"
+                )
 
     def _ask(self, path: str, length: int, range_: tuple[int, int] | None = None) -> http.client.HTTPResponse:
         """Request `length` bytes; `range_` is their offset and the whole's size, None for all. The body is unread."""
         headers = {"Accept-Encoding": "identity", "User-Agent": "fedprune"}
-        whole = range_ is None or length == range_[1]
+        is_whole = range_ is None or length == range_[1]
         start, size = range_ or (0, length)
-        if not whole:
+        if not is_whole:
             headers["Range"] = f"bytes={start}-{start + length - 1}"
         answer = self._connection.answer(path, headers, self._check)
         self._came(_ANSWER_S)
         if 300 <= answer.status < 400:
             raise HttpTransferError(f"it redirects {path} ({answer.status}), which is not followed")
-        if answer.status not in (200, 206) or (answer.status == 206 and whole):
+        if answer.status not in (200, 206) or (answer.status == 206 and is_whole):
             raise HttpTransferError(f"it answers {answer.status} to {path}")
         expected = size if answer.status == 200 else length
         if answer.getheader("Content-Encoding", "identity") != "identity" or answer.length != expected:
@@ -152,9 +154,12 @@ class HttpFetch(HttpTransfer):
                 f"it says that {path} has {got!r} bytes, and not the {expected} that the offer says"
             )
         if answer.status == 206:
-            said, right = answer.getheader("Content-Range", ""), f"bytes {start}-{start + length - 1}/{size}"
-            if said != right:
-                raise HttpTransferError(f"it gives {said[:80]!r} of {path}, and not {right}")
+            content_range, expected_range = (
+                answer.getheader("Content-Range", ""),
+                f"bytes {start}-{start + length - 1}/{size}",
+            )
+            if content_range != expected_range:
+                raise HttpTransferError(f"it gives {content_range[:80]!r} of {path}, and not {expected_range}")
         return answer
 
     def _read(self, answer: http.client.HTTPResponse, length: int) -> bytes:
@@ -167,7 +172,7 @@ class HttpFetch(HttpTransfer):
 
 
 def _gaps(present: bytearray) -> Iterator[tuple[int, int]]:
-    """Runs of what isn't there, each from its first leaf up to behind its last; asked again after each."""
+    """Runs of missing leaves as (first, end). `present` may change between two of them and is read anew."""
     first = present.find(0)
     while first >= 0:
         end = present.find(1, first)

@@ -1,4 +1,4 @@
-"""Transfers over HTTPS: a thread each, which the loop watches, and a connection that it can cut."""
+"""Transfers over HTTPS, each in a thread. The agent's loop watches it, and can cut its connection."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fedprune.wire.link import failure, send_promptly
 from fedprune.wire.transfer import LEAST_BYTES_PER_S
 from fedprune.wire.urls import WebServer
 
-SILENT_S = 10.0  # how long the server may take to connect, and to send nothing
+SILENT_S = 10.0  # how long connecting may take, and how long the server may send nothing
 
+# How long a leaf or the beginning of an answer may take, and how far a transfer may fall behind `LEAST_BYTES_PER_S`.
+# A fast beginning is no credit, or a server could stall for hours after it.
 STALL_S = 30.0
-"""How long a leaf may take, or an answer to begin, and how far a transfer may fall behind `LEAST_BYTES_PER_S`. What
-moved faster before is no credit."""
 
 
 class HttpTransferError(Exception):
@@ -56,10 +56,10 @@ class HttpTransfer(ABC):
         return self._behind + self._clock() - self._moved_at > STALL_S
 
     def over(self) -> bool:
-        """Whether it has ended; a stalled one is stopped."""
+        """Whether the transfer has ended; a stalled one is stopped."""
         if self.alive and self.stalled:
-            least = f"{LEAST_BYTES_PER_S / 1024:g} KiB a second"
-            self.stop(f"nothing more has moved for {STALL_S:g} s, or it is as far behind {least}")
+            min_rate = f"{LEAST_BYTES_PER_S / 1024:g} KiB a second"
+            self.stop(f"nothing more has moved for {STALL_S:g} s, or it is as far behind {min_rate}")
         return not self.alive
 
     def stop(self, why: str = "") -> None:
@@ -73,7 +73,7 @@ class HttpTransfer(ABC):
 
     @abstractmethod
     def _transfer(self) -> None:
-        """Do it, in its thread."""
+        """Transfer everything, in the transfer's own thread."""
 
     def _run(self) -> None:
         try:
@@ -88,18 +88,18 @@ class HttpTransfer(ABC):
             self._connection.close()
 
     def _fail(self, why: str) -> None:
-        if not self._ending.is_set():  # else that is why
-            self.failure = one_line(why)  # it may be the server's own words
+        if not self._ending.is_set():  # after `stop` the failure is the stop's, not the error of the cut connection
+            self.failure = one_line(why)  # the text may be the server's own
 
     def _came(self, seconds: float) -> None:
-        """Something moved that may have taken so long."""
+        """Note progress for which `seconds` are granted; what it took beyond that adds to the delay."""
         now = self._clock()
         self._behind = max(0.0, self._behind + now - self._moved_at - seconds)
         self._moved_at = now
 
     @contextmanager
     def _at_the_disk(self) -> Iterator[None]:
-        """It is not the server that takes so long."""
+        """Stop the stall clock while the board's own disk is busy: a slow card is no slow server."""
         self._moved_at = math.inf
         yield
         self._moved_at = self._clock()
@@ -110,21 +110,21 @@ class HttpTransfer(ABC):
 
 
 class HttpConnection(http.client.HTTPConnection):
-    """One connection, kept as long as it goes, which another thread may cut at any moment."""
+    """A kept-alive connection that another thread may cut at any moment."""
 
     def __init__(self, place: WebServer, context: Callable[[], ssl.SSLContext], silent_s: float | None = None) -> None:
         super().__init__(place.host, place.port, timeout=SILENT_S)
         self._silent_s = SILENT_S if silent_s is None else silent_s
         self._tls = context if place.tls else None
         if place.tls:
-            self.default_port = 443  # else the header Host would name it
+            self.default_port = 443  # otherwise the header Host would name the port
         self._is_cut = False
 
     def connect(self) -> None:
         plain = socket.create_connection((self.host, self.port), self.timeout)
-        send_promptly(plain)  # what waits in the kernel looks as if it had moved
+        send_promptly(plain)  # bytes that wait in the kernel's buffers would count as sent
         try:
-            # The handshake comes when the other thread can see the socket, and cut it.
+            # The handshake is done later, once the other thread can see the socket and cut it.
             secured = self._tls and self._tls().wrap_socket(
                 plain, server_hostname=self.host, do_handshake_on_connect=False
             )
@@ -142,19 +142,19 @@ class HttpConnection(http.client.HTTPConnection):
         """Request a path, once more if a kept connection has ended meanwhile; `check` raises an error to stop."""
         while True:
             check()
-            fresh = self.sock is None
+            is_new = self.sock is None
             try:
                 self.request("GET", path, headers=headers)
                 return self.getresponse()
             except (OSError, http.client.HTTPException) as error:
                 self.close()
-                if fresh or not isinstance(error, (ConnectionError, ssl.SSLError)):
+                if is_new or not isinstance(error, (ConnectionError, ssl.SSLError)):
                     raise
 
     def cut(self) -> None:
         self._is_cut = True
-        found = self.sock
-        if found is not None:
+        open_socket = self.sock
+        if open_socket is not None:
             with suppress(OSError):  # it may not be connected any more
-                # Not that of TLS, which isn't made for another thread.
-                socket.socket.shutdown(found, socket.SHUT_RDWR)
+                # The plain socket's method: an SSLSocket's own must not be called from another thread.
+                socket.socket.shutdown(open_socket, socket.SHUT_RDWR)

@@ -69,14 +69,14 @@ class HttpUpload(HttpTransfer):
                 connection.putheader(name, value)
             try:
                 connection.endheaders()
-                while piece := file.read(LEAF):
+                while chunk := file.read(LEAF):
                     self._check()
-                    connection.send(piece)
-                    self._came(len(piece) / LEAST_BYTES_PER_S)
+                    connection.send(chunk)
+                    self._came(len(chunk) / LEAST_BYTES_PER_S)
             except (ConnectionError, ssl.SSLError):
                 if connection.sock is None:
                     raise
-                self._refused(connection)  # it may have said why before it hung up
+                self._refused(connection)  # the server may have sent the reason before it hung up
                 raise
             self._answered(connection.getresponse())
 
@@ -90,5 +90,5 @@ class HttpUpload(HttpTransfer):
     def _answered(self, answer: http.client.HTTPResponse) -> None:
         if answer.status in _TAKEN:
             return
-        found = _CODE.search(answer.read(_REASON_BYTES) if answer.status >= 400 else b"")
-        raise HttpTransferError(f"it answers {answer.status}" + (f" ({found[1].decode()})" if found else ""))
+        code = _CODE.search(answer.read(_REASON_BYTES) if answer.status >= 400 else b"")
+        raise HttpTransferError(f"it answers {answer.status}" + (f" ({code[1].decode()})" if code else ""))

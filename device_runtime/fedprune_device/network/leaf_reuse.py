@@ -1,4 +1,4 @@
-"""Leaves of blobs that are here already, and need not travel."""
+"""Reuse of leaves: those that stored blobs have already are copied instead of downloaded."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def reuse_leaves(store: BlobStore, partial: PartialBlob) -> int:
 
     The next round's weights with frozen tensors differ from the last round's in a part only, and where both files have
     the same layout their leaves are equal. When a blob's leaf table comes, the tables of the stored blobs, 32 bytes for
-    every 32 KiB, are searched for what it lacks. What is copied is hashed like a leaf from the network, so that a donor
-    may be damaged, or deleted meanwhile. Only equal bytes at a leaf's borders are found.
+    every 32 KiB, are searched for what it lacks. A copied leaf is hashed like one from the network, so that a donor may
+    be damaged, or deleted meanwhile. Equal bytes that are shifted against the leaves' borders are not found.
     """
     missing = dict[bytes, list[int]]()
     for index, digest in enumerate(digests(partial.table or b"")):
         if not partial.present[index]:
             missing.setdefault(digest, []).append(index)
-    before = partial.count
-    for name in store.names() if missing else ():
-        for digest, leaf in _leaves(store, name, missing):
+    count_before = partial.count
+    for donor in store.names() if missing else ():
+        for digest, leaf in _leaves(store, donor, missing):
             if all(partial.write(index, leaf) for index in missing[digest]):  # all or none: their bytes are the same
                 del missing[digest]
         if not missing:
             break
-    if count := partial.count - before:
+    if count := partial.count - count_before:
         _LOG.info("%d of %d leaves of blob %s were here", count, partial.ref.leaf_count, partial.ref.sha256[:12])
-    return partial.count - before
+    return partial.count - count_before
 
 
 def _leaves(store: BlobStore, donor: str, missing: Collection[bytes]) -> Iterator[tuple[bytes, bytes]]:

@@ -1,4 +1,4 @@
-"""As whom a board takes part, and by which broker: options of `join` and `run`, and what they lead to."""
+"""A board's membership in a fleet: the options that name broker, site and device, and the connection they lead to."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedprune_device.network.signed_channel import SignedChannel
 
 IDENTITY, CLAIM = "identity", "claim"  # folder of a board's identity, and file of its claim, in its state folder
 
-_PATIENCE_S = 60.0
+_PATIENCE_S = 60.0  # how long a board that is not told to be patient waits for an answer
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class MembershipOptions:
 
 @dataclass(frozen=True)
 class Membership:
-    """A board's place in a fleet. `urls` are where it asks to join; `identity` is None where the board works without
-    one, on its server's machine."""
+    """A board's membership in a fleet. `urls` are where it asks to join; `identity` is None for a board on its server's
+    machine that works without one."""
 
     options: MembershipOptions
     urls: tuple[str, ...]
@@ -119,9 +119,9 @@ def checked_urls(options: MembershipOptions) -> tuple[str, ...]:
     if options.ca not in (None, SYSTEM):
         tls_context(options.ca)
     urls = [options.join] if options.join else join_urls(options.broker)
-    for other in map(BrokerUrl.parse, urls):
-        if not other.tls:
-            insecure_allowed(other.host)
+    for join_url in map(BrokerUrl.parse, urls):
+        if not join_url.tls:
+            insecure_allowed(join_url.host)
     return tuple(urls)
 
 
@@ -136,11 +136,11 @@ def join_first(
 
     `pin` is that of the server's authority, where there is no claim. Raises as `enrol` does.
     """
-    identity, options, kept = member.identity, member.options, member.options.state / CLAIM
+    identity, options, stored_claim = member.identity, member.options, member.options.state / CLAIM
     if identity is None:
         return True
     if not identity.joined:
-        claim = _claim(options.claim, kept)
+        claim = _claim(options.claim, stored_claim)
         if claim is None and pin is None:
             raise IdentityError(
                 f"{options.device} isn't a member of site {options.site} yet",
@@ -166,17 +166,17 @@ def join_first(
             f"{options.device} is a member already, so that --claim {options.claim} is ignored. If it was revoked, "
             "let it join again: fedprune-device join --new-key --claim FILE, with the same --broker and --state"
         )
-    with storage_errors(f"can't delete {kept}"):
-        kept.unlink(missing_ok=True)  # it is used up, or not needed
+    with storage_errors(f"can't delete {stored_claim}"):
+        stored_claim.unlink(missing_ok=True)  # it is used up, or not needed
     return True
 
 
-def _claim(given: str | None, kept: Path) -> Claim | None:
-    if given == "-":
+def _claim(option: str | None, stored_claim: Path) -> Claim | None:
+    if option == "-":
         return Claim.parse(sys.stdin.read().lstrip("\ufeff"), "standard input")
-    if given is not None:
-        return read_claim(Path(given))
-    return read_claim(kept) if kept.exists() else None
+    if option is not None:
+        return read_claim(Path(option))
+    return read_claim(stored_claim) if stored_claim.exists() else None
 
 
 def _tell(line: str) -> None:

@@ -17,22 +17,22 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
     """Check an offer; raises `ConfigError`, `PrivacyError`, `StorageFullError`, or `PlanError` beyond the profile."""
     recipe = Recipe.from_dict(offer.recipe)
     store.privacy.check(recipe)
-    full = _full_size(offer)
-    lowered = offer.lowered or {}
+    full_size = _full_size(offer)
+    lowered_graphs = offer.lowered or {}
     needed, free = _needed(offer, recipe, store), store.free_bytes() + store.reclaimable_bytes(offer)
     if needed > free:
         raise StorageFullError("no room for the offer's files", expected=f"{needed} bytes", got=f"{free} free")
     if profile is None:
         return
-    total = storage_bytes(full, offer.training.size, offer.inference.size, recipe.own_files)
-    total += sum(r.size for r in offer.graphs[2:]) + (2 * full if lowered else 0)
+    total = storage_bytes(full_size, offer.training.size, offer.inference.size, recipe.own_files)
+    total += sum(r.size for r in offer.graphs[2:]) + (2 * full_size if lowered_graphs else 0)
     if total > profile.storage.budget_bytes:
         raise PlanError(
             "the offer needs more room than the profile allows",
             expected=f"at most {profile.storage.budget_bytes} bytes",
             got=total,
         )
-    memory = _copies(recipe) * full
+    memory = _copies(recipe) * full_size
     if memory > profile.training_bytes:
         raise PlanError(
             "the offered model needs more memory than the profile allows",
@@ -48,19 +48,21 @@ def fits(offer: Offer, store: DeviceStore) -> bool:
 
 def _needed(offer: Offer, recipe: Recipe, store: DeviceStore) -> int:
     """Bytes on the disk that an offer needs in addition to what has arrived."""
-    coming = offer.blobs() if offer.coded is None else (*offer.blobs(), offer.coded)
-    lacking = [r for r in coming if not store.blobs.has(r.sha256)]
-    # What serves is no longer what is sent; and, before and after a round, what codes left out.
-    coded = 0 if offer.codec is None else 3
+    blobs = offer.blobs() if offer.coded is None else (*offer.blobs(), offer.coded)
+    missing = [r for r in blobs if not store.blobs.has(r.sha256)]
+    # With a codec, three copies more: the serving weights, which the update's file no longer holds, and the remainder
+    # of encoding before and after the round.
+    codec_copies = 0 if offer.codec is None else 3
     if offer.secure is not None:
-        coded = 5  # twice a vector of up to 8 bytes a number
-    # A lowered model is smaller than the one that it is made of.
-    copies = 2 + recipe.own_files + coded + len(offer.lowered or {})
-    return sum(r.size for r in lacking) + copies * _full_size(offer)
+        codec_copies = 5  # the same, and a vector of up to 8 bytes a number, twice as large as float32
+    # A lowered model is smaller than its float32 model, and counts as one copy.
+    copies = 2 + recipe.own_files + codec_copies + len(offer.lowered or {})
+    return sum(r.size for r in missing) + copies * _full_size(offer)
 
 
 def _full_size(offer: Offer) -> int:
-    """About the bytes of the weights with all elements in their places: a mask has a bit for every four of them."""
+    """About the bytes of the weights with all elements in their places: 32 times the mask's, which has a bit for each
+    float32."""
     return max(offer.weights.size, 0 if offer.mask is None else 32 * offer.mask.size)
 
 
@@ -73,8 +75,7 @@ def _copies(recipe: Recipe) -> int:
 
 
 def same_work(one: Offer, other: Offer) -> bool:
-    """Whether two offers differ only in the number of the attempt and the way of the weights: both train to the same
-    bits."""
+    """Whether two offers lead to the same bits: they differ only in the attempt's number and the web server's URL."""
     return _work(one) == _work(other)
 
 

@@ -62,8 +62,7 @@ class SecureUpdate:
             )
 
     def hold(self, offer: Offer, update: Update, now: float) -> None:
-        """Keep a trained update, which is not masked yet, until the server has the sum. Raises `StorageError` if it
-        can't be read."""
+        """Keep a trained update, which is not masked yet, until the server has the sum; may raise `StorageError`."""
         self.drop()
         form = MaskedForm.from_json(offer.secure)
         self._vector = self._blobs.read(update.weights.sha256)
@@ -105,19 +104,19 @@ class SecureUpdate:
         if message.step == "session" and message.sum not in self._left:
             self._join(message, now)
             return None
-        part = self._part
-        if part is None or message.sum != part.sum:
+        participation = self._part
+        if participation is None or message.sum != participation.sum:
             return None
         match message.step:
             case "roster":
-                self._answer(message, "shares", part.share(message.content), now)
-            case "delivery" if not part.masked:
+                self._answer(message, "shares", participation.share(message.content), now)
+            case "delivery" if not participation.masked:
                 self._last_message = None  # the update is announced from now on
-                masked = part.mask(message.content, self._vector)
+                masked = participation.mask(message.content, self._vector)
                 return replace(update, weights=self._blobs.put(masked))
             case "survivors":
-                self._answer(message, "unmasking", part.participant.unmask(message.content), now)
-                self._last_message = None  # the server asks again as long as the update is announced
+                self._answer(message, "unmasking", participation.participant.unmask(message.content), now)
+                self._last_message = None  # not repeated: the server asks again while the update is announced
         return None
 
     def _begin(self, now: float) -> None:
@@ -170,13 +169,13 @@ class _Participation:
 
     def share(self, content: bytes) -> bytes:
         """The shares for the neighbours, whose identity keys the server names with the first roster."""
-        edge = 2 + KEY * int.from_bytes(content[:2], "big")
-        keys, roster = content[2:edge], content[edge:]
+        keys_end = 2 + KEY * int.from_bytes(content[:2], "big")
+        keys, roster = content[2:keys_end], content[keys_end:]
         names = tuple(decode_roster(roster, self._session))
         if len(keys) != KEY * len(names):
             raise ProtocolError("identity keys of neighbours", expected=len(names), got=f"{len(keys)} bytes")
-        for at, name in enumerate(names):
-            self._directory.setdefault(name, VerifyingKey(keys[KEY * at : KEY * (at + 1)]))
+        for index, name in enumerate(names):
+            self._directory.setdefault(name, VerifyingKey(keys[KEY * index : KEY * (index + 1)]))
         return self.participant.share(roster)
 
     def mask(self, delivery: bytes, vector: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""Signed messages in both directions. Chunks need no signature: signed messages name them by their digests."""
+"""Signed messages in both directions. Chunks need no signature, because signed messages name their digests."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from fedprune_device.network.connection import Channel
 
 _LOG = logging.getLogger("fedprune.device")
 
+# The pause after a repeated birth, which doubles with each further one, and the longest pause. Without pauses, anyone
+# who may publish on the board's topics could make it send births for ever.
 _AGAIN_S, _LONGEST_AGAIN_S = 10.0, 3600.0
-"""The pause after a repeated birth, which doubles with each further one, and the longest pause.
-
-Anyone who may publish on the board's topics can send messages that lead to a birth."""
 
 
 class SignedChannel(Channel):
@@ -73,7 +72,8 @@ class SignedChannel(Channel):
 
     def _learn(self, topic: str, hello: Hello) -> None:
         if topic == self.topics.down(self.device):
-            # Sent to this board alone: what it sends now must count, even if a copy of its disk was heard meanwhile.
+            # A hello to this board alone asks for its next messages, which must count even if the server has heard a
+            # copy of its disk meanwhile.
             self._sealer.leap()
         if (seconds := hello.time) is not None:
             try:
@@ -86,7 +86,7 @@ class SignedChannel(Channel):
         now = self._clock()
         if not self._born or now < self._again_at:
             return
-        if now >= self._again_at + _LONGEST_AGAIN_S:  # it was quiet
+        if now >= self._again_at + _LONGEST_AGAIN_S:  # after a long quiet time the pauses begin anew
             self._pause_s = _AGAIN_S
         self._again_at, self._pause_s = now + self._pause_s, min(_LONGEST_AGAIN_S, 2 * self._pause_s)
         self._disbelieved = True

@@ -1,8 +1,8 @@
-"""Tells the server why a board that has taken part can't start any more, before its program ends with that error.
+"""Report to the server why a board that has taken part can't start any more, before its program ends with that error.
 
-Without this such a board is only offline, and nobody knows that its samples can't be read, say. It connects, announces
-itself with the reason, and disconnects; the service manager starts the program again later, and so it is repeated until
-somebody has mended the board.
+Without this report such a board would only be offline, and nobody would know, for example, that its samples can't be
+read. The board connects, announces itself with the reason, and disconnects. The service manager starts the program
+again later, which repeats the report until somebody mends the board.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from fedprune_device.storage.state_directory import DeviceStore
 _LOG = logging.getLogger("fedprune.device")
 
 _CONNECT_S, _SEND_S = 10.0, 5.0
+# Errors of the connection to the server itself, which can't be reported over it.
 _ELSEWHERE = (BrokerError, IdentityError, JoinError)
-"""Errors of the way to the server itself."""
 
 
 def report_start_failure(options: MembershipOptions, error: Exception, profile: str, policy: Path | None) -> None:

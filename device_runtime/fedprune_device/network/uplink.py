@@ -43,18 +43,19 @@ from fedprune_device.privacy.redaction import refused
 
 _LOG = logging.getLogger("fedprune.device")
 
-PROGRESS_S = 1.0
+PROGRESS_S = 1.0  # between two reports of progress
+# First and longest wait before an update is announced again; each wait is twice the last, ±25 %, so that boards of one
+# round don't announce at the same moments.
 ANNOUNCE_S = 2.0
 ANNOUNCE_MAX_S = 60.0
-"""First and longest wait before an update is announced again; each wait is twice the last, ±25 %."""
+# Seconds of silence after which a board sends a sign of life: its broker may not report when it is gone.
 ALIVE_S = 300.0
-"""Seconds of silence after which a board sends a sign of life: its broker may not report when it is gone."""
 
-_MOST_WANTS = 64  # wants that are kept; what is dropped beyond is asked for again
+_MOST_WANTS = 64  # requests that are kept; the server repeats those that are dropped beyond
 
 
 class Backoff:
-    """When to repeat what the server has not answered: soon at first, then ever less often."""
+    """The times at which to repeat a message that the server has not answered: soon at first, then ever less often."""
 
     def __init__(self) -> None:
         self.at, self.count = 0.0, 0
@@ -74,7 +75,7 @@ class Backoff:
 
 
 class BoardStatus:
-    """Notes that one thread writes and others read. Each is replaced as a whole."""
+    """What the board works on. One thread writes it and others read it: each part is replaced as a whole."""
 
     def __init__(self) -> None:
         self.connected = False
@@ -107,9 +108,9 @@ class BoardStatus:
     def to_dict(self) -> dict[str, Any]:
         return {"connected": self.connected, **self._work, "last_error": self._error, "metrics": self._measured}
 
-    def _at(self, what: Offer | Update, phase: str, done: int = 0, total: int = 0, *, alone: bool = False) -> None:
-        counted = {"phase": phase, "done": done, "total": total}
-        self._work = {"job": what.job, "round": what.round, **counted, "alone": alone}
+    def _at(self, message: Offer | Update, phase: str, done: int = 0, total: int = 0, *, alone: bool = False) -> None:
+        progress = {"phase": phase, "done": done, "total": total}
+        self._work = {"job": message.job, "round": message.round, **progress, "alone": alone}
 
 
 class Uplink:
@@ -147,25 +148,27 @@ class Uplink:
         self._spoke = True
         self._connection.send(message, job, qos)
 
-    def ask(self, job: str, wants: Iterable[BlobRequest]) -> None:
-        for want in wants:
-            if self._asked.note(want, self._connection.clock()):
-                _LOG.warning("no piece of blob %s comes: %s", want.sha256[:12], broker_drops("what the server sends"))
-            self.send(with_request_id(want), job)
+    def ask(self, job: str, requests: Iterable[BlobRequest]) -> None:
+        for request in requests:
+            if self._asked.note(request, self._connection.clock()):
+                _LOG.warning(
+                    "no piece of blob %s comes: %s", request.sha256[:12], broker_drops("what the server sends")
+                )
+            self.send(with_request_id(request), job)
 
-    def answer(self, want: BlobRequest, pending: Update | None, now: float) -> None:
-        """Take in a request of the server for the update, and pause its announcements meanwhile."""
-        if pending is None or pending.weights.sha256 != want.sha256:
-            self.send(BlobNotFound(want.sha256))  # only the update may be requested
+    def answer(self, request: BlobRequest, pending: Update | None, now: float) -> None:
+        """Queue a request of the server for the update, and pause its announcements meanwhile."""
+        if pending is None or pending.weights.sha256 != request.sha256:
+            self.send(BlobNotFound(request.sha256))  # only the update may be requested
             return
-        if self._is_duplicate(self._device, want):
+        if self._is_duplicate(self._device, request):
             return
-        if self._answered.note(want, now):
-            what = broker_drops("what this board sends")
-            _LOG.warning("the server asks for the same piece of the update again and again: %s", what)
-        want = replace(want, number=None)  # the same pieces may be asked for again
-        if (pending, want) not in self._wanted and len(self._wanted) < _MOST_WANTS:
-            self._wanted.append((pending, want))
+        if self._answered.note(request, now):
+            advice = broker_drops("what this board sends")
+            _LOG.warning("the server asks for the same piece of the update again and again: %s", advice)
+        request = replace(request, number=None)  # two requests for the same pieces are answered once
+        if (pending, request) not in self._wanted and len(self._wanted) < _MOST_WANTS:
+            self._wanted.append((pending, request))
         self.send_chunks()
         self._announcements.at = max(self._announcements.at, now + 5 * ANNOUNCE_S)
 
@@ -180,18 +183,21 @@ class Uplink:
             return
         if self._is_duplicate(self._device, request):
             return
-        url, known = UploadUrl.parse(request.url), self._upload
+        url, running_upload = UploadUrl.parse(request.url), self._upload
         if self._uploaded == (pending, url):
             self._report(pending, None)  # the report was lost, or the server has not read it yet
             return
-        if known is not None:
-            if known.ref == pending.weights and (known.url.host, known.url.port) == (url.host, url.port):
+        if running_upload is not None:
+            if running_upload.ref == pending.weights and (running_upload.url.host, running_upload.url.port) == (
+                url.host,
+                url.port,
+            ):
                 return  # it is on its way there
-            known.stop()
+            running_upload.stop()
         self._upload = self._last_upload = HttpUpload(self._blobs, url, pending.weights, self._context)
 
     def continue_upload(self, pending: Update | None, now: float) -> None:
-        """Report the end of an upload; one of an update that is pending no more is stopped."""
+        """Report the end of an upload; stop it if its update is no longer pending."""
         upload = self._upload
         if upload is None:
             return
@@ -216,29 +222,29 @@ class Uplink:
             self._last_upload.join(timeout)
 
     def send_chunks(self) -> None:
-        """Send requested pieces while little is unsent, so that messages wait behind few of them."""
+        """Send requested chunks while little is unsent, so that messages wait behind few of them."""
         while self._connection.unsent < HIGH_WATER:
             chunk = next(self._chunks, None)
             if chunk is not None:
                 if not self._connection.send_chunk(chunk, self._chunks_job):
                     self.drop_chunks()  # what doesn't get through is asked for again
             elif self._wanted:
-                update, want = self._wanted.popleft()
-                found = self._pieces.answer(want, self._max_packet)
-                if isinstance(found, BlobNotFound):
-                    self.send(found, update.job)
+                update, request = self._wanted.popleft()
+                answer = self._pieces.answer(request, self._max_packet)
+                if isinstance(answer, BlobNotFound):
+                    self.send(answer, update.job)
                 else:
-                    self._chunks, self._chunks_job = found, update.job
+                    self._chunks, self._chunks_job = answer, update.job
             else:
                 return
 
     def drop_chunks(self) -> None:
-        """Forget what was wanted: the connection is lost, or the update is no more."""
+        """Drop the server's requests, because the connection is lost or the update is no longer pending."""
         self._wanted.clear()
         self._chunks = iter(())
 
     def hurry(self, now: float) -> None:
-        """Announce the update at the next turn, and often at first: it is new, or the connection is."""
+        """Announce the update at the next turn, and often at first, because it or the connection is new."""
         self._announcements.hurry(now)
 
     def announce(self, update: Update, now: float) -> None:
@@ -256,8 +262,8 @@ class Uplink:
             return
         self._reported, self._report_at = status, now + PROGRESS_S
         phase, done, total = status
-        told = Progress(self._device, offer.job, offer.round, offer.attempt, phase, done, total, temperature_c())
-        self.send(told, offer.job, 0)
+        message = Progress(self._device, offer.job, offer.round, offer.attempt, phase, done, total, temperature_c())
+        self.send(message, offer.job, 0)
 
     def stay(self, session: int, now: float) -> None:
         """Send a sign of life after minutes of silence."""
@@ -272,8 +278,8 @@ class Uplink:
         _LOG.warning("round %d of job %s: refused: %s", offer.round, offer.job, reason)
         self.status.failed(offer, _printable(reason))
         self._refused = offer
-        told = _printable(refused(error, private=bool(offer.recipe.get("update_clip"))))
-        self._refusal = Refusal(self._device, offer.job, offer.round, offer.attempt, told, int(code))
+        sent_reason = _printable(refused(error, private=bool(offer.recipe.get("update_clip"))))
+        self._refusal = Refusal(self._device, offer.job, offer.round, offer.attempt, sent_reason, int(code))
         self.send(self._refusal, offer.job)
 
     def refuse_again(self, offer: Offer) -> bool:
@@ -284,7 +290,7 @@ class Uplink:
         return True
 
     def forget_refusal(self) -> None:
-        """The refused offer is no longer open; should it come again, it is a new one."""
+        """Forget the refused offer, which is no longer open: if it comes again, it is a new one."""
         self._refused = self._refusal = None
 
 

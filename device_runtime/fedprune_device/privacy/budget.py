@@ -1,4 +1,4 @@
-"""How often a board has sent updates with noise, counted by itself: on the disk before noise is drawn.
+"""The board's own count of updates with noise, written to the disk before noise is drawn.
 
 A server counts, too, but it may be restored from an older backup, run other jobs, or be replaced. The board counts its
 own updates with its own noise, as an observer of single updates sees them; a job with `shared` noise promises more to
@@ -21,7 +21,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import GaussianNoise, epsilon
 from fedprune.wire.messages import Offer
 
-_LEAST = 1e-6  # less noise than this, in units of the clip, is none: what one such update costs could be no number
+_LEAST = 1e-6  # less noise than this, in units of the clip, counts as none: 1/z² of such an update could overflow
 
 _HINT = "The board's owner asks for it; the job's [job.privacy] allows less."
 
@@ -98,8 +98,8 @@ class PrivacyPolicy:
 
 def multiplier_of(recipe: Recipe) -> float:
     """The noise multiplier of one board's own update; 0 where nothing is promised."""
-    found = recipe.update_noise / recipe.update_clip if recipe.update_clip else 0.0
-    return found if found >= _LEAST else 0.0
+    multiplier = recipe.update_noise / recipe.update_clip if recipe.update_clip else 0.0
+    return multiplier if multiplier >= _LEAST else 0.0
 
 
 def read_policy(path: Path | None) -> PrivacyPolicy | None:
@@ -116,7 +116,7 @@ def read_policy(path: Path | None) -> PrivacyPolicy | None:
 
 FILE = "privacy.json"  # in the board's state directory
 
-_MOST = 2**53
+_MOST = 2**53  # the whole numbers that every JSON parser reads exactly
 
 
 class PrivacyBudget:
@@ -135,7 +135,7 @@ class PrivacyBudget:
 
     @property
     def private(self) -> bool:
-        """Whether the board's samples are, or have been, in a private job, or must be: its reports say less then."""
+        """Whether the board has taken part in a private job, or must: then its reports to the server say less."""
         return self.floor is not None or self._marked or bool(self._damage)
 
     def check(self, recipe: Recipe) -> None:
@@ -159,6 +159,7 @@ class PrivacyBudget:
         multiplier = multiplier_of(recipe)
         if multiplier:
             with self._guard:
+                # Rounded up, so that a sum of many draws is never below the exact cost.
                 self._write(math.nextafter(self.cost + multiplier**-2, math.inf), self.draws + 1)
         return GaussianNoise.secret()
 
@@ -166,10 +167,10 @@ class PrivacyBudget:
         floor = self.floor or PrivacyPolicy()
         if self._damage:
             return f"what was spent is not known: {self._damage}"
-        at = delta or floor.delta
-        most = f" of {floor.most_epsilon:g}" if floor.most_epsilon else ""
-        drawn = f"{self.draws} update{'' if self.draws == 1 else 's'} with noise"
-        return f"ε {epsilon(self.cost, at):.4g}{most} at δ {at:g}, for {drawn}"
+        budget_delta = delta or floor.delta
+        limit = f" of {floor.most_epsilon:g}" if floor.most_epsilon else ""
+        updates = f"{self.draws} update{'' if self.draws == 1 else 's'} with noise"
+        return f"ε {epsilon(self.cost, budget_delta):.4g}{limit} at δ {budget_delta:g}, for {updates}"
 
     def _known(self) -> None:
         if self._damage:

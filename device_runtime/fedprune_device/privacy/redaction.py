@@ -12,8 +12,8 @@ OTHER = "(other)"  # in the place of a module that is neither the runtime's nor 
 
 KEPT = "(its words stay on the board, whose samples are in a private job)"
 
+# Errors that are about offers and the board, and not about its samples.
 _PLAIN = (ConfigError, PlanError, PrivacyError, ProtocolError, StorageFullError)
-"""Errors that are about offers and the board, and not about its samples."""
 
 _OURS = ("fedprune", "fedprune_start", "fedprune_device", "fedprune_export", "fedprune_flash", "fedprune_server")
 _KNOWN = frozenset(
@@ -50,13 +50,16 @@ def private(text: str, limit: int) -> str:
 
 
 def named(error: BaseException) -> str:
-    """An error's name alone: ours and Python's; of others, that there was one."""
+    """The name of an error's class; "an error" for classes of packages that only this board may have."""
     kind = type(error)
     return kind.__name__ if module_of(kind.__module__) != OTHER else "an error"
 
 
 def refused(error: BaseException, *, private: bool) -> str:
-    """Why an offer isn't carried out, for the server; for a private job without any text that may come from samples."""
+    """The reason why an offer isn't carried out, for the server.
+
+    If the job is private, it has no text that may come from samples.
+    """
     if private and not isinstance(error, _PLAIN):
         return f"{named(error)} {KEPT}"
     return str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error}"
@@ -71,11 +74,11 @@ def module_of(name: str) -> str:
 
 
 def module_at(path: str) -> str:
-    """The same for a module's file."""
+    """The name of a module's file as it may leave the board, as for `module_of`."""
     parts = path.replace("\\", "/").removesuffix(".py").split("/")
     for i in range(len(parts) - 1, -1, -1):
         if parts[i] in _OURS:
             names = parts[i:]
             return ".".join(names[:-1] if names[-1] == "__init__" else names)[:128]
-    found = next((f for pattern in _IN_A_PACKAGE if (f := pattern.search(path))), None)
-    return module_of(found[1]) if found else OTHER
+    match = next((candidate for pattern in _IN_A_PACKAGE if (candidate := pattern.search(path))), None)
+    return module_of(match[1]) if match else OTHER

@@ -64,12 +64,12 @@ _LOG = logging.getLogger("fedprune.device")
 
 LAUNCHER = "launcher.pyz"
 STARTS = 10  # starts of the service after which a staged release is dropped if it isn't armed
-ATTEMPTS, SECONDS = 3, 600.0  # of a trial, and of each attempt
+ATTEMPTS, SECONDS = 3, 600.0  # attempts of a trial, and seconds of each attempt
 
+# Packages of JetPack, built for its GPU and for each other; a wheel must not hide them.
 KEPT = ("cv2", "numpy", "onnxruntime", "tensorrt", "torch")
-"""Packages of JetPack, built for its GPU and for each other; a wheel must not hide them."""
 
-_MARGIN = 32 * 2**20
+_MARGIN = 32 * 2**20  # bytes that stay free beside the release
 
 
 class ReleaseInstaller:
@@ -106,9 +106,9 @@ class ReleaseInstaller:
         check_release(release, state.highest)
         with storage_errors(f"can't read {self.home.root}"):
             names = {f.sha256 for f in release.files}
-            here = sum(p.stat().st_size for p in self._incoming.rglob("*") if p.name in names and p.is_file())
-        here += sum(f.size for f in self.installed_files(release))
-        self._check_room(release, state.other, max(release.size - here, 0))
+            present_bytes = sum(p.stat().st_size for p in self._incoming.rglob("*") if p.name in names and p.is_file())
+        present_bytes += sum(f.size for f in self.installed_files(release))
+        self._check_room(release, state.other, max(release.size - present_bytes, 0))
         return release
 
     def installed_files(self, release: Release) -> list[ReleaseFile]:
@@ -117,7 +117,7 @@ class ReleaseInstaller:
         return [f for f in release.files if f.sha256 in wheels]
 
     def distrust(self, sha256: str) -> None:
-        """From now on fetch a wheel of which the running slot has a damaged file."""
+        """From now on download this wheel, because the running slot has a damaged file of it."""
         self._damaged.add(sha256)
 
     def _installed_wheels(self, slot: str) -> dict[str, dict[str, tuple[str, int]]]:
@@ -193,13 +193,13 @@ class ReleaseInstaller:
     def _check_launcher(self) -> None:
         """Make sure that the launcher would start what the server's key has signed."""
         try:
-            known = self.home.key()
+            launcher_key = self.home.key()
         except DamagedError as error:
             raise ReleaseError(str(error), hint="Write the server's key there, as root.") from error
-        if known is not None and self._key.raw != known:
+        if launcher_key is not None and self._key.raw != launcher_key:
             raise ReleaseError(
                 "the launcher starts only what another key has signed",
-                expected=f"key {VerifyingKey(known).fingerprint}",
+                expected=f"key {VerifyingKey(launcher_key).fingerprint}",
                 got=f"key {self._key.fingerprint}",
                 hint="Where the server has a new key, install the runtime again (docs/update-the-fleet.md).",
             )
@@ -223,28 +223,33 @@ class ReleaseInstaller:
         self._check_wheels(release, wheels)
         paths = {file.sha256: tuple(sorted(w.paths)) for file, w in zip(release.files, wheels, strict=True)}
 
-        def recorded(files: dict[str, tuple[str, int]]) -> SlotRecord:
+        def make_record(files: dict[str, tuple[str, int]]) -> SlotRecord:
             if files_digest(files) != release.contents:
                 raise ReleaseError(
                     "the unpacked files are not those of the release's manifest", hint="Have the release made again."
                 )
-            proof = source.manifest.decode(), source.signature.hex()
-            return SlotRecord(release.number, release.version, release.entry, files, release.system, *proof, paths)
+            manifest_and_signature = source.manifest.decode(), source.signature.hex()
+            return SlotRecord(
+                release.number, release.version, release.entry, files, release.system, *manifest_and_signature, paths
+            )
 
-        install_wheels(self.home, slot, wheels, recorded)
+        install_wheels(self.home, slot, wheels, make_record)
         return release
 
-    def _check_room(self, release: Release, slot: str, coming: int = 0) -> None:
+    def _check_room(self, release: Release, slot: str, download_bytes: int = 0) -> None:
         """Raise `StorageFullError` if `coming` bytes of downloads and the unpacked release don't fit, in place of what
         the slot has."""
         with storage_errors(f"can't read {self.home.root}"):
-            old = sum(p.lstat().st_size for p in (self.home.root / slot).rglob("*"))
-            need, free = coming + release.unpacked + _MARGIN, shutil.disk_usage(self.home.root).free + old
-        if need > free:
+            replaced_bytes = sum(p.lstat().st_size for p in (self.home.root / slot).rglob("*"))
+            needed_bytes, free_bytes = (
+                download_bytes + release.unpacked + _MARGIN,
+                shutil.disk_usage(self.home.root).free + replaced_bytes,
+            )
+        if needed_bytes > free_bytes:
             raise StorageFullError(
                 f"no room for release {release.number}",
-                expected=f"{need / 1e6:.0f} MB",
-                got=f"{free / 1e6:.0f} MB",
+                expected=f"{needed_bytes / 1e6:.0f} MB",
+                got=f"{free_bytes / 1e6:.0f} MB",
                 hint="Free some space; what runs is untouched.",
             )
 
@@ -258,10 +263,10 @@ class ReleaseInstaller:
         size = sum(w.size for w in wheels)
         if size > release.unpacked:
             raise ReleaseError("a release's files unpacked", expected=f"at most {release.unpacked} bytes", got=size)
-        own = {*release.system} | own_packages(self._keep)
+        board_packages = {*release.system} | own_packages(self._keep)
         check_distinct(wheels)
         for wheel in wheels:
-            hidden = sorted(modules_of(wheel) & own)
+            hidden = sorted(modules_of(wheel) & board_packages)
             if hidden:
                 raise ReleaseError(
                     f"{wheel.name} would hide the board's own {', '.join(hidden)}",
@@ -288,13 +293,13 @@ def launcher_archive() -> bytes:
     return program_archive((ed25519, launcher_state, slot_store, sd_notify, launcher), launcher.__name__)
 
 
-_ANSWER_S = 120.0
+_ANSWER_S = 120.0  # for a question to the board's Python, which may take a minute from a slow card
 
 
 def check_release(release: Release, highest: int) -> None:
     """Make sure that a release is for this board and above the `highest` staged number; else `ReleaseError`."""
-    own = {"python": f"cp{sys.version_info.major}{sys.version_info.minor}", "machine": platform.machine()}
-    for name, value in own.items():
+    required = {"python": f"cp{sys.version_info.major}{sys.version_info.minor}", "machine": platform.machine()}
+    for name, value in required.items():
         if getattr(release, name) != value:
             raise ReleaseError(f"release {release.number}: {name}", expected=value, got=getattr(release, name))
     if release.number <= highest:
@@ -327,14 +332,15 @@ def own_packages(names: Collection[str]) -> frozenset[str]:
     if not names:
         return frozenset()
     code = "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"
+    # -I ignores PYTHONPATH, which names the running slot: only the board's own packages count.
     command = [sys.executable, "-I", "-c", code, *sorted(names)]
-    asked = f"can't ask {sys.executable} for its packages"
+    message = f"can't ask {sys.executable} for its packages"
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)  # noqa: S603  # nosec B603  # our own line, in this Python; the names are arguments
+        process = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)  # noqa: S603  # nosec B603  # our own line, in this Python; the names are arguments
     except subprocess.TimeoutExpired as error:
-        raise StorageError(asked, expected=f"an answer within {_ANSWER_S:g} s", got="none") from error
+        raise StorageError(message, expected=f"an answer within {_ANSWER_S:g} s", got="none") from error
     except (OSError, UnicodeError) as error:
-        raise StorageError(asked, got=error) from error
-    if done.returncode:
-        raise StorageError(asked, got=done.stderr[-200:])
-    return frozenset(done.stdout.split())
+        raise StorageError(message, got=error) from error
+    if process.returncode:
+        raise StorageError(message, got=process.stderr[-200:])
+    return frozenset(process.stdout.split())

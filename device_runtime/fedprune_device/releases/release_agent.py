@@ -1,7 +1,7 @@
-"""Releases that the server offers: pulled, staged, tried at a quiet moment, and reported however they end.
+"""The agent of releases: it downloads, stages and tries those that the server offers, and reports how each ends.
 
-What must survive a power cut is what was pulled (each leaf is checked when the download goes on) and the launcher's
-state; the server repeats at every birth which release it wants.
+Two things survive a power cut: downloaded files, whose leaves are checked when the download continues, and the
+launcher's state. The server repeats at every birth which release it wants.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class ReleaseAgent:
         return self._offer is None and not self._trying and not self._leaving
 
     def born(self) -> None:
-        """A birth is sent: report where releases are, and ask again for what is missing."""
+        """After a birth, report the state of releases, and request again what is missing."""
         self._guarded(self._greet)
 
     def chunk(self, chunk: Chunk) -> bool:
@@ -121,14 +121,15 @@ class ReleaseAgent:
 
     def _on_offer(self, offer: ReleaseOffer) -> None:
         if self._leaving or self._staging is not None:
-            return  # soon there is more to say; and another one is offered again
-        self._last = None  # who offers it again hasn't heard
+            return  # a report follows soon, and the server repeats an offer of another release
+        self._last = None  # a server that repeats an offer has not got the last report
         if isinstance(self._updater, str):
             self._say(offer.number, REFUSED, self._updater)
             return
         state, reason = self._standing(self._updater, offer.number)
         if installed_manifest(self._updater.home, offer.number) not in (None, _digest(offer.manifest)):
-            state = None  # another release has this number here: this one is refused, and nothing is fetched
+            # Another release has this number on this board: `_begin` refuses the offer before anything is fetched.
+            state = None
         if state == STAGED:
             self._offer, self._ready = offer, True
         if state is not None:
@@ -160,7 +161,7 @@ class ReleaseAgent:
         if self._offer is not None and self._offer.number == message.number:
             _LOG.info("release %d is withdrawn: %s", message.number, one_line(message.reason))
             if self._staging is not None:
-                self._withdrawn = message  # and seen to when it is done
+                self._withdrawn = message  # handled when the thread, which reads the files, has ended
                 return
             self._forget_offer()
         self._updater.drop(message.number, f"withdrawn: {one_line(message.reason, 200)}")
@@ -207,7 +208,7 @@ class ReleaseAgent:
         if state is None or state.highest != offer.number or state.phase == on_disk.STABLE:
             self._forget_offer()  # another process of this board was faster
             return
-        delete_downloads(updater)  # a power cut may have come before
+        delete_downloads(updater)  # again, since a power cut may have prevented it after staging
         updater.arm(offer.attempts, offer.seconds)
         _LOG.info("release %d is tried now: the service restarts", offer.number)
         self._say(offer.number, TRIAL)
@@ -227,7 +228,7 @@ class ReleaseAgent:
         if self._offer is None:
             _LOG.warning("%s", reason)
             return
-        if self._staging is not None:  # its thread reads the files that would be deleted: seen to when it has ended
+        if self._staging is not None:  # its thread reads the files that would be deleted: refused when it has ended
             _LOG.warning("%s", reason)
             self._trouble = self._trouble or reason
             return
@@ -253,32 +254,36 @@ class ReleaseAgent:
             self._tell(self._updater)
 
     def _tell(self, updater: ReleaseInstaller) -> None:
-        """Say what the launcher's state knows of the last release."""
-        found = updater.home.load()
-        if found is None or (found.phase == on_disk.STABLE and found.outcome is None):
+        """Report the last release's state from the launcher's state."""
+        launcher_state = updater.home.load()
+        if launcher_state is None or (launcher_state.phase == on_disk.STABLE and launcher_state.outcome is None):
             self._trying = False
             return
-        number = found.highest if found.phase != on_disk.STABLE or found.outcome is None else found.outcome.version
+        number = (
+            launcher_state.highest
+            if launcher_state.phase != on_disk.STABLE or launcher_state.outcome is None
+            else launcher_state.outcome.version
+        )
         state, reason = self._standing(updater, number)
         self._trying = state == TRIAL
         if state is not None:
             self._say(number, state, reason)
 
     def _standing(self, updater: ReleaseInstaller, number: int) -> tuple[str | None, str]:
-        """The state of a release by the launcher's state, and why; None if it is unknown there."""
-        found = updater.home.load()
-        if found is None:
+        """A release's state and its reason, from the launcher's state; None if the launcher doesn't know it."""
+        launcher_state = updater.home.load()
+        if launcher_state is None:
             return REFUSED, "the launcher's state is damaged; a restart mends it"
-        if found.phase != on_disk.STABLE and found.highest == number:
-            return {on_disk.STAGED: STAGED, on_disk.TRIAL: TRIAL}[found.phase], found.trouble
-        if found.outcome is not None and found.outcome.version == number:
-            good = found.outcome.result == on_disk.COMMITTED
-            return (COMMITTED if good else ROLLED_BACK), found.outcome.reason
+        if launcher_state.phase != on_disk.STABLE and launcher_state.highest == number:
+            return {on_disk.STAGED: STAGED, on_disk.TRIAL: TRIAL}[launcher_state.phase], launcher_state.trouble
+        if launcher_state.outcome is not None and launcher_state.outcome.version == number:
+            is_committed = launcher_state.outcome.result == on_disk.COMMITTED
+            return (COMMITTED if is_committed else ROLLED_BACK), launcher_state.outcome.reason
         try:
-            runs = updater.home.record(found.stable).version == number
+            is_running = updater.home.record(launcher_state.stable).version == number
         except on_disk.DamagedError:
-            runs = False
-        return (COMMITTED, "") if runs else (None, "")
+            is_running = False
+        return (COMMITTED, "") if is_running else (None, "")
 
     def _progress(self) -> None:
         if self._pulling is None or self._offer is None:
@@ -298,9 +303,9 @@ class ReleaseAgent:
             self._last = report
             self._connection.send(report)
 
-    def _ask(self, wants: list[BlobRequest]) -> None:
-        for want in wants:
-            self._connection.send(want)
+    def _ask(self, requests: list[BlobRequest]) -> None:
+        for request in requests:
+            self._connection.send(request)
 
 
 class ReleaseDownload:
@@ -337,45 +342,45 @@ class ReleaseDownload:
 
     @property
     def progress(self) -> tuple[int, int]:
-        here = sum(r.leaf_count for r in self._refs if self._store.has(r.sha256))
-        coming = 0 if self._pull is None or self._pull.done else self._pull.progress[0]
-        return here + coming, sum(r.leaf_count for r in self._refs)
+        stored_leaves = sum(r.leaf_count for r in self._refs if self._store.has(r.sha256))
+        arrived_leaves = 0 if self._pull is None or self._pull.done else self._pull.progress[0]
+        return stored_leaves + arrived_leaves, sum(r.leaf_count for r in self._refs)
 
     def start(self, now: float) -> list[BlobRequest]:
-        wants = [] if self._pull is None else self._pull.start(now)
-        return wants + self._onward(now)
+        requests = [] if self._pull is None else self._pull.start(now)
+        return requests + self._onward(now)
 
     def wants(self, sha256: str) -> bool:
         return self._pull is not None and self._pull.ref.sha256 == sha256
 
     def chunk(self, chunk: Chunk, now: float) -> list[BlobRequest]:
         """Record a chunk of the blob that is being downloaded; returns further requests."""
-        wants = [] if self._pull is None else self._pull.on_chunk(chunk, now)
-        return wants + self._onward(now)
+        requests = [] if self._pull is None else self._pull.on_chunk(chunk, now)
+        return requests + self._onward(now)
 
     def tick(self, now: float) -> list[BlobRequest]:
         return [] if self._pull is None else self._pull.on_tick(now)
 
     def _onward(self, now: float) -> list[BlobRequest]:
         """Go on to the next file once one is complete: one window at a time is enough for any broker."""
-        wants: list[BlobRequest] = []
+        requests: list[BlobRequest] = []
         while self._pull is None or self._pull.done:
             self._pull = None
             missing = next((r for r in self._refs if not self._store.has(r.sha256)), None)
             if missing is None:
                 break
             self._pull = Pull(missing, self._store.partial(missing))
-            wants += self._pull.start(now)
-        return wants
+            requests += self._pull.start(now)
+        return requests
 
 
 class StagingThread:
     """Installs a downloaded release in a thread, so that the loop continues and feeds the watchdog."""
 
-    def __init__(self, updater: ReleaseInstaller, pulled: ReleaseDownload) -> None:
+    def __init__(self, updater: ReleaseInstaller, download: ReleaseDownload) -> None:
         self.error: FedpruneError | None = ReleaseError("unpacking it ended without an error message")
         self._updater = updater
-        self._pulled = pulled
+        self._pulled = download
         self._thread = threading.Thread(target=self._run, name="fedprune-staging", daemon=True)
         self._thread.start()
 
@@ -409,8 +414,8 @@ def _digest(manifest: str) -> str:
 
 def delete_downloads(updater: ReleaseInstaller, keep: Release | None = None) -> None:
     store = updater.downloads
-    kept = set() if keep is None else {f.sha256 for f in keep.files}
+    kept_names = set() if keep is None else {f.sha256 for f in keep.files}
     for name in store.names():
-        if name not in kept:
+        if name not in kept_names:
             store.delete(name)
-    store.drop_partials(kept)
+    store.drop_partials(kept_names)

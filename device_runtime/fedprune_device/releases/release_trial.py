@@ -1,4 +1,4 @@
-"""A release on trial, seen from inside, and the service's watchdog, by which it is found healthy."""
+"""The part of a release on trial that runs in the new release itself, and the service's watchdog."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fedprune_device.launcher.sd_notify import READY, STOPPING, WATCHDOG, notify
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import TRIAL, DamagedError, LauncherState
 
+# Packages that the runtime requires, by the names of their modules.
 PACKAGES = (
     *("numpy", "paho", "safetensors", "cryptography", "msgspec", "onnxruntime", "PIL"),
     *(("tomli",) if sys.version_info < (3, 11) else ()),
 )
-"""Packages that the runtime requires."""
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -56,7 +56,7 @@ class ReleaseTrial:
         self._change(lambda s: s.note("its checks passed, but it had not reached the broker"))
 
     def commit(self) -> None:
-        """The release is healthy: it stays."""
+        """Keep the release, which is healthy: its slot becomes the stable one."""
         self._change(LauncherState.commit)
         _LOG.info("release %d is healthy and stays", self.number)
 
@@ -86,22 +86,22 @@ def check_packages(slot: Path, system: Collection[str] = ()) -> None:
         if name in system:
             continue
         spec = importlib.util.find_spec(name)
-        places = [] if spec is None else [*(spec.submodule_search_locations or ()), *filter(None, [spec.origin])]
-        if not any(Path(place).resolve().is_relative_to(slot.resolve()) for place in places):
+        locations = [] if spec is None else [*(spec.submodule_search_locations or ()), *filter(None, [spec.origin])]
+        if not any(Path(location).resolve().is_relative_to(slot.resolve()) for location in locations):
             raise RuntimeUnavailableError(
-                f"{name} is not in the release" + (f": it would come from {places[0]}" if places else ""),
+                f"{name} is not in the release" + (f": it would come from {locations[0]}" if locations else ""),
                 hint="Make the release with a wheel of it, or with --system for what the board's own Python has.",
             )
 
 
-_SLOWEST_S = 10.0  # between two beats; the service manager may want them more often
+_SLOWEST_S = 10.0  # four times the longest time between two beats
 
 
 class Watchdog:
-    """Reports to the service manager, which restarts a loop that hangs, that the agent's loop turns.
+    """Tells the service manager that the agent's loop turns; the manager restarts a service whose loop hangs.
 
-    A release on trial is healthy a turn after the broker was reached. `interval` is the manager's watchdog in seconds,
-    0 for none; None reads the environment.
+    A release on trial counts as healthy one turn after the broker was reached. `interval` is the manager's watchdog in
+    seconds, 0 for none; None reads the environment.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class Watchdog:
     ) -> None:
         self._trial = trial
         self._tell = tell
+        # A quarter of the manager's time, so that one slow turn doesn't restart the service.
         self._between = min(_SLOWEST_S, (watchdog_seconds() if interval is None else interval or 0.0) or 4e9) / 4
         self._clock = clock
         self._next = 0.0

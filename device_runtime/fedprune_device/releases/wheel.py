@@ -25,7 +25,7 @@ from fedprune_device.launcher.slot_store import SlotRecord, SlotStore, files_dig
 from fedprune_device.launcher.state import DamagedError
 
 MAX_ENTRIES = 50_000
-_PIECE = 2**20
+_PIECE = 2**20  # bytes that are unpacked or copied at once
 _NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 _DATA = re.compile(r"[^/]+\.data/(?P<scheme>[^/]+)/(?P<rest>.+)")
 _PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
@@ -72,15 +72,15 @@ class InstalledWheel(WheelFiles):
 
     def unpack(self, folder: Path | None) -> Iterator[tuple[str, str, int]]:
         for path, (sha256, size) in self._files.items():
-            copied, count = hashlib.sha256(), 0
+            sha256_of_copy, count = hashlib.sha256(), 0
             source = self._source(path)
             if source is not None:
                 with source, _created(folder, path) as write:
-                    while piece := source.read(_PIECE):
-                        copied.update(piece)
-                        count += len(piece)
-                        write(piece)
-            if source is None or (copied.hexdigest(), count) != (sha256, size):
+                    while chunk := source.read(_PIECE):
+                        sha256_of_copy.update(chunk)
+                        count += len(chunk)
+                        write(chunk)
+            if source is None or (sha256_of_copy.hexdigest(), count) != (sha256, size):
                 error = DamagedCopyError(f"{self.name}: {shown(path)} of the installed release is damaged")
                 error.sha256 = self._sha256
                 raise error
@@ -119,43 +119,44 @@ class Wheel(WheelFiles):
             raise ReleaseError(f"{name}: too many files", expected=f"at most {MAX_ENTRIES}", got=len(entries))
         self._targets: dict[str, str] = {}
         self.size = 0
-        taken: set[str] = set()
+        targets: set[str] = set()
         for entry in entries:
             target = self._target(entry)
             if target is None:
                 continue
-            if target in taken:
+            if target in targets:
                 raise ReleaseError(f"{name}: {shown(target)} is there twice")
-            taken.add(target)
+            targets.add(target)
             self._targets[entry.filename] = target
             self.size += entry.file_size
-        self.paths = frozenset(taken)
-        folders = {str(folder) for target in taken for folder in PurePosixPath(target).parents}
-        for target in sorted(taken & folders):
+        self.paths = frozenset(targets)
+        folders = {str(folder) for target in targets for folder in PurePosixPath(target).parents}
+        for target in sorted(targets & folders):
             raise ReleaseError(f"{name}: {shown(target)} is a file and a folder")
 
     def unpack(self, folder: Path | None) -> Iterator[tuple[str, str, int]]:
         with zipfile.ZipFile(self._path) as archive:
-            for inner, target in self._targets.items():
-                entry = archive.getinfo(inner)
-                found, size = hashlib.sha256(), 0
+            # Sizes and digests are counted while unpacking: an archive's own statements can't be trusted.
+            for member_name, target in self._targets.items():
+                entry = archive.getinfo(member_name)
+                sha256, size = hashlib.sha256(), 0
                 with _created(folder, target) as write:
-                    for piece in self._pieces(archive, entry, target):
-                        size += len(piece)
+                    for chunk in self._pieces(archive, entry, target):
+                        size += len(chunk)
                         if size > entry.file_size:
                             break
-                        found.update(piece)
-                        write(piece)
+                        sha256.update(chunk)
+                        write(chunk)
                 if size != entry.file_size:
                     raise ReleaseError(f"{self.name}: {shown(target)}", expected=f"{entry.file_size} bytes")
-                yield target, found.hexdigest(), size
+                yield target, sha256.hexdigest(), size
 
     def _pieces(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: str) -> Iterator[bytes]:
         """A file's content. OSError here means an offset outside the archive, not a failing disk."""
         try:
             with archive.open(entry) as source:
-                while piece := source.read(_PIECE):
-                    yield piece
+                while chunk := source.read(_PIECE):
+                    yield chunk
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError, NotImplementedError) as error:
             raise ReleaseError(f"{self.name}: {shown(target)} is damaged ({error})") from error
 
@@ -193,9 +194,9 @@ def check_distinct(wheels: Iterable[WheelFiles]) -> None:
     """Raise `ReleaseError` if two wheels have a file of the same path."""
     paths = set[str]()
     for wheel in wheels:
-        twice = sorted(paths & wheel.paths)
-        if twice:
-            raise ReleaseError(f"{wheel.name}: {shown(twice[0])} is in another wheel, too")
+        duplicates = sorted(paths & wheel.paths)
+        if duplicates:
+            raise ReleaseError(f"{wheel.name}: {shown(duplicates[0])} is in another wheel, too")
         paths |= wheel.paths
 
 
@@ -258,9 +259,9 @@ def _created(folder: Path | None, target: str) -> Iterator[Callable[[bytes], obj
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
 
-    def write(piece: bytes) -> None:
-        while piece:
-            piece = piece[os.write(descriptor, piece) :]
+    def write(chunk: bytes) -> None:
+        while chunk:
+            chunk = chunk[os.write(descriptor, chunk) :]
 
     try:
         yield write

@@ -1,4 +1,4 @@
-"""The serving model on disk: two slots and a pointer, so that one whole model always exists.
+"""The serving model on disk: two slots and a pointer, so that one complete model always exists.
 
 A new model is put together in a folder of its own, checked there, moved into the slot that doesn't serve, and then the
 pointer is replaced. Readers check digests: after a power cut, or when a card has lost bits, the slot that was good
@@ -62,16 +62,16 @@ class Serving:
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Serving:
         try:
-            made = convert(cls, body, "serving model", StorageError)
-            labels_of(made.loss)
-            lengths = {len(values) for values in (made.offset, made.present) if values is not None}
+            record = convert(cls, body, "serving model", StorageError)
+            labels_of(record.loss)
+            lengths = {len(values) for values in (record.offset, record.present) if values is not None}
             if (
-                not {GRAPH, WEIGHTS, *served_files(made.precision)} <= made.files.keys() <= _FILES
-                or made.slot not in _NAMES
-                or not lengths <= {made.classes}
+                not {GRAPH, WEIGHTS, *served_files(record.precision)} <= record.files.keys() <= _FILES
+                or record.slot not in _NAMES
+                or not lengths <= {record.classes}
             ):
                 raise ValueError("a value is out of range")
-            return made
+            return record
         except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
             raise StorageError(f"the record of the serving model is not one ({error!r})") from error
 
@@ -139,7 +139,7 @@ class ModelSlots:
         return self._root / record.slot
 
     def open(self, threads: int = 1, *, cuda: bool = False) -> tuple[Predictor, Serving]:
-        for _ in range(5):
+        for _ in range(5):  # enough even if several rounds end while a large model is loaded
             record = self.current()
             if record is None:
                 raise ModelError(
@@ -163,7 +163,7 @@ class ModelSlots:
         return raw
 
     def installed_at(self) -> float:
-        """When the model that serves was installed, in seconds since 1970; 0 where none was."""
+        """When the serving model was installed, in seconds since 1970; 0 if none is."""
         try:
             return (self._root / _POINTER).stat().st_mtime
         except OSError:

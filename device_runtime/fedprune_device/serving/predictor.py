@@ -69,14 +69,14 @@ class Predictor:
             # Only a run tells the outputs' shape, and operators such as Flatten and Reshape refuse an empty batch.
             return self.predict(np.zeros((1, *x.shape[1:]), x.dtype), batch)[:0]
         starts = range(0, len(x), batch)
-        parts = [
-            self.session.run({step.X: np.ascontiguousarray(padded(some, shape))}, [step.LOGITS])[step.LOGITS]
-            for some in (np.asarray(x[s : s + batch], self._dtype) for s in starts)
+        outputs = [
+            self.session.run({step.X: np.ascontiguousarray(padded(chunk, shape))}, [step.LOGITS])[step.LOGITS]
+            for chunk in (np.asarray(x[s : s + batch], self._dtype) for s in starts)
         ]
-        logits = np.concatenate([np.asarray(p) for p in parts]).astype(np.float32, copy=False)
+        logits = np.concatenate([np.asarray(p) for p in outputs]).astype(np.float32, copy=False)
         axis = free_axis(shape)
-        places = axis is not None and logits.ndim == 3 and logits.shape[2] == at_most(shape)[axis]
-        return logits[:, :, : x.shape[axis + 1]] if places and axis is not None else logits
+        has_free_places = axis is not None and logits.ndim == 3 and logits.shape[2] == at_most(shape)[axis]
+        return logits[:, :, : x.shape[axis + 1]] if has_free_places and axis is not None else logits
 
     def check(
         self,
@@ -104,6 +104,7 @@ class Predictor:
         if loss is not None:
             theirs, compute = loss
             mine = compute(logits)
+            # Both graphs compute in float32, but add up in different orders, so that their losses differ a little.
             if not abs(mine - theirs) <= 1e-3 * (1 + abs(theirs)):
                 raise ModelError(
                     "the new model's predictions contradict its training graph",
@@ -124,8 +125,8 @@ def described(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequ
         return
     digits = ".4f" if labels_of(loss) in JUDGED else ".6g"
     for i, row in enumerate(ranked(outputs, loss, top)):
-        shown = [f"{names[c] if c < len(names) else c} " if outputs.shape[1] > 1 else "" for c in row]
-        yield f"{i}: " + ", ".join(f"{name}{v:{digits}}" for name, v in zip(shown, row.values(), strict=True))
+        labels = [f"{names[c] if c < len(names) else c} " if outputs.shape[1] > 1 else "" for c in row]
+        yield f"{i}: " + ", ".join(f"{name}{v:{digits}}" for name, v in zip(labels, row.values(), strict=True))
 
 
 def ranked(outputs: npt.NDArray[np.float32], loss: str, top: int) -> Iterator[dict[int, float]]:
@@ -145,8 +146,8 @@ def _of_places(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Seq
         chosen = row.argmax(0) == np.arange(len(row))[:, None] if loss == "cross_entropy" else row > 0
         shares = chosen.mean(1)
         best = np.argsort(-shares, kind="stable")[:top]
-        shown = (f"{names[c] if c < len(names) else c} {shares[c]:.1%}" for c in best if shares[c])
-        yield f"{i}: {shape}, {', '.join(shown) or 'nothing'}"
+        shares_text = (f"{names[c] if c < len(names) else c} {shares[c]:.1%}" for c in best if shares[c])
+        yield f"{i}: {shape}, {', '.join(shares_text) or 'nothing'}"
 
 
 def targets_of(outputs: npt.NDArray[np.float32], loss: str, ignored: int | None = None) -> Targets:
@@ -157,15 +158,15 @@ def targets_of(outputs: npt.NDArray[np.float32], loss: str, ignored: int | None 
 def judged(outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], loss: str) -> str:
     """How well outputs [n, K, ...] predict labels; of places those count whose label is a class."""
     if loss == "cross_entropy" and outputs.ndim > 2 and y.shape == (len(outputs), *outputs.shape[2:]):
-        counted = (y >= 0) & (y < outputs.shape[1])
-        share = np.mean((outputs.argmax(1) == y)[counted]) if counted.any() else 0.0
-        return f"accuracy {share:.4f} on {quantity(int(counted.sum()), 'place')} of {quantity(len(y), 'sample')}"
-    wanted = np.asarray(targets_of(outputs, loss)(y))
-    right = hits(loss, outputs, wanted)
-    if right is None:
-        error = np.sqrt(np.mean((outputs.astype(np.float64) - wanted) ** 2))
+        is_counted = (y >= 0) & (y < outputs.shape[1])
+        share = np.mean((outputs.argmax(1) == y)[is_counted]) if is_counted.any() else 0.0
+        return f"accuracy {share:.4f} on {quantity(int(is_counted.sum()), 'place')} of {quantity(len(y), 'sample')}"
+    labels = np.asarray(targets_of(outputs, loss)(y))
+    is_right = hits(loss, outputs, labels)
+    if is_right is None:
+        error = np.sqrt(np.mean((outputs.astype(np.float64) - labels) ** 2))
         return f"root of the mean squared error {error:.6g} on {quantity(len(y), 'sample')}"
-    return f"accuracy {np.mean(right):.4f} on {quantity(len(y), 'sample')}"
+    return f"accuracy {np.mean(is_right):.4f} on {quantity(len(y), 'sample')}"
 
 
 def likely(loss: str, z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""The model that serves at lower precision: made on the board of every round's weights, and compared with float32.
+"""The model that serves at lower precision: made on the board from every round's weights, and compared with float32.
 
 The server sends graphs; weights and the ranges of activations are the board's own. A model that disagrees with float32,
 or that can't be made on this board, doesn't serve; float32 serves instead, and the log says why.
@@ -28,7 +28,7 @@ from fedprune_device.serving.predictor import WEIGHTS, Predictor
 
 _LOG = logging.getLogger("fedprune.device")
 
-_TURNS = 9
+_TURNS = 9  # timed predictions per precision; the first ones allocate memory and don't count
 _FASTER = 0.9  # share of float32's time that a lowered model may take to be called faster: less may be chance
 
 
@@ -44,14 +44,16 @@ class ReducedPrecision:
         return replace(offer, lowered={p: ref for p, ref in (offer.lowered or {}).items() if p in names} or None)
 
     def staged(self, folder: Path, kits: Mapping[str, bytes], data: LocalData, recipe: Recipe, targets: Targets) -> str:
-        """Lower a staged float32 model by the graphs `kits`; returns the precision that is to serve, whose files are
-        next to it."""
+        """Lower a staged float32 model by the graphs `kits`; returns the precision that is to serve.
+
+        The files of that precision are next to float32's; those of the others are deleted.
+        """
         if not kits:
             return FLOAT32
-        whole = Predictor(folder, threads=self._threads)
-        judge = PrecisionCheck(whole, data, recipe, targets)
-        tried = {p: self._tried(folder, p, kit, data, judge) for p, kit in kits.items()}
-        candidates = {FLOAT32: whole} | {p: model for p, model in tried.items() if model is not None}
+        float32_model = Predictor(folder, threads=self._threads)
+        judge = PrecisionCheck(float32_model, data, recipe, targets)
+        models = {p: self._tried(folder, p, kit, data, judge) for p, kit in kits.items()}
+        candidates = {FLOAT32: float32_model} | {p: model for p, model in models.items() if model is not None}
         chosen = self._chosen(candidates, data)
         for precision in candidates.keys() - {FLOAT32, chosen}:
             clear(folder, precision)
@@ -64,12 +66,14 @@ class ReducedPrecision:
         try:
             for name, raw in unpacked(kit, precision).items():
                 atomic_file.write_whole(folder / name, raw, private=True)
-            model, found = lowered(folder, precision, tensorfile.load(folder / WEIGHTS), data, judge, self._threads)
+            model, comparison = lowered(
+                folder, precision, tensorfile.load(folder / WEIGHTS), data, judge, self._threads
+            )
         except FedpruneError as error:  # a failure here must not lose a finished round
             _LOG.warning("the model doesn't serve with %s: %s", precision, error)
             clear(folder, precision)
             return None
-        _LOG.info("the model may serve with %s: %s", precision, found.describe())
+        _LOG.info("the model may serve with %s: %s", precision, comparison.describe())
         clear(folder, precision, made=False)
         return model
 
@@ -92,12 +96,12 @@ class ReducedPrecision:
 class PrecisionCheck:
     """Compares models with float32's predictions of validation samples or, without any, of training samples."""
 
-    def __init__(self, whole: Predictor, data: LocalData, recipe: Recipe, targets: Targets) -> None:
-        validated = len(data.y_val) > 0
-        self._x = (data.x_val if validated else data.x_train)[:SAMPLES]
-        self._y = np.asarray(targets((data.y_val if validated else data.y_train)[:SAMPLES]))
+    def __init__(self, float32_model: Predictor, data: LocalData, recipe: Recipe, targets: Targets) -> None:
+        has_validation = len(data.y_val) > 0
+        self._x = (data.x_val if has_validation else data.x_train)[:SAMPLES]
+        self._y = np.asarray(targets((data.y_val if has_validation else data.y_train)[:SAMPLES]))
         self._loss, self._at_once = recipe.loss, recipe.micro_batch
-        self._reference = whole.predict(self._x, self._at_once)
+        self._reference = float32_model.predict(self._x, self._at_once)
 
     def hear(self, model: Predictor) -> Agreement:
         """How a model's predictions compare with float32's."""
@@ -114,10 +118,10 @@ def lowered(
     raw = lowered_weights(folder, precision, tensors, data.x_train[:CALIBRATION_SAMPLES])
     atomic_file.write_whole(folder / weights_file(precision), raw, private=True)
     model = Predictor(folder / graph_file(precision), threads=threads)
-    found = judge.hear(model)
-    if found.refusal:
-        raise ModelError(found.refusal)
-    return model, found
+    comparison = judge.hear(model)
+    if comparison.refusal:
+        raise ModelError(comparison.refusal)
+    return model, comparison
 
 
 def clear(folder: Path, precision: str, *, made: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Whose state directory it is: a file in it names device and site, once the device is in its fleet."""
+"""The owner of a state directory: a file in it names device and site, once the device is in its fleet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FILE = "device.json"
 
 _LOG = logging.getLogger("fedprune.device")
 
-_LONGEST = 64
+_LONGEST = 64  # characters of a name of device or site
 
 _OF_A_SERVER = ("server.db", "identity/authority.key")  # what only a server's state folder has
 
@@ -33,9 +33,9 @@ class DirectoryOwner:
                     got=f"a folder with {name}",
                     hint="Use another --state.",
                 )
-        found = _read(root)
-        device, site = found.get("device"), found.get("site")
-        if not found or (device, site) == (self.device, self.site):
+        owner = _read(root)
+        device, site = owner.get("device"), owner.get("site")
+        if not owner or (device, site) == (self.device, self.site):
             return
         raise StorageError(
             f"{root} is the state directory of another device",

@@ -35,7 +35,7 @@ _PARTS = ("average", "personal", "residual", "moments")
 _SLOTS = ("a", "b")
 _STAGED = ".staged.partial"  # what a round has left while its result may still be dropped; a new process deletes it
 _JOB, _OTHERS = "job", "others"
-MOST_OTHERS = 3  # number of jobs, in addition to the present one, whose personal state a board keeps: the latest ones
+MOST_OTHERS = 3  # the latest jobs, in addition to the current one, whose personal state a board keeps
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +68,16 @@ class LocalState:
     @classmethod
     def of(cls, offer: Offer, average: Tensors, personal: Tensors, mask: Active, **further: Any) -> LocalState:
         """The state after an offer's round; `further` are attributes by their names."""
-        place = (offer.job, offer.seed, offer.architecture, offer.selection, offer.ranking, offer.widths, offer.round)
-        return cls(*place, average, personal, mask, **further)
+        identity = (
+            offer.job,
+            offer.seed,
+            offer.architecture,
+            offer.selection,
+            offer.ranking,
+            offer.widths,
+            offer.round,
+        )
+        return cls(*identity, average, personal, mask, **further)
 
     def precedes(self, offer: Offer) -> bool:
         """Whether it was left by an earlier round of the same run."""
@@ -104,14 +112,14 @@ class LocalState:
             head = json.loads(text)
             if head.pop("format") != _FORMAT:
                 raise ValueError("another format")
-            parts: dict[str, dict[str, npt.NDArray[Any]]] = {k: {} for k in (*_PARTS, "mask")}
+            tensors_by_part: dict[str, dict[str, npt.NDArray[Any]]] = {k: {} for k in (*_PARTS, "mask")}
             for name, value in arrays.items():
                 kind, _, tensor = name.partition("/")
-                parts[kind][tensor] = value
-            shapes = {n: v.shape for n, v in parts["average"].items()}
-            mask = from_bits(parts["mask"], shapes)
+                tensors_by_part[kind][tensor] = value
+            shapes = {n: v.shape for n, v in tensors_by_part["average"].items()}
+            mask = from_bits(tensors_by_part["mask"], shapes)
             head["widths"] = tuple(head["widths"])
-            return cls(**{**head, **{p: parts[p] for p in _PARTS}, "mask": mask})
+            return cls(**{**head, **{p: tensors_by_part[p] for p in _PARTS}, "mask": mask})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BundleError) as error:
             raise StorageError(f"what the board keeps of its own is damaged ({error})") from error
 
@@ -125,7 +133,7 @@ def _digest(text: bytes, arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
 
 
 class StateStore(Protocol):
-    """The two places of records."""
+    """A store of two records: the newest one, and the one that it was made from."""
 
     def read(self) -> dict[str, bytes]:
         """The records, by place."""
@@ -139,20 +147,20 @@ class StateStore(Protocol):
 
 
 class RoundState:
-    """Finds what an offer's round begins with (`base`), and keeps what it leaves."""
+    """The local state that an offer's round begins with (`base`), and the store of the state that the round leaves."""
 
     def __init__(self, states: StateStore, offer: Offer) -> None:
         self._states = states
         self._place: str | None = None
         self.base: LocalState | None = None
-        for place, data in sorted(states.read().items()):
+        for slot, data in sorted(states.read().items()):
             try:
-                found = LocalState.from_bytes(data)
+                state = LocalState.from_bytes(data)
             except StorageError as error:
                 _LOG.warning("%s: going on without it", error)
                 continue
-            if found.precedes(offer) and (self.base is None or found.round > self.base.round):
-                self._place, self.base = place, found
+            if state.precedes(offer) and (self.base is None or state.round > self.base.round):
+                self._place, self.base = slot, state
 
     def release(self) -> None:
         """Forget what the round began with; it stays in the store."""
@@ -182,8 +190,8 @@ class MemoryStateStore:
 
     def commit(self, neighbour: str | None) -> None:
         """See `StateStore`."""
-        kept = {} if neighbour is None else {neighbour: self.records[neighbour]}
-        self.records, self._staged = {**kept, _free(neighbour): self._staged}, b""
+        neighbours = {} if neighbour is None else {neighbour: self.records[neighbour]}
+        self.records, self._staged = {**neighbours, _free(neighbour): self._staged}, b""
 
 
 class FolderStateStore:
@@ -199,34 +207,34 @@ class FolderStateStore:
 
     def read(self) -> dict[str, bytes]:
         """See `StateStore`; a file that can't be read is as good as none."""
-        found = {name: _content(self._root / name) for name in _SLOTS}
-        return {name: data for name, data in found.items() if data is not None}
+        contents = {name: _content(self._root / name) for name in _SLOTS}
+        return {name: data for name, data in contents.items() if data is not None}
 
     def stage(self, record: bytes) -> None:
         atomic_file.write_whole(self._root / _STAGED, record, private=True)
 
     def commit(self, neighbour: str | None) -> None:
         """See `StateStore`."""
-        place = _free(neighbour)
-        atomic_file.move(self._root / _STAGED, self._root / place)
+        slot = _free(neighbour)
+        atomic_file.move(self._root / _STAGED, self._root / slot)
         for name in _SLOTS:
-            if name not in (place, neighbour):
+            if name not in (slot, neighbour):
                 atomic_file.remove(self._root / name)
 
-    def turn_to(self, job: str, before: str = "") -> None:
+    def turn_to(self, job: str, previous_job: str = "") -> None:
         """Set another job's state aside and restore this one's; repeating it after a crash loses nothing."""
         marker = self._root / _JOB
         # A folder that never held two jobs' state has no marker: the caller knows which job it is of.
-        before = (_content(marker) or b"").decode(errors="replace") or before or job
-        if before != job:
-            self._move(self._root, self._aside(before))
+        previous_job = (_content(marker) or b"").decode(errors="replace") or previous_job or job
+        if previous_job != job:
+            self._move(self._root, self._aside(previous_job))
             atomic_file.write_whole(marker, job.encode(), private=True)
         if self._aside(job).is_dir():
             self._move(self._aside(job), self._root)
         self._let_go()
 
     def forget(self, job: str) -> None:
-        """Delete what was set aside of a job that is over."""
+        """Delete the state that was set aside for a job that has ended."""
         with storage_errors(f"can't delete {self._aside(job)}"):
             if self._aside(job).is_dir():
                 shutil.rmtree(self._aside(job))
@@ -239,19 +247,19 @@ class FolderStateStore:
             names = [n for n in _SLOTS if (source / n).exists()]
             if names:
                 target.mkdir(parents=True, exist_ok=True)
-                target.touch()
+                target.touch()  # the folder's time tells which jobs are the latest
             for name in names:
                 atomic_file.move(source / name, target / name)
 
     def _let_go(self) -> None:
         """Delete the state of the jobs that the board hasn't worked for longest."""
-        others = self._root / _OTHERS
-        with storage_errors(f"can't write {others}"):
-            aside = list(others.iterdir()) if others.is_dir() else []
-            for path in [p for p in aside if not any(p.iterdir())]:
+        others_folder = self._root / _OTHERS
+        with storage_errors(f"can't write {others_folder}"):
+            job_folders = list(others_folder.iterdir()) if others_folder.is_dir() else []
+            for path in [p for p in job_folders if not any(p.iterdir())]:
                 path.rmdir()
-                aside.remove(path)
-            for path in sorted(aside, key=lambda p: p.stat().st_mtime)[:-MOST_OTHERS]:
+                job_folders.remove(path)
+            for path in sorted(job_folders, key=lambda p: p.stat().st_mtime)[:-MOST_OTHERS]:
                 shutil.rmtree(path)
 
     def paths(self) -> list[Path]:

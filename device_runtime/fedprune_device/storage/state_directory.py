@@ -1,4 +1,4 @@
-"""A device's state directory: what survives a power cut.
+"""A device's state directory, whose files survive a power cut.
 
 lock            one process at a time
 identity/       keys and certificate (`network.membership`)
@@ -126,15 +126,19 @@ class DeviceStore(Closing):
         if self._of_another_run(offer):
             self.own.clear()
         self.own.turn_to(offer.job, "" if self.task is None else self.task.offer.job)
-        before = self.task
+        previous_task = self.task
         donor = ""
-        if before is not None and offer.coded is None:
-            last = before.offer.weights.sha256
-            donor = last if last != offer.weights.sha256 and self.blobs.has(last) else before.donor
+        if previous_task is not None and offer.coded is None:
+            last_weights = previous_task.offer.weights.sha256
+            donor = (
+                last_weights
+                if last_weights != offer.weights.sha256 and self.blobs.has(last_weights)
+                else previous_task.donor
+            )
         self._set_task(Task(offer, donor=donor))
 
     def dismiss(self) -> None:
-        """Give up the earlier weights: there is no room for both them and the offer's."""
+        """Give up the earlier weights, because there is no room for both them and the offer's."""
         if self.task is not None and self.task.donor:
             self._set_task(replace(self.task, donor=""))
 
@@ -193,27 +197,27 @@ class DeviceStore(Closing):
         return shutil.disk_usage(self.root).free
 
     def _of_another_run(self, offer: Offer) -> bool:
-        before = None if self.task is None else self.task.offer
-        return before is not None and before.job == offer.job and before.seed != offer.seed
+        current_offer = None if self.task is None else self.task.offer
+        return current_offer is not None and current_offer.job == offer.job and current_offer.seed != offer.seed
 
     def _unwanted(self, task: Task | None) -> list[str]:
-        wanted = set()
+        needed = set()
         if task is not None:
             offer = task.offer
-            wanted = {graph.sha256 for graph in offer.graphs}
+            needed = {graph.sha256 for graph in offer.graphs}
             if offer.weights_codec is not None or offer.weights.leaf_count > 1:
-                wanted.add(offer.weights.sha256)  # the next ones may come as the difference to these, or share leaves
+                needed.add(offer.weights.sha256)  # the next ones may come as the difference to these, or share leaves
             if not self.blobs.has(offer.weights.sha256):
-                wanted.add(task.donor)
+                needed.add(task.donor)
             if not task.done:
-                wanted.update(r.sha256 for r in offer.blobs())
-                wanted.update({offer.held} if offer.held else ())
-                wanted.update({offer.coded.sha256} if offer.coded else ())
+                needed.update(r.sha256 for r in offer.blobs())
+                needed.update({offer.held} if offer.held else ())
+                needed.update({offer.coded.sha256} if offer.coded else ())
         if self.pending is not None:
-            wanted.add(self.pending.weights.sha256)
+            needed.add(self.pending.weights.sha256)
         with storage_errors(f"can't read {self.blobs.root}"):
             unfinished = {p.name.split(".")[0] for p in (self.blobs.root / "partial").iterdir()}
-        return sorted((unfinished | set(self.blobs.names())) - wanted)
+        return sorted((unfinished | set(self.blobs.names())) - needed)
 
     def _turn_to_job(self) -> None:
         """Load the board's local state of the current job, even if a crash interrupted a change of jobs."""

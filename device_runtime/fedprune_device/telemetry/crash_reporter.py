@@ -1,4 +1,4 @@
-"""A board's last crash, for its server."""
+"""The report of a board's last crash to its server."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class CrashReporter:
         self, connection: Connection, crashes: CrashReports, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._connection, self._crashes, self._clock = connection, crashes, clock
+        # When to look for a crash; None before the birth of a connection, since the server knows no board until then.
         self._next: float | None = None
-        """When to look for a crash; None without a connection, before whose birth the server knows no board."""
 
     def born(self) -> None:
         self._next = self._clock()
@@ -30,7 +30,7 @@ class CrashReporter:
         self._next = None
 
     def on_stored(self, message: CrashStored) -> None:
-        """The server has a crash on its disk; another one may have happened since it was sent."""
+        """Delete a crash that the server has stored, unless another one has happened since it was sent."""
         crash = self._crashes.report
         if crash is not None and crash.get("number") == message.number:
             self._crashes.told()
@@ -51,4 +51,4 @@ class CrashReporter:
         try:
             self._connection.send(message)
         except FedpruneError:
-            return  # it is sent again: nothing of this is worth a line
+            return  # not logged, because the next turn after the pause sends it again

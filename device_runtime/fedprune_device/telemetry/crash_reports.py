@@ -1,8 +1,8 @@
-"""How a board's last run ended by a fault: recorded as it ends, or found out at the next start.
+"""Crashes of a board's service: recorded while it ends, or detected at the next start.
 
 An exception that ends the service, or one of its threads, is written by the run itself. After a fault in native code
-there is what Python's faulthandler could write; a killed run leaves only its start mark, unless the power was cut,
-which is no crash.
+there is the text that Python's faulthandler could write. A killed run leaves only the mark of its start, as a power cut
+does, which is no crash: the number of the boot tells one from the other.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from fedprune_device.privacy.redaction import KEPT, module_at, module_of, named,
 
 _LOG = logging.getLogger("fedprune.device")
 
+# Files in the board's state directory: a crash that the server hasn't stored yet, the mark of the current run, and the
+# output of faulthandler.
 FILE = "crash.json"
 MARK = "running.json"
 FAULT = "fault.txt"
-"""In the board's state directory: a crash that the server hasn't heard of, the run that is under way, and what
-faulthandler writes."""
 
-_SAFE = ("signal", "killed")  # causes whose texts have nothing of an exception's own words
+_SAFE = ("signal", "killed")  # causes whose texts don't quote an exception
 
-_MOST_FAULT = 65_536
+_MOST_FAULT = 65_536  # bytes of faulthandler's text that are read
 _FATAL = re.compile(r"^(?:Fatal Python error|Windows fatal exception): (.{1,200})$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "([^"\n]{1,4096})", line ([0-9]{1,9}) in ([^\n]{1,128})$')
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class CrashReports:
-    """How runs ended. `boot` identifies the board's boot; if `quiet`, only an exception's name is reported."""
+    """The crashes of runs. `boot` identifies the board's boot; if `quiet`, only an exception's name is reported."""
 
     def __init__(
         self,
@@ -64,16 +64,16 @@ class CrashReports:
     def report(self) -> dict[str, Any] | None:
         """The fields of the `CrashReport` that the server should get, if there is one, except the device."""
         try:
-            found = atomic_file.read_document(self._folder / FILE)
+            report = atomic_file.read_document(self._folder / FILE)
         except FedpruneError:
             self.told()
             return None
-        if not isinstance(found, dict):
+        if not isinstance(report, dict):
             return None
-        if self._quiet() and found.get("cause") not in _SAFE:
-            name, said, _ = str(found.get("text", "")).partition(":")
-            found["text"] = f"{name if said and name.isidentifier() else 'an error'} {KEPT}"
-        return found
+        if self._quiet() and report.get("cause") not in _SAFE:
+            name, words, _ = str(report.get("text", "")).partition(":")
+            report["text"] = f"{name if words and name.isidentifier() else 'an error'} {KEPT}"
+        return report
 
     def told(self) -> None:
         with contextlib.suppress(FedpruneError):
@@ -81,21 +81,21 @@ class CrashReports:
 
     def exception(self, error: BaseException, cause: str = "exception") -> None:
         """Write down an exception that ends the service, or a thread of it."""
-        said = f"{named(error)}: {KEPT}" if self._quiet() else f"{type(error).__name__}: {error}"
-        text = private(said, MAX_CRASH_TEXT)
+        message = f"{named(error)}: {KEPT}" if self._quiet() else f"{type(error).__name__}: {error}"
+        text = private(message, MAX_CRASH_TEXT)
         self._write(cause, text, _frames(error.__traceback__), self._clock() - self._begun)
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """A run: how the last one ended is found out first, and how this one ends is written down."""
+        """Detect how the last run ended, then run the body and record how it ends."""
         self._look_back()
         self._mark()
-        before = threading.excepthook
+        previous_hook = threading.excepthook
 
         def hook(arguments: Any) -> None:
             if arguments.exc_value is not None and not isinstance(arguments.exc_value, SystemExit):
                 self.exception(arguments.exc_value, "thread")
-            before(arguments)
+            previous_hook(arguments)
 
         enabled = faulthandler.is_enabled()
         with contextlib.ExitStack() as stack:
@@ -105,13 +105,18 @@ class CrashReports:
             threading.excepthook = hook
             try:
                 yield
-            except (KeyboardInterrupt, SystemExit, IdentityError, JoinError):  # the operator approves boards
+            except (
+                KeyboardInterrupt,
+                SystemExit,
+                IdentityError,
+                JoinError,
+            ):  # no crash: an operator hasn't approved yet
                 raise
             except BaseException as error:
                 self.exception(error, "error" if isinstance(error, FedpruneError) else "exception")
                 raise
             finally:
-                threading.excepthook = before
+                threading.excepthook = previous_hook
                 faulthandler.disable()
                 if enabled and sys.__stderr__ is not None:
                     with contextlib.suppress(OSError, ValueError):
@@ -121,11 +126,11 @@ class CrashReports:
     def _look_back(self) -> None:
         """The trace of the last run: a fault, or the mark of a killed one."""
         mark, fault = self._read_mark(), self._read_fault()
-        known = self._folder / FILE
-        found = _FATAL.search(fault)
-        if found is not None:
-            self._write("signal", private(found[1], MAX_CRASH_TEXT), _fault_frames(fault), None, mark)
-        elif mark is not None and not known.exists() and self._was_here(mark):
+        report_path = self._folder / FILE
+        fatal_error = _FATAL.search(fault)
+        if fatal_error is not None:
+            self._write("signal", private(fatal_error[1], MAX_CRASH_TEXT), _fault_frames(fault), None, mark)
+        elif mark is not None and not report_path.exists() and self._was_here(mark):
             text = "the process ended without an error: killed by the system for lack of memory, or by a user"
             self._write("killed", text, [], None, mark)
         else:
@@ -142,8 +147,8 @@ class CrashReports:
         uptime: float | None,
         mark: dict[str, Any] | None = None,
     ) -> None:
-        found = mark or self._state()
-        free = found.get("memory_available")
+        state = mark or self._state()
+        available_memory = state.get("memory_available")
         now = max(0.0, self._clock())
         body = {
             "number": int(1000 * now),
@@ -151,14 +156,14 @@ class CrashReports:
             "cause": cause,
             "text": text,
             "frames": frames,
-            "release": str(found.get("release", ""))[:256],
-            "slot": str(found.get("slot", ""))[:64],
+            "release": str(state.get("release", ""))[:256],
+            "slot": str(state.get("slot", ""))[:64],
             "uptime_s": None if uptime is None else round(max(0.0, min(uptime, 1e11)), 1),
             "temperature_c": None if mark else temperature_c(),
-            "memory_available": free if isinstance(free, int) else None,
-            "memory_total": found.get("memory_total") if isinstance(found.get("memory_total"), int) else None,
+            "memory_available": available_memory if isinstance(available_memory, int) else None,
+            "memory_total": state.get("memory_total") if isinstance(state.get("memory_total"), int) else None,
         }
-        with self._writing, contextlib.suppress(FedpruneError):  # with a disk that is full nothing can be kept
+        with self._writing, contextlib.suppress(FedpruneError):  # a full disk must not hide the crash's own error
             atomic_file.write_document(self._folder / FILE, body)
 
     def _state(self) -> dict[str, Any]:
@@ -172,17 +177,19 @@ class CrashReports:
 
     def _mark(self) -> None:
         body = {**self._state(), "boot": self._boot(), "folder": self._place(), "begun": int(self._begun)}
-        body.pop("memory_available")  # of the end nothing is known
+        body.pop("memory_available")  # the memory at the start says nothing about the end
         with contextlib.suppress(FedpruneError):
             atomic_file.write_document(self._folder / MARK, body)
 
     def _was_here(self, mark: dict[str, Any]) -> bool:
-        """Whether a run that has left its mark ended on this board, without a power cut: a copy of a running board's
-        card or folder has the mark of a run that never ended."""
+        """Whether a run that has left its mark ended on this board, without a power cut.
+
+        A copy of a running board's card or folder has the mark of a run that never ended: its inode is another one.
+        """
         return bool(mark.get("boot")) and mark.get("boot") == self._boot() and mark.get("folder") == self._place()
 
     def _place(self) -> int:
-        """The number of the folder on its disk: that of a copy is another one."""
+        """The folder's inode number, which a copy of the folder doesn't have."""
         try:
             return self._folder.stat().st_ino
         except OSError:
@@ -196,10 +203,10 @@ class CrashReports:
 
     def _read_mark(self) -> dict[str, Any] | None:
         try:
-            found = atomic_file.read_document(self._folder / MARK)
+            mark = atomic_file.read_document(self._folder / MARK)
         except FedpruneError:
             return None
-        return found if isinstance(found, dict) else None
+        return mark if isinstance(mark, dict) else None
 
     def _read_fault(self) -> str:
         try:
@@ -235,11 +242,11 @@ def _fault_frames(fault: str) -> list[dict[str, Any]]:
     for text in fault.splitlines():
         if text.startswith(("Current thread", "Stack (most recent call first)")):
             current = True
-        elif current and (found := _FRAME.match(text)):
-            module = module_at(found[1])
+        elif current and (frame := _FRAME.match(text)):
+            module = module_at(frame[1])
             ours = module.startswith("fedprune")
-            function = private(found[3], 128) if ours else ""
-            rows.append({"module": module, "line": int(found[2]) if ours else 0, "function": function})
+            function = private(frame[3], 128) if ours else ""
+            rows.append({"module": module, "line": int(frame[2]) if ours else 0, "function": function})
         elif current and not text.startswith("  "):
             break
     return rows[:MAX_FRAMES]
