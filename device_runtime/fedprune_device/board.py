@@ -58,7 +58,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """How a board takes part, and what its agent has in addition to its work for the server.
+    """The settings of a board's agent, and the parts that it gets from the program around it.
 
     Without `profile` only the disk limits what is accepted. `train_alone_s` are the seconds after which the board
     trains without its server, 0 for never. `serve_job` is the job whose models may serve, empty for any. `max_packet`
@@ -187,6 +187,7 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
         _check_trial(trial, runtime, state / "serving")
     profile = _profile(config.profile)
     accelerator = accelerator_of(config.tier, config.engine_plan, profile)
+    settings = _configured_settings(config, profile, cuda=accelerator.cuda)
     address = Address.given(config.local, state)
     selector = None if address is None else accelerator.selector(state)
     stopping, status = threading.Event(), BoardStatus()
@@ -226,17 +227,10 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
         probe = None if config.no_probe else _probed(config, runtime, data, cuda=accelerator.cuda)
         runtime.close()
         _LOG.info("board: %s", condition())
-        settings = AgentSettings(
-            profile,
+        settings = replace(
+            settings,
             probe=probe,
-            threads=config.threads,
-            cuda=accelerator.cuda,
             guard=guard,
-            train_alone_s=3600 * config.train_alone,
-            precision=config.serve,
-            serve_job=config.serve_job or "",
-            max_packet=config.max_packet,
-            most_away_s=3600 * config.away,
             engine=lambda: "" if selector is None else selector.status,
             web=member.web_context,
             updater=board_installer(member.identity),
@@ -257,6 +251,20 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
         if renewal is not None:
             stack.enter_context(renewal)
         agent.run(config.until_finished)
+
+
+def _configured_settings(config: BoardConfig, profile: HardwareProfile | None, *, cuda: bool) -> AgentSettings:
+    """The agent's settings that follow from options and profile alone."""
+    return AgentSettings(
+        profile,
+        threads=config.threads,
+        cuda=cuda,
+        train_alone_s=3600 * config.train_alone,
+        precision=config.serve,
+        serve_job=config.serve_job or "",
+        max_packet=config.max_packet,
+        most_away_s=3600 * config.away,
+    )
 
 
 def _check_trial(trial: ReleaseTrial, runtime: RuntimeProcess, serving: Path) -> None:

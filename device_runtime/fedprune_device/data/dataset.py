@@ -70,9 +70,9 @@ class LocalData:
             x, y = getattr(self, f"x_{split}"), getattr(self, f"y_{split}")
             if x.shape[1:] != self.x_train.shape[1:]:
                 raise DataError(f"shape of one {split} sample", expected=self.x_train.shape[1:], got=x.shape[1:])
-            for first, other, what in ((self.x_train, x, "inputs"), (self.y_train, y, "labels")):
-                if (_type(first), first.shape[1:]) != (_type(other), other.shape[1:]):
-                    raise DataError(f"type of {split} {what}", expected=described(first), got=described(other))
+            for first, held_out, what in ((self.x_train, x, "inputs"), (self.y_train, y, "labels")):
+                if (_type(first), first.shape[1:]) != (_type(held_out), held_out.shape[1:]):
+                    raise DataError(f"type of {split} {what}", expected=described(first), got=described(held_out))
 
     @property
     def samples(self) -> int:
@@ -111,8 +111,9 @@ class LocalData:
         return sum(getattr(self, f"{kind}_{split}").nbytes for kind in kinds for split in SPLITS)
 
     def with_validation(self, share: float, seed: int = 0, device: str = "") -> LocalData:
-        """The same with a share of the training samples (below 1) as validation samples, unless it has some; seed and
-        device name decide which.
+        """These samples with a share of the training samples (below 1) as validation samples, unless there are some.
+
+        Seed and device name decide which ones.
         """
         if not 0 <= share < 1:
             raise DataError("share of the training samples for validation", expected="0 to below 1", got=share)
@@ -125,7 +126,7 @@ class LocalData:
         return LocalData(*kept_pairs, self.x_test, self.y_test, *validation_pairs, rows=self.rows, spool=self.spool)
 
     def moved_out(self, spool: Path) -> LocalData:
-        """The same with large arrays in temporary files in `spool`, which are deleted with this process."""
+        """These samples with large arrays in temporary files in `spool`, which are deleted with this process."""
         x = {split: moved_out(getattr(self, f"x_{split}"), spool) for split in SPLITS}
         y = {split: moved_out(getattr(self, f"y_{split}"), spool, any_type=True) for split in SPLITS}
         y = x if self.unlabelled else y
@@ -281,7 +282,7 @@ class SampleSource(Protocol):
 
     @property
     def effective_classes(self) -> int | None:
-        """How many classes the labels are worth (`fedprune_device.data.labels.effective_classes`), without waiting;
+        """The labels' effective number of classes (`fedprune_device.data.labels.effective_classes`), without waiting;
         None if it isn't known, or samples have no class."""
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:

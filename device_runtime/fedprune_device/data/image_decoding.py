@@ -27,7 +27,10 @@ MAX_PIXELS = 2**24  # a small file may unpack to a huge image: its header is che
 
 @dataclass(frozen=True)
 class Pixels:
-    """How a model takes images: scaled to its input, from 0 to 1, then (x − mean) / deviation, overall or by colour."""
+    """The conversion of images to a model's input: scaled to its size, from 0 to 1, then (x − mean) / deviation.
+
+    Mean and deviation are one number, or three by colour.
+    """
 
     mean: tuple[float, ...] = (0.0,)
     deviation: tuple[float, ...] = (1.0,)

@@ -80,17 +80,17 @@ class Targets:
         return out[:][:, None] if column else out
 
     def count(self, y: Array) -> int:
-        """How many labels of these count."""
+        """The number of labels that aren't ignored."""
         return int(np.count_nonzero(y != self.ignored)) if self.ignored is not None else y.size
 
     def _unfit(self, y: Inputs, hint: str) -> DataError:
         expected = "numbers from 0 to 1" if labels_of(self.loss) == MULTI else "numbers"
         expected = "whole numbers" if self.takes_whole else expected
-        given = "whole numbers" if y.dtype.kind in "iu" else "numbers"
+        received = "whole numbers" if y.dtype.kind in "iu" else "numbers"
         return DataError(
             f"labels for loss {self.loss}",
             expected=f"{expected} {shape_text('n', *self.shape)}",
-            got=f"{given} {shape_text('n', *y.shape[1:])}",
+            got=f"{received} {shape_text('n', *y.shape[1:])}",
             hint=hint,
         )
 
@@ -115,7 +115,7 @@ def _class_counts(y: Array, classes: int, ignored: int | None) -> npt.NDArray[np
 
 
 def effective_classes(counts: Iterable[int]) -> int | None:
-    """How many evenly shared classes samples are worth: exp of the labels' entropy, rounded; None without samples.
+    """The number of equally frequent classes with the same entropy: exp of the labels' entropy, rounded, or None.
 
     It is rounded because the server gets it: more digits would tell how many samples each class has.
     """

@@ -51,7 +51,7 @@ class Layout:
 
     def __init__(self, root: Path, folders: Iterable[Path], names: tuple[str, ...]) -> None:
         self._part = {folder: _part_of(folder.relative_to(root).parts, names) for folder in folders}
-        self.parts = frozenset(part for part in self._part.values() if part is not None)
+        self.parts = frozenset(split for split in self._part.values() if split is not None)
 
     def part(self, path: Path) -> str | None:
         """The part of a sample, if the folder is divided."""
@@ -117,7 +117,7 @@ class ClassFolders(Layout):
         hint = "Give the classes' names in the order that all boards share: --class-names A,B,C."
         if (folder / IMAGES).is_dir():
             hint = f"It has {IMAGES} in it: give it as the folder of samples itself."
-        elif any(other.name.lower() in _PARTS for other in folders_in(folder.parent)):
+        elif any(sibling.name.lower() in _PARTS for sibling in folders_in(folder.parent)):
             hint = "Of a divided folder all folders are parts, such as train, val and test: move the others away."
         raise ConfigError(f"{folder} is not the folder of a class", expected=expected, got=folder.name, hint=hint)
 
@@ -281,8 +281,8 @@ def layout_of(root: Path, names: tuple[str, ...]) -> Layout:
     samples can't be read.
     """
     folders = folders_in(root, names)
-    parts = [_PARTS.get(folder.name.lower()) for folder in folders if folder.name not in names]
-    is_divided = len(parts) == len(folders) and "train" in parts and all(parts)
+    folder_splits = [_PARTS.get(folder.name.lower()) for folder in folders if folder.name not in names]
+    is_divided = len(folder_splits) == len(folders) and "train" in folder_splits and all(folder_splits)
     homes = folders if is_divided else [root]
     homes_of_images = [home for home in homes if IMAGES not in names and (home / IMAGES).is_dir()]
     if homes_of_images:

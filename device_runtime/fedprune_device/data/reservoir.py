@@ -26,7 +26,7 @@ _ANY_CLASS = 0  # stands for every class in questions about room: all labelled s
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a set may hold, and the share of both limits that unlabelled samples may take."""
+    """The limits of a set of samples, and the share of both limits that unlabelled samples may take."""
 
     samples: int
     bytes: int
@@ -104,10 +104,10 @@ class Reservoir:
         """Whether a sample of a class was seen."""
         return label in self._classes
 
-    def set_seen(self, label: int, seen: int) -> None:
+    def set_seen(self, label: int, count: int) -> None:
         class_ = self._classes.setdefault(label, _Class())
         # A count that was written before its samples may be lower than the number of samples.
-        class_.seen = max(seen, len(class_.ids))
+        class_.seen = max(count, len(class_.ids))
 
     def most(self, *, unlabelled: bool) -> tuple[int, int]:
         """Limits of samples with, or without, labels: their number and bytes."""
@@ -119,9 +119,9 @@ class Reservoir:
     def decide(self, name: str, label: int, size: int) -> Verdict:
         """Decide on a new sample; nothing changes until `apply`."""
         class_ = self._classes.get(label, _Class())
-        seen = class_.seen + 1
+        seen_count = class_.seen + 1
         if size > self._limits[label == UNLABELLED][1] or not self._limits[label == UNLABELLED][0]:
-            return Verdict(name, label, size, seen, kept=False)
+            return Verdict(name, label, size, seen_count, kept=False)
         evicted: list[str] = []
         if label == UNLABELLED and self.waiting:
             oldest = iter(self.unlabelled())
@@ -138,13 +138,13 @@ class Reservoir:
                 evicted.append(self._evicted(largest, name, evicted))
             else:
                 # Algorithm R: the drawn number is the slot that the new sample takes, if it is one of the kept ones.
-                index = int(keyed(self._seed, "reservoir", label, seen).integers(seen))
+                index = int(keyed(self._seed, "reservoir", label, seen_count).integers(seen_count))
                 if index >= len(class_.ids):
-                    return Verdict(name, label, size, seen, kept=False)
+                    return Verdict(name, label, size, seen_count, kept=False)
                 evicted.append(class_.ids[index])
         while not self._fits(label, size, evicted):  # sizes differ: one sample may replace several
             evicted.append(self._evicted(self._largest(label, evicted), name, evicted))
-        return Verdict(name, label, size, seen, True, tuple(evicted))
+        return Verdict(name, label, size, seen_count, True, tuple(evicted))
 
     def apply(self, verdict: Verdict) -> None:
         """Evict and keep samples as a verdict says."""
@@ -215,9 +215,9 @@ def census(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
         shares.part(n) for c, names in names_by_class.items() if c != UNLABELLED or not reservoir.waiting for n in names
     )
     classes = {
-        str(c): {"kept": len(names_by_class.get(c, ())), "seen": seen}
-        for c, seen in reservoir.seen.items()
-        if c != UNLABELLED and seen
+        str(c): {"kept": len(names_by_class.get(c, ())), "seen": seen_count}
+        for c, seen_count in reservoir.seen.items()
+        if c != UNLABELLED and seen_count
     }
     room = {}
     for unlabelled in (False, True):

@@ -136,8 +136,8 @@ class SampleFolder:
             raise self._nothing_to_train_on(layout, sum(map(len, rows_by_part.values())), refusals)
         convert = formats.pop().numbers
         arrays: list[Any] = []
-        for part in ("train", "test", "val"):
-            rows_of_part = np.array(rows_by_part[part], np.int64)
+        for split in ("train", "test", "val"):
+            rows_of_part = np.array(rows_by_part[split], np.int64)
             x, y = decoded.inputs(rows_of_part, convert), decoded.labels(rows_of_part)
             arrays += [x, x if y.shape[1:] == NO_LABELS.shape else y]
         self._training = len(rows_by_part["train"])
@@ -226,8 +226,8 @@ class SampleFolder:
         folder_part = layout.part(path)
         if folder_part in ("val", "test"):
             return folder_part
-        part = self._shares.part(name)
-        return "train" if part in layout.parts else part
+        split = self._shares.part(name)
+        return "train" if split in layout.parts else split
 
     def _count_foreign(self, endings: Iterable[str]) -> None:
         counts = Counter(ending for ending in endings if ending in _FOREIGN)

@@ -241,20 +241,20 @@ class SampleStore(Closing):
             stored.append(
                 StoredSample(name, label, like, FILE * number + position.at + position.size - like.size * like.itemsize)
             )
-        parts: dict[str, list[StoredSample]] = {"train": [], "test": [], "val": []}
+        samples_by_split: dict[str, list[StoredSample]] = {"train": [], "test": [], "val": []}
         for sample in of_one_kind(stored, shape):
-            parts[self._shares.part(sample.name)].append(sample)
-        fitting = sum(map(len, parts.values()))
+            samples_by_split[self._shares.part(sample.name)].append(sample)
+        fitting = sum(map(len, samples_by_split.values()))
         if fitting < len(stored):
             _LOG.warning("%d samples have another shape than the rest, or the model: left out", len(stored) - fitting)
-        if not parts["train"]:
+        if not samples_by_split["train"]:
             raise DataError(
                 "there is nothing to train on yet",
                 expected="samples" if itself else "samples with labels",
                 got=f"{fitting}, none of them for training",
                 hint="Add some: POST /v1/samples" + ("" if itself else "?label=..., or label those that wait."),
             )
-        return local_data(list(parts.values()), files, shape, itself=itself, spool=self._root)
+        return local_data(list(samples_by_split.values()), files, shape, itself=itself, spool=self._root)
 
     def close(self) -> None:
         """Note what was seen, and close the files."""
@@ -283,11 +283,11 @@ class SampleStore(Closing):
 
     def _relabel(self, name: str, label: int, payload: bytes) -> Added:
         old, size = self._reservoir.label(name), HEAD_BYTES + len(payload)
-        seen = self._reservoir.seen[old]
+        seen_count = self._reservoir.seen[old]
         self._reservoir.drop(name, unseen=True)
         verdict = self._reservoir.decide(name, label, size)
         self._reservoir.restore(name, old, size)  # until it is on the disk
-        self._reservoir.set_seen(old, seen)
+        self._reservoir.set_seen(old, seen_count)
         if verdict.kept:
             position = self._keep(verdict, payload)
         else:
@@ -418,8 +418,8 @@ class SampleStore(Closing):
 
     def _recount(self, record: LogRecord) -> None:
         try:
-            for label, seen in seen_in(record).items():
-                self._reservoir.set_seen(label, seen)
+            for label, seen_count in seen_in(record).items():
+                self._reservoir.set_seen(label, seen_count)
         except ValueError as error:
             _LOG.warning("counts of samples are damaged (%s)", error)
 

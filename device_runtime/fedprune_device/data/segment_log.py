@@ -47,7 +47,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class RecordPosition:
-    """Where a record's payload is stored: segment, offset and size."""
+    """The position of a record's payload: segment, offset and size."""
 
     segment: int
     at: int
@@ -76,9 +76,9 @@ def digest(payload: bytes) -> bytes:
     return hashlib.sha256(payload).digest()[:NAME_BYTES]
 
 
-def record_of(seen: Mapping[int, int]) -> LogRecord:
+def record_of(seen_counts: Mapping[int, int]) -> LogRecord:
     """A record of how many samples of each class were ever seen."""
-    payload = json.dumps({str(c): n for c, n in seen.items()}).encode()
+    payload = json.dumps({str(c): n for c, n in seen_counts.items()}).encode()
     return LogRecord(Kind.COUNTS, digest(payload), payload=payload)
 
 
@@ -87,7 +87,7 @@ def seen_in(record: LogRecord) -> dict[int, int]:
     if digest(record.payload) != record.name:
         raise ValueError("the digest is another")
     try:
-        return {int(label): int(seen) for label, seen in json.loads(record.payload).items()}
+        return {int(label): int(seen_count) for label, seen_count in json.loads(record.payload).items()}
     except (AttributeError, TypeError) as error:
         raise ValueError(str(error)) from error
 
@@ -228,8 +228,8 @@ class SegmentLog:
         head = data[start : start + _HEAD.size]
         if len(head) < _HEAD.size or data[start + _HEAD.size : start + HEAD_BYTES] != self._seal(head):
             return None, 0
-        _, kind, label, size, seen, name = _HEAD.unpack(head)
+        _, kind, label, size, seen_count, name = _HEAD.unpack(head)
         if start + HEAD_BYTES + size > len(data) or kind not in {*Kind}:
             return None, 0
         payload = data[start + HEAD_BYTES : start + HEAD_BYTES + size] if kind == Kind.COUNTS else b""
-        return LogRecord(Kind(kind), name, label, seen, payload), size
+        return LogRecord(Kind(kind), name, label, seen_count, payload), size

@@ -23,7 +23,7 @@ _LARGEST_ROOM = 2**40
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Where samples come from, how files become samples, and how many are kept and held out."""
+    """The options of a board's samples: their source, their conversion, and how many are kept and held out."""
 
     data: str
     device: str

@@ -138,7 +138,7 @@ class StoredArray:
         return np.asarray(self[:], dtype)
 
     def as_float32(self) -> StoredArray:
-        """The same numbers, read as float32."""
+        """This array, read as float32."""
         return self if self.dtype == np.float32 else replace(self, convert=_float32)
 
     def select(self, rows: Rows) -> StoredArray:
@@ -150,7 +150,7 @@ class StoredArray:
         return (self[start : start + step] for start in range(0, len(self), step))
 
     def _pieces(self, rows: Rows, sample_bytes: int) -> Iterator[tuple[int, int]]:
-        """Where pieces of neighbouring samples begin, and how many samples each has."""
+        """Runs of neighbouring samples: the position of each, and its number of samples."""
         if self.places is not None:
             return ((int(position), 1) for position in self.places[rows])
         return ((self.offset + first * sample_bytes, count) for first, count in _runs(rows))

@@ -53,7 +53,7 @@ class _Numbers:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How windows become samples of a model: rows of inputs, rows to predict, and how both are laid out."""
+    """The conversion of windows to a model's samples: rows of inputs, rows to predict, and the layouts of both."""
 
     steps: int
     horizon: int
@@ -107,11 +107,11 @@ class TableFile:
         numbers = self._numbers
         try:
             plan = _planned(numbers.columns, shape, targets)
-            first, part = self._windows(plan.span)
+            first, splits = self._windows(plan.span)
             arrays: list[Inputs] = []
             for number in range(3):
-                x = numbers.windows(first[part == number], plan.steps, plan.inputs)
-                arrays += [x, self._labels(x, first[part == number], plan, targets)]
+                x = numbers.windows(first[splits == number], plan.steps, plan.inputs)
+                arrays += [x, self._labels(x, first[splits == number], plan, targets)]
             data = LocalData(*arrays)
         except DataError as error:
             raise DataError(f"{self._path}: {error}") from error
@@ -152,9 +152,12 @@ class TableFile:
 
     def _read(self) -> tuple[tuple[int, int, int], _Numbers]:
         stamp, count, labels = self._stamped(), 0, Counter[float]()
-        with rows_of(self._path, self._names) as (columns, parts), storage_errors("can't write the numbers of a table"):
+        with (
+            rows_of(self._path, self._names) as (columns, blocks),
+            storage_errors("can't write the numbers of a table"),
+        ):
             file = Copy.in_folder(self._spool)
-            for rows in parts:
+            for rows in blocks:
                 width = rows.shape[1] * 4
                 if (count + len(rows)) * width > self._room:
                     raise DataError("numbers", expected=f"at most {self._room // 4}", got="more")
@@ -167,11 +170,11 @@ class TableFile:
 
 def _planned(columns: Columns, shape: Shape, targets: Targets | None) -> _Plan:
     channels = len(columns.inputs)
-    steps, first = oriented(shape, channels, True)
+    steps, channels_first = oriented(shape, channels, True)
     if not steps:
         expected = "a model of [channels, steps] or [steps, channels]"
         raise DataError(f"windows of {channels} columns", expected=expected, got=shape_text(*shape))
-    inputs = laid_out(0, channels, first, len(shape))
+    inputs = laid_out(0, channels, channels_first, len(shape))
     if targets is None:
         return _Plan(steps, 0, inputs, None)
     if targets.takes_whole:
@@ -182,35 +185,35 @@ def _planned(columns: Columns, shape: Shape, targets: Targets | None) -> _Plan:
     if not columns.targets and tuple(targets.shape) == tuple(shape):
         return _Plan(steps, 0, inputs, None)
     begin, count = (channels, len(columns.targets)) if columns.targets else (0, channels)
-    horizon, first = oriented(targets.shape, count, first)
+    horizon, channels_first = oriented(targets.shape, count, channels_first)
     if not horizon:
         raise DataError(
             f"labels for loss {targets.loss}", expected=shape_text(*targets.shape), got=f"{count} columns to predict",
             hint=f"Let the names of columns to predict begin with {TARGET!r}; without any, all inputs are predicted.",
         )  # fmt: skip
-    return _Plan(steps, horizon, inputs, laid_out(begin, count, first, len(targets.shape)))
+    return _Plan(steps, horizon, inputs, laid_out(begin, count, channels_first, len(targets.shape)))
 
 
-def oriented(shape: Shape, channels: int, first: bool) -> tuple[int, bool]:
+def oriented(shape: Shape, channels: int, channels_first: bool) -> tuple[int, bool]:
     """Steps in a shape with this many channels, 0 if it has none, and whether channels are before steps.
 
     `first` decides where both are possible.
     """
     sizes = [size if isinstance(size, int) else 0 for size in at_most(shape)]
     if len(sizes) == 1:
-        return (sizes[0], first) if channels == 1 else (int(sizes[0] == channels), first)
+        return (sizes[0], channels_first) if channels == 1 else (int(sizes[0] == channels), channels_first)
     if len(sizes) != 2 or channels not in sizes:
-        return 0, first
-    first = sizes[0] == channels if sizes[0] != sizes[1] else first
-    return sizes[1] if first else sizes[0], first
+        return 0, channels_first
+    channels_first = sizes[0] == channels if sizes[0] != sizes[1] else channels_first
+    return sizes[1] if channels_first else sizes[0], channels_first
 
 
-def laid_out(begin: int, count: int, first: bool, rank: int) -> Callable[[Array], Array]:
+def laid_out(begin: int, count: int, channels_first: bool, rank: int) -> Callable[[Array], Array]:
     """A function from rows [n, rows, columns] to some columns: [n, columns, rows], [n, rows, columns] or [n, all]."""
 
     def laid_out(rows: Array) -> Array:
         chosen = rows[:, :, begin : begin + count]
-        chosen = chosen.transpose(0, 2, 1) if first else chosen
+        chosen = chosen.transpose(0, 2, 1) if channels_first else chosen
         return np.ascontiguousarray(chosen.reshape(len(chosen), count * rows.shape[1]) if rank == 1 else chosen)
 
     return laid_out

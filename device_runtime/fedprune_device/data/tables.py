@@ -315,13 +315,12 @@ def _numbers(
         if not is_valid.all():
             first_bad = int(np.argmin(is_valid))
             names_only = begin + first_bad == 1 and not any(_is_number(column[0]) for column in cells)
-            raise _refusal(
-                f"row {begin + first_bad}, column {place + 1}", column[first_bad], class_names, classes, names_only
-            )
+            where = f"row {begin + first_bad}, column {place + 1}"
+            raise _refusal(where, column[first_bad], class_names, is_class=classes, names_only=names_only)
     return out
 
 
-def _refusal(where: str, cell: Any, class_names: tuple[str, ...], classes: bool, names_only: bool) -> DataError:
+def _refusal(where: str, cell: Any, class_names: tuple[str, ...], *, is_class: bool, names_only: bool) -> DataError:
     """The error of a refused cell, with a hint that loses no data. `names_only`: the first row has no number.
 
     The message may be sent to the server: it doesn't quote the cell.
@@ -330,7 +329,7 @@ def _refusal(where: str, cell: Any, class_names: tuple[str, ...], classes: bool,
     got, hint = "something else", _TEXTS
     if cell is None or cell != cell or cell in _EMPTY:  # NaN is unequal to itself
         got, hint = "an empty cell", _GAPS
-    elif classes:
+    elif is_class:
         hint = _NAMES
     elif _is_number(cell):
         got, hint = "one that changes in float32", _LARGE
@@ -342,7 +341,7 @@ def _refusal(where: str, cell: Any, class_names: tuple[str, ...], classes: bool,
         hint = _COMMAS
     elif names_only:
         hint = "Names of columns are one row: leave a second one, such as of units, out."
-    expected = (" or ".join(class_names) or "a whole number from 0") if classes else "a number"
+    expected = (" or ".join(class_names) or "a whole number from 0") if is_class else "a number"
     return DataError(where, expected=expected, got=got, hint=hint)
 
 

@@ -38,7 +38,7 @@ RECORD = "record.json"
 
 @dataclass(frozen=True)
 class EnginePlatform:
-    """Where an engine is valid: on one kind of board, with one L4T release, power mode and TensorRT."""
+    """The platform that an engine is valid for: kind of board, L4T release, power mode and TensorRT version."""
 
     board: str
     l4t: str

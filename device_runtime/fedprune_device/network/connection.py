@@ -49,7 +49,7 @@ class Channel:
 
     @property
     def refusal(self) -> str:
-        """Why a server that is there may not listen to this board, in words that end with a comma."""
+        """A reason why a server that is online may ignore this board: a part of a sentence that ends with a comma."""
         return ""
 
     @property

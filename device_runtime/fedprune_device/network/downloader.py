@@ -85,7 +85,7 @@ class Downloader:
         self._pull(lambda pull: pull.remind(now))
 
     def chunk(self, chunk: Chunk, now: float) -> None:
-        """Take in a chunk. Raises `ProtocolError` if this server can't send the blob."""
+        """Store a chunk. Raises `ProtocolError` if this server can't send the blob."""
         self._pull(lambda pull: pull.on_chunk(chunk, now) if pull.ref.sha256 == chunk.sha256 else [])
 
     def gone(self, sha256: str, now: float) -> None:

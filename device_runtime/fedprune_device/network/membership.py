@@ -100,8 +100,10 @@ def membership(options: MembershipOptions) -> Membership:
 
 
 def checked_urls(options: MembershipOptions) -> tuple[str, ...]:
-    """Where to ask to join; nothing is written yet. Raises `ConfigError` if no broker is named, or a remote one is to
-    be used without TLS or identity, or the file of authorities is invalid.
+    """The URLs at which to ask to join; nothing is written yet.
+
+    Raises `ConfigError` if no broker is named, a remote one is to be used without TLS or identity, or the file of
+    authorities is invalid.
     """
     insecure = options.insecure
     if not options.broker:

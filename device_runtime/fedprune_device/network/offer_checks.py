@@ -74,9 +74,9 @@ def _copies(recipe: Recipe) -> int:
     return 1 if recipe.frozen or recipe.trainable else 3 + 2 * len(step_contract.states(recipe.optimizer))
 
 
-def same_work(one: Offer, other: Offer) -> bool:
+def same_work(first: Offer, second: Offer) -> bool:
     """Whether two offers lead to the same bits: they differ only in the attempt's number and the web server's URL."""
-    return _work(one) == _work(other)
+    return _work(first) == _work(second)
 
 
 def _work(offer: Offer) -> Offer:

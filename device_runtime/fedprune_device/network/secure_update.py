@@ -91,7 +91,7 @@ class SecureUpdate:
             self._uplink.send(self._last_message, self._last_message.job)
 
     def receive(self, message: SecureStep, now: float) -> Update | None:
-        """Take the next step. Returns the masked update when it is to be announced.
+        """Carry out the server's next step of the sum. Returns the masked update when it is to be announced.
 
         Raises:
             ProtocolError: The message is damaged or breaks the protocol's rules.

@@ -75,7 +75,8 @@ class Backoff:
 
 
 class BoardStatus:
-    """What the board works on. One thread writes it and others read it: each part is replaced as a whole."""
+    """The status that the board's local interface shows. One thread writes it; others read it, so that each part is
+    replaced as a whole."""
 
     def __init__(self) -> None:
         self.connected = False

@@ -75,10 +75,10 @@ def module_of(name: str) -> str:
 
 def module_at(path: str) -> str:
     """The name of a module's file as it may leave the board, as for `module_of`."""
-    parts = path.replace("\\", "/").removesuffix(".py").split("/")
-    for i in range(len(parts) - 1, -1, -1):
-        if parts[i] in _OURS:
-            names = parts[i:]
+    path_parts = path.replace("\\", "/").removesuffix(".py").split("/")
+    for i in range(len(path_parts) - 1, -1, -1):
+        if path_parts[i] in _OURS:
+            names = path_parts[i:]
             return ".".join(names[:-1] if names[-1] == "__init__" else names)[:128]
     match = next((candidate for pattern in _IN_A_PACKAGE if (candidate := pattern.search(path))), None)
     return module_of(match[1]) if match else OTHER

@@ -328,7 +328,7 @@ def check_packages_on_board(release: Release) -> None:
 
 
 def own_packages(names: Collection[str]) -> frozenset[str]:
-    """Those of some packages that the board's own Python has. This may take minutes."""
+    """The packages among `names` that the board's own Python has. This may take minutes."""
     if not names:
         return frozenset()
     code = "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"

@@ -112,7 +112,7 @@ class ReleaseAgent:
             self._guarded(lambda: self._on_withdrawn(message))
 
     def turn(self, *, quiet: bool) -> bool:
-        """Take the next step; True if the process is to end, so that the launcher begins the trial.
+        """Do what is due now; True if the process is to end, so that the launcher begins the trial.
 
         `quiet`: a restart would cost nothing now.
         """
@@ -362,7 +362,7 @@ class ReleaseDownload:
         return [] if self._pull is None else self._pull.on_tick(now)
 
     def _onward(self, now: float) -> list[BlobRequest]:
-        """Go on to the next file once one is complete: one window at a time is enough for any broker."""
+        """Requests for the next file once one is complete: one window at a time is enough for any broker."""
         requests: list[BlobRequest] = []
         while self._pull is None or self._pull.done:
             self._pull = None

@@ -170,12 +170,12 @@ class Wheel(WheelFiles):
             name = inside["rest"]
         if entry.filename.endswith("/"):
             return None
-        parts = name.split("/")
+        path_parts = name.split("/")
         kind = stat.S_IFMT(entry.external_attr >> 16)
         if (
             len(name) > 1000
-            or any(part in (".", "..") or not _PART.fullmatch(part) for part in parts)
-            or "__pycache__" in parts
+            or any(path_part in (".", "..") or not _PART.fullmatch(path_part) for path_part in path_parts)
+            or "__pycache__" in path_parts
             or kind not in (0, stat.S_IFREG)
             or entry.flag_bits & 1
             or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

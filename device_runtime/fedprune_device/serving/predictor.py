@@ -156,7 +156,7 @@ def targets_of(outputs: npt.NDArray[np.float32], loss: str, ignored: int | None 
 
 
 def judged(outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], loss: str) -> str:
-    """How well outputs [n, K, ...] predict labels; of places those count whose label is a class."""
+    """A text that says how well outputs [n, K, ...] predict labels; places whose label is no class don't count."""
     if loss == "cross_entropy" and outputs.ndim > 2 and y.shape == (len(outputs), *outputs.shape[2:]):
         is_counted = (y >= 0) & (y < outputs.shape[1])
         share = np.mean((outputs.argmax(1) == y)[is_counted]) if is_counted.any() else 0.0

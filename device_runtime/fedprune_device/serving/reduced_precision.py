@@ -104,7 +104,7 @@ class PrecisionCheck:
         self._reference = float32_model.predict(self._x, self._at_once)
 
     def hear(self, model: Predictor) -> Agreement:
-        """How a model's predictions compare with float32's."""
+        """The agreement of a model's predictions with float32's."""
         return agreement(self._loss, self._reference, model.predict(self._x, self._at_once), self._y)
 
 

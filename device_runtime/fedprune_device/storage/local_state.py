@@ -166,8 +166,8 @@ class RoundState:
         """Forget what the round began with; it stays in the store."""
         self.base = None
 
-    def stage(self, own: LocalState) -> None:
-        self._states.stage(own.to_bytes())
+    def stage(self, state: LocalState) -> None:
+        self._states.stage(state.to_bytes())
 
     def commit(self) -> None:
         """Make the staged state current, and keep the state that the round began with."""
@@ -206,7 +206,7 @@ class FolderStateStore:
         atomic_file.sweep(self._root)
 
     def read(self) -> dict[str, bytes]:
-        """See `StateStore`; a file that can't be read is as good as none."""
+        """See `StateStore`; a file that can't be read is left out."""
         contents = {name: _content(self._root / name) for name in _SLOTS}
         return {name: data for name, data in contents.items() if data is not None}
 

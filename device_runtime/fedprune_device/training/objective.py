@@ -92,8 +92,8 @@ class Objective:
         text = metadata_of(graph).get(step_contract.METRIC)
         self._metric = _Metric(text) if recipe.metric and text is not None else None
         kind, shape = self._session.inputs[step_contract.Y]
+        # Public: callers convert labels with it once, and not for every batch.
         self.targets = Targets.of(recipe, classes, shape[1:], whole=kind == "tensor(int64)")
-        """The labels that it takes."""
 
     def __call__(self, outputs: npt.NDArray[np.float32], y: Array, terms: Mapping[str, Array] | None = None) -> Measure:
         """Measure outputs [n, ...] against labels as `targets` gives them.

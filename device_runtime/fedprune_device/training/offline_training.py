@@ -27,7 +27,7 @@ _RECORD = "alone.json"
 
 
 class OfflineTraining:
-    """Decides when the board trains on, from which model, and whether the result may serve.
+    """Decides when the board trains without its server, from which model, and whether the result may serve.
 
     `every` is the number of seconds between one training of the active model and the next, 0 for never. What the board
     keeps between rounds belongs to rounds, so `runner` has a store of its own.

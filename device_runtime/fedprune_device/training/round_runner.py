@@ -213,9 +213,17 @@ class RoundRunner:
         self, offer: Offer, work: LocalUpdate, trainer: Trainer, inputs: _RoundInputs, control: TrainingControl
     ) -> TrainingResult:
         recipe, data = Recipe.from_dict(offer.recipe), inputs.data
-        moments, taken = work.optimizer_state(self._blob)
+        moments, optimizer_steps = work.optimizer_state(self._blob)
         task = TrainingTask(
-            recipe, offer.classes, offer.seed, self._device, offer.round, offer.widths, work.mask, moments, taken
+            recipe,
+            offer.classes,
+            offer.seed,
+            self._device,
+            offer.round,
+            offer.widths,
+            work.mask,
+            moments,
+            optimizer_steps,
         )
         del moments
         began = time.monotonic()

@@ -220,18 +220,18 @@ class _TrainingRun:
 
     def result(self, seconds: float) -> TrainingResult:
         """The result of all steps, or of the best epoch; raises `DivergedError` if a tensor is not finite."""
-        losses, best, taken = self._losses, self._early_stopping, len(self._losses)
+        losses, best, steps = self._losses, self._early_stopping, len(self._losses)
         if best is not None and self._task.recipe.best_epoch and best.steps:
             self._state |= best.tensors
-            taken, self._squares = best.steps, best.squares
+            steps, self._squares = best.steps, best.squares
         tensors = {n: np.asarray(self._state[n], np.float32) for n in self._names}
         for name, value in {**tensors, **{step_contract.squares(n): v for n, v in self._squares.items()}}.items():
             if not np.isfinite(value).all():
-                raise DivergedError(f"tensor {name} is not finite after step {taken}", hint=_FAR)
+                raise DivergedError(f"tensor {name} is not finite after step {steps}", hint=_FAR)
         tenth = max(1, len(losses) // 10)
         return TrainingResult(
             tensors=tensors,
-            steps=taken,
+            steps=steps,
             samples=self._data.samples,
             loss_first=float(np.mean(losses[:tenth])),
             loss_last=float(np.mean(losses[-tenth:])),
@@ -388,12 +388,12 @@ class Trainer(StepGraph):
         rows = np.arange(min(samples, len(y)))
         batches = Batches(data.samples, recipe, normalised=self.normalised)
         micro_batches = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
-        steps = [micro_batches] if self.accumulates else [[part] for part in micro_batches]
+        steps = [micro_batches] if self.accumulates else [[micro_batch] for micro_batch in micro_batches]
         losses = [self.advance(feeds, step, 1).loss for step in steps]
         self.release()
         if self.accumulates:
             return losses[0]
-        return float(np.average(losses, weights=[self.divisor(part.y, feeds) for part in micro_batches]))
+        return float(np.average(losses, weights=[self.divisor(micro_batch.y, feeds) for micro_batch in micro_batches]))
 
 
 class TrainerCache:
