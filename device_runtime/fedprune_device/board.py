@@ -36,11 +36,11 @@ from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.launcher.sd_notify import starting
 from fedprune_device.network.connection import Connection
 from fedprune_device.network.downloader import Downloader
-from fedprune_device.network.membership import MembershipOptions, checked_urls, join_first, membership
+from fedprune_device.network.membership import Membership, MembershipOptions, checked_urls, join_first, membership
 from fedprune_device.network.secure_update import SecureUpdate
 from fedprune_device.network.start_failure import report_start_failure
 from fedprune_device.network.uplink import BoardStatus, Uplink
-from fedprune_device.privacy.budget import read_policy
+from fedprune_device.privacy.budget import PrivacyPolicy, read_policy
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_agent import NO_LAUNCHER, ReleaseAgent, board_installer
 from fedprune_device.releases.release_trial import ReleaseTrial, Watchdog
@@ -102,7 +102,9 @@ def build_agent(
     uplink = Uplink(connection, store.blobs, settings.max_packet, settings.status, settings.web)
     trainer = TrainerCache(settings.threads, cuda=settings.cuda)
     lowering = ReducedPrecision(settings.precision, settings.threads)
-    runner = RoundRunner(device, store.blobs, store.slots, data, trainer, store.own, lowering, store.privacy.draw)
+    runner = RoundRunner(
+        device, store.blobs, store.slots, data, trainer, states=store.own, lowering=lowering, noise=store.privacy.draw
+    )
     offline = RoundRunner(device, store.blobs, store.slots, data, trainer, lowering=lowering)
     offers = OfferHandler(
         store,
@@ -196,33 +198,21 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
     with ExitStack() as stack, _stopped_children(stopping):
         # Before the state directory is locked and written: an error in the user's data is reported first.
         fixed_data = None if sample_options.data == LOCAL else sample_options.open(state, stack)
-        store = stack.enter_context(DeviceStore(state, owner=owner))
-        store.hold_to(policy)
-        if store.privacy.private:
-            _LOG.info("privacy: %s", store.privacy.describe())
+        store = _open_store(stack, state, owner, policy)
         crashes = CrashReports(state, quiet=lambda: store.privacy.private)
         stack.enter_context(crashes.watched())
         data = sample_options.open(state, stack) if fixed_data is None else fixed_data
         runtime.check()  # in a child process, before this process loads onnxruntime: a broken one may end its process
+        # With an engine onnxruntime stays on the processor: the reference of its check must not share its faults.
+        cuda = accelerator.cuda and selector is None
         stack.enter_context(
-            answering(
-                address,
-                state,
-                sample_options,
-                data,
-                status.to_dict,
-                cuda=accelerator.cuda and selector is None,  # what an engine is measured by must not share its faults
-                selector=selector,
-            )
+            answering(address, state, sample_options, data, status.to_dict, cuda=cuda, selector=selector)
         )
         member = membership(member_options)
         if config.no_probe or (member.identity is not None and not member.identity.joined):
             runtime.close()  # joining may take days, and the child process needs memory
-        with starting("waiting to join the fleet"):
-            if not join_first(member, patient=config.patient, stopped=stopping):
-                return
-        if member.identity is not None:
-            owner.claim(state)
+        if not _join_fleet(member, owner, stopping, patient=config.patient):
+            return
         connection = member.connection(store.next_session)
         probe = None if config.no_probe else _probed(config, runtime, data, cuda=accelerator.cuda)
         runtime.close()
@@ -251,6 +241,24 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess, connecting: threadi
         if renewal is not None:
             stack.enter_context(renewal)
         agent.run(config.until_finished)
+
+
+def _open_store(stack: ExitStack, state: Path, owner: DirectoryOwner, policy: PrivacyPolicy | None) -> DeviceStore:
+    store = stack.enter_context(DeviceStore(state, owner=owner))
+    store.hold_to(policy)
+    if store.privacy.private:
+        _LOG.info("privacy: %s", store.privacy.describe())
+    return store
+
+
+def _join_fleet(member: Membership, owner: DirectoryOwner, stopping: threading.Event, *, patient: bool) -> bool:
+    """Join, if the board hasn't yet; False if it was stopped meanwhile."""
+    with starting("waiting to join the fleet"):
+        if not join_first(member, patient=patient, stopped=stopping):
+            return False
+    if member.identity is not None:
+        owner.claim(member.options.state)
+    return True
 
 
 def _configured_settings(config: BoardConfig, profile: HardwareProfile | None, *, cuda: bool) -> AgentSettings:

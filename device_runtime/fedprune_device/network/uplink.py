@@ -263,7 +263,16 @@ class Uplink:
             return
         self._reported, self._report_at = status, now + PROGRESS_S
         phase, done, total = status
-        message = Progress(self._device, offer.job, offer.round, offer.attempt, phase, done, total, temperature_c())
+        message = Progress(
+            device=self._device,
+            job=offer.job,
+            round=offer.round,
+            attempt=offer.attempt,
+            phase=phase,
+            done=done,
+            total=total,
+            temperature_c=temperature_c(),
+        )
         self.send(message, offer.job, 0)
 
     def stay(self, session: int, now: float) -> None:

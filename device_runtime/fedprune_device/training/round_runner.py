@@ -178,13 +178,11 @@ class RoundRunner:
             self._measure(evaluation, self._candidate(offer, serving), loss, when if evaluates else None, checks=checks)
         if self._agreeing is not None:
             self._agreeing.add(graphs)
-        lowering_graphs = {precision: self._blob(ref) for precision, ref in inputs.lowering.items()}
-        precision = self.lowering.staged(self._slots.staging, lowering_graphs, inputs.data, recipe, inputs.targets)
+        model = self._lower(offer, recipe, inputs, serving)
         evaluation.metrics |= training_metrics(result)
         if state is not None and files.own is not None:
             state.stage(files.own)
         metrics = evaluation.finite()
-        model = self._serving_record(offer, recipe, inputs.adjustment, serving, precision)
         return RoundResult(self._update(offer, recipe, files.sent, result, metrics), model, metrics, state)
 
     def _prepare(self, offer: Offer, recipe: Recipe) -> tuple[LocalUpdate, Trainer, Evaluation, _RoundInputs]:
@@ -196,7 +194,15 @@ class RoundRunner:
         targets = trainer.targets(recipe, offer.classes)
         data = self._data.snapshot(trainer.input_shape, targets)
         work = LocalUpdate(
-            offer, recipe, weights, mask, trainer, self._states, self._device, data, lambda: self._noise(offer)
+            offer,
+            recipe,
+            weights,
+            mask,
+            trainer,
+            states=self._states,
+            device=self._device,
+            data=data,
+            noise=lambda: self._noise(offer),
         )
         data.check(targets, trainer.input_shape, token_ids=trainer.token_ids)
         # Only read to be verified, so that a damaged blob is downloaded again before minutes of training.
@@ -215,15 +221,15 @@ class RoundRunner:
         recipe, data = Recipe.from_dict(offer.recipe), inputs.data
         moments, optimizer_steps = work.optimizer_state(self._blob)
         task = TrainingTask(
-            recipe,
-            offer.classes,
-            offer.seed,
-            self._device,
-            offer.round,
-            offer.widths,
-            work.mask,
-            moments,
-            optimizer_steps,
+            recipe=recipe,
+            classes=offer.classes,
+            seed=offer.seed,
+            device=self._device,
+            round=offer.round,
+            widths=offer.widths,
+            mask=work.mask,
+            moments=moments,
+            taken=optimizer_steps,
         )
         del moments
         began = time.monotonic()
@@ -259,28 +265,29 @@ class RoundRunner:
         # A private update tells of the machine alone: all other metrics were measured on samples, without noise.
         sent_metrics = {n: v for n, v in metrics.items() if not recipe.update_clip or n in MEASURED}
         return Update(
-            self._device,
-            offer.job,
-            offer.round,
-            offer.attempt,
-            offer.weights.sha256,
-            sent,
-            result.samples,
-            result.steps,
-            sent_metrics,
+            device=self._device,
+            job=offer.job,
+            round=offer.round,
+            attempt=offer.attempt,
+            base=offer.weights.sha256,
+            weights=sent,
+            samples=result.samples,
+            steps=result.steps,
+            metrics=sent_metrics,
         )
 
-    def _serving_record(
-        self, offer: Offer, recipe: Recipe, adjustment: LogitAdjustment, weights: BlobRef | bytes, precision: str
-    ) -> Serving:
+    def _lower(self, offer: Offer, recipe: Recipe, inputs: _RoundInputs, weights: BlobRef | bytes) -> Serving:
+        """Make the lower precisions of the staged model; returns the record of the one that is to serve."""
+        graphs = {precision: self._blob(ref) for precision, ref in inputs.lowering.items()}
+        precision = self.lowering.staged(self._slots.staging, graphs, inputs.data, recipe, inputs.targets)
         return Serving(
             job=offer.job,
             round=offer.round,
             classes=offer.classes,
             files=self._files(offer, weights, precision),
-            offset=adjustment.offset,
+            offset=inputs.adjustment.offset,
             loss=recipe.loss,
-            present=adjustment.present,
+            present=inputs.adjustment.present,
             precision=precision,
         )
 

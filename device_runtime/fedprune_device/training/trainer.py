@@ -95,8 +95,17 @@ class TrainingResult:
     @classmethod
     def unmoved(cls, tensors: Tensors, steps: int, samples: int, seconds: float) -> TrainingResult:
         """The result of a training that changes nothing."""
-        unknown = math.nan
-        return cls(dict(tensors), steps, samples, unknown, unknown, None, seconds, seconds / max(1, steps), {})
+        return cls(
+            dict(tensors),
+            steps,
+            samples,
+            loss_first=math.nan,
+            loss_last=math.nan,
+            train_accuracy=None,
+            seconds=seconds,
+            step_seconds=seconds / max(1, steps),
+            last_squares={},
+        )
 
 
 @dataclass(frozen=True)
