@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, zip_longest
@@ -184,30 +184,18 @@ class SampleFolder:
         if (count := sum(map(len, paths_by_class))) > _MOST_FILES:
             _LOG.warning("%s holds %d files; %d are looked at, of every class", self._root, count, _MOST_FILES)
         class_of = {path: number for number, paths in enumerate(paths_by_class) for path in paths}
-        by_class: list[dict[str, _File]] = [{} for _ in paths_by_class]  # the same files count once
+        file_of_digest: list[dict[str, _File]] = [{} for _ in paths_by_class]  # the same files count once
         self._refusals = []
+        reads = iter(range(max_new))
         with self._index.updating() as index:
             for path in islice(_in_turn(paths_by_class), _MOST_FILES):
-                names: list[str] = []
                 label_file = None
                 try:
                     label_file = layout.label_file(path)
-                    for hashed_path in (path,) if label_file is None else (path, label_file):
-                        status, key = hashed_path.lstat(), str(hashed_path.relative_to(self._root))
-                        name = index.known(key, status)
-                        if name is None:
-                            if not max_new:
-                                break
-                            max_new -= 1
-                            name = index.add(key, status, hashlib.sha256(self._content(hashed_path)).hexdigest())
-                        names.append(name)
-                    else:
-                        version = " ".join([layout.version(path), *names[1:]])
-                        file = _File(path, label_file, names[0], version, self._part(layout, path, names[0]))
-                        same_content = by_class[class_of[path]].get(file.name, file)
-                        by_class[class_of[path]][file.name] = max(
-                            file, same_content, key=lambda candidate: _ORDER.index(candidate.part)
-                        )
+                    file = self._identify(layout, path, label_file, index, reads)
+                    if file is not None:
+                        same_content = file_of_digest[class_of[path]].get(file.name, file)
+                        file_of_digest[class_of[path]][file.name] = max(file, same_content, key=_part_order)
                 except FileNotFoundError:
                     if label_file is not None:
                         self._refusals.append("it has no file of labels")
@@ -215,11 +203,27 @@ class SampleFolder:
                 except (OSError, DataError) as error:
                     self._refusals.append(str(error))
                     _LOG.warning("%s is left out: %s", path, error)
-        chosen_by_class = [[files_by_name[name] for name in sorted(files_by_name)] for files_by_name in by_class]
-        self._classes = [sum(file.part == "train" for file in files) for files in chosen_by_class]
-        self._chosen = list(islice(_in_turn(chosen_by_class), self._most))
+        files_by_class = [[files_by_name[name] for name in sorted(files_by_name)] for files_by_name in file_of_digest]
+        self._classes = [sum(file.part == "train" for file in files) for files in files_by_class]
+        self._chosen = list(islice(_in_turn(files_by_class), self._most))
         self._training = sum(file.part == "train" for file in self._chosen)
         return layout
+
+    def _identify(
+        self, layout: Layout, path: Path, label_file: Path | None, index: FileIndex, reads: Iterator[int]
+    ) -> _File | None:
+        """A file with its digest; None if the index doesn't know it and no more of `reads` are left."""
+        names: list[str] = []
+        for hashed_path in (path,) if label_file is None else (path, label_file):
+            status, key = hashed_path.lstat(), str(hashed_path.relative_to(self._root))
+            name = index.known(key, status)
+            if name is None:
+                if next(reads, None) is None:
+                    return None
+                name = index.add(key, status, hashlib.sha256(self._content(hashed_path)).hexdigest())
+            names.append(name)
+        version = " ".join([layout.version(path), *names[1:]])
+        return _File(path, label_file, names[0], version, self._part(layout, path, names[0]))
 
     def _part(self, layout: Layout, path: Path, name: str) -> str:
         """The part that a file's folder names; else one by the file's digest, of the parts that have no folder."""
@@ -242,6 +246,10 @@ class SampleFolder:
 
     def _content(self, path: Path) -> bytes:
         return _content(path, self._format(path).most_bytes if path.suffix.lower() in self._formats else LABEL_BYTES)
+
+
+def _part_order(file: _File) -> int:
+    return _ORDER.index(file.part)
 
 
 def _in_turn(queues: Iterable[list[_T]]) -> Iterable[_T]:
