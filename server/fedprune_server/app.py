@@ -62,6 +62,7 @@ from fedprune_server.web.state.publisher import StatusPublisher
 
 log = logging.getLogger("fedprune.server")
 
+# OpenTelemetry's own variables: where one is set, traces are sent without a setting of ours.
 _TRACES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
@@ -86,7 +87,7 @@ class App:
 
     Attributes:
         folders: The state folders of its jobs.
-        guard: Finds other servers of its identity; None without one.
+        guard: Finds other servers of its identity; None without an identity.
         until_finished: End when all jobs are done.
     """
 
@@ -121,8 +122,8 @@ def build_app(
     Args:
         config: The configuration of the server and its first job.
         stopping: Ends the server's loop when set: by a signal, or since another server has taken over.
-        folder: The state folder, if it is held already.
-        observers: They see the jobs in addition to those that are configured.
+        folder: The state folder, if the caller has opened it already.
+        observers: Observers in addition to those that are configured.
 
     Raises:
         FedpruneError: A part of the configuration can't be used, or another server runs on the same state.
@@ -138,35 +139,41 @@ def build_app(
             log.info("%s was %s", config.state, copy)
         profiles = () if config.profiles is None else (config.profiles,)
         for name in names_of_profiles(profiles) if profiles else ():
-            find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
+            find_profile(name, profiles)  # a broken file ends the start, not a round in which a board needs it
         crashes = stack.enter_context(CrashStore(config.state))
         alerts = AlertBook(read_recorded(config.state).alerts)
-        exports = [*_metrics(stack, config, folder, alerts), *_traces(stack, config)]
+        exporters = [*_metrics(stack, config, folder, alerts), *_traces(stack, config)]
         jobs, configs = [], [config, *further(config, options.jobs)]
-        for own in configs:
-            held = folder
-            if own.state != config.state:
-                held = stack.enter_context(StateFolder(own.state, own.database, stopping=stopping))
-            prefix = f"{own.job.name}: " if len(configs) > 1 else ""
-            jobs.append(_open(stack, own, held, prefix))
-        reached = stack.enter_context(connection(config, identity))
-        if reached.broker is not None:
-            log.info("embedded broker: %s on %s:%d", reached.broker.program, config.host, reached.broker.port)
+        for job_config in configs:
+            job_folder = folder
+            if job_config.state != config.state:
+                job_folder = stack.enter_context(StateFolder(job_config.state, job_config.database, stopping=stopping))
+            prefix = f"{job_config.job.name}: " if len(configs) > 1 else ""
+            jobs.append(_open(stack, job_config, job_folder, prefix))
+        site_connection = stack.enter_context(connection(config, identity))
+        if site_connection.broker is not None:
+            log.info(
+                "embedded broker: %s on %s:%d", site_connection.broker.program, config.host, site_connection.broker.port
+            )
         guard = rollouts = None
         if identity is not None:
-            instance = ServerInstance(config.state, folder.lease.shared, embedded=reached.broker is not None)
-            guard = stack.enter_context(second_server_guard(reached.url, identity, config.ca, instance, stopping))
-            # Before a port of this machine is found to be taken: by that other server, perhaps. A copy that was started
-            # by mistake has changed nothing outside its own folder until here.
+            instance = ServerInstance(config.state, folder.lease.shared, embedded=site_connection.broker is not None)
+            guard = stack.enter_context(
+                second_server_guard(site_connection.url, identity, config.ca, instance, stopping)
+            )
+            # Before any port is opened: where the other server has it, the error says so instead of "port taken". Until
+            # here, a copy that was started by mistake has changed nothing outside its own folder.
             guard.enter()
             rollouts = RolloutStore(config.state, folder.storage.database)
         services = DeviceServices(
             rollouts,
             None if identity is None else identity.store.members,
             crashes,
-            stack.enter_context(web_blobs(config, identity, reached.link.wake)),
+            stack.enter_context(web_blobs(config, identity, site_connection.link.wake)),
         )
-        site = SiteLink(reached.wire, Topics(reached.site), reached.quarantine, config.max_packet)
+        site = SiteLink(
+            site_connection.wire, Topics(site_connection.site), site_connection.quarantine, config.max_packet
+        )
         runners = [
             JobRunner(
                 job.runnable(),
@@ -178,32 +185,32 @@ def build_app(
             for i, job in enumerate(jobs)
         ]
         services.blobs.serve([runner.served for runner in runners])
-        display = _display(jobs)  # before the first lines, which scroll by above a table
+        display = _display(jobs)  # made before the first log lines, so that they scroll by above its table
         for job in jobs:
             job.log_start()
         if identity is not None:
             stack.enter_context(delivering(config.on_revocation, config.state, identity.authority.crl_path))
         for line in chain.from_iterable(job.opened.changed for job in jobs):
             log.warning("setting changed since the last start: %s", line)
-        watchers = [
+        all_observers = [
             display,
-            *exports,
+            *exporters,
             *(_NextSteps(job, until_finished=options.until_finished) for job in jobs),
             *_trackers(stack, jobs),
             stack.enter_context(monitoring(config, {job.opened.job.name: job.config.state for job in jobs}, alerts)),
-            *_console(stack, config, reached, identity, runners, alerts),
+            *_console(stack, config, site_connection, identity, runners, alerts),
             *observers,
         ]
-        server = Server(runners, site, reached.broker, stopping, config.connected, watchers)
-        reached.start()
+        server = Server(runners, site, site_connection.broker, stopping, config.connected, all_observers)
+        site_connection.start()
         for job in jobs:
-            job.folder.keep(job.opened)  # a broker that can't be reached is not one to remember
-        yield App(server, [job.folder for job in jobs], guard, reached, options.until_finished)
+            job.folder.keep(job.opened)  # only now: a broker that can't be reached is not stored for the next start
+        yield App(server, [job.folder for job in jobs], guard, site_connection, options.until_finished)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A job, and the state folder that holds it."""
+    """A job that is read from its state folder, with the worker that computes for it."""
 
     config: ServerConfig
     folder: StateFolder
@@ -277,7 +284,7 @@ def _open(stack: ExitStack, config: ServerConfig, folder: StateFolder, prefix: s
 
 
 def _display(jobs: Sequence[_Job]) -> Observer:
-    """A table of the only job where there is a terminal; lines of all jobs elsewhere."""
+    """A display of the rounds: a table for a single job at a terminal, else lines."""
     return RoundLines() if len(jobs) > 1 or jobs[0].config.log_format == JSON else make_display()
 
 
@@ -314,18 +321,18 @@ def _traces(stack: ExitStack, config: ReportSettings) -> Iterator[Observer]:
 
 
 @contextmanager
-def _extra(what: str, extra: str) -> Iterator[None]:
+def _extra(feature: str, extra: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("fedprune"):
+        if (error.name or "").startswith("fedprune"):  # a fault of ours, which no extra would mend
             raise
-        raise MissingExtraError(f"{what} need {error.name}, which is not installed", extra=extra) from error
+        raise MissingExtraError(f"{feature} need {error.name}, which is not installed", extra=extra) from error
 
 
 @contextmanager
 def monitoring(config: ServerConfig, folders: Mapping[str, Path], alerts: AlertBook) -> Iterator[Monitor]:
-    """Alerts of a server: logged, notified, and kept in a book for console and metrics.
+    """The monitor of a server: it logs alerts, sends notifications, and keeps a book for console and metrics.
 
     Args:
         folders: The state folders of its jobs, by the jobs' names.
@@ -333,14 +340,15 @@ def monitoring(config: ServerConfig, folders: Mapping[str, Path], alerts: AlertB
     Raises:
         ConfigError: A secret's file of [alerts] can't be used.
     """
-    # Boards that come back in turn are away for most of the time.
+    # With pace steering, boards are away for most of the time by design: rounds without them are no alert.
     away_rounds = 0 if config.connected else config.alerts.away_rounds
     monitor = Monitor(config.state, config.server_settings(), folders, book=alerts, away_rounds=away_rounds)
     with ExitStack() as stack:
         notified = read_recorded(config.state).notified
         notifier = Notifier(config.alerts, config.site, monitor.open, lambda: not monitor.hangs, notified)
         monitor.notified = notifier.notified
-        stack.callback(monitor.close)  # after the notifier's last messages, which it writes down
+        # Closed in reverse order: the monitor records the notifier's last messages.
+        stack.callback(monitor.close)
         stack.callback(notifier.close)
         monitor.start()
         yield monitor
@@ -349,7 +357,7 @@ def monitoring(config: ServerConfig, folders: Mapping[str, Path], alerts: AlertB
 def _console(
     stack: ExitStack,
     config: ServerConfig,
-    reached: Connection,
+    site_connection: Connection,
     identity: IdentityFolder | None,
     runners: Sequence[JobRunner],
     alerts: AlertBook,
@@ -365,10 +373,10 @@ def _console(
     orders = OrderQueue(database)
     members = rollouts = executor = None
     if identity is not None:
-        reader = stack.enter_context(database_of(config.state, config.database, read_only=True))
-        members = IdentityStore(reader)
+        read_only_database = stack.enter_context(database_of(config.state, config.database, read_only=True))
+        members = IdentityStore(read_only_database)
         executor = AdminExecutor(config.state, config.console_releases, orders.answer)
-        rollouts = RolloutStore(config.state, reader, read_only=True)
+        rollouts = RolloutStore(config.state, read_only_database, read_only=True)
     poller = MembershipPoller(members, rollouts, tuple if executor is None else executor.names)
     stack.callback(poller.close)
     poller.start()
@@ -378,18 +386,18 @@ def _console(
             config.state,
         )
     writer = stack.enter_context(status.StatusWriter(config.state / status.FILE))
-    site = {
+    site_facts = {
         "version": __version__,
-        "site": reached.site,
+        "site": site_connection.site,
         "started_at": time.time(),
-        "broker": without_password(reached.url),
+        "broker": without_password(site_connection.url),
         "database": without_password(config.database or "sqlite").partition("?")[0],
         "blobs": config.blobs,
         "insecure": identity is None,
     }
-    publisher = StatusPublisher(site, writer, poller=poller, alerts=alerts)
+    publisher = StatusPublisher(site_facts, writer, poller=poller, alerts=alerts)
     handler = OrderHandler(
-        orders, publisher, {runner.job.name: runner for runner in runners}, reached.quarantine,
+        orders, publisher, {runner.job.name: runner for runner in runners}, site_connection.quarantine,
         config.state, executor, allowed=config.console_orders,
     )  # fmt: skip
     settings = ConsoleSettings(

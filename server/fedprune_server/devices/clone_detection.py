@@ -2,7 +2,7 @@
 
 Without identities, a broker allows one connection per name, so the two boards keep disconnecting each other: the server
 sees a device that reconnects again and again, or whose description alternates. With identities, both stay connected
-with the same key, because one is a copy of the other's disk. Then a session that was superseded sends again, or
+with the same key, because one board's disk is a copy of the other's. Then a superseded session sends again, or
 signatures overlap (`fedprune_server.messaging.authentication`).
 """
 
@@ -11,26 +11,27 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+# So many new sessions within so many seconds are suspicious: an agent that reconnects by itself backs off, and makes
+# fewer.
 RECONNECTS, RECONNECTS_WITHIN_S = 6, 60.0
-"""This many new sessions within this many seconds are suspicious: an agent backs off, and makes fewer."""
 
+# Seconds without a new sign after which a suspicion ends.
 QUIET_S = 300.0
-"""Seconds without a new sign after which a suspicion ends."""
 
+# Seconds between two reports of one name.
 AGAIN_S = 3600.0
-"""Seconds between two reports of one name."""
 
+# Overlapping signatures that show that two boards share a key, the minimum seconds between two that count, and the
+# seconds within which they count. A broker that reorders messages, or a second server for a moment, causes one or two.
 SIGNS, APART_S, SIGNS_WITHIN_S = 3, 10.0, 600.0
-"""How many overlapping signatures show that two boards share a key, the least seconds between two that count, and the
-seconds within which they count. A broker that reorders messages, or a second server for a moment, causes one or two."""
 
 SHARED_KEY = "two boards sign with its key"
 
+# Superseded sessions that are remembered per device.
 _SUPERSEDED = 8
-"""Superseded sessions that are remembered per device."""
 
+# A device's description of itself: its profile and number of samples.
 Description = tuple[str, int]
-"""A device's own description: its profile and number of samples."""
 
 
 @dataclass
@@ -52,27 +53,27 @@ class CloneDetector:
         self._signs: dict[str, deque[float]] = {}
 
     def born(self, device: str, session: int, what: Description, online: bool, now: float) -> str:
-        """Note an announcement of a device. Only call it for known devices, so that strangers can't fill the memory.
-        Returns why two boards seem to use the name; empty if there is no sign, or if the name was reported within the
-        hour."""
-        seen = self._seen.setdefault(device, _Seen(session, what))
-        if session == seen.session:
-            seen.current = what
+        """Note a birth of a device. Call it only for admitted devices, so that strangers can't fill the memory. Returns
+        the reason for which two boards seem to use the name; empty if there is no sign, or if the name was reported
+        within the last hour."""
+        history = self._seen.setdefault(device, _Seen(session, what))
+        if session == history.session:
+            history.current = what
             return ""
-        seen.births.append(now)
+        history.births.append(now)
         reason = ""
-        # Samples may grow at any time, also while the board is away.
-        other = what[0] != seen.current[0] or what[1] < seen.current[1]
-        if online and session in seen.superseded:
+        # More samples are no sign: they may grow at any time, also while the board is away.
+        is_other_board = what[0] != history.current[0] or what[1] < history.current[1]
+        if online and session in history.superseded:
             reason = "two connections take turns"
-        elif other and (online or what == seen.previous):
-            reason = f"first it was a {_words(seen.current)}, now it is a {_words(what)}"
-        elif len(seen.births) == RECONNECTS and now - seen.births[0] <= RECONNECTS_WITHIN_S:
-            reason = f"it has connected {RECONNECTS} times within {now - seen.births[0]:.0f} s"
-        if what != seen.current:
-            seen.previous, seen.current = seen.current, what
-        seen.superseded.append(seen.session)
-        seen.session = session
+        elif is_other_board and (online or what == history.previous):
+            reason = f"first it was a {_words(history.current)}, now it is a {_words(what)}"
+        elif len(history.births) == RECONNECTS and now - history.births[0] <= RECONNECTS_WITHIN_S:
+            reason = f"it has connected {RECONNECTS} times within {now - history.births[0]:.0f} s"
+        if what != history.current:
+            history.previous, history.current = history.current, what
+        history.superseded.append(history.session)
+        history.session = session
         return reason if reason and self._suspect(device, reason, now) else ""
 
     def note_shared_key(self, device: str, now: float) -> bool:
@@ -84,23 +85,23 @@ class CloneDetector:
 
     def _suspect(self, device: str, reason: str, now: float) -> bool:
         """Suspect a device; returns whether to report it, at most once an hour."""
-        _, first = self._suspected.get(device, (now, reason))
-        self._suspected[device] = now, first
+        _, first_reason = self._suspected.get(device, (now, reason))
+        self._suspected[device] = now, first_reason
         if now - self._reported.get(device, -AGAIN_S) < AGAIN_S:
             return False
         self._reported[device] = now
         return True
 
     def forget(self, device: str) -> None:
-        """Forget a name, because another board has it from now on."""
-        for known in (self._seen, self._suspected, self._reported, self._signs):
-            known.pop(device, None)
+        """Forget a name, because another board may have it from now on."""
+        for records in (self._seen, self._suspected, self._reported, self._signs):
+            records.pop(device, None)
 
     def suspects(self, device: str) -> bool:
         return device in self._suspected
 
     def suspicions(self) -> dict[str, str]:
-        """Why two boards seem to use a name, by name."""
+        """The names that two boards seem to use, with the reasons."""
         return {name: reason for name, (_, reason) in self._suspected.items()}
 
     def expire(self, now: float) -> None:

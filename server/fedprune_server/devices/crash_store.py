@@ -1,8 +1,8 @@
 """Crash reports of boards on the server's disk, with limits per board and in all.
 
-Not in the job's database, because boards belong to the fleet and not to a job, and because losing it costs
-nothing but these reports. The daemon collects what comes and writes it a few times a second at most; a board lets go of
-a crash when it is told that the server's disk has it.
+They have a file of their own, because boards belong to the fleet and not to a job, and because its loss costs nothing
+but these reports. The server collects reports and writes them a few times a second at most. A board keeps its report
+until the server acknowledges that it is on the disk.
 """
 
 from __future__ import annotations
@@ -26,18 +26,22 @@ from fedprune_server.storage.sqlite_file import LOOP_BUSY_TIMEOUT_S, SqliteFile,
 
 log = logging.getLogger("fedprune.server")
 
+# File of the state folder.
 FILE = "crashes.db"
-"""In the state folder."""
 
+# Maximum number of kept crashes: of one board, which may also send no more in an hour, and of all boards. A board that
+# crashes in a loop must not push out the reports of the others.
 PER_BOARD, IN_ALL = 10, 10_000
-"""Crashes of a board that are kept, and that may come in an hour; crashes of all boards."""
 
+# Maximum number of crashes that wait to be written: it bounds memory while the disk is slow. Others are dropped here,
+# and their boards send them again.
 _WAITING = 4096
-"""Crashes that wait to be written; more than that are left out."""
 
 _HOUR_S = 3600.0
+
+# Seconds from 1970 to the last day of the year 9999, beyond which `time.localtime` may fail: a board's clock may show
+# any time.
 _LATEST = 253_402_214_400
-"""Seconds from 1970 to the last day that calendars know, of the year 9999: a board's clock may say anything."""
 
 _FORMAT = 1
 _HINT = "It may be deleted: it holds boards' crash reports alone."
@@ -59,9 +63,10 @@ class BoardCrash:
     """A crash of a board.
 
     Attributes:
-        id: Grows with each that came.
-        at: When, in seconds since 1970, by the board's clock.
-        received: The same by the server's.
+        id: Number of the crash, in the order of arrival.
+        at: Time of the crash by the board's clock, in seconds since 1970.
+        received: Time of the report's arrival by the server's clock.
+        text: One line about the crash.
         body: `cause`, `frames`, `release`, `slot`, `uptime_s`, `temperature_c` and memory.
     """
 
@@ -103,13 +108,13 @@ class CrashStore(Closing):
         self._file.close()
 
     def add(self, message: CrashReport) -> None:
-        """Take a board's crash; one above its quota is acknowledged, so that it comes no more, and not kept."""
+        """Add a board's crash. One above its quota is not kept but acknowledged, so that the board stops sending it."""
         now, text = self._clock(), one_line(message.text, 1000)
-        where = [{**f, "module": one_line(f["module"], 128), "function": one_line(f["function"], 128)}
+        frames = [{**f, "module": one_line(f["module"], 128), "function": one_line(f["function"], 128)}
                  for f in message.frames]  # fmt: skip
         body = {
             "cause": one_line(message.cause, 64),
-            "frames": where,
+            "frames": frames,
             "release": one_line(message.release, 256),
             "slot": one_line(message.slot, 64),
             "uptime_s": message.uptime_s,
@@ -124,7 +129,7 @@ class CrashStore(Closing):
             self._waiting.append((message.device, message.number, message.at, now, text, json.dumps(body)))
 
     def save(self) -> dict[str, CrashStored]:
-        """Save new crashes, and return what to answer boards, by name. If the disk fails, they are lost here, and
+        """Save new crashes; returns the acknowledgements by board. If the disk fails, the crashes are dropped, and
         boards send them again.
         """
         if not self._answers:
@@ -135,8 +140,8 @@ class CrashStore(Closing):
         try:
             crashes = self._write(rows) if rows else []
         except StorageError as error:
-            self._hours.clear()  # what is sent again counts once
-            if not self._complained:
+            self._hours.clear()  # a crash that is sent again must not count twice
+            if not self._complained:  # logged once per failure of the disk, not with every report
                 self._complained = True
                 log.warning("%s: boards' crash reports are not kept", error)
             return {}
@@ -149,17 +154,17 @@ class CrashStore(Closing):
     def _has_quota(self, device: str) -> bool:
         """Whether a board may have another crash in this hour."""
         now = self._monotonic()
-        since, used = self._hours.get(device, (now, 0))
-        if now - since >= _HOUR_S:
-            since, used = now, 0
-        self._hours[device] = since, used + 1
-        return used < PER_BOARD
+        hour_began_at, count = self._hours.get(device, (now, 0))
+        if now - hour_began_at >= _HOUR_S:
+            hour_began_at, count = now, 0
+        self._hours[device] = hour_began_at, count + 1
+        return count < PER_BOARD
 
     def _write(self, rows: list[tuple[Any, ...]]) -> list[BoardCrash]:
         with self._file.transaction() as connection:
-            last = connection.execute("SELECT max(id) FROM crashes").fetchone()[0] or 0
+            last_id = connection.execute("SELECT max(id) FROM crashes").fetchone()[0] or 0
             connection.executemany(_INSERT, rows)
-            crashes = [_row(r) for r in connection.execute(f"{_SELECT} WHERE id > ? ORDER BY id", (last,))]
+            crashes = [_row(r) for r in connection.execute(f"{_SELECT} WHERE id > ? ORDER BY id", (last_id,))]
             for device in {crash.device for crash in crashes}:
                 connection.execute(_TRIM, (device, device, PER_BOARD))
             connection.execute(_TRIM_ALL, (IN_ALL,))
@@ -178,18 +183,18 @@ def read_crashes(folder: Path, device: str | None = None, most: int = 1000) -> l
     values = [most] if device is None else [device, most]
     with sqlite_errors(path, _HINT), closing(connect_reader(path)) as connection:
         if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
-            return []  # made this moment
+            return []  # another process has just created the file, without tables yet
         rows = connection.execute(f"{_SELECT} {where} ORDER BY id DESC LIMIT ?", values).fetchall()
     return [_row(r) for r in reversed(rows)]
 
 
 def frames_of(crash: BoardCrash) -> list[str]:
     """A crash's stack frames, as lines."""
-    rows = []
+    lines = []
     for frame in crash.body.get("frames", ()):
-        at = f"{frame['module']}:{frame['line']} in {frame['function']}" if frame["line"] else frame["module"]
-        rows.append(at)
-    return rows
+        line = f"{frame['module']}:{frame['line']} in {frame['function']}" if frame["line"] else frame["module"]
+        lines.append(line)
+    return lines
 
 
 def _row(values: tuple[Any, ...]) -> BoardCrash:
@@ -201,5 +206,5 @@ def _row(values: tuple[Any, ...]) -> BoardCrash:
 
 
 def _place(body: Mapping[str, Any]) -> str:
-    ours = [f for f in body["frames"] if f["line"]]
-    return f" ({ours[0]['module']}:{ours[0]['line']})" if ours else ""
+    own_code = [f for f in body["frames"] if f["line"]]
+    return f" ({own_code[0]['module']}:{own_code[0]['line']})" if own_code else ""

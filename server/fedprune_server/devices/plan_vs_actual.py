@@ -1,4 +1,4 @@
-"""Predictions for a device's rounds next to its measurements."""
+"""Compares the predictions for a device's rounds with its measurements."""
 
 from __future__ import annotations
 
@@ -19,51 +19,51 @@ from fedprune.planning.probe_report import CPU, ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import compose
 
+# By metric of an update: its name in texts, the attribute of a plan's prediction, and the unit of both.
 QUANTITIES: dict[str, tuple[str, str, str]] = {
     "step_seconds": ("step", "step_s", "s"),
     "latency_seconds": ("prediction", "latency_s", "s"),
     "peak_memory_bytes": ("memory", "memory_bytes", "bytes"),
 }
-"""Per metric of an update its name for people, the figure of a plan's prediction, and the unit of both."""
 
+# By metric: the predicted and the measured value, of which one may be missing.
 Compared = dict[str, tuple[float | None, float | None]]
-"""Per metric what was predicted and what was measured, as far as there is either."""
 
 
 def compared(name: str, state: State | None, predicted: Mapping[str, Any] | None) -> Compared:
-    """A device's predictions and its latest measurements at the same widths."""
+    """A device's predictions beside its latest measurements at the same widths."""
     measured = _measured(name, state)
-    rows = {m: (_number(predicted, figure), _number(measured, m)) for m, (_, figure, _) in QUANTITIES.items()}
-    return {m: pair for m, pair in rows.items() if pair != (None, None)}
+    pairs = {m: (_number(predicted, figure), _number(measured, m)) for m, (_, figure, _) in QUANTITIES.items()}
+    return {m: pair for m, pair in pairs.items() if pair != (None, None)}
 
 
 def compare_latest(state: State) -> dict[str, Compared]:
-    """Predictions and measurements of the devices that counted in the latest round; nothing for one that has another
-    plan by now."""
+    """Comparisons for the devices that counted in the latest round; an empty one for a device that has another plan by
+    now."""
     comparisons: dict[str, Compared] = {}
-    for name, part in state.history[-1]["devices"].items() if state.history else ():
+    for name, device_summary in state.history[-1]["devices"].items() if state.history else ():
         device = state.devices.get(name)
-        if device is None or part["progress"] != Progress.FOLDED.value:
-            continue  # it has measured nothing in this round
-        is_present = device.plan is not None and part.get("widths") == list(device.widths)
+        if device is None or device_summary["progress"] != Progress.FOLDED.value:
+            continue  # a device whose update didn't count has measured nothing in this round
+        is_present = device.plan is not None and device_summary.get("widths") == list(device.widths)
         comparisons[name] = compared(name, state, (device.plan or {}).get("prediction")) if is_present else {}
     return comparisons
 
 
 def planned(plan: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A plan's figures without corrections by measurements, which would always agree with them."""
+    """A plan's predictions before the first round: later ones are corrected by measurements, and agree with them."""
     return vars(Plan.from_dict(plan).before_rounds)
 
 
 def predicted(name: str, device: Device, job: Job, architecture: Architecture) -> Mapping[str, Any] | None:
-    """Predicted cost of a device's rounds before any of them: by its plan, or at the job's widths."""
+    """Predictions for a device before its first round: those of its plan, or those at the job's widths."""
     if device.plan is not None:
         return planned(device.plan)
     if not device.widths:
         return None
     try:
-        held = (device.widths, device.density, device.samples)
-        return vars(predict_round(job, compose(job), architecture, name, device, *held))
+        position = (device.widths, device.density, device.samples)
+        return vars(predict_round(job, compose(job), architecture, name, device, *position))
     except FedpruneError:
         return None
 
@@ -78,31 +78,35 @@ def unit(device: Device) -> str:
 
 
 def described(rows: Compared, corrected: Compared) -> str:
-    """Measurements with their predictions before the first round and, where these differ, as `corrected` since."""
-    parts = []
-    for metric, (expected, seen) in rows.items():
-        if seen is None:
+    """A text of measurements with their predictions before the first round and, where they differ, corrected since."""
+    phrases = []
+    for metric, (predicted_value, measured_value) in rows.items():
+        if measured_value is None:
             continue
         title, _, unit = QUANTITIES[metric]
-        told = [] if expected is None else [f"predicted {amount(expected, unit)}"]
-        if (since := corrected[metric][0]) is not None and since != expected:
-            told.append(f"{amount(since, unit)} since the rounds measured it")
-        parts.append(f"{title} {amount(seen, unit)}" + (f" ({', '.join(told)})" if told else ""))
-    return ", ".join(parts)
+        remarks = [] if predicted_value is None else [f"predicted {amount(predicted_value, unit)}"]
+        if (corrected_value := corrected[metric][0]) is not None and corrected_value != predicted_value:
+            remarks.append(f"{amount(corrected_value, unit)} since the rounds measured it")
+        phrases.append(f"{title} {amount(measured_value, unit)}" + (f" ({', '.join(remarks)})" if remarks else ""))
+    return ", ".join(phrases)
 
 
 def table(rows: Sequence[tuple[str, Compared]]) -> list[tuple[str, ...]]:
-    """Comparisons as rows of a report; the first is the header."""
+    """Comparisons as rows of a report's table; the first row is the header."""
     names = [f"{title} {word}" for title, *_ in QUANTITIES.values() for word in ("predicted", "measured", "off by")]
-    out: list[tuple[str, ...]] = [("device", *names)]
-    for name, pairs in rows:
+    table_rows: list[tuple[str, ...]] = [("device", *names)]
+    for name, comparison in rows:
         cells = [name]
         for metric, (_, _, unit) in QUANTITIES.items():
-            expected, seen = pairs.get(metric, (None, None))
-            cells += ["–" if v is None else amount(v, unit) for v in (expected, seen)]
-            cells.append(f"{expected / seen - 1:+.0%}" if expected is not None and seen else "–")
-        out.append(tuple(cells))
-    return out
+            predicted_value, measured_value = comparison.get(metric, (None, None))
+            cells += ["–" if v is None else amount(v, unit) for v in (predicted_value, measured_value)]
+            cells.append(
+                f"{predicted_value / measured_value - 1:+.0%}"
+                if predicted_value is not None and measured_value
+                else "–"
+            )
+        table_rows.append(tuple(cells))
+    return table_rows
 
 
 def _measured(name: str, state: State | None) -> Mapping[str, Any]:
@@ -111,9 +115,13 @@ def _measured(name: str, state: State | None) -> Mapping[str, Any]:
         return {}
     widths = list(state.devices[name].widths)
     for row in reversed(state.history):
-        part = row["devices"].get(name)
-        if part is not None and part["progress"] == "folded" and part.get("widths") == widths:
-            metrics: Mapping[str, Any] = part["metrics"]
+        device_summary = row["devices"].get(name)
+        if (
+            device_summary is not None
+            and device_summary["progress"] == "folded"
+            and device_summary.get("widths") == widths
+        ):
+            metrics: Mapping[str, Any] = device_summary["metrics"]
             return metrics
     return {}
 

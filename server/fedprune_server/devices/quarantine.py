@@ -1,4 +1,4 @@
-"""Quarantine of devices that flood the server or send unusable updates; the other devices are not affected.
+"""Quarantine of devices that flood the server or send unusable updates, so that other devices are not affected.
 
 Every device has an allowance of points, which is refilled with time and with the server's messages that need an answer.
 Each message costs points, by its size and by the work it causes. Requested chunks, and requests for blobs that the
@@ -7,8 +7,8 @@ or reconnects together with ten thousand others spends few points, whatever its 
 points back. A device without points, or one that sends malformed updates, is quarantined: its messages are
 dropped unread, for a minute at first and twice as long each time.
 
-The accounting takes the same few steps for every message and keeps records of members only; unknown names share one
-allowance, because a stranger can choose any number of them.
+The accounting takes the same few steps for every message and keeps records of members only. Unknown names share one
+allowance, because a stranger can choose any number of names.
 """
 
 from __future__ import annotations
@@ -32,54 +32,58 @@ from fedprune.wire.messages import MAX_REQUEST
 
 log = logging.getLogger("fedprune.server")
 
+# File of the state folder, which `fedprune-server status` reads.
 FILE = "quarantine.json"
-"""In the state folder, for `fedprune-server status`."""
 
+# Maximum number of a device's points, and the points that it regains in a second.
 BURST, PER_S = 4000.0, 20.0
-"""A device's most points, and the points that it regains in a second."""
 
+# Cost of a message, and the bytes of it that cost another point.
 MESSAGE, BYTES_PER_POINT = 1.0, 4096
-"""Cost of a message, and bytes of it that cost another point."""
 
+# Additional cost of a birth: it makes the server plan, and write to its disk.
 BIRTH = 30.0
-"""Additional cost of a birth: the server plans, and writes to its disk."""
 
+# Cost of an invalid message, or one in another device's name. Messages of unknown types and versions cost nothing: a
+# board with newer software sends them in good faith.
 BAD = 50.0
-"""Cost of an invalid message, or one in another device's name. Messages of unknown types and versions cost nothing."""
 
+# Points that a device gets for each message of the server that needs an answer.
 EARNED = 2.0
-"""Points that a device gets for each message that needs an answer."""
 
+# Free requests for an offered blob: a fixed number, and a number for each of its leaves.
 FREE_WANTS, WANTS_PER_LEAF = 64, 4
-"""Free requests for an offered blob: a fixed number, and a number for each of its leaves."""
 
+# Points given back for a free request: the cost of its message, with its bytes.
 _WANT = MESSAGE + 0.25
+# Blobs whose requests are counted per device, the latest ones, which bounds the memory.
 _BLOBS = 256
 
+# Maximum bytes of chunks that a device may send without cost. A requested leaf adds twice its size, because it may come
+# twice.
 CREDIT = 4 * MAX_REQUEST * LEAF
-"""Most bytes of chunks that a device may have free at a time. A requested leaf adds twice its size."""
 
+# Malformed updates in a row that lead to quarantine.
 STRIKES = 3
-"""Malformed updates in a row that lead to quarantine."""
 
+# Seconds of a device's first quarantine, and of its longest: each one is twice as long as the last.
 FIRST_S, LONGEST_S = 60.0, 3600.0
-"""How long a device is in quarantine the first time, and at most: each time is twice as long as the last."""
 
+# Seconds without a quarantine after which the next one lasts `FIRST_S` again.
 FORGIVEN_S = 24 * 3600.0
-"""After this long without a quarantine, the next one lasts `FIRST_S` again."""
 
+# Maximum points that all unknown devices have together, and that they regain in a second.
 STRANGERS_BURST, STRANGERS_PER_S = 100_000.0, 1000.0
-"""Points of all devices together that the server doesn't know yet, and that they get back in a second."""
 
+# Seconds for which requests to join count as flooded after some were dropped.
 CROWDED_S = 60.0
-"""Seconds for which requests to join count as flooded after some were dropped."""
 
 _SAVE_S, _TELL_S = 10.0, 600.0
 
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A device was quarantined: its work for the job is void."""
+    """A device was quarantined, so that its part in the round no longer counts."""
 
     device: str
     reason: str
@@ -88,14 +92,14 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class Released:
-    """A device's quarantine has ended; it may have been connected all along."""
+    """A device's quarantine has ended. The device may have been connected all along."""
 
     device: str
 
 
 @dataclass(slots=True)
 class Counts:
-    """A device's messages that were not used, since the server's start."""
+    """Counts of a device's unused messages since the server's start."""
 
     dropped: int = 0
     bad: int = 0
@@ -128,9 +132,10 @@ class Quarantine:
     ) -> None:
         self._clock, self._wall, self._path = clock, wall, path
         self._known = set[str]()
+        # The fleet's members, each with an allowance like the devices that have announced themselves.
         self.members: Container[str] = ()
-        """The fleet's members, who have an allowance each, as devices that announced themselves have."""
-        self._ledgers: dict[str, _Ledger] = {}  # of those that were heard: most of a large fleet's members are away
+        # Made when a device is first heard: most of a large fleet's members are away.
+        self._ledgers: dict[str, _Ledger] = {}
         self._strangers = _Ledger(STRANGERS_BURST, clock())
         self._crowd: tuple[str, float] | None = None
         self._crowded_at = -CROWDED_S
@@ -140,11 +145,11 @@ class Quarantine:
         self._save_at = self._tell_at = clock()
 
     def know(self, devices: Iterable[str]) -> None:
-        """Give devices allowances; the caller limits their number."""
+        """Give devices an allowance each. The caller limits their number."""
         self._known.update(devices)
 
     def hears(self, device: str, size: int, *, chunk: bool = False) -> bool:
-        """Charge a device for a message, perhaps a chunk of a blob; returns whether to read it."""
+        """Charge a device for a message, or for a chunk of a blob; returns whether the server may read it."""
         ledger, now = self._ledger(device), self._clock()
         if ledger is None:
             return self._stranger(MESSAGE + size / BYTES_PER_POINT, now)
@@ -153,23 +158,23 @@ class Quarantine:
             self._dirty = True
             return False
         if chunk:
-            asked = min(ledger.credit, size)
-            ledger.credit -= asked
-            if asked == size:
+            requested = min(ledger.credit, size)
+            ledger.credit -= requested
+            if requested == size:
                 return True
             ledger.counts.unasked += 1
-            size -= asked
+            size -= requested
         cost = MESSAGE + size / BYTES_PER_POINT
-        heard = self._charge(
+        is_paid = self._charge(
             device, ledger, cost, now, "chunks that the server didn't ask for" if chunk else "too many messages"
         )
-        ledger.counts.dropped += not heard
-        return heard
+        ledger.counts.dropped += not is_paid
+        return is_paid
 
     def ignores(self, topic: str) -> bool:
-        """Whether a topic's messages are dropped unread; may be called from any thread."""
-        parts = topic.split("/", 4)
-        ledger = self._ledgers.get(parts[3]) if len(parts) > 3 else None
+        """Whether messages of a topic are dropped unread; may be called from any thread."""
+        levels = topic.split("/", 4)
+        ledger = self._ledgers.get(levels[3]) if len(levels) > 3 else None
         if ledger is None or self._clock() >= ledger.until:
             return False
         ledger.counts.dropped += 1
@@ -183,20 +188,21 @@ class Quarantine:
             ledger.points = min(BURST, ledger.points + EARNED)
 
     def fetches(self, device: str, sha256: str, leaves: int) -> None:
-        """Charge a request for part of an offered blob with this number of leaves, which is free a few times over."""
+        """Charge a request for a part of an offered blob, which has this number of leaves. All of the blob may be
+        requested a few times without cost."""
         if (ledger := self._ledger(device)) is None:
             return
-        spent = ledger.fetching.pop(sha256, 0)
-        free = spent < FREE_WANTS + WANTS_PER_LEAF * leaves  # a blob that is still coming has no leaves yet
-        if free:
+        used_requests = ledger.fetching.pop(sha256, 0)
+        is_free = used_requests < FREE_WANTS + WANTS_PER_LEAF * leaves  # a blob that is still coming has no leaves yet
+        if is_free:
             self._refill(ledger, self._clock())
             ledger.points = min(BURST, ledger.points + _WANT)
-        ledger.fetching[sha256] = spent + free
+        ledger.fetching[sha256] = used_requests + is_free
         if len(ledger.fetching) > _BLOBS:
             del ledger.fetching[next(iter(ledger.fetching))]
 
     def asked(self, device: str, leaves: int) -> None:
-        """Credit a device for requested leaves; each may come twice."""
+        """Credit a device for requested leaves, each of which may come twice."""
         if (ledger := self._ledger(device)) is not None:
             ledger.credit = min(CREDIT, ledger.credit + 2 * leaves * (LEAF + 64))
 
@@ -216,16 +222,16 @@ class Quarantine:
             self._stranger(BAD, self._clock())
 
     def crowded(self, client: str) -> None:
-        """Note that requests to join fill their inbox, and that its connection is closed for a while.
+        """Note that requests to join fill their inbox, so that its connection is closed for a while.
 
         Args:
-            client: MQTT client id of the one that floods; empty if many clients send a few requests each. Only the
-                latest client is kept: a stranger can choose any number of ids.
+            client: MQTT client id of the flooding client; empty if many clients send a few requests each. Only the
+                latest client is stored: a stranger can choose any number of ids.
         """
         now = self._clock()
-        quiet, self._crowded_at = now < self._crowded_at + CROWDED_S, now
+        is_logged, self._crowded_at = now < self._crowded_at + CROWDED_S, now
         if not client:
-            if not quiet:
+            if not is_logged:
                 log.warning(
                     "more boards ask to join than this server answers at a time: some wait longer, and ask again. If "
                     "you don't expect them, close the listener for joining"
@@ -250,9 +256,10 @@ class Quarantine:
         return "" if now < self._crowded_at + CROWDED_S else None
 
     def refused(self, device: str, kind: str, reason: str) -> None:
-        """Note that a device's update was rejected, with its `FailureKind`; malformed ones count.
+        """Note that a device's update was rejected. Only `FailureKind.MALFORMED` counts.
 
-        Diverged training makes weights that are far too large, and a device may no longer have its update.
+        Other kinds happen to honest devices: diverged training makes weights that are far too large, and a device may
+        no longer have its update.
         """
         ledger = self._ledger(device)
         if ledger is None or kind != FailureKind.MALFORMED:
@@ -264,12 +271,12 @@ class Quarantine:
             self._sentence(device, ledger, f"{STRIKES} malformed updates in a row, the last one: {reason[:200]}")
 
     def counted(self, device: str) -> None:
-        """A device's update was aggregated."""
+        """Note that a device's update was aggregated, which ends a row of malformed ones."""
         if (ledger := self._ledger(device)) is not None:
             ledger.strikes = 0
 
     def news(self) -> Quarantined | Released | None:
-        """Devices whose quarantine has begun or ended; each once."""
+        """The next device whose quarantine has begun or ended; None if there is none."""
         now = self._clock()
         while self._ends and self._ends[0][0] <= now:
             _, device = heapq.heappop(self._ends)
@@ -286,7 +293,7 @@ class Quarantine:
         return self._wall() + ledger.until - now, ledger.reason
 
     def sentences(self) -> dict[str, tuple[float, str]]:
-        """What `held` says of each device in quarantine."""
+        """The end and the reason of each present quarantine, by device."""
         names = sorted({name for _, name in self._ends})
         return {name: sentence for name in names if (sentence := self.held(name)) is not None}
 
@@ -302,7 +309,7 @@ class Quarantine:
         return True
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Unused messages and quarantine of each device, as JSON."""
+        """Unused messages and quarantine of each device, for JSON."""
         now, wall = self._clock(), self._wall()
         return {
             device: {
@@ -315,7 +322,7 @@ class Quarantine:
         }
 
     def save(self) -> None:
-        """Save changes for `status`, every few seconds at most."""
+        """Save changes for `status`, every few seconds at most. A failing disk ends nothing: the file is for people."""
         now = self._clock()
         if self._path is None or not self._dirty or now < self._save_at:
             return
@@ -353,7 +360,7 @@ class Quarantine:
         if now - ledger.until > FORGIVEN_S:
             ledger.level = 0
         seconds = min(LONGEST_S, FIRST_S * 2.0**ledger.level)
-        ledger.level = min(ledger.level + 1, 16)
+        ledger.level = min(ledger.level + 1, 16)  # 2**16 is far beyond `LONGEST_S` and no overflow
         ledger.counts.times += 1
         ledger.until, ledger.reason = now + seconds, reason
         ledger.points, ledger.at, ledger.credit, ledger.strikes = BURST, now + seconds, 0, 0
@@ -385,7 +392,7 @@ class Quarantine:
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """The rows in a state folder; empty if the file is damaged."""
+    """The rows of a state folder's file; empty if it is missing or damaged."""
     try:
         body = json.loads((folder / FILE).read_bytes())
         return {str(device): {**_BLANK, **dict(row)} for device, row in body.items()}

@@ -1,4 +1,4 @@
-"""Who is in the fleet, as people see it: devices, their traffic and what they are doing."""
+"""A job's devices as people see them: their traffic, progress and problems."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedprune.core.errors import ProtocolError
 from fedprune.core.validation import is_number
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device
-from fedprune.jobs.state import Progress as Part
+from fedprune.jobs.state import Progress as TaskProgress
 from fedprune.model.architecture import Architecture
 from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import Plan
@@ -28,19 +28,33 @@ from fedprune_server.devices.clone_detection import SIGNS, SIGNS_WITHIN_S, Clone
 log = logging.getLogger("fedprune.server")
 
 
+# Submodels and plans whose figures and texts are cached: devices of equal widths share them.
 _WIDTHS = 4096
-"""Submodels, and plans, of which numbers and text are remembered: devices of equal widths share one."""
 
+# The phase of a board's part before it has everything that it was offered.
 _DOWNLOAD = "download"
-"""The phase of a board's part before it has all that it was offered."""
 
+# Shared by all devices without metrics, to save memory: metrics are replaced, never changed in place.
 _NO_METRICS: Mapping[str, float] = {}
-"""Shared by the devices of a fleet: metrics are replaced, never changed in place."""
 
 
 @dataclass(slots=True)
 class Contact:
-    """A device's volatile state, in addition to the coordinator's."""
+    """A device's volatile state, in addition to the coordinator's.
+
+    Attributes:
+        down: Payload bytes to the device, over all starts of the server.
+        up: Payload bytes from it.
+        progress: Its last report on its current part.
+        offered_at: Time of its last offer; None once its update has arrived.
+        heard_at: Time of its last sign of working on its offer.
+        seconds: Time from its last offer until its update arrived.
+        metrics: Those of the model that it serves, on its own test samples, as last reported.
+        introduced: Hash of what was last logged of its plan.
+        problem: The reason for which it can't take part; empty without one.
+        temperature_c: As reported last: at its start, or while it worked.
+        last_message_at: Seconds since 1970; None before the first message since the server's start.
+    """
 
     down: int = 0
     up: int = 0
@@ -50,14 +64,10 @@ class Contact:
     heard_at: float = -math.inf
     seconds: float | None = None
     metrics: Mapping[str, float] = field(default_factory=lambda: _NO_METRICS)
-    """Of the model that it serves, on its own test samples, as last reported."""
     introduced: int = 0
-    """Hash of what was last logged of its plan."""
     problem: str = ""
     temperature_c: float | None = None
-    """As reported last: at its start, or while it worked."""
     last_message_at: float | None = None
-    """In seconds since 1970; None before the first since the server's start."""
 
 
 class DeviceRegistry:
@@ -66,10 +76,19 @@ class DeviceRegistry:
     Args:
         state: The coordinator's state; read, never changed.
         traffic: Payload bytes to and from each device before this start of the server.
-        limit: How many devices there may ever be; names cost a stranger nothing, but memory and disk here.
+        limit: Maximum number of devices, ever: names cost a stranger nothing, but memory and disk here.
         outsiders: Devices that couldn't be planned for before this start of the server.
         clock: Seconds since 1970.
-        prefix: Begins lines of the log about a device, where there are several jobs.
+        prefix: Begins the log's lines about a device, if there are several jobs.
+
+    Attributes:
+        whole: Number of the whole model's parameters.
+        parameters_at: Number of a submodel's parameters, by its widths.
+        total: Payload bytes to and from all devices, over all starts of the server.
+        moved: Payload bytes to and from devices for which they have changed since they were saved.
+        crashes: How devices' programs ended last, until an update of theirs arrives.
+        outsiders: Devices that have announced themselves but can't take part, and why. The coordinator doesn't know
+            them.
     """
 
     def __init__(
@@ -87,27 +106,21 @@ class DeviceRegistry:
         self._job = job
         self._architecture = architecture
         self.whole = costs_at(architecture, architecture.sizes).parameters
-        """Numbers in the whole model."""
         self._state = state
         self._limit = limit
         self._clock = clock
         self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
         self.total = sum(down for down, _ in traffic.values()), sum(up for _, up in traffic.values())
-        """Payload bytes to and from all devices, over all starts of the server."""
-        self._described: dict[int, tuple[str, str]] = {}
+        self._described: dict[int, tuple[str, str]] = {}  # first line and warning of a logged plan, by its hash
         self.parameters_at = lru_cache(_WIDTHS)(partial(parameters, architecture))
-        """Numbers in a submodel, by its widths."""
         self.moved: dict[str, tuple[int, int]] = {}
-        """Payload bytes to and from devices for which they have changed since they were saved."""
         self.prefix = prefix
         self.clones = CloneDetector()
         self._to_devices = defaultdict[str, LostPieces](LostPieces)
         self._from_devices = defaultdict[str, LostPieces](LostPieces)
         self.crashes: dict[str, str] = {}
-        """How devices' programs ended last, until an update of theirs arrives."""
         self._unheard = set[str]()  # devices of which nothing has come since their offer
         self.outsiders: dict[str, dict[str, Any]] = {}
-        """Devices that announced themselves and can't even be planned for, and why."""
         for name, body in (outsiders or {}).items():
             self.outsiders[name] = {**body, "online": False}
             self._contacts.setdefault(name, Contact(problem=str(body.get("excluded", ""))))
@@ -117,9 +130,7 @@ class DeviceRegistry:
         return self._contacts.get(device) or Contact()
 
     def admit(self, device: str, software: str, size: int) -> None:
-        """Admit a device that announces itself. Raises `ProtocolError` if it is a new one, and there are too many
-        already.
-        """
+        """Admit a device that announces itself. Raises `ProtocolError` if it is new, and there are too many already."""
         self._unheard.discard(device)
         if device not in self._contacts:
             if len(self._contacts) >= self._limit:
@@ -132,7 +143,7 @@ class DeviceRegistry:
             self.moved[device] = (0, size)
             self.total = self.total[0], self.total[1] + size
         self._contacts[device].software = sys.intern(software)
-        if size:  # else it says nothing, and is only assigned to the job
+        if size:  # without a message it is only assigned to the job
             self._contacts[device].last_message_at = self._clock()
 
     def admitted(self, device: str) -> bool:
@@ -148,12 +159,12 @@ class DeviceRegistry:
         return {n: (c.down, c.up) for n, c in sorted(self._contacts.items())}
 
     def received(self, device: str, size: int) -> None:
-        """Count bytes from an admitted device; unknown names are unlimited."""
+        """Count bytes of a message from an admitted device. Unknown names are not counted: there may be any number."""
         self.count(device, 0, size)
         self.note_message(device)
 
     def note_message(self, device: str) -> None:
-        """Note when an admitted device was heard, with whatever message, which may be counted in another job."""
+        """Note a message of an admitted device, whose bytes may be counted in another job."""
         self._unheard.discard(device)
         if device in self._contacts:
             self._contacts[device].last_message_at = self._clock()
@@ -175,7 +186,7 @@ class DeviceRegistry:
         contact.offered_at, contact.progress, contact.heard_at = now, None, now
 
     def heard(self, device: str, now: float, progress: Progress | None = None) -> None:
-        """A device has shown that it works on its offer."""
+        """Note a sign that a device works on its offer."""
         contact = self[device]
         contact.heard_at, contact.progress = now, progress or contact.progress
         if progress is not None and progress.phase != _DOWNLOAD:
@@ -189,14 +200,14 @@ class DeviceRegistry:
             self[device].temperature_c = float(temperature_c)
 
     def silent(self, now: float, patience_s: float) -> list[str]:
-        """Connected devices with an offer that have shown no sign of it for too long.
+        """Connected devices with an offer that have shown no sign of working on it for `patience_s`.
 
-        Each of them is named again only after another `patience_s`.
+        Each is named again only after another `patience_s`.
         """
         state = self._state
         names = []
         for name, task in state.tasks.items():
-            if task.progress is not Part.OFFERED or now - self[name].heard_at < patience_s:
+            if task.progress is not TaskProgress.OFFERED or now - self[name].heard_at < patience_s:
                 continue
             device = state.devices.get(name)
             if state.awaits(task) and device is not None and device.online:
@@ -206,28 +217,28 @@ class DeviceRegistry:
         return sorted(names)
 
     def note_request_of(self, device: str, want: BlobRequest, now: float) -> None:
-        """A device asks for pieces of a blob, which it is sent."""
+        """Note that a device requests pieces of a blob, which it is sent."""
         if device in self._contacts:
             self._to_devices[device].note(want, now)
 
     def note_request_to(self, device: str, want: BlobRequest, now: float) -> None:
-        """A device is asked for pieces of its update."""
+        """Note that pieces of its update are requested from a device."""
         if device in self._contacts:
             self._from_devices[device].note(want, now)
 
     def drop_reasons(self) -> dict[str, str]:
-        """What is published to or by connected devices and seems to reach nobody, in words, by device."""
+        """Texts about devices whose pieces of blobs, sent or requested, seem to be dropped by the broker."""
         reasons = {name: "gets no piece of its model: " + broker_drops("what is sent to it")
-                   for name, pieces in self._to_devices.items() if pieces.stuck}  # fmt: skip
-        for name, pieces in self._from_devices.items():
-            if pieces.stuck:
+                   for name, lost_pieces in self._to_devices.items() if lost_pieces.stuck}  # fmt: skip
+        for name, lost_pieces in self._from_devices.items():
+            if lost_pieces.stuck:
                 reasons[name] = "announces its update, and no piece of it comes: " + broker_drops("what it sends")
         return reasons
 
     def silence_reasons(self) -> dict[str, str]:
-        """Devices of which nothing has come since their offer, in words: also of those that have disconnected."""
-        said = "was offered a round, and nothing has come of it since: its program hangs, or "
-        return dict.fromkeys(self._unheard, said + broker_drops("what it sends or is sent"))
+        """Texts about devices of which nothing has come since their offer, disconnected ones included."""
+        beginning = "was offered a round, and nothing has come of it since: its program hangs, or "
+        return dict.fromkeys(self._unheard, beginning + broker_drops("what it sends or is sent"))
 
     def delivered(self, device: str, now: float) -> None:
         self.forget_transfers(device)
@@ -237,7 +248,7 @@ class DeviceRegistry:
             contact.seconds, contact.offered_at = now - contact.offered_at, None
 
     def born(self, device: str, session: int, profile: str, samples: int, now: float, *, connected: bool) -> None:
-        """Note an admitted device's announcement, and whether another board seems to use its name."""
+        """Note an admitted device's birth. Warn if another board seems to use its name."""
         self.forget_transfers(device)
         reason = self.clones.born(device, session, (profile, samples), connected, now)
         if reason:
@@ -252,7 +263,7 @@ class DeviceRegistry:
             )
 
     def note_shared_key(self, device: str, now: float) -> None:
-        """Note a sign that two boards sign with one key; enough of them are logged."""
+        """Note a sign that two boards sign with one key. Warn after enough signs."""
         if self.clones.note_shared_key(device, now):
             log.warning(
                 "two boards seem to use the identity of %s, as if one were a copy of the other's card or state folder: "
@@ -266,7 +277,7 @@ class DeviceRegistry:
             )
 
     def exclude(self, device: str, problem: str, profile: str, samples: int, *, cannot_start: bool = False) -> None:
-        """Note that an admitted device can't be planned for, or says that it can't even start; logged once."""
+        """Note that an admitted device can't be planned for, or reports that it can't start. It is logged once."""
         if self[device].problem != problem:
             log.warning("%sdevice %s is excluded: %s", self.prefix, device, problem)
         self[device].problem = problem
@@ -275,13 +286,13 @@ class DeviceRegistry:
         self._note_seen(device)
 
     def note_start(self, device: str) -> None:
-        """Note that a device that couldn't start does so again; whether it can be planned for is another question."""
+        """Note that a device that couldn't start has started. Whether it can be planned for is checked later."""
         if self.outsiders.get(device, {}).get("cannot_start"):
             del self.outsiders[device]
             self[device].problem = ""
 
     def forget_transfers(self, device: str) -> None:
-        """What was on its way to or from a device no longer is, so that nothing of it can be missed."""
+        """Forget the requests under way to and from a device: their pieces can no longer be missed."""
         self._from_devices.pop(device, None)
         self._to_devices.pop(device, None)
 
@@ -292,55 +303,57 @@ class DeviceRegistry:
             self._note_seen(device)
 
     def _note_seen(self, device: str) -> None:
-        """Keep when a device was heard that has no part in the job's events."""
+        """Store when a device was last heard that has no part in the job's events."""
         if (at := self[device].last_message_at) is not None:
             self.outsiders[device]["seen_at"] = at
 
     def introduce(self, name: str) -> None:
-        """Log a connected device, once per plan of it, and the plan; of one that others had before, the first line."""
+        """Log a connected device once per plan, with the plan; of one that was logged before, only the first line."""
         contact, device = self[name], self._state.devices[name]
         contact.problem = ""
         self.outsiders.pop(name, None)
-        what = hash((device.widths, device.excluded, device.profile.get("name")))
-        if what == contact.introduced:
+        introduction = hash((device.widths, device.excluded, device.profile.get("name")))
+        if introduction == contact.introduced:
             return
-        contact.introduced = what
+        contact.introduced = introduction
         title = device.profile.get("title") or device.profile.get("name")
         if device.excluded:
             log.warning("%sdevice %s (%s) is excluded: %s", self.prefix, name, title, device.excluded)
             return
-        known = (name, title, device.samples, contact.software or "?")
-        log.info("%sdevice %s is connected: %s, %d samples, %s", self.prefix, *known)
-        shown = hash(device.plan if device.plan is not None else (device.widths, device.density))
-        if shown not in self._described:
+        description = (name, title, device.samples, contact.software or "?")
+        log.info("%sdevice %s is connected: %s, %d samples, %s", self.prefix, *description)
+        plan_hash = hash(device.plan if device.plan is not None else (device.widths, device.density))
+        if plan_hash not in self._described:
             if len(self._described) >= _WIDTHS:
                 self._described.clear()
-            self._described[shown] = self._describe(device)
+            self._described[plan_hash] = self._describe(device)
         elif device.plan is not None or device.density != self._job.density:
-            log.info("  %s", self._described[shown][0])
-        if warning := self._described[shown][1]:
+            log.info("  %s", self._described[plan_hash][0])
+        if warning := self._described[plan_hash][1]:
             log.warning("%sdevice %s: %s", self.prefix, name, warning)
 
     def _describe(self, device: Device) -> tuple[str, str]:
-        """Log a plan that no device before had; returns its first line, for devices that share it, and its warning."""
+        """Log a plan that no other device has had. Returns its first line and warning, for devices that share it."""
         if device.plan is None:
-            kept = costs_at(self._architecture, device.widths).parameters / self.whole
-            by = "job" if device.density == self._job.density else "strategy"
-            lines = [f"density {device.density:.3g}, as the {by} says: keeps {100 * kept:.0f}% of the weights"]
+            kept_share = costs_at(self._architecture, device.widths).parameters / self.whole
+            decider = "job" if device.density == self._job.density else "strategy"
+            lines = [
+                f"density {device.density:.3g}, as the {decider} says: keeps {100 * kept_share:.0f}% of the weights"
+            ]
             warning = ""
         else:
             plan = Plan.from_dict(device.plan)
             lines, warning = plan.describe(self.whole).splitlines(), plan.warning
             lines[0] = f"{lines[0]}, {plan.unbound() or f'bound by {plan.bound}'}"
         log.info("  %s", lines[0])
-        for line in lines[1:]:  # `status` and the console's page of the board have them
+        for line in lines[1:]:  # for everyday use `status` and the console's page of the board have them
             log.debug("  %s", line)
         return lines[0], warning
 
     def bars(self, device: str) -> bool:
         """Whether a device is known to be unable to take part."""
-        known = self._state.devices.get(device)
-        return device in self.outsiders or (known is not None and bool(known.excluded))
+        device_state = self._state.devices.get(device)
+        return device in self.outsiders or (device_state is not None and bool(device_state.excluded))
 
 
 def parameters(architecture: Architecture, widths: tuple[int, ...]) -> int:

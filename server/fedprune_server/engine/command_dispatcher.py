@@ -1,4 +1,4 @@
-"""Carries out what a coordinator orders about devices: messages to them, and updates to fetch."""
+"""Carries out a coordinator's commands about devices: sends messages to them, and fetches their updates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
-from fedprune.jobs.state import Progress as Part
+from fedprune.jobs.state import Progress as TaskProgress
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Offer
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.executor.offers import misfit, sent
@@ -25,18 +25,19 @@ from fedprune_server.transfer.uploads import Uploads
 
 log = logging.getLogger("fedprune.server")
 
+# Seconds without a sign of the device after which its offer is repeated: the broker acknowledges a message before the
+# device has it, so an acknowledged offer may still be lost.
 _UNHEARD_OFFER_S = 25.0
-"""Seconds after which an offer is repeated: the broker's acknowledgement is not the device's."""
 
 DeviceCommand = do.SendOffer | do.PullUpdate | do.Acknowledge | do.Cancel | do.TellFinished
 
 
 @dataclass(frozen=True)
 class DeviceTraffic:
-    """The traffic between a job and its devices: messages out, updates in, and the contact of each device.
+    """The parts through which a job exchanges messages and updates with its devices.
 
     Attributes:
-        state: The coordinator's; read, never changed.
+        state: The coordinator's state; read here, never changed.
     """
 
     job: Job
@@ -48,11 +49,11 @@ class DeviceTraffic:
 
 
 class CommandDispatcher:
-    """Carries out a coordinator's commands that concern a device; what happens at once is returned as events.
+    """Carries out a coordinator's commands about devices. Immediate results are returned as events.
 
     Args:
-        awaits: Whether the job's channel awaits an upload of a device by itself.
-        blobs_at: URL under which boards find blobs over HTTP; None for none.
+        awaits: Whether the job's channel awaits an upload of a device that no part of the round waits for.
+        blobs_at: URL under which boards find blobs over HTTP; None if they get them over MQTT alone.
 
     Attributes:
         revoked: Devices that are no longer members and have not announced themselves since.
@@ -81,8 +82,8 @@ class CommandDispatcher:
             case do.Acknowledge():
                 self._outbox.send(device, Accepted(job, command.round, command.attempt, command.weights), job)
             case do.Cancel():
-                found = (self._registry.prefix, device, command.round, command.reason)
-                log.debug("%sdevice %s: round %d is void: %s", *found)
+                prefix = self._registry.prefix
+                log.debug("%sdevice %s: round %d is void: %s", prefix, device, command.round, command.reason)
                 self._registry.forget_transfers(device)
                 self._outbox.send(device, Cancelled(job, command.round, command.attempt, command.reason), job)
             case do.TellFinished():
@@ -90,23 +91,24 @@ class CommandDispatcher:
         return []
 
     def offer(self, command: do.SendOffer, *, again: bool = False) -> list[on.Event]:
-        """Offer a device its part of the round, `again` if it was offered before: its time counts from then."""
+        """Offer a device its part of the round. The time that it takes counts from the first offer, not from one that
+        is sent `again`."""
         job = self._job.name
-        if command.device in self.revoked:  # while its offer was made
+        if command.device in self.revoked:  # revoked while the executor was making its offer
             return [
                 on.OfferRefused(command.device, command.round, command.attempt, "it was revoked", FailureKind.REVOKED)
             ]
         try:
-            place = {"job": job, "round": command.round, "attempt": command.attempt, "blobs_at": self._blobs_at}
-            self._outbox.send(command.device, Offer.from_dict(sent(command.offer) | place), job)
-        except ProtocolError as error:  # a model that fits no message: no device can take part with it
+            round_fields = {"job": job, "round": command.round, "attempt": command.attempt, "blobs_at": self._blobs_at}
+            self._outbox.send(command.device, Offer.from_dict(sent(command.offer) | round_fields), job)
+        except ProtocolError as error:  # the offer is longer than a message may be, so the device can't take part
             return [on.OfferRefused(command.device, command.round, command.attempt, one_line(str(error)))]
         if not again:
             self._registry.offered(command.device, self._monotonic())
         return []
 
     def repeat(self, now: float) -> list[on.Event]:
-        """Repeat offers of which devices have shown nothing; `now` is monotonic."""
+        """Repeat the offers to devices that have shown no sign of them; `now` is monotonic."""
         events: list[on.Event] = []
         for device in self._registry.silent(now, _UNHEARD_OFFER_S):
             task = self._state.tasks[device]
@@ -116,28 +118,28 @@ class CommandDispatcher:
         return events
 
     def let_go(self, *, everywhere: bool) -> list[str]:
-        """Stop receiving updates that no part awaits any more.
+        """Stop receiving updates that no part of a round awaits any more.
 
         Args:
-            everywhere: Look at all that are received, not only at parts that have changed since the last call.
+            everywhere: Check all updates under way, not only those of parts that have changed since the last call.
 
         Returns:
-            Digests of what was dropped.
+            Digests of the dropped updates.
         """
         state, dropped = self._state, list[str]()
-        for name in self._uploads.devices() if everywhere else self._changed:
-            if self._awaits(name):
+        for device in self._uploads.devices() if everywhere else self._changed:
+            if self._awaits(device):
                 continue
-            task = state.tasks.get(name)
-            if task is None or task.progress is not Part.PULLING or not state.awaits(task):
-                dropped += self._uploads.drop(name)
+            task = state.tasks.get(device)
+            if task is None or task.progress is not TaskProgress.PULLING or not state.awaits(task):
+                dropped += self._uploads.drop(device)
             else:
-                dropped += self._uploads.keep(name, state.round_of(task), task.attempt)
+                dropped += self._uploads.keep(device, state.round_of(task), task.attempt)
         self._changed.clear()
         return dropped
 
     def arriving(self) -> set[str]:
-        """Digests of updates that are being received, or copied to where they are kept."""
+        """Digests of updates that are being received, or copied into the bucket."""
         return self._uploads.digests()
 
     def collect_uploads(self) -> list[on.Event]:
@@ -155,10 +157,10 @@ class CommandDispatcher:
     def _pull(self, command: do.PullUpdate) -> list[on.Event]:
         task = self._state.part(command.device, command.round, command.attempt)
         if task is None:
-            return []  # the server has gone on meanwhile, which is no fault of the device
+            return []  # the round has gone on meanwhile, which is no fault of the device
         ref = BlobRef.from_dict(command.weights)
         if reason := misfit(task.offer, ref):
-            part = command.device, command.round, command.attempt
-            return [on.UpdateRejected(*part, reason, FailureKind.MALFORMED)]
+            part_key = command.device, command.round, command.attempt
+            return [on.UpdateRejected(*part_key, reason, FailureKind.MALFORMED)]
         self._outbox.ask(self._uploads.add(command.device, command.round, command.attempt, ref, self._monotonic()))
         return self.collect_uploads()

@@ -10,7 +10,7 @@ from fedprune_server.engine.job_runner import JobRunner
 
 
 class SoleJob:
-    """Assigns all devices to the only job of a server, at once.
+    """Assigns every device to the only job of a server as soon as it connects.
 
     Args:
         connected: The devices that are connected, with their births.
@@ -20,7 +20,7 @@ class SoleJob:
         self._runner, self._connected = runner, connected
 
     def assignments(self) -> Mapping[str, str]:
-        """The job of each device that is connected."""
+        """The job of each connected device."""
         return dict.fromkeys(self._connected, self._runner.job.name)
 
     def came(self, device: str, *, reconnected: bool) -> None:
@@ -34,13 +34,13 @@ class SoleJob:
 
 
 class DeviceScheduler:
-    """Shares devices out among several jobs: takes back those that have done their part, and assigns free ones.
+    """Shares devices among several jobs: takes back those that have done their part, and assigns free ones.
 
     Args:
         connected: The devices that are connected, with their births.
 
     Attributes:
-        lent: Names of the jobs by device; free devices are left out.
+        lent: The job to which each device is assigned; free devices are left out.
     """
 
     def __init__(self, runners: Mapping[str, JobRunner], connected: Mapping[str, Birth]) -> None:
@@ -49,20 +49,22 @@ class DeviceScheduler:
         self.lent: dict[str, str] = {}
         self._at_work: dict[str, str] = {}
         self._free: set[str] = set()
-        self._takers: dict[str, set[str]] = {job: set() for job in runners}  # connected devices that suit a job
-        self._unfit: dict[str, set[str]] = {}  # jobs that can't use a device
-        self._stale: set[str] = set()  # devices to look at
-        self._alone: str | None = None
+        self._takers: dict[str, set[str]] = {job: set() for job in runners}
+        # Jobs that refused a device, until it connects again: its profile can only change with a new session.
+        self._unfit: dict[str, set[str]] = {}
+        # Only these are checked in a turn: checking all of a large fleet in each turn would take most of its time.
+        self._stale: set[str] = set()
+        self._alone: str | None = None  # the job that gets every device, since no other has enough of them
         self._charged_at: float | None = None
         for runner in runners.values():
             runner.track_changes()
 
     def assignments(self) -> Mapping[str, str]:
-        """The job that has a device, by device; free ones are left out."""
+        """The job of each device that has one."""
         return self.lent
 
     def came(self, device: str, *, reconnected: bool) -> None:
-        """A device has announced itself, on a new connection if `reconnected`."""
+        """Note that a device has announced itself, on a new connection if `reconnected`."""
         self._stale.add(device)
         if reconnected:
             self._unfit.pop(device, None)
@@ -83,11 +85,12 @@ class DeviceScheduler:
         if finished:
             self._at_work = {}
             return
-        seen = set[str]()
+        checked_devices = set[str]()
+        # A pass that assigns devices changes what their jobs need, so that another job may get a device in the next.
         for _ in range(len(self._runners) + len(self._connected)):
-            if not self._share_once(seen):
+            if not self._share_once(checked_devices):
                 break
-        for device in seen | self._stale | self._changed():
+        for device in checked_devices | self._stale | self._changed():
             job = self.lent.get(device)
             if job is not None and self._runners[job].awaits_part_of(device):
                 self._at_work[device] = job
@@ -95,46 +98,48 @@ class DeviceScheduler:
                 self._at_work.pop(device, None)
 
     def _changed(self) -> set[str]:
-        """Devices that may have changed, after noting which jobs they suit."""
+        """Note anew which jobs the changed devices suit; returns those devices."""
         for runner in self._runners.values():
             self._stale |= runner.changes()
         for device in self._stale:
-            for job, takers in self._takers.items():
+            for job, suitable_devices in self._takers.items():
                 if device in self._connected and self._takes(job, device):
-                    takers.add(device)
+                    suitable_devices.add(device)
                 else:
-                    takers.discard(device)
+                    suitable_devices.discard(device)
         return self._stale
 
     def _able(self) -> tuple[list[JobDemand], list[JobDemand]]:
-        """The jobs that are not finished, and those of them that have enough devices."""
-        demands = [b for d in self._runners.values() if (b := d.demand()) is not None]
-        return demands, [b for b in demands if b.able(len(self._takers[b.job]))]
+        """Demands of the unfinished jobs, and of those among them for which enough suitable devices are connected."""
+        demands = [demand for runner in self._runners.values() if (demand := runner.demand()) is not None]
+        return demands, [demand for demand in demands if demand.able(len(self._takers[demand.job]))]
 
-    def _share_once(self, seen: set[str]) -> bool:
+    def _share_once(self, checked_devices: set[str]) -> bool:
         """Share out free devices; returns whether a job got any."""
-        stale = self._changed()
-        _, able = self._able()
-        alone = able[0].job if len(able) == 1 else None
-        if alone != self._alone:
-            self._alone, stale = alone, stale | self._connected.keys()
+        devices_to_check = self._changed()
+        _, able_demands = self._able()
+        only_able_job = able_demands[0].job if len(able_demands) == 1 else None
+        if only_able_job != self._alone:  # then every device may belong to another job than before
+            self._alone, devices_to_check = only_able_job, devices_to_check | self._connected.keys()
         self._stale = set()
-        seen |= stale
-        for device in sorted(stale):
+        checked_devices |= devices_to_check
+        for device in sorted(devices_to_check):
             self._look(device)
-        if alone is not None:
-            found = {alone: sorted(d for d in self._free if self._takes(alone, d))}
+        if only_able_job is not None:
+            assignments = {only_able_job: sorted(d for d in self._free if self._takes(only_able_job, d))}
         else:
             self._changed()
-            demands, able = self._able()
-            found = self._scheduler.assign(demands, self._free, self._connected, self._takes, self._fits, able)
-        for job, devices in found.items():
+            demands, able_demands = self._able()
+            assignments = self._scheduler.assign(
+                demands, self._free, self._connected, self._takes, self._fits, able_demands
+            )
+        for job, devices in assignments.items():
             self._assign(job, devices)
-        return any(found.values())
+        return any(assignments.values())
 
     def _look(self, device: str) -> None:
-        """Take a device back from a job that no longer awaits its part, and mark it free or assign it to the job whose
-        part it works on."""
+        """Take a device back from a job that no longer awaits its part. Mark it free, or assign it to the job that
+        awaits a part of it."""
         self._free.discard(device)
         birth, job = self._connected.get(device), self.lent.get(device)
         if birth is None or (job is not None and (job == self._alone or self._runners[job].awaits_part_of(device))):
@@ -143,24 +148,26 @@ class DeviceScheduler:
             del self.lent[device]
             self._runners[job].unassign(device, birth.session)
         # After a restart of either side a part may be under way: the device continues with it.
-        mine = next((n for n, d in self._runners.items() if d.awaits_part_of(device)), None)
-        if mine is None:
+        job_awaiting_part = next(
+            (name for name, runner in self._runners.items() if runner.awaits_part_of(device)), None
+        )
+        if job_awaiting_part is None:
             self._free.add(device)
-        elif mine not in self._unfit.get(device, ()):
-            self._assign(mine, [device])
+        elif job_awaiting_part not in self._unfit.get(device, ()):
+            self._assign(job_awaiting_part, [device])
 
     def _takes(self, job: str, device: str) -> bool:
-        unfit = self._unfit.get(device, ())
-        return job not in unfit and self._runners[job].may_take_part(device, self._connected[device].session)
+        unsuitable_jobs = self._unfit.get(device, ())
+        return job not in unsuitable_jobs and self._runners[job].may_take_part(device, self._connected[device].session)
 
     def _fits(self, job: str, device: str) -> bool:
         return self._takes(job, device) and self._runners[job].has_work_for(device)
 
     def _assign(self, job: str, devices: Sequence[str]) -> None:
         self._stale |= set(devices)
-        fit = self._runners[job].assign([self._connected[d] for d in devices])
+        able_devices = self._runners[job].assign([self._connected[d] for d in devices])
         for device in devices:
-            if device in fit:
+            if device in able_devices:
                 self.lent[device] = job
             else:
                 self._unfit.setdefault(device, set()).add(job)

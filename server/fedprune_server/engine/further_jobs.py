@@ -21,38 +21,39 @@ from fedprune_server.engine.state_directory import stored_tables
 from fedprune_server.storage.state_folder import FOLDER, folders
 
 
-def further(first: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
-    """Configurations of the jobs after the first: those of files, and those that the state folder has from before.
+def further(first_config: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
+    """Configurations of the jobs after the first: those given as files, and those that the state folder holds already.
 
     Args:
-        first: The first job's, which says what concerns the server.
+        first_config: The first job's configuration, whose settings of the server hold for all jobs.
         files: One for each job that is new, or whose settings have changed.
 
     Raises:
         ConfigError: A file can't be used, two jobs have one name, or a folder's database names code.
         StorageError: A folder can't be read.
     """
-    found = [_read(first, path) for path in files]
-    names = [first.job.name, *(c.job.name for c in found)]
-    if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(twice) + " twice")
-    stored = {path: stored_tables(path, {}) for path in folders(first.state) if path.name not in names}
-    for path, tables in stored.items():
+    file_configs = [_read(first_config, path) for path in files]
+    names = [first_config.job.name, *(c.job.name for c in file_configs)]
+    if duplicates := sorted({n for n in names if names.count(n) > 1}):
+        raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(duplicates) + " twice")
+    stored_settings = {path: stored_tables(path, {}) for path in folders(first_config.state) if path.name not in names}
+    for path, tables in stored_settings.items():
+        # A database may come from a backup of somebody else's: what it names is imported only if the operator says so.
         for setting, name in code_names(tables or {}):
             hint = f"If this code is yours, give the job's file: --job FILE, with the name {path.name}."
             raise stored_code_error(setting, name, str(path), hint)
-    kept = {path: _stored(path, tables) for path, tables in stored.items() if tables}
-    return [*found, *(_placed(first, config, path.name) for path, config in kept.items())]
+    stored_configs = {path: _stored(path, tables) for path, tables in stored_settings.items() if tables}
+    return [*file_configs, *(_placed(first_config, config, path.name) for path, config in stored_configs.items())]
 
 
-def _read(first: ServerConfig, path: Path) -> ServerConfig:
+def _read(first_config: ServerConfig, path: Path) -> ServerConfig:
     layer = file_layer(path)
     with located([layer]):
         only([t for t in TABLES if t != "alerts"], layer.tables, (), "table of a further job")
         if isinstance(layer.tables.get("server"), dict):
             only([k for k in PER_JOB if k in SERVER], layer.tables["server"], ("server",), "key of a further job")
         config = parse_config(layer.tables, path.parent)
-    return _placed(first, config, config.job.name)
+    return _placed(first_config, config, config.job.name)
 
 
 def _stored(path: Path, tables: dict[str, Any]) -> ServerConfig:
@@ -60,7 +61,7 @@ def _stored(path: Path, tables: dict[str, Any]) -> ServerConfig:
         return parse_config(tables, Path())
 
 
-def _placed(first: ServerConfig, config: ServerConfig, name: str) -> ServerConfig:
-    """A further job's configuration, with all that concerns the server as the first one's has it."""
-    own = {name: getattr(config, name) for name in PER_JOB}
-    return replace(first, **own, state=first.state / FOLDER / name)
+def _placed(first_config: ServerConfig, config: ServerConfig, name: str) -> ServerConfig:
+    """A further job's configuration, with the server's settings of the first job's."""
+    job_settings = {name: getattr(config, name) for name in PER_JOB}
+    return replace(first_config, **job_settings, state=first_config.state / FOLDER / name)

@@ -1,8 +1,8 @@
-"""What decides a job besides its settings, compared with what it was when the job began or ran last.
+"""A job's inputs besides its settings, compared with those of the job's beginning or of its last start.
 
-A job keeps the model with which it began, with the user's own loss and metric, so that others are refused. Built-in
-losses and metrics, which the recipe names, samples of the server, a strategy's code and hardware profiles may change
-between two starts: the new ones are taken, and the start says so.
+A job keeps the model with which it began, together with the user's own loss and metric: others are refused. Built-in
+losses and metrics, samples of the server, a strategy's code and hardware profiles may change between two starts: the
+new ones are used, and the start logs the change.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _CONTENTS = {
 
 
 def read_model(config: JobSettings) -> bytes:
-    """The configured model with its loss, metric and adapters, without advice that only `fedprune-export` can follow.
+    """The configured model with its loss, metric and adapters. Errors advise what a server's operator can do, not
+    options of `fedprune-export`.
 
     Raises:
         ModelError: The model can't be used.
@@ -60,14 +61,14 @@ def read_model(config: JobSettings) -> bytes:
         raise ModelError(error.what, expected=error.expected, got=error.got, hint=hint) from error
 
 
-def check_model(config: JobSettings, raw: bytes, where: str) -> None:
-    """Compare the configured model, loss and metric with those that a job began with; what is left out is not compared.
+def check_model(config: JobSettings, raw: bytes, job_description: str) -> None:
+    """Compare the configured model, loss and metric with those of the job's beginning, as far as they are configured.
 
-    A source that isn't there any more is no difference: the job has a copy.
+    A source that no longer exists is no difference: the job has a copy.
 
     Args:
         raw: The model with which the job began.
-        where: The job and its folder, for errors.
+        job_description: The job and its folder, for errors.
 
     Raises:
         ConfigError: Something differs.
@@ -82,34 +83,37 @@ def check_model(config: JobSettings, raw: bytes, where: str) -> None:
     if current is None:
         return
     changes = compare_models(raw, current)
-    source, values = config.model, changes.tensors
-    called = source is not None and is_called(source)
-    name, what = "", source
+    source, tensor_changes = config.model, changes.tensors
+    is_factory = source is not None and is_called(source)
+    kind, source_text = "", source
     if changes.graph:
-        name, what = "model", source or f"base = {config.base}"
+        kind, source_text = "model", source or f"base = {config.base}"
     elif changes.loss:
-        name, what = "loss", config.loss or source
+        kind, source_text = "loss", config.loss or source
     elif changes.metric:
-        name, what = "metric", config.metric or source
+        kind, source_text = "metric", config.metric or source
     # A torch factory may draw other weights each time; its job continues with those that it drew first.
-    elif values and (
-        source is None or not called or drawn_tensors(source, current, values, partial(read_model, config)) < values
+    elif tensor_changes and (
+        source is None
+        or not is_factory
+        or drawn_tensors(source, current, tensor_changes, partial(read_model, config)) < tensor_changes
     ):
-        name = "model"
-    if name:
-        version = " Another version of torch may also export it differently." if called or name != "model" else ""
+        kind = "model"
+    if kind:
+        version = " Another version of torch may also export it differently." if is_factory or kind != "model" else ""
         raise ConfigError(
-            f"{what} is not the {name} with which {where}",
-            hint=f"For another {name} take another --state folder; to continue with this one leave the {name} out."
+            f"{source_text} is not the {kind} with which {job_description}",
+            hint=f"For another {kind} take another --state folder; to continue with this one leave the {kind} out."
             + version,
         )
 
 
 def _read_again(config: JobSettings, raw: bytes) -> bytes | None:
-    """The model as the configuration gives it now; None if it gives none, or its source isn't there."""
+    """The model that the configuration gives now; None if it gives none, or its source no longer exists."""
     if config.model is None:
         if config.loss is config.metric is config.base is None:
             return None
+        # Without a model's source the job's own model is compared, with the configured loss, metric and base.
         return with_choices(raw, ImportChoices(loss=config.loss, metric=config.metric, base=config.base))
     try:
         return read_model(config)
@@ -125,7 +129,7 @@ def _read_again(config: JobSettings, raw: bytes) -> bytes | None:
 def input_digests(
     config: ServerConfig, evaluation: Evaluation | None, calibration: npt.NDArray[Any] | None
 ) -> dict[str, str]:
-    """Digests of what may change between two starts, by the setting that names it; empty for what there isn't.
+    """Digests of the inputs that may change between two starts, by the setting that names them; empty for none.
 
     Raises `ConfigError` if the job's own strategy can't be used, `ProfileError` if a hardware profile can't.
     """
@@ -143,14 +147,15 @@ def changed_inputs(before: Mapping[str, Any], settings: Mapping[str, Any]) -> It
     """Lines about inputs that differ between two starts.
 
     Args:
-        before: The settings of the earlier one.
+        before: The settings of the earlier start.
+        settings: Those of this start.
     """
-    names = [
+    inputs = [
         ("strategy", before["job"].get("strategy"), settings["job"]["strategy"]),
         ("profiles", before.get("server", {}).get("profiles"), settings["server"]["profiles"]),
         *((table, before.get(table), settings[table]) for table in ("evaluation", "calibration")),
     ]
-    for key, old, new in names:
+    for key, old, new in inputs:
         if old != new:
             if key in settings:  # the others are settings of [job] and [server], which are compared as such
                 yield f"{key}: {old!r} is now {new!r}"
@@ -161,6 +166,7 @@ def changed_inputs(before: Mapping[str, Any], settings: Mapping[str, Any]) -> It
 def _digest_arrays(arrays: Sequence[npt.NDArray[Any]]) -> str:
     digest = hashlib.sha256()
     for array in arrays:
+        # Without type and shape, arrays of the same bytes would have one digest.
         digest.update(json.dumps([array.dtype.str, array.shape]).encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest() if len(arrays) else ""

@@ -1,6 +1,6 @@
 """Runs one job of a server: a coordinator with its database, its blobs and a thread for heavy commands.
 
-A turn of the server's loop is one transaction of each job. What happened is saved first, then commands are carried out
+A turn of the server's loop is one transaction of each job. Its events are saved first; then commands are carried out
 and messages sent. Heavy commands go to a thread, and their results are events like any other. Whatever gets lost (a
 message, a connection, this process) is repeated: devices repeat their updates, the server its offers.
 """
@@ -58,31 +58,32 @@ from fedprune_server.transfer.web_uploads import ServedJob
 
 log = logging.getLogger("fedprune.server")
 
+# Phases without a deadline, in which the job's clock may follow the system's. Asynchronous jobs have deadlines in the
+# last two: parts of earlier models are under way while another one is scored or evaluated.
 _TIMELESS = (Phase.WAITING, Phase.FINISHED, Phase.SCORING, Phase.EVALUATING)
-"""Phases without a deadline; asynchronous jobs have none in the first two only."""
 
 _TICK_S = 0.5
 
+# Results of heavy commands that a turn handles. Each offer of a large round is a result, and takes about 0.3 ms to save
+# and send: so messages that come while 10,000 offers are made wait for a hundred of them, not for all.
 _RESULTS_PER_TURN = 100
-"""Results of heavy commands that a turn takes in. Each offer of a large round is one, and takes about 0.3 ms to save
-and send: what boards ask while 10,000 are made is answered after some of them."""
 
+# The same limit while messages wait: boards request their files as soon as they have an offer, and the messages of
+# other boards would wait behind these requests.
 _RESULTS_AMID_MESSAGES = 10
-"""The same while messages wait: boards ask for their files as soon as they have an offer, and what others ask would
-wait behind all of that."""
 
 
 @dataclass(frozen=True)
 class RunnableJob:
-    """A job with everything that running it needs.
+    """A job with everything that is needed to run it.
 
     Attributes:
         state: The coordinator's state from which it continues.
         frozen: Tensors that the model's author froze.
-        keep: How many of the latest global models stay on the disk, beside the best; None for all.
-        pulls: From how many devices updates are pulled at a time.
+        keep: Number of the latest global models that stay on the disk, beside the best.
+        pulls: Number of devices from which updates are pulled at a time.
         weight: Its share of the devices in comparison with other jobs; 0 to pause it.
-        prefix: Of lines about the job, where its server has several.
+        prefix: Begins the log's lines about the job, if its server has several.
     """
 
     job: Job
@@ -100,12 +101,13 @@ class RunnableJob:
 
 @dataclass(frozen=True)
 class DeviceServices:
-    """A server's offers to its devices in addition to jobs; the runner of the first job provides it.
+    """A server's services for its devices beside the jobs; the runner of the first job provides them.
 
     Attributes:
-        rollouts: Releases for boards, if this server distributes any.
-        members: Names of the fleet's members, where not every device may take part; others leave a rollout.
-        crashes: Stores boards' crash reports; None for nowhere.
+        rollouts: Rollouts of releases, if this server distributes any.
+        members: Names of the fleet's members, if it has an identity; devices that are no members leave a rollout.
+        crashes: Stores boards' crash reports; None to drop them.
+        blobs: Blobs over HTTP.
     """
 
     rollouts: RolloutStore | None = None
@@ -147,12 +149,12 @@ class JobRunner:
             site.clock, prefix=job.prefix,
         )  # fmt: skip
         self._shipping = BucketSync(job.store)
-        near, place = self._shipping.near, services.blobs.uploads(self._shipping)
-        self._uploads = Uploads(self._shipping, job.pulls, site.max_packet, place)
-        # What isn't near comes over MQTT: a bucket that can't be used must not take all connections.
-        self.served = ServedJob(near, self.may_fetch, place, job.pulls)
-        """The blobs that devices may fetch and upload over HTTP."""
-        stores = [near] if services.rollouts is None else [near, services.rollouts.blobs]
+        local_store, upload_place = self._shipping.near, services.blobs.uploads(self._shipping)
+        self._uploads = Uploads(self._shipping, job.pulls, site.max_packet, upload_place)
+        # Only blobs of the folder are served over HTTP; others come over MQTT, because requests that wait for a bucket
+        # that can't be used would take all connections.
+        self.served = ServedJob(local_store, self.may_fetch, upload_place, job.pulls)
+        stores = [local_store] if services.rollouts is None else [local_store, services.rollouts.blobs]
         self.outbox = Outbox(
             site,
             self.registry,
@@ -185,14 +187,13 @@ class JobRunner:
         self._commands: list[do.Command] = []
         self._now, self._begun, self._ticked = self._steady(), site.monotonic(), 0.0
         self.finished = False
-        self.needs_assignment = True
-        """Whether an event has happened since the server assigned devices."""
+        self.needs_assignment = True  # whether an event has happened since the server assigned devices
         self._events: list[TurnEvent] = []
         self._tracks_changes = False
         self._changed: set[str] = set()
         self._seen: Phase | None = None
-        self.architecture, self.store = self._coordinator.architecture, near
-        """Its model's architecture, and the blobs that are available without waiting."""
+        # The model's architecture, and the blobs that are available without waiting for a bucket.
+        self.architecture, self.store = self._coordinator.architecture, local_store
         self._snapshots = SnapshotMaker(
             job.job, job.state, self.registry, self._uploads, self._executor, self.outbox,
             schedule=self._schedule, clock=self._steady, members=services.members,
@@ -202,7 +203,7 @@ class JobRunner:
 
     @property
     def busy(self) -> bool:
-        """Whether something is under way that doesn't wait for devices or time."""
+        """Whether something is under way that waits neither for devices nor for a deadline."""
         return self.computing or bool(self._taken) or self.outbox.waiting or self._shipping.waiting
 
     @property
@@ -215,10 +216,11 @@ class JobRunner:
         """Seconds for which the next turn may wait for a message."""
         if self.outbox.ready or self._taken or self._executor.ready:
             return 0.0
-        longest = 0.01 if self.computing or self.outbox.waiting or self._shipping.waiting else 0.1
-        if not self._alarms or self._shipping.stuck:  # no deadline counts then, so one that is over mustn't wake it
-            return longest
-        return max(0.0, min(longest, self._alarms[0] - self._steady()))
+        max_wait_s = 0.01 if self.computing or self.outbox.waiting or self._shipping.waiting else 0.1
+        # While the bucket is away no deadline counts (`end_turn`); one that has passed would keep the loop spinning.
+        if not self._alarms or self._shipping.stuck:
+            return max_wait_s
+        return max(0.0, min(max_wait_s, self._alarms[0] - self._steady()))
 
     def open(self) -> None:
         self._ticked = self._monotonic()
@@ -232,7 +234,7 @@ class JobRunner:
         self._begin()
 
     def receive(self, envelope: Envelope) -> None:
-        """Handle a device's message or chunk. Raises `ProtocolError` if a device doesn't send such messages, and
+        """Handle a device's message or chunk. Raises `ProtocolError` if devices must not send this kind of message, and
         `StorageError` if the disk fails."""
         with self._log_context(envelope.device):
             event = self._messages.receive(envelope)
@@ -241,8 +243,8 @@ class JobRunner:
                 self._handle(event)
 
     def end_turn(self, *, messages_wait: bool = False) -> None:
-        """Save what the turn's messages led to, and only then act on it. Raises `FedpruneError` if a heavy command
-        failed for another reason than a device's update, or the disk fails."""
+        """Save the events of the turn, and only then carry out their commands. Raises `FedpruneError` if a heavy
+        command failed for another reason than a device's update, or if the disk fails."""
         with self._log_context():
             self._take_uploads()
             self._collect_uploads()
@@ -255,21 +257,22 @@ class JobRunner:
             if self._monotonic() - self._ticked >= _TICK_S:
                 self._ticked = self._monotonic()
                 self._tick(self._ticked)
+            # While the bucket is away, updates would miss the deadline only because of that.
             if not self._shipping.stuck and self._alarm_due():
-                self._handle(on.Ticked())  # while the bucket is away, updates would be late only because of that
+                self._handle(on.Ticked())
             self._commit()
             self.outbox.send_chunks()
             self._note(TurnEnded(self._monotonic() - self._begun))
 
     def close(self) -> None:
-        """Stop; what is not saved is done again by the next process."""
+        """Stop. The next process does again what is not saved."""
         self._shipping.close()
         self._executor.close()
         self._channel.close()
 
     def pause(self, paused: bool) -> bool:
-        """Begin nothing new in the job, or continue with it; it is remembered. Call it from the loop's thread. Returns
-        False if the job is so already."""
+        """Pause the job, so that it begins nothing new, or continue it; the state keeps it. Call it from the loop's
+        thread. Returns False if that changes nothing."""
         if self.state.paused is paused:
             return False
         self._begin()
@@ -277,7 +280,7 @@ class JobRunner:
         return True
 
     def connection_changed(self, up: bool) -> None:
-        """The connection to the broker is up, or is lost. Raises `StorageError` if the disk fails or is full."""
+        """Note that the connection to the broker is up, or lost. Raises `StorageError` if the disk fails or is full."""
         if up:
             self._uploads.interrupted(self._monotonic())
         if self._rollouts is not None:
@@ -289,7 +292,7 @@ class JobRunner:
     # Devices.
 
     def device_born(self, birth: Birth, size: int, *, connected: bool) -> None:
-        """Handle what a device's birth means apart from jobs: its name, its log, a release for it.
+        """Handle the part of a device's birth that concerns no job: admission, signs of a clone, rollouts.
 
         Args:
             connected: Whether the device was connected before.
@@ -306,7 +309,7 @@ class JobRunner:
             self._rollouts.born(birth.device)
 
     def exclude_device(self, birth: Birth, size: int) -> None:
-        """Note that a device says why it can't start. Raises `ProtocolError` as `device_born`."""
+        """Note a device that reports why it can't start. Raises `ProtocolError` as `device_born`."""
         self.registry.admit(birth.device, one_line(birth.software), size)
         problem = f"it can't start: {one_line(birth.trouble or '')}"
         self.registry.exclude(
@@ -314,8 +317,8 @@ class JobRunner:
         )  # fmt: skip
 
     def assign(self, births: Iterable[Birth]) -> set[str]:
-        """Assign devices to the job, all at once; the coordinator decides which of them get work. Returns names of the
-        devices that can take part."""
+        """Assign devices to the job, all in one transaction; the coordinator decides which of them get work. Returns
+        the names of the devices that can take part."""
         self._begin()
         events = []
         for birth in births:
@@ -327,36 +330,38 @@ class JobRunner:
         self._collect_uploads()
         for i, event in enumerate(events):
             with self._log_context(event.device):
+                # With `more` the coordinator doesn't begin a round before the last of them.
                 self._handle(replace(event, more=i + 1 < len(events)))
                 self.registry.introduce(event.device)
         return {e.device for e in events if not self.state.devices[e.device].excluded}
 
     def _meet(self, birth: Birth) -> bool:
-        """Admit a device that is connected, and continue with what it was uploading here; returns whether it may take
-        part."""
+        """Admit a connected device to the job, and continue its upload; returns whether it may take part."""
         try:
             self.registry.admit(birth.device, one_line(birth.software), 0)
         except ProtocolError as error:
             log.warning("%s%s", self.registry.prefix, error)
             return False
-        born = birth.device, birth.session, birth.answer_s or 0.0, self._monotonic()
+        birth_values = birth.device, birth.session, birth.answer_s or 0.0, self._monotonic()
         with self._log_context(birth.device):
-            self.outbox.ask(self._uploads.born(*born, uploads=PUT in birth.abilities))
+            self.outbox.ask(self._uploads.born(*birth_values, uploads=PUT in birth.abilities))
         return True
 
     def unassign(self, device: str, session: int) -> None:
-        """Take a device away from the job: its connection `session` has ended, or it works for another job."""
+        """Take a device away from the job, because its connection `session` has ended or it works for another job."""
         self._begin()
         event = self._messages.ended(device, session)
-        known = self.state.devices.get(device)
-        if known is not None and known.online:
-            if known.session == session and self.awaits_part_of(device):
-                number = self.state.round_of(self.state.tasks[device])
-                log.info("%sdevice %s disconnected while it worked on round %d", self.registry.prefix, device, number)
+        device_state = self.state.devices.get(device)
+        if device_state is not None and device_state.online:
+            if device_state.session == session and self.awaits_part_of(device):
+                round_number = self.state.round_of(self.state.tasks[device])
+                log.info(
+                    "%sdevice %s disconnected while it worked on round %d", self.registry.prefix, device, round_number
+                )
             self._handle(event)
 
     def drop_part(self, device: str, failure: Failure) -> None:
-        """Void a device's part in the round: the server doesn't listen to it any more."""
+        """End a device's part in the round, because the server no longer listens to the device."""
         self._begin()
         for event in self._messages.removed(device, failure):
             self._handle(event)
@@ -371,12 +376,12 @@ class JobRunner:
         self.drop_part(device, Failure(FailureKind.REVOKED, "it was revoked"))
 
     def readmit(self, device: str) -> None:
-        """A device has announced itself: if it was revoked, it is a member again."""
+        """Note that a device has announced itself: if it was revoked, it is a member again."""
         self._dispatcher.revoked.discard(device)
 
-    def cancel_part(self, device: str, held: Mapping[str, Any]) -> None:
-        """Cancel the part of a round that a device holds, if that can't count any more."""
-        self._messages.void(device, **held)
+    def cancel_part(self, device: str, part_fields: Mapping[str, Any]) -> None:
+        """Cancel the part of a round that a device holds, if it can no longer count."""
+        self._messages.void(device, **part_fields)
 
     def send_finished(self, devices: Iterable[str]) -> None:
         for device in devices:
@@ -398,13 +403,13 @@ class JobRunner:
     # What the server's scheduler asks.
 
     def awaits_part_of(self, device: str) -> bool:
-        """Whether a part of a round is awaited from a device."""
+        """Whether the job awaits a part of a round from a device."""
         task = self.state.tasks.get(device)
         if task is not None and self._channel.holds_devices and task.progress is Progress.FOLDED:
             return self.state.phase in (Phase.TRAINING, Phase.CLOSING)
         if task is None or task.progress not in UNDER_WAY:
             return False
-        if task.basis is not None:
+        if task.basis is not None:  # a part of an asynchronous job, which counts in whatever round it arrives
             return self.state.phase is not Phase.FINISHED
         return self.state.phase in (Phase.SCORING, Phase.TRAINING)
 
@@ -415,26 +420,26 @@ class JobRunner:
 
     def may_take_part(self, device: str, session: int) -> bool:
         """Whether a device can take part in the job, as far as is known."""
-        known = self.state.devices.get(device)
-        return known is None or known.session != session or not known.excluded
+        device_state = self.state.devices.get(device)
+        return device_state is None or device_state.session != session or not device_state.excluded
 
     def excludes(self, device: str) -> bool:
         return self.registry.bars(device)
 
     def has_work_for(self, device: str) -> bool:
-        """Whether the job would give a device work now: an asynchronous one never twice on one model."""
+        """Whether the job would give a device work now. An asynchronous job gives it no second part on one model."""
         task = self.state.tasks.get(device)
         return task is None or task.basis is None or (task.progress is Progress.REFUSED and task.deadline is None)
 
     def track_changes(self) -> None:
-        """Collect which devices change, for `changes`."""
+        """Collect the devices that change, for `changes`."""
         self._tracks_changes = True
 
     def changes(self) -> set[str]:
-        """Devices whose answers above may differ from those at the last call."""
+        """Devices for which the methods above may answer otherwise than at the last call."""
         self._collect_changes(self.state.devices.changed | self.state.tasks.changed)
-        found, self._changed = self._changed, set()
-        return found
+        changes, self._changed = self._changed, set()
+        return changes
 
     def demand(self) -> JobDemand | None:
         """How many devices the job needs now; None if it is finished."""
@@ -442,16 +447,16 @@ class JobRunner:
         if state.phase is Phase.FINISHED:
             return None
         weight = 0.0 if state.paused else self._weight
-        if state.phase is Phase.WAITING:
+        if state.phase is Phase.WAITING:  # the round that begins next takes as many devices as there are
             return JobDemand(self.job.name, weight, self.job.devices, 2**31)
         if not self._schedule.asynchronous:
             return JobDemand(self.job.name, weight, self.job.devices, 0)
-        holds = state.tasks.count(*UNDER_WAY)
-        room = max(0, (self._schedule.concurrent or 2**31) - holds) if state.phase is Phase.TRAINING else 0
-        return JobDemand(self.job.name, weight, 1, room, holds)
+        parts_under_way = state.tasks.count(*UNDER_WAY)
+        room = max(0, (self._schedule.concurrent or 2**31) - parts_under_way) if state.phase is Phase.TRAINING else 0
+        return JobDemand(self.job.name, weight, 1, room, parts_under_way)
 
     def _collect_changes(self, devices: Collection[str]) -> None:
-        """Collect changed devices; a change of the phase may concern all that have a part."""
+        """Collect changed devices. A change of the phase may concern all devices that have a part."""
         self._changed.update(devices)
         if self.state.phase is not self._seen:
             self._seen = self.state.phase
@@ -463,7 +468,7 @@ class JobRunner:
         return self._snapshots.snapshot(fleet)
 
     def take_events(self) -> list[TurnEvent]:
-        """What has happened since the last call."""
+        """The events since the last call."""
         events, self._events = self._events, []
         return events
 
@@ -473,7 +478,7 @@ class JobRunner:
     # Events and commands.
 
     def _begin(self) -> None:
-        """Fix the time of the events that follow: all of one transaction happen at one time."""
+        """Begin a transaction: all its events happen at one time."""
         if self._taken:
             return
         if self.state.phase in self._timeless:
@@ -481,7 +486,7 @@ class JobRunner:
         self._now = self._steady()
 
     def _handle(self, event: on.Event) -> None:
-        """Let the coordinator handle an event; it is saved, and its commands carried out, as the turn ends."""
+        """Let the coordinator handle an event; the end of the turn saves it and carries out its commands."""
         if isinstance(event, on.Closed):
             event = replace(event, spent_bytes=sum(self.registry.total))
         self._commands += self._coordinator.handle(event, self._now)
@@ -495,7 +500,7 @@ class JobRunner:
             divergence.warn(event, self.job, self.registry.prefix, kinds)
 
     def _take_uploads(self) -> None:
-        """Take in what came over HTTP."""
+        """Take in updates that were uploaded over HTTP."""
         for device, size in self._uploads.taken().items():
             self.registry.received(device, size)
         self.outbox.ask(self._uploads.collect(self._monotonic()))
@@ -506,13 +511,15 @@ class JobRunner:
                 self._handle(event)
 
     def _commit(self) -> None:
-        """End the transaction: save what happened, then carry out its commands; that may lead to more."""
+        """End the transaction: save its events, then carry out their commands, which may lead to further events."""
         while self._taken:
             events, self._taken = self._taken, []
             commands, self._commands = self._commands, []
             self._save(events)
             self._carry_out(commands)
-        self._database.flush()  # epochs that messages have begun, where no event was saved with them
+        # The epochs that messages have begun (replay protection) are saved before any answer leaves, even if no event
+        # was saved with them.
+        self._database.flush()
         self.outbox.deliver()
 
     def _save(self, events: Sequence[on.Event]) -> None:
@@ -530,6 +537,7 @@ class JobRunner:
     def _carry_out(self, commands: list[do.Command]) -> None:
         self._executor.expect(commands)
         for command in commands:
+            # A finished job's coordinator may order `Finish` again; observers see it once.
             if not isinstance(command, do.Finish) or not self.finished:
                 self._note(command)
             match command:
@@ -548,23 +556,23 @@ class JobRunner:
                     for event in self._dispatcher.run(command):
                         self._handle(event)
 
-    def _say_what_boards_train(self, number: int) -> None:
-        """Log it where it is another than in the round before."""
-        said = self._coordinator.grants.describe()
-        if said and said != self._said:
-            log.info("%sround %d: %s", self.registry.prefix, number, said)
-        self._said = said
+    def _say_what_boards_train(self, round_number: int) -> None:
+        """Log which parts of the model boards train, if they differ from those of the round before."""
+        description = self._coordinator.grants.describe()
+        if description and description != self._said:
+            log.info("%sround %d: %s", self.registry.prefix, round_number, description)
+        self._said = description
 
     def _finish(self, command: do.Finish) -> None:
         if not self.finished:
             self.finished = self.needs_assignment = True
-            why = f"; it {command.reason}" if command.reason else ""
-            log.info("job %s is finished: global model %s%s", self.job.name, command.model, why)
+            reason_text = f"; it {command.reason}" if command.reason else ""
+            log.info("job %s is finished: global model %s%s", self.job.name, command.model, reason_text)
 
     # Time.
 
     def _alarm_due(self) -> bool:
-        """Whether a time at which the coordinator wants to be called has come; removes those that have."""
+        """Remove the alarms of the coordinator whose time has come; returns whether there were any."""
         due = False
         while self._alarms and self._alarms[0] <= self._now:
             heapq.heappop(self._alarms)
@@ -578,7 +586,9 @@ class JobRunner:
         if self._rollouts is not None:
             self._rollouts.tick()
         self.registry.clones.expire(now)
-        self._database.flush()  # crashes have a file of their own
+        # Crashes are stored in a file of their own, not in a job's transaction: so the epochs of their messages are
+        # saved before the crashes are acknowledged.
+        self._database.flush()
         self._messages.save_crashes()
         for event in self._dispatcher.repeat(now):
             self._handle(event)

@@ -1,4 +1,4 @@
-"""A job's events and state, saved turn by turn, and its blobs, deleted once they are no longer needed."""
+"""Saves a job's events and state turn by turn, and deletes its blobs once they are no longer needed."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fedprune_server.storage.storage import PARTS_KEPT, Storage
 
 
 class Journal:
-    """Keeps a job's events and state.
+    """Saves a job's events and state.
 
     Args:
-        registry: The devices, whose traffic is saved, too.
-        dispatcher: Knows which updates are being received.
+        registry: The job's devices, whose traffic is saved with the state.
+        dispatcher: Knows which updates are being received, so that their partial blobs aren't deleted.
     """
 
     def __init__(
@@ -37,11 +37,12 @@ class Journal:
         self._told = len(state.history)
 
     def heard(self, event: on.Event) -> None:
-        """The coordinator was told of an event, which is not saved yet."""
+        """Note the blobs of an event that the coordinator has handled, before the event is saved."""
         if isinstance(event, on.Extracted):
             self._collector.note_offer(event.offer, self._state.round)
         if isinstance(event, on.UpdateStored):
-            self._collector.mark([event.weights])  # it may have come too late for anybody to want it
+            # An update may come too late to be used: then nothing else would lead to its deletion.
+            self._collector.mark([event.weights])
 
     def save(self, events: Sequence[on.Event], now: float) -> float | None:
         """Save events and what has changed with them.
@@ -58,27 +59,29 @@ class Journal:
         state = self._state
         self._collector.mark(self._dispatcher.let_go(everywhere=state.phase is not self._at[1]))
         self._collector.note_state(state)
-        # First remembered, then done: after a crash at any point the state asks for what was not done.
-        begun, took = self._monotonic(), None
+        # Saved before its commands are carried out: after a crash at any point the saved state orders again what was
+        # not done.
+        started_at, seconds = self._monotonic(), None
         if self._storage.save(state, events, now, self._registry.moved):
             self._registry.moved.clear()
-            took = self._monotonic() - begun
+            seconds = self._monotonic() - started_at
         self._storage.put_outsiders(self._registry.outsiders)
-        before, self._at = self._at, (state.round, state.phase)
-        if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
+        previous_position, self._at = self._at, (state.round, state.phase)
+        if state.round != previous_position[0] or (state.phase is Phase.FINISHED and self._at != previous_position):
             # No offer is being made: coordinators order them while a round collects, the executor answers in order, so
             # all are here before the round's end is; and those of the next round are ordered after this.
             self._collector.collect(state, self._dispatcher.arriving())
-        return took
+        return seconds
 
     def save_outsiders(self) -> None:
-        """Save why boards take no part. Raises `StorageError` if the disk fails or is full."""
+        """Save which devices can't take part, and why. Raises `StorageError` if the disk fails or is full."""
         self._storage.put_outsiders(self._registry.outsiders)
 
     def ended(self) -> Iterator[dict[str, Any]]:
-        """Summaries of the rounds that have ended since the last call; then they are all that memory holds of them."""
+        """Summaries of the rounds that have ended since the last call. Afterwards memory holds only the summaries of
+        old rounds, without their devices."""
         history = self._state.history
-        ended, self._told = history[self._told :], len(history)
-        yield from ended
-        if ended:
+        summaries, self._told = history[self._told :], len(history)
+        yield from summaries
+        if summaries:
             self._state.slim(PARTS_KEPT)

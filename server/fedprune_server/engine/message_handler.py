@@ -1,4 +1,4 @@
-"""Devices' reports on one job: checked, and turned into events of the job."""
+"""Checks the messages of one job's devices, and turns them into events of the job."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedprune.core.errors import ProfileError, ProtocolError, UnknownProfileErro
 from fedprune.core.metrics import all_served, believable
 from fedprune.core.text import one_line, sentences
 from fedprune.jobs.failure_kind import Failure, of_exit_code
-from fedprune.jobs.state import Progress as Part
+from fedprune.jobs.state import Progress as TaskProgress
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import NAME
 from fedprune.planning.profile_store import find
@@ -42,8 +42,9 @@ from fedprune_server.ota.coordinator import RolloutCoordinator
 
 log = logging.getLogger("fedprune.server")
 
+# Seconds for which a hardware profile is used before its file is read again: ten thousand boards that reconnect at once
+# name a few profiles, and an operator who changes a file doesn't have to restart the server.
 _PROFILE_S = 10.0
-"""How long a hardware profile that was read is used before it is looked up again."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Envelope:
     Attributes:
         job: The job that the topic names.
         body: The message, or a chunk of an update.
+        size: Bytes of the payload.
     """
 
     device: str
@@ -75,12 +77,12 @@ class Envelope:
 
 
 class MessageHandler:
-    """Handles the messages of a job's devices, except births and deaths.
+    """Handles the messages of a job's devices, except births and deaths, which concern all jobs.
 
-    Blob requests and chunks need no decision of the coordinator; they are handled here.
+    Blob requests and chunks are answered here: they need no decision of the coordinator.
 
     Args:
-        quarantine: Counts what devices send that can't be used.
+        quarantine: Counts unusable updates of a device.
         profiles: Folders of hardware profiles in addition to the shipped ones.
         rollouts: Runs rollouts of releases, if this job's runner does.
         crashes: Stores boards' crash reports; None for nowhere.
@@ -103,8 +105,8 @@ class MessageHandler:
         self._known_profiles: dict[str, tuple[float, dict[str, Any] | None]] = {}
 
     def receive(self, envelope: Envelope) -> on.Event | None:
-        """Handle a message or chunk; returns what happened to the job, if anything did. Raises `ProtocolError` if
-        devices must not send this kind of message, and `StorageError` if the disk fails."""
+        """Handle a message or chunk; returns the job's event, if the message is one. Raises `ProtocolError` if devices
+        must not send this kind of message, and `StorageError` if the disk fails."""
         device, now = envelope.device, self._monotonic()
         self._registry.received(device, envelope.size)
         match envelope.body:
@@ -117,7 +119,8 @@ class MessageHandler:
                 if self._rollouts is not None:
                     self._rollouts.reported(report)
             case CrashReport() as crash:
-                if self._crashes is not None and self._registry.admitted(device):  # anybody can invent names
+                # Only of admitted devices, whose number is limited: anybody can invent names.
+                if self._crashes is not None and self._registry.admitted(device):
                     self._crashes.add(crash)
                     self._registry.crashes[device] = one_line(crash.text, 200)
             case BlobNotFound() as gone:
@@ -131,6 +134,7 @@ class MessageHandler:
             case Progress() | Refusal() | Trained() | Update() as report:
                 if report.job == self._job.name:
                     return self._report(device, report)
+                # A board that reports on another job would repeat its report until it is answered.
                 if isinstance(report, (Trained, Update)):
                     self.void(device, report.job, report.round, report.attempt)
             case message:
@@ -138,30 +142,31 @@ class MessageHandler:
         return None
 
     def judged(self, event: on.Event) -> None:
-        """Tell the quarantine whether a device's update counted."""
+        """Report to the quarantine whether a device's update was rejected or counted."""
         if isinstance(event, on.UpdateRejected):
             self._quarantine.refused(event.device, event.kind, event.reason)
         elif isinstance(event, on.Folded):
             self._quarantine.counted(event.device)
 
     def removed(self, device: str, failure: Failure) -> list[on.Event]:
-        """Events that void a device's part in the round, because the server no longer listens to it."""
-        known, task = self._state.devices.get(device), self._state.tasks.get(device)
-        if known is None:
+        """Events that end a device's part in the round, because the server no longer listens to the device."""
+        device_state, task = self._state.devices.get(device), self._state.tasks.get(device)
+        if device_state is None:
             return []
-        events: list[on.Event] = [self.ended(device, known.session)]
+        events: list[on.Event] = [self.ended(device, device_state.session)]
         if task is not None:
-            part = device, self._state.round_of(task), task.attempt, failure.reason, failure.kind
-            if task.progress is Part.OFFERED:
-                events.append(on.OfferRefused(*part))
-            if task.progress is Part.PULLING:
-                events.append(on.UpdateRejected(*part))
+            part_fields = device, self._state.round_of(task), task.attempt, failure.reason, failure.kind
+            if task.progress is TaskProgress.OFFERED:
+                events.append(on.OfferRefused(*part_fields))
+            if task.progress is TaskProgress.PULLING:
+                events.append(on.UpdateRejected(*part_fields))
         return events
 
     def ended(self, device: str, session: int) -> on.Event:
-        """A device's connection `session` has ended."""
-        known = self._state.devices.get(device)
-        if known is not None and known.session == session:
+        """Drop what was under way with a device whose connection `session` has ended; returns the job's event."""
+        device_state = self._state.devices.get(device)
+        # A will may be delivered after the device has connected again: then transfers of the new session go on.
+        if device_state is not None and device_state.session == session:
             self._uploads.drop(device)
             self._outbox.forget(device)
         self._registry.gone(device)
@@ -169,15 +174,15 @@ class MessageHandler:
 
     def save_crashes(self) -> None:
         """Save the crashes that boards reported, and acknowledge them."""
-        for device, answer in ({} if self._crashes is None else self._crashes.save()).items():
-            self._outbox.send(device, answer)
+        for device, acknowledgement in ({} if self._crashes is None else self._crashes.save()).items():
+            self._outbox.send(device, acknowledgement)
 
     def described(self, birth: Birth) -> on.DeviceBorn | None:
-        """The event of a device's birth, checked; None if the device's profile or probe can't be used."""
+        """The event of a device's birth; None if the device's profile or probe can't be used."""
         name = one_line(birth.profile, 64)
         try:
             profile = self._profile(_plain_name(birth.profile))
-            # Only what can be checked is kept.
+            # Decoded and encoded again, so that nothing unchecked reaches the database.
             probe = None if birth.probe is None else ProbeReport.from_dict(birth.probe).to_dict()
         except ProfileError as error:
             self._registry.exclude(birth.device, _advice(error), name, birth.samples)
@@ -195,21 +200,21 @@ class MessageHandler:
     def _profile(self, name: str) -> dict[str, Any]:
         """A hardware profile; a changed file is read again within `_PROFILE_S`.
 
-        Boards of one kind share one object: thousands of copies would fill the memory.
+        Boards of one kind share one object, because thousands of copies would fill the memory.
         """
         now = self._monotonic()
-        read_at, known = self._known_profiles.get(name, (-math.inf, None))
-        if known is None or now - read_at > _PROFILE_S:
-            found = find(name, self._profiles).to_dict()
-            if known is not None and known != found:
+        read_at, cached = self._known_profiles.get(name, (-math.inf, None))
+        if cached is None or now - read_at > _PROFILE_S:
+            current = find(name, self._profiles).to_dict()
+            if cached is not None and cached != current:
                 log.warning(
                     "%shardware profile %s has changed: boards that connect from now on get it",
                     self._registry.prefix,
                     name,
                 )
-            known = known if known == found else found
-            self._known_profiles[name] = now, known
-        return known
+            cached = cached if cached == current else current
+            self._known_profiles[name] = now, cached
+        return cached
 
     def _report(self, device: str, message: Progress | Refusal | Trained | Update) -> on.Event | None:
         """The event of a device's report on its part in a round."""
@@ -229,7 +234,7 @@ class MessageHandler:
         return self._channel.announce(device, message, metrics)
 
     def void(self, device: str, job: str, round: int, attempt: int) -> None:  # noqa: A002 - the message's own names
-        """Cancel a device's part that can no longer count, so that it doesn't train in vain."""
+        """Cancel a device's part that can no longer count, so that the device doesn't train in vain."""
         task = self._state.tasks.get(device)
         if job != self._job.name:
             reason = "this server runs another job"
@@ -240,19 +245,19 @@ class MessageHandler:
         self._outbox.send(device, Cancelled(job, round, attempt, reason), job)
 
     def readable(self, device: str) -> frozenset[str]:
-        """Digests that a device may fetch: those of its own offer, and of the release that it is given."""
+        """Digests of the blobs that a device may fetch: those of its own offer and of its release."""
         return self.offered(device) | (frozenset() if self._rollouts is None else self._rollouts.files(device))
 
     def offered(self, device: str) -> frozenset[str]:
-        """Digests that a device's own offer names; may be called from any thread."""
+        """Digests of the blobs that a device's own offer names; may be called from any thread."""
         task = self._state.tasks.get(device)
         offer: Mapping[str, Any] = (task.offer if task else None) or {}
-        named = [*offer.values(), *offer.get("lowered", {}).values()]
-        return frozenset(v["sha256"] for v in named if isinstance(v, dict) and "sha256" in v)
+        offered_values = [*offer.values(), *offer.get("lowered", {}).values()]
+        return frozenset(value["sha256"] for value in offered_values if isinstance(value, dict) and "sha256" in value)
 
 
 def _advice(error: ProfileError) -> str:
-    """Why a profile can't be used, and what the server's operator can do."""
+    """Why a device's profile can't be used, and what the server's operator can do."""
     if not isinstance(error, UnknownProfileError):
         return one_line(str(error))
     return one_line(
@@ -261,8 +266,8 @@ def _advice(error: ProfileError) -> str:
 
 
 def _plain_name(profile: str) -> str:
-    """The name of a profile; a device's word must not become a path on this machine. Raises `ProfileError` if it is
-    none."""
+    """The name of a profile, checked: a text that a device sends must not become a path on this machine. Raises
+    `ProfileError` if it is no name."""
     if not NAME.fullmatch(profile):
         raise ProfileError(
             "name of a device's hardware profile",

@@ -1,4 +1,7 @@
-"""Secure sums over the messages of a job's devices: which devices sum together, and the steps of each sum."""
+"""Secure sums of the updates of a job's devices: the cohorts that sum together, and the steps of each sum.
+
+The protocol is that of `fedprune.secure_aggregation`; here its steps are bound to messages, time-outs and uploads.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,16 @@ from fedprune_server.engine.update_channel import UpdateChannel, announcement
 
 log = logging.getLogger("fedprune.server")
 
+# Boards' answers, by the server's message that they answer. A delivery is answered with an `Update`, which announces
+# the masked vector.
 _ANSWERS = {"session": "keys", "roster": "shares", "delivery": "", "survivors": "unmasking"}
-"""Boards' answers to each of the server's steps; to a delivery, with an `Update`."""
 
+# The protocol's steps (docs/secure-aggregation.md), by the server's message that begins each.
 _STEPS = {"session": "keys", "roster": "shares", "delivery": "masks", "survivors": "unmasking"}
-"""The protocol's steps (docs/secure-aggregation.md), by the server's message that begins each."""
 
+# Share of a cohort's boards that may drop out after the step of keys. A larger share needs more neighbours per board,
+# and so more shares and key agreements.
 _DROPPING = 0.2
-"""Share of a cohort's boards that may drop out after the step of keys."""
 
 _RETURN_S = 10.0
 _RANDOM = 16
@@ -44,14 +49,14 @@ _RANDOM = 16
 class MaskedChannel(UpdateChannel):
     """The secure sums of a job's current round, one for each cohort of devices that were sent the same.
 
-    Nothing of it is stored: after a restart the coordinator orders the sums again, under new keys. Boards repeat their
-    last message until the next step reaches them; each repetition makes the server send that step again.
+    Nothing of a sum is stored: after a restart the coordinator orders the sums again, under new keys. Boards repeat
+    their last message until the next step reaches them; each repetition makes the server send that step again.
 
     Args:
         store: Where masked vectors arrive; they are deleted once they are added.
     """
 
-    holds_devices = True  # to mask their updates
+    holds_devices = True  # a device that disconnected after its part was settled could not unmask the others
 
     def __init__(self, traffic: DeviceTraffic, store: BlobStore) -> None:
         super().__init__(traffic)
@@ -96,7 +101,7 @@ class MaskedChannel(UpdateChannel):
             self._begin_step(cohort, "session", dict.fromkeys(devices, session.to_bytes()))
 
     def _repeat(self, device: str, round_: int) -> None:
-        """Send a device its current step again, if it is in this round's sum: it repeats its last message, so it may
+        """Send a device its current step again, if it is in this round's sum. It repeats its last message, so it may
         have missed that step."""
         cohort = self._cohort_of(device)
         if round_ != self._round:
@@ -107,11 +112,11 @@ class MaskedChannel(UpdateChannel):
             self._traffic.outbox.send(device, self._accepted[device], self._job.name)
 
     def receive(self, device: str, message: SecureStep) -> None:
-        """Take in a device's answer; one that can't be used costs the device its place in the sum."""
+        """Handle a device's answer. An unusable one costs the device its place in the sum."""
         cohort = self._cohort_of(device)
-        awaited = cohort is not None and message.sum == cohort.sum and not cohort.work
-        if cohort is None or not awaited or message.step != _ANSWERS[cohort.step] or device in cohort.answered:
-            self._repeat(device, message.round)  # it is of an earlier step, came twice, or is needed no longer
+        is_awaited = cohort is not None and message.sum == cohort.sum and not cohort.work
+        if cohort is None or not is_awaited or message.step != _ANSWERS[cohort.step] or device in cohort.answered:
+            self._repeat(device, message.round)  # the answer is of an earlier step, came twice, or is no longer needed
             return
         try:
             cohort.add(device, message.step, message.content)
@@ -135,26 +140,26 @@ class MaskedChannel(UpdateChannel):
         if cohort is None or not self._is_current(device, update.round, update.attempt):
             return False
         if cohort.over or cohort.step != "delivery":
-            self._repeat(device, update.round)  # in the first steps it is masked for an earlier sum
+            self._repeat(device, update.round)  # in the first steps the vector can only be masked for an earlier sum
             return True
         if update.weights.size != cohort.session.size:
             return False
         if device not in cohort.answered:
             ref, now = update.weights, self._traffic.monotonic()
-            # Masked vectors are random: one that is here already is a copy, and would be deleted with the original.
+            # Masked vectors are random, so one that is here already is a copy. It would be deleted with the original.
             owner = self._digests.setdefault(ref.sha256, device)
-            repeated = cohort.announced.get(device) == ref.sha256
-            if owner != device or (self._store.has(ref.sha256) and not repeated):
-                what = "a file that the server has" if owner == device else f"the masked update of {owner}"
-                self._drop(cohort, device, f"it announces {what} as its own")
+            is_repeated = cohort.announced.get(device) == ref.sha256
+            if owner != device or (self._store.has(ref.sha256) and not is_repeated):
+                forgery = "a file that the server has" if owner == device else f"the masked update of {owner}"
+                self._drop(cohort, device, f"it announces {forgery} as its own")
                 return False
             cohort.announced[device] = ref.sha256
-            fetch = self._traffic.uploads.add(device, update.round, update.attempt, ref, now)
-            self._traffic.outbox.ask(fetch)
+            requests = self._traffic.uploads.add(device, update.round, update.attempt, ref, now)
+            self._traffic.outbox.ask(requests)
         return True
 
     def takes(self, event: on.Event) -> bool:
-        """Take in an upload that has ended, if it is a masked vector's."""
+        """Handle the end of an upload, if it is that of a masked vector."""
         if not isinstance(event, (on.UpdateStored, on.UpdateRejected)):
             return False
         cohort = self._cohort_of(event.device)
@@ -173,16 +178,16 @@ class MaskedChannel(UpdateChannel):
         return True
 
     def refuse(self, device: str, round_: int, attempt: int, reason: str) -> None:
-        """A device drops out of its sum, if it refuses the current attempt at this round."""
+        """Drop a device from its sum, if it refuses the current attempt at this round."""
         cohort = self._cohort_of(device)
         if cohort is not None and self._is_current(device, round_, attempt):
             self._drop(cohort, device, reason)
 
     def contributions(self, now: float) -> on.Unmasked | None:
-        """End each step whose answers are all in, or whose time is up. Returns the round's sums when all have ended.
+        """End each step whose answers are all in, or whose time is up. Returns the round's sums once all have ended.
 
-        No step waits for devices that are offline, except the step of keys, for `_RETURN_S`: after a restart the server
-        begins before devices have connected again. Each step has the job's deadline.
+        No step waits for devices that are offline, except the step of keys, which waits `_RETURN_S`: after a restart
+        the server begins before devices have connected again. Each step has the job's deadline.
         """
         if not self._cohorts and not self._dropped:
             return None
@@ -200,8 +205,8 @@ class MaskedChannel(UpdateChannel):
             report = cohort.report()
             log.info("round %d: %s", self._round, sum_line(report))
             self._reports.append(report)
-        false = [list(cohort.collector.boards) for cohort in self._cohorts if cohort.is_false]
-        event = on.Unmasked(self._round, sums, dict(sorted(self._dropped.items())), self._reports, false)
+        false_cohorts = [list(cohort.collector.boards) for cohort in self._cohorts if cohort.is_false]
+        event = on.Unmasked(self._round, sums, dict(sorted(self._dropped.items())), self._reports, false_cohorts)
         self._cohorts, self._members, self._dropped = [], {}, {}
         for device in self._accepted:
             self._repeat(device, self._round)
@@ -215,11 +220,16 @@ class MaskedChannel(UpdateChannel):
         cohort.settle()
         if cohort.over or cohort.work:
             return
-        returning = cohort.step == "session" and now < cohort.began + _RETURN_S
-        in_time = now < cohort.began + self._job.deadline_s
+        is_reconnecting = cohort.step == "session" and now < cohort.began + _RETURN_S
+        has_time_left = now < cohort.began + self._job.deadline_s
         # A set's order is random, so the search meets a device that is online early, if many are.
-        waits = returning or any(self._state.devices[name].online for name in cohort.awaited)
-        if in_time and cohort.awaited and waits and not (cohort.step == "survivors" and cohort.collector.ready):
+        is_waiting = is_reconnecting or any(self._state.devices[name].online for name in cohort.awaited)
+        if (
+            has_time_left
+            and cohort.awaited
+            and is_waiting
+            and not (cohort.step == "survivors" and cohort.collector.ready)
+        ):
             return
         cohort.lose(cohort.messages.keys() - cohort.answered)
         try:
@@ -278,20 +288,21 @@ class _Cohort:
     """One secure sum.
 
     Attributes:
-        sum: Its random number.
-        directory: Identity keys of devices, as they came over their connections.
-        step: The server's last step; `messages` are its messages by device, `began` the time at which it began (0 until
-            the next turn).
+        sum: Random id of the sum.
+        directory: Identity keys by device, as they came over the devices' connections.
+        step: The server's last step.
+        messages: The server's messages of this step, by device.
         answered: Devices that have answered the step.
-        awaited: Devices whose answers the step waits for, unless they are offline.
-        announced: By device, digest of the masked vector that it has announced.
-        arrived: By device, how its masked vector will be accepted.
-        gone: By device that has dropped out by itself, why.
-        lost: By device that has dropped out in any way, the first step that it didn't answer.
-        work: What the thread does, in its order, with the device that it concerns; empty for all.
-        total: Digest of the sum, once it is known.
-        failure: Why there is no sum; empty if there is one.
-        is_false: Whether that is the fault of one of its boards.
+        awaited: Devices for whose answers the step waits, unless they are offline.
+        announced: Digest of the masked vector that a device has announced, by device.
+        arrived: The message that will accept a device's masked vector, by device.
+        gone: The reason, by device that was dropped for one.
+        lost: The first step that a device didn't answer, by device that has dropped out for whatever reason.
+        work: Tasks of the thread, in its order, with the device that each concerns; an empty name for the sum itself.
+        began: The time at which the step began; 0 until the next turn.
+        total: Digest of the sum, once it is stored.
+        failure: The reason why there is no sum; empty if there is one.
+        is_false: Whether a board's false shares are that reason.
     """
 
     session: Session
@@ -345,15 +356,17 @@ class _Cohort:
 
     def rosters(self) -> dict[str, bytes]:
         """Each device's neighbours: their identity keys, and the collector's roster."""
-        found = self.collector.rosters()
-        around = {device: tuple(decode_roster(roster, self.session)) for device, roster in found.items()}
+        rosters = self.collector.rosters()
+        neighbours_of = {device: tuple(decode_roster(roster, self.session)) for device, roster in rosters.items()}
         return {
-            device: len(names).to_bytes(2, "big") + b"".join(self.directory[n].raw for n in names) + found[device]
-            for device, names in around.items()
+            device: len(neighbours).to_bytes(2, "big")
+            + b"".join(self.directory[neighbour].raw for neighbour in neighbours)
+            + rosters[device]
+            for device, neighbours in neighbours_of.items()
         }
 
     def settle(self) -> None:
-        """Take in what the thread has done. Raises `StorageError` if the disk has failed; a device whose vector is lost
+        """Handle the results of the thread. Raises `StorageError` if the disk has failed; a device whose vector is lost
         by that is awaited again."""
         while self.work and self.work[0][1].done():
             device, future = self.work.popleft()
@@ -376,14 +389,16 @@ class _Cohort:
         log.warning("%s", self.failure)
 
     def dropped(self) -> dict[str, str]:
-        """By device that is not in the sum, why."""
+        """The reasons of the devices that are not in the sum, by device."""
         summed = self.collector.boards if self.total else ()
-        left = {name: f"it dropped out of the secure sum at the step of {step}" for name, step in self.lost.items()}
-        reasons = {name: self.gone.get(name) or left.get(name) or self.failure for name in self.devices}
+        step_reasons = {
+            name: f"it dropped out of the secure sum at the step of {step}" for name, step in self.lost.items()
+        }
+        reasons = {name: self.gone.get(name) or step_reasons.get(name) or self.failure for name in self.devices}
         return {name: reason or "no neighbour is left" for name, reason in reasons.items() if name not in summed}
 
     def report(self) -> dict[str, Any]:
-        """How the sum went, as `on.Unmasked` has it; a board that leaves after its vector has arrived is summed."""
+        """A report on the sum, as in `on.Unmasked`. A board that drops out after its vector has arrived is summed."""
         summed = self.collector.boards if self.total else ()
         lost: dict[str, list[str]] = {}
         for name, step in sorted(self.lost.items()):
@@ -393,7 +408,7 @@ class _Cohort:
 
 
 def _session(job: str, round_: int, task: str, boards: int, form: MaskedForm) -> Session:
-    """The settings of a sum of this many boards. Raises `ConfigError` if they are too few.
+    """The session of a sum of this many boards. Raises `ConfigError` if they are too few.
 
     A fifth of the boards may drop out after the step of keys, and in small cohorts as many as k − t allows: k is even
     and less than the number of boards, t is k/2 + 1.
@@ -401,5 +416,5 @@ def _session(job: str, round_: int, task: str, boards: int, form: MaskedForm) ->
     if boards < MIN_BOARDS:
         raise ConfigError("boards of the same channels in a secure sum", expected=f"{MIN_BOARDS} or more", got=boards)
     context = json.dumps([job, round_, secrets.token_hex(_RANDOM)]).encode()
-    dropping = min(_DROPPING, (boards - MIN_BOARDS) // 2 / boards)
-    return Session.choose(context, boards, form.narrow, form.wide, task=task, dropping=dropping)
+    dropout_share = min(_DROPPING, (boards - MIN_BOARDS) // 2 / boards)
+    return Session.choose(context, boards, form.narrow, form.wide, task=task, dropping=dropout_share)

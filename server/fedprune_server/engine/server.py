@@ -2,8 +2,8 @@
 
 Each job has a coordinator, a database and blobs of its own (`engine.job_runner`). The server decodes messages, knows
 which devices are connected, assigns each to one job at a time (`engine.device_scheduler`) and passes on what concerns a
-job. It remembers nothing itself: after a crash devices announce themselves, those with a
-part under way continue with it, and the others are free.
+job. It stores nothing itself: after a crash devices announce themselves, those with a part under way continue with it,
+and the others are free.
 """
 
 from __future__ import annotations
@@ -49,26 +49,27 @@ log = logging.getLogger("fedprune.server")
 _TICK_S = 0.5
 _GREETING_S = 24 * 3600.0
 
+# Seconds between two requests to announce itself, sent to a device that counts as offline but sends messages: its
+# birth takes a moment to come, and each message before it would otherwise cause another request.
 _ASKED_AGAIN_S = 10.0
-"""Seconds between two requests to a device that counts as offline, and sends messages, to announce itself."""
 
 _SHOWN = 10
 
+# Seconds for which a server that is to end still waits for its database or a lock: enough for another process's
+# ordinary transaction, and half of the 10 s after which Docker kills it (systemd and Kubernetes wait longer).
 _STOP_PATIENCE_S = 5.0
-"""For how long a server that is to end still waits for its database or a lock: enough for another process's ordinary
-transaction, and half of the 10 s after which Docker kills it (systemd and Kubernetes wait longer)."""
 
 
 class Server:
     """Runs jobs over one connection.
 
     Args:
-        runners: The runners of the jobs, by different names. The first also serves what concerns no job, such as
-            releases and logs.
+        runners: The runners of the jobs, whose names differ. The first one also handles messages that concern no job,
+            such as those about releases and crashes.
         broker: The embedded broker, if there is one; it is restarted if it dies.
         stopping: Ends the loop when set, from any thread.
-        connected: Boards that are connected on average, while the others are away; 0 to keep all connected.
-        observers: They see every job after each turn.
+        connected: Number of boards that are connected on average, while the others are away; 0 to keep all connected.
+        observers: Observers that see every job after each turn.
 
     Raises:
         ConfigError: Two jobs have one name.
@@ -96,11 +97,11 @@ class Server:
         self._connected: dict[str, Birth] = {}
         self._presence = Presence(self._session)
         self._steering = PaceSteering(connected, self.first.job.seed, self.first.registry.names, site.monotonic())
-        several = len(runners) > 1
+        has_several_jobs = len(runners) > 1
         self._scheduler: DeviceScheduler | SoleJob = (
-            DeviceScheduler(self.runners, self._connected) if several else SoleJob(self.first, self._connected)
+            DeviceScheduler(self.runners, self._connected) if has_several_jobs else SoleJob(self.first, self._connected)
         )
-        self._several = several
+        self._several = has_several_jobs
         self._greet_at = self._ticked = self._caught_up = 0.0
         self._asked: dict[str, float] = {}
         self._needs_assignment = True
@@ -120,7 +121,7 @@ class Server:
 
     @property
     def connected(self) -> Collection[str]:
-        """The boards that are connected, at whatever job."""
+        """The connected boards of all jobs."""
         return self._connected.keys()
 
     def stop(self) -> None:
@@ -128,9 +129,11 @@ class Server:
         self._stopping.set()
 
     def run(self, *, until_finished: bool = False) -> None:
-        """Run until `stop` is called or, with `until_finished`, until all jobs are done and devices know it. Raises
-        `FedpruneError` if a command of a job failed for another reason than a device's update, or the disk fails. Every
-        job's state on the disk is that of its last complete transaction."""
+        """Run until `stop` is called or, with `until_finished`, until all jobs are done and devices know it.
+
+        Every job's state on the disk is that of its last complete transaction. Raises `FedpruneError` if a command of a
+        job failed for another reason than a device's update, or if the disk fails.
+        """
         with wait_hook(self._on_wait):
             try:
                 for runner in self.runners.values():
@@ -150,7 +153,8 @@ class Server:
                     self._show(ServerEnds())
 
     def _on_wait(self) -> None:
-        """Show that the loop lives while it waits for its database or a lock; raise `BusyError` if it is to end."""
+        """Show observers that the loop is alive while it waits for its database or a lock. Raises `BusyError` if the
+        server is to end."""
         self._show(LoopWaits())
         if not self._stopping.is_set():
             return
@@ -168,16 +172,16 @@ class Server:
         return any(r.busy for r in runners) if self._several else self.first.computing
 
     def _turn(self) -> None:
-        """Take in what has come, let every job save what it leads to and act on it, and assign free devices."""
+        """Handle the messages that have come, let every job save and act on their events, and assign free devices."""
         clock, runners = self._site.monotonic, self.runners.values()
         item = self._link.get(min(r.pause_s for r in runners))
-        until = clock() + TURN_S
+        taking_ends_at = clock() + TURN_S
         for runner in runners:
             runner.begin_turn()
         while item is not None and not self._stopping.is_set():
             if not isinstance(item, DroppedMessage):
                 self._take(item)
-            if clock() > until:
+            if clock() > taking_ends_at:
                 break
             item = self._link.get()
         if item is None:
@@ -198,15 +202,15 @@ class Server:
         fleet = self.fleet_snapshot()
         self._observers.show([(runner.snapshot(fleet), runner.take_events()) for runner in runners])
 
-    def _show(self, happening: LoopWaits | ServerEnds) -> None:
-        """Show observers what keeps the loop from turning; events of a turn that isn't over are shown as it ends."""
-        fleet, event = self.fleet_snapshot(), TurnEvent(self._site.clock(), happening)
-        runners, over = self.runners.values(), isinstance(happening, ServerEnds)
-        shown = [(r.snapshot(fleet), [*(r.take_events() if over else ()), event]) for r in runners]
-        self._observers.show(shown, at_once=True)
+    def _show(self, what: LoopWaits | ServerEnds) -> None:
+        """Show observers that the loop waits or ends. Events of a turn that isn't over are shown at its end."""
+        fleet, event = self.fleet_snapshot(), TurnEvent(self._site.clock(), what)
+        runners, is_over = self.runners.values(), isinstance(what, ServerEnds)
+        snapshots = [(r.snapshot(fleet), [*(r.take_events() if is_over else ()), event]) for r in runners]
+        self._observers.show(snapshots, at_once=True)
 
     def fleet_snapshot(self) -> FleetSnapshot:
-        """What the jobs share, at this moment."""
+        """A snapshot of the facts that all jobs share."""
         quarantine = self._site.quarantine
         return FleetSnapshot(
             broker_connected=self._link.connected,
@@ -218,7 +222,7 @@ class Server:
         )
 
     def _linger(self) -> None:
-        """Send the last messages, and tell devices that come back now that the jobs are finished."""
+        """Keep turning until the last messages are sent and devices that reconnect know that the jobs are finished."""
         shutdown = self._shutdown or self._begin_shutdown()
         while not self._stopping.is_set() and not shutdown.over(self._site.monotonic()):
             self._turn()
@@ -259,7 +263,7 @@ class Server:
                 self.first.registry.note_shared_key(item.device, now)
 
     def _receive(self, topic: str, payload: bytes) -> None:
-        """Decode a message and pass it on; what is wrong is logged, the first few times, and dropped."""
+        """Decode a message and pass it on. An invalid one is dropped, and logged the first few times."""
         try:
             device, job, channel = self._topics.parse(topic)
         except ProtocolError as error:
@@ -279,6 +283,7 @@ class Server:
 
     def _reject(self, topic: str, device: str, error: ProtocolError) -> None:
         self._complaints.about(topic, error, device if self.first.registry.admitted(device) else "")
+        # A board of a newer version may send messages of kinds that this server doesn't know.
         if not isinstance(error, UnknownMessageError):
             self._site.quarantine.bad(device)
 
@@ -289,32 +294,33 @@ class Server:
             for runner in self.runners.values():
                 if runner is not self.first:
                     runner.registry.note_message(device)
-        elif isinstance(body, Death):  # the broker sends it, so that it tells nothing of how the device is
+        elif isinstance(body, Death):  # the broker sends it, so it is no sign of life
             self.first.registry.count(device, 0, envelope.size)
         if isinstance(body, Birth):
             self._born(body, envelope.size)
         elif isinstance(body, Death):
-            known = self._connected.get(device)
-            if known is not None and known.session == body.session:
+            previous_birth = self._connected.get(device)
+            if previous_birth is not None and previous_birth.session == body.session:
                 self._gone(device)
-                self._ask(device)  # a will tells of one connection, and there may be another one
+                self._ask(device)  # the will is of one connection, and the device may have opened another one
         else:
             if device in self._connected:
                 self._presence.heard(device, self._site.monotonic())
             elif isinstance(body, Alive) or any(device in r.state.devices for r in self.runners.values()):
-                self._ask(device)  # a birth that got lost between two brokers isn't repeated by itself
+                # A birth that was lost between two brokers of a cluster isn't repeated by itself.
+                self._ask(device)
             if not isinstance(body, Alive):
                 for runner in self._concerned(envelope):
                     runner.receive(envelope)
 
     def _concerned(self, envelope: Envelope) -> list[JobRunner]:
-        """Runners of the jobs that a message or chunk may be for."""
+        """Runners of the jobs that a message or chunk may concern."""
         body, device = envelope.body, envelope.device
-        named = self.runners.get(getattr(body, "job", envelope.job))
-        if not self._several or named is not None:
-            return [named or self.first]
+        named_runner = self.runners.get(getattr(body, "job", envelope.job))
+        if not self._several or named_runner is not None:
+            return [named_runner or self.first]
         if isinstance(body, (Chunk, BlobNotFound, UploadResult)):
-            return list(self.runners.values())  # each knows what it waits for
+            return list(self.runners.values())  # they name no job; each runner knows which blobs it awaits
         if isinstance(body, BlobRequest) and envelope.job == NO_JOB:
             return [r for r in self.runners.values() if r.offers(device, body.sha256)][:1] or [self.first]
         return [self.first]
@@ -326,9 +332,9 @@ class Server:
         return None if birth is None else birth.session
 
     def _born(self, birth: Birth, size: int) -> None:
-        device, known = birth.device, self._connected.get(birth.device)
-        if birth.trouble is not None and known is not None and birth.session < known.session:
-            return  # an earlier start's, delivered late
+        device, previous_birth = birth.device, self._connected.get(birth.device)
+        if birth.trouble is not None and previous_birth is not None and birth.session < previous_birth.session:
+            return  # of an earlier start of the board, delivered late
         for runner in self.runners.values():
             runner.readmit(device)
         if birth.trouble is not None:
@@ -336,15 +342,15 @@ class Server:
             self._gone(device)  # of an earlier connection, if its will hasn't come yet
             self.first.exclude_device(birth, size)
             return
-        self.first.device_born(birth, size, connected=known is not None)
+        self.first.device_born(birth, size, connected=previous_birth is not None)
         self._site.quarantine.born(device)
-        if known is not None and birth.session < known.session:
-            return  # an earlier connection's, delivered late
+        if previous_birth is not None and birth.session < previous_birth.session:
+            return  # of an earlier connection, delivered late
         self._connected[device] = birth
         self._presence.heard(device, self._site.monotonic())
-        able = RECONNECT in birth.abilities
-        self._steering.came(device, self._site.monotonic(), able=able)
-        if able and self._steering.spread_s >= 1:
+        can_leave = RECONNECT in birth.abilities
+        self._steering.came(device, self._site.monotonic(), able=can_leave)
+        if can_leave and self._steering.spread_s >= 1:
             self.first.outbox.send(device, Reconnect(self._steering.spread_s))
         self._needs_assignment = True
         if birth.held:
@@ -353,12 +359,16 @@ class Server:
             for runner in self.runners.values():
                 runner.send_finished([device])
         else:
-            self._assign(birth, known)
+            self._assign(birth, previous_birth)
 
-    def _assign(self, birth: Birth, known: Birth | None) -> None:
-        """Have a device assigned that has announced itself; `known` is its announcement before."""
-        self._scheduler.came(birth.device, reconnected=known is None or known.session != birth.session)
-        if isinstance(self._scheduler, SoleJob):  # its job keeps what the device measured of itself
+    def _assign(self, birth: Birth, previous_birth: Birth | None) -> None:
+        """Have a device assigned to a job; `previous_birth` is the one before `birth`."""
+        self._scheduler.came(
+            birth.device, reconnected=previous_birth is None or previous_birth.session != birth.session
+        )
+        # The only job keeps the probe itself; without it, the births of ten thousand devices take far less memory.
+        # Several jobs need it again when they assign the device anew.
+        if isinstance(self._scheduler, SoleJob):
             self._connected[birth.device] = replace(birth, probe=None)
 
     def _gone(self, device: str) -> None:
@@ -370,7 +380,7 @@ class Server:
             self._scheduler.left(device, birth.session)
 
     def _ask(self, device: str) -> None:
-        """Ask a device to announce itself, if it is there."""
+        """Ask a device to announce itself, if it is connected."""
         now = self._site.monotonic()
         if now >= self._asked.get(device, now):
             self._asked[device] = now + _ASKED_AGAIN_S
@@ -395,7 +405,7 @@ class Server:
             self._greet(now)
 
     def _steer(self, now: float) -> None:
-        """Let boards that have no part disconnect for a time; from now on they are gone."""
+        """Send away boards that have no part, for a time; they count as disconnected at once."""
         if not self._link.connected:
             return
         for device in self._steering.told():
@@ -407,10 +417,10 @@ class Server:
             waiting=any(r.short_of_devices for r in runners),
         )
 
-        def works(device: str) -> bool:
+        def has_work(device: str) -> bool:
             return any(r.awaits_part_of(device) for r in self.runners.values())
 
-        for device, away_s in self._steering.leaving(now, self._site.clock(), demand, works):
+        for device, away_s in self._steering.leaving(now, self._site.clock(), demand, has_work):
             self.first.outbox.send(device, Reconnect(self._steering.spread_s, away_s))
             self._gone(device)
 
@@ -424,7 +434,11 @@ class Server:
                 runner.send_finished(self._connected.keys())
 
     def _begin_shutdown(self) -> GracefulShutdown:
-        """Wait for devices that take part in a job, as far as is known, or have announced themselves."""
-        known = self.first.registry.names | {n for r in self.runners.values() for n in r.state.devices}
-        away = (n for n in known - self._connected.keys() if not all(r.excludes(n) for r in self.runners.values()))
-        return GracefulShutdown(self._connected, away, self._connected.__contains__, self._site.monotonic())
+        """Wait for all devices that have announced themselves, except those that are excluded from every job."""
+        known_devices = self.first.registry.names | {name for r in self.runners.values() for name in r.state.devices}
+        absent = (
+            name
+            for name in known_devices - self._connected.keys()
+            if not all(r.excludes(name) for r in self.runners.values())
+        )
+        return GracefulShutdown(self._connected, absent, self._connected.__contains__, self._site.monotonic())

@@ -1,4 +1,5 @@
-"""Snapshots of a job for its observers: the figures of a turn at once, and what needs a look at devices when asked."""
+"""Snapshots of a job for its observers. Figures of a turn are filled in at once; those that need a pass over all
+devices are computed when an observer asks for them."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ class SnapshotMaker:
 
     Args:
         clock: Seconds since 1970.
-        members: Returns the names of the fleet's members, the same object until they change; None where every device
-            may take part.
+        members: Returns the names of the fleet's members, the same object until they change; None if every device may
+            take part.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class SnapshotMaker:
         if self._members is None:
             return ()
         members = self._members()
-        if self._revoked[0] is not members:  # a device that the job gets to know later is a member then
+        # A device that the job gets to know later is a member then, so that only a change of the members counts.
+        if self._revoked[0] is not members:
             self._revoked = members, {name for name in self._state.devices if name not in members}
         return self._revoked[1]
 
@@ -109,10 +111,10 @@ class SnapshotMaker:
         state, revoked, counts = self._state, self._revoked_devices(), Counter[str]()
         for name, device in state.devices.items():
             task = state.tasks.get(name)
-            works = task is not None and task.progress in UNDER_WAY and state.awaits(task)
-            online = "working" if works else "idle"
-            away = "revoked" if name in revoked else "offline"
-            counts["excluded" if device.excluded else online if device.online else away] += 1
+            is_working = task is not None and task.progress in UNDER_WAY and state.awaits(task)
+            online_state = "working" if is_working else "idle"
+            offline_state = "revoked" if name in revoked else "offline"
+            counts["excluded" if device.excluded else online_state if device.online else offline_state] += 1
         counts["excluded"] += len(self._registry.outsiders.keys() - state.devices.keys())
         return counts
 
@@ -125,7 +127,7 @@ class SnapshotMaker:
 
 
 class _Devices(Mapping[str, DeviceSnapshot]):
-    """Makes the snapshot of a device when it is asked for: a turn concerns few of them."""
+    """Makes the snapshot of a device when it is asked for: a turn concerns few devices."""
 
     def __init__(self, state: State, registry: DeviceRegistry, uploads: Uploads, fleet: FleetSnapshot) -> None:
         self._state, self._registry, self._uploads, self._fleet = state, registry, uploads, fleet
@@ -161,8 +163,8 @@ class _Devices(Mapping[str, DeviceSnapshot]):
                 "last_counted_round": device.last_counted_round,
             }
             if task is not None and state.awaits(task):
-                trains = task.progress is Progress.OFFERED and contact.progress is not None
-                values["part"] = "training" if trains else outcome(task.progress.value, task.kind)
+                is_training = task.progress is Progress.OFFERED and contact.progress is not None
+                values["part"] = "training" if is_training else outcome(task.progress.value, task.kind)
         return DeviceSnapshot(
             name=name,
             takes_part=device is not None,
@@ -179,7 +181,7 @@ class _Devices(Mapping[str, DeviceSnapshot]):
         )
 
     def _activity(self, name: str, task: Task | None, *, connected: bool) -> str:
-        """What a device does, in words."""
+        """A device's activity, in words."""
         device, contact = self._state.devices.get(name), self._registry[name]
         if problem := contact.problem or ("" if device is None else device.excluded):
             return f"excluded: {problem}"
@@ -189,10 +191,10 @@ class _Devices(Mapping[str, DeviceSnapshot]):
             return ELSEWHERE if connected else OFFLINE
         if task is None or not self._state.awaits(task):
             return "ready"
-        if task.progress is Progress.OFFERED and (p := contact.progress) is not None:
-            return f"{p.phase} {p.done}/{p.total}" if p.total else p.phase
-        if task.progress is Progress.PULLING and (leaves := self._uploads.progress(name)) is not None:
-            return f"upload {leaves[0]}/{leaves[1]}"
+        if task.progress is Progress.OFFERED and (progress := contact.progress) is not None:
+            return f"{progress.phase} {progress.done}/{progress.total}" if progress.total else progress.phase
+        if task.progress is Progress.PULLING and (upload_leaves := self._uploads.progress(name)) is not None:
+            return f"upload {upload_leaves[0]}/{upload_leaves[1]}"
         if task.progress is Progress.REFUSED:
             return f"{outcome(task.progress, task.kind)}: {task.reason}"
         return "aggregated" if task.progress is Progress.FOLDED else task.progress.value

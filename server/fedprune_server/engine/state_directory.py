@@ -1,4 +1,4 @@
-"""The folder in which a server keeps everything that must survive a crash: database, blobs, the model it began with."""
+"""The folder in which a server keeps everything that must survive a crash: database, blobs and the first model."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ from fedprune_server.storage.storage import Storage, database_of
 
 log = logging.getLogger("fedprune.server")
 
+# Attempts at reading a state and its blobs while a server runs: between the two reads it may begin a round and delete
+# the blobs to which the state referred.
 _READS = 3
-"""How often the state is read where its blobs are gone."""
 
 
 @dataclass
@@ -51,10 +52,10 @@ class OpenJob:
     """A job that is ready to run.
 
     Attributes:
-        model: The model that it began with.
-        changed: What differs from the settings with which it ran last, one line each.
-        settings: What the next start will continue with.
-        source: The model's file, where the folder doesn't have it yet.
+        model: The model with which it began.
+        changed: Differences from the settings with which it ran last, one line each.
+        settings: The settings that the next start continues with.
+        source: Bytes of the model's file, if the folder doesn't have it yet.
     """
 
     job: Job
@@ -71,12 +72,12 @@ class StateFolder(Closing):
 
     Args:
         path: The folder; made if missing.
-        database: The database's URL; by default the folder says it, or has the database itself.
+        database: The database's URL; by default the one that the folder names, or the file in the folder.
         standby: Wait until no other server has the folder, or the database.
         stopping: Set if another server takes the database over.
 
     Attributes:
-        lease: What keeps other servers from the database.
+        lease: Keeps other servers from writing to the database.
         database_url: The database's URL, perhaps with a password.
 
     Raises:
@@ -106,7 +107,7 @@ class StateFolder(Closing):
             self.lease = Lease(self.database_url, path, stopping)
             stack.callback(self.lease.close)
             self.lease.wait(standby=standby)
-            # Only now, because opening them changes them: another server may have been at work.
+            # Opened only once the lease is free, because opening changes them: another server may have been at work.
             self.store = BlobStore(path / BLOBS)
             self.storage = Storage.at(path, database)
             stack.callback(self.storage.close)
@@ -119,7 +120,7 @@ class StateFolder(Closing):
         self._open.close()
 
     def read_job(self, config: ServerConfig, prefix: str = "") -> OpenJob:
-        """The job of this folder, begun if it is missing. A start that fails is not remembered: `keep` does that.
+        """The job of this folder, begun if it is missing. Nothing of a start that fails is stored: `keep` stores it.
 
         Args:
             prefix: Of lines about the job, where the server has several.
@@ -130,11 +131,11 @@ class StateFolder(Closing):
             DataError: The evaluation or calibration data can't be used.
             StorageError: The folder is damaged.
         """
-        known, state = self.storage.settings(), self.storage.load()
-        if known is not None:
-            self._check_name(config, known, state)
-        self._open_store(config, known)
-        raw, name = self._model_bytes(config, known, state)
+        stored_settings, state = self.storage.settings(), self.storage.load()
+        if stored_settings is not None:
+            self._check_name(config, stored_settings, state)
+        self._open_store(config, stored_settings)
+        raw, name = self._model_bytes(config, stored_settings, state)
         model = import_onnx(raw, name)
         check_input(config.model or name, model, config.input_shape)
         evaluation = calibration = None
@@ -151,87 +152,88 @@ class StateFolder(Closing):
             "inputs": input_digests(config, evaluation, calibration),
             "server": config.server_settings(),
             "alerts": config.alerts.to_dict(),
-            NUMBER: number_of(known) or new_number(),
+            NUMBER: number_of(stored_settings) or new_number(),
         }
-        if known is None:
+        if stored_settings is None:
             self._keep_foreign(raw)
         worker = Worker(config.job, model, self.store, evaluation, calibration, prefix=prefix)
-        _ = worker.accountant  # whatever it lacks is better known now
+        _ = worker.accountant  # computed here, so that a missing package ends the start and not a later round
         if state is None:
             state = worker.begin()
         else:
-            self._move_in(config, known or {}, state)
+            self._move_in(config, stored_settings or {}, state)
             self._check_blobs(state)
             self._fit(state, model)
-            # Not a new job's folder: its worker has just put graphs there.
+            # A new job's folder isn't swept: its worker has just put graphs there, to which no state refers yet.
             sweep(self.store, state, config.keep, config.job.recipe.judged_by)
-            if (known or {}).get("job") != settings["job"] and state.phase is not Phase.FINISHED:
+            if (stored_settings or {}).get("job") != settings["job"] and state.phase is not Phase.FINISHED:
                 worker.check_recipe(state.round + 1)
-        source = raw if known is None else None
+        source = raw if stored_settings is None else None
         self._raw = raw
-        return OpenJob(config.job, model, worker, state, _changes(known, settings), settings, source)
+        return OpenJob(config.job, model, worker, state, _changes(stored_settings, settings), settings, source)
 
-    def keep(self, opened: OpenJob) -> None:
-        """Remember a job and its settings, for the next start. Raises `StorageError` if the disk fails or is full."""
-        if opened.source is not None:
-            self.store.write_file(self.path / MODEL, opened.source)
+    def keep(self, open_job: OpenJob) -> None:
+        """Store a job and its settings for the next start. Raises `StorageError` if the disk fails or is full."""
+        if open_job.source is not None:
+            self.store.write_file(self.path / MODEL, open_job.source)
         keep_place(self.path, self.database_url)
         # After the model and before the first state: a crash in between leaves nothing that contradicts itself.
-        self.storage.put_settings(opened.settings)
-        self.store.claim(opened.settings[NUMBER], opened.job.name, self._raw)
+        self.storage.put_settings(open_job.settings)
+        self.store.claim(open_job.settings[NUMBER], open_job.job.name, self._raw)
         if self.storage.load() is None:
-            self.storage.save(opened.state, (), time.time())
+            self.storage.save(open_job.state, (), time.time())
 
-    def _open_store(self, config: ServerConfig, known: dict[str, Any] | None) -> None:
-        """Take the blobs from where the configuration says that they are."""
-        self.store = opened(self.path, config.blobs, config.cache_mib * 2**20, known)
+    def _open_store(self, config: ServerConfig, stored_settings: dict[str, Any] | None) -> None:
+        """Open the store of blobs that the configuration names."""
+        self.store = opened(self.path, config.blobs, config.cache_mib * 2**20, stored_settings)
         self._open.callback(self.store.close)
 
-    def _move_in(self, config: ServerConfig, known: dict[str, Any], state: State) -> None:
-        needed = state.references() | kept_models(state, config.keep, config.job.recipe.judged_by)
-        move_in(self.path, self.store, known, needed)
+    def _move_in(self, config: ServerConfig, stored_settings: dict[str, Any], state: State) -> None:
+        needed_digests = state.references() | kept_models(state, config.keep, config.job.recipe.judged_by)
+        move_in(self.path, self.store, stored_settings, needed_digests)
 
     def _check_moved(self) -> None:
-        """A database that knows nothing of the folder's job would begin another one."""
-        before = url_of(self.path)
-        if before == self.database_url:
+        """Refuse another database that is empty: the server would begin a second job in it."""
+        stored_url = url_of(self.path)
+        if stored_url == self.database_url:
             return
         if Storage.settings_in(self.path) is None:
-            self._check_claims(shown(check_url(before)))
+            self._check_claims(shown(check_url(stored_url)))
             return
         if Storage.settings_in(self.path, self.database_url) is None:
             raise ConfigError(
-                f"the job of {self.path} is in {shown(check_url(before))}, and the database that was given is empty",
+                f"the job of {self.path} is in {shown(check_url(stored_url))}, and the given database is empty",
                 hint="To move it there, use `fedprune-server backup`, and `restore --database` into a new folder.",
             )
 
-    def _check_claims(self, before: str) -> None:
-        """Claims from before the first start must be where the server looks for them."""
+    def _check_claims(self, stored_place: str) -> None:
+        """Refuse a start that would not see the claims or members made before it."""
         if not has_database(self.path):
             return
         with database_of(self.path, read_only=True) as database:
             if IdentityStore(database).empty:
                 return
         raise ConfigError(
-            f"claims or members of {self.path} are in {before}, where a server with another database doesn't see them",
+            f"claims or members of {self.path} are in {stored_place}, where a server with another database doesn't see "
+            "them",
             hint=f"Delete {self.path / FILE}, and make the claims again with `fedprune-server claim --database URL`.",
         )
 
-    def _check_name(self, config: ServerConfig, known: dict[str, Any], state: State | None) -> None:
-        """A job of another name is another job."""
-        name = known["job"]["name"]
+    def _check_name(self, config: ServerConfig, stored_settings: dict[str, Any], state: State | None) -> None:
+        """Refuse a configuration for a job of another name."""
+        name = stored_settings["job"]["name"]
         if config.job.name != name:
             raise ConfigError(
-                f"{self.path} holds {_described(known, state)}",
+                f"{self.path} holds {_described(stored_settings, state)}",
                 expected=f"the name {name}",
                 got=config.job.name,
                 hint=f"For a new job take another --state folder; to continue with {name} give its name, or none.",
             )
 
     def _model_bytes(
-        self, config: ServerConfig, known: dict[str, Any] | None, state: State | None
+        self, config: ServerConfig, stored_settings: dict[str, Any] | None, state: State | None
     ) -> tuple[bytes, str]:
-        if known is None:
+        if stored_settings is None:
             if config.model is None:
                 raise ConfigError(
                     f"{self.path} holds no job yet and no model is given",
@@ -241,31 +243,32 @@ class StateFolder(Closing):
             return read_model(config), _name_of(config.model)
         path = self.path / MODEL
         with storage_errors(f"can't read {path}"):
-            # A second server of a job, on a machine of its own, is given the model, too.
-            given = not path.exists() and config.model is not None and Path(config.model).is_file()
-            kept = None if path.exists() or given else self.store.first_model()
-            raw = read_model(config) if given else read_file(path) if kept is None else kept
-            given = given or kept is not None
-        if given and tensorfile.digest(raw) == known["model"]:
+            # A second server of a job, on a machine of its own, has no file yet: it reads the configured model, or else
+            # the copy in the bucket.
+            is_missing = not path.exists() and config.model is not None and Path(config.model).is_file()
+            bucket_copy = None if path.exists() or is_missing else self.store.first_model()
+            raw = read_model(config) if is_missing else read_file(path) if bucket_copy is None else bucket_copy
+            is_missing = is_missing or bucket_copy is not None
+        if is_missing and tensorfile.digest(raw) == stored_settings["model"]:
             self.store.write_file(path, raw)
-        elif tensorfile.digest(raw) != known["model"]:
+        elif tensorfile.digest(raw) != stored_settings["model"]:
             raise StorageError(f"{path} is damaged", hint="Restore the server's backup.")
-        name = str(known["name"])
-        job = f"the job in {self.path} began, which holds {_described(known, state)}"
+        name = str(stored_settings["name"])
+        job_text = f"the job in {self.path} began, which holds {_described(stored_settings, state)}"
         if config.model is not None and is_called(config.model) and _name_of(config.model) != name:
             raise ConfigError(
-                f"{config.model} is not the model with which {job}",
+                f"{config.model} is not the model with which {job_text}",
                 hint="For another model take another --state folder; to continue with this one leave the model out.",
             )
-        check_model(config, raw, job)
+        check_model(config, raw, job_text)
         return raw, name
 
     def _keep_foreign(self, raw: bytes) -> None:
-        """A folder without a job may be a user's own, with a model of theirs."""
+        """Refuse a folder without a job but with another model: it may be a user's own folder."""
         path = self.path / MODEL
         with storage_errors(f"can't read {path}"):
-            other = path.exists() and read_file(path) != raw
-        if other:
+            is_foreign = path.exists() and read_file(path) != raw
+        if is_foreign:
             raise ConfigError(
                 f"{path} is another model, and {self.path} holds no job",
                 hint="Name a folder of its own with --state, or move the file away.",
@@ -279,7 +282,7 @@ class StateFolder(Closing):
             )
 
     def _fit(self, state: State, model: Model) -> None:
-        """Let go of rankings of channels that another version of the compiler found in the model."""
+        """Drop rankings of channels if another version of the compiler describes the model's channels differently."""
         digest = model.architecture.digest
         if state.architecture != digest:
             log.warning("this version describes the model differently: channels are ranked again")
@@ -288,36 +291,41 @@ class StateFolder(Closing):
             self.storage.save(state, (), time.time())
 
 
-def stored_tables(folder: Path, chosen: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The tables of what a state folder's last start ran with; None if there was none.
+def stored_tables(folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The configuration tables with which a state folder's server was last started; None if there was no start.
 
     Args:
-        chosen: Settings of the table [server] that take precedence. The authority of another broker is left out.
+        overrides: Settings of the table [server] that take precedence. The authority of another broker is left out.
 
     Raises:
         StorageError: The folder is damaged.
     """
-    known = Storage.settings_in(folder, chosen.get("database"))
-    if known is None:
+    stored_settings = Storage.settings_in(folder, overrides.get("database"))
+    if stored_settings is None:
         return None
-    server = {k: v for k, v in known.get("server", {}).items() if k in SERVER and k not in ELSEWHERE and v is not None}
-    broker = str(chosen.get("broker") or server.get("broker", EMBEDDED))
-    if not broker.startswith("mqtts://") or chosen.get("broker") is not None:
+    server = {
+        k: v
+        for k, v in stored_settings.get("server", {}).items()
+        if k in SERVER and k not in ELSEWHERE and v is not None
+    }
+    broker = str(overrides.get("broker") or server.get("broker", EMBEDDED))
+    if not broker.startswith("mqtts://") or overrides.get("broker") is not None:
         server.pop("ca", None)
-    tables = {"job": known["job"], "server": server, "alerts": known.get("alerts", {})}
-    return tables | {k: {"data": known[k]} for k in ("evaluation", "calibration") if known.get(k)}
+    tables = {"job": stored_settings["job"], "server": server, "alerts": stored_settings.get("alerts", {})}
+    return tables | {k: {"data": stored_settings[k]} for k in ("evaluation", "calibration") if stored_settings.get(k)}
 
 
 def global_model(
     folder: Path, digest: str | None = None, allowed: Collection[str] = ()
 ) -> tuple[Model, bytes, Ranks | None, int]:
-    """The model of a state folder, the bytes of its weights, the ranks by which its job cuts it, and the last round
-    that has ended; 0 if none has.
+    """The model of a state folder, its weights, the ranks by which its job cuts it, and the number of the last finished
+    round, or 0.
 
     Args:
         folder: The folder; a server may be running on it.
-        digest: Which weights; the current ones by default. Ranks of earlier ones are None if they are no longer kept.
-        allowed: Names of functions that may be called; without that of a job's own strategy there are no ranks.
+        digest: Digest of the weights; the current ones by default. Ranks for earlier weights are None if they are no
+            longer kept.
+        allowed: Names of the user's functions that may be called. Without the job's own strategy there are no ranks.
 
     Raises:
         StorageError: The folder holds no job, or is damaged.
@@ -330,17 +338,21 @@ def global_model(
 
 def _global_model(folder: Path, digest: str | None, allowed: Collection[str]) -> tuple[Model, bytes, Ranks | None, int]:
     with Storage.existing(folder) as storage:
-        known, state = storage.settings(), storage.load()
+        stored_settings, state = storage.settings(), storage.load()
         earlier = None if state is None or digest in (None, state.model) else _closing(storage, str(digest))
-    if known is None or state is None:
+    if stored_settings is None or state is None:
         raise StorageError(f"{folder} holds no job yet")
     with storage_errors(f"can't read {folder / MODEL}"):
         raw = read_file(folder / MODEL)
-    store, digest, model = reader(folder, known), digest or state.model, import_onnx(raw, str(known["name"]))
+    store, digest, model = (
+        reader(folder, stored_settings),
+        digest or state.model,
+        import_onnx(raw, str(stored_settings["name"])),
+    )
     weights = store.read(digest)
     last = int(state.history[-1]["round"]) if state.history else 0
     try:
-        job = stored_job(known, allowed, str(folder))
+        job = stored_job(stored_settings, allowed, str(folder))
     except ConfigError as error:
         log.warning("the model is without the ranks of its fleet: %s", error)
         return model, weights, None, last
@@ -354,29 +366,31 @@ def _global_model(folder: Path, digest: str | None, allowed: Collection[str]) ->
 
 
 def _closing(storage: Storage, digest: str) -> dict[str, Any] | None:
-    """The event that made a model, if it is still in the log."""
-    made = (body for _, _, kind, body in storage.log.events() if kind == Closed.__name__ and body["model"] == digest)
-    return next(made, None)
+    """The event that closed the round of this model, if it is still in the log."""
+    closings = (
+        body for _, _, kind, body in storage.log.events() if kind == Closed.__name__ and body["model"] == digest
+    )
+    return next(closings, None)
 
 
+# Stands for the round whose global model scored best, where a round's number is expected.
 BEST = "best"
-"""In place of a round's number: the round whose global model scored best."""
 
 
 def finished_round(folder: Path, which: int | str) -> tuple[dict[str, Any], str]:
     """A round of the history whose global model is kept, and the metric by which the job's models are judged.
 
     Args:
-        which: Its number, or `BEST`.
+        which: The round's number, or `BEST`.
 
     Raises:
         StorageError: There was no such round, its model is no longer kept, or the folder is damaged.
     """
     with Storage.existing(folder) as storage:
-        known, state = storage.settings(), storage.load()
-    if known is None or state is None:
+        stored_settings, state = storage.settings(), storage.load()
+    if stored_settings is None or state is None:
         raise StorageError(f"{folder} holds no job yet")
-    metric, rows = judging_metric(known["job"]), {row["round"]: row for row in state.history}
+    metric, rows = judging_metric(stored_settings["job"]), {row["round"]: row for row in state.history}
     row = state.best_round(metric) if which == BEST else rows.get(which)
     if row is None and which == BEST:
         raise StorageError(
@@ -388,7 +402,7 @@ def finished_round(folder: Path, which: int | str) -> tuple[dict[str, Any], str]
         )
     if row is None:
         raise StorageError(f"{folder} holds no round {which}", expected=f"1 to {max(rows, default=0)}")
-    if not reader(folder, known).has(row["model"]):
+    if not reader(folder, stored_settings).has(row["model"]):
         raise StorageError(
             f"the model after round {row['round']} is no longer kept",
             hint="Run with a larger --keep to keep more of them.",
@@ -400,34 +414,37 @@ def _name_of(source: str) -> str:
     return source.rpartition(":")[2] if ":" in source else Path(source).stem
 
 
-def _described(known: Mapping[str, Any], state: State | None) -> str:
-    """A folder's job in a few words."""
-    name, rounds = known["job"]["name"], known["job"]["rounds"]
+def _described(stored_settings: Mapping[str, Any], state: State | None) -> str:
+    """A folder's job for messages: its name, model and progress."""
+    name, rounds = stored_settings["job"]["name"], stored_settings["job"]["rounds"]
     done = 0 if state is None else len(state.history)
     ended = state is not None and state.phase is Phase.FINISHED
-    return f"job {name} of model {known['name']}, {'finished' if ended else 'stopped'} after {done} of {rounds} rounds"
+    progress = f"{'finished' if ended else 'stopped'} after {done} of {rounds} rounds"
+    return f"job {name} of model {stored_settings['name']}, {progress}"
 
 
-def _changes(known: dict[str, Any] | None, settings: dict[str, Any]) -> list[str]:
-    if known is None:
+def _changes(stored_settings: dict[str, Any] | None, settings: dict[str, Any]) -> list[str]:
+    if stored_settings is None:
         return []
     lines = []
     for table in ("job", "server"):
-        old, new = known.get(table, settings[table]), settings[table]
+        old, new = stored_settings.get(table, settings[table]), settings[table]
         for key in new:
             before, after = old.get(key), new[key]
             if before == after:
                 continue
-            if isinstance(before, dict) and isinstance(after, dict):  # a recipe, of which a reader wants the difference
+            if isinstance(before, dict) and isinstance(
+                after, dict
+            ):  # a recipe: only its differing keys are of interest
                 names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
                 lines += [f"{key}.{name}: {before.get(name)!r} is now {after.get(name)!r}" for name in names]
                 continue
             if key == "broker":  # it may contain a password
                 before, after = without_password(str(before)), without_password(str(after))
             lines.append(f"{key}: {before!r} is now {after!r}")
-    return [*lines, *changed_inputs(known, settings)]
+    return [*lines, *changed_inputs(stored_settings, settings)]
 
 
 def _anywhere(source: str | None) -> str | None:
-    """A source that the next start finds from any folder: the file's whole path, or a function's name."""
+    """A source as the next start finds it from any working folder: a file's absolute path, or a function's name."""
     return str(Path(source).resolve()) if source is not None and Path(source).is_file() else source

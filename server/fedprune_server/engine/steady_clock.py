@@ -1,4 +1,4 @@
-"""Seconds since 1970 that pass evenly, whatever becomes of the system's clock meanwhile."""
+"""Seconds since 1970 that pass evenly, even if the system's clock is set meanwhile."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class SteadyClock:
-    """The system's time as it was, plus what a monotonic clock has counted since.
+    """The system's time at one moment, plus the seconds that a monotonic clock has counted since.
 
     Deadlines are kept as times since 1970, so that they mean something after a restart. With the system's clock itself,
     setting it by an hour would close a round at once, or keep it open for an hour.
@@ -22,5 +22,5 @@ class SteadyClock:
         return self._offset + self._monotonic()
 
     def follow(self) -> None:
-        """Take over how the system's clock was set; call it while no deadline is pending."""
+        """Adopt the present time of the system's clock. Call it only while no deadline is pending: it would shift."""
         self._offset = self._wall() - self._monotonic()

@@ -1,4 +1,4 @@
-"""How updates come from a job's devices: the channel that is chosen once, when the job begins to run."""
+"""The channel through which updates come from a job's devices; it is chosen once, when the job begins to run."""
 
 from __future__ import annotations
 
@@ -12,57 +12,59 @@ from fedprune_server.engine.command_dispatcher import DeviceTraffic
 
 
 class UpdateChannel:
-    """Updates as devices announce them: whole, or noised by the board. The coordinator orders each to be pulled.
+    """The channel of unmasked updates: devices announce them, and the coordinator orders each to be pulled.
 
-    A channel of another kind overrides what it does in another way. It answers devices itself; what concerns the
-    coordinator becomes an event.
+    Channels of another kind override the methods in which they differ. A channel answers devices itself, and returns
+    events for the coordinator.
     """
 
+    # Whether a device whose part is settled is still needed until its round closes.
     holds_devices = False
-    """Whether a device whose part is settled is needed until its round closes."""
 
     def __init__(self, traffic: DeviceTraffic) -> None:
         self._job, self._state, self._traffic = traffic.job, traffic.state, traffic
 
     @property
     def computing(self) -> bool:
-        """Whether work goes on beside the loop."""
+        """Whether this channel computes on another thread."""
         return False
 
     def awaits(self, device: str) -> bool:
-        """Whether an upload of a device is awaited though no part of the round waits for it."""
+        """Whether the channel itself awaits an upload of a device, though the coordinator has ordered none."""
         return False
 
     def announce(self, device: str, message: Trained | Update, metrics: Mapping[str, float]) -> on.Event | None:
-        """A device has trained, and announces its update or offers to mask it."""
+        """Handle the message of a device that has trained: it announces its update, or offers to mask it."""
         if isinstance(message, Trained):
             self._cancel(device, message, "this job takes updates as they are")
             return None
         uploads = self._traffic.uploads
         if uploads.fetching(device, message.round, message.attempt, message.weights):
             self._traffic.outbox.ask(uploads.heard(device, self._traffic.monotonic()))
-            return None  # a repetition by a board that waits its turn, as most announcements of a large fleet are
+            # A repetition by a board that waits for its turn, as most announcements of a large fleet are. It makes no
+            # event, which would be saved.
+            return None
         return announcement(device, message, metrics, message.weights.to_dict())
 
     def receive(self, device: str, message: SecureStep) -> None:
-        """Take in a device's answer to a step of a protocol between boards."""
+        """Handle a device's answer to a step of secure aggregation."""
 
     def refuse(self, device: str, round_: int, attempt: int, reason: str) -> None:
-        """A device refuses its part."""
+        """Note that a device refuses its part."""
 
     def takes(self, event: on.Event) -> bool:
-        """Take in an upload that has ended, if it is none that the coordinator has ordered."""
+        """Handle the end of an upload that the channel itself awaits; returns False for one of the coordinator's."""
         return False
 
     def begin(self, command: do.SumMasked) -> None:
-        """Begin to sum updates that devices hold."""
+        """Begin to sum updates that devices hold, without receiving any single one."""
 
     def contributions(self, now: float) -> on.Event | None:
-        """The event that such sums are ready, once they are."""
+        """The event with these sums, once they are ready."""
         return None
 
     def close(self) -> None:
-        """Stop what goes on beside the loop."""
+        """Stop computing on another thread."""
 
     def _cancel(self, device: str, message: Trained | Update, reason: str) -> None:
         cancelled = Cancelled(message.job, message.round, message.attempt, reason)
@@ -72,5 +74,5 @@ class UpdateChannel:
 def announcement(
     device: str, message: Trained | Update, metrics: Mapping[str, float], weights: dict[str, Any]
 ) -> on.UpdateAnnounced:
-    part = message.round, message.attempt, message.base
-    return on.UpdateAnnounced(device, *part, weights, message.samples, message.steps, dict(metrics))
+    part_fields = message.round, message.attempt, message.base
+    return on.UpdateAnnounced(device, *part_fields, weights, message.samples, message.steps, dict(metrics))

@@ -13,31 +13,31 @@ def approve(identity: IdentityFolder, device: str, fingerprint: str) -> str:
     """Approve a waiting device with the key of this fingerprint; returns a message. Raises `JoinError` if it doesn't
     wait, or with another key.
     """
-    given = fingerprint.strip().lower()
-    known = identity.store.devices()
-    waiting = [d for d in known if d.device == device and d.status == WAITING]
+    normalised = fingerprint.strip().lower()
+    keys = identity.store.devices()
+    waiting = [d for d in keys if d.device == device and d.status == WAITING]
     if not waiting:
-        near = meant(device, {d.device for d in known if d.status == WAITING})
-        raise JoinError(f"no such device waits: {device}{near}", hint="See `fedprune-server devices`.")
-    right = [d for d in waiting if VerifyingKey.from_hex(d.key).fingerprint == given]
-    if not right:
+        suggestion = meant(device, {d.device for d in keys if d.status == WAITING})
+        raise JoinError(f"no such device waits: {device}{suggestion}", hint="See `fedprune-server devices`.")
+    matching = [d for d in waiting if VerifyingKey.from_hex(d.key).fingerprint == normalised]
+    if not matching:
         raise JoinError(
             f"no key with this fingerprint waits as {device}", got=shown(fingerprint),
             hint="If the board shows it, another board's key waits: don't approve it. See `fedprune-server devices`.",
         )  # fmt: skip
-    identity.store.approve(device, right[0].key, identity.authority.now())
-    return f"{device} is approved with key {given}"
+    identity.store.approve(device, matching[0].key, identity.authority.now())
+    return f"{device} is approved with key {normalised}"
 
 
 def deny(identity: IdentityFolder, device: str, fingerprint: str | None = None) -> str:
     """Turn away the key of this fingerprint, or all that wait under a name; an approved device of that name stays.
     Returns a message. Raises `JoinError` if none waits.
     """
-    given = None if fingerprint is None else fingerprint.strip().lower()
+    normalised = None if fingerprint is None else fingerprint.strip().lower()
     keys = [
         d.key
         for d in identity.store.devices()
-        if d.device == device and d.status == WAITING and given in (None, VerifyingKey.from_hex(d.key).fingerprint)
+        if d.device == device and d.status == WAITING and normalised in (None, VerifyingKey.from_hex(d.key).fingerprint)
     ]
     count = identity.store.deny(device, keys, identity.authority.now())
     if not count:
@@ -51,8 +51,8 @@ def revoke(identity: IdentityFolder, device: str) -> str:
     if not keys:
         if any(d.device == device and d.status == REVOKED for d in identity.store.devices()):
             raise JoinError(f"{device} is revoked already", hint="See `fedprune-server devices`.")
-        near = meant(device, {d.device for d in identity.store.devices()})
-        raise JoinError(f"no device {device} is approved or waits{near}", hint="See `fedprune-server devices`.")
+        suggestion = meant(device, {d.device for d in identity.store.devices()})
+        raise JoinError(f"no device {device} is approved or waits{suggestion}", hint="See `fedprune-server devices`.")
     return revoked(identity, device, keys, certificates)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 
+# Hosts of a listener at all addresses of this machine.
 _ANY = ("0.0.0.0", "::", "")  # noqa: S104  # nosec B104  # compared with, not listened on
-"""Hosts of a listener at all addresses of this machine."""
 
 
 def names_of(host: str) -> list[str]:
@@ -22,10 +22,10 @@ def names_of(host: str) -> list[str]:
 
 def addresses_of(name: str) -> set[str]:
     """Addresses of this machine, from its name and from its route to other networks."""
-    found = set()
+    addresses = set()
     with suppress(OSError):
-        found |= set(socket.gethostbyname_ex(name)[2])
+        addresses |= set(socket.gethostbyname_ex(name)[2])
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("192.0.2.1", 9))  # sends nothing: it chooses the address towards other networks
-        found.add(probe.getsockname()[0])
-    return found
+        addresses.add(probe.getsockname()[0])
+    return addresses

@@ -55,8 +55,9 @@ log = logging.getLogger("fedprune.server")
 
 FOLDER = "identity"
 _SIGNING, _EPOCH, _KEY, _CERTIFICATE, _SITE = "signing.key", "epoch", "server.key", "server.pem", "site"
+
+# The folder of an identity while another one is made in its place.
 _REPLACED = "identity.replaced"
-"""The folder of an identity while another one is made in its place."""
 
 _BROKER_LASTS_S = 365 * 24 * 3600
 _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
@@ -102,8 +103,8 @@ class IdentityFolder(Closing):
                 f"{state} has no identity", hint=f"Make one: `fedprune-server init --state {state}`.{looked_for(state)}"
             ) from error
         except OSError as error:
-            refused = isinstance(error, PermissionError)
-            hint = "Run the command as the server's user, who alone may read its keys." if refused else remedy(error)
+            is_denied = isinstance(error, PermissionError)
+            hint = "Run the command as the server's user, who alone may read its keys." if is_denied else remedy(error)
             raise StorageError(f"can't read {self.path / _SITE}: {error.strerror}", hint=hint) from error
         except (UnicodeDecodeError, ProtocolError) as error:
             raise IdentityError(f"{self.path / _SITE} is damaged", hint="Write the site's name into it.") from error
@@ -222,9 +223,9 @@ class IdentityFolder(Closing):
         """
         if device is not None and check_device(device) == SERVER:
             raise JoinError(f"no device may be called {SERVER!r}", hint="Choose another name.")
-        made, now = Claim.make(self.authority.pin), self.authority.now()
-        self.store.add_claim(made, device, now, now + seconds)
-        return made
+        claim, now = Claim.make(self.authority.pin), self.authority.now()
+        self.store.add_claim(claim, device, now, now + seconds)
+        return claim
 
     def revoke(self, device: str) -> tuple[int, int]:
         """Revoke a device's keys and, with them, its certificates, which the broker refuses as soon as it loads the
@@ -257,14 +258,14 @@ class IdentityFolder(Closing):
         return self.path / CONSOLE_CERTIFICATE, path, self.path / CERTIFICATE
 
     def _listening(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
-        certificate, private, wanted = self.path / certificate_name, self.path / key_name, sorted(set(hosts))
-        found = self._lasting(certificate, private, _BROKER_LASTS_S)
-        if found is None or set(wanted) != hosts_of(found):
+        certificate, key_path, sorted_hosts = self.path / certificate_name, self.path / key_name, sorted(set(hosts))
+        current = self._lasting(certificate, key_path, _BROKER_LASTS_S)
+        if current is None or set(sorted_hosts) != hosts_of(current):
             key = make_tls_key()
-            issued = self.authority.issue_broker(wanted, make_request(key, "broker"))
-            save_tls_key(key, private)
+            issued = self.authority.issue_broker(sorted_hosts, make_request(key, "broker"))
+            save_tls_key(key, key_path)
             write_public(certificate, issued.encode())
-        return certificate, private, self.path / CERTIFICATE
+        return certificate, key_path, self.path / CERTIFICATE
 
     def context(self, authority: Path | None = None) -> PinnedContext:
         """TLS for the server's own connection to a broker whose certificate `authority`, or else this server, vouches
@@ -289,15 +290,15 @@ class IdentityFolder(Closing):
     def _lasting(self, certificate: Path, key: Path, seconds: int) -> x509.Certificate | None:
         """A certificate that is the authority's and for this key, and lasts long enough."""
         try:
-            found = load_certificate(certificate, "certificate")
-            if key_digest(found.public_key()) != key_digest(load_tls_key(key).public_key()):
+            loaded = load_certificate(certificate, "certificate")
+            if key_digest(loaded.public_key()) != key_digest(load_tls_key(key).public_key()):
                 return None
-            if not issued_by(found, self.authority.certificate):
+            if not issued_by(loaded, self.authority.certificate):
                 return None
         except (IdentityError, ProtocolError):
             return None
-        least = min(self.authority.now() + seconds, self.authority.ends)
-        return found if seconds_of(found.not_valid_after_utc) >= least else None
+        earliest_end = min(self.authority.now() + seconds, self.authority.ends)
+        return loaded if seconds_of(loaded.not_valid_after_utc) >= earliest_end else None
 
 
 def _issue_server(authority: Authority, folder: Path) -> None:

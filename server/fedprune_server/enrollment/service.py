@@ -39,12 +39,12 @@ class EnrollmentService:
         """The answer to a request. Raises `ProtocolError` if the sender hasn't the keys that the request names."""
         check_request(request)
         digest = digest_of(request)
-        kept = self._identity.store.answer(digest)
+        stored_answer = self._identity.store.answer(digest)
         try:
             if not self._may(request, digest):
                 return self._signed(digest, WAITING, "the operator must approve this device")
-            if kept is not None:
-                answer = parse(kept)
+            if stored_answer is not None:
+                answer = parse(stored_answer)
                 if isinstance(answer, JoinAnswer):
                     return answer
             certificate = self._issue(request)
@@ -61,8 +61,8 @@ class EnrollmentService:
         store = self._identity.store
         certificate = store.certificate(request, self._identity.authority.now())
         if certificate is None:
-            made = self._identity.authority.issue_device(request.site, request.device, request.csr)
-            certificate = store.add_certificate(request, made)
+            issued = self._identity.authority.issue_device(request.site, request.device, request.csr)
+            certificate = store.add_certificate(request, issued)
         # Whoever revokes takes the key's approval first and then lists its certificates. So a key that is still
         # approved now will have this one listed; one that isn't may have had it overlooked.
         if store.key_of(request.device) != request.key:

@@ -42,28 +42,29 @@ from fedprune_server.storage.tables import (
 
 APPROVED, WAITING, REVOKED = "approved", "waiting", "revoked"
 
+# Requests that may wait for the operator at a time.
 MAX_WAITING = 1000
-"""Requests that may wait for the operator at a time."""
 
+# Of those, how many may wait under one name.
 MAX_NAMESAKES = 16
-"""Of those, how many may wait under one name."""
 
+# Answers to one device that are kept. An earlier request is answered again, with the certificate that its TLS key has:
+# it gets no second one, and is refused once that one has ended or was revoked.
 KEPT_ANSWERS = 16
-"""Answers to one device that are kept. An earlier request is answered again, with the certificate that its TLS key has:
-it gets no second one, and is refused once that one has ended or was revoked."""
 
+# Certificates of one member that have not ended.
 MAX_CERTIFICATES = 64
-"""Certificates of one member that have not ended."""
 
+# Seconds for which unused claims are kept after their end, so that a late board learns the reason.
 KEPT_CLAIMS_S = 30 * 86_400
-"""Seconds for which unused claims are kept after their end, so that a late board learns the reason."""
 
+# Members that are read at a time.
 _PAGE = 1000
-"""Members that are read at a time."""
 
 _VERSION, _IDENTITY = "members", "identity"
+
+# Rows of `meta`: a random text that a change of the members replaces, and the identity whose members they are.
 _NOT = "not\n"  # how the row begins where members are nobody's; the replaced identities follow, one a line
-"""Rows of `meta`: a random text that a change of the members replaces, and the identity whose members they are."""
 
 _M, _C, _T = MEMBERS.c, CLAIMS.c, CERTIFICATES.c
 _Result = TypeVar("_Result")
@@ -132,16 +133,16 @@ class IdentityStore:
         """
 
         def use(connection: sql.Connection) -> None:
-            found = connection.execute(sql.select(CLAIMS).where(_C.id == request.claim)).first()
-            known = holds_claim(request, bytes(32) if found is None else bytes(found.key))
-            if found is None or not known:
+            row = connection.execute(sql.select(CLAIMS).where(_C.id == request.claim)).first()
+            has_secret = holds_claim(request, bytes(32) if row is None else bytes(row.key))
+            if row is None or not has_secret:
                 raise UnknownClaimError("this server doesn't know the claim", hint="Have a new one made.")
-            if found.used is not None and found.used != digest:
+            if row.used is not None and row.used != digest:
                 raise UsedClaimError("the claim was used by another request", hint="Have a new one made.")
-            if found.used is None:
-                if now >= found.expires:
+            if row.used is None:
+                if now >= row.expires:
                     raise ExpiredClaimError("the claim has expired", hint="Have a new one made.")
-                if found.device is not None and found.device != request.device:
+                if row.device is not None and row.device != request.device:
                     raise ForeignClaimError(f"the claim is for another device than {request.device}")
                 _approve(connection, request.device, request.key, now)
                 used = CLAIMS.update().where(_C.id == request.claim).values(used=digest, used_at=now)
@@ -157,18 +158,18 @@ class IdentityStore:
         """
 
         def add(connection: sql.Connection) -> str:
-            known = _status(connection, device, key)
-            if known is None:
+            status = _status(connection, device, key)
+            if status is None:
                 waiting = list(connection.execute(sql.select(_M.device).where(_M.status == WAITING)).scalars())
                 if len(waiting) >= MAX_WAITING or waiting.count(device) >= MAX_NAMESAKES:
                     raise JoinError(
                         "too many wait for the operator", hint="Have a claim made, or let the operator decide."
                     )
                 connection.execute(MEMBERS.insert().values(device=device, key=key, status=WAITING, asked=now))
-            return known or WAITING
+            return status or WAITING
 
-        found = self._rows(sql.select(_M.status).where(_M.device == device, _M.key == key))
-        return str(found[0].status) if found else self._change(add)
+        rows = self._rows(sql.select(_M.status).where(_M.device == device, _M.key == key))
+        return str(rows[0].status) if rows else self._change(add)
 
     def approve(self, device: str, key: str, now: int) -> None:
         """Approve a waiting key. Raises `JoinError` if the name is another key's, or the key was revoked."""
@@ -184,15 +185,15 @@ class IdentityStore:
         """Turn away keys of a device that wait; one that was approved meanwhile stays. Returns how many there were."""
         return len(self._revoke(now, _M.device == device, _M.key.in_(list(keys)), _M.status == WAITING))
 
-    def _revoke(self, now: int, *which: sql.ColumnElement[bool]) -> set[str]:
+    def _revoke(self, now: int, *conditions: sql.ColumnElement[bool]) -> set[str]:
         revoked: set[str] = set()  # by all attempts: an earlier one may have been committed, though unanswered
 
         def revoke_keys(connection: sql.Connection) -> set[str]:
-            revoked.update(connection.execute(sql.select(_M.key).where(*which)).scalars())
-            connection.execute(MEMBERS.update().where(*which).values(status=REVOKED, decided=now))
+            revoked.update(connection.execute(sql.select(_M.key).where(*conditions)).scalars())
+            connection.execute(MEMBERS.update().where(*conditions).values(status=REVOKED, decided=now))
             # A revoked key is never approved again: its sender's sequence numbers are not needed.
-            others = sql.select(_M.key).where(_M.status == APPROVED)  # the same key may have another name
-            connection.execute(EPOCHS.delete().where(EPOCHS.c.key.in_(revoked), EPOCHS.c.key.not_in(others)))
+            approved_keys = sql.select(_M.key).where(_M.status == APPROVED)  # the same key may have another name
+            connection.execute(EPOCHS.delete().where(EPOCHS.c.key.in_(revoked), EPOCHS.c.key.not_in(approved_keys)))
             return revoked
 
         return self._change(revoke_keys)
@@ -200,15 +201,15 @@ class IdentityStore:
     def devices(self) -> list[Device]:
         """All keys that asked or were approved, by name."""
         query = sql.select(_M.device, _M.key, _M.status, _M.asked)
-        found = [Device(*row) for row in self._rows(query.order_by(_M.device, _M.asked, _M.key))]
-        for device in found:
-            if device.status not in (APPROVED, WAITING, REVOKED):
+        keys = [Device(*row) for row in self._rows(query.order_by(_M.device, _M.asked, _M.key))]
+        for key in keys:
+            if key.status not in (APPROVED, WAITING, REVOKED):
                 raise StorageError(
-                    f"the database's row of the member {device.device} is damaged",
-                    got=shown(device.status),
+                    f"the database's row of the member {key.device} is damaged",
+                    got=shown(key.status),
                     hint="Restore the server's backup.",
                 )
-        return found
+        return keys
 
     def waiting(self) -> list[tuple[str, str]]:
         """Names and keys that wait for the operator; other members are not read."""
@@ -222,8 +223,8 @@ class IdentityStore:
         return {row.device: int(row.asked) for row in self._rows(query.order_by(_M.asked, _M.device))}
 
     def key_of(self, device: str) -> str | None:
-        found = self._rows(sql.select(_M.key).where(_M.device == device, _M.status == APPROVED))
-        return str(found[0].key) if found else None
+        rows = self._rows(sql.select(_M.key).where(_M.device == device, _M.status == APPROVED))
+        return str(rows[0].key) if rows else None
 
     def members(self) -> Mapping[str, str]:
         """Keys of the approved devices by name; the same object for all callers until they change."""
@@ -240,24 +241,24 @@ class IdentityStore:
     def heard(self) -> dict[str, dict[str, int]]:
         """The latest epoch of each sender, by its key and by stream (`fedprune.security.signed_channel`), as `hear`
         wrote it."""
-        found: dict[str, dict[str, int]] = {}
+        epochs: dict[str, dict[str, int]] = {}
         for key, stream, epoch in self._rows(sql.select(EPOCHS)):
-            found.setdefault(key, {})[stream] = int(epoch)
-        return found
+            epochs.setdefault(key, {})[stream] = int(epoch)
+        return epochs
 
-    def hear(self, begun: Sequence[tuple[str, str, int]]) -> None:
+    def hear(self, epochs: Sequence[tuple[str, str, int]]) -> None:
         """Store which epochs of senders have begun, with the next transaction of the server (`Database.defer`).
 
         Args:
-            begun: Verifying key, stream and epoch of each.
+            epochs: Verifying key, stream and epoch of each.
         """
-        rows = [{"key": key, "stream": stream, "epoch": epoch} for key, stream, epoch in begun]
+        rows = [{"key": key, "stream": stream, "epoch": epoch} for key, stream, epoch in epochs]
         self._opened().defer(lambda connection: upsert(connection, EPOCHS, rows))
 
     def answer(self, request: str) -> bytes | None:
         """The answer that a request got, by the request's digest."""
-        found = self._rows(sql.select(ANSWERS.c.answer).where(ANSWERS.c.request == request))
-        return bytes(found[0].answer) if found else None
+        rows = self._rows(sql.select(ANSWERS.c.answer).where(ANSWERS.c.request == request))
+        return bytes(rows[0].answer) if rows else None
 
     def keep_answer(self, request: str, device: str, answer: bytes) -> None:
         """Keep an answer, so that the same request gets the same one."""
@@ -266,8 +267,10 @@ class IdentityStore:
             row = {"request": request, "device": device, "answer": answer}
             insert_new(connection, ANSWERS, [row])
             numbers = sql.select(ANSWERS.c.number).where(ANSWERS.c.device == device)
-            kept = numbers.order_by(ANSWERS.c.number.desc()).limit(KEPT_ANSWERS)
-            connection.execute(ANSWERS.delete().where(ANSWERS.c.device == device, ANSWERS.c.number.not_in(kept)))
+            latest_numbers = numbers.order_by(ANSWERS.c.number.desc()).limit(KEPT_ANSWERS)
+            connection.execute(
+                ANSWERS.delete().where(ANSWERS.c.device == device, ANSWERS.c.number.not_in(latest_numbers))
+            )
 
         self._write(keep)
 
@@ -279,16 +282,16 @@ class IdentityStore:
             ProtocolError: The certificate request is invalid.
         """
         device = request.device
-        found = self._rows(sql.select(CERTIFICATES).where(_T.tls_key == _tls_key(request)))
-        if found:
-            if (found[0].device, found[0].key) != (device, request.key):
+        rows = self._rows(sql.select(CERTIFICATES).where(_T.tls_key == _tls_key(request)))
+        if rows:
+            if (rows[0].device, rows[0].key) != (device, request.key):
                 raise IdentityError(
-                    f"the TLS key of {device} has a certificate of {shown(found[0].device)}, for another key or name",
+                    f"the TLS key of {device} has a certificate of {shown(rows[0].device)}, for another key or name",
                     hint="Make a new key.",
                 )
-            if found[0].ends <= now:
+            if rows[0].ends <= now:
                 raise IdentityError(f"the certificate of {device}'s TLS key is over", hint="Make a new key.")
-            return str(found[0].pem)
+            return str(rows[0].pem)
         members = sql.select(_T.serial).where(_T.device == device, _T.key == request.key, _T.ends > now)
         if (count := len(self._rows(members))) >= MAX_CERTIFICATES:
             raise IdentityError(f"{device} has {count} certificates", hint="Revoke or replace the device.")
@@ -332,18 +335,18 @@ class IdentityStore:
         if self._database is None:
             return True
 
-        def may_take(known: str | None) -> bool:
-            return known is None or (known.startswith(_NOT) and identity not in known.splitlines())
+        def may_take(owner: str | None) -> bool:
+            return owner is None or (owner.startswith(_NOT) and identity not in owner.splitlines())
 
         def claim(connection: sql.Connection) -> str | None:
             insert_new(connection, META, [{"key": _IDENTITY, "value": identity}])
-            if may_take(known := meta(connection, _IDENTITY)):
+            if may_take(owner := meta(connection, _IDENTITY)):
                 put_meta(connection, _IDENTITY, identity)
                 return identity
-            return known
+            return owner
 
-        known = self._read(lambda connection: meta(connection, _IDENTITY))
-        return (self._write(claim) if may_take(known) else known) == identity
+        owner = self._read(lambda connection: meta(connection, _IDENTITY))
+        return (self._write(claim) if may_take(owner) else owner) == identity
 
     def void(self, identity: str, now: int) -> None:
         """Revoke every member, and delete claims, answers, certificates and epochs: the identity, given by a text, is
@@ -353,8 +356,8 @@ class IdentityStore:
             connection.execute(MEMBERS.update().where(_M.status != REVOKED).values(status=REVOKED, decided=now))
             for table in (CLAIMS, ANSWERS, CERTIFICATES, EPOCHS):
                 connection.execute(table.delete())
-            known = meta(connection, _IDENTITY) or ""
-            replaced = {identity, *known.removeprefix(_NOT).splitlines()} - {""}
+            owner = meta(connection, _IDENTITY) or ""
+            replaced = {identity, *owner.removeprefix(_NOT).splitlines()} - {""}
             put_meta(connection, _IDENTITY, "\n".join([_NOT.strip(), *sorted(replaced)]))
 
         self._change(void)
@@ -408,8 +411,8 @@ def _is_empty(connection: sql.Connection) -> bool:
 
 
 def _approve(connection: sql.Connection, device: str, key: str, now: int) -> None:
-    others = sql.select(_M.key).where(_M.device == device, _M.status == APPROVED, _M.key != key)
-    if connection.execute(others).first() is not None:
+    other_keys = sql.select(_M.key).where(_M.device == device, _M.status == APPROVED, _M.key != key)
+    if connection.execute(other_keys).first() is not None:
         raise JoinError(
             f"another board is {device} already",
             hint=f"Choose another name; if that board is gone, `fedprune-server devices replace {device}`.",
@@ -424,8 +427,8 @@ def _approve(connection: sql.Connection, device: str, key: str, now: int) -> Non
 
 
 def _status(connection: sql.Connection, device: str, key: str) -> str | None:
-    found = connection.execute(sql.select(_M.status).where(_M.device == device, _M.key == key)).scalar()
-    return None if found is None else str(found)
+    status = connection.execute(sql.select(_M.status).where(_M.device == device, _M.key == key)).scalar()
+    return None if status is None else str(status)
 
 
 def _tls_key(request: JoinRequest) -> str:

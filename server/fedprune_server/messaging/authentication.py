@@ -37,23 +37,23 @@ from fedprune_server.messaging.transport import (
 
 log = logging.getLogger("fedprune.server")
 
+# Shortest time between two looks into the database for changed members.
 _LOOK_S = 1.0
-"""Shortest time between two looks into the database for changed members."""
 
+# Shortest time between two hellos that tell one device of this server's restart.
 _HELLO_S = 10.0
-"""Shortest time between two hellos that tell one device of this server's restart."""
 
+# Hellos to a device whose answers are awaited: some are lost.
 _ASKED = 3
-"""Hellos to a device whose answers are awaited: some are lost."""
 
+# Most new members that are greeted at once; among more, each that is connected already is heard minutes later.
 _GREETED = 100
-"""Most new members that are greeted at once; among more, each that is connected already is heard minutes later."""
 
+# Most messages that are opened together.
 _READ_AHEAD = 256
-"""Most messages that are opened together."""
 
+# Limit of answered requests to join: each costs a signature, and strangers may send them. Boards repeat theirs.
 JOINS_PER_S = 20.0
-"""Limit of answered requests to join: each costs a signature, and strangers may send them. Boards repeat theirs."""
 
 
 class AuthenticatedLink(Relay):
@@ -209,7 +209,7 @@ class AuthenticatedLink(Relay):
 
     def _open(self, device: str, topic: str, payload: bytes) -> bytes:
         opener = self._opener(device)
-        before = opener.epoch(topic)
+        previous_epoch = opener.epoch(topic)
         try:
             body = opener.open(topic, payload)
         except StaleEpochError as error:
@@ -222,26 +222,26 @@ class AuthenticatedLink(Relay):
                 self._repeat_hello(device)
                 raise
             return body
-        maybe = Birth.kind.encode() in body or b"\\" in body  # which may stand for any letter
-        if maybe and topic == self._topics.up(device) and isinstance(birth := parse(body), Birth):
+        may_be_birth = Birth.kind.encode() in body or b"\\" in body  # which may stand for any letter
+        if may_be_birth and topic == self._topics.up(device) and isinstance(birth := parse(body), Birth):
             self._sealer.renew(self._topics.down(device))
-            self._compare(device, birth.session, opener.epoch(topic) - before)
+            self._compare(device, birth.session, opener.epoch(topic) - previous_epoch)
         return body
 
-    def _compare(self, device: str, session: int, step: int) -> None:
+    def _compare(self, device: str, session: int, epoch_step: int) -> None:
         """Detect a birth of a second board with the same key.
 
         A board's epochs follow each other, except when its process starts, which begins another session, and after a
         hello. A copy of its disk continues from another epoch. So a board that starts gets another hello, and the
         answers decide: a board that answers without a hello, or in an earlier epoch, is another one.
         """
-        known = self._births.get(device)
+        previous_session = self._births.get(device)
         self._births[device] = session
-        if step == 1 or known is None:
+        if epoch_step == 1 or previous_session is None:
             return
         if self._asked.get(device, 0):
             self._asked[device] -= 1
-        elif session == known:
+        elif session == previous_session:
             self._news.append(DuplicateIdentity(device))
         else:
             self._repeat_hello(device)
@@ -253,13 +253,15 @@ class AuthenticatedLink(Relay):
             self._look_at = now + _LOOK_S
             version = self._store.version()
             if version != self._version:
-                first, before = self._version is None, self._members
+                is_first_poll, previous_members = self._version is None, self._members
                 self._version, self._members = version, self._store.members()
                 self._identity.update_revocations()
                 self._quarantine.members = self._members
-                self._news.extend(DeviceRevoked(n) for n, key in before.items() if self._members.get(n) != key)
-                new = [] if first else self._members.keys() - before.keys()
-                for device in sorted(new) if len(new) <= _GREETED else ():
+                self._news.extend(
+                    DeviceRevoked(n) for n, key in previous_members.items() if self._members.get(n) != key
+                )
+                new_members = [] if is_first_poll else self._members.keys() - previous_members.keys()
+                for device in sorted(new_members) if len(new_members) <= _GREETED else ():
                     self._repeat_hello(device)  # another server has let it in, and its birth may have come before
         return self._members
 

@@ -28,11 +28,11 @@ from fedprune_server.messaging.transport import Wire
 
 log = logging.getLogger("fedprune.server")
 
+# Bytes of requests to join that may wait, some hundreds, and for how long their connection is closed beyond that.
 JOINS_BYTES, JOINS_PAUSE_S = 2**20, 5.0
-"""Bytes of requests to join that may wait, some hundreds, and for how long their connection is closed beyond that."""
 
+# Where brokers listen (IANA).
 _PLAIN_PORT, _TLS_PORT = 1883, 8883
-"""Where brokers listen (IANA)."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
                 stack.enter_context(broker)
             except PortTakenError:
                 if identity is not None:  # as a restored server's beside the one that was backed up
-                    this = ServerInstance(config.state, looks_only=True)
-                    with second_server_guard(broker.url, identity, config.ca, this) as guard:
+                    this_server = ServerInstance(config.state, looks_only=True)
+                    with second_server_guard(broker.url, identity, config.ca, this_server) as guard:
                         guard.enter()
                 raise
             url = broker.url

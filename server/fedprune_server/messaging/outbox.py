@@ -21,8 +21,8 @@ from fedprune_server.transfer.uploads import Wants
 
 _CHUNKS_PER_TURN = 4
 
+# Messages that a device answers.
 _ANSWERED = (Hello, Offer, SecureStep, Reconnect, ReleaseOffer)
-"""Messages that a device answers."""
 
 
 class Outbox:
@@ -99,31 +99,31 @@ class Outbox:
     def broadcast(self, hello: Hello) -> None:
         self._link.publish(self._topics.broadcast(), hello.to_bytes())
 
-    def ask(self, wants: Wants) -> None:
+    def ask(self, requests: Wants) -> None:
         """Request pieces of devices' updates at once, without waiting for the turn's transaction: a request doesn't
         depend on saved state.
         """
-        for device, want in wants:
-            if isinstance(want, BlobRequest):
-                self._quarantine.asked(device, want.count)
-                self._registry.note_request_to(device, want, self._clock())
+        for device, request in requests:
+            if isinstance(request, BlobRequest):
+                self._quarantine.asked(device, request.count)
+                self._registry.note_request_to(device, request, self._clock())
             self._quarantine.sends(device)
-            topic, payload = self._topics.down(device), with_request_id(want).to_bytes()
+            topic, payload = self._topics.down(device), with_request_id(request).to_bytes()
             if not self._outbox and self._link.publish(topic, payload):
                 self._registry.sent(device, len(payload))
             else:
                 self._outbox.append((device, topic, payload))
 
-    def fetched(self, device: str, want: BlobRequest, allowed: AbstractSet[str]) -> None:
+    def fetched(self, device: str, request: BlobRequest, allowed_digests: AbstractSet[str]) -> None:
         """Queue the pieces of a blob that a device requests, if it may have them."""
-        if self._is_duplicate(device, want):
+        if self._is_duplicate(device, request):
             return
-        if want.sha256 in allowed:
-            self._registry.note_request_of(device, want, self._clock())
-            self._quarantine.fetches(device, want.sha256, self._downloads.leaves(want.sha256))
-            self._downloads.add(device, want)
+        if request.sha256 in allowed_digests:
+            self._registry.note_request_of(device, request, self._clock())
+            self._quarantine.fetches(device, request.sha256, self._downloads.leaves(request.sha256))
+            self._downloads.add(device, request)
         else:
-            self.send(device, BlobNotFound(want.sha256))
+            self.send(device, BlobNotFound(request.sha256))
 
     def forget(self, device: str) -> None:
         """Drop the requests of a device that has gone."""

@@ -15,9 +15,9 @@ class RateLimitedLink(Relay):
         self._quarantine = quarantine
 
     def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
-        news = self._quarantine.news()
-        if news is not None:
-            return news
+        event = self._quarantine.news()
+        if event is not None:
+            return event
         item = self._link.get(timeout)
         if isinstance(item, tuple):
             topic, payload = item
@@ -28,5 +28,5 @@ class RateLimitedLink(Relay):
 
 def _device(topic: str) -> str:
     """The topic's level for the device, which need not be a device's name."""
-    parts = topic.split("/", 4)
-    return parts[3] if len(parts) > 3 else ""
+    levels = topic.split("/", 4)
+    return levels[3] if len(levels) > 3 else ""

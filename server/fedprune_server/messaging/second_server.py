@@ -32,14 +32,15 @@ from fedprune_server.enrollment.pki import IdentityFolder
 log = logging.getLogger("fedprune.server")
 
 _CONNECT_S = 10.0
+
+# Time that other servers have to answer, once this one has heard its own question.
 _ANSWER_S = 1.0
-"""Time that other servers have to answer, once this one has heard its own question."""
 
+# How often a server that serves asks: two that don't know of each other do harm with every round.
 ASK_INTERVAL_S = 60.0
-"""How often a server that serves asks: two that don't know of each other do harm with every round."""
 
+# Limit of messages that are read: each costs a signature check, and servers send few.
 _HEARD_PER_S = 20.0
-"""Limit of messages that are read: each costs a signature check, and servers send few."""
 
 _INBOX_BYTES = 2**18
 _NONCES = 8
@@ -112,8 +113,8 @@ class SecondServerGuard:
         Where the broker can't be reached the list is empty; where it doesn't deliver the question itself, the log
         warns.
         """
-        until = self._clock() + _CONNECT_S
-        while not self._echo.wait(0.05) and self._clock() < until:
+        deadline = self._clock() + _CONNECT_S
+        while not self._echo.wait(0.05) and self._clock() < deadline:
             if self._link.trouble:
                 return []
         if not self._echo.is_set():
@@ -132,12 +133,12 @@ class SecondServerGuard:
         if not self._embedded:
             self.others()
         with self._lock:
-            other = next(iter(self._others.values()), None)
-            if other is None:
+            presence = next(iter(self._others.values()), None)
+            if presence is None:
                 self._since = int(time.time())
                 return
         raise OtherServerError(
-            f"another server runs this fleet: {described(other)}", hint="Stop that one, then start this one."
+            f"another server runs this fleet: {described(presence)}", hint="Stop that one, then start this one."
         )
 
     def confirm(self) -> None:
@@ -200,26 +201,26 @@ class SecondServerGuard:
         that both begin, or that both come back, only the one with the smaller id answers."""
         since = self._serves_since
         if bool(since) == bool(query.since):
-            asks = not since or self._clock() < self._asked_at + _ANSWER_S
-            first = not asks or self._embedded or query.instance > self._instance
+            is_asking = not since or self._clock() < self._asked_at + _ANSWER_S
+            has_precedence = not is_asking or self._embedded or query.instance > self._instance
         else:
-            first = bool(since)
-        if first:
-            place = (self._host, self._folder, since, self._lease)
-            self._say(ServerPresence(query.nonce, self._instance, *place))
+            has_precedence = bool(since)
+        if has_precedence:
+            own_fields = (self._host, self._folder, since, self._lease)
+            self._say(ServerPresence(query.nonce, self._instance, *own_fields))
         else:
             self._ask()  # its answer shows that it lives: the question may be a repeated one
 
-    def _give_way(self, other: ServerPresence) -> None:
+    def _give_way(self, presence: ServerPresence) -> None:
         with self._lock:
-            if other.nonce not in self._nonces or self._shares(other.lease):
+            if presence.nonce not in self._nonces or self._shares(presence.lease):
                 return
-            if self._since is not None and not other.since:
+            if self._since is not None and not presence.since:
                 return  # it answered before this one served, and hears of it now
-            self._others[other.instance] = other
+            self._others[presence.instance] = presence
             if self._since is None or self._successor is not None:
                 return
-            self._successor = other
+            self._successor = presence
         self._stopping.set()
 
     def _shares(self, lease: str | None) -> bool:
@@ -262,8 +263,8 @@ def second_server_guard(
     """
     inbox = Inbox[Event](_INBOX_BYTES)
     link = Link(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.context(ca), inbox=inbox)
-    made = SecondServerGuard(link, identity.site, identity.key, server, stopping)
+    guard = SecondServerGuard(link, identity.site, identity.key, server, stopping)
     try:
-        yield made
+        yield guard
     finally:
-        made.close()
+        guard.close()

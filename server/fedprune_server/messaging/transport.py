@@ -12,8 +12,8 @@ from fedprune.wire.queues import Event
 from fedprune.wire.topics import Topics
 from fedprune_server.devices.quarantine import Quarantine, Quarantined, Released
 
+# Seconds for which messages are taken in before what they led to is saved, in one transaction, and answered.
 TURN_S = 0.02
-"""Seconds for which messages are taken in before what they led to is saved, in one transaction, and answered."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class DroppedMessage:
     """A message was dropped or answered at once; more may wait behind it."""
 
 
+# The events of a device that the connection detects without a message from it.
 Noticed = DeviceRevoked | DuplicateIdentity | Quarantined | Released
-"""The events of a device that the connection detects without a message from it."""
 
+# A topic and a payload, or an event of the connection or about a device.
 Item = tuple[str, bytes] | Event | Noticed
-"""A topic and a payload, or an event of the connection or about a device."""
 
 
 class Wire(Protocol):

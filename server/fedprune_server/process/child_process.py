@@ -1,4 +1,4 @@
-"""Child processes that exchange lines with this one over their standard streams. No call waits for a pipe."""
+"""Child processes that exchange messages with this one over their standard streams. No call waits for a pipe."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from fedprune.core.errors import FedpruneError, ProtocolError
 
 log = logging.getLogger("fedprune.server")
 
+# A child that ran at least this long is restarted at once when it ends, any number of times: only one that ends right
+# after each start would keep the server busy with restarts.
 STABLE_S = 60.0
-"""A child that ran at least this long is restarted at once when it ends, any number of times."""
 
+# Number of shorter runs in a row after which the next start waits for `BACKOFF_S`.
 MAX_SHORT_RUNS = 3
-"""Number of shorter runs in a row after which the next start waits for `BACKOFF_S`."""
 
 BACKOFF_S = 60.0
 
+# Seconds for which a child's message waits for room in the queue of unread messages. After that the child counts as
+# ended: its reader would otherwise wait for ever, where the server's loop no longer takes its messages.
 _FULL_S = 30.0
-"""How long a child's message waits for room in the queue of unread messages before the child is ended."""
 
 Message = TypeVar("Message")
 
@@ -33,13 +35,14 @@ class ChildDiedError(FedpruneError):
 
 
 class ChildProcess(Generic[Message]):
-    """One run of a child process, in a session of its own: Ctrl-C in the terminal is for this process, which ends it.
+    """One run of a child process, in a session of its own: Ctrl-C at the terminal reaches this process alone, which
+    then ends the child.
 
     Args:
-        name: Its name in the log, such as `the console`.
-        read: Reads its next message; None at the end.
-        max_unread: Maximum number of unread messages; with more it is ended. 0 for no limit.
-        environment: Its environment variables; None for this process's.
+        name: The child's name in the log, such as `the console`.
+        read: Reads the child's next message; returns None at the end.
+        max_unread: Maximum number of unread messages, with more of which the child is ended; 0 for no limit.
+        environment: The child's environment variables; None for those of this process.
 
     Raises:
         OSError: It can't be started.
@@ -57,8 +60,7 @@ class ChildProcess(Generic[Message]):
         self._name, self._read_message = name, read
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._messages: queue.Queue[Message | None] = queue.Queue(max_unread)
-        self.ended = False
-        """Whether all its messages have been received and it sends no more."""
+        self.ended = False  # whether all its messages have been received and it sends no more
         self._process = subprocess.Popen(  # noqa: S603  # nosec B603  # our own module, in this Python
             list(command),
             stdin=subprocess.PIPE,
@@ -83,11 +85,11 @@ class ChildProcess(Generic[Message]):
         return self._process.returncode
 
     def send(self, line: bytes) -> None:
-        """Send it a line, without waiting."""
+        """Send a line to the child, without waiting."""
         self._lines.put(line)
 
     def receive(self, timeout: float = 0.0) -> Message | None:
-        """Its next message; None if none comes in time, or it has ended."""
+        """The child's next message; None if none comes in time, or the child has ended."""
         if self.ended:
             return None
         try:
@@ -101,13 +103,13 @@ class ChildProcess(Generic[Message]):
         self._process.kill()
 
     def stop(self, timeout: float) -> None:
-        """End it by the end of its standard input and SIGTERM, and by SIGKILL after `timeout` seconds."""
+        """End the child: close its standard input and send SIGTERM, and SIGKILL after `timeout` seconds."""
         self._lines.put(None)
         self._process.terminate()
         wait_or_kill(self._process, timeout)
 
     def _read(self, stream: BinaryIO) -> None:
-        """Queue its messages; the end of the stream, or a message that can't be read, is its end."""
+        """Queue the child's messages until its stream ends or a message can't be read."""
         try:
             with stream:
                 while (message := self._read_message(stream)) is not None:
@@ -120,18 +122,19 @@ class ChildProcess(Generic[Message]):
         with suppress(OSError, ValueError):
             while (line := self._lines.get()) is not None:
                 stream.write(line)
-                if self._lines.empty():
+                if self._lines.empty():  # one system call for many lines
                     stream.flush()
         with suppress(OSError, ValueError):
             stream.close()
 
 
 class RestartedProcess(Generic[Message]):
-    """A child process that is started again when it ends. Only `stop` waits for it, for a few seconds.
+    """A child process that is started again when it ends. Only `kill` and `stop` wait for it, for a few seconds.
 
     Args:
-        name: Its name in the log, such as `the console`.
-        stop_s: Seconds that it has for ending when asked to.
+        start: Starts a run of the child.
+        name: The child's name in the log, such as `the console`.
+        stop_s: Seconds in which the child may end when it is asked to.
     """
 
     def __init__(self, start: Callable[[], ChildProcess[Message]], name: str, *, stop_s: float) -> None:
@@ -142,7 +145,7 @@ class RestartedProcess(Generic[Message]):
 
     @property
     def alive(self) -> bool:
-        """Whether the process exists; one that has ended does until its last message is received."""
+        """Whether the process exists. One that has ended counts until its last message is received."""
         return self._child is not None
 
     @property
@@ -153,12 +156,12 @@ class RestartedProcess(Generic[Message]):
         """Start the process, unless it exists or has ended too often lately; returns whether it was started.
 
         Args:
-            first: Makes the first line to it.
+            first: Makes the first line that it receives.
             now: Seconds of a monotonic clock.
         """
         if self._child is not None or now < self._not_before:
             return False
-        line = first()
+        encoded_line = first()
         try:
             self._child = self._start()
         except OSError as error:
@@ -166,16 +169,16 @@ class RestartedProcess(Generic[Message]):
             self._not_before = now + BACKOFF_S
             return False
         self._started_at = now
-        self._child.send(line)
+        self._child.send(encoded_line)
         return True
 
     def send(self, line: bytes) -> None:
-        """Send it a line, without waiting; the line is lost if it is not alive."""
+        """Send a line to the process, without waiting. Without a process the line is lost."""
         if self._child is not None:
             self._child.send(line)
 
     def received(self, now: float) -> Iterator[Message]:
-        """Its messages since the last call. If it has ended, it may be started again."""
+        """The messages since the last call. A process that has ended may then be started again."""
         child = self._child
         if child is None:
             return
@@ -185,7 +188,7 @@ class RestartedProcess(Generic[Message]):
             self.kill(now, "it has ended")
 
     def kill(self, now: float, reason: str) -> None:
-        """Kill it, so that it can be started again."""
+        """Kill the process, so that it can be started again."""
         child, self._child = self._child, None
         if child is None:
             return

@@ -13,7 +13,8 @@ def end_with_parent(parent: int) -> None:
     """End this process when its parent, of process id `parent`, ends; ignore Ctrl-C, which is for the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_parent_death_signal(signal.SIGTERM)
-    if os.getppid() != parent:  # it ended before the kernel was asked
+    # The kernel sends no signal for a parent that ended before it was asked to.
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
 
 

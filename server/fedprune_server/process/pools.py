@@ -1,7 +1,7 @@
-"""Pools that carry out tasks in other processes: each task is a function of a worker and further arguments.
+"""Pools that run tasks in other processes: each task is a function of a worker and further arguments.
 
-A worker, such as a loaded model, is made once in each process. An error of a task is in its future, and another process
-can repeat the task.
+A worker, such as a loaded model, is made once in each process. The error of a task is in its future, and another
+process can repeat the task.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ R = TypeVar("R")
 
 log = logging.getLogger("fedprune.server")
 
+# Processes are spawned: a fork would copy whatever locks other threads hold at that moment.
 _SPAWN = multiprocessing.get_context("spawn")
-"""A fork would copy whatever locks other threads hold at that moment."""
 
 
 class TaskPool(ABC, Generic[W]):
-    """Carries out tasks.
+    """Runs tasks.
 
     Attributes:
-        patience_s: Time for which a result is worth waiting; None for as long as it takes.
-        adds: Whether a server lets it check and add up updates, too.
+        patience_s: Seconds after which a result is no longer awaited; None to wait for as long as it takes.
+        adds: Whether a server has its updates checked and added up by this pool, too.
     """
 
     patience_s: float | None = None
@@ -43,11 +43,11 @@ class TaskPool(ABC, Generic[W]):
     @property
     @abstractmethod
     def size(self) -> int:
-        """Number of tasks at a time."""
+        """Number of tasks that run at a time."""
 
     @abstractmethod
     def submit(self, task: Callable[..., R], *arguments: Any) -> Future[R]:
-        """Have `task(worker, *arguments)` done; both have to be picklable."""
+        """Run `task(worker, *arguments)` in another process; task and arguments have to be picklable."""
 
     @abstractmethod
     def close(self) -> None:
@@ -55,11 +55,11 @@ class TaskPool(ABC, Generic[W]):
 
 
 class ProcessPool(TaskPool[W]):
-    """Processes that last, each with a worker.
+    """Processes that stay, each with a worker.
 
     Args:
         make: Makes a process's worker; picklable.
-        restarts: Whether others take the place of processes that were killed; if not, a killed one breaks the pool.
+        restarts: Whether killed processes are replaced; if not, a killed one breaks the pool.
     """
 
     def __init__(self, size: int, make: Callable[[], W], *, restarts: bool = False) -> None:
@@ -71,7 +71,7 @@ class ProcessPool(TaskPool[W]):
         return self._size
 
     def submit(self, task: Callable[..., R], *arguments: Any) -> Future[R]:
-        """Have a task done. Raises `BrokenExecutor` if a process was killed, and the pool doesn't restart."""
+        """Run a task. Raises `BrokenExecutor` if a process was killed and the pool doesn't restart."""
         try:
             return self._processes.submit(_done, task, arguments)
         except BrokenExecutor:
@@ -89,8 +89,9 @@ class ProcessPool(TaskPool[W]):
         return ProcessPoolExecutor(self._size, _SPAWN, _begin, (os.getpid(), self._make))
 
 
+# In a process of a pool: its worker.
+# Global, because a task that is sent to a process can't refer to an object that was made there.
 _worker: Any = None
-"""In a process of a pool: its worker."""
 
 
 def _begin(parent: int, make: Callable[[], Any]) -> None:
@@ -104,7 +105,7 @@ def _done(task: Callable[..., R], arguments: tuple[Any, ...]) -> R:
 
 
 class ProcessPerTask(TaskPool[W]):
-    """Gives each task a process of its own, so that one that is killed costs no other; results are dropped.
+    """Gives each task a process of its own, so that a killed one costs no other task. Results are dropped.
 
     Args:
         size: Number of processes at a time.
@@ -113,7 +114,8 @@ class ProcessPerTask(TaskPool[W]):
 
     def __init__(self, size: int, worker: W) -> None:
         self._size, self._worker = size, worker
-        self._threads = ThreadPoolExecutor(size)  # one for each process, which would end with it
+        # One thread for each process: Linux would end the child of a thread that ends.
+        self._threads = ThreadPoolExecutor(size)
         self._lock = threading.Lock()
         self._running: set[SpawnProcess] = set()
         self._closed = False

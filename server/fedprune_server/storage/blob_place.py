@@ -15,8 +15,9 @@ from fedprune_server.storage.s3.store import BucketStore
 log = logging.getLogger("fedprune.server")
 
 BLOBS = "blobs"
+
+# Key of a job's settings: the number by which its bucket knows it.
 NUMBER = "bucket"
-"""Key of a job's settings: the number by which its bucket knows it."""
 
 
 def place_of(settings: Mapping[str, Any] | None) -> str:
@@ -26,16 +27,16 @@ def place_of(settings: Mapping[str, Any] | None) -> str:
 
 def number_of(settings: Mapping[str, Any] | None) -> str | None:
     """The number by which a bucket knows a job; None if its blobs have never been in one."""
-    found = (settings or {}).get(NUMBER)
-    return None if found is None else str(found)
+    number = (settings or {}).get(NUMBER)
+    return None if number is None else str(number)
 
 
 def bucket_of(folder: Path, settings: Mapping[str, Any] | None) -> BucketStore | None:
     """The bucket that has a job's blobs, for reading; None if they are in the folder. Raises what `opened` raises."""
-    place = place_of(settings)
-    if place == FOLDER:
+    address = place_of(settings)
+    if address == FOLDER:
         return None
-    store = BucketStore(folder / BLOBS, place, keeping=False)
+    store = BucketStore(folder / BLOBS, address, keeping=False)
     store.check_owner(number_of(settings))
     return store
 
@@ -45,12 +46,12 @@ def reader(folder: Path, settings: Mapping[str, Any] | None) -> BlobStore:
     return bucket_of(folder, settings) or BlobStore(folder / BLOBS, sweep=False)
 
 
-def opened(folder: Path, place: str, cache: int, settings: Mapping[str, Any] | None) -> BlobStore:
+def opened(folder: Path, address: str, cache_bytes: int, settings: Mapping[str, Any] | None) -> BlobStore:
     """The store of a server; `cache` is how many bytes of a bucket's blobs the folder may hold. Raises `ConfigError` if
     the bucket has another job's blobs, and `MissingExtraError` if boto3 isn't installed."""
-    if place == FOLDER:
+    if address == FOLDER:
         return BlobStore(folder / BLOBS)
-    store = BucketStore(folder / BLOBS, place, cache=cache)
+    store = BucketStore(folder / BLOBS, address, cache=cache_bytes)
     store.check_owner(number_of(settings))
     return store
 
@@ -63,18 +64,18 @@ def move_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed:
     """Copy the blobs that a job needs to its store, from the folder (after a restore, or where they were kept until
     now) or from another bucket. Raises `StorageError` if a blob is damaged.
     """
-    near, missing = BlobStore(folder / BLOBS), [d for d in sorted(needed) if not store.has(d)]
-    moved = 0
-    for digest in [d for d in missing if near.has(d)]:
-        store.put(near.read(digest))
-        moved += 1
+    local_store, missing = BlobStore(folder / BLOBS), [d for d in sorted(needed) if not store.has(d)]
+    copied = 0
+    for digest in [d for d in missing if local_store.has(d)]:
+        store.put(local_store.read(digest))
+        copied += 1
     missing = [d for d in missing if not store.has(d)]
-    place = place_of(settings)
-    if missing and place != FOLDER and store.describe() != place:
-        other = BucketStore(folder / BLOBS, place, keeping=False)
-        other.check_owner(number_of(settings))
-        for digest in [d for d in missing if other.has(d)]:
-            store.put(other.read(digest))
-            moved += 1
-    if moved:
-        log.info("%d blobs were brought to %s", moved, store.describe())
+    address = place_of(settings)
+    if missing and address != FOLDER and store.describe() != address:
+        previous_store = BucketStore(folder / BLOBS, address, keeping=False)
+        previous_store.check_owner(number_of(settings))
+        for digest in [d for d in missing if previous_store.has(d)]:
+            store.put(previous_store.read(digest))
+            copied += 1
+    if copied:
+        log.info("%d blobs were brought to %s", copied, store.describe())

@@ -13,11 +13,11 @@ from fedprune_server.storage.lease import ROW as LEASE
 from fedprune_server.storage.storage import Storage
 from fedprune_server.storage.tables import ANSWERS, EVENTS, META, ROLLOUTS, TABLES, meta, put_meta
 
+# Row of `meta`: digest of the backup that a database was filled from.
 RESTORED = "restored"
-"""Row of `meta`: digest of the backup that a database was filled from."""
 
+# Rows of `meta` that are of one database and server, not of the job.
 _OWN = (MARK, LEASE, DATABASE_ID)
-"""Rows of `meta` that are of one database and server, not of the job."""
 _ROWS = 500
 
 
@@ -55,7 +55,7 @@ def fill(url: str, source: Path, digest: str) -> None:
         _carry(copy.database, storage.database, {RESTORED: digest})
 
 
-def _carry(source: Database, target: Database, more: dict[str, str] | None = None) -> None:
+def _carry(source: Database, target: Database, extra_rows: dict[str, str] | None = None) -> None:
     with translated(target.url), source.engine.connect() as reader, target.engine.connect() as writer:
         if source.postgresql:
             reader = reader.execution_options(isolation_level="REPEATABLE READ")
@@ -63,11 +63,11 @@ def _carry(source: Database, target: Database, more: dict[str, str] | None = Non
             for table in TABLES.sorted_tables:
                 writer.execute(table.delete())
                 rows = reader.execution_options(yield_per=_ROWS).execute(sql.select(table))
-                for part in rows.mappings().partitions(_ROWS):
-                    kept = [dict(r) for r in part if table is not META or r["key"] not in _OWN]
-                    if kept:
-                        writer.execute(table.insert(), kept)
-            for key, value in (more or {}).items():
+                for batch in rows.mappings().partitions(_ROWS):
+                    copied_rows = [dict(r) for r in batch if table is not META or r["key"] not in _OWN]
+                    if copied_rows:
+                        writer.execute(table.insert(), copied_rows)
+            for key, value in (extra_rows or {}).items():
                 put_meta(writer, key, value)
             if target.postgresql:
                 put_meta(writer, MARK, "")

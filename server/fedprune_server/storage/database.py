@@ -32,15 +32,16 @@ from fedprune_server.storage.tables import META, put_meta
 
 log = logging.getLogger("fedprune.server")
 
+# For how long a database that was reached before may be away.
 PATIENCE_S = 60.0
-"""For how long a database that was reached before may be away."""
 
+# Row of `meta` in PostgreSQL: a random text that each transaction writes, to know it again.
 MARK = "commit"
-"""Row of `meta` in PostgreSQL: a random text that each transaction writes, to know it again."""
 
 _PAUSE_S = 0.5
+
+# Seconds for which SQLite itself waits for a lock; between two of its waits the waiting thread shows that it lives.
 SQLITE_RETRY_S = 1.0
-"""Seconds for which SQLite itself waits for a lock; between two of its waits the waiting thread shows that it lives."""
 
 _FULL = ("disk is full", "no space left", "could not extend file", "database or disk is full")
 _POSTGRESQL = {
@@ -53,14 +54,14 @@ _POSTGRESQL = {
     "application_name": "fedprune-server",
 }
 
+# Seconds after which PostgreSQL ends a session that does nothing within a transaction, because its process is stopped
+# or its machine gone. As long as a server's lease: a leader that froze within a transaction keeps it no longer than one
+# that froze outside. The pauses between our own statements are milliseconds.
 TRANSACTION_IDLE_S = 15
-"""Seconds after which PostgreSQL ends a session that does nothing within a transaction, because its process is stopped
-or its machine gone. As long as a server's lease: a leader that froze within a transaction keeps it no longer than one
-that froze outside. The pauses between our own statements are milliseconds."""
 
+# Seconds after which a lock of PostgreSQL that isn't free is asked for again: so the waiting process shows that it
+# lives, and can be stopped.
 LOCK_TIMEOUT_S = 2.0
-"""Seconds after which a lock of PostgreSQL that isn't free is asked for again: so the waiting process shows that it
-lives, and can be stopped."""
 
 _POSTGRESQL_SESSION = {
     # The database's side notices, too, that this machine is gone, while it sends what was asked for.
@@ -77,11 +78,11 @@ WHERE datname = current_database() AND pid <> pg_backend_pid()
 ORDER BY xact_start
 """
 
+# Option of connections whose transactions only read.
 _READS = "fedprune_reads"
-"""Option of connections whose transactions only read."""
 
+# PostgreSQL's code of a statement that waited for longer than `lock_timeout`.
 _LOCK_NOT_AVAILABLE = "55P03"
-"""PostgreSQL's code of a statement that waited for longer than `lock_timeout`."""
 
 _Result = TypeVar("_Result")
 

@@ -9,8 +9,8 @@ from fedprune.coordination import State
 from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import PUT_AWAY
 
+# Devices away that stay in memory, those that left last: most devices that come back do so soon.
 KEPT = 1000
-"""Devices away that stay in memory, those that left last: most devices that come back do so soon."""
 
 
 class DevicesAway:
@@ -27,27 +27,27 @@ class DevicesAway:
         self._whole: dict[str, None] = {}  # devices that are away and still in memory, the longest ones first
         self._spared: list[str] = []  # others, which had a part when their turn came
 
-    def saved(self, state: State, names: Iterable[str], *, round_over: bool) -> None:
+    def saved(self, state: State, changed_names: Iterable[str], *, round_over: bool) -> None:
         """The state is saved: put away devices that are not active.
 
         Args:
-            names: Devices that have changed.
+            changed_names: Devices that have changed.
             round_over: Whether a round has ended, after which other devices are active.
         """
         state.devices.fetch = self._fetch
         if round_over:
             self._whole = dict.fromkeys([*self._spared, *self._whole])
             self._spared = []
-        for name in names:
+        for name in changed_names:
             self._whole.pop(name, None)
             if (device := state.devices.get(name)) is not None and not device.online:
                 self._whole[name] = None
-        latest = state.history[-1]["devices"] if state.history else {}
+        latest_devices = state.history[-1]["devices"] if state.history else {}
         while len(self._whole) > KEPT:
             name = next(iter(self._whole))
             del self._whole[name]
             device = state.devices.get(name)
-            if name in state.tasks or name in latest:
+            if name in state.tasks or name in latest_devices:
                 self._spared.append(name)
             elif device is not None and not device.online:
                 device.put_away(PUT_AWAY)

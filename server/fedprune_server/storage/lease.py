@@ -30,8 +30,9 @@ from fedprune_server.storage.tables import META, meta, put_meta
 log = logging.getLogger("fedprune.server")
 
 ROW = "lease"
+
+# Row of `meta`: a random id of a PostgreSQL database, which no copy of it in another database has.
 DATABASE_ID = "database-id"
-"""Row of `meta`: a random id of a PostgreSQL database, which no copy of it in another database has."""
 
 LASTS_S = 15.0
 RENEWED_S = 3.0
@@ -82,17 +83,17 @@ class Lease:
         """
         if not self._database.postgresql:  # where the folder's lock was waited for
             return
-        said = ""
+        logged_holder = ""
         while not self._database.patiently(lambda: not self._exists() or self._try()):
             holder = self._seen.holder if self._seen else ""
             if not standby and not self._ended:
                 raise self._busy()
-            if standby and holder != said:
+            if standby and holder != logged_holder:
                 log.info("standing by: %s has the job", holder.rpartition(":")[0])
-                said = holder
+                logged_holder = holder
             time.sleep(RENEWED_S + 1)
-        if said:
-            log.warning("taking over from %s", said.rpartition(":")[0])
+        if logged_holder:
+            log.warning("taking over from %s", logged_holder.rpartition(":")[0])
 
     def take(self) -> None:
         """Take the lease of an existing database, unless `wait` has. Raises `BusyError` if another server holds it."""
@@ -105,7 +106,7 @@ class Lease:
 
     def check(self, connection: sql.Connection) -> None:
         """Raise `LeaseLostError`, within a transaction that is about to write, if another server has taken over."""
-        if _read(connection, share=True).token != self._token:
+        if _read(connection, share_lock=True).token != self._token:
             self._gone = True
             raise self._error()
 
@@ -128,10 +129,10 @@ class Lease:
             if self._reader is None:
                 self._reader = Database(self._url, read_only=True)
             with self._reader.reading() as connection:
-                gone = self._gone or _read(connection, hold=False).token != self._token
+                is_lost = self._gone or _read(connection, lock=False).token != self._token
         except StorageError as error:
             return str(error)
-        return "another server has taken the job over" if gone else ""
+        return "another server has taken the job over" if is_lost else ""
 
     def close(self) -> None:
         self._closed.set()
@@ -152,11 +153,11 @@ class Lease:
     def _database_id(self) -> str:
         with self._database.transaction() as connection:
             self.check(connection)
-            known = meta(connection, DATABASE_ID)
-            if known is None:
-                known = secrets.token_hex(16)
-                put_meta(connection, DATABASE_ID, known)
-        return known
+            database_id = meta(connection, DATABASE_ID)
+            if database_id is None:
+                database_id = secrets.token_hex(16)
+                put_meta(connection, DATABASE_ID, database_id)
+        return database_id
 
     def _exists(self) -> bool:
         with self._database.reading() as connection:
@@ -170,14 +171,14 @@ class Lease:
         """
         with self._database.transaction() as connection:
             row, now = _read(connection), _clock(connection)
-            ended = row.expires is not None and row.expires <= now
-            free = row.token == 0 or row.expires == 0 or row.holder == self._holder or not self._database.postgresql
-            if free or (ended and row == self._seen):
+            has_expired = row.expires is not None and row.expires <= now
+            is_free = row.token == 0 or row.expires == 0 or row.holder == self._holder or not self._database.postgresql
+            if is_free or (has_expired and row == self._seen):
                 expires = now + LASTS_S if self._database.postgresql else None
                 _write(connection, _Row(self._holder, row.token + 1, expires))
                 self._token = row.token + 1
                 return True
-            self._seen, self._ended = row, ended
+            self._seen, self._ended = row, has_expired
         return False
 
     def _renew(self) -> None:
@@ -227,9 +228,9 @@ def leader_elsewhere(folder: Path) -> str:
         if not database.postgresql:
             return ""
         with database.reading() as connection:
-            row, now = _read(connection, hold=False), _clock(connection)
-    alive = row.expires is not None and row.expires > now
-    return row.holder.rpartition(":")[0] if alive and row.holder != _holder_at(folder) else ""
+            row, now = _read(connection, lock=False), _clock(connection)
+    is_alive = row.expires is not None and row.expires > now
+    return row.holder.rpartition(":")[0] if is_alive and row.holder != _holder_at(folder) else ""
 
 
 def _holder_at(folder: Path) -> str:
@@ -240,8 +241,8 @@ _LOOK = sql.select(META.c.value).where(META.c.key == ROW)
 _HOLD, _SHARE = _LOOK.with_for_update(), _LOOK.with_for_update(read=True)
 
 
-def _read(connection: sql.Connection, *, share: bool = False, hold: bool = True) -> _Row:
-    text = connection.execute((_SHARE if share else _HOLD) if hold else _LOOK).scalar()
+def _read(connection: sql.Connection, *, share_lock: bool = False, lock: bool = True) -> _Row:
+    text = connection.execute((_SHARE if share_lock else _HOLD) if lock else _LOOK).scalar()
     try:
         return _Row() if text is None else _Row(**json.loads(text))
     except (ValueError, TypeError) as error:

@@ -9,8 +9,8 @@ from fedprune_server.storage.tables import META, TABLES, meta, put_meta
 
 FORMAT = "fedprune.database/2"
 
+# Row of `meta` with the format of the tables.
 _ROW = "format"
-"""Row of `meta` with the format of the tables."""
 
 
 def has_tables(connection: sql.Connection, url: str) -> bool:
@@ -19,12 +19,12 @@ def has_tables(connection: sql.Connection, url: str) -> bool:
     """
     if not sql.inspect(connection).has_table(META.name):
         return False
-    found = meta(connection, _ROW)
-    if found != FORMAT:
+    stored_format = meta(connection, _ROW)
+    if stored_format != FORMAT:
         raise StorageError(
             f"{url} is of another version",
             expected=FORMAT,
-            got=found or "none",
+            got=stored_format or "none",
             hint="Run the version of fedprune that made it, or begin with a new state folder and an empty database.",
         )
     return True

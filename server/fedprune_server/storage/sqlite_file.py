@@ -18,14 +18,14 @@ from fedprune.core.lock_wait import LockWait, file_lock_holders
 
 _Result = TypeVar("_Result")
 
+# How long SQLite waits for another process's lock. Writers wait for each other. Readers wait for a writer's commit
+# where the file has no log (WAL); where it has one, only while another process recovers the log after a crash, or
+# deletes it when it closes the file. All this takes milliseconds, or as long as one fsync on a slow disk.
 FILE_BUSY_TIMEOUT_S = 10.0
-"""How long SQLite waits for another process's lock. Writers wait for each other. Readers wait for a writer's commit
-where the file has no log (WAL); where it has one, only while another process recovers the log after a crash, or deletes
-it when it closes the file. All this takes milliseconds, or as long as one fsync on a slow disk."""
 
+# The same for files that the server's loop writes: boards wait for the loop, and what it can't write now is written in
+# a later turn, or comes again.
 LOOP_BUSY_TIMEOUT_S = 0.2
-"""The same for files that the server's loop writes: boards wait for the loop, and what it can't write now is written in
-a later turn, or comes again."""
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.1
 
@@ -62,10 +62,10 @@ class SqliteFile(Closing):
                 if wal:
                     execute_when_free(self.connection, "PRAGMA journal_mode=WAL")
                 execute_when_free(self.connection, "PRAGMA synchronous=FULL")
-                found = execute_when_free(self.connection, "PRAGMA user_version")[0]
-                if found not in (0, version):
-                    raise StorageError(f"{path} is of another version", expected=version, got=found, hint=hint)
-                if not found:
+                stored_version = execute_when_free(self.connection, "PRAGMA user_version")[0]
+                if stored_version not in (0, version):
+                    raise StorageError(f"{path} is of another version", expected=version, got=stored_version, hint=hint)
+                if not stored_version:
                     script = f"BEGIN IMMEDIATE; {tables}; PRAGMA user_version={version}; COMMIT"
                     _when_free(self.connection, lambda: self.connection.executescript(script))
             except BaseException:

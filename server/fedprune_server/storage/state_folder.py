@@ -21,19 +21,21 @@ from fedprune.core.errors import StorageError
 from fedprune_server.storage.database import check_url
 
 FILE = "server.db"
+
+# The model that the job began with.
 MODEL = "model.onnx"
-"""The model that the job began with."""
+
+# Holds a URL, perhaps with a password: its owner's alone.
 PLACE = "database"
-"""Holds a URL, perhaps with a password: its owner's alone."""
 
 _LONGEST = 4096
 
 
-def url_of(folder: Path, chosen: str | None = None) -> str:
+def url_of(folder: Path, configured: str | None = None) -> str:
     """The URL of a folder's database, which need not exist yet; `chosen`, from the configuration, takes precedence.
     Raises `ConfigError` if it is no URL that can be used.
     """
-    url = chosen or kept(folder)
+    url = configured or kept(folder)
     if url is None:
         return f"sqlite:///{folder.resolve() / FILE}"
     return check_url(url).render_as_string(hide_password=False)
@@ -76,14 +78,14 @@ def folders(state: Path) -> list[Path]:
     """
     root = state / FOLDER
     with storage_errors(f"can't read {root}"):
-        found = [p for p in root.iterdir() if not p.name.startswith(".")] if root.is_dir() else []
-    return sorted(p for p in found if p.is_dir())
+        subfolders = [p for p in root.iterdir() if not p.name.startswith(".")] if root.is_dir() else []
+    return sorted(p for p in subfolders if p.is_dir())
 
 
 log = logging.getLogger("fedprune.server")
 
+# Held by the server that runs on the folder, and holds an identifier that is drawn for each run.
 LOCK = "lock"
-"""Held by the server that runs on the folder, and holds an identifier that is drawn for each run."""
 
 _RUN_BYTES = 16
 
@@ -115,8 +117,8 @@ def run_id(folder: Path) -> str:
 def _taken(path: Path, *, standby: bool) -> int:
     with storage_errors(f"can't use state folder {path}"):
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    until = time.monotonic() + (math.inf if standby else _PATIENCE_S)
-    said = False
+    deadline = time.monotonic() + (math.inf if standby else _PATIENCE_S)
+    has_logged = False
     try:
         while True:
             try:
@@ -124,13 +126,13 @@ def _taken(path: Path, *, standby: bool) -> int:
                 return descriptor
             except OSError as error:
                 # A server that was killed a moment ago may still have a child that holds the file open.
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     raise StorageError(
                         f"another server runs on {path}", hint="Stop it, or give another --state folder."
                     ) from error
-                if standby and not said:
+                if standby and not has_logged:
                     log.info("standing by: another server runs on %s", path)
-                    said = True
+                    has_logged = True
             time.sleep(0.1)
     except BaseException:
         os.close(descriptor)

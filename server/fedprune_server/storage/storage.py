@@ -48,8 +48,8 @@ from fedprune_server.storage.tables import (
     task_row,
 )
 
+# Events that the log keeps at least; older ones are deleted from time to time.
 LOGGED_EVENTS = 50_000
-"""Events that the log keeps at least; older ones are deleted from time to time."""
 
 _FROM_DEVICES = ("DeviceBorn", "UpdateAnnounced", "UpdateStored", "OfferRefused")
 _PRUNE_EVERY, _PAGE = 500, 1000
@@ -84,11 +84,11 @@ class EventLog:
             return
         connection.execute(_INSERT_EVENT, rows)
         # Counted here: the database is asked once, and again only when rows are due to be deleted.
-        every = min(_PRUNE_EVERY, self._least)
+        interval = min(_PRUNE_EVERY, self._least)
         number = self._last(connection) if self._number is None else self._number + len(rows)
-        if number // every > (number - len(rows)) // every:
+        if number // interval > (number - len(rows)) // interval:
             number = self._last(connection)
-            connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - number % every - self._least))
+            connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - number % interval - self._least))
         self._number = number
 
     def _last(self, connection: sql.Connection) -> int:
@@ -106,32 +106,32 @@ class EventLog:
     def last_at(self) -> float | None:
         """Time of the last event, in seconds since 1970; None without events."""
         with self._database.reading() as connection:
-            found = connection.execute(sql.select(EVENTS.c.at).order_by(EVENTS.c.number.desc()).limit(1)).scalar()
-        return None if found is None else float(found)
+            last_time = connection.execute(sql.select(EVENTS.c.at).order_by(EVENTS.c.number.desc()).limit(1)).scalar()
+        return None if last_time is None else float(last_time)
 
     def heard(self) -> tuple[float | None, dict[str, float]]:
         """Times of the last event and, as far as events tell, of each device's last message, in seconds since 1970."""
-        last, devices = None, dict[str, float]()
+        last_time, device_times = None, dict[str, float]()
         for _, at, kind, body in self.events():
-            last = at
+            last_time = at
             if kind in _FROM_DEVICES and isinstance(body.get("device"), str):
-                devices[body["device"]] = at
+                device_times[body["device"]] = at
             elif kind == "DeviceDied" and body.get("heard_at") is not None:  # what the broker says came later
                 # No later than its latest message in this log, where another job has counted the ones after it.
-                devices[body["device"]] = max(float(body["heard_at"]), devices.get(body["device"], 0.0))
-        return last, devices
+                device_times[body["device"]] = max(float(body["heard_at"]), device_times.get(body["device"], 0.0))
+        return last_time, device_times
 
 
 log = logging.getLogger("fedprune.server")
 
+# Devices' parts in finished rounds that a running server keeps in memory; all of them are in the database.
 PARTS_KEPT = 10_000
-"""Devices' parts in finished rounds that a running server keeps in memory; all of them are in the database."""
 
+# Payload bytes by device: to it and from it.
 Traffic = Mapping[str, tuple[int, int]]
-"""Payload bytes by device: to it and from it."""
 
+# Rows to write by name, or None for those to delete.
 Rows = Mapping[str, dict[str, Any] | None]
-"""Rows to write by name, or None for those to delete."""
 
 _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
@@ -257,9 +257,9 @@ class Storage(Closing):
         """What `put_outsiders` stored, by device."""
         with self.database.reading() as connection:
             text = meta(connection, "outsiders")
-        found = decoded(text or "{}", self.url)
-        self._saved_outsiders = found
-        return {str(name): dict(body) for name, body in found.items()}
+        outsiders = decoded(text or "{}", self.url)
+        self._saved_outsiders = outsiders
+        return {str(name): dict(body) for name, body in outsiders.items()}
 
     @_patient
     def put_outsiders(self, devices: Mapping[str, Mapping[str, Any]]) -> None:
@@ -286,11 +286,11 @@ class Storage(Closing):
         """
         # Devices, tasks and finished rounds have tables of their own, so that an event doesn't write all of them.
         body = replace(state, history=[], devices=TrackedDict(), tasks=TrackedDict()).to_json()
-        everything = state is not self._saved
-        devices, tasks = self._differing(state) if everything else self._changed(state)
+        is_unknown = state is not self._saved
+        devices, tasks = self._differing(state) if is_unknown else self._changed(state)
         new_rounds = state.history[self._saved_rounds :]
-        written = body != self._saved_state or bool(devices or tasks or new_rounds)
-        if written:
+        has_changed = body != self._saved_state or bool(devices or tasks or new_rounds)
+        if has_changed:
             with self.database.writing() as connection:
                 if body != self._saved_state:
                     put_meta(connection, "state", body)
@@ -306,11 +306,11 @@ class Storage(Closing):
                         connection.execute(PARTICIPANTS.insert(), participants)
         self._devices.written(state.devices, devices)
         self._tasks.written(state.tasks, tasks)
-        changed = state.devices.keys() if everything else state.devices.changed
-        self._away.saved(state, changed, round_over=everything or bool(new_rounds))
+        changed = state.devices.keys() if is_unknown else state.devices.changed
+        self._away.saved(state, changed, round_over=is_unknown or bool(new_rounds))
         self._saved, self._saved_state, self._saved_rounds = state, body, len(state.history)
         state.settle()
-        return written
+        return has_changed
 
     def _changed(self, state: State) -> tuple[Rows, Rows]:
         return self._devices.changed(state.devices), self._tasks.changed(state.tasks)
@@ -378,23 +378,23 @@ class Storage(Closing):
     def traffic(self) -> dict[str, tuple[int, int]]:
         return {r["name"]: (int(r["bytes_down"]), int(r["bytes_up"])) for r in self.devices()}
 
-    def _history(self, connection: sql.Connection, parts: int | None = None) -> list[dict[str, Any]]:
+    def _history(self, connection: sql.Connection, max_parts: int | None = None) -> list[dict[str, Any]]:
         """Summaries of the finished rounds; only the latest include their devices, up to `parts` of them."""
-        found: dict[int, dict[str, Any]] = {}
-        first = None
+        summaries: dict[int, dict[str, Any]] = {}
+        first_with_devices = None
         query = sql.select(ROUNDS.c.round, ROUNDS.c.summary, ROUNDS.c.participants).order_by(ROUNDS.c.round.desc())
         for number, text, count in connection.execute(query):
-            found[number] = {**decoded(text, self.url), "devices": {}}
-            if parts is not None:
-                parts -= count
-            if parts is None or parts >= 0:
-                first = number
-        if first is not None:
-            rows = sql.select(PARTICIPANTS).where(PARTICIPANTS.c.round >= first)
+            summaries[number] = {**decoded(text, self.url), "devices": {}}
+            if max_parts is not None:
+                max_parts -= count
+            if max_parts is None or max_parts >= 0:
+                first_with_devices = number
+        if first_with_devices is not None:
+            rows = sql.select(PARTICIPANTS).where(PARTICIPANTS.c.round >= first_with_devices)
             for number, device, body in connection.execute(rows.order_by(PARTICIPANTS.c.round, PARTICIPANTS.c.device)):
-                if number in found:
-                    found[number]["devices"][device] = decoded(body, self.url)
-        return list(found.values())[::-1]
+                if number in summaries:
+                    summaries[number]["devices"][device] = decoded(body, self.url)
+        return list(summaries.values())[::-1]
 
 
 def _sqlite(folder: Path) -> str:
@@ -432,11 +432,11 @@ def _open(url: str, *, create: bool, check: bool = False) -> Database:
     try:
         with database.reading() as connection:
             if check and not database.postgresql:
-                found = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
-                if found != "ok":
-                    raise StorageError(f"{name} is damaged ({found})", hint="Restore the server's backup.")
-            begun = has_tables(connection, name)
-        if not begun:
+                check_result = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar()
+                if check_result != "ok":
+                    raise StorageError(f"{name} is damaged ({check_result})", hint="Restore the server's backup.")
+            has_format = has_tables(connection, name)
+        if not has_format:
             _begin(database, create=create)
     except BaseException:
         database.close()

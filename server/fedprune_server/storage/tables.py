@@ -15,11 +15,11 @@ from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
 from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import Device, Task
 
+# Profiles whose text is remembered.
 _PROFILES = 256
-"""Profiles whose text is remembered."""
 
+# Rows that are read at a time.
 _PAGE = 1000
-"""Rows that are read at a time."""
 
 TABLES = sql.MetaData()
 META = sql.Table(
@@ -66,6 +66,8 @@ ROUNDS = sql.Table(
     sql.Column("summary", sql.Text, nullable=False),
     sql.Column("participants", sql.Integer, nullable=False, server_default="0"),
 )
+
+# Each device's outcome in the finished rounds.
 PARTICIPANTS = sql.Table(
     "participants",
     TABLES,
@@ -73,8 +75,8 @@ PARTICIPANTS = sql.Table(
     sql.Column("device", sql.String(64), primary_key=True),
     sql.Column("body", sql.Text, nullable=False),
 )
-"""Each device's outcome in the finished rounds."""
 
+# Rollouts of the whole site (`fedprune_server.ota.store`), in the database of a server's first job.
 ROLLOUTS = sql.Table(
     "rollouts",
     TABLES,
@@ -91,8 +93,8 @@ ROLLOUTS = sql.Table(
     sql.Column("leaves", sql.BigInteger),
     sql.Column("changes", sql.Integer, nullable=False, default=1),
 )
-"""Rollouts of the whole site (`fedprune_server.ota.store`), in the database of a server's first job."""
 
+# Each board's part in a rollout, and its last report: a report changes its own row alone.
 ROLLOUT_BOARDS = sql.Table(
     "rollout_boards",
     TABLES,
@@ -101,8 +103,9 @@ ROLLOUT_BOARDS = sql.Table(
     sql.Column("body", sql.Text, nullable=False),
     sql.Column("report", sql.Text),
 )
-"""Each board's part in a rollout, and its last report: a report changes its own row alone."""
 
+# Keys that asked to be devices of the site (`fedprune_server.enrollment.store`), in the database of a server's first
+# job, as are the next four tables.
 MEMBERS = sql.Table(
     "members",
     TABLES,
@@ -112,8 +115,6 @@ MEMBERS = sql.Table(
     sql.Column("asked", sql.BigInteger, nullable=False),
     sql.Column("decided", sql.BigInteger),
 )
-"""Keys that asked to be devices of the site (`fedprune_server.enrollment.store`), in the database of a server's first
-job, as are the next four tables."""
 
 CLAIMS = sql.Table(
     "claims",
@@ -141,6 +142,9 @@ EPOCHS = sql.Table(
     sql.Column("stream", sql.String(512), primary_key=True),
     sql.Column("epoch", sql.BigInteger, nullable=False),
 )
+
+# Certificates of members, which are revoked with the member: its row alone says so. `tls_key` is the sha256 of a
+# certificate's public key, `key` the member's verifying key.
 CERTIFICATES = sql.Table(
     "certificates",
     TABLES,
@@ -152,8 +156,6 @@ CERTIFICATES = sql.Table(
     sql.Column("pem", sql.Text, nullable=False),
     sql.Index("certificates_member", "device", "key"),
 )
-"""Certificates of members, which are revoked with the member: its row alone says so. `tls_key` is the sha256 of a
-certificate's public key, `key` the member's verifying key."""
 
 
 class DeviceRows:
@@ -164,9 +166,9 @@ class DeviceRows:
         self._profiles: dict[int, tuple[Mapping[str, Any], str]] = {}
 
     def row(self, name: str, device: Device) -> dict[str, Any]:
-        rest = {k: getattr(device, k) for k in device.__match_args__ if k not in ("profile", "probe", "plan")}
+        quick_fields = {k: getattr(device, k) for k in device.__match_args__ if k not in ("profile", "probe", "plan")}
         plan, probe = _packed(device.plan), _packed(device.probe)
-        parts = f'"plan":{plan},"probe":{probe},"profile":{self._profile(device.profile)}'
+        slow_fields = f'"plan":{plan},"probe":{probe},"profile":{self._profile(device.profile)}'
         return {
             "name": name,
             "online": device.online,
@@ -175,17 +177,17 @@ class DeviceRows:
             "widths": encoded(list(device.widths)),
             "plan": plan,
             "excluded": device.excluded,
-            "body": f"{encoded(rest)[:-1]},{parts}}}",
+            "body": f"{encoded(quick_fields)[:-1]},{slow_fields}}}",
         }
 
     def _profile(self, body: Mapping[str, Any]) -> str:
         """A profile as text; boards of one kind share the object."""
-        known = self._profiles.get(id(body))
-        if known is None:
+        cached = self._profiles.get(id(body))
+        if cached is None:
             if len(self._profiles) >= _PROFILES:
                 self._profiles.clear()
-            known = self._profiles[id(body)] = body, encoded(body)  # which keeps the object, and so its id
-        return known[1]
+            cached = self._profiles[id(body)] = body, encoded(body)  # which keeps the object, and so its id
+        return cached[1]
 
 
 def _packed(body: Mapping[str, Any] | None) -> str:
@@ -209,8 +211,8 @@ def round_row(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def participant_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    parts = summary["devices"].items()
-    return [{"round": summary["round"], "device": name, "body": encoded(part)} for name, part in parts]
+    outcomes = summary["devices"].items()
+    return [{"round": summary["round"], "device": name, "body": encoded(outcome)} for name, outcome in outcomes]
 
 
 def upsert(connection: sql.Connection, table: sql.Table, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -239,9 +241,9 @@ def _upsert(dialect: str, table: sql.Table, columns: tuple[str, ...]) -> sql.Ins
     """The statement of `upsert`, made once: making it takes five times as long as executing it."""
     query = _insert(dialect, table)
     keys = [c.name for c in table.primary_key]
-    others = {name: query.excluded[name] for name in columns if name not in keys}
-    made: sql.Insert = query.on_conflict_do_update(index_elements=keys, set_=others)
-    return made
+    other_columns = {name: query.excluded[name] for name in columns if name not in keys}
+    statement: sql.Insert = query.on_conflict_do_update(index_elements=keys, set_=other_columns)
+    return statement
 
 
 _META = sql.select(META.c.value).where(META.c.key == sql.bindparam("name"))
@@ -287,11 +289,11 @@ class TrackedTable(Generic[E]):
             for name, body in rows:
                 yield name, decoded(body, url)
 
-    def changed(self, roll: TrackedDict[E]) -> dict[str, Row | None]:
+    def changed(self, entries: TrackedDict[E]) -> dict[str, Row | None]:
         """Rows of changed entries that differ from what was saved; None for those to delete."""
         rows: dict[str, Row | None] = {}
-        for name in roll.changed:
-            entry = roll.get(name)
+        for name in entries.changed:
+            entry = entries.get(name)
             row = None if entry is None else self._row(name, entry)
             if entry is None or row is None or entry.saved != hash(row["body"]):
                 rows[name] = row
@@ -302,28 +304,28 @@ class TrackedTable(Generic[E]):
         with self._rows(connection) as rows:
             return {name: hash(body) for name, body in rows}
 
-    def differing(self, roll: TrackedDict[E], known: Mapping[str, int]) -> dict[str, Row | None]:
+    def differing(self, entries: TrackedDict[E], stored_hashes: Mapping[str, int]) -> dict[str, Row | None]:
         """Rows of all entries that differ from the table, of which `hashes` are known; None for those to delete."""
-        rows: dict[str, Row | None] = dict.fromkeys(known.keys() - roll.keys())
-        for name, entry in roll.items():
+        rows: dict[str, Row | None] = dict.fromkeys(stored_hashes.keys() - entries.keys())
+        for name, entry in entries.items():
             row = self._row(name, entry)
             entry.note_saved(row["body"])
-            if known.get(name) != entry.saved:
+            if stored_hashes.get(name) != entry.saved:
                 rows[name] = row
         return rows
 
     def write(self, connection: sql.Connection, rows: Mapping[str, Row | None]) -> None:
         """Write the result of `changed` or `differing`."""
         upsert(connection, self._table, [row for row in rows.values() if row is not None])
-        gone = [{"gone": name} for name, row in rows.items() if row is None]
-        if gone:
-            connection.execute(self._table.delete().where(self._table.c.name == sql.bindparam("gone")), gone)
+        deleted_names = [{"gone": name} for name, row in rows.items() if row is None]
+        if deleted_names:
+            connection.execute(self._table.delete().where(self._table.c.name == sql.bindparam("gone")), deleted_names)
 
-    def written(self, roll: TrackedDict[E], rows: Mapping[str, Row | None]) -> None:
+    def written(self, entries: TrackedDict[E], rows: Mapping[str, Row | None]) -> None:
         """Note that the rows are committed."""
         for name, row in rows.items():
             if row is not None:
-                roll[name].note_saved(row["body"])
+                entries[name].note_saved(row["body"])
 
     def _rows(self, connection: sql.Connection) -> sql.CursorResult[str, str]:
         columns = self._table.c

@@ -13,11 +13,11 @@ from fedprune.wire.chunk import HEADER, MAX_PACKET
 from fedprune.wire.messages import BlobNotFound, BlobRequest
 from fedprune.wire.transfer import BlobSender
 
+# Devices that are answered in turn while others wait; each takes the memory of a chunk.
 _TURNS = 32
-"""Devices that are answered in turn while others wait; each takes the memory of a chunk."""
 
+# Queued requests of one device; those beyond are dropped, and the device sends them again.
 MAX_WAITING = 64
-"""Queued requests of one device; those beyond are dropped, and the device sends them again."""
 
 
 @dataclass(eq=False)
@@ -36,12 +36,12 @@ class _Answer:
 
     def without_rest(self, request: BlobRequest) -> BlobRequest | None:
         """The part of a request that this answer won't send; None if it sends all of it."""
-        own = self.request
-        first, end = own.first + self.sent, own.first + own.count
-        same = (own.sha256, own.part, own.most) == (request.sha256, request.part, request.most)
-        if not same or not first < request.first + request.count <= end:
+        answered = self.request
+        next_leaf, end_leaf = answered.first + self.sent, answered.first + answered.count
+        is_same_blob = (answered.sha256, answered.part, answered.most) == (request.sha256, request.part, request.most)
+        if not is_same_blob or not next_leaf < request.first + request.count <= end_leaf:
             return request
-        return replace(request, count=first - request.first) if request.first < first else None
+        return replace(request, count=next_leaf - request.first) if request.first < next_leaf else None
 
 
 class Downloads:
@@ -61,17 +61,17 @@ class Downloads:
         """Whether something is to be sent."""
         return bool(self._wants) or bool(self._running)
 
-    def add(self, device: str, want: BlobRequest) -> None:
+    def add(self, device: str, request: BlobRequest) -> None:
         """Queue a request, unless it is queued already. A device asks again while an answer waits for a slow
         connection, too: what is still to be sent of that answer isn't queued a second time."""
-        want = replace(want, number=None)  # the same pieces, asked for again
-        running = self._running.get(device)
-        wanted = want if running is None else running.without_rest(want)
-        if wanted is None:
+        request = replace(request, number=None)  # the same pieces, asked for again
+        current = self._running.get(device)
+        uncovered = request if current is None else current.without_rest(request)
+        if uncovered is None:
             return
         waiting = self._wants.setdefault(device, deque())
-        if wanted not in waiting and len(waiting) < MAX_WAITING:
-            waiting.append(wanted)
+        if uncovered not in waiting and len(waiting) < MAX_WAITING:
+            waiting.append(uncovered)
 
     def leaves(self, sha256: str) -> int:
         """Leaves of a blob; 0 for one that isn't here."""
@@ -90,16 +90,16 @@ class Downloads:
                 device = next((n for n in self._wants if n not in self._running), None)
                 if device is None:
                     break
-                want = self._want(device)
-                answer = self._serve.answer(want, self._max_packet)
+                request = self._want(device)
+                answer = self._serve.answer(request, self._max_packet)
                 if isinstance(answer, BlobNotFound):
                     return device, answer
-                self._running[device] = _Answer(want, iter(answer))
+                self._running[device] = _Answer(request, iter(answer))
             if not self._running:
                 return None
-            device, running = next(iter(self._running.items()))
+            device, current = next(iter(self._running.items()))
             self._running.move_to_end(device)
-            chunk = running.next()
+            chunk = current.next()
             if chunk is not None:
                 return device, chunk
             del self._running[device]
@@ -107,7 +107,7 @@ class Downloads:
     def _want(self, device: str) -> BlobRequest:
         """The next request of a device, which then queues behind all others."""
         waiting = self._wants.pop(device)
-        want = waiting.popleft()
+        request = waiting.popleft()
         if waiting:
             self._wants[device] = waiting
-        return want
+        return request

@@ -68,19 +68,19 @@ def web_blobs(
         StorageError: The disk fails or is full.
     """
     uploads: Callable[[BucketSync], UploadPlace] = S3Uploads if config.uploads == S3 else NO_BLOBS.uploads
-    place = config.web_place
-    if place is None:
+    listen_address = config.web_place
+    if listen_address is None:
         yield WebBlobs(config.blobs_at, None, uploads)
         return
     from fedprune_server.transfer.http_server import BlobServer  # uvicorn takes a moment to import
 
-    host, port = place
+    host, port = listen_address
     context = None
     if identity is None:
         insecure_allowed(host, "server.serve_blobs")
     else:
-        said = () if config.blobs_at is None else (BlobUrl.parse(config.blobs_at).host,)
-        context = _contexts(identity, identity.web(sorted({*names_of(host), *said})))
+        configured_hosts = () if config.blobs_at is None else (BlobUrl.parse(config.blobs_at).host,)
+        context = _contexts(identity, identity.web(sorted({*names_of(host), *configured_hosts})))
         context()  # what is wrong with it is better known now than when a board comes
     with BlobServer(host, port, context) as server:
         url = config.blobs_at or str(BlobUrl.parse(_url(host, server.port, tls=identity is not None)))
@@ -102,18 +102,18 @@ def _contexts(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Calla
         files: Paths of the certificate, its key and the authority.
     """
     certificate, key, authority = files
-    latest: list[tuple[tuple[int, int], ssl.SSLContext]] = []
+    cached: list[tuple[tuple[int, int], ssl.SSLContext]] = []
 
     def context() -> ssl.SSLContext:
         crl = identity.authority.crl_path
         try:
-            about = crl.stat()
-            state = (about.st_ino, about.st_mtime_ns)
-            if not latest or latest[0][0] != state:
-                latest[:] = [(state, _context(certificate, key, authority, crl))]
+            file_stat = crl.stat()
+            state = (file_stat.st_ino, file_stat.st_mtime_ns)
+            if not cached or cached[0][0] != state:
+                cached[:] = [(state, _context(certificate, key, authority, crl))]
         except OSError as error:
             raise IdentityError(f"can't use the certificate {certificate} ({error})") from error
-        return latest[0][1]
+        return cached[0][1]
 
     return context
 
@@ -135,7 +135,7 @@ def _url(host: str, port: int, *, tls: bool) -> str:
     """How boards reach a place where this machine listens, as far as it can tell."""
     if host in ("0.0.0.0", "::"):  # noqa: S104  # nosec B104  # compared with, not listened on
         name = socket.gethostname()
-        found = sorted(a for a in addresses_of(name) if not a.startswith("127."))
-        host = found[0] if found else name.lower()
-    shown = f"[{host}]" if ":" in host else host
-    return f"{'https' if tls else 'http'}://{shown}:{port}"
+        addresses = sorted(a for a in addresses_of(name) if not a.startswith("127."))
+        host = addresses[0] if addresses else name.lower()
+    url_host = f"[{host}]" if ":" in host else host
+    return f"{'https' if tls else 'http'}://{url_host}:{port}"

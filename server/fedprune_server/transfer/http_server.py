@@ -34,31 +34,33 @@ from fedprune_server.transfer.web_uploads import Awaited, Client, HttpUploads, S
 
 log = logging.getLogger("fedprune.server")
 
+# Connections at a time, and one more for each upload that is awaited at a time.
 CONNECTIONS = 64
-"""Connections at a time, and one more for each upload that is awaited at a time."""
 
+# The same, however many uploads are awaited: each takes two of a process's 1024 file descriptors.
 MOST_CONNECTIONS = 512
-"""The same, however many uploads are awaited: each takes two of a process's 1024 file descriptors."""
 
 HEAD_BYTES = 8192
+
+# How long a handshake and the first request may take to come.
 FIRST_S = 15.0
-"""How long a handshake and the first request may take to come."""
 
+# The same for a further request: a board may be writing to its disk.
 NEXT_S = 60.0
-"""The same for a further request: a board may be writing to its disk."""
 
+# How long a board may take to receive a piece of a file.
 PIECE_S = 60.0
-"""How long a board may take to receive a piece of a file."""
 
+# How long a leaf of an upload may take to come.
 UPLOAD_PIECE_S = 30.0
-"""How long a leaf of an upload may take to come."""
 
+# Seconds between checks for slow clients; for as long a server that ends waits for them.
 _POLL_S = 0.1
-"""Seconds between checks for slow clients; for as long a server that ends waits for them."""
 
 _PIECE = 8 * LEAF
+
+# Of the kinds of ranges the one that boards ask for; in answer to another one all comes, as HTTP allows.
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
-"""Of the kinds of ranges the one that boards ask for; in answer to another one all comes, as HTTP allows."""
 
 _NAME = re.compile(r"(?:/[A-Za-z0-9._~-]{1,255}){0,32}/([0-9a-f]{2})/(\1[0-9a-f]{62})(\.leaves)?")
 
@@ -67,13 +69,13 @@ class _Listener(socket.socket):
     """Accepts no more clients than there may be: where none is left, the one that has waited longest has to go.
 
     Args:
-        most: How many clients there may be.
+        max_clients: How many clients there may be.
     """
 
-    def __init__(self, host: str, port: int, most: Callable[[], int]) -> None:
+    def __init__(self, host: str, port: int, max_clients: Callable[[], int]) -> None:
         super().__init__(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         self.clients: dict[int, Client] = {}  # by file descriptor
-        self._most = most
+        self._most = max_clients
         try:
             self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self.bind((host, port))
@@ -87,11 +89,11 @@ class _Listener(socket.socket):
         connection, address = super().accept()
         self.clients = {number: client for number, client in self.clients.items() if not client.closed}
         if len(self.clients) >= self._most():
-            waiting = [(client.until, number) for number, client in self.clients.items() if client.waits]
-            if not waiting:
+            idle_clients = [(client.until, number) for number, client in self.clients.items() if client.waits]
+            if not idle_clients:
                 connection.close()
                 raise BlockingIOError("no connection is free")  # the loop goes on listening
-            self.clients.pop(min(waiting)[1]).cut()
+            self.clients.pop(min(idle_clients)[1]).cut()
         self.clients[connection.fileno()] = Client(connection, FIRST_S)
         return connection, address
 
@@ -100,20 +102,20 @@ class _BlobResponse(Response):
     """A mapped blob, or the range of it that a request names, sent from memory: helper threads that read a file take as
     much time to wake as a piece takes to send."""
 
-    def __init__(self, blob: memoryview, wanted: str) -> None:
+    def __init__(self, blob: memoryview, range_header: str) -> None:
         size, status, headers = len(blob), HTTPStatus.OK, {"accept-ranges": "bytes"}
-        if part := _RANGE.fullmatch(wanted):
-            blob = blob[int(part[1]) : int(part[2] or size) + 1]
+        if byte_range := _RANGE.fullmatch(range_header):
+            blob = blob[int(byte_range[1]) : int(byte_range[2] or size) + 1]
             status = HTTPStatus.PARTIAL_CONTENT if blob else HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
-            given = f"{part[1]}-{int(part[1]) + len(blob) - 1}" if blob else "*"
-            headers["content-range"] = f"bytes {given}/{size}"
+            sent_range = f"{byte_range[1]}-{int(byte_range[1]) + len(blob) - 1}" if blob else "*"
+            headers["content-range"] = f"bytes {sent_range}/{size}"
         self._blob = blob
         super().__init__(None, status, headers | {"content-length": str(len(blob))}, "application/octet-stream")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for at in range(0, len(self._blob) if scope["method"] == "GET" else 0, _PIECE):
-            await send({"type": "http.response.body", "body": self._blob[at : at + _PIECE], "more_body": True})
+        for start in range(0, len(self._blob) if scope["method"] == "GET" else 0, _PIECE):
+            await send({"type": "http.response.body", "body": self._blob[start : start + _PIECE], "more_body": True})
         await send({"type": "http.response.body"})
 
 
@@ -181,9 +183,9 @@ class BlobServer:
         self._thread.join()
 
     async def _serve(self) -> None:
-        sweeping = asyncio.create_task(self._sweep())
+        sweep_task = asyncio.create_task(self._sweep())
         await self._server.serve(sockets=[self._listener])
-        sweeping.cancel()
+        sweep_task.cancel()
 
     async def _sweep(self) -> None:
         """Cut off those who are too slow, and in the end all."""
@@ -198,26 +200,28 @@ class BlobServer:
         """Answer one request: the application that uvicorn calls."""
         client: Client = scope["state"]["client"]
         client.expect(PIECE_S)
-        giving: ServedJob | None = None
+        serving_job: ServedJob | None = None
 
-        async def sending(message: Message) -> None:
+        async def send_counted(message: Message) -> None:
             client.expect(PIECE_S)
             await send(message)
-            if giving is not None:
+            if serving_job is not None:
                 size = len(message.get("body", b""))
                 self.sent += size
-                giving.count(client.device, size)
+                serving_job.count(client.device, size)
 
         try:
             request = Request(scope, receive)
             name = _NAME.fullmatch(scope["raw_path"].decode("ascii") + ("?" if scope["query_string"] else ""))
             if request.method in ("GET", "HEAD"):
-                response, giving = await run_in_threadpool(self._blob, client, name, request.headers.get("range", ""))
+                response, serving_job = await run_in_threadpool(
+                    self._blob, client, name, request.headers.get("range", "")
+                )
             elif request.method == "PUT":
                 response = await self._upload(client, name, request)
             else:
                 response = Response(status_code=HTTPStatus.NOT_IMPLEMENTED)
-            await response(scope, receive, sending)
+            await response(scope, receive, send_counted)
         except ClientDisconnect:
             log.debug("a client of the web server of blobs went")
         except Exception as error:
@@ -225,7 +229,7 @@ class BlobServer:
             client.cut()
         client.expect(NEXT_S, waits=True)
 
-    def _blob(self, client: Client, name: re.Match[str] | None, wanted: str) -> tuple[Response, ServedJob | None]:
+    def _blob(self, client: Client, name: re.Match[str] | None, range_header: str) -> tuple[Response, ServedJob | None]:
         """A blob, its range `wanted` or its leaf table, and the job whose it is."""
         jobs = [] if name is None else [j for j in self.jobs if j.may_fetch(client.device, name[2])]
         if name is None or not jobs:
@@ -234,7 +238,7 @@ class BlobServer:
         try:
             if name[3]:
                 return Response(table_file(job.store.table(name[2]))), job
-            return _BlobResponse(job.store.map(name[2]), wanted), job
+            return _BlobResponse(job.store.map(name[2]), range_header), job
         except (StorageError, OSError) as error:
             log.debug("the web server of blobs: %s", error)
             return Response(status_code=HTTPStatus.NOT_FOUND), None
@@ -252,7 +256,7 @@ class BlobServer:
         ref = awaited.ref
         if request.headers.getlist("content-length") != [str(ref.size)] or "transfer-encoding" in request.headers:
             return HTTPStatus.BAD_REQUEST
-        ends = time.monotonic() + UPLOAD_PIECE_S + ref.size / LEAST_BYTES_PER_S
+        deadline = time.monotonic() + UPLOAD_PIECE_S + ref.size / LEAST_BYTES_PER_S
         client.expect(UPLOAD_PIECE_S)
         uploads.begin(awaited, client)
         try:
@@ -265,7 +269,7 @@ class BlobServer:
                         return HTTPStatus.CONFLICT
                     if blob.size // LEAF > leaves:  # a byte now and then is no progress
                         leaves = blob.size // LEAF
-                        client.expect(min(UPLOAD_PIECE_S, ends - time.monotonic()))
+                        client.expect(min(UPLOAD_PIECE_S, deadline - time.monotonic()))
                 client.expect(PIECE_S)
                 await run_in_threadpool(blob.finish)
         except ProtocolError as error:

@@ -75,10 +75,10 @@ class BucketSync:
     def through(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
         """Outcomes that may be reported: updates only once the bucket has them. Raises `StorageError` if the folder
         fails."""
-        told: list[Outcome] = []
+        reportable: list[Outcome] = []
         for outcome in outcomes:
             if not isinstance(outcome, Arrived) or self.store.has(outcome.weights):
-                told.append(outcome)
+                reportable.append(outcome)
             elif outcome not in self._shipped:
                 self._shipped.add(outcome)
                 self._order(outcome)
@@ -87,8 +87,8 @@ class BucketSync:
             if isinstance(ended, Exception):
                 raise ended
             self._shipped.discard(ended)
-            told.append(ended)
-        return told
+            reportable.append(ended)
+        return reportable
 
     def adopt(self, device: str, ref: BlobRef, keys: Iterable[str] = ()) -> None:
         """Verify an update that a device has put into the bucket, unless that is under way."""
@@ -103,11 +103,11 @@ class BucketSync:
 
     def adopted(self) -> list[tuple[Adoption, bool]]:
         """Which of them were verified since the last call, and whether they were right."""
-        found = []
+        results = []
         while not self._adopted.empty():
-            found.append(self._adopted.get())
-            self._shipped.discard(found[-1][0])
-        return found
+            results.append(self._adopted.get())
+            self._shipped.discard(results[-1][0])
+        return results
 
     def coming(self, sha256: str) -> bool:
         """Whether a blob that isn't in the folder will be there in a moment, since the bucket has it."""

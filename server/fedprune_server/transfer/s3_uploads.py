@@ -18,11 +18,11 @@ from fedprune_server.transfer.upload_place import UploadEnd, UploadPlace
 
 log = logging.getLogger("fedprune.server")
 
+# How long an address may be used to begin an upload.
 EXPIRES_S = 900
-"""How long an address may be used to begin an upload."""
 
+# After this time an upload that is no longer awaited is deleted from the bucket. The next start deletes later ones.
 _LATE_S = 2 * EXPIRES_S
-"""After this time an upload that is no longer awaited is deleted from the bucket. The next start deletes later ones."""
 
 _ANY = BlobRef.of(b"")
 
@@ -63,16 +63,16 @@ class S3Uploads(UploadPlace):
             ) from error  # fmt: skip
 
     def ask(self, device: str, ref: BlobRef) -> UploadRequest | None:
-        known = self._awaited.get(device)
-        if known is None or known.ref != ref:
-            known = self._awaited[device] = _Awaited(ref)
+        awaited = self._awaited.get(device)
+        if awaited is None or awaited.ref != ref:
+            awaited = self._awaited[device] = _Awaited(ref)
         if self._shipping.verifies(device, ref):
             return None
         if self._store.has(ref.sha256):  # put there for an earlier process of the server
             self._shipping.adopt(device, ref)
             return None
-        if known.request is not None and self._clock() < known.until:
-            return known.request  # a board that has uploaded to it reports that again
+        if awaited.request is not None and self._clock() < awaited.until:
+            return awaited.request  # a board that has uploaded to it reports that again
         try:
             target = self._store.url_for(ref, EXPIRES_S)
         except BucketError as error:
@@ -82,27 +82,27 @@ class S3Uploads(UploadPlace):
             self._ends.put(UploadEnd(device, ref, stored=False))
             return None
         key, url = target
-        known.keys.append(key)
-        known.request, known.until = UploadRequest(ref.sha256, url), self._clock() + EXPIRES_S / 2
-        return known.request
+        awaited.keys.append(key)
+        awaited.request, awaited.until = UploadRequest(ref.sha256, url), self._clock() + EXPIRES_S / 2
+        return awaited.request
 
     def drop(self, device: str) -> None:
         """A device's update is awaited no longer; what it may still upload is deleted later."""
-        known = self._awaited.pop(device, None)
-        if known is not None:
-            self._unused.extend((self._clock() + _LATE_S, key) for key in known.keys)
+        awaited = self._awaited.pop(device, None)
+        if awaited is not None:
+            self._unused.extend((self._clock() + _LATE_S, key) for key in awaited.keys)
 
     def reported(self, device: str) -> None:
-        known = self._awaited.get(device)
-        if known is not None:
-            self._shipping.adopt(device, known.ref, known.keys)
+        awaited = self._awaited.get(device)
+        if awaited is not None:
+            self._shipping.adopt(device, awaited.ref, awaited.keys)
 
     def ended(self) -> list[UploadEnd]:
-        found = super().ended()
-        for adoption, right in self._shipping.adopted():
-            found.append(UploadEnd(adoption.device, adoption.ref, right))
-            if right:
+        ends = super().ended()
+        for adoption, is_right in self._shipping.adopted():
+            ends.append(UploadEnd(adoption.device, adoption.ref, is_right))
+            if is_right:
                 self._received.add(adoption.device, adoption.ref.size)
         while self._unused and self._unused[0][0] <= self._clock():
             self._store.clear([self._unused.popleft()[1]])
-        return found
+        return ends

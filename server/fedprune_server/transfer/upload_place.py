@@ -58,8 +58,8 @@ class ByteCounter:
     def taken(self) -> dict[str, int]:
         """Bytes by device since the last call."""
         with self._lock:
-            found, self._bytes = self._bytes, Counter()
-        return dict(found)
+            counts, self._bytes = self._bytes, Counter()
+        return dict(counts)
 
 
 class UploadPlace:
@@ -97,7 +97,7 @@ class UploadPlace:
 
     def ended(self) -> list[UploadEnd]:
         """Uploads that have ended since the last call."""
-        found = []
+        ends = []
         while not self._ends.empty():
-            found.append(self._ends.get())
-        return found
+            ends.append(self._ends.get())
+        return ends

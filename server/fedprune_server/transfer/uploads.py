@@ -19,12 +19,12 @@ from fedprune_server.transfer.upload_place import Arrived, FailedUpload, Outcome
 
 log = logging.getLogger("fedprune.server")
 
+# A transfer that got nothing for so long gives its place to one that waits, and so does one that has held its place so
+# long and was slower than `LEAST_BYTES_PER_S` on average.
 STALLED_S = 30.0
-"""A transfer that got nothing for so long gives its place to one that waits, and so does one that has held its place so
-long and was slower than `LEAST_BYTES_PER_S` on average."""
 
+# A device that announces an update so long after it was asked to upload it has not heard that.
 ASK_AGAIN_S = 5.0
-"""A device that announces an update so long after it was asked to upload it has not heard that."""
 
 LOST = "the device no longer has the update that it announced"
 
@@ -50,9 +50,9 @@ class _Upload:
 
     def slow(self, now: float) -> bool:
         """Whether it got nothing for a while, or too little since it got its place."""
-        held = now - self.began_at
-        got = (self.leaves - self.began_with) * LEAF
-        return now - self.moved_at > STALLED_S or (held > STALLED_S and got < LEAST_BYTES_PER_S * held)
+        seconds = now - self.began_at
+        received_bytes = (self.leaves - self.began_with) * LEAF
+        return now - self.moved_at > STALLED_S or (seconds > STALLED_S and received_bytes < LEAST_BYTES_PER_S * seconds)
 
 
 class Uploads:
@@ -91,11 +91,11 @@ class Uploads:
         """Fetch an update; asking again for the one under way changes nothing. Raises `StorageError` if the store
         fails."""
         if not self.fetching(device, round_, attempt, ref):
-            before = self._uploads.get(device)
+            previous = self._uploads.get(device)
             self.drop(device)
-            if before is not None and (before.round, before.attempt) == (round_, attempt):
+            if previous is not None and (previous.round, previous.attempt) == (round_, attempt):
                 # Who announces one update after another of the same part must not fill the disk with pieces of them.
-                self._drop_partial(before.ref.sha256)
+                self._drop_partial(previous.ref.sha256)
             upload = self._uploads[device] = _Upload(round_, attempt, ref)
             if self._place.direct and device in self._can_put:
                 return self._begin(device, upload, now) + self.heard(device, now)
@@ -107,36 +107,36 @@ class Uploads:
         if device not in self._there:
             self._shows(device, None)
         upload = self._uploads.get(device)
-        again: Wants = []
+        repeated_request: Wants = []
         if upload is not None and upload.put and now - max(upload.asked_at, upload.moved_at) > ASK_AGAIN_S:
-            again = self._ask(device, upload, now)
-        return again + self._start(now)
+            repeated_request = self._ask(device, upload, now)
+        return repeated_request + self._start(now)
 
     def reported(self, device: str, result: UploadResult, now: float) -> Wants:
         """A device reports the end of an upload; what failed is pulled."""
-        wants = self.collect(now)
+        requests = self.collect(now)
         upload = self._uploads.get(device)
         if upload is None or not upload.put or upload.ref.sha256 != result.sha256:
-            return wants
+            return requests
         if result.reason is None:
             self._place.reported(device)
-            return wants + self.collect(now)
+            return requests + self.collect(now)
         log.debug("device %s can't upload its update, which is pulled: %s", device, one_line(result.reason))
-        return wants + self._pull_instead(device, upload, now)
+        return requests + self._pull_instead(device, upload, now)
 
     def collect(self, now: float) -> Wants:
         """Take in uploads that have ended. Raises `StorageError` if the store fails."""
-        wants: Wants = []
+        requests: Wants = []
         for end in self._place.ended():
             upload = self._uploads.get(end.device)
             if upload is None or upload.ref != end.ref:
                 continue
             if end.stored:
                 arrived = Arrived(end.device, upload.round, upload.attempt, upload.ref.sha256)
-                wants += self._end(end.device, arrived, now)
+                requests += self._end(end.device, arrived, now)
             elif upload.put:
-                wants += self._pull_instead(end.device, upload, now)
-        return wants
+                requests += self._pull_instead(end.device, upload, now)
+        return requests
 
     def chunk(self, device: str, chunk: Chunk, now: float) -> Wants:
         """Take in a chunk from a device; one that no upload waits for is ignored. Raises `StorageError` if the store
@@ -145,7 +145,7 @@ class Uploads:
         if upload is None or upload.pull is None or chunk.sha256 != upload.ref.sha256:
             return []
         try:
-            wants = upload.pull.on_chunk(chunk, now)
+            requests = upload.pull.on_chunk(chunk, now)
         except ProtocolError as error:
             return self._fail(device, str(error), now)
         if upload.pull.done:
@@ -153,7 +153,7 @@ class Uploads:
         leaves = upload.pull.progress[0]
         if leaves != upload.leaves:
             upload.leaves, upload.moved_at = leaves, now
-        return [(device, w) for w in wants]
+        return [(device, w) for w in requests]
 
     def gone(self, device: str, sha256: str, now: float) -> Wants:
         """The device no longer has what it announced."""
@@ -170,23 +170,23 @@ class Uploads:
                 leaves = self._place.arrived(device) // LEAF
                 if leaves != upload.leaves:
                     upload.leaves, upload.moved_at = leaves, now
-        slow = [n for n in self._running if self._uploads[n].slow(now)]
-        for device in sorted(slow) if self._waiting else ():
+        slow_devices = [n for n in self._running if self._uploads[n].slow(now)]
+        for device in sorted(slow_devices) if self._waiting else ():
             upload = self._uploads[device]
             upload.mqtt = upload.mqtt or upload.put  # another upload would begin at the first byte again
             self._stop(device, upload)
             self._running.discard(device)
             self._wait(device)
-        wants: Wants = []
+        requests: Wants = []
         for device in sorted(self._running):
             upload = self._uploads[device]
             if upload.pull is None:
                 continue
             try:
-                wants += [(device, w) for w in upload.pull.on_tick(now)]
+                requests += [(device, w) for w in upload.pull.on_tick(now)]
             except ProtocolError as error:
-                wants += self._fail(device, str(error), now)
-        return wants + self._start(now)
+                requests += self._fail(device, str(error), now)
+        return requests + self._start(now)
 
     def interrupted(self, now: float) -> None:
         """After a reconnection: what was on the way is lost, and who is there shows as devices announce themselves.
@@ -208,34 +208,34 @@ class Uploads:
             self._wait(device)
         self._running.difference_update(pulled)
 
-    def born(self, device: str, session: int, answer_s: float, now: float, *, uploads: bool = False) -> Wants:
+    def born(self, device: str, session: int, response_s: float, now: float, *, uploads: bool = False) -> Wants:
         """A device announces itself: on a new connection all that was on the way from it is lost, and asked for again.
 
         Args:
             session: The number of its connection.
-            answer_s: How long answers take, as far as the device knows.
+            response_s: How long answers take, as far as the device knows.
             uploads: Whether it can upload to a web server.
         """
-        self._answers.setdefault(device, ResponseTime()).told(answer_s)
+        self._answers.setdefault(device, ResponseTime()).told(response_s)
         uploads = uploads and self._place.takes
-        learnt = uploads and device not in self._can_put
+        is_new_uploader = uploads and device not in self._can_put
         (self._can_put.add if uploads else self._can_put.discard)(device)
-        before = self._there.get(device)
+        previous_session = self._there.get(device)
         self._shows(device, session)
         upload = self._uploads.get(device)
-        wants: Wants = []
-        if learnt and upload is not None and not (upload.put or upload.leaves):
+        requests: Wants = []
+        if is_new_uploader and upload is not None and not (upload.put or upload.leaves):
             return self._put_instead(device, upload, now) + self._start(now)  # it was asked before it was known
         if upload is not None and upload.put and not uploads:
             return self._pull_instead(device, upload, now) + self._start(now)
-        if upload is not None and before not in (None, session) and (upload.put or upload.pull is not None):
+        if upload is not None and previous_session not in (None, session) and (upload.put or upload.pull is not None):
             upload.moved_at = upload.began_at = now  # it was asked on another connection
             upload.began_with = upload.leaves
             if upload.pull is None:
-                wants = self._ask(device, upload, now)
+                requests = self._ask(device, upload, now)
             else:
-                wants = [(device, w) for w in upload.pull.start(now)]
-        return wants + self._start(now)
+                requests = [(device, w) for w in upload.pull.start(now)]
+        return requests + self._start(now)
 
     def drop(self, device: str) -> list[str]:
         """Stop fetching from a device; what has arrived stays on the disk and is gone on from later.
@@ -268,8 +268,8 @@ class Uploads:
 
     def fetching(self, device: str, round_: int, attempt: int, ref: BlobRef) -> bool:
         """Whether this very update is being fetched, or waits to be."""
-        known = self._uploads.get(device)
-        return known is not None and (known.round, known.attempt, known.ref) == (round_, attempt, ref)
+        upload = self._uploads.get(device)
+        return upload is not None and (upload.round, upload.attempt, upload.ref) == (round_, attempt, ref)
 
     def devices(self) -> list[str]:
         """From whom something is being fetched, or waits to be."""
@@ -329,8 +329,8 @@ class Uploads:
         return self._start(now)
 
     def _fail(self, device: str, reason: str, now: float, kind: FailureKind = FailureKind.MALFORMED) -> Wants:
-        upload, said = self._uploads[device], one_line(reason, 400)
-        return self._end(device, FailedUpload(device, upload.round, upload.attempt, said, kind.value), now)
+        upload, reason_line = self._uploads[device], one_line(reason, 400)
+        return self._end(device, FailedUpload(device, upload.round, upload.attempt, reason_line, kind.value), now)
 
     def _end(self, device: str, outcome: Outcome, now: float) -> Wants:
         self.drop(device)
@@ -360,15 +360,15 @@ class Uploads:
         return None
 
     def _start(self, now: float) -> Wants:
-        wants: Wants = []
+        requests: Wants = []
         while len(self._running) < self._concurrent:
             device = self._next(now)
             if device is None:
                 break
             del self._waiting[device]
             self._running.add(device)
-            wants += self._begin(device, self._uploads[device], now)
-        return wants
+            requests += self._begin(device, self._uploads[device], now)
+        return requests
 
     def _begin(self, device: str, upload: _Upload, now: float) -> Wants:
         """Ask for an update that has its place: to be uploaded if that may succeed, else piece by piece."""
@@ -377,12 +377,12 @@ class Uploads:
             upload.leaves = upload.began_with = 0
             return self._ask(device, upload, now)
         try:
-            answers = self._answers.setdefault(device, ResponseTime())
-            upload.pull = Pull(upload.ref, self._store.partial(upload.ref), limit=self._limit, answers=answers)
+            response_times = self._answers.setdefault(device, ResponseTime())
+            upload.pull = Pull(upload.ref, self._store.partial(upload.ref), limit=self._limit, answers=response_times)
             upload.leaves = upload.began_with = upload.pull.progress[0]
-            first = upload.pull.start(now)
+            requests = upload.pull.start(now)
         except ProtocolError as error:
             return self._fail(device, str(error), now)
         if upload.pull.done:  # it was already here
             return self._end(device, Arrived(device, upload.round, upload.attempt, upload.ref.sha256), now)
-        return [(device, w) for w in first]
+        return [(device, w) for w in requests]

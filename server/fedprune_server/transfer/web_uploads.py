@@ -75,41 +75,41 @@ class HttpUploads(UploadPlace):
 
     def ask(self, device: str, ref: BlobRef) -> UploadRequest:
         with self._lock:
-            known = self._awaited.get(device)
-            if known is None or known.ref != ref:
+            awaited = self._awaited.get(device)
+            if awaited is None or awaited.ref != ref:
                 self._awaited[device] = Awaited(device, ref)
         return UploadRequest(ref.sha256, f"{self._url}/{ref.sha256[:2]}/{ref.sha256}")
 
     def drop(self, device: str) -> None:
         with self._lock:
-            known = self._awaited.pop(device, None)
-        if known is not None and known.connection is not None:
-            known.connection.cut()
+            awaited = self._awaited.pop(device, None)
+        if awaited is not None and awaited.connection is not None:
+            awaited.connection.cut()
 
     def reported(self, device: str) -> None:
         """A success that this server has not seen: another server answered."""
-        known = self._awaited.get(device)
-        if known is not None:
-            self._ends.put(UploadEnd(device, known.ref, stored=False))
+        awaited = self._awaited.get(device)
+        if awaited is not None:
+            self._ends.put(UploadEnd(device, awaited.ref, stored=False))
 
     def arrived(self, device: str) -> int:
-        known = self._awaited.get(device)
-        return 0 if known is None else known.arrived
+        awaited = self._awaited.get(device)
+        return 0 if awaited is None else awaited.arrived
 
     # For the web server's threads.
 
     def awaits(self, device: str | None, sha256: str) -> Awaited | None:
         """The awaited update of this digest of a device, or, without certificates, of any device."""
         with self._lock:
-            known = list(self._awaited.values()) if device is None else [self._awaited.get(device)]
-        return next((a for a in known if a is not None and a.ref.sha256 == sha256), None)
+            candidates = list(self._awaited.values()) if device is None else [self._awaited.get(device)]
+        return next((a for a in candidates if a is not None and a.ref.sha256 == sha256), None)
 
     def begin(self, awaited: Awaited, connection: Client) -> None:
         """A connection begins to upload, from the beginning; another that did is cut."""
         with self._lock:
-            before, awaited.connection, awaited.arrived = awaited.connection, connection, 0
-        if before is not None and before is not connection:
-            before.cut()
+            previous_connection, awaited.connection, awaited.arrived = awaited.connection, connection, 0
+        if previous_connection is not None and previous_connection is not connection:
+            previous_connection.cut()
 
     def note_progress(self, awaited: Awaited, connection: Client, arrived: int) -> bool:
         """Note what has arrived on a connection; whether more may come."""

@@ -30,15 +30,19 @@ from fedprune_server.process.child_process import wait_or_kill
 
 log = logging.getLogger("fedprune.server")
 
+# An MQTT 3.1.1 CONNECT: clean session, keepalive 5 s, client id `fp`.
 _CONNECT = bytes.fromhex("100e00044d515454040200050002") + b"fp"
-"""An MQTT 3.1.1 CONNECT: clean session, keepalive 5 s, client id `fp`."""
 
 _TRIES = 5
+
+# Seconds in which a port that is taken may become free: a server that was killed a moment ago may have left a broker
+# that is just ending.
 _PORT_PATIENCE_S = 3.0
-"""Seconds in which a port that is taken may become free: a server that was killed a moment ago may have left a broker
-that is just ending."""
 _PAUSE_S = 0.2
 
+# Runs a command that dies with this process, however it ends, and that no signal ends but SIGKILL: a terminal or a
+# service manager may send the others to the whole group. This process handles them: it first takes in the boards'
+# remaining messages, then ends the broker.
 _LAUNCHER = """\
 import os, signal, sys
 from fedprune.core.parent_death import set_parent_death_signal
@@ -47,9 +51,6 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.
 if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
-"""Runs a command that dies with this process, however it ends, and that no signal ends but SIGKILL: a terminal or a
-service manager may send the others to the whole group. This process handles them: it first takes in the boards'
-remaining messages, then ends the broker."""
 
 
 class PortTakenError(BrokerError):
@@ -141,7 +142,7 @@ class EmbeddedBroker:
 
     def _start(self, program: Program, timeout: float) -> str:
         """Start a program on the port; returns what prevents it. Raises `PortTakenError`."""
-        until = time.monotonic() + _PORT_PATIENCE_S
+        patience_ends_at = time.monotonic() + _PORT_PATIENCE_S
         for attempt in count(1):
             if self._any_port:
                 self.port = _bound(self.host, 0)
@@ -154,7 +155,7 @@ class EmbeddedBroker:
                 self.stop()
                 if _bound(self.host, self.port):
                     return problem
-            if attempt == _TRIES if self._any_port else time.monotonic() > until:
+            if attempt == _TRIES if self._any_port else time.monotonic() > patience_ends_at:
                 break
             time.sleep(0.0 if self._any_port else _PAUSE_S)  # someone was faster than we, or is just going
         raise PortTakenError(
@@ -165,14 +166,14 @@ class EmbeddedBroker:
     def _spawn(self, program: Program) -> None:
         """Start the process on a thread that lives as long as it does: Linux ends the child when the thread that has
         started it ends."""
-        words, given = program.command(self.host, self.port, self._tls)
+        words, input_bytes = program.command(self.host, self.port, self._tls)
         self._errors = errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `stop`
         started: Future[subprocess.Popen[bytes]] = Future()
 
         def run() -> None:
             try:
                 with tempfile.TemporaryFile() as config:
-                    config.write(given)
+                    config.write(input_bytes)
                     config.seek(0)
                     process = subprocess.Popen(  # noqa: S603  # nosec B603  # a broker, with words that we have made
                         [sys.executable, "-W", "ignore", "-c", program_code(_LAUNCHER), str(os.getpid()), *words],

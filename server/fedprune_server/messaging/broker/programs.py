@@ -14,13 +14,14 @@ from typing import NamedTuple, Protocol
 from fedprune.core.imports import module_code
 from fedprune.output.extras import install_command
 
+# Where systems keep Mosquitto, and not every user's PATH looks.
 _SYSTEM = "/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
-"""Where systems keep Mosquitto, and not every user's PATH looks."""
 
 _OLDEST = (2, 0)
 _ASK_S = 10.0
 
 
+# Mosquitto's configuration for a trial, with a fleet's limits (`templates/mosquitto.conf`).
 _TRIAL = """\
 # Started by root, Mosquitto would give up root's rights before it reads its key; for others `user` has no effect.
 # docs/run-a-fleet.md advises against root.
@@ -37,7 +38,6 @@ persistent_client_expiration 1h
 max_qos 1
 allow_anonymous true
 """
-"""Mosquitto's configuration for a trial, with a fleet's limits (`templates/mosquitto.conf`)."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ def find_mosquitto() -> Mosquitto | None:
         printed = subprocess.run([path, "-h"], capture_output=True, text=True, timeout=_ASK_S, check=False).stdout  # noqa: S603  # nosec B603
     except (OSError, subprocess.SubprocessError):
         return None
-    found = re.search(r"mosquitto version ((\d+)\.(\d+)\S*)", printed)
-    if found is None or (int(found[2]), int(found[3])) < _OLDEST:
+    version_match = re.search(r"mosquitto version ((\d+)\.(\d+)\S*)", printed)
+    if version_match is None or (int(version_match[2]), int(version_match[3])) < _OLDEST:
         return None
-    return Mosquitto(path, found[1])
+    return Mosquitto(path, version_match[1])
 
 
 def programs() -> list[Program]:

@@ -25,15 +25,16 @@ from fedprune_server.config.alert_settings import OFF
 
 log = logging.getLogger("fedprune.server")
 
+# Names the list for the command.
 VARIABLE = "FEDPRUNE_CRL"
-"""Names the list for the command."""
 
+# File of the state folder, where there is a command: sha256 of the list for which it succeeded last, if ever.
 NOTE = "revocations-given"
-"""File of the state folder, where there is a command: sha256 of the list for which it succeeded last, if ever."""
 
 POLL_S = 1.0
+
+# The pause after a first failure, which doubles with each further one, and the longest pause.
 RETRY_S, LONGEST_RETRY_S = 30.0, 600.0
-"""The pause after a first failure, which doubles with each further one, and the longest pause."""
 
 TIMEOUT_S = 60.0
 _SHOWN = 500

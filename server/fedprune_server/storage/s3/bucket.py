@@ -23,15 +23,17 @@ from fedprune.core.validation import is_digest
 log = logging.getLogger("fedprune.server")
 
 SCHEME = "s3://"
+
+# Value of `blobs` for blobs in the state folder.
 FOLDER = "folder"
-"""Value of `blobs` for blobs in the state folder."""
 
 BLOBS = "blobs/"
 OWNER = "job.json"
 MODEL = "model.onnx"
 FORMAT = "fedprune.blobs/1"
+
+# Bytes that `OWNER` may have.
 OWNER_LIMIT = 2**16
-"""Bytes that `OWNER` may have."""
 
 _PIECE = 2**18
 _AMAZON = (".amazonaws.com", ".amazonaws.com.cn")
@@ -42,12 +44,14 @@ _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _PREFIX = re.compile(r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*")
 _MISSING = ("NoSuchKey", "404", "NotFound")
 _THERE, _UNKNOWN = ("PreconditionFailed", "412"), ("NotImplemented", "501")
+
+# Another write of the same object is under way: who tries again sees what came of it.
 _MEETS = ("ConditionalRequestConflict", "409")
-"""Another write of the same object is under way: who tries again sees what came of it."""
 
 _MEETINGS = 5
+
+# Objects that one request deletes.
 _MOST = 1000
-"""Objects that one request deletes."""
 
 _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
 
@@ -60,8 +64,8 @@ def parse(url: str) -> tuple[str, str]:
     """Bucket and prefix of an address such as `s3://bucket/fleet/leaves`. Raises `ConfigError` if it is none."""
     name, _, prefix = url.removeprefix(SCHEME).partition("/")
     prefix = prefix.removesuffix("/")
-    good = url.startswith(SCHEME) and _BUCKET.fullmatch(name) and (not prefix or _PREFIX.fullmatch(prefix))
-    if not good or ".." in url or len(prefix) > 512:
+    is_valid = url.startswith(SCHEME) and _BUCKET.fullmatch(name) and (not prefix or _PREFIX.fullmatch(prefix))
+    if not is_valid or ".." in url or len(prefix) > 512:
         raise ConfigError(
             ("server", "blobs"),
             expected=f"{FOLDER!r} or {SCHEME}bucket/prefix",
@@ -134,8 +138,8 @@ class Bucket:
         while True:
             with self._translated("list"):
                 page = self._client.list_objects_v2(Bucket=self._name, Prefix=self._prefix + prefix, **options)
-            for found in page.get("Contents", ()):
-                yield str(found["Key"])[len(self._prefix) :], int(found["Size"])
+            for entry in page.get("Contents", ()):
+                yield str(entry["Key"])[len(self._prefix) :], int(entry["Size"])
             if not page.get("IsTruncated"):
                 return
             options["ContinuationToken"] = page["NextContinuationToken"]
@@ -144,39 +148,39 @@ class Bucket:
         """Write an object; the bucket verifies its SHA-256. With `replace=False` an existing object stays, unless the
         bucket has no conditional writes.
         """
-        check = base64.b64encode(bytes.fromhex(sha256)).decode()
-        written = {"Bucket": self._name, "Key": self._prefix + key, "Body": bytes(data), "ChecksumSHA256": check}
+        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
+        request = {"Bucket": self._name, "Key": self._prefix + key, "Body": bytes(data), "ChecksumSHA256": checksum}
         with self._translated("write to"):
             for attempt in range(_MEETINGS):
                 try:
-                    self._client.put_object(**written, **({} if replace else {"IfNoneMatch": "*"}))
+                    self._client.put_object(**request, **({} if replace else {"IfNoneMatch": "*"}))
                     return
                 except self._failed as error:  # noqa: PERF203 - once, as a rule
                     if not replace and _code(error) in _THERE:
                         return
                     if not replace and _code(error) in _UNKNOWN:
-                        self._client.put_object(**written)
+                        self._client.put_object(**request)
                         return
                     if replace or _code(error) not in _MEETS or attempt + 1 == _MEETINGS:
                         raise
 
     def upload_url(self, key: str, sha256: str, size: int, seconds: int) -> str:
         """Presigned PUT for one object of this SHA-256 and size, valid for `seconds`."""
-        check = base64.b64encode(bytes.fromhex(sha256)).decode()
-        signed = {"Bucket": self._name, "Key": self._prefix + key, "ContentLength": size, "ChecksumSHA256": check}
+        checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
+        signed = {"Bucket": self._name, "Key": self._prefix + key, "ContentLength": size, "ChecksumSHA256": checksum}
         with self._translated("sign an upload to"):
             return str(self._client.generate_presigned_url("put_object", Params=signed, ExpiresIn=seconds))
 
     def stream(self, key: str) -> Iterator[bytes]:
         """An object's bytes in pieces, not verified; none if it doesn't exist."""
-        with self._opened(key) as found:
-            if found is not None:
-                yield from found[0].iter_chunks(_PIECE)
+        with self._opened(key) as body_and_size:
+            if body_and_size is not None:
+                yield from body_and_size[0].iter_chunks(_PIECE)
 
     def get(self, key: str, limit: int) -> bytes | None:
         """An object's bytes, not verified; None if it doesn't exist or is larger than `limit`."""
-        with self._opened(key) as found:
-            return None if found is None or found[1] > limit else bytes(found[0].read())
+        with self._opened(key) as body_and_size:
+            return None if body_and_size is None or body_and_size[1] > limit else bytes(body_and_size[0].read())
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[tuple[Any, int] | None]:
@@ -198,20 +202,20 @@ class Bucket:
         the bucket can't be reached."""
         failures: list[Exception] = []
         with self._translated("delete from"):
-            for at in range(0, len(keys), _MOST):
-                named = [{"Key": self._prefix + key} for key in keys[at : at + _MOST]]
+            for start in range(0, len(keys), _MOST):
+                objects = [{"Key": self._prefix + key} for key in keys[start : start + _MOST]]
                 try:
-                    found = self._client.delete_objects(Bucket=self._name, Delete={"Objects": named, "Quiet": True})
-                    failures += [self._failed({"Error": e}, "DeleteObjects") for e in found.get("Errors", ())[:1]]
+                    answer = self._client.delete_objects(Bucket=self._name, Delete={"Objects": objects, "Quiet": True})
+                    failures += [self._failed({"Error": e}, "DeleteObjects") for e in answer.get("Errors", ())[:1]]
                 except self._failed as error:
-                    failures += self._delete_each(named) if _code(error) in _UNKNOWN else [error]
+                    failures += self._delete_each(objects) if _code(error) in _UNKNOWN else [error]
             for failure in failures[:1]:
                 raise failure
 
-    def _delete_each(self, named: Sequence[Mapping[str, str]]) -> Sequence[Exception]:
+    def _delete_each(self, objects: Sequence[Mapping[str, str]]) -> Sequence[Exception]:
         """Returns the failures."""
         failures = []
-        for each in named:
+        for each in objects:
             try:
                 self._client.delete_object(Bucket=self._name, **each)
             except self._failed as error:  # noqa: PERF203 - each turn waits for the network anyway
@@ -219,7 +223,7 @@ class Bucket:
         return failures
 
     @contextmanager
-    def _translated(self, doing: str) -> Iterator[None]:
+    def _translated(self, action: str) -> Iterator[None]:
         try:
             yield
         except self._failed as error:
@@ -232,18 +236,18 @@ class Bucket:
                     "Are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY right? They must be allowed to list the bucket, "
                     "and to get, put and delete objects."
                 )
-            raise BucketError(f"can't {doing} {self.url}: {_first_line(error)}", hint=hint) from error
+            raise BucketError(f"can't {action} {self.url}: {_first_line(error)}", hint=hint) from error
         except (self._broken, OSError) as error:
             hint = "Is it running, and AWS_ENDPOINT_URL (or AWS_REGION) right?"
             if "redentials" in type(error).__name__:
                 hint = "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE."
-            raise BucketError(f"can't {doing} {self.url}: {_first_line(error)}", hint=hint) from error
+            raise BucketError(f"can't {action} {self.url}: {_first_line(error)}", hint=hint) from error
 
 
 def _with_md5(params: dict[str, Any], **_: Any) -> None:
     """Add the checksum that servers from before S3's newer ones require of a request that deletes several objects."""
-    found = hashlib.md5(params["body"], usedforsecurity=False).digest()
-    params["headers"]["Content-MD5"] = base64.b64encode(found).decode()
+    digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
+    params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
 
 
 def _code(error: Exception) -> str:
@@ -297,19 +301,19 @@ class RetryPolicy:
             except BucketError as error:  # noqa: PERF203 - each turn waits anyway
                 if not self.endless:
                     raise
-                if self._note(kind, missed=True):
+                if self._note(kind, waits=True):
                     log.warning("waiting for the bucket, nothing is lost: %s", error)
                 if self._stopped.wait(pause):
                     raise StoppedError(error.what) from error
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             else:
-                if kind in self._missed and self._note(kind, missed=False):
+                if kind in self._missed and self._note(kind, waits=False):
                     log.info("the bucket is back: to %s goes on", kind)
                 return result
 
-    def _note(self, kind: str, *, missed: bool) -> bool:
+    def _note(self, kind: str, *, waits: bool) -> bool:
         """Note whether a kind of work waits; returns whether that has changed."""
         with self._lock:
-            news = missed != (kind in self._missed)
-            self._missed = self._missed | {kind} if missed else self._missed - {kind}
-            return news
+            has_changed = waits != (kind in self._missed)
+            self._missed = self._missed | {kind} if waits else self._missed - {kind}
+            return has_changed

@@ -93,8 +93,8 @@ class Deletions:
 
 log = logging.getLogger("fedprune.server")
 
+# Blobs used within this time stay in the folder, however large: a device is about to request the rest.
 FRESH_S = 60.0
-"""Blobs used within this time stay in the folder, however large: a device is about to request the rest."""
 
 _MODEL_LIMIT = 2**31
 
@@ -135,16 +135,16 @@ class BucketStore(BlobStore):
             digest = digest_of(key)
             if digest is not None:
                 self._objects.setdefault(digest, {})[key] = size
-        lying: list[tuple[float, str, int]] = []
+        cached_files: list[tuple[float, str, int]] = []
         for name in super().names():
             with suppress(FileNotFoundError):  # let go of by a server, while this one only looks
-                about, sizes = self.path(name).stat(), self._objects.get(name)
-                if keeping and sizes and about.st_size not in sizes.values():
+                file_stat, sizes = self.path(name).stat(), self._objects.get(name)
+                if keeping and sizes and file_stat.st_size not in sizes.values():
                     self._unlink(name)  # cached files aren't flushed: a power cut leaves them short
                 else:
-                    lying.append((about.st_mtime, name, about.st_size))
-        self._held.update((name, (size, 0.0)) for _, name, size in sorted(lying))
-        self._held_bytes += sum(size for _, _, size in lying)
+                    cached_files.append((file_stat.st_mtime, name, file_stat.st_size))
+        self._held.update((name, (size, 0.0)) for _, name, size in sorted(cached_files))
+        self._held_bytes += sum(size for _, _, size in cached_files)
 
     def _begin(self) -> None:
         self._lock = threading.RLock()
@@ -238,8 +238,8 @@ class BucketStore(BlobStore):
 
     def news(self) -> dict[str, tuple[str, int]]:
         with self._lock:
-            found, self._news = self._news, {}
-        return found
+            news, self._news = self._news, {}
+        return news
 
     # In.
 
@@ -276,19 +276,21 @@ class BucketStore(BlobStore):
         return self.patience(ADOPT, partial(self._adopt, ref, keys))
 
     def _adopt(self, ref: BlobRef, keys: Sequence[str]) -> bool:
-        right = next((key for key in keys[-1:] if self._verify(key, ref)), None)
-        found = dict.fromkeys(keys, ref.size)
-        if right is None:
-            found = {k: n for k, n in self.bucket.list(f"{BLOBS}{ref.sha256}.") if digest_of(k) == ref.sha256}
-            right = next((k for k, size in sorted(found.items()) if size == ref.size and self._verify(k, ref)), None)
-        if right is not None:
+        right_key = next((key for key in keys[-1:] if self._verify(key, ref)), None)
+        sizes = dict.fromkeys(keys, ref.size)
+        if right_key is None:
+            sizes = {k: n for k, n in self.bucket.list(f"{BLOBS}{ref.sha256}.") if digest_of(k) == ref.sha256}
+            right_key = next(
+                (k for k, size in sorted(sizes.items()) if size == ref.size and self._verify(k, ref)), None
+            )
+        if right_key is not None:
             with self._lock:
-                self._objects.setdefault(ref.sha256, {})[right] = ref.size
+                self._objects.setdefault(ref.sha256, {})[right_key] = ref.size
             self._hold(ref.sha256, ref.size)
-        for key in found.keys() - {right}:
+        for key in sizes.keys() - {right_key}:
             self.forget(key)
-        self.clear(found)
-        return right is not None
+        self.clear(sizes)
+        return right_key is not None
 
     def _verify(self, key: str, ref: BlobRef) -> bool:
         try:
@@ -320,9 +322,9 @@ class BucketStore(BlobStore):
 
     def size(self, sha256: str) -> int:
         """Size of a blob, which is fetched to the folder if that caches any."""
-        known = None if self._keeping else self.known_size(sha256)
-        if known is not None:
-            return known
+        known_size = None if self._keeping else self.known_size(sha256)
+        if known_size is not None:
+            return known_size
         return self._healed(sha256, lambda: BlobStore.size(self, sha256), len)
 
     def read(self, sha256: str) -> bytes:
@@ -370,11 +372,13 @@ class BucketStore(BlobStore):
             raise StorageError(f"{self.bucket.url}/{damaged} is damaged", hint="See `fedprune-server check`.")
         raise MissingBlobError(f"blob {sha256} is not in {self.bucket.url}", hint="Restore the server's backup.")
 
-    def _healed(self, sha256: str, look: Callable[[], _Result], make: Callable[[bytes], _Result]) -> _Result:
+    def _healed(
+        self, sha256: str, read_cached: Callable[[], _Result], from_fetched: Callable[[bytes], _Result]
+    ) -> _Result:
         """Verify a blob of the folder, and replace it from the bucket if it is missing or damaged."""
         try:
             if BlobStore.has(self, sha256) or not self._find(sha256):
-                result = look()
+                result = read_cached()
                 self.touch(sha256)
                 return result
         except StorageFullError:
@@ -385,19 +389,19 @@ class BucketStore(BlobStore):
             if BlobStore.has(self, sha256):
                 log.warning("%s: it is fetched again", error.what)
         self._unlink(sha256)
-        return make(self.fetch(sha256))
+        return from_fetched(self.fetch(sha256))
 
     def _find(self, sha256: str) -> list[str]:
         """Keys of a blob's objects. A helper asks the bucket, because other processes store blobs, too."""
         with self._lock:
-            known = list(self._objects.get(sha256, ()))
-        if known or not self._shared:
-            return known
-        found = self.patience("list", lambda: dict(self.bucket.list(f"{BLOBS}{sha256}.")))
-        if found:
+            keys = list(self._objects.get(sha256, ()))
+        if keys or not self._shared:
+            return keys
+        listed_keys = self.patience("list", lambda: dict(self.bucket.list(f"{BLOBS}{sha256}.")))
+        if listed_keys:
             with self._lock:
-                self._objects.setdefault(sha256, {}).update(found)
-        return list(found)
+                self._objects.setdefault(sha256, {}).update(listed_keys)
+        return list(listed_keys)
 
     # The folder.
 
@@ -422,20 +426,20 @@ class BucketStore(BlobStore):
             self._trim(size + self.reserve)
             super().check_room(size)
 
-    def _trim(self, free: int = 0) -> None:
+    def _trim(self, bytes_to_free: int = 0) -> None:
         """Evict the least recently used blobs that are in the bucket, and `free` bytes at least."""
         if not self._trims:
             return
         with self._lock:
-            over, now = max(self._held_bytes - self.cache, free), time.monotonic()
-            if over <= 0:
+            excess, now = max(self._held_bytes - self.cache, bytes_to_free), time.monotonic()
+            if excess <= 0:
                 return
-            for digest, (size, used) in list(self._held.items()):
-                if over <= 0 or (not free and now - used < FRESH_S):
+            for digest, (size, used_at) in list(self._held.items()):
+                if excess <= 0 or (not bytes_to_free and now - used_at < FRESH_S):
                     return
                 if digest in self._objects:
                     self._unlink(digest)
-                    over -= size
+                    excess -= size
 
     def _let_go(self, sha256: str) -> None:
         size, _ = self._held.pop(sha256, (0, 0.0))
@@ -463,9 +467,9 @@ class BucketStore(BlobStore):
         """Treat an object as missing."""
         with self._lock:
             digest = digest_of(key) or ""
-            known = self._objects.get(digest, {})
-            known.pop(key, None)
-            if not known:
+            keys = self._objects.get(digest, {})
+            keys.pop(key, None)
+            if not keys:
                 self._objects.pop(digest, None)
 
     def close(self, patience_s: float = 5.0) -> None:
@@ -487,10 +491,10 @@ class LocalCopy(BlobStore):
         self._checked = store._checked  # what is let go of is forgotten there
 
     def has(self, sha256: str) -> bool:
-        found = super().has(sha256)
-        if found:
+        is_cached = super().has(sha256)
+        if is_cached:
             self._store.touch(sha256)
-        return found
+        return is_cached
 
     def map(self, sha256: str) -> memoryview:
         self._store.touch(sha256)
@@ -511,10 +515,10 @@ def _new_key(sha256: str) -> str:
 def _open_shared(url: str, cache: int) -> BucketStore:
     """The bucket, with a temporary folder of this process as its cache. A cluster kills its processes, so the folders
     of dead ones are removed here."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_CACHE_PREFIX}*"):
-        process = left.name.removeprefix(_CACHE_PREFIX).partition("-")[0]
-        pid = process.partition(".")[0]
-        if pid.isdigit() and process != process_name(pid):
-            shutil.rmtree(left, ignore_errors=True)
+    for folder_left in Path(tempfile.gettempdir()).glob(f"{_CACHE_PREFIX}*"):
+        owner = folder_left.name.removeprefix(_CACHE_PREFIX).partition("-")[0]
+        pid = owner.partition(".")[0]
+        if pid.isdigit() and owner != process_name(pid):
+            shutil.rmtree(folder_left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{_CACHE_PREFIX}{process_name(os.getpid())}-"))
     return BucketStore(folder, url, cache=cache, shared=True)
