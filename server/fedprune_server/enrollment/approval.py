@@ -1,4 +1,4 @@
-"""Letting devices in that wait, and shutting them out, as an operator decides: at a terminal or in the console."""
+"""Approve, deny and revoke devices, as an operator decides at a terminal or in the console."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fedprune_server.enrollment.store import REVOKED, WAITING
 
 
 def approve(identity: IdentityFolder, device: str, fingerprint: str) -> str:
-    """Approve a waiting device with the key of this fingerprint; returns a message. Raises `JoinError` if it doesn't
-    wait, or with another key.
+    """Approve a waiting device by its key's fingerprint; returns a message. Raises `JoinError` if no such device waits,
+    or only one with another key.
     """
     normalised = fingerprint.strip().lower()
     keys = identity.store.devices()
@@ -30,7 +30,7 @@ def approve(identity: IdentityFolder, device: str, fingerprint: str) -> str:
 
 
 def deny(identity: IdentityFolder, device: str, fingerprint: str | None = None) -> str:
-    """Turn away the key of this fingerprint, or all that wait under a name; an approved device of that name stays.
+    """Deny the waiting key of this fingerprint, or all that wait under a name; an approved device of that name stays.
     Returns a message. Raises `JoinError` if none waits.
     """
     normalised = None if fingerprint is None else fingerprint.strip().lower()
@@ -46,7 +46,7 @@ def deny(identity: IdentityFolder, device: str, fingerprint: str | None = None) 
 
 
 def revoke(identity: IdentityFolder, device: str) -> str:
-    """Revoke a device; returns a message. Raises `JoinError` if none of this name is approved or waits."""
+    """Revoke a device, approved or waiting; returns a message. Raises `JoinError` if there is none of this name."""
     keys, certificates = identity.revoke(device)
     if not keys:
         if any(d.device == device and d.status == REVOKED for d in identity.store.devices()):
@@ -57,9 +57,10 @@ def revoke(identity: IdentityFolder, device: str) -> str:
 
 
 def revoked(identity: IdentityFolder, device: str, keys: int, certificates: int) -> str:
-    """A message about a device that was revoked."""
+    """The message about a revoked device."""
     line = f"{device}: {quantity(keys, 'key')} and {quantity(certificates, 'certificate')} revoked"
     if not certificates:
         return line
+    # A broker reads the list of revoked certificates when it starts: until then the certificate still connects.
     path = identity.authority.crl_path
     return f"{line}.\nUnless on_revocation does that, copy {path} to the broker and restart the broker"

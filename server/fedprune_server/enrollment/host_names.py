@@ -5,15 +5,16 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 
-# Hosts of a listener at all addresses of this machine.
+# Hosts by which a listener listens on all addresses of this machine.
 _ANY = ("0.0.0.0", "::", "")  # noqa: S104  # nosec B104  # compared with, not listened on
 
 
 def names_of(host: str) -> list[str]:
-    """Host names for a listener's certificate: its address, or all names of this machine if it listens on any."""
+    """Names for a listener's certificate: its host, or all names of this machine if it listens on all addresses."""
     names = {"127.0.0.1", "localhost"}
     if host in _ANY:
         name = socket.gethostname()
+        # Boards in a network without DNS find the machine by mDNS, as NAME.local.
         names |= {name, f"{name.partition('.')[0]}.local", *addresses_of(name)}
     else:
         names.add(host)
@@ -26,6 +27,7 @@ def addresses_of(name: str) -> set[str]:
     with suppress(OSError):
         addresses |= set(socket.gethostbyname_ex(name)[2])
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing: it chooses the address towards other networks
+        # A datagram socket's `connect` sends nothing; it makes the kernel choose the address towards other networks.
+        probe.connect(("192.0.2.1", 9))
         addresses.add(probe.getsockname()[0])
     return addresses

@@ -1,9 +1,9 @@
 """A server's identity: its authority and its keys in `<state>/identity`, mode 0700, and its members in the database.
 
     authority.key, authority.pem, crl.pem    the certificate authority (`fedprune.security.authority`)
-    signing.key     what the server signs its messages with
-    epoch           its latest epoch
-    server.key, server.pem    what it connects to the broker with
+    signing.key     the key with which the server signs its messages
+    epoch           the server's latest epoch
+    server.key, server.pem    the certificate with which it connects to the broker
     broker.key, broker.pem    of the embedded broker, if there is one
     web.key, web.pem          of the web server of blobs, if there is one
     console.key, console.pem  for the console, once `identity certificate` has issued it
@@ -59,7 +59,10 @@ _SIGNING, _EPOCH, _KEY, _CERTIFICATE, _SITE = "signing.key", "epoch", "server.ke
 # The folder of an identity while another one is made in its place.
 _REPLACED = "identity.replaced"
 
+# Seconds before its end at which a listener's certificate is issued again: a running broker or web server may not start
+# again, and so load the new one, for a long time.
 _BROKER_LASTS_S = 365 * 24 * 3600
+# The same for the server's own certificate: the last third of its time.
 _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
 _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
 _WEB_KEY, _WEB_CERTIFICATE = "web.key", "web.pem"
@@ -72,10 +75,10 @@ class IdentityFolder(Closing):
     Args:
         clock: Seconds since 1970.
         database: URL of the database; None for the state folder's. It is opened when it is needed.
-        read_only: Only look: nothing is made, mended or issued, and a disk that can't be written to will do.
+        read_only: Make, repair and issue nothing, so that a read-only disk will do.
 
     Attributes:
-        key: What the server signs its messages with.
+        key: The key with which the server signs its messages.
 
     Raises:
         IdentityError: There is none, or a file of it is damaged or open to other users.
@@ -94,7 +97,8 @@ class IdentityFolder(Closing):
         try:
             self.site = check_name((self.path / _SITE).read_text().strip(), "site")
         except FileNotFoundError as error:
-            if all((self.path / name).exists() for name in (KEY, _SIGNING)):  # a device's folder has no authority
+            # A device's folder has the same name, but no authority.
+            if all((self.path / name).exists() for name in (KEY, _SIGNING)):
                 raise IdentityError(
                     f"{self.path / _SITE} is missing", hint="Write the site's name into it, or restore a backup of it."
                 ) from error
@@ -115,7 +119,7 @@ class IdentityFolder(Closing):
         self._issuing = threading.Lock()
         self._state, self._url, self._read_only = state, database, read_only
         self._store: IdentityStore | None = None
-        self._database: Database | None = None  # opened here
+        self._database: Database | None = None  # only one that was opened here is closed here
 
     @property
     def store(self) -> IdentityStore:
@@ -127,7 +131,7 @@ class IdentityFolder(Closing):
         return self._store
 
     def serve(self, database: Database) -> None:
-        """Use the database of the server that serves with this identity from now on; its owner closes it.
+        """Use the database of the running server from now on; its owner closes it.
 
         Raises:
             IdentityError: The members in it are another identity's.
@@ -155,7 +159,7 @@ class IdentityFolder(Closing):
 
     @property
     def _text(self) -> str:
-        """By what a database knows whose members it has."""
+        """The text by which a database knows the identity of its members."""
         return f"{self.authority.pin.hex()} {self.key.verifying.hex}"
 
     def update_revocations(self) -> None:
@@ -164,15 +168,15 @@ class IdentityFolder(Closing):
             self.authority.list_revoked(self.store.revoked_certificates())
 
     def replace(self) -> IdentityFolder:
-        """A new identity in place of this one: other keys, another authority. Whoever has the old one is nobody any
-        more, and every board must join again, with a new claim.
+        """Replace this identity by a new one with other keys and another authority; returns it.
 
-        No server may run on the folder. After an error or a crash it can be done again; where the folder is gone by
-        then, `make` completes it.
+        The old identity is no longer accepted, and every board must join again with a new claim. No server may run on
+        the folder. After an error or a crash the command can be repeated; if the folder is gone by then, `make`
+        completes the new identity.
         """
-        if (owner := self.path.stat().st_uid) != os.geteuid():  # who could not read the new one
+        if (owner := self.path.stat().st_uid) != os.geteuid():  # the server's user could not read the new one
             raise IdentityError(f"{self.path} belongs to user {owner}", hint="Run the command as the server's user.")
-        # Also where the members are another identity's, such as one that was lost: a new one is the only cure then.
+        # Members of another identity, such as one that was lost, are voided, too: a new identity is the only cure then.
         with database_of(self._state, self._url) as database:
             IdentityStore(database).void(self._text, self.authority.now())
         self.close()
@@ -188,24 +192,24 @@ class IdentityFolder(Closing):
     def make(
         cls, state: Path, site: str, clock: Callable[[], float] = time.time, *, database: str | None = None
     ) -> IdentityFolder:
-        """A new identity; one that was begun is completed. Raises `IdentityError` if there is one already."""
+        """Make a new identity, or complete one that was begun. Raises `IdentityError` if there is one already."""
         check_name(site, "site")
         path = state / FOLDER
         if (path / _SITE).exists():
             raise IdentityError(f"{state} has an identity already", hint="Keep it: every board knows the server by it.")
         authority = Authority(path, clock) if (path / CERTIFICATE).exists() else Authority.make(path, site, clock)
-        if not authority.made_for(site):  # under another name no board would hear this server
+        if not authority.made_for(site):  # boards with its certificates subscribe to the topics of that other site
             raise IdentityError(
                 f"the authority in {path} is another site's than {site}",
                 got=authority.certificate.subject.rfc4514_string(),
                 hint="Give --site as it was when the identity was made.",
             )
-        if not (path / _SIGNING).exists():  # boards may know the one that is there
+        if not (path / _SIGNING).exists():  # boards may know the existing one already
             SigningKey.make().save(path / _SIGNING)
         _issue_server(authority, path)
         if not (path / _EPOCH).exists():
             EpochFile.make(path / _EPOCH)
-        write_public(path / _SITE, site.encode())
+        write_public(path / _SITE, site.encode())  # last: a folder with this file is complete
         if (old := state / _REPLACED).exists():
             with storage_errors(f"can't delete {old}"):
                 shutil.rmtree(old)
@@ -217,7 +221,7 @@ class IdentityFolder(Closing):
         self._store = self._database = None
 
     def claim(self, device: str | None, seconds: int) -> Claim:
-        """A new one-time claim for a device, or for any; only its key is stored, and its text is only in the result.
+        """Make a one-time claim for a device, or for any (None). Only its key is stored: the result alone has its text.
 
         Raises `JoinError` or `ProtocolError` if no device may have the name.
         """
@@ -228,8 +232,8 @@ class IdentityFolder(Closing):
         return claim
 
     def revoke(self, device: str) -> tuple[int, int]:
-        """Revoke a device's keys and, with them, its certificates, which the broker refuses as soon as it loads the
-        list again; returns how many there are of both.
+        """Revoke a device's keys and, with them, its certificates, which the broker refuses once it has loaded the list
+        again. Returns the numbers of both.
         """
         revoked = self.store.revoke(check_device(device), self.authority.now())
         self.update_revocations()
@@ -238,13 +242,13 @@ class IdentityFolder(Closing):
     def broker(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         """Paths of an embedded broker's certificate, its key, and the authority's certificate.
 
-        The certificate is issued again if the hosts, by which boards reach the broker, have changed, and in its last
-        year. Raises `IdentityError` if a host is neither a name nor an address.
+        The certificate is issued again in its last year, and if the hosts by which boards reach the broker have
+        changed. Raises `IdentityError` if a host is neither a name nor an address.
         """
         return self._listening(_BROKER_CERTIFICATE, _BROKER_KEY, hosts)
 
     def web(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
-        """The same for a web server of blobs."""
+        """The same paths for the web server of blobs."""
         return self._listening(_WEB_CERTIFICATE, _WEB_KEY, hosts)
 
     def console(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
@@ -253,6 +257,7 @@ class IdentityFolder(Closing):
         key, path = make_tls_key(), self.path / _CONSOLE_KEY
         issued = self.authority.issue_broker(sorted(set(hosts)), make_request(key, "console"))
         save_tls_key(key, path)
+        # The command may run as root; the console runs as the server's user.
         give_to_owner_of(path, self.path / _SIGNING)
         write_public(self.path / CONSOLE_CERTIFICATE, issued.encode())
         return self.path / CONSOLE_CERTIFICATE, path, self.path / CERTIFICATE
@@ -268,27 +273,26 @@ class IdentityFolder(Closing):
         return certificate, key_path, self.path / CERTIFICATE
 
     def context(self, authority: Path | None = None) -> PinnedContext:
-        """TLS for the server's own connection to a broker whose certificate `authority`, or else this server, vouches
-        for.
+        """TLS for the server's own connection to a broker with a certificate of `authority`, by default this server's.
 
-        The server's certificate is issued again, with a new key, in the last third of its time: here, because other
-        commands may run as another user, such as root, whose files the server couldn't read.
+        The server's certificate is issued again, with a new key, in the last third of its time. That is done here,
+        because other commands may run as another user, such as root, whose files the server couldn't read.
         """
         return pinned_context(*self.client(authority), self.authority.now)
 
     def client(self, authority: Path | None = None) -> tuple[Path, Path, Path]:
-        """Paths of what `context` is made of: the authority, the server's certificate and that one's key."""
+        """Paths of the files for TLS: the authority, the server's certificate and its key."""
         certificate, key = (self.path / name for name in (_CERTIFICATE, _KEY))
-        with self._issuing:  # several connections may want it at once
+        with self._issuing:  # several connections may ask for it at once, each on a thread of its own
             if self._lasting(certificate, key, _SERVER_LASTS_S) is None:
                 try:
                     _issue_server(self.authority, self.path)
-                except StorageError as error:  # the old one may do until there is room
+                except StorageError as error:  # the old one may be valid until there is room on the disk
                     log.warning("no new certificate for the server yet: %s", error)
         return authority or self.path / CERTIFICATE, certificate, key
 
     def _lasting(self, certificate: Path, key: Path, seconds: int) -> x509.Certificate | None:
-        """A certificate that is the authority's and for this key, and lasts long enough."""
+        """The certificate in a file, if the authority issued it, it belongs to this key and lasts long enough."""
         try:
             loaded = load_certificate(certificate, "certificate")
             if key_digest(loaded.public_key()) != key_digest(load_tls_key(key).public_key()):

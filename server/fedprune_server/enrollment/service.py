@@ -1,4 +1,4 @@
-"""Approval of boards: a request to join comes in, an answer that the authority signs goes out."""
+"""Answers boards' requests to join; the authority signs the answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EnrollmentService:
         self._topics = Topics(identity.site)
 
     def receive(self, topic: str, payload: bytes) -> tuple[str, JoinAnswer]:
-        """The topic and the answer to a message on a topic of requests. Raises `ProtocolError` if it isn't a valid
+        """The topic and the answer to a message on a topic of requests. Raises `ProtocolError` if it is no valid
         request, which gets no answer.
         """
         nonce = self._topics.parse_join(topic)
@@ -36,11 +36,12 @@ class EnrollmentService:
         return self._topics.joined(nonce), self.answer(request)
 
     def answer(self, request: JoinRequest) -> JoinAnswer:
-        """The answer to a request. Raises `ProtocolError` if the sender hasn't the keys that the request names."""
+        """The answer to a request. Raises `ProtocolError` if the sender lacks the keys that the request names."""
         check_request(request)
         digest = digest_of(request)
         stored_answer = self._identity.store.answer(digest)
         try:
+            # Checked before a stored answer is sent again: the device may have been revoked since.
             if not self._may(request, digest):
                 return self._signed(digest, WAITING, "the operator must approve this device")
             if stored_answer is not None:
@@ -57,14 +58,14 @@ class EnrollmentService:
         return answer
 
     def _issue(self, request: JoinRequest) -> str:
-        """A certificate for an approved device. Raises `JoinError` if a command has revoked it meanwhile."""
+        """A certificate for an approved device. Raises `JoinError` if the device has been revoked meanwhile."""
         store = self._identity.store
         certificate = store.certificate(request, self._identity.authority.now())
         if certificate is None:
             issued = self._identity.authority.issue_device(request.site, request.device, request.csr)
             certificate = store.add_certificate(request, issued)
-        # Whoever revokes takes the key's approval first and then lists its certificates. So a key that is still
-        # approved now will have this one listed; one that isn't may have had it overlooked.
+        # A revocation first withdraws the key's approval and then lists its certificates. So if the key is still
+        # approved now, a later revocation will list this certificate; if it isn't, the list may lack it.
         if store.key_of(request.device) != request.key:
             self._identity.update_revocations()
             raise JoinError(f"{request.device} is approved no more")
@@ -72,7 +73,7 @@ class EnrollmentService:
 
     def _may(self, request: JoinRequest, digest: str) -> bool:
         """Whether a device is approved; False if it must wait. Raises `JoinError` if it is refused, and `IdentityError`
-        if the authority would issue no certificate; no claim is used."""
+        if the authority would issue no certificate, in which case no claim is used."""
         if request.site != self._identity.site:
             raise ForeignClaimError(f"this server's site is {self._identity.site}", got=request.site)
         if request.device == SERVER:

@@ -1,7 +1,7 @@
-"""Members, claims and answers of a server that lets devices in, in its database.
+"""Members, claims and answers to requests to join, in the server's database.
 
-Commands, the console and other servers of the database use the same tables: each finds at once what another one has
-written. A transaction is durable before the server acts on it.
+Commands, the console and other servers of the database use the same tables, and see each other's changes at once. A
+transaction is durable before the server acts on it.
 """
 
 from __future__ import annotations
@@ -42,29 +42,30 @@ from fedprune_server.storage.tables import (
 
 APPROVED, WAITING, REVOKED = "approved", "waiting", "revoked"
 
-# Requests that may wait for the operator at a time.
+# Maximum number of requests that wait for the operator: strangers may send any number.
 MAX_WAITING = 1000
 
-# Of those, how many may wait under one name.
+# Maximum number of requests that wait under one name, so that nobody can fill the list under a board's name.
 MAX_NAMESAKES = 16
 
-# Answers to one device that are kept. An earlier request is answered again, with the certificate that its TLS key has:
-# it gets no second one, and is refused once that one has ended or was revoked.
+# Number of stored answers to one device. A request with an older answer is answered anew, with the same certificate of
+# its TLS key: it gets no second one, and is refused once that one has ended or was revoked.
 KEPT_ANSWERS = 16
 
-# Certificates of one member that have not ended.
+# Maximum number of a member's certificates that have not ended.
 MAX_CERTIFICATES = 64
 
-# Seconds for which unused claims are kept after their end, so that a late board learns the reason.
+# Seconds for which unused claims are kept after they expire, so that a late board learns the reason.
 KEPT_CLAIMS_S = 30 * 86_400
 
 # Members that are read at a time.
 _PAGE = 1000
 
+# Rows of `meta`: a random text that each change of the members replaces, and the identity whose members they are.
 _VERSION, _IDENTITY = "members", "identity"
 
-# Rows of `meta`: a random text that a change of the members replaces, and the identity whose members they are.
-_NOT = "not\n"  # how the row begins where members are nobody's; the replaced identities follow, one a line
+# Begins the row of the identity while the members are nobody's; the replaced identities follow, one a line.
+_NOT = "not\n"
 
 _M, _C, _T = MEMBERS.c, CLAIMS.c, CERTIFICATES.c
 _Result = TypeVar("_Result")
@@ -72,12 +73,12 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Device:
-    """A key that asked to be a device, and what became of it.
+    """A key that has asked to be a device, and the operator's decision.
 
     Attributes:
         key: Its verifying key, as hex.
         status: `waiting`, `approved` or `revoked`.
-        asked: When it asked first, in seconds since 1970.
+        asked: Time of its first request, in seconds since 1970.
     """
 
     device: str
@@ -91,8 +92,7 @@ class IdentityStore:
     away, or the disk fails or is full.
 
     Args:
-        database: Where they are, which its owner closes; None for an identity without a database, of which nothing is
-            known.
+        database: The database, which its owner closes; None for an identity that has none yet: it has no members.
     """
 
     def __init__(self, database: Database | None) -> None:
@@ -110,7 +110,7 @@ class IdentityStore:
         return self._database is None or self._read(_is_empty)
 
     def add_claim(self, claim: Claim, device: str | None, now: int, expires: int) -> None:
-        """Store a claim's key, without its secret, for a device or for any (None); times are in seconds since 1970."""
+        """Store a claim's key, not its secret, for a device or for any (None). Times are in seconds since 1970."""
 
         def add(connection: sql.Connection) -> None:
             connection.execute(CLAIMS.delete().where(_C.used.is_(None), _C.expires < now - KEPT_CLAIMS_S))
@@ -120,9 +120,10 @@ class IdentityStore:
         self._write(add)
 
     def use_claim(self, request: JoinRequest, digest: str, now: int) -> None:
-        """Use a claim for a device, which is approved by it: both or neither, durably.
+        """Use a claim for a device and approve the device, in one durable transaction.
 
-        The very same request may use it again, whatever has become of the claim since.
+        The very same request may use it again, even if the claim has expired since: the board may not have got the
+        answer.
 
         Raises:
             UnknownClaimError: There is none, or the sender doesn't know its secret.
@@ -154,7 +155,7 @@ class IdentityStore:
 
     def ask(self, device: str, key: str, now: int) -> str:
         """Store that a key asks to be a device, without a claim; returns its status. Raises `JoinError` if too many
-        wait.
+        requests wait.
         """
 
         def add(connection: sql.Connection) -> str:
@@ -176,17 +177,17 @@ class IdentityStore:
         self._change(lambda connection: _approve(connection, device, key, now))
 
     def revoke(self, device: str, now: int) -> tuple[int, int]:
-        """Revoke all keys of a device, also those that wait; returns how many there were, and how many certificates
-        they have."""
+        """Revoke all keys of a device, waiting ones included; returns the number of keys, and of their certificates."""
         keys = self._revoke(now, _M.device == device, _M.status != REVOKED)
         return len(keys), len(self._rows(sql.select(_T.serial).where(_T.device == device, _T.key.in_(keys))))
 
     def deny(self, device: str, keys: Collection[str], now: int) -> int:
-        """Turn away keys of a device that wait; one that was approved meanwhile stays. Returns how many there were."""
+        """Deny waiting keys of a device; one that was approved meanwhile stays. Returns the number of denied keys."""
         return len(self._revoke(now, _M.device == device, _M.key.in_(list(keys)), _M.status == WAITING))
 
     def _revoke(self, now: int, *conditions: sql.ColumnElement[bool]) -> set[str]:
-        revoked: set[str] = set()  # by all attempts: an earlier one may have been committed, though unanswered
+        # Filled by all attempts: an earlier one may have been committed, though its answer was lost.
+        revoked: set[str] = set()
 
         def revoke_keys(connection: sql.Connection) -> set[str]:
             revoked.update(connection.execute(sql.select(_M.key).where(*conditions)).scalars())
@@ -199,7 +200,7 @@ class IdentityStore:
         return self._change(revoke_keys)
 
     def devices(self) -> list[Device]:
-        """All keys that asked or were approved, by name."""
+        """All keys that have asked or were approved, ordered by device."""
         query = sql.select(_M.device, _M.key, _M.status, _M.asked)
         keys = [Device(*row) for row in self._rows(query.order_by(_M.device, _M.asked, _M.key))]
         for key in keys:
@@ -212,12 +213,12 @@ class IdentityStore:
         return keys
 
     def waiting(self) -> list[tuple[str, str]]:
-        """Names and keys that wait for the operator; other members are not read."""
+        """Names and keys that wait for the operator. The rows of other members, perhaps thousands, are not read."""
         query = sql.select(_M.device, _M.key).where(_M.status == WAITING)
         return [(row.device, row.key) for row in self._rows(query.order_by(_M.device, _M.asked, _M.key))]
 
     def unannounced_members(self) -> dict[str, int]:
-        """Members that have never sent a message, and when they asked to join, in seconds since 1970."""
+        """Members that have never sent a message, with the times of their requests to join, in seconds since 1970."""
         silent = _M.key.not_in(sql.select(EPOCHS.c.key))
         query = sql.select(_M.device, _M.asked).where(_M.status == APPROVED, silent)
         return {row.device: int(row.asked) for row in self._rows(query.order_by(_M.asked, _M.device))}
@@ -227,20 +228,19 @@ class IdentityStore:
         return str(rows[0].key) if rows else None
 
     def members(self) -> Mapping[str, str]:
-        """Keys of the approved devices by name; the same object for all callers until they change."""
-        version = self.version()  # read first: what changes in between is read again by the next call
+        """Keys of the approved devices by name: the same object for all callers until the members change."""
+        version = self.version()  # read before the members: a change in between is read by the next call
         if not version or version != self._known[0]:
             self._known = version, {} if self._database is None else self._read(_member_keys)
         return self._known[1]
 
     def version(self) -> str:
-        """A text that changes with the members."""
+        """A text that changes whenever the members change."""
         rows = self._rows(sql.select(META.c.value).where(META.c.key == _VERSION))
         return str(rows[0].value) if rows else ""
 
     def heard(self) -> dict[str, dict[str, int]]:
-        """The latest epoch of each sender, by its key and by stream (`fedprune.security.signed_channel`), as `hear`
-        wrote it."""
+        """The latest epochs that `hear` stored, by sender's key and by stream (`fedprune.security.signed_channel`)."""
         epochs: dict[str, dict[str, int]] = {}
         for key, stream, epoch in self._rows(sql.select(EPOCHS)):
             epochs.setdefault(key, {})[stream] = int(epoch)
@@ -256,12 +256,12 @@ class IdentityStore:
         self._opened().defer(lambda connection: upsert(connection, EPOCHS, rows))
 
     def answer(self, request: str) -> bytes | None:
-        """The answer that a request got, by the request's digest."""
+        """The stored answer to the request with this digest."""
         rows = self._rows(sql.select(ANSWERS.c.answer).where(ANSWERS.c.request == request))
         return bytes(rows[0].answer) if rows else None
 
     def keep_answer(self, request: str, device: str, answer: bytes) -> None:
-        """Keep an answer, so that the same request gets the same one."""
+        """Store an answer, so that the same request gets the same one."""
 
         def keep(connection: sql.Connection) -> None:
             row = {"request": request, "device": device, "answer": answer}
@@ -298,8 +298,8 @@ class IdentityStore:
         return None
 
     def add_certificate(self, request: JoinRequest, pem: str) -> str:
-        """Record a member's certificate before it is handed out; returns the one to hand out, which is another server's
-        if that was faster."""
+        """Store a member's certificate before it is handed out. Returns the one to hand out: another server's, if that
+        server was faster."""
         certificate = read_certificate(pem, "certificate")
         row = {
             "tls_key": _tls_key(request),
@@ -317,20 +317,19 @@ class IdentityStore:
         return self._write(add)
 
     def revoked_certificates(self) -> dict[int, int]:
-        """Certificates of revoked keys: when each was revoked, in seconds since 1970, by serial number."""
+        """Times at which certificates were revoked, in seconds since 1970, by serial number."""
         join = sql.and_(_T.device == _M.device, _T.key == _M.key)
         query = sql.select(_T.serial, _M.decided).join(MEMBERS, join).where(_M.status == REVOKED)
         return {int(row.serial, 16): int(row.decided) for row in self._rows(query)}
 
     def certificate_ends(self) -> dict[str, int]:
-        """By device when its last certificate ends, in seconds since 1970."""
+        """Times at which devices' last certificates end, in seconds since 1970, by device."""
         query = sql.select(_T.device, sql.func.max(_T.ends).label("ends")).group_by(_T.device)
         return {row.device: int(row.ends) for row in self._rows(query)}
 
     def claim_identity(self, identity: str) -> bool:
-        """Whether the members are an identity's, given by a text; where they are nobody's, they are from now on.
-
-        After `void` they are nobody's, and never those of the identities that were replaced.
+        """Whether the members belong to an identity, given by a text. Members that are nobody's do from now on.
+        After `void` they are nobody's, but never become those of a replaced identity again.
         """
         if self._database is None:
             return True
@@ -349,8 +348,8 @@ class IdentityStore:
         return (self._write(claim) if may_take(owner) else owner) == identity
 
     def void(self, identity: str, now: int) -> None:
-        """Revoke every member, and delete claims, answers, certificates and epochs: the identity, given by a text, is
-        to be replaced. Neither it nor whose members they were can take them again."""
+        """Revoke every member, and delete claims, answers, certificates and epochs, because the identity, given by a
+        text, is to be replaced. Neither it nor a former owner of the members can claim them again."""
 
         def void(connection: sql.Connection) -> None:
             connection.execute(MEMBERS.update().where(_M.status != REVOKED).values(status=REVOKED, decided=now))
@@ -371,16 +370,16 @@ class IdentityStore:
         return self._opened().read(work)
 
     def _change(self, work: Callable[[sql.Connection], _Result]) -> _Result:
-        """Run a transaction that changes the members, one after the other."""
+        """Run a transaction that changes the members; such transactions run one after the other."""
 
         def change(connection: sql.Connection) -> _Result:
-            put_meta(connection, _VERSION, secrets.token_hex(8))  # which holds the row's lock until the commit
+            put_meta(connection, _VERSION, secrets.token_hex(8))  # first: it holds the row's lock until the commit
             return work(connection)
 
         return self._write(change)
 
     def _write(self, work: Callable[[sql.Connection], _Result]) -> _Result:
-        """Run a transaction, which may be repeated if the connection is lost: its effect is the same then."""
+        """Run a transaction that has the same effect when it is repeated, as after a lost connection."""
         database = self._opened()
 
         def write() -> _Result:

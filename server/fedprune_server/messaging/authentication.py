@@ -1,7 +1,7 @@
-"""The server's connection with signatures: the daemon sends and receives plain messages over it.
+"""The server's connection with signatures: the server's loop sends and receives plain messages over it.
 
-The members are read from the database, which `fedprune-server devices` changes while the server runs: a
-revoked device is cut off within a second. Requests to join are answered here, at a limited rate.
+The members are read from the database, which `fedprune-server devices` changes while the server runs: a revoked device
+is cut off within a second. Requests to join are answered here, at a limited rate.
 
 Chunks of blobs pass unsigned: blobs are named by their digests, which signed messages carry.
 """
@@ -37,22 +37,23 @@ from fedprune_server.messaging.transport import (
 
 log = logging.getLogger("fedprune.server")
 
-# Shortest time between two looks into the database for changed members.
+# Minimum seconds between two queries for changed members.
 _LOOK_S = 1.0
 
-# Shortest time between two hellos that tell one device of this server's restart.
+# Minimum seconds between two hellos to one device that seems not to know of this server's restart.
 _HELLO_S = 10.0
 
-# Hellos to a device whose answers are awaited: some are lost.
+# Maximum number of hellos to a device whose answers are awaited: answers may be lost, and must not be counted for ever.
 _ASKED = 3
 
-# Most new members that are greeted at once; among more, each that is connected already is heard minutes later.
+# Maximum number of new members that are greeted at once. Of more, those that are connected already are heard with
+# their next `alive`, minutes later.
 _GREETED = 100
 
-# Most messages that are opened together.
+# Maximum number of messages that are opened together.
 _READ_AHEAD = 256
 
-# Limit of answered requests to join: each costs a signature, and strangers may send them. Boards repeat theirs.
+# Maximum number of answered requests to join: each costs a signature, and strangers may send them. Boards repeat them.
 JOINS_PER_S = 20.0
 
 
@@ -64,7 +65,7 @@ class AuthenticatedLink(Relay):
         clock: Monotonic clock, seconds.
         joins: A connection subscribed to `Topics.join_subscription`, so that a flood of join requests delays no
             member; by default `link` has that subscription, too.
-        quarantine: Learns the members.
+        quarantine: Is given the members, each of which has an allowance.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class AuthenticatedLink(Relay):
         self._desk = EnrollmentService(identity)
         self._sealer = Sealer(identity.key, identity.epochs)
         self._openers: dict[str, Opener] = {}  # by key, as a key may have two names
-        self._floors = identity.store.heard()  # of keys without an opener yet
+        self._floors = identity.store.heard()  # stored epochs of keys without an opener yet
         self._members: Mapping[str, str] = {}
         self._version: str | None = None
         self._look_at = 0.0
@@ -147,7 +148,7 @@ class AuthenticatedLink(Relay):
 
     def _take(self, item: Item) -> None:
         if isinstance(item, ConnectionUp):
-            # Devices may have restarted: they accept a new epoch in any case.
+            # Devices may have restarted meanwhile: they accept a new epoch in any case.
             self._sealer.renew(self._topics.broadcast())
         if not isinstance(item, tuple):
             self._opened.append(("", item))
@@ -171,10 +172,11 @@ class AuthenticatedLink(Relay):
             self._complaints.about(topic, error, device if device in self._members else "")
 
     def _answer_join(self, joins: Link) -> bool:
-        """Answer the next request to join, if the rate allows one; report a client that sends too many.
+        """Answer the next request to join, if the rate allows it; returns whether there was one.
 
-        Of a client that has filled the inbox all waiting requests are dropped: others would wait behind them. Returns
-        whether there was one."""
+        A client that has filled the inbox is reported, and all its waiting requests are dropped: others would wait
+        behind them.
+        """
         if joins.dropped != self._dropped:
             self._dropped, self._flooder = joins.dropped, joins.overflowed
             self._quarantine.crowded(joins.overflowed.rpartition("/")[2])
@@ -213,8 +215,8 @@ class AuthenticatedLink(Relay):
         try:
             body = opener.open(topic, payload)
         except StaleEpochError as error:
-            # A will was signed when its connection began. Repeating it has no effect: it has the connection's number,
-            # and only the latest connection's counts.
+            # A will was signed when its connection began, so its epoch is old. A repeated one has no effect: it names
+            # its connection, and only the will of the latest connection counts.
             body = unseal(opener.key, topic, payload).body
             if not isinstance(parse(body), Death):
                 if isinstance(error, TwoSignersError):
@@ -229,11 +231,11 @@ class AuthenticatedLink(Relay):
         return body
 
     def _compare(self, device: str, session: int, epoch_step: int) -> None:
-        """Detect a birth of a second board with the same key.
+        """Detect the birth of a second board with the same key.
 
         A board's epochs follow each other, except when its process starts, which begins another session, and after a
         hello. A copy of its disk continues from another epoch. So a board that starts gets another hello, and the
-        answers decide: a board that answers without a hello, or in an earlier epoch, is another one.
+        answers decide: a board that announces itself without a hello, or in an earlier epoch, is another one.
         """
         previous_session = self._births.get(device)
         self._births[device] = session
@@ -247,7 +249,7 @@ class AuthenticatedLink(Relay):
             self._repeat_hello(device)
 
     def _look(self) -> Mapping[str, str]:
-        """The members' keys by name; a member that is gone or has another key now is reported as revoked."""
+        """The members' keys by name. A former member, or one with another key now, is reported as revoked."""
         now = self._clock()
         if self._version is None or now >= self._look_at:
             self._look_at = now + _LOOK_S
@@ -261,8 +263,9 @@ class AuthenticatedLink(Relay):
                     DeviceRevoked(n) for n, key in previous_members.items() if self._members.get(n) != key
                 )
                 new_members = [] if is_first_poll else self._members.keys() - previous_members.keys()
+                # Another server may have let them in, so that their births came before this one knew them as members.
                 for device in sorted(new_members) if len(new_members) <= _GREETED else ():
-                    self._repeat_hello(device)  # another server has let it in, and its birth may have come before
+                    self._repeat_hello(device)
         return self._members
 
     def _opener(self, device: str) -> Opener:
@@ -277,7 +280,7 @@ class AuthenticatedLink(Relay):
         self._begun[key, stream] = epoch
 
     def _repeat_hello(self, device: str) -> None:
-        """Greet a device that doesn't know of this server's restart, or whose earlier messages are being repeated."""
+        """Greet a device that seems not to know of this server's restart, or whose earlier messages are replayed."""
         now = self._clock()
         if now >= self._hello_at.get(device, now):
             self._hello_at[device] = now + _HELLO_S

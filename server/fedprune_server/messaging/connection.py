@@ -1,4 +1,4 @@
-"""How a server reaches its fleet: with an identity over TLS and signed, or, for trials on one machine, as it is."""
+"""A server's connection to its fleet: with an identity over TLS and signed, or, for trials on one machine, plain."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from fedprune_server.messaging.transport import Wire
 
 log = logging.getLogger("fedprune.server")
 
-# Bytes of requests to join that may wait, some hundreds, and for how long their connection is closed beyond that.
+# Bytes of requests to join that may wait, which are some hundreds of requests, and the seconds for which their
+# connection is closed if more come.
 JOINS_BYTES, JOINS_PAUSE_S = 2**20, 5.0
 
-# Where brokers listen (IANA).
+# Ports that IANA has registered for MQTT without and with TLS.
 _PLAIN_PORT, _TLS_PORT = 1883, 8883
 
 
@@ -40,9 +41,12 @@ class Connection:
     """A server's connection, not up yet.
 
     Attributes:
+        wire: The connection for the server's loop, with signatures and rate limits in front of `link`.
+        link: The connection to the broker.
+        joins: A second connection for requests to join; None without an identity.
         broker: The embedded broker, if there is one.
-        joins: A connection of its own for requests to join; None without an identity.
-        quarantine: Says whom the wire hears.
+        quarantine: Decides which devices the wire hears.
+        url: The broker's address.
     """
 
     wire: Wire
@@ -65,10 +69,10 @@ class Connection:
 
 @contextmanager
 def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterator[Connection]:
-    """A connection as a configuration wants it, closed at the end, with its embedded broker.
+    """The connection for a configuration, with its embedded broker; both are closed at the end.
 
     Args:
-        identity: The server's, which stays open; None to do without, on this machine alone.
+        identity: The server's identity, which stays open; None to do without, on this machine alone.
 
     Raises:
         IdentityError: The identity's files or the authorities' can't be used.
@@ -83,7 +87,9 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
             try:
                 stack.enter_context(broker)
             except PortTakenError:
-                if identity is not None:  # as a restored server's beside the one that was backed up
+                # The port may be another server's of this identity, such as the original beside a restored backup:
+                # then the error says so.
+                if identity is not None:
                     this_server = ServerInstance(config.state, looks_only=True)
                     with second_server_guard(broker.url, identity, config.ca, this_server) as guard:
                         guard.enter()
@@ -122,9 +128,12 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
 
 @contextmanager
 def identity_of(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFolder | None]:
-    """The server's identity; None if it does without, on this machine alone. Raises `ConfigError` if it would leave
-    this machine without TLS and identity, or the site doesn't fit; and `IdentityError` if there is none, or it is
-    damaged."""
+    """The server's identity, closed at the end; None with `insecure`, on this machine alone.
+
+    Raises:
+        ConfigError: The server would leave this machine without TLS and identity, or the site isn't the identity's.
+        IdentityError: There is no identity, or it is damaged.
+    """
     url = None if config.embedded else BrokerUrl.parse(config.broker)
     if insecure or (url is not None and not url.tls):
         insecure_allowed(config.host if url is None else url.host)

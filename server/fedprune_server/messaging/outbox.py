@@ -1,4 +1,4 @@
-"""Sends a job's messages immediately, and chunks of blobs as fast as the connection accepts them."""
+"""Sends a job's messages at the end of a turn, and chunks of blobs as fast as the connection accepts them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.uploads import Wants
 
+# Few, so that messages never wait long behind chunks; the next turn follows at once while chunks can be sent.
 _CHUNKS_PER_TURN = 4
 
-# Messages that a device answers.
+# Messages that a device answers, for which it is credited points: its answers must not count as a flood.
 _ANSWERED = (Hello, Offer, SecureStep, Reconnect, ReleaseOffer)
 
 
@@ -30,7 +31,7 @@ class Outbox:
 
     Args:
         downloads: Cuts blobs into chunks.
-        coming: Whether a blob that is missing will arrive in a moment.
+        coming: Whether a missing blob will arrive from the bucket in a moment.
     """
 
     def __init__(
@@ -83,25 +84,25 @@ class Outbox:
         self._outbox.append((device, topic, payload))
 
     def deliver(self) -> None:
-        """Send as many of the queued messages as the connection takes.
+        """Send as many of the queued messages as the connection accepts.
 
-        Without a connection they are dropped; so are those to devices that are no longer members, so that they don't
-        block the queue.
+        Without a connection they are dropped: devices ask again. Those to devices that are no longer members are
+        dropped, too, so that they don't block the queue.
         """
         while self._outbox:
             device, topic, payload = self._outbox[0]
             if self._link.publish(topic, payload):
                 self._registry.sent(device, len(payload))
             elif self._link.connected and not self._link.room:
-                return  # the others in a moment
+                return  # the connection is busy: the rest follows in a later turn
             self._outbox.popleft()
 
     def broadcast(self, hello: Hello) -> None:
         self._link.publish(self._topics.broadcast(), hello.to_bytes())
 
     def ask(self, requests: Wants) -> None:
-        """Request pieces of devices' updates at once, without waiting for the turn's transaction: a request doesn't
-        depend on saved state.
+        """Request devices' updates at once, without waiting for the turn's transaction: a request doesn't depend on
+        saved state.
         """
         for device, request in requests:
             if isinstance(request, BlobRequest):
@@ -109,13 +110,14 @@ class Outbox:
                 self._registry.note_request_to(device, request, self._clock())
             self._quarantine.sends(device)
             topic, payload = self._topics.down(device), with_request_id(request).to_bytes()
+            # Behind messages that are queued already, so that their order stays.
             if not self._outbox and self._link.publish(topic, payload):
                 self._registry.sent(device, len(payload))
             else:
                 self._outbox.append((device, topic, payload))
 
     def fetched(self, device: str, request: BlobRequest, allowed_digests: AbstractSet[str]) -> None:
-        """Queue the pieces of a blob that a device requests, if it may have them."""
+        """Queue the pieces of a blob that a device requests, if it may fetch that blob."""
         if self._is_duplicate(device, request):
             return
         if request.sha256 in allowed_digests:
@@ -126,11 +128,11 @@ class Outbox:
             self.send(device, BlobNotFound(request.sha256))
 
     def forget(self, device: str) -> None:
-        """Drop the requests of a device that has gone."""
+        """Drop the requests of a device that has disconnected."""
         self._downloads.drop(device)
 
     def send_chunks(self) -> None:
-        """Send a few of the chunks that wait. Raises `StorageError` if the disk fails."""
+        """Send a few of the waiting chunks. Raises `StorageError` if the disk fails."""
         for _ in range(_CHUNKS_PER_TURN):
             item = self._downloads.next() if self.ready else None
             if item is None:
@@ -138,7 +140,7 @@ class Outbox:
             device, chunk = item
             if isinstance(chunk, BlobNotFound):
                 if self._coming(chunk.sha256):
-                    continue  # the device asks again
+                    continue  # the device asks again, and the blob is here by then
                 self.send(device, chunk)
                 self.deliver()
             elif self._link.publish(self._topics.down_blob(device), chunk, CHUNK_QOS):

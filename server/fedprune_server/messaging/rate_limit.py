@@ -7,8 +7,8 @@ from fedprune_server.messaging.transport import DroppedMessage, Item, Relay, Wir
 
 
 class RateLimitedLink(Relay):
-    """A connection without the messages that a quarantine drops. Signatures are checked afterwards: each check costs as
-    much as a dozen messages that are dropped here."""
+    """A connection without the messages that a quarantine drops. Signatures are checked behind it, because each check
+    costs as much as dropping a dozen messages here."""
 
     def __init__(self, link: Wire, quarantine: Quarantine) -> None:
         super().__init__(link)
@@ -27,6 +27,6 @@ class RateLimitedLink(Relay):
 
 
 def _device(topic: str) -> str:
-    """The topic's level for the device, which need not be a device's name."""
+    """The topic's level that names the device. Its text is a sender's, and need not be a valid name."""
     levels = topic.split("/", 4)
     return levels[3] if len(levels) > 3 else ""

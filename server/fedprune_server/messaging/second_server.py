@@ -1,9 +1,9 @@
-"""One server per fleet: a server asks at the broker whether another one of its identity serves, and gives way to it.
+"""Keeps a fleet to one server: a server asks over the broker whether another one of its identity serves, and gives way.
 
-It asks at its start, and again on each new connection, since another one may have been started while it was cut off:
-whoever serves stays. Of several that ask at once, the one with the smallest id stays. Answers repeat the question's
-nonce, so that neither a crashed server nor a repeated message keeps another from starting, and nothing is retained at
-the broker. Between servers of one PostgreSQL database the lease decides instead.
+A server asks at its start, and again on each new connection, because another one may have been started while it was cut
+off: the one that serves stays. Of several that ask at once, the one with the smallest id stays. Answers repeat the
+question's nonce, so that neither a crashed server nor a replayed message keeps another from starting, and nothing is
+retained at the broker. Between servers of one PostgreSQL database the lease decides instead.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ log = logging.getLogger("fedprune.server")
 
 _CONNECT_S = 10.0
 
-# Time that other servers have to answer, once this one has heard its own question.
+# Seconds in which other servers have to answer, once this one has received its own question from the broker.
 _ANSWER_S = 1.0
 
-# How often a server that serves asks: two that don't know of each other do harm with every round.
+# Seconds between two questions of a server that serves: two servers that don't know of each other do harm with every
+# round.
 ASK_INTERVAL_S = 60.0
 
-# Limit of messages that are read: each costs a signature check, and servers send few.
+# Maximum number of messages that are read per second: each costs a signature check, and servers send few.
 _HEARD_PER_S = 20.0
 
 _INBOX_BYTES = 2**18
@@ -57,9 +58,10 @@ class ServerInstance:
     """A server as others of its identity learn of it.
 
     Attributes:
+        folder: Its state folder.
         lease: Id of the shared database whose lease it holds; None for a database of its own.
-        embedded: Whether the broker is a part of it: all others at that broker give way.
-        looks_only: Whether it will never serve, as `doctor`.
+        embedded: Whether the broker is embedded in it: all other servers at that broker give way.
+        looks_only: Whether it will never serve, like `doctor`.
     """
 
     folder: Path
@@ -74,7 +76,7 @@ class SecondServerGuard:
     It has a connection and a thread of its own, so that it answers while the server's loop is busy.
 
     Args:
-        link: Its connection, not started.
+        link: The guard's connection, not started.
         stopping: Set once this server has to give way to another one.
         clock: Monotonic clock.
     """
@@ -108,9 +110,9 @@ class SecondServerGuard:
         self._thread.start()
 
     def others(self) -> list[ServerPresence]:
-        """Servers of this identity that answer now; those that share this one's lease are left out.
+        """Servers of this identity that answer now, without those that share this one's lease.
 
-        Where the broker can't be reached the list is empty; where it doesn't deliver the question itself, the log
+        If the broker can't be reached the list is empty. If it doesn't deliver this server's own question, the log
         warns.
         """
         deadline = self._clock() + _CONNECT_S
@@ -168,8 +170,8 @@ class SecondServerGuard:
                 self._ask()
 
     def _has_to_ask_again(self) -> bool:
-        """Whether it is time to ask while this server serves: where it was suspended when another one began, or brokers
-        were parted without a connection that ended, both would serve and not know of it."""
+        """Whether a server that serves has to ask again. If it was suspended when another one began, or if brokers of a
+        cluster were cut off from each other without a broken connection, both would serve and not know of it."""
         return self._since is not None and self._clock() >= self._asked_at + ASK_INTERVAL_S
 
     def _ask(self) -> None:
@@ -193,12 +195,12 @@ class SecondServerGuard:
 
     @property
     def _serves_since(self) -> int:
-        """0 while this server begins; at its own broker a server has the word from the start."""
+        """Since when this server claims to serve; 0 while it begins. At its embedded broker it does from the start."""
         return self._since or (int(time.time()) if self._embedded else 0)
 
     def _answer(self, query: ServerQuery) -> None:
-        """Tell a server that asks that this one is there. One that begins leaves the word to one that serves; of two
-        that both begin, or that both come back, only the one with the smaller id answers."""
+        """Answer a server that asks. A server that begins gives precedence to one that serves; of two that both begin,
+        or both come back, only the one with the smaller id answers."""
         since = self._serves_since
         if bool(since) == bool(query.since):
             is_asking = not since or self._clock() < self._asked_at + _ANSWER_S
@@ -209,14 +211,14 @@ class SecondServerGuard:
             own_fields = (self._host, self._folder, since, self._lease)
             self._say(ServerPresence(query.nonce, self._instance, *own_fields))
         else:
-            self._ask()  # its answer shows that it lives: the question may be a repeated one
+            self._ask()  # the question may be a replayed one: only an answer shows that the other server runs
 
     def _give_way(self, presence: ServerPresence) -> None:
         with self._lock:
             if presence.nonce not in self._nonces or self._shares(presence.lease):
                 return
             if self._since is not None and not presence.since:
-                return  # it answered before this one served, and hears of it now
+                return  # it only begins: it answered before this one served, and learns of this one now
             self._others[presence.instance] = presence
             if self._since is None or self._successor is not None:
                 return
@@ -227,7 +229,7 @@ class SecondServerGuard:
         return lease is not None and lease == self._lease
 
     def _may_hear(self) -> bool:
-        """Whether the rate limit allows another message: a flood must not keep this thread, and so a core, busy."""
+        """Take a message from the rate's budget, if it allows one: a flood must not keep a core busy."""
         now = self._clock()
         self._budget = min(_HEARD_PER_S, self._budget + (now - self._refilled_at) * _HEARD_PER_S)
         self._refilled_at = now
@@ -252,10 +254,10 @@ def second_server_guard(
     server: ServerInstance,
     stopping: threading.Event | None = None,
 ) -> Iterator[SecondServerGuard]:
-    """A guard over a connection of its own, which ends with the context.
+    """A guard with a connection of its own, which is closed at the end.
 
     Args:
-        ca: Who vouches for the broker; the server's own authority by default.
+        ca: The authority of the broker's certificate; the server's own by default.
         server, stopping: As in `SecondServerGuard`.
 
     Raises:

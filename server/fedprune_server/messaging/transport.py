@@ -12,7 +12,8 @@ from fedprune.wire.queues import Event
 from fedprune.wire.topics import Topics
 from fedprune_server.devices.quarantine import Quarantine, Quarantined, Released
 
-# Seconds for which messages are taken in before what they led to is saved, in one transaction, and answered.
+# Seconds for which messages are handled before their events are saved, in one transaction, and answered: a transaction
+# takes milliseconds, so that a turn for each message would be many times slower.
 TURN_S = 0.02
 
 
@@ -25,7 +26,7 @@ class DeviceRevoked:
 
 @dataclass(frozen=True)
 class DuplicateIdentity:
-    """Two boards may be signing with the key of one device; a message that was overtaken looks the same."""
+    """Two boards may be signing with the key of one device. A message that was overtaken by another looks the same."""
 
     device: str
 
@@ -35,7 +36,7 @@ class DroppedMessage:
     """A message was dropped or answered at once; more may wait behind it."""
 
 
-# The events of a device that the connection detects without a message from it.
+# Events of a device that the connection itself detects, without a message from the device.
 Noticed = DeviceRevoked | DuplicateIdentity | Quarantined | Released
 
 # A topic and a payload, or an event of the connection or about a device.
@@ -43,7 +44,7 @@ Item = tuple[str, bytes] | Event | Noticed
 
 
 class Wire(Protocol):
-    """The server's interface of its connection; `fedprune.wire.link.Link` has it."""
+    """The connection as the server's loop uses it; `fedprune.wire.link.Link` implements it."""
 
     @property
     def connected(self) -> bool:
@@ -52,7 +53,7 @@ class Wire(Protocol):
 
     @property
     def room(self) -> bool:
-        """Whether `publish` would take a message now (if connected)."""
+        """Whether `publish` would accept a message now (if connected)."""
         ...
 
     @property
@@ -78,7 +79,7 @@ class SiteLink:
     """The server's connection to its site, as the runners of all jobs share it.
 
     Attributes:
-        link: The connection, subscribed and not necessarily up yet.
+        link: The connection, which need not be up yet.
         quarantine: Decides which devices `link` listens to.
         max_packet: Bytes of an MQTT packet that the broker lets through, if it is known to be less than usual.
         clock: The system's clock, seconds since 1970, as devices are told.

@@ -1,4 +1,4 @@
-"""The process of amqtt: a broker on one TCP port, where every client may connect and reach every topic."""
+"""The process of amqtt: a broker on one TCP port, without access control for clients and topics."""
 
 from __future__ import annotations
 

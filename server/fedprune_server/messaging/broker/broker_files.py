@@ -1,5 +1,4 @@
-"""Configuration of a fleet's broker, from the templates beside this file: a device reaches its own topics and nothing
-else.
+"""Configuration of a fleet's broker, from the templates beside this file: a device reaches its own topics alone.
 
 Mosquitto gets two listeners. The first asks for a certificate of the fleet's authority; its common name is the user.
 The second is for joining: it asks for no certificate and lets a client reach two topics, those with the client's own id
@@ -38,9 +37,9 @@ class Broker:
 
     Attributes:
         hosts: Names and addresses by which boards and server reach it.
-        port: Of the listener that asks for certificates.
-        join_port: Of the listener for joining.
-        folder: Where the files are on the broker's machine.
+        port: Port of the listener that asks for certificates.
+        join_port: Port of the listener for joining.
+        folder: Folder of the files on the broker's machine.
         bind: Address to listen on; all by default.
     """
 
@@ -52,6 +51,7 @@ class Broker:
 
     def __post_init__(self) -> None:
         folder = str(self.folder)
+        # Both texts are pasted into configuration files, whose quoting differs from broker to broker.
         if any(c.isspace() or not c.isprintable() or c in '"\\' for c in folder):
             raise IdentityError("path in a broker's configuration", expected="no spaces or quotes", got=repr(folder))
         if self.bind and not all(c.isalnum() or c in ".:-" for c in self.bind):

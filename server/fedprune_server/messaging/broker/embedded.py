@@ -35,13 +35,13 @@ _CONNECT = bytes.fromhex("100e00044d515454040200050002") + b"fp"
 
 _TRIES = 5
 
-# Seconds in which a port that is taken may become free: a server that was killed a moment ago may have left a broker
-# that is just ending.
+# Seconds for which a taken port may become free: a server that was killed a moment ago may have left a broker that is
+# just ending.
 _PORT_PATIENCE_S = 3.0
 _PAUSE_S = 0.2
 
-# Runs a command that dies with this process, however it ends, and that no signal ends but SIGKILL: a terminal or a
-# service manager may send the others to the whole group. This process handles them: it first takes in the boards'
+# Runs a command that dies with this process, however this one ends, and that no signal but SIGKILL ends: a terminal or
+# a service manager may send the others to the whole group. This process handles them: it first receives the boards'
 # remaining messages, then ends the broker.
 _LAUNCHER = """\
 import os, signal, sys
@@ -54,7 +54,7 @@ if os.getppid() == int(sys.argv[1]):
 
 
 class PortTakenError(BrokerError):
-    """Something else listens where the embedded broker is to listen."""
+    """Another program listens on the embedded broker's port."""
 
 
 class EmbeddedBroker:
@@ -62,8 +62,8 @@ class EmbeddedBroker:
 
     Args:
         port: TCP port; 0 finds a free one.
-        candidates: What may be the broker, best first: one that doesn't start is replaced by the next. By default the
-            system's Mosquitto, then amqtt.
+        candidates: Programs that may be the broker, best first: one that doesn't start is replaced by the next. By
+            default the system's Mosquitto, then amqtt.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class EmbeddedBroker:
         self.stop()
 
     def _start(self, program: Program, timeout: float) -> str:
-        """Start a program on the port; returns what prevents it. Raises `PortTakenError`."""
+        """Start a program on the port; returns the problem, empty if there is none. Raises `PortTakenError`."""
         patience_ends_at = time.monotonic() + _PORT_PATIENCE_S
         for attempt in count(1):
             if self._any_port:
@@ -157,15 +157,16 @@ class EmbeddedBroker:
                     return problem
             if attempt == _TRIES if self._any_port else time.monotonic() > patience_ends_at:
                 break
-            time.sleep(0.0 if self._any_port else _PAUSE_S)  # someone was faster than we, or is just going
+            # Another process took the port between our check and the broker's start, or is just leaving it.
+            time.sleep(0.0 if self._any_port else _PAUSE_S)
         raise PortTakenError(
             f"embedded broker: port {self.port} of {self.host} is taken",
             hint="Use the broker that listens there (--broker URL), or another port.",
         )
 
     def _spawn(self, program: Program) -> None:
-        """Start the process on a thread that lives as long as it does: Linux ends the child when the thread that has
-        started it ends."""
+        """Start the process on a thread that lives as long as the process: with a parent-death signal, Linux ends a
+        child when the thread that has started it ends."""
         words, input_bytes = program.command(self.host, self.port, self._tls)
         self._errors = errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `stop`
         started: Future[subprocess.Popen[bytes]] = Future()
@@ -196,7 +197,7 @@ class EmbeddedBroker:
         return lines[-1] if lines else ""
 
     def _wait_for_mqtt(self, timeout: float) -> str:
-        """Wait until it accepts connections; returns what prevents it."""
+        """Wait until the broker accepts connections; returns the problem, empty if there is none."""
         host = self.url.partition("://")[2].rsplit(":", 1)[0].strip("[]")
         deadline = time.monotonic() + timeout
         problem = "no answer"
@@ -204,7 +205,7 @@ class EmbeddedBroker:
             try:
                 with ExitStack() as stack:
                     connection = stack.enter_context(socket.create_connection((host, self.port), timeout=2))
-                    if self._tls is not None:  # whether it answers is the question here, not who it is
+                    if self._tls is not None:  # unverified: only whether it answers is of interest here
                         connection = stack.enter_context(unpinned_context().wrap_socket(connection))
                     connection.sendall(_CONNECT)
                     answer = connection.recv(4)
@@ -219,11 +220,12 @@ class EmbeddedBroker:
 
 
 def _bound(host: str, port: int) -> int:
-    """A port that can be listened on: the one that is asked for, or any for 0; 0 if it is taken. Raises `BrokerError`
-    if the address isn't this machine's."""
+    """A port that can be bound: the given one, or a free one for 0. Returns 0 if the port is taken. Raises
+    `BrokerError` if the address isn't one of this machine."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as brokers do: connections that end don't count
+        # As brokers do: closed connections that linger in TIME_WAIT don't make a port taken.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
@@ -245,7 +247,7 @@ class BrokerSupervisor:
         self._thread: threading.Thread | None = None
 
     def tick(self) -> None:
-        """Begin a restart if the broker is dead and none is under way; one that failed is tried again."""
+        """Begin a restart if the broker is dead and no restart is under way. A failed restart is repeated."""
         broker = self._broker
         if broker is None or (self._thread is not None and self._thread.is_alive()) or broker.alive:
             return

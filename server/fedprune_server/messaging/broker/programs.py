@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 from fedprune.core.imports import module_code
 from fedprune.output.extras import install_command
 
-# Where systems keep Mosquitto, and not every user's PATH looks.
+# Folders in which systems install Mosquitto, and which not every user's PATH names.
 _SYSTEM = "/usr/sbin:/usr/local/sbin:/opt/homebrew/sbin"
 
 _OLDEST = (2, 0)
@@ -56,10 +56,11 @@ class TlsFiles:
 
 
 class Command(NamedTuple):
-    """How a program is started.
+    """A command that starts a program.
 
     Attributes:
-        input: What its standard input gives.
+        words: The program and its arguments.
+        input: Bytes of its standard input.
     """
 
     words: list[str]
@@ -119,7 +120,7 @@ class Amqtt:
 
 
 def find_mosquitto() -> Mosquitto | None:
-    """The system's Mosquitto, on PATH or where systems keep it; None without one, or with one before 2.0."""
+    """The system's Mosquitto, on PATH or in folders of `_SYSTEM`; None without one, or with one before 2.0."""
     path = shutil.which("mosquitto") or shutil.which("mosquitto", path=_SYSTEM)
     if path is None:
         return None
@@ -134,6 +135,6 @@ def find_mosquitto() -> Mosquitto | None:
 
 
 def programs() -> list[Program]:
-    """The programs that may be here, best first."""
+    """The broker programs of this machine, best first; amqtt may turn out not to be installed."""
     mosquitto = find_mosquitto()
     return [Amqtt()] if mosquitto is None else [mosquitto, Amqtt()]

@@ -1,8 +1,9 @@
 """The operator's command that brings a changed list of revoked certificates to the broker.
 
-Each revocation, by `fedprune-server devices`, in the console or by a start that completes what was lost, changes
-`crl.pem`. The running server notices and runs the command until it succeeds, with growing pauses. A note in the state
-folder names the list for which it succeeded, so that the next start delivers what was revoked while no server ran.
+Each revocation, by `fedprune-server devices`, in the console or by a start that completes a lost one, changes
+`crl.pem`. The running server notices it and runs the command until it succeeds, with growing pauses. A note in the
+state folder holds the digest of the list for which it succeeded, so that the next start delivers revocations made while
+no server ran.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from fedprune_server.config.alert_settings import OFF
 
 log = logging.getLogger("fedprune.server")
 
-# Names the list for the command.
+# Environment variable that holds the list's path, for the command.
 VARIABLE = "FEDPRUNE_CRL"
 
-# File of the state folder, where there is a command: sha256 of the list for which it succeeded last, if ever.
+# File of the state folder, if there is a command: sha256 of the list for which it succeeded last, if ever.
 NOTE = "revocations-given"
 
 POLL_S = 1.0
 
-# The pause after a first failure, which doubles with each further one, and the longest pause.
+# Seconds to the next attempt after a first failure, which double with each further one, and their maximum.
 RETRY_S, LONGEST_RETRY_S = 30.0, 600.0
 
 TIMEOUT_S = 60.0
@@ -82,7 +83,7 @@ def deliver(command: str, folder: Path, crl: Path) -> None:
 
 @contextmanager
 def delivering(command: str, folder: Path, crl: Path) -> Iterator[None]:
-    """While the body runs, run the command whenever the list has changed, in a thread.
+    """Run the command on a thread whenever the list has changed, until the context ends.
 
     Args:
         command: As for `deliver`; `off` for none.
@@ -92,7 +93,8 @@ def delivering(command: str, folder: Path, crl: Path) -> Iterator[None]:
         if command == OFF:
             note.unlink(missing_ok=True)
         elif not note.exists():
-            write_whole(note, b"")  # no list yet: a command that never succeeds is one that hasn't for the latest list
+            # Empty: a command that has never succeeded counts as one that has failed for the latest list.
+            write_whole(note, b"")
     if command == OFF:
         yield
         return
