@@ -1,4 +1,4 @@
-"""Where a job's blobs are: in its state folder or, as its settings say, in a bucket; and how they move there."""
+"""Opens the store of a job's blobs, its state folder or the bucket of its settings, and copies blobs into it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ log = logging.getLogger("fedprune.server")
 
 BLOBS = "blobs"
 
-# Key of a job's settings: the number by which its bucket knows it.
+# Key of a job's settings that holds the number by which its bucket knows the job: two jobs may have one name.
 NUMBER = "bucket"
 
 
 def place_of(settings: Mapping[str, Any] | None) -> str:
-    """The address of a job's blobs, by its settings."""
+    """The address of a job's blobs, from its settings."""
     return str((settings or {}).get("server", {}).get("blobs") or FOLDER)
 
 
@@ -47,8 +47,15 @@ def reader(folder: Path, settings: Mapping[str, Any] | None) -> BlobStore:
 
 
 def opened(folder: Path, address: str, cache_bytes: int, settings: Mapping[str, Any] | None) -> BlobStore:
-    """The store of a server; `cache` is how many bytes of a bucket's blobs the folder may hold. Raises `ConfigError` if
-    the bucket has another job's blobs, and `MissingExtraError` if boto3 isn't installed."""
+    """The store of a server's job.
+
+    Args:
+        cache_bytes: Maximum bytes of a bucket's blobs that the folder holds.
+
+    Raises:
+        ConfigError: The bucket has another job's blobs.
+        MissingExtraError: boto3 isn't installed.
+    """
     if address == FOLDER:
         return BlobStore(folder / BLOBS)
     store = BucketStore(folder / BLOBS, address, cache=cache_bytes)
@@ -61,8 +68,8 @@ def new_number() -> str:
 
 
 def move_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed: Iterable[str]) -> None:
-    """Copy the blobs that a job needs to its store, from the folder (after a restore, or where they were kept until
-    now) or from another bucket. Raises `StorageError` if a blob is damaged.
+    """Copy the blobs that a job needs into its store: from the folder (after a restore, or where they have been until
+    now), or from the bucket of the stored settings. Raises `StorageError` if a blob is damaged.
     """
     local_store, missing = BlobStore(folder / BLOBS), [d for d in sorted(needed) if not store.has(d)]
     copied = 0

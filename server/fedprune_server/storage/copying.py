@@ -1,4 +1,4 @@
-"""A database's rows carried over to another one, of whichever kind, at one moment."""
+"""Copies the rows of a database, as they are at one moment, to another database of whichever kind."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fedprune_server.storage.lease import ROW as LEASE
 from fedprune_server.storage.storage import Storage
 from fedprune_server.storage.tables import ANSWERS, EVENTS, META, ROLLOUTS, TABLES, meta, put_meta
 
-# Row of `meta`: digest of the backup that a database was filled from.
+# Row of `meta`: digest of the backup with which a database was filled.
 RESTORED = "restored"
 
-# Rows of `meta` that are of one database and server, not of the job.
+# Rows of `meta` that belong to one database and its server, not to the job, and so are not copied.
 _OWN = (MARK, LEASE, DATABASE_ID)
+
+# Rows that are read and written together: a large table is more than memory should hold.
 _ROWS = 500
 
 
 def snapshot(storage: Storage, target: Path) -> None:
-    """Write everything that a database holds now to a new SQLite file, while others may be writing to
-    it.
-    """
+    """Write the present content of a database to a new SQLite file, while others may be writing to the database."""
     if storage.database.file is not None:
         copy_sqlite(storage.database.file, target)
     else:
@@ -57,7 +57,7 @@ def fill(url: str, source: Path, digest: str) -> None:
 
 def _carry(source: Database, target: Database, extra_rows: dict[str, str] | None = None) -> None:
     with translated(target.url), source.engine.connect() as reader, target.engine.connect() as writer:
-        if source.postgresql:
+        if source.postgresql:  # all tables as of one moment, which SQLite's transactions give by default
             reader = reader.execution_options(isolation_level="REPEATABLE READ")
         with reader.begin(), writer.begin():
             for table in TABLES.sorted_tables:
@@ -71,6 +71,7 @@ def _carry(source: Database, target: Database, extra_rows: dict[str, str] | None
                 put_meta(writer, key, value)
             if target.postgresql:
                 put_meta(writer, MARK, "")
+                # Rows came with their numbers; PostgreSQL would otherwise begin to count at 1 and meet them.
                 for table in (EVENTS, ROLLOUTS, ANSWERS):
                     last = writer.execute(sql.select(sql.func.max(table.c.number))).scalar()
                     if last is not None:

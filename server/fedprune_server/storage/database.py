@@ -1,10 +1,10 @@
 """The connection to a server's database: SQLite in the state folder, or PostgreSQL by URL.
 
-A PostgreSQL server may be started again under a running server of ours: a transaction that was cut off is repeated once
-the database is back, and one whose commit was not answered is repeated only if it is not there.
+A PostgreSQL server may be restarted while a server of ours runs: a transaction that was cut off is repeated once the
+database is back, and one whose commit was not answered is repeated only if it was not committed.
 
-Locks that other processes hold are waited for without end (`fedprune.core.lock_wait`). SQLite's are taken at the
-beginning of a transaction: the write lock by one that may write, none but a snapshot's by one that reads (WAL), so that
+Locks of other processes are waited for without end (`fedprune.core.lock_wait`). SQLite's locks are taken at the
+beginning of a transaction: the write lock by one that may write, only a snapshot by one that reads (WAL), so that
 readers wait for nobody. In PostgreSQL a session that stops within a transaction loses it, and with it its locks.
 """
 
@@ -32,15 +32,16 @@ from fedprune_server.storage.tables import META, put_meta
 
 log = logging.getLogger("fedprune.server")
 
-# For how long a database that was reached before may be away.
+# Seconds for which a database may be away before a server gives up: long enough for its restart.
 PATIENCE_S = 60.0
 
-# Row of `meta` in PostgreSQL: a random text that each transaction writes, to know it again.
+# Row of `meta` in PostgreSQL: a random text that each transaction writes, so that it can be recognised after a commit
+# without an answer.
 MARK = "commit"
 
 _PAUSE_S = 0.5
 
-# Seconds for which SQLite itself waits for a lock; between two of its waits the waiting thread shows that it lives.
+# Seconds for which SQLite itself waits for a lock. Between two such waits the waiting thread shows that it is alive.
 SQLITE_RETRY_S = 1.0
 
 _FULL = ("disk is full", "no space left", "could not extend file", "database or disk is full")
@@ -100,9 +101,9 @@ class Database(Closing):
     has no room, and `StorageError` if it can't be used.
 
     Attributes:
-        url: As it may be shown, without a password.
-        fence: Called in each transaction that writes, before anything else; raises if this process may not.
-        patience_s: For how long the database may be away.
+        url: The URL without a password, for messages.
+        fence: Called first in each transaction of `writing`; raises if this process may no longer write.
+        patience_s: Seconds for which the database may be away.
 
     Raises:
         ConfigError: The URL names no database that can be used.
@@ -152,8 +153,8 @@ class Database(Closing):
     def writing(self) -> Iterator[sql.Connection]:
         """A transaction that only the lease's holder may commit.
 
-        If the previous one broke off as it was committed, this one must be the same again: it is rolled back if that
-        one is found to be committed.
+        If the commit of the previous one was not answered, this one must be its repetition: it is rolled back if the
+        previous one turns out to be committed.
         """
         with translated(self.url), self._connection(self.engine) as connection, connection.begin() as transaction:
             if self.fence is not None:
@@ -173,11 +174,11 @@ class Database(Closing):
         self._deferred.clear()
 
     def defer(self, work: Callable[[sql.Connection], None]) -> None:
-        """Run `work` in the next transaction of `writing`, before anything else. If that one is repeated, so is it."""
+        """Run `work` at the beginning of the next transaction of `writing`, and again if that one is repeated."""
         self._deferred.append(work)
 
     def flush(self) -> None:
-        """Run what was deferred in a transaction of its own, if no other one has run it."""
+        """Run deferred work in a transaction of its own, if no other transaction has run it."""
 
         def write() -> None:
             with self.writing():
@@ -187,7 +188,7 @@ class Database(Closing):
             self.patiently(write)
 
     def read(self, work: Callable[[sql.Connection], _Result]) -> _Result:
-        """The result of one transaction that only reads, which is repeated like `patiently`."""
+        """The result of one transaction that only reads. It is repeated as by `patiently`."""
 
         def run() -> _Result:
             with self.reading() as connection:
@@ -197,7 +198,7 @@ class Database(Closing):
 
     def patiently(self, work: Callable[[], _Result]) -> _Result:
         """Repeat one transaction until the database can be reached, for `patience_s` at most, and no other process
-        holds a lock that it needs; its effects on memory come after that.
+        holds a lock that it needs. `work` must change nothing in memory before its transaction is committed.
         """
         until = None
         try:
@@ -217,15 +218,15 @@ class Database(Closing):
                     call_wait_hook(error.what)
                     time.sleep(_PAUSE_S)
         except BaseException:
-            self._doubtful = None
+            self._doubtful = None  # the next transaction will be another one, not a repetition
             raise
         if until is not None:
             log.info("the database is back")
         return result
 
     def when_free(self, work: Callable[[], _Result]) -> _Result:
-        """Repeat one transaction until no other session of PostgreSQL holds a lock that it needs, for as long as that
-        takes. Of SQLite's locks a transaction itself waits for the only one that it needs, at its beginning.
+        """Repeat one transaction without end until no other session of PostgreSQL holds a lock that it needs. For
+        SQLite's only lock the transaction itself waits at its beginning.
         """
         wait = LockWait(self.url, self._lock_holders)
         while True:
@@ -238,7 +239,7 @@ class Database(Closing):
                 return result
 
     def _lock_holders(self) -> list[str]:
-        """Sessions of PostgreSQL that have been in a transaction for longer than ours wait for a lock."""
+        """PostgreSQL's sessions that have been in a transaction for longer than ours has waited for a lock."""
         if not self.postgresql:
             return []
         with suppress(StorageError), self.reading() as connection:
@@ -280,14 +281,14 @@ def check_url(url: str) -> sql.URL:
 
 
 def shown(url: sql.URL) -> str:
-    """A URL without passwords."""
+    """A URL with its passwords replaced, for messages."""
     query = {k: "***" if "password" in k else v for k, v in url.query.items()}
     return url.set(query=query).render_as_string(hide_password=True)
 
 
 def copy_sqlite(source: Path, target: Path) -> None:
-    """Copy a SQLite database that may be in use; only the owner can read the copy, which is complete and on the disk,
-    or missing. Raises `StorageError` if it can't be read or written.
+    """Copy a SQLite database that may be in use. The copy is complete and on the disk, or missing, and only its owner
+    can read it. Raises `StorageError` if a file can't be read or written.
     """
     with appearing(target, private=True) as partial, translated(str(source)):
         _copy_pages(source, partial)
@@ -303,7 +304,7 @@ def _copy_pages(source: Path, target: Path) -> None:
 
 
 def mark(connection: sql.Connection) -> str | None:
-    """The mark of the last committed transaction; waits for one under way."""
+    """The mark of the last committed transaction; waits for a transaction under way."""
     query = sql.select(META.c.value).where(META.c.key == MARK).with_for_update()
     value = connection.execute(query).scalar()
     return None if value is None else str(value)
@@ -311,7 +312,7 @@ def mark(connection: sql.Connection) -> str | None:
 
 @contextmanager
 def translated(url: str) -> Iterator[None]:
-    """Turn errors of SQLAlchemy and SQLite into this project's own, about the database of this name."""
+    """Turn errors of SQLAlchemy and SQLite into this project's own errors, whose messages name the database."""
     try:
         yield
     except (sql.exc.SQLAlchemyError, sqlite3.Error) as error:
@@ -363,7 +364,7 @@ def _postgresql(url: sql.URL, *, read_only: bool) -> sql.Engine:
 
 def _tune_postgresql(connection: Any, record: object) -> None:
     with connection.cursor() as cursor:
-        # As SQLite's FULL; stricter settings (remote_apply) stay.
+        # A commit must be on the disk, as with SQLite's FULL. Stricter settings (remote_apply) stay.
         cursor.execute("SELECT set_config('synchronous_commit', 'on', false) "
                        "WHERE current_setting('synchronous_commit') IN ('off', 'local')")  # fmt: skip
         limits = {
@@ -388,7 +389,7 @@ def _read_only(url: sql.URL) -> sql.Engine:
 
 
 def reading_uri(path: Path) -> str:
-    """URI of a file for reading, also on a read-only disk. Raises `StorageError` if what was written last can't be read
+    """The URI for reading a file, also on a read-only disk. Raises `StorageError` if the latest changes can't be read
     there.
     """
     _roll_back(path)
@@ -401,18 +402,20 @@ def reading_uri(path: Path) -> str:
             f"{path}: {index.name} is missing, which can't be made in a folder that can't be written to",
             hint="Copy the state folder to where it can be written to, and look there.",
         )
-    return f"{uri}&immutable=1"  # SQLite would make both files to read it; without a log no process has it open
+    # Without `immutable` SQLite would create the log and its index. It is right here: without a log no process has the
+    # file open.
+    return f"{uri}&immutable=1"
 
 
 def _roll_back(path: Path) -> None:
-    """Undo a transaction that a crash cut off before the file had its log, which a reader can't."""
+    """Undo a transaction that a crash cut off before the file was switched to a log (WAL): a reader can't undo it."""
     if path.with_name(path.name + "-journal").exists() and os.access(path, os.W_OK, effective_ids=True):
         with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=SQLITE_RETRY_S)) as connection:
             connection.execute("SELECT 1 FROM sqlite_master").fetchone()
 
 
 def _tune_sqlite(connection: sqlite3.Connection, record: object) -> None:
-    # Python's own beginning of transactions leaves out changes of the schema: SQLAlchemy begins them, below.
+    # Python's module begins no transaction before changes of the schema, so `_begin_sqlite` begins them all.
     connection.isolation_level = None
     connection.execute(f"PRAGMA busy_timeout={int(SQLITE_RETRY_S * 1000)}")
     # FULL: a commit is on the disk, not only in the system's cache, before anything that follows from it is done.
@@ -423,7 +426,7 @@ def _tune_sqlite(connection: sqlite3.Connection, record: object) -> None:
 def _begin_sqlite(connection: sql.Connection) -> None:
     opened: Any = connection.connection.dbapi_connection
     if connection.get_execution_options().get(_READS):
-        # The first statement that reads takes the snapshot; what follows in the transaction needs no lock any more.
+        # The first statement that reads takes the snapshot. Later ones of the transaction need no lock.
         execute_when_free(opened, "BEGIN", "SELECT 1 FROM sqlite_master LIMIT 1")
     else:
         # With the write lock at once: a transaction that asks for it later is refused if another one has written

@@ -1,4 +1,4 @@
-"""Which devices of a job's state have their plan and probe in memory, and which in the database alone."""
+"""Keeps plans and probes of absent devices in the database alone, so that a large fleet fits into memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fedprune.coordination import State
 from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import PUT_AWAY
 
-# Devices away that stay in memory, those that left last: most devices that come back do so soon.
+# Number of absent devices that stay in memory, those that left last: most devices that come back do so soon.
 KEPT = 1000
 
 
 class DevicesAway:
-    """Puts away what saved devices need only when they come back, so that memory holds it of active devices alone.
+    """Drops fields of saved devices that are needed only when a device comes back (`PUT_AWAY`) from memory.
 
-    A device is active while it is connected, has a part, or was in the latest round.
+    Active devices keep them: a device is active while it is connected, has a part, or was in the latest round.
 
     Args:
         read: A device's saved row.
@@ -24,11 +24,11 @@ class DevicesAway:
 
     def __init__(self, read: Callable[[str], Mapping[str, Any]]) -> None:
         self._read = read
-        self._whole: dict[str, None] = {}  # devices that are away and still in memory, the longest ones first
-        self._spared: list[str] = []  # others, which had a part when their turn came
+        self._whole: dict[str, None] = {}  # absent devices that are complete in memory, the longest absent first
+        self._spared: list[str] = []  # others, which were active when their turn came
 
     def saved(self, state: State, changed_names: Iterable[str], *, round_over: bool) -> None:
-        """The state is saved: put away devices that are not active.
+        """Put away devices that are not active, after the state was saved.
 
         Args:
             changed_names: Devices that have changed.
@@ -53,7 +53,7 @@ class DevicesAway:
                 device.put_away(PUT_AWAY)
 
     def _fetch(self, name: str) -> dict[str, Any]:
-        """What was put away of a device."""
+        """The dropped fields of a device, from its saved row."""
         row = self._read(name)
         self._whole[name] = None
         return {key: None if row[key] is None else PackedJson(row[key]) for key in PUT_AWAY}

@@ -1,10 +1,10 @@
-"""Which server may write to a database: the one that took the lease last, for as long as it renews it.
+"""The lease on a database: only the server that took it last may write, and only while it renews it.
 
-A lease is a row of `meta`: who holds it, a token that counts who ever did, and when it ends, by the database's clock.
-Every transaction of a server compares the token, so that one that was away too long (stopped, cut off, on a machine
-that hung) can write nothing any more once another has taken over.
+A lease is a row of `meta`: its holder, a token that counts all holders, and its end by the database's clock. Every
+transaction of a server compares the token. So a server that was away for too long (stopped, cut off, on a machine that
+hung) can write nothing once another one has taken over.
 
-SQLite's database is on one machine, where the state folder's lock tells at once and for sure whether a server is alive.
+SQLite's database is on one machine, where the state folder's lock shows at once and for sure whether a server is alive.
 There a lease doesn't end, and the server with the lock takes it.
 """
 
@@ -34,8 +34,11 @@ ROW = "lease"
 # Row of `meta`: a random id of a PostgreSQL database, which no copy of it in another database has.
 DATABASE_ID = "database-id"
 
+# Seconds of a lease, in which a living server renews it five times: a dead server is replaced in little more.
 LASTS_S = 15.0
 RENEWED_S = 3.0
+
+# Minimum seconds between two queries of `trouble`, which a readiness probe may call often.
 _LOOK_S = 1.0
 
 
@@ -57,7 +60,7 @@ class Lease:
         stopping: Set if another server has taken over.
 
     Attributes:
-        shared: Id of the database if several servers can share it, once the lease is taken; None for SQLite.
+        shared: Id of the database if several servers can share it, from when the lease is taken; None for SQLite.
     """
 
     def __init__(self, url: str, folder: Path, stopping: threading.Event | None = None) -> None:
@@ -79,9 +82,9 @@ class Lease:
         """Take PostgreSQL's lease, if the database exists already, once no other server holds it.
 
         Raises `BusyError` if another server is found to hold it, unless this one stands by: then it waits for as long
-        as it takes.
+        as necessary.
         """
-        if not self._database.postgresql:  # where the folder's lock was waited for
+        if not self._database.postgresql:  # the folder's lock, which the caller has, decides instead
             return
         logged_holder = ""
         while not self._database.patiently(lambda: not self._exists() or self._try()):
@@ -116,8 +119,8 @@ class Lease:
             raise self._error()
 
     def trouble(self) -> str:
-        """Why this server can't write to its database; empty if it can. May be called often and from any thread: it
-        locks nothing, and asks the database once a second at most."""
+        """The reason for which this server can't write to its database; empty if it can. May be called often and from
+        any thread: it locks nothing in the database, and queries it once a second at most."""
         with self._looking:
             now = time.monotonic()
             if self._looked is None or now - self._looked[0] >= _LOOK_S:
@@ -138,8 +141,8 @@ class Lease:
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
-        with suppress(StorageError):  # it ends by itself
-            # SQLite's needn't be given back, and another process may hold the lock that this would wait for.
+        with suppress(StorageError):  # a lease that can't be given back ends by itself
+            # SQLite's lease needn't be given back, and this would wait for a lock that another process may hold.
             if self._token is not None and not self._gone and self._database.postgresql:
                 with self._database.transaction() as connection:
                     row = _read(connection)
@@ -164,10 +167,10 @@ class Lease:
             return sql.inspect(connection).has_table("meta")
 
     def _try(self) -> bool:
-        """Take the lease if it was given back, has run out, or belongs to a server that is dead by this folder's lock.
+        """Take the lease if it was given back, has expired, or was held from this folder, whose lock this server has.
 
-        A lease counts as run out when it is found so twice, with time enough to renew it in between: the database may
-        have been away from all, or its clock been set.
+        A lease counts as expired when two queries find it unchanged and expired, with enough time for a renewal in
+        between: the database may have been away from all servers, or its clock been set.
         """
         with self._database.transaction() as connection:
             row, now = _read(connection), _clock(connection)
@@ -185,7 +188,8 @@ class Lease:
         while not self._closed.wait(RENEWED_S):
             try:
                 self._renew_once()
-            except (LostConnectionError, DatabaseLockedError):  # noqa: PERF203 - its users decide how long that may be
+            # The server's transactions decide for how long the database may be away.
+            except (LostConnectionError, DatabaseLockedError):  # noqa: PERF203 - each turn waits anyway
                 continue
             except StorageError as error:
                 log.error("%s", error)
@@ -216,10 +220,10 @@ class Lease:
 
 
 def leader_elsewhere(folder: Path) -> str:
-    """Host and folder of the server that has a folder's job, where that is a server with another folder; else empty.
+    """Host and folder of the server that runs a folder's job from another folder; empty if there is none.
 
-    Only servers that share PostgreSQL's database have folders of their own. Raises `StorageError` if the database can't
-    be read.
+    Only servers that share a PostgreSQL database have a folder each. Raises `StorageError` if the database can't be
+    read.
     """
     url = url_of(folder)
     if kept(folder) is None:
@@ -238,6 +242,7 @@ def _holder_at(folder: Path) -> str:
 
 
 _LOOK = sql.select(META.c.value).where(META.c.key == ROW)
+# Whoever writes the lease locks its row against all others; transactions that only compare the token share it.
 _HOLD, _SHARE = _LOOK.with_for_update(), _LOOK.with_for_update(read=True)
 
 

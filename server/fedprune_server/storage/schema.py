@@ -1,4 +1,4 @@
-"""The format of the database's tables: new databases are made in it, and those of another one are refused."""
+"""The format of the database's tables: new databases are made in it, and those of another format are refused."""
 
 from __future__ import annotations
 

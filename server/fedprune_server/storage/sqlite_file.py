@@ -1,4 +1,4 @@
-"""A small SQLite file, for what is not in the server's database: console, crashes of boards."""
+"""A small SQLite file for data outside the server's database: that of the console, and crashes of boards."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class SqliteFile(Closing):
 
     Args:
         tables: Statements that make its tables if they don't exist.
-        version: Of its tables; a file of another version is refused.
-        hint: What to do if it is damaged.
+        version: Version of its tables; a file of another version is refused.
+        hint: Advice for a damaged file.
         wal: Whether readers don't wait for writers.
-        busy_timeout_s: How long a statement that writes waits for another process.
+        busy_timeout_s: Seconds for which a statement that writes waits for another process.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class SqliteFile(Closing):
     ) -> None:
         self.path, self._hint = path, hint
         with self.errors(), storage_errors(f"can't use {path}"):
-            # Made with its mode, not changed to it: there is no moment in which others could open it.
+            # Created with this mode, not changed to it later: at no moment could others open it.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             self.connection = _connect(path, "rw", busy_timeout_s)
             try:
@@ -88,7 +88,7 @@ class SqliteFile(Closing):
 
 
 def connect_reader(path: Path) -> sqlite3.Connection:
-    """A connection that only reads, of one thread at a time, which needn't be this one. Raises `sqlite3.Error`."""
+    """A connection that only reads. Any thread may use it, one at a time. Raises `sqlite3.Error`."""
     return _connect(path, "ro", FILE_BUSY_TIMEOUT_S)
 
 
@@ -114,7 +114,10 @@ def sqlite_errors(path: Path, hint: str) -> Iterator[None]:
 class ReaderPool(Closing):
     """Connections of one database that only read, so that no thread waits for another one's query.
 
-    There are as many as queries run at a time; `connect` makes one.
+    There are as many as there have been queries at a time.
+
+    Args:
+        connect: Makes a connection.
     """
 
     def __init__(self, connect: Callable[[], sqlite3.Connection]) -> None:
@@ -139,9 +142,9 @@ class ReaderPool(Closing):
 
 
 def write_lock_holders(path: Path, patience_s: float) -> list[str]:
-    """Who has kept a database's write lock for this long, as far as the kernel tells; empty if it is free. Only for a
-    database that another process has open, next to which nothing is made then. Raises `sqlite3.Error` if it can't be
-    opened.
+    """The processes that have held a database's write lock for this long, as far as the kernel knows; empty if it is
+    free. Only for a database that another process has open: then opening it creates no files beside it. Raises
+    `sqlite3.Error` if it can't be opened.
     """
     uri = f"{path.resolve().as_uri()}?mode=rw"
     with closing(sqlite3.connect(uri, uri=True, timeout=patience_s, isolation_level=None)) as connection:
@@ -161,8 +164,8 @@ def is_sqlite_locked(error: BaseException) -> bool:
 
 
 def execute_when_free(connection: sqlite3.Connection, *statements: str) -> tuple[Any, ...]:
-    """Execute statements that need a lock, again and again until no other process holds it; returns the first row of
-    the last one."""
+    """Execute statements that need a lock, repeatedly until no other process holds it; returns the first row of the
+    last statement."""
 
     def execute() -> tuple[Any, ...]:
         rows = [connection.execute(statement).fetchone() for statement in statements]
@@ -195,6 +198,6 @@ def _when_free(connection: sqlite3.Connection, work: Callable[[], _Result]) -> _
 
 
 def sqlite_lock_holders(path: Path) -> list[str]:
-    """The other processes that hold a database's locks now, as far as the kernel tells, without opening it: the locks
-    are on its own bytes or, with a log (WAL), on its index's."""
+    """The other processes that hold a database's locks now, as far as the kernel knows. The database isn't opened: the
+    locks are on bytes of its file or, with a log (WAL), of the log's index."""
     return file_lock_holders(path, path.with_name(f"{path.name}-shm"))

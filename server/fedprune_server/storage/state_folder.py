@@ -1,6 +1,6 @@
-"""A state folder: its lock, the folders of further jobs, and where its database is.
+"""A state folder: its lock, the folders of further jobs, and the URL of its database.
 
-The database is the file `server.db` in the folder or, as the file `database` in it says, elsewhere.
+The database is the file `server.db` in the folder, unless the file `database` in it names another one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FILE = "server.db"
 # The model that the job began with.
 MODEL = "model.onnx"
 
-# Holds a URL, perhaps with a password: its owner's alone.
+# Holds a URL, perhaps with a password: only its owner may read it.
 PLACE = "database"
 
 _LONGEST = 4096
@@ -84,7 +84,7 @@ def folders(state: Path) -> list[Path]:
 
 log = logging.getLogger("fedprune.server")
 
-# Held by the server that runs on the folder, and holds an identifier that is drawn for each run.
+# The file that the server on the folder locks; its content is a random identifier of the run.
 LOCK = "lock"
 
 _RUN_BYTES = 16
@@ -94,8 +94,8 @@ _PATIENCE_S = 3.0
 
 @contextmanager
 def folder_lock(path: Path, *, standby: bool = False) -> Iterator[None]:
-    """Keep other servers off a state folder. Raises `StorageError` if one runs on it, unless this one stands by: then
-    it waits.
+    """Lock a state folder against other servers. Raises `StorageError` if one runs on it, unless this one stands by:
+    then it waits.
     """
     descriptor = _taken(path, standby=standby)
     try:
@@ -107,7 +107,7 @@ def folder_lock(path: Path, *, standby: bool = False) -> Iterator[None]:
 
 
 def run_id(folder: Path) -> str:
-    """What tells the run that holds a folder's lock, or did so last, from earlier ones; empty if there was none."""
+    """The identifier of the run that holds a folder's lock, or did so last; empty if there was none."""
     try:
         return (folder / LOCK).read_bytes()[:_RUN_BYTES].decode(errors="replace")
     except OSError:

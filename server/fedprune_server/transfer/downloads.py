@@ -1,4 +1,4 @@
-"""Blobs on their way to devices, one chunk per device in turn, so that no device waits behind a whole model."""
+"""Sends blobs to devices, one chunk per device in turn, so that no device waits behind another one's whole model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fedprune.wire.chunk import HEADER, MAX_PACKET
 from fedprune.wire.messages import BlobNotFound, BlobRequest
 from fedprune.wire.transfer import BlobSender
 
-# Devices that are answered in turn while others wait; each takes the memory of a chunk.
+# Maximum number of devices that are answered in turn while others wait: each answer takes the memory of a chunk.
 _TURNS = 32
 
-# Queued requests of one device; those beyond are dropped, and the device sends them again.
+# Maximum number of queued requests of one device. Others are dropped, and the device sends them again.
 MAX_WAITING = 64
 
 
@@ -35,7 +35,7 @@ class _Answer:
         return chunk
 
     def without_rest(self, request: BlobRequest) -> BlobRequest | None:
-        """The part of a request that this answer won't send; None if it sends all of it."""
+        """The part of a request that this answer won't send; None if it sends everything."""
         answered = self.request
         next_leaf, end_leaf = answered.first + self.sent, answered.first + answered.count
         is_same_blob = (answered.sha256, answered.part, answered.most) == (request.sha256, request.part, request.most)
@@ -45,10 +45,11 @@ class _Answer:
 
 
 class Downloads:
-    """Interleaved answers to devices' blob requests. Does no network I/O.
+    """Interleaves the answers to devices' blob requests. Does no network I/O.
 
     Args:
-        max_packet: Bytes of an MQTT packet that the broker lets through.
+        serve: Cuts blobs into chunks.
+        max_packet: Maximum bytes of an MQTT packet that the broker lets through.
     """
 
     def __init__(self, serve: BlobSender, max_packet: int = MAX_PACKET) -> None:
@@ -58,12 +59,12 @@ class Downloads:
         self._running: OrderedDict[str, _Answer] = OrderedDict()
 
     def __bool__(self) -> bool:
-        """Whether something is to be sent."""
+        """Whether a chunk or an answer is still to be sent."""
         return bool(self._wants) or bool(self._running)
 
     def add(self, device: str, request: BlobRequest) -> None:
-        """Queue a request, unless it is queued already. A device asks again while an answer waits for a slow
-        connection, too: what is still to be sent of that answer isn't queued a second time."""
+        """Queue a request, unless it is queued already. A device also repeats a request while its answer waits for a
+        slow connection: leaves that this answer will still send aren't queued a second time."""
         request = replace(request, number=None)  # the same pieces, asked for again
         current = self._running.get(device)
         uncovered = request if current is None else current.without_rest(request)
@@ -74,7 +75,7 @@ class Downloads:
             waiting.append(uncovered)
 
     def leaves(self, sha256: str) -> int:
-        """Leaves of a blob; 0 for one that isn't here."""
+        """Number of a blob's leaves; 0 if the blob isn't here."""
         return self._serve.leaves(sha256)
 
     def drop(self, device: str) -> None:
@@ -83,8 +84,8 @@ class Downloads:
         self._running.pop(device, None)
 
     def next(self) -> tuple[str, bytes | BlobNotFound] | None:
-        """The next chunk to send and to whom; `BlobNotFound` for a blob that isn't here. Raises `StorageError` if the
-        disk fails."""
+        """The next chunk to send, with its device; `BlobNotFound` for a blob that isn't here. Raises `StorageError` if
+        the disk fails."""
         while True:
             while self._wants and len(self._running) < _TURNS:
                 device = next((n for n in self._wants if n not in self._running), None)

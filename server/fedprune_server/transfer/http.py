@@ -1,4 +1,4 @@
-"""Web addresses that boards get for blobs, those of another web server or of this server's own, and for uploads."""
+"""Web addresses for blobs and uploads that boards get: of this server's own web server or of another one."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class WebBlobs:
     """Blobs over HTTP.
 
     Attributes:
-        url: Where boards find blobs; None where they are sent over MQTT alone.
-        server: This server's own, if it has one.
-        uploads: Makes the place where a job's updates are uploaded; nowhere by default. Raises `ConfigError` if the job
-            has no such place.
+        url: Address under which boards find blobs; None if they get them over MQTT alone.
+        server: This server's own web server, if it has one.
+        uploads: Makes the place to which a job's updates are uploaded, which is nowhere by default. Raises
+            `ConfigError` if the job has no such place.
     """
 
     url: str | None = None
@@ -59,8 +59,8 @@ def web_blobs(
     """Blobs over HTTP as configured, with a web server that runs until the end if one is configured.
 
     Args:
-        identity: The server's; None to do without, on this machine alone.
-        wake: Called from another thread when the loop has something to collect.
+        identity: The server's identity; None to do without, on this machine alone.
+        wake: Called from another thread when the loop has an upload to collect.
 
     Raises:
         ConfigError: The web server's address can't be listened on, or is open to others without an identity.
@@ -81,7 +81,7 @@ def web_blobs(
     else:
         configured_hosts = () if config.blobs_at is None else (BlobUrl.parse(config.blobs_at).host,)
         context = _contexts(identity, identity.web(sorted({*names_of(host), *configured_hosts})))
-        context()  # what is wrong with it is better known now than when a board comes
+        context()  # a damaged file ends the start, not the first board's connection
     with BlobServer(host, port, context) as server:
         url = config.blobs_at or str(BlobUrl.parse(_url(host, server.port, tls=identity is not None)))
         log.info("blobs are given out on %s:%d, and boards are told that they are at %s", host, server.port, url)
@@ -96,7 +96,7 @@ def web_blobs(
 
 
 def _contexts(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Callable[[], ssl.SSLContext]:
-    """Gives TLS for a connection that asks for a certificate: with the list of revoked ones as it is then.
+    """A function that returns TLS for the next connection, with the list of revoked certificates as it is then.
 
     Args:
         files: Paths of the certificate, its key and the authority.
@@ -120,7 +120,7 @@ def _contexts(identity: IdentityFolder, files: tuple[Path, Path, Path]) -> Calla
 
 def _context(certificate: Path, key: Path, authority: Path, crl: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    # A session that is resumed shows no certificate, so that one that was revoked meanwhile would not be noticed.
+    # No resumption: a resumed session shows no certificate, so that a revocation in between would go unnoticed.
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.num_tickets = 0
     context.load_cert_chain(certificate, key)
@@ -132,7 +132,7 @@ def _context(certificate: Path, key: Path, authority: Path, crl: Path) -> ssl.SS
 
 
 def _url(host: str, port: int, *, tls: bool) -> str:
-    """How boards reach a place where this machine listens, as far as it can tell."""
+    """The address at which boards reach a port of this machine, as far as it can tell."""
     if host in ("0.0.0.0", "::"):  # noqa: S104  # nosec B104  # compared with, not listened on
         name = socket.gethostname()
         addresses = sorted(a for a in addresses_of(name) if not a.startswith("127."))

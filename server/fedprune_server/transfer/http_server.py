@@ -1,8 +1,8 @@
-"""A web server for blobs, for boards with a certificate of the fleet: each gets what it is offered, and may upload the
-update that is awaited from it.
+"""A web server for blobs, for boards with a certificate of the fleet: each may fetch the blobs that it is offered, and
+upload the update that is awaited from it.
 
 uvicorn speaks HTTP, and sends pieces of mapped files. Connections and times are bounded at the sockets, because a
-client that has not passed its handshake holds a file descriptor, too.
+client holds a file descriptor even before it has passed its handshake.
 """
 
 from __future__ import annotations
@@ -34,42 +34,42 @@ from fedprune_server.transfer.web_uploads import Awaited, Client, HttpUploads, S
 
 log = logging.getLogger("fedprune.server")
 
-# Connections at a time, and one more for each upload that is awaited at a time.
+# Maximum number of connections, to which the number of concurrent uploads is added.
 CONNECTIONS = 64
 
-# The same, however many uploads are awaited: each takes two of a process's 1024 file descriptors.
+# Maximum number of connections, uploads included: each takes two of a process's 1024 file descriptors.
 MOST_CONNECTIONS = 512
 
 HEAD_BYTES = 8192
 
-# How long a handshake and the first request may take to come.
+# Seconds in which the handshake and the first request must come.
 FIRST_S = 15.0
 
-# The same for a further request: a board may be writing to its disk.
+# Seconds in which a further request must come: between two requests a board may be writing to its disk.
 NEXT_S = 60.0
 
-# How long a board may take to receive a piece of a file.
+# Seconds in which a board must receive a piece of a file.
 PIECE_S = 60.0
 
-# How long a leaf of an upload may take to come.
+# Seconds in which a leaf of an upload must come.
 UPLOAD_PIECE_S = 30.0
 
-# Seconds between checks for slow clients; for as long a server that ends waits for them.
+# Seconds between two checks for slow clients; a server that ends waits as long for them.
 _POLL_S = 0.1
 
 _PIECE = 8 * LEAF
 
-# Of the kinds of ranges the one that boards ask for; in answer to another one all comes, as HTTP allows.
+# The only kind of range that boards ask for. A request for another kind gets the whole file, as HTTP allows.
 _RANGE = re.compile(r"bytes=([0-9]{1,18})-([0-9]{0,18})")
 
 _NAME = re.compile(r"(?:/[A-Za-z0-9._~-]{1,255}){0,32}/([0-9a-f]{2})/(\1[0-9a-f]{62})(\.leaves)?")
 
 
 class _Listener(socket.socket):
-    """Accepts no more clients than there may be: where none is left, the one that has waited longest has to go.
+    """Accepts a limited number of clients: beyond that, the client that has been idle for longest is cut off.
 
     Args:
-        max_clients: How many clients there may be.
+        max_clients: Returns the maximum number of clients.
     """
 
     def __init__(self, host: str, port: int, max_clients: Callable[[], int]) -> None:
@@ -92,15 +92,15 @@ class _Listener(socket.socket):
             idle_clients = [(client.until, number) for number, client in self.clients.items() if client.waits]
             if not idle_clients:
                 connection.close()
-                raise BlockingIOError("no connection is free")  # the loop goes on listening
+                raise BlockingIOError("no connection is free")  # which asyncio's loop ignores: it goes on listening
             self.clients.pop(min(idle_clients)[1]).cut()
         self.clients[connection.fileno()] = Client(connection, FIRST_S)
         return connection, address
 
 
 class _BlobResponse(Response):
-    """A mapped blob, or the range of it that a request names, sent from memory: helper threads that read a file take as
-    much time to wake as a piece takes to send."""
+    """A mapped blob, or the requested range of it, sent from memory: waking a helper thread that reads a file takes as
+    long as sending a piece."""
 
     def __init__(self, blob: memoryview, range_header: str) -> None:
         size, status, headers = len(blob), HTTPStatus.OK, {"accept-ranges": "bytes"}
@@ -120,17 +120,17 @@ class _BlobResponse(Response):
 
 
 class BlobServer:
-    """Listens at once, and answers until `close`, on a thread of its own.
+    """The web server: it listens at once, and answers until `close`, on a thread of its own.
 
     Args:
         port: The port; 0 for a free one.
-        context: Gives TLS for a new connection, which asks for the board's certificate; None to do without.
-        connections: How many there may be at a time, without those for uploads.
+        context: Returns TLS for a new connection, which asks for the board's certificate; None to do without.
+        connections: Maximum number of connections, without those for uploads.
 
     Attributes:
-        jobs: What may be fetched and uploaded; nothing, at first.
+        jobs: The jobs whose blobs may be fetched and uploaded; at first none.
         sent: Bytes of blobs that were sent.
-        received: Updates that were taken in.
+        received: Number of received updates.
 
     Raises:
         ConfigError: The address can't be listened on.
@@ -157,7 +157,7 @@ class BlobServer:
             lifespan="off",
             loop="asyncio",
             log_config=None,
-            log_level="critical",  # what strangers send is no news
+            log_level="critical",  # strangers may send anything, and must not fill the log
             access_log=False,
             server_header=False,
             proxy_headers=False,
@@ -188,7 +188,7 @@ class BlobServer:
         sweep_task.cancel()
 
     async def _sweep(self) -> None:
-        """Cut off those who are too slow, and in the end all."""
+        """Cut off clients that are too slow, and all of them at the end."""
         while True:
             now = float("inf") if self._server.should_exit else time.monotonic()
             for client in self._listener.clients.values():
@@ -197,7 +197,7 @@ class BlobServer:
             await asyncio.sleep(_POLL_S)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request: the application that uvicorn calls."""
+        """Answer one request; uvicorn calls this as its application."""
         client: Client = scope["state"]["client"]
         client.expect(PIECE_S)
         serving_job: ServedJob | None = None
@@ -230,7 +230,7 @@ class BlobServer:
         client.expect(NEXT_S, waits=True)
 
     def _blob(self, client: Client, name: re.Match[str] | None, range_header: str) -> tuple[Response, ServedJob | None]:
-        """A blob, its range `wanted` or its leaf table, and the job whose it is."""
+        """The answer with a blob, a range of it or its leaf table, and the job to which the blob belongs."""
         jobs = [] if name is None else [j for j in self.jobs if j.may_fetch(client.device, name[2])]
         if name is None or not jobs:
             return Response(status_code=HTTPStatus.NOT_FOUND), None
@@ -244,7 +244,7 @@ class BlobServer:
             return Response(status_code=HTTPStatus.NOT_FOUND), None
 
     async def _upload(self, client: Client, name: re.Match[str] | None, request: Request) -> Response:
-        """Take in an update that is awaited."""
+        """The answer to an upload, whose blob is stored if it is an awaited update."""
         sha256 = "" if name is None or name[3] else name[2]
         for uploads in [job.uploads for job in self.jobs if job.uploads is not None]:
             awaited = uploads.awaits(client.device, sha256)
@@ -267,7 +267,7 @@ class BlobServer:
                     if not uploads.note_progress(awaited, client, blob.size):
                         client.cut()
                         return HTTPStatus.CONFLICT
-                    if blob.size // LEAF > leaves:  # a byte now and then is no progress
+                    if blob.size // LEAF > leaves:  # a byte now and then doesn't count as progress
                         leaves = blob.size // LEAF
                         client.expect(min(UPLOAD_PIECE_S, deadline - time.monotonic()))
                 client.expect(PIECE_S)
@@ -286,7 +286,7 @@ class BlobServer:
 
 
 def _protocol(listener: _Listener) -> type[H11Protocol]:
-    """HTTP on a listener's connections, whose requests say which client they come from."""
+    """uvicorn's protocol for a listener, whose requests carry their client and its device's name."""
 
     class Watched(H11Protocol):
         def connection_made(self, transport: Any) -> None:
@@ -304,7 +304,7 @@ def _protocol(listener: _Listener) -> type[H11Protocol]:
 
 
 def _renewed(context: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
-    """TLS whose handshakes each use what `context` gives then."""
+    """TLS each of whose handshakes uses the context that `context` returns at that moment."""
 
     def renew(connection: ssl.SSLObject, host: str | None, first: ssl.SSLContext) -> int | None:
         try:
@@ -315,5 +315,5 @@ def _renewed(context: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
         return None
 
     first = context()
-    first.sni_callback = renew  # it is called without a name, too
+    first.sni_callback = renew  # OpenSSL calls it for each handshake, even if the client sends no name
     return first

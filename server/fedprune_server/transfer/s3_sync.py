@@ -1,4 +1,4 @@
-"""Copies blobs between the state folder and a bucket in threads, so that the server's loop waits for neither."""
+"""Copies blobs between the state folder and a bucket on threads, so that the server's loop doesn't wait for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class Adoption:
-    """An update that a device says it has put into the bucket, at the last of `keys` as a rule."""
+    """An update that a device says it has put into the bucket, usually under the last of `keys`."""
 
     device: str
     ref: BlobRef
@@ -33,13 +33,12 @@ class Adoption:
 
 
 class BucketSync:
-    """Brings updates that have arrived into the bucket, verifies those that devices have put there, and brings blobs
-    out of it that devices ask for.
+    """Copies arrived updates into the bucket, verifies those that devices have put there, and fetches requested blobs.
 
-    Without a bucket all of that is done already.
+    Without a bucket nothing is left to do.
 
     Attributes:
-        store: Where blobs are kept.
+        store: The job's store: the bucket, or the folder if there is none.
         near: The blobs of the folder; reading them never waits for the bucket.
     """
 
@@ -56,12 +55,12 @@ class BucketSync:
 
     @property
     def waiting(self) -> bool:
-        """Whether an update is on its way into the bucket, or is verified there."""
+        """Whether an update is being copied into the bucket, or verified there."""
         return bool(self._shipped)
 
     @property
     def stuck(self) -> bool:
-        """Whether updates wait because the bucket couldn't be used: until they are there no deadline should pass."""
+        """Whether updates wait because the bucket couldn't be used. Until they are in it, no deadline should pass."""
         if self.store.away:
             self._late |= self._shipped
         self._late &= self._shipped
@@ -69,12 +68,12 @@ class BucketSync:
 
     @property
     def digests(self) -> set[str]:
-        """Digests of updates that are on their way into the bucket, or are verified there."""
+        """Digests of updates that are being copied into the bucket, or verified there."""
         return {a.weights for a in self._shipped}
 
     def through(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Outcomes that may be reported: updates only once the bucket has them. Raises `StorageError` if the folder
-        fails."""
+        """The outcomes that may be reported now: an update counts only once the bucket has it. Raises `StorageError` if
+        the folder fails."""
         reportable: list[Outcome] = []
         for outcome in outcomes:
             if not isinstance(outcome, Arrived) or self.store.has(outcome.weights):
@@ -91,7 +90,7 @@ class BucketSync:
         return reportable
 
     def adopt(self, device: str, ref: BlobRef, keys: Iterable[str] = ()) -> None:
-        """Verify an update that a device has put into the bucket, unless that is under way."""
+        """Verify an update that a device has put into the bucket, unless that is under way already."""
         adoption = Adoption(device, ref, tuple(keys))
         if adoption not in self._shipped:
             self._shipped.add(adoption)
@@ -102,7 +101,7 @@ class BucketSync:
         return Adoption(device, ref) in self._shipped
 
     def adopted(self) -> list[tuple[Adoption, bool]]:
-        """Which of them were verified since the last call, and whether they were right."""
+        """The updates that were verified since the last call, and whether they were right."""
         results = []
         while not self._adopted.empty():
             results.append(self._adopted.get())
@@ -110,7 +109,7 @@ class BucketSync:
         return results
 
     def coming(self, sha256: str) -> bool:
-        """Whether a blob that isn't in the folder will be there in a moment, since the bucket has it."""
+        """Whether a blob that isn't in the folder will be there in a moment, because the bucket has it; fetches it."""
         if sha256 in self._lost or not self.store.has(sha256):
             return False
         if sha256 not in self._fetched:
@@ -119,7 +118,7 @@ class BucketSync:
         return True
 
     def prepare(self, digests: Iterable[str]) -> None:
-        """Fetch what devices may soon ask for."""
+        """Fetch blobs that devices may soon request."""
         for digest in sorted(digests):
             if not self.near.has(digest):
                 self.coming(digest)
@@ -132,7 +131,7 @@ class BucketSync:
 
     def _order(self, order: Arrived | Adoption | str) -> None:
         if len(self._threads) < _THREADS:
-            # Daemon threads: a process that is told to end doesn't wait for a bucket.
+            # Daemon threads: the process must be able to end while the bucket is away.
             thread = threading.Thread(target=self._run, name="fedprune-shipping", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -162,5 +161,5 @@ class BucketSync:
         except StorageError as error:
             log.error("%s", error)
             if not isinstance(error, StorageFullError):  # else it is tried again at the next request
-                self._lost.add(order)  # requests for it are answered with `BlobNotFound`
+                self._lost.add(order)  # from now on requests for it are answered with `BlobNotFound`
         self._fetched.discard(order)

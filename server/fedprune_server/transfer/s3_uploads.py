@@ -1,4 +1,4 @@
-"""Updates that boards upload to the bucket itself: addresses for them, and what is verified of them."""
+"""Updates that boards upload to the bucket itself: signed addresses for them, and their verification."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from fedprune_server.transfer.upload_place import UploadEnd, UploadPlace
 
 log = logging.getLogger("fedprune.server")
 
-# How long an address may be used to begin an upload.
+# Seconds for which an address may be used to begin an upload.
 EXPIRES_S = 900
 
-# After this time an upload that is no longer awaited is deleted from the bucket. The next start deletes later ones.
+# Seconds after which an upload that is no longer awaited is deleted from the bucket: twice the address's life, so that
+# one that began at its end has ended. The next start deletes later ones.
 _LATE_S = 2 * EXPIRES_S
 
 _ANY = BlobRef.of(b"")
@@ -30,11 +31,9 @@ _ANY = BlobRef.of(b"")
 @dataclass
 class _Awaited:
     ref: BlobRef
-    keys: list[str] = field(default_factory=list)
-    """Of the objects that the device has an address for."""
+    keys: list[str] = field(default_factory=list)  # of the objects for which the device has addresses
     request: UploadRequest | None = None
-    until: float = 0.0
-    """When the request's address is too old to be given again: half its life is left to use it."""
+    until: float = 0.0  # until when the address may be given again: half of its life must be left to use it
 
 
 class S3Uploads(UploadPlace):
@@ -68,11 +67,11 @@ class S3Uploads(UploadPlace):
             awaited = self._awaited[device] = _Awaited(ref)
         if self._shipping.verifies(device, ref):
             return None
-        if self._store.has(ref.sha256):  # put there for an earlier process of the server
+        if self._store.has(ref.sha256):  # uploaded for an earlier run of the server
             self._shipping.adopt(device, ref)
             return None
         if awaited.request is not None and self._clock() < awaited.until:
-            return awaited.request  # a board that has uploaded to it reports that again
+            return awaited.request  # the same one: a board that has used it only repeats its report
         try:
             target = self._store.url_for(ref, EXPIRES_S)
         except BucketError as error:
@@ -87,7 +86,7 @@ class S3Uploads(UploadPlace):
         return awaited.request
 
     def drop(self, device: str) -> None:
-        """A device's update is awaited no longer; what it may still upload is deleted later."""
+        """Await a device's update no longer. Objects that it may still upload are deleted later."""
         awaited = self._awaited.pop(device, None)
         if awaited is not None:
             self._unused.extend((self._clock() + _LATE_S, key) for key in awaited.keys)

@@ -1,4 +1,4 @@
-"""Where boards upload updates, as the server's loop sees it, and how updates end; bytes counted by board."""
+"""The place to which boards upload updates, as the server's loop sees it, and the outcomes of updates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedprune.wire.messages import UploadRequest
 
 @dataclass(frozen=True)
 class Arrived:
-    """An update's weights are whole, verified and in the store."""
+    """The weights of an update are complete, verified and in the store."""
 
     device: str
     round: int
@@ -23,7 +23,7 @@ class Arrived:
 
 @dataclass(frozen=True)
 class FailedUpload:
-    """An update can't be had."""
+    """An update can't be received."""
 
     device: str
     round: int
@@ -37,7 +37,7 @@ Outcome = Arrived | FailedUpload
 
 @dataclass(frozen=True)
 class UploadEnd:
-    """The end of an upload: the update is stored, or has to be pulled over MQTT."""
+    """The end of an upload: the update is stored, or must be pulled over MQTT."""
 
     device: str
     ref: BlobRef
@@ -45,7 +45,7 @@ class UploadEnd:
 
 
 class ByteCounter:
-    """Bytes that devices sent or received; counted in any thread, taken by the server's loop."""
+    """Counts the bytes that devices send or receive, on any thread, until the server's loop takes the counts."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -63,11 +63,11 @@ class ByteCounter:
 
 
 class UploadPlace:
-    """Where boards upload updates; for the server's loop. This one is nowhere: all updates are pulled over MQTT.
+    """A place to which boards upload updates, for the server's loop. This base is nowhere: all updates are pulled.
 
     Attributes:
-        takes: Whether boards can upload there.
-        direct: Whether uploads don't pass through this server, so that any number may be under way at a time.
+        takes: Whether boards can upload to it.
+        direct: Whether uploads bypass this server, so that any number may be under way at a time.
     """
 
     takes = direct = False
@@ -77,22 +77,22 @@ class UploadPlace:
         self._ends: queue.SimpleQueue[UploadEnd] = queue.SimpleQueue()
 
     def ask(self, device: str, ref: BlobRef) -> UploadRequest | None:
-        """Await an update, and say where the device is to upload it; None if there is nothing to upload, and the end is
-        near. An upload that is under way goes on."""
+        """Await an update; returns the request with its address. None if there is nothing to upload, because its end
+        follows at once. An upload that is under way goes on."""
         return None
 
     def drop(self, device: str) -> None:
         """Await a device's update no longer."""
 
     def reported(self, device: str) -> None:
-        """The device reports that it has uploaded its update."""
+        """Handle a device's report that it has uploaded its update."""
 
     def arrived(self, device: str) -> int:
-        """Bytes of an awaited update that have arrived, as far as is known."""
+        """Known number of bytes of an awaited update that have arrived."""
         return 0
 
     def taken(self) -> dict[str, int]:
-        """Bytes that came from devices since the last call."""
+        """Bytes that devices have uploaded since the last call, by device."""
         return self._received.taken()
 
     def ended(self) -> list[UploadEnd]:

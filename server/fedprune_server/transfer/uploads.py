@@ -1,5 +1,5 @@
-"""Updates on their way from devices to the server: a few at a time are pulled over MQTT, or uploaded to a web server,
-the others wait their turn."""
+"""Fetches devices' updates: a few at a time are pulled over MQTT or uploaded to a web server; the others wait for their
+turn."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from fedprune_server.transfer.upload_place import Arrived, FailedUpload, Outcome
 
 log = logging.getLogger("fedprune.server")
 
-# A transfer that got nothing for so long gives its place to one that waits, and so does one that has held its place so
-# long and was slower than `LEAST_BYTES_PER_S` on average.
+# Seconds without a byte after which a transfer gives its place to a waiting one. So does a transfer that has had its
+# place for so long and was slower than `LEAST_BYTES_PER_S` on average.
 STALLED_S = 30.0
 
-# A device that announces an update so long after it was asked to upload it has not heard that.
+# Seconds after a request to upload in which an announcement counts as sent before the request came. A device that
+# announces its update later hasn't got the request, and gets it again.
 ASK_AGAIN_S = 5.0
 
 LOST = "the device no longer has the update that it announced"
@@ -34,35 +35,48 @@ Wants = list[tuple[str, BlobRequest | UploadRequest]]
 
 @dataclass
 class _Upload:
+    """An update on its way: it waits for a place (`pull` is None, `put` False), is pulled (`pull`), or is uploaded by
+    the device (`put`).
+
+    Attributes:
+        pull: The transfer over MQTT.
+        put: Whether the device was asked to upload the update.
+        asked_at: Time of that request.
+        mqtt: Whether an upload has failed or was too slow, so that the update is only pulled from now on.
+        leaves: Leaves that have arrived.
+        moved_at: Time at which the last leaf arrived.
+        began_at: Time at which the update got its place.
+        began_with: Leaves that had arrived then.
+    """
+
     round: int
     attempt: int
     ref: BlobRef
     pull: Pull | None = None
     put: bool = False
-    """Whether the device was asked to upload it."""
     asked_at: float = 0.0
     mqtt: bool = False
-    """Whether an upload has failed or was too slow, so that it is pulled."""
     leaves: int = 0
     moved_at: float = 0.0
     began_at: float = 0.0
     began_with: int = 0
 
     def slow(self, now: float) -> bool:
-        """Whether it got nothing for a while, or too little since it got its place."""
+        """Whether nothing has arrived for a while, or too little since it got its place."""
         seconds = now - self.began_at
         received_bytes = (self.leaves - self.began_with) * LEAF
         return now - self.moved_at > STALLED_S or (seconds > STALLED_S and received_bytes < LEAST_BYTES_PER_S * seconds)
 
 
 class Uploads:
-    """Updates of all devices; one per device. Does no network I/O: it says what to ask whom for.
+    """The updates that are being fetched, at most one per device. Does no network I/O: methods return the requests to
+    send.
 
     Args:
-        sync: Where they are stored, and what brings them to where blobs are kept.
-        concurrent: How many are pulled at a time, which bounds what the broker and the server's memory hold.
-        max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
-        place: Where devices upload that can; nowhere by default. What can't be uploaded is pulled.
+        sync: Has the store of updates, and copies them into the bucket.
+        concurrent: Number of updates that are pulled at a time, which bounds the memory of broker and server.
+        max_packet: Maximum bytes of an MQTT packet that the broker lets through.
+        place: The place to which able devices upload; nowhere by default. Updates that can't be uploaded are pulled.
     """
 
     def __init__(
@@ -79,22 +93,26 @@ class Uploads:
         self._can_put: set[str] = set()
         self._uploads: dict[str, _Upload] = {}
         self._answers: dict[str, ResponseTime] = {}
-        self._there: dict[str, int | None] = {}  # who was heard since the last reconnection, and on which connection
+        # Devices heard since the server's last reconnection, with their connections. Others get no place: their
+        # requests would be lost. After `_all_there_at` all devices count as heard.
+        self._there: dict[str, int | None] = {}
         self._all_there, self._all_there_at = True, 0.0
         self._tickets = 0
-        self._waiting: dict[str, int] = {}  # with their tickets, in whose order they are asked
-        self._ready: list[tuple[int, str]] = []  # those of them that are there, a heap; who waits no more is skipped
+        self._waiting: dict[str, int] = {}  # tickets of waiting devices, which get their places in this order
+        # A heap of the waiting devices that were heard. Entries of devices that no longer wait are skipped when they
+        # come up, which is cheaper than to remove them.
+        self._ready: list[tuple[int, str]] = []
         self._running: set[str] = set()
         self._outcomes: list[Outcome] = []
 
     def add(self, device: str, round_: int, attempt: int, ref: BlobRef, now: float) -> Wants:
-        """Fetch an update; asking again for the one under way changes nothing. Raises `StorageError` if the store
+        """Fetch an update. A repeated call for the one under way changes nothing. Raises `StorageError` if the store
         fails."""
         if not self.fetching(device, round_, attempt, ref):
             previous = self._uploads.get(device)
             self.drop(device)
             if previous is not None and (previous.round, previous.attempt) == (round_, attempt):
-                # Who announces one update after another of the same part must not fill the disk with pieces of them.
+                # A device that announces one update after another for the same part must not fill the disk with pieces.
                 self._drop_partial(previous.ref.sha256)
             upload = self._uploads[device] = _Upload(round_, attempt, ref)
             if self._place.direct and device in self._can_put:
@@ -103,7 +121,7 @@ class Uploads:
         return self.heard(device, now)
 
     def heard(self, device: str, now: float) -> Wants:
-        """A device announces its update, so that it is there to be asked."""
+        """Handle a device's announcement of its update, which shows that the device is connected."""
         if device not in self._there:
             self._shows(device, None)
         upload = self._uploads.get(device)
@@ -113,7 +131,7 @@ class Uploads:
         return repeated_request + self._start(now)
 
     def reported(self, device: str, result: UploadResult, now: float) -> Wants:
-        """A device reports the end of an upload; what failed is pulled."""
+        """Handle a device's report on the end of its upload. A failed one is pulled."""
         requests = self.collect(now)
         upload = self._uploads.get(device)
         if upload is None or not upload.put or upload.ref.sha256 != result.sha256:
@@ -125,7 +143,7 @@ class Uploads:
         return requests + self._pull_instead(device, upload, now)
 
     def collect(self, now: float) -> Wants:
-        """Take in uploads that have ended. Raises `StorageError` if the store fails."""
+        """Handle the uploads that have ended. Raises `StorageError` if the store fails."""
         requests: Wants = []
         for end in self._place.ended():
             upload = self._uploads.get(end.device)
@@ -139,7 +157,7 @@ class Uploads:
         return requests
 
     def chunk(self, device: str, chunk: Chunk, now: float) -> Wants:
-        """Take in a chunk from a device; one that no upload waits for is ignored. Raises `StorageError` if the store
+        """Handle a chunk from a device. A chunk that no transfer awaits is ignored. Raises `StorageError` if the store
         fails."""
         upload = self._uploads.get(device)
         if upload is None or upload.pull is None or chunk.sha256 != upload.ref.sha256:
@@ -156,14 +174,14 @@ class Uploads:
         return [(device, w) for w in requests]
 
     def gone(self, device: str, sha256: str, now: float) -> Wants:
-        """The device no longer has what it announced."""
+        """Handle a device's answer that it no longer has the update that it announced."""
         upload = self._uploads.get(device)
         if upload is None or upload.ref.sha256 != sha256:
             return []
         return self._fail(device, LOST, now, FailureKind.GONE)
 
     def tick(self, now: float) -> Wants:
-        """Ask again for what is overdue, and let those that wait pass those that are stuck or slow."""
+        """Repeat overdue requests, and let waiting updates take the places of stuck or slow ones."""
         for device in self._running:
             upload = self._uploads[device]
             if upload.put:
@@ -173,7 +191,7 @@ class Uploads:
         slow_devices = [n for n in self._running if self._uploads[n].slow(now)]
         for device in sorted(slow_devices) if self._waiting else ():
             upload = self._uploads[device]
-            upload.mqtt = upload.mqtt or upload.put  # another upload would begin at the first byte again
+            upload.mqtt = upload.mqtt or upload.put  # another upload would begin at the first byte; a pull continues
             self._stop(device, upload)
             self._running.discard(device)
             self._wait(device)
@@ -189,9 +207,10 @@ class Uploads:
         return requests + self._start(now)
 
     def interrupted(self, now: float) -> None:
-        """After a reconnection: what was on the way is lost, and who is there shows as devices announce themselves.
+        """Begin anew after the server's reconnection: chunks under way are lost, and devices are there again once they
+        announce themselves.
 
-        Until then they are not asked, and take no place: where the broker was away, they come back one by one.
+        Until then they get no requests and no place: after the broker's restart they come back one by one.
         """
         self._all_there, self._all_there_at = False, now + STALLED_S
         self._there.clear()
@@ -209,11 +228,11 @@ class Uploads:
         self._running.difference_update(pulled)
 
     def born(self, device: str, session: int, response_s: float, now: float, *, uploads: bool = False) -> Wants:
-        """A device announces itself: on a new connection all that was on the way from it is lost, and asked for again.
+        """Handle a device's birth. On a new connection the chunks under way are lost, and requested again.
 
         Args:
-            session: The number of its connection.
-            response_s: How long answers take, as far as the device knows.
+            session: Number of its connection.
+            response_s: Seconds until answers come, as measured by the device.
             uploads: Whether it can upload to a web server.
         """
         self._answers.setdefault(device, ResponseTime()).told(response_s)
@@ -225,11 +244,12 @@ class Uploads:
         upload = self._uploads.get(device)
         requests: Wants = []
         if is_new_uploader and upload is not None and not (upload.put or upload.leaves):
-            return self._put_instead(device, upload, now) + self._start(now)  # it was asked before it was known
+            # Its first requests left before it was known that it can upload.
+            return self._put_instead(device, upload, now) + self._start(now)
         if upload is not None and upload.put and not uploads:
             return self._pull_instead(device, upload, now) + self._start(now)
         if upload is not None and previous_session not in (None, session) and (upload.put or upload.pull is not None):
-            upload.moved_at = upload.began_at = now  # it was asked on another connection
+            upload.moved_at = upload.began_at = now  # the request went to its earlier connection
             upload.began_with = upload.leaves
             if upload.pull is None:
                 requests = self._ask(device, upload, now)
@@ -238,10 +258,10 @@ class Uploads:
         return requests + self._start(now)
 
     def drop(self, device: str) -> list[str]:
-        """Stop fetching from a device; what has arrived stays on the disk and is gone on from later.
+        """Stop fetching from a device. Arrived leaves stay on the disk, from which a later transfer continues.
 
         Returns:
-            Digests of what was dropped.
+            Digests of the dropped updates.
         """
         upload = self._uploads.pop(device, None)
         if upload is None:
@@ -249,7 +269,9 @@ class Uploads:
         self._waiting.pop(device, None)
         self._running.discard(device)
         if upload.pull is not None:
-            upload.pull.give_up()  # a broker ends the connection of who sends it too large a chunk
+            # The device may be gone because of our request: brokers end the connection of a client whose chunk is too
+            # large. `give_up` counts against the size of chunks.
+            upload.pull.give_up()
         self._stop(device, upload)
         return [upload.ref.sha256]
 
@@ -258,10 +280,10 @@ class Uploads:
             self._store.drop_partial(sha256)
 
     def keep(self, device: str, round_: int, attempt: int) -> list[str]:
-        """Stop fetching from a device unless it is for this part.
+        """Stop fetching from a device, unless the update is for this part of a round.
 
         Returns:
-            Digests of what was dropped.
+            Digests of the dropped updates.
         """
         upload = self._uploads.get(device)
         return [] if upload is None or (upload.round, upload.attempt) == (round_, attempt) else self.drop(device)
@@ -272,15 +294,15 @@ class Uploads:
         return upload is not None and (upload.round, upload.attempt, upload.ref) == (round_, attempt, ref)
 
     def devices(self) -> list[str]:
-        """From whom something is being fetched, or waits to be."""
+        """Devices whose updates are being fetched, or wait for it."""
         return list(self._uploads)
 
     def digests(self) -> set[str]:
-        """Uploads that run or wait, or are brought to where blobs are kept."""
+        """Digests of updates that are being fetched, wait for it, or are being copied into the bucket."""
         return {u.ref.sha256 for u in self._uploads.values()} | self._sync.digests
 
     def outcomes(self) -> list[Outcome]:
-        """Uploads that have ended since the last call, and are where blobs are kept. Raises `StorageError` if the
+        """Outcomes since the last call, of updates only once the job's store has them. Raises `StorageError` if the
         store fails."""
         ended, self._outcomes = self._outcomes, []
         return self._sync.through(ended)
@@ -290,14 +312,14 @@ class Uploads:
         return self._place.taken()
 
     def progress(self, device: str) -> tuple[int, int] | None:
-        """Leaves that have arrived and leaves in all, or None where nothing is fetched from the device."""
+        """Arrived leaves and all leaves of a device's update; None if none is being fetched."""
         upload = self._uploads.get(device)
         if upload is not None and upload.put:
             return upload.leaves, upload.ref.leaf_count
         return None if upload is None or upload.pull is None else upload.pull.progress
 
     def _stop(self, device: str, upload: _Upload) -> None:
-        """Neither pull nor await an upload any more; what was pulled stays on the disk."""
+        """Stop both pulling and awaiting an upload. Pulled leaves stay on the disk."""
         upload.pull = None
         if upload.put:
             self._place.drop(device)
@@ -310,7 +332,7 @@ class Uploads:
         return [] if request is None else [(device, request)]
 
     def _put_instead(self, device: str, upload: _Upload, now: float) -> Wants:
-        """Have an update uploaded of which nothing has been pulled yet."""
+        """Have an update uploaded of which no leaf has been pulled yet."""
         if not (device in self._running or self._place.direct):
             return []
         self._waiting.pop(device, None)
@@ -320,7 +342,7 @@ class Uploads:
         return self._begin(device, upload, now)
 
     def _pull_instead(self, device: str, upload: _Upload, now: float) -> Wants:
-        """Pull what could not be uploaded, in the same place if it has one."""
+        """Pull an update that could not be uploaded, in the same place if it has one."""
         self._stop(device, upload)
         upload.mqtt = True
         if device in self._running:
@@ -349,7 +371,7 @@ class Uploads:
         self._there[device] = session
 
     def _next(self, now: float) -> str | None:
-        """Who is first in the line of those that are there."""
+        """The next waiting device that was heard."""
         if not self._all_there and now >= self._all_there_at:
             self._all_there = True
             self._ready = [(ticket, device) for device, ticket in self._waiting.items()]
@@ -383,6 +405,6 @@ class Uploads:
             requests = upload.pull.start(now)
         except ProtocolError as error:
             return self._fail(device, str(error), now)
-        if upload.pull.done:  # it was already here
+        if upload.pull.done:  # the blob was in the store already
             return self._end(device, Arrived(device, upload.round, upload.attempt, upload.ref.sha256), now)
         return [(device, w) for w in requests]

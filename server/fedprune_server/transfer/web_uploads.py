@@ -1,6 +1,6 @@
-"""Updates that boards upload over HTTP: which of them are awaited, and how they end.
+"""Updates that boards upload to this server over HTTP.
 
-The server's loop awaits an update and collects its end; threads of the web server look up what is awaited.
+The server's loop awaits an update and collects its end; the web server's threads look up awaited updates.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from fedprune_server.transfer.upload_place import ByteCounter, UploadEnd, Upload
 
 
 class Client:
-    """A connection, which may take until some time for what comes next.
+    """A client's connection, with the deadline of its next step.
 
     Attributes:
-        device: Whose it is, by its certificate; None without certificates.
-        waits: Whether a request is to come; else one is being answered, and the connection keeps its place.
+        device: The device that the client's certificate names; None without certificates.
+        waits: Whether a request is to come. Otherwise one is being answered, and the connection keeps its place.
+        until: Time by which the next step must have been made.
     """
 
     def __init__(self, connection: socket.socket, seconds: float) -> None:
@@ -47,7 +48,7 @@ class Client:
 
 @dataclass(eq=False)
 class Awaited:
-    """An update that a device is to upload. Its connection is the latest that has begun to."""
+    """An update that a device is to upload. Its connection is the latest one that has begun to upload it."""
 
     device: str
     ref: BlobRef
@@ -56,12 +57,12 @@ class Awaited:
 
 
 class HttpUploads(UploadPlace):
-    """Updates that the server's own web server takes in.
+    """Updates that boards upload to the server's own web server.
 
     Args:
-        store: Where they are stored.
+        store: The store for these updates.
         url: The web server's address.
-        wake: Lets the loop collect ends, from any thread.
+        wake: Called from any thread when an upload has ended: wakes the server's loop.
     """
 
     takes = True
@@ -87,7 +88,7 @@ class HttpUploads(UploadPlace):
             awaited.connection.cut()
 
     def reported(self, device: str) -> None:
-        """A success that this server has not seen: another server answered."""
+        """Handle a success that this server has not seen: another server has answered, and the update is pulled."""
         awaited = self._awaited.get(device)
         if awaited is not None:
             self._ends.put(UploadEnd(device, awaited.ref, stored=False))
@@ -99,20 +100,20 @@ class HttpUploads(UploadPlace):
     # For the web server's threads.
 
     def awaits(self, device: str | None, sha256: str) -> Awaited | None:
-        """The awaited update of this digest of a device, or, without certificates, of any device."""
+        """The awaited update with this digest of a device, or, without certificates, of any device."""
         with self._lock:
             candidates = list(self._awaited.values()) if device is None else [self._awaited.get(device)]
         return next((a for a in candidates if a is not None and a.ref.sha256 == sha256), None)
 
     def begin(self, awaited: Awaited, connection: Client) -> None:
-        """A connection begins to upload, from the beginning; another that did is cut."""
+        """Note that a connection uploads from the first byte. An earlier connection that did is cut."""
         with self._lock:
             previous_connection, awaited.connection, awaited.arrived = awaited.connection, connection, 0
         if previous_connection is not None and previous_connection is not connection:
             previous_connection.cut()
 
     def note_progress(self, awaited: Awaited, connection: Client, arrived: int) -> bool:
-        """Note what has arrived on a connection; whether more may come."""
+        """Note the bytes that have arrived on a connection; returns whether it may go on."""
         with self._lock:
             if awaited.connection is connection:
                 self._received.add(awaited.device, arrived - awaited.arrived)
@@ -122,7 +123,7 @@ class HttpUploads(UploadPlace):
             return True
 
     def end(self, awaited: Awaited, *, stored: bool) -> None:
-        """An update is stored, or was wrong: its device isn't awaited again before the loop has decided."""
+        """Note that an update is stored, or was wrong. It isn't awaited again until the loop decides so."""
         with self._lock:
             if self._awaited.get(awaited.device) is awaited:
                 del self._awaited[awaited.device]
@@ -134,9 +135,9 @@ class ServedJob:
     """The blobs that the devices of a job may fetch and upload.
 
     Args:
-        may_fetch: Whether a device, or without certificates any device, may have a blob; called from any thread.
-        place: Where devices upload updates; this server takes in only those of `HttpUploads`.
-        pulls: How many uploads are awaited at a time.
+        may_fetch: Whether a device, or without certificates any device, may fetch a blob; called from any thread.
+        place: The place to which devices upload; only `HttpUploads` concerns this server's web server.
+        pulls: Number of uploads that are awaited at a time.
     """
 
     def __init__(
@@ -152,10 +153,10 @@ class ServedJob:
         self._sent = ByteCounter()
 
     def count(self, device: str | None, size: int) -> None:
-        """Bytes were sent, to a device if it is known which."""
+        """Count bytes that were sent to a device, if it is known which."""
         if device is not None:
             self._sent.add(device, size)
 
     def taken(self) -> dict[str, int]:
-        """Bytes of blobs that were sent to devices since this was last asked."""
+        """Bytes of blobs that were sent to devices since the last call, by device."""
         return self._sent.taken()
