@@ -60,8 +60,8 @@ _POSTGRESQL = {
 # that froze outside. The pauses between our own statements are milliseconds.
 TRANSACTION_IDLE_S = 15
 
-# Seconds after which a lock of PostgreSQL that isn't free is asked for again: so the waiting process shows that it
-# lives, and can be stopped.
+# Seconds for which PostgreSQL itself waits for a lock. Between two such waits the process shows that it is alive, and
+# can be stopped.
 LOCK_TIMEOUT_S = 2.0
 
 _POSTGRESQL_SESSION = {

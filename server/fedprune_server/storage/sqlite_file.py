@@ -18,13 +18,13 @@ from fedprune.core.lock_wait import LockWait, file_lock_holders
 
 _Result = TypeVar("_Result")
 
-# How long SQLite waits for another process's lock. Writers wait for each other. Readers wait for a writer's commit
-# where the file has no log (WAL); where it has one, only while another process recovers the log after a crash, or
-# deletes it when it closes the file. All this takes milliseconds, or as long as one fsync on a slow disk.
+# Seconds for which SQLite waits for another process's lock. Writers wait for each other. Readers of a file without a
+# log (WAL) wait for a writer's commit; with a log, only while another process recovers it after a crash, or deletes it
+# when it closes the file. All this takes milliseconds, or as long as one fsync on a slow disk.
 FILE_BUSY_TIMEOUT_S = 10.0
 
-# The same for files that the server's loop writes: boards wait for the loop, and what it can't write now is written in
-# a later turn, or comes again.
+# The same for files that the server's loop writes: boards wait for the loop, and data that can't be written now is
+# written in a later turn, or sent again.
 LOOP_BUSY_TIMEOUT_S = 0.2
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.1

@@ -1,7 +1,7 @@
-"""A job's database: its state, a log of all events, and tables of devices and rounds to query.
+"""A job's database: its state, a log of its events, and tables of devices and rounds to query.
 
 Every event is saved together with the state that it led to, in one transaction, before any of its commands is carried
-out. What was done was therefore saved first, and what was saved can be done again.
+out. So everything that was done had been saved, and everything that was saved can be done again.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ from fedprune_server.storage.tables import (
     task_row,
 )
 
-# Events that the log keeps at least; older ones are deleted from time to time.
+# Minimum number of events that the log keeps. Older ones are deleted from time to time: a job's log would otherwise
+# fill the disk.
 LOGGED_EVENTS = 50_000
 
+# Events that come with a message of their device, by which its last message can be dated after a restart.
 _FROM_DEVICES = ("DeviceBorn", "UpdateAnnounced", "UpdateStored", "OfferRefused")
 _PRUNE_EVERY, _PAGE = 500, 1000
 _INSERT_EVENT = EVENTS.insert()
@@ -63,7 +65,7 @@ _COUNT = (
 
 
 class EventLog:
-    """The event log of a job's database, which keeps at least the latest `least` events."""
+    """The event log of a job's database, which keeps at least its latest `least` events."""
 
     def __init__(self, database: Database, least: int = LOGGED_EVENTS) -> None:
         self._least = least
@@ -71,7 +73,7 @@ class EventLog:
         self._number: int | None = None
 
     def write(self, connection: sql.Connection, events: Sequence[Event], now: float) -> None:
-        """Add events that happened at `now`, in seconds since 1970, in a transaction of the caller's."""
+        """Add events that happened at `now`, in seconds since 1970, within the caller's transaction."""
         rows = [
             {
                 "at": now,
@@ -83,7 +85,7 @@ class EventLog:
         if not rows:
             return
         connection.execute(_INSERT_EVENT, rows)
-        # Counted here: the database is asked once, and again only when rows are due to be deleted.
+        # Counted here, so that the database is queried for the last number only once, and when rows are to be deleted.
         interval = min(_PRUNE_EVERY, self._least)
         number = self._last(connection) if self._number is None else self._number + len(rows)
         if number // interval > (number - len(rows)) // interval:
@@ -110,21 +112,22 @@ class EventLog:
         return None if last_time is None else float(last_time)
 
     def heard(self) -> tuple[float | None, dict[str, float]]:
-        """Times of the last event and, as far as events tell, of each device's last message, in seconds since 1970."""
+        """Times of the last event and, as far as events show it, of each device's last message, in seconds since 1970."""
         last_time, device_times = None, dict[str, float]()
         for _, at, kind, body in self.events():
             last_time = at
             if kind in _FROM_DEVICES and isinstance(body.get("device"), str):
                 device_times[body["device"]] = at
-            elif kind == "DeviceDied" and body.get("heard_at") is not None:  # what the broker says came later
-                # No later than its latest message in this log, where another job has counted the ones after it.
+            # A will comes from the broker, later than the device's last message, whose time it carries.
+            elif kind == "DeviceDied" and body.get("heard_at") is not None:
+                # `heard_at` may be earlier than a message in this log, if another job has counted the later messages.
                 device_times[body["device"]] = max(float(body["heard_at"]), device_times.get(body["device"], 0.0))
         return last_time, device_times
 
 
 log = logging.getLogger("fedprune.server")
 
-# Devices' parts in finished rounds that a running server keeps in memory; all of them are in the database.
+# Maximum number of devices' parts in finished rounds that a running server keeps in memory; all are in the database.
 PARTS_KEPT = 10_000
 
 # Payload bytes by device: to it and from it.
@@ -140,7 +143,7 @@ _Result = TypeVar("_Result")
 def _patient(
     method: Callable[Concatenate[Storage, _P], _Result],
 ) -> Callable[Concatenate[Storage, _P], _Result]:
-    """Repeat a method of one transaction while the database is being restarted."""
+    """Decorate a method of one transaction: it is repeated while the database is away or locked."""
 
     @wraps(method)
     def call(self: Storage, /, *args: _P.args, **kwargs: _P.kwargs) -> _Result:
@@ -153,12 +156,12 @@ class Storage(Closing):
     """A job's database.
 
     Args:
-        url: Where it is, as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
-        create: Make what is missing; readers open it read-only instead.
-        logged: How many events the log keeps at least.
+        url: Its URL as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
+        create: Make missing tables; readers open the database read-only instead.
+        logged: Minimum number of events that the log keeps.
 
     Attributes:
-        url: The same without a password, for messages.
+        url: The file or the URL without a password, for messages.
 
     Raises:
         StorageError: The database is damaged, of another version or can't be opened.
@@ -179,16 +182,16 @@ class Storage(Closing):
 
     @classmethod
     def at(cls, folder: Path, database: str | None = None) -> Storage:
-        """The database of a state folder, or the given one, created if it doesn't exist.
+        """Open the database of a state folder, or the given one; it is created if it doesn't exist.
 
-        Only its owner may read it: the broker's address may hold a password.
+        Only its owner may read it, because the broker's address in it may hold a password.
         """
         return cls(_private(folder, database))
 
     @classmethod
     def existing(cls, folder: Path) -> Storage:
-        """The database of a state folder that a server has used, for reading. Raises `StorageError` if it is missing,
-        this user may not read it, or as the constructor.
+        """Open the database of a state folder that a server has used, for reading. Raises `StorageError` if it is
+        missing or this user may not read it, and as the constructor.
         """
         cls.check_existing(folder)
         storage = cls(url_of(folder), create=False)
@@ -199,7 +202,7 @@ class Storage(Closing):
 
     @classmethod
     def settings_in(cls, folder: Path, database: str | None = None) -> dict[str, Any] | None:
-        """The settings of a state folder's job; None if there are none. Raises `StorageError` if its database is
+        """Read the settings of a state folder's job; None if there are none. Raises `StorageError` if its database is
         damaged or of another version.
         """
         url = url_of(folder, database)
@@ -213,8 +216,8 @@ class Storage(Closing):
 
     @staticmethod
     def check_existing(folder: Path) -> None:
-        """Check that a server has used a folder. Raises `StorageError` if it isn't, is a device's, or this user may not
-        read it.
+        """Check that a server has used a folder. Raises `StorageError` if none has, if the folder is a device's, or if
+        this user may not read it.
         """
         path = folder / (PLACE if (folder / PLACE).is_file() else FILE)
         with storage_errors(f"can't read {path}"):
@@ -242,7 +245,7 @@ class Storage(Closing):
         self.database.close()
 
     def settings(self) -> dict[str, Any] | None:
-        """What `put_settings` stored, or None."""
+        """The job's settings, or None."""
         with self.database.reading() as connection:
             text = meta(connection, "settings")
         return None if text is None else dict(decoded(text, self.url))
@@ -254,7 +257,7 @@ class Storage(Closing):
             put_meta(connection, "settings", encoded(body))
 
     def outsiders(self) -> dict[str, dict[str, Any]]:
-        """What `put_outsiders` stored, by device."""
+        """Devices that couldn't be planned for, with the reasons, by name."""
         with self.database.reading() as connection:
             text = meta(connection, "outsiders")
         outsiders = decoded(text or "{}", self.url)
@@ -263,7 +266,7 @@ class Storage(Closing):
 
     @_patient
     def put_outsiders(self, devices: Mapping[str, Mapping[str, Any]]) -> None:
-        """Store devices that can't be planned for, and why, if they have changed."""
+        """Store the devices that can't be planned for, with the reasons, if they have changed."""
         if devices == self._saved_outsiders:
             return
         body = {name: dict(device) for name, device in devices.items()}
@@ -275,16 +278,16 @@ class Storage(Closing):
     def save(self, state: State, events: Sequence[Event], now: float, traffic: Traffic | None = None) -> bool:
         """Make events and the state after them durable, all or nothing; returns whether anything was written.
 
-        Events that changed nothing are not written: whatever they led to (another copy of an acknowledgement, say)
-        follows from the state that is on the disk already. Nor are bytes alone: they are written with the next change.
+        Events that changed nothing are not written: their commands (another copy of an acknowledgement, say) follow
+        from the state that is on the disk already. Traffic alone isn't written either, but with the next change.
 
         Args:
-            state: The state after the events; its changes are settled.
-            events: What happened, in order; none for a new job's state.
-            now: When, in seconds since 1970.
-            traffic: Bytes so far by device, at least of those whose number has changed.
+            state: The state after the events; afterwards its changes count as saved.
+            events: The events, in order; none for a new job's state.
+            now: Time of the events, in seconds since 1970.
+            traffic: Bytes so far by device, at least of those devices for which they have changed.
         """
-        # Devices, tasks and finished rounds have tables of their own, so that an event doesn't write all of them.
+        # Devices, tasks and finished rounds have tables of their own, so that an event doesn't rewrite all of them.
         body = replace(state, history=[], devices=TrackedDict(), tasks=TrackedDict()).to_json()
         is_unknown = state is not self._saved
         devices, tasks = self._differing(state) if is_unknown else self._changed(state)
@@ -327,8 +330,7 @@ class Storage(Closing):
     def load(self) -> State | None:
         """The last saved state, or None for a new database.
 
-        Of finished rounds it has the results; of their devices only the latest rounds', as many as hold `PARTS_KEPT`
-        parts.
+        It has the results of all finished rounds, but devices only of the latest rounds, up to `PARTS_KEPT` parts.
         """
         with self.database.reading() as connection:
             text = meta(connection, "state")
@@ -350,7 +352,7 @@ class Storage(Closing):
             return self._history(connection)
 
     def incomplete_rounds(self) -> list[int]:
-        """Rounds whose participants are not as many as there were."""
+        """Rounds with fewer or more rows of participants than there were participants, as in a damaged database."""
         counts = sql.select(PARTICIPANTS.c.round, sql.func.count().label("n")).group_by(PARTICIPANTS.c.round).subquery()
         query = sql.select(ROUNDS.c.round).outerjoin(counts, counts.c.round == ROUNDS.c.round)
         with self.database.reading() as connection:
@@ -402,13 +404,14 @@ def _sqlite(folder: Path) -> str:
 
 
 def _private(folder: Path, database: str | None) -> str:
-    """The URL of a folder's database, whose file is made for its owner alone if it is in the folder."""
+    """The URL of a folder's database. A file in the folder is created so that its owner alone can read it."""
     url, path = url_of(folder, database), folder / FILE
     if url == _sqlite(folder):
         with storage_errors(f"can't write {path}"):
             try:
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-                give_to_owner_of(path, folder)  # root may have made a claim before the server's first start
+                # A claim that root makes before the server's first start must not lock the server out.
+                give_to_owner_of(path, folder)
             except FileExistsError:
                 if path.stat().st_mode & 0o077:
                     path.chmod(0o600)
@@ -416,7 +419,7 @@ def _private(folder: Path, database: str | None) -> str:
 
 
 def database_of(folder: Path, database: str | None = None, *, read_only: bool = False) -> Database:
-    """The database of a state folder, for tables that aren't a job's.
+    """Open the database of a state folder, for tables that don't belong to a job.
 
     Its tables are made if it is empty, unless it is only read. Raises `StorageError` if it is damaged, of another
     version or can't be opened.
@@ -425,7 +428,7 @@ def database_of(folder: Path, database: str | None = None, *, read_only: bool = 
 
 
 def _open(url: str, *, create: bool, check: bool = False) -> Database:
-    """A database with tables; `create` makes them where it is empty, and `check` looks for damage. Raises
+    """Open a database, make its tables if it is empty (`create`), and check it for damage (`check`). Raises
     `StorageError`."""
     database = Database(url, read_only=not create)
     name = str(database.file or database.url)
@@ -445,7 +448,7 @@ def _open(url: str, *, create: bool, check: bool = False) -> Database:
 
 
 def _begin(database: Database, *, create: bool) -> None:
-    """Make the tables of an empty database. Raises `StorageError` if they aren't to be made."""
+    """Make the tables of an empty database. Raises `StorageError` without `create`."""
     if not create:
         raise StorageError(f"{database.url} holds no job yet", hint="Has a server been started on it?")
 

@@ -15,10 +15,10 @@ from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
 from fedprune.jobs.packed_json import PackedJson
 from fedprune.jobs.state import Device, Task
 
-# Profiles whose text is remembered.
+# Maximum number of profiles whose text is cached: a fleet has few kinds of boards.
 _PROFILES = 256
 
-# Rows that are read at a time.
+# Rows that are read at a time: a large fleet's table is more than memory should hold.
 _PAGE = 1000
 
 TABLES = sql.MetaData()
@@ -159,8 +159,8 @@ CERTIFICATES = sql.Table(
 
 
 class DeviceRows:
-    """Makes devices' rows, except their traffic. Profile, probe and plan are most of a row and change seldom: they are
-    not made into text again for each."""
+    """Makes devices' rows, except their traffic. Profile, probe and plan are most of a row and change seldom, so that
+    their texts are not encoded again for each row."""
 
     def __init__(self) -> None:
         self._profiles: dict[int, tuple[Mapping[str, Any], str]] = {}
@@ -181,12 +181,12 @@ class DeviceRows:
         }
 
     def _profile(self, body: Mapping[str, Any]) -> str:
-        """A profile as text; boards of one kind share the object."""
+        """A profile as text, which is cached by the object's id, because boards of one kind share the object."""
         cached = self._profiles.get(id(body))
         if cached is None:
             if len(self._profiles) >= _PROFILES:
                 self._profiles.clear()
-            cached = self._profiles[id(body)] = body, encoded(body)  # which keeps the object, and so its id
+            cached = self._profiles[id(body)] = body, encoded(body)  # holds the object, so that its id stays its own
         return cached[1]
 
 
@@ -216,13 +216,13 @@ def participant_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def upsert(connection: sql.Connection, table: sql.Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows, or update those with the same primary key; columns that are not named stay."""
+    """Insert rows, or update those with the same primary key. Columns that the rows don't name stay as they are."""
     if rows:
         connection.execute(_upsert(connection.dialect.name, table, tuple(rows[0])), list(rows))
 
 
 def insert_new(connection: sql.Connection, table: sql.Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Insert rows, except those whose primary key exists."""
+    """Insert rows, except those whose primary key exists already."""
     if rows:
         connection.execute(_insert(connection.dialect.name, table).on_conflict_do_nothing(), list(rows))
 
@@ -238,7 +238,7 @@ def _insert(dialect: str, table: sql.Table) -> Any:
 
 @cache
 def _upsert(dialect: str, table: sql.Table, columns: tuple[str, ...]) -> sql.Insert:
-    """The statement of `upsert`, made once: making it takes five times as long as executing it."""
+    """The statement of `upsert`. Cached, because making it takes five times as long as executing it."""
     query = _insert(dialect, table)
     keys = [c.name for c in table.primary_key]
     other_columns = {name: query.excluded[name] for name in columns if name not in keys}
@@ -277,20 +277,20 @@ Row = dict[str, Any]
 
 
 class TrackedTable(Generic[E]):
-    """Mirrors a `TrackedDict` in a table: rows have a column `name`, and are compared by their column `body`."""
+    """Mirrors a `TrackedDict` in a table, whose rows have a column `name` and are compared by their column `body`."""
 
     def __init__(self, table: sql.Table, row: Callable[[str, E], Row]) -> None:
         self._table = table
         self._row = row
 
     def load(self, connection: sql.Connection, url: str) -> Generator[tuple[str, Any], None, None]:
-        """Names and bodies of all rows, one after the other: together they may be more than memory should hold."""
+        """Names and bodies of all rows, one by one: all of them may be more than memory should hold."""
         with self._rows(connection) as rows:
             for name, body in rows:
                 yield name, decoded(body, url)
 
     def changed(self, entries: TrackedDict[E]) -> dict[str, Row | None]:
-        """Rows of changed entries that differ from what was saved; None for those to delete."""
+        """Rows of changed entries that differ from the saved ones; None for rows to delete."""
         rows: dict[str, Row | None] = {}
         for name in entries.changed:
             entry = entries.get(name)
@@ -305,7 +305,7 @@ class TrackedTable(Generic[E]):
             return {name: hash(body) for name, body in rows}
 
     def differing(self, entries: TrackedDict[E], stored_hashes: Mapping[str, int]) -> dict[str, Row | None]:
-        """Rows of all entries that differ from the table, of which `hashes` are known; None for those to delete."""
+        """Rows of all entries that differ from the table, whose `hashes` are given; None for rows to delete."""
         rows: dict[str, Row | None] = dict.fromkeys(stored_hashes.keys() - entries.keys())
         for name, entry in entries.items():
             row = self._row(name, entry)
@@ -315,7 +315,7 @@ class TrackedTable(Generic[E]):
         return rows
 
     def write(self, connection: sql.Connection, rows: Mapping[str, Row | None]) -> None:
-        """Write the result of `changed` or `differing`."""
+        """Write rows that `changed` or `differing` returned."""
         upsert(connection, self._table, [row for row in rows.values() if row is not None])
         deleted_names = [{"gone": name} for name, row in rows.items() if row is None]
         if deleted_names:

@@ -1,6 +1,6 @@
-"""An S3 bucket, or what speaks like one: objects under a prefix, and what goes wrong with it in errors of ours.
+"""A bucket of S3, or of a server with its API: objects under a prefix, and its failures as errors of this project.
 
-Where it is, and who we are, says boto3's usual environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and so on.
+Address and credentials come from boto3's usual environment: AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and so on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OWNER = "job.json"
 MODEL = "model.onnx"
 FORMAT = "fedprune.blobs/1"
 
-# Bytes that `OWNER` may have.
+# Maximum bytes of `OWNER`: a foreign object of this name may have any size.
 OWNER_LIMIT = 2**16
 
 _PIECE = 2**18
@@ -45,12 +45,12 @@ _PREFIX = re.compile(r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*")
 _MISSING = ("NoSuchKey", "404", "NotFound")
 _THERE, _UNKNOWN = ("PreconditionFailed", "412"), ("NotImplemented", "501")
 
-# Another write of the same object is under way: who tries again sees what came of it.
+# Another write of the same object is under way. A repeated write meets its result.
 _MEETS = ("ConditionalRequestConflict", "409")
 
 _MEETINGS = 5
 
-# Objects that one request deletes.
+# Maximum number of objects that one request may delete: S3's own limit.
 _MOST = 1000
 
 _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken")
@@ -76,7 +76,7 @@ def parse(url: str) -> tuple[str, str]:
 
 
 def digest_of(key: str) -> str | None:
-    """The digest in an object's key; None for a foreign key."""
+    """The blob's digest in an object's key; None for a key that isn't ours."""
     if not key.startswith(BLOBS):
         return None
     digest, dot, nonce = key.removeprefix(BLOBS).partition(".")
@@ -88,7 +88,7 @@ _Name = Annotated[str, matching(r"[^\u0000-\u001f\u007f-\u009f]{1,200}", "1 to 2
 
 @dataclass(frozen=True)
 class Owner:
-    """The job that owns the blobs under a prefix, and the number (`id`) by which its settings know them."""
+    """The job that owns the blobs under a prefix, and the number (`id`) that its settings hold, too."""
 
     id: _Name
     job: _Name
@@ -98,8 +98,8 @@ class Owner:
 class Bucket:
     """The objects under a prefix, `s3://bucket/prefix`. Methods raise `BucketError` if the bucket can't be used.
 
-    They may be called from several threads. None retries for longer than a hiccup: that is up to the caller. Raises
-    `ConfigError` if the URL is invalid, and `MissingExtraError` if boto3 isn't installed."""
+    They may be called from several threads. They repeat a failed request a few times at most: `RetryPolicy` waits for
+    longer. Raises `ConfigError` if the URL is invalid, and `MissingExtraError` if boto3 isn't installed."""
 
     def __init__(self, url: str) -> None:
         self._name, self._prefix = parse(url)
@@ -117,23 +117,23 @@ class Bucket:
             read_timeout=_READ_S,
             retries={"mode": "standard", "total_max_attempts": _TRIES},
             max_pool_connections=16,
-            response_checksum_validation="when_required",  # who reads compares with the name
-            signature_version="s3v4",  # which signs the headers of `upload_url`, too
+            response_checksum_validation="when_required",  # readers compare the digest with the blob's name
+            signature_version="s3v4",  # it also signs the headers of `upload_url`, which fix size and checksum
         )
-        region = os.environ.get("AWS_REGION")  # which boto3 itself doesn't look at
+        region = os.environ.get("AWS_REGION")  # boto3 itself only reads AWS_DEFAULT_REGION
         with self._translated("open"):
             try:
                 session = boto3.session.Session(region_name=region)
                 self._client: Any = session.client("s3", config=config)
                 if self._client.meta.endpoint_url.endswith(_AMAZON) and "." not in self._name:
-                    # Else an upload's address names no region, and Amazon may redirect it, which boards don't follow.
+                    # Otherwise an upload's address names no region, and Amazon may redirect it, which boards refuse.
                     self._client = session.client("s3", config=config.merge(Config(s3={"addressing_style": "virtual"})))
             except ValueError as error:  # an endpoint that is no URL
                 raise BucketError(f"can't open {self.url}: {error}", hint="Is AWS_ENDPOINT_URL right?") from error
         self._client.meta.events.register("before-call.s3.DeleteObjects", _with_md5)
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """Keys with this prefix, and the objects' sizes."""
+        """Keys with this prefix, with the objects' sizes."""
         options: dict[str, str] = {}
         while True:
             with self._translated("list"):
@@ -165,7 +165,7 @@ class Bucket:
                         raise
 
     def upload_url(self, key: str, sha256: str, size: int, seconds: int) -> str:
-        """Presigned PUT for one object of this SHA-256 and size, valid for `seconds`."""
+        """Presigned URL to PUT one object of this SHA-256 and size, valid for `seconds`."""
         checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
         signed = {"Bucket": self._name, "Key": self._prefix + key, "ContentLength": size, "ChecksumSHA256": checksum}
         with self._translated("sign an upload to"):
@@ -193,13 +193,13 @@ class Bucket:
                     raise
                 yield None
                 return
-            # A body as a context is urllib3's stream, with errors that aren't boto3's.
+            # Entering the body itself would return urllib3's stream, whose errors aren't boto3's.
             with closing(answer["Body"]) as body:
                 yield body, int(answer["ContentLength"])
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects, if they exist. Raises `BucketError` if one of them can't be deleted: the others are, unless
-        the bucket can't be reached."""
+        """Delete objects, if they exist. Raises `BucketError` if one of them can't be deleted; the others are deleted
+        nevertheless, unless the bucket can't be reached."""
         failures: list[Exception] = []
         with self._translated("delete from"):
             for start in range(0, len(keys), _MOST):
@@ -213,7 +213,7 @@ class Bucket:
                 raise failure
 
     def _delete_each(self, objects: Sequence[Mapping[str, str]]) -> Sequence[Exception]:
-        """Returns the failures."""
+        """Delete objects one by one, for servers without a request for several; returns the failures."""
         failures = []
         for each in objects:
             try:
@@ -245,7 +245,8 @@ class Bucket:
 
 
 def _with_md5(params: dict[str, Any], **_: Any) -> None:
-    """Add the checksum that servers from before S3's newer ones require of a request that deletes several objects."""
+    """Add the MD5 checksum to a request that deletes several objects: older servers know none of S3's newer checksums,
+    and require one."""
     digest = hashlib.md5(params["body"], usedforsecurity=False).digest()
     params["headers"]["Content-MD5"] = base64.b64encode(digest).decode()
 
@@ -270,10 +271,10 @@ class StoppedError(StorageError):
 
 
 class RetryPolicy:
-    """Repeats calls that fail at the moment, from any thread.
+    """Repeats calls while the bucket can't be used; may be called from any thread.
 
     Attributes:
-        endless: Whether it waits until `stop`; else an error is raised at once.
+        endless: Whether it waits until `stop`; otherwise an error is raised at once.
     """
 
     def __init__(self) -> None:
@@ -284,16 +285,20 @@ class RetryPolicy:
 
     @property
     def holds_updates(self) -> bool:
-        """Whether a write waits, or the verification of an upload."""
+        """Whether a write or the verification of an upload waits."""
         return bool({WRITE, ADOPT} & self._missed)
 
     def stop(self) -> None:
         self._stopped.set()
 
     def __call__(self, kind: str, work: Callable[[], _Result]) -> _Result:
-        """Call a function, again with growing pauses while the bucket can't be used; each kind of work is logged as
-        waiting once. Raises `BucketError` if it failed, and the policy isn't endless; and `StoppedError` if `stop` was
-        called meanwhile."""
+        """Call a function, repeatedly with growing pauses while the bucket can't be used. Each kind of work is logged
+        once as waiting.
+
+        Raises:
+            BucketError: The call failed, and the policy isn't endless.
+            StoppedError: `stop` was called meanwhile.
+        """
         pause = PAUSE_S
         while True:
             try:
@@ -312,7 +317,7 @@ class RetryPolicy:
                 return result
 
     def _note(self, kind: str, *, waits: bool) -> bool:
-        """Note whether a kind of work waits; returns whether that has changed."""
+        """Note whether a kind of work waits; returns whether this has changed."""
         with self._lock:
             has_changed = waits != (kind in self._missed)
             self._missed = self._missed | {kind} if waits else self._missed - {kind}

@@ -1,8 +1,8 @@
-"""A blob store whose home is a bucket; its folder is a cache of what the bucket has.
+"""A blob store in a bucket, with a folder as its cache.
 
-A blob is kept once the bucket has it. Objects are named by digest and a random text, and no name is used twice: so a
-deletion that was given up on, or that a server sent which has lost its job, hits nothing that was put later, even where
-the same bytes were.
+A blob is stored once the bucket has it. Objects are named by digest and a random text, and no name is used twice. So a
+late deletion, such as that of a server that has lost its job meanwhile, hits nothing that was put later, even if it has
+the same bytes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from fedprune_server.storage.s3.bucket import (
 
 
 class Deletions:
-    """Deletes objects, all that wait at once, on a thread that runs while there are any."""
+    """Deletes objects on a thread that runs while there are any, all waiting ones in one request."""
 
     def __init__(self, bucket: Bucket, patience: RetryPolicy) -> None:
         self._bucket = bucket
@@ -76,7 +76,7 @@ class Deletions:
                 self._patience("delete", partial(self._bucket.delete, keys))
             except StoppedError:  # noqa: PERF203 - each turn waits for the network anyway
                 self._forget()
-            except StorageError:  # where there is no patience, these are left and the others have their turn
+            except StorageError:  # without endless retries these objects are left, and later ones have their turn
                 continue
 
     def _next(self) -> list[str]:
@@ -93,7 +93,7 @@ class Deletions:
 
 log = logging.getLogger("fedprune.server")
 
-# Blobs used within this time stay in the folder, however large: a device is about to request the rest.
+# Seconds for which a used blob stays in the folder, whatever its size: a device is about to request the rest of it.
 FRESH_S = 60.0
 
 _MODEL_LIMIT = 2**31
@@ -105,19 +105,19 @@ _CACHE_PREFIX = "fedprune-blobs-"
 class BucketStore(BlobStore):
     """Blobs in a bucket. Methods raise `BucketError` if the bucket can't be used.
 
-    What is read is fetched if it isn't in the folder, and checked against its name before it is there. `put` returns
-    when the bucket has the blob; `delete` at once, and the bucket's objects are deleted in the background.
+    A blob that isn't in the folder is fetched when it is read, and verified before it is stored there. `put` returns
+    when the bucket has the blob; `delete` returns at once, and objects are deleted in the background.
 
     Args:
         root: The folder of the cache.
         url: The bucket and the prefix.
-        cache: Bytes that the folder may hold of what the bucket has, too.
-        shared: Whether other processes store blobs in the bucket, too: each blob is looked for there, and they aren't
-            listed at first.
-        keeping: Whether fetched blobs are cached in the folder; readers leave it as it is.
+        cache: Maximum bytes of the bucket's blobs that the folder holds.
+        shared: Whether other processes store blobs in the bucket, too: then each blob is searched for in the bucket,
+            whose objects aren't listed at first.
+        keeping: Whether fetched blobs are cached in the folder; readers leave it unchanged.
 
     Attributes:
-        patience: How long calls wait for a bucket that can't be used: at first not at all.
+        patience: Retries calls while the bucket can't be used; at first it doesn't.
     """
 
     def __init__(self, root: Path, url: str, *, cache: int = 2**62, keeping: bool = True, shared: bool = False) -> None:
@@ -137,7 +137,7 @@ class BucketStore(BlobStore):
                 self._objects.setdefault(digest, {})[key] = size
         cached_files: list[tuple[float, str, int]] = []
         for name in super().names():
-            with suppress(FileNotFoundError):  # let go of by a server, while this one only looks
+            with suppress(FileNotFoundError):  # evicted by a server, while this process only reads
                 file_stat, sizes = self.path(name).stat(), self._objects.get(name)
                 if keeping and sizes and file_stat.st_size not in sizes.values():
                     self._unlink(name)  # cached files aren't flushed: a power cut leaves them short
@@ -163,7 +163,7 @@ class BucketStore(BlobStore):
         self._objects = state.pop("objects")
         vars(self).update(state)
         self._keeping = self._shared = True
-        self._trims = False  # the folder is its parent's
+        self._trims = False  # the folder belongs to the parent process
         self._checked, self._held, self._held_bytes = {}, OrderedDict(), 0
         self._begin()
         self.patience.endless = True
@@ -177,7 +177,7 @@ class BucketStore(BlobStore):
     def opener(self) -> Callable[[], BlobStore]:
         return partial(_open_shared, self.bucket.url, self.cache)
 
-    # Whose it is.
+    # The owner.
 
     def check_owner(self, number: str | None) -> None:
         """Check that the prefix isn't another job's; `number` is None for a job that has none yet. Raises `ConfigError`
@@ -185,7 +185,7 @@ class BucketStore(BlobStore):
         """
         raw = self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT))
         if raw is None:
-            return  # what may be there is of a first start that broke off
+            return  # objects without an owner are those of a first start that broke off
         owner = read(Owner, raw, f"{self.bucket.url}/{OWNER}", StorageError)
         if owner.id != number:
             raise ConfigError(
@@ -194,8 +194,8 @@ class BucketStore(BlobStore):
             )
 
     def claim(self, number: str, job: str, model: bytes) -> None:
-        """Mark the prefix as this job's, store the job's first model there if none is, and from now on wait for a
-        bucket that is away. Raises `ConfigError` if another job, which began at the same time, has said so first.
+        """Mark the prefix as this job's, store the job's first model there if there is none, and from now on wait for a
+        bucket that is away. Raises `ConfigError` if another job that began at the same time was faster.
         """
         if self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT)) is None:
             self._lay(OWNER, write(Owner(number, job)), replace=False)
@@ -211,7 +211,7 @@ class BucketStore(BlobStore):
     def first_model(self) -> bytes | None:
         return self.patience("read", lambda: self.bucket.get(MODEL, _MODEL_LIMIT))
 
-    # What it has.
+    # Its blobs.
 
     def objects(self) -> dict[str, dict[str, int]]:
         """Keys and sizes of the objects of each digest."""
@@ -241,7 +241,7 @@ class BucketStore(BlobStore):
             news, self._news = self._news, {}
         return news
 
-    # In.
+    # Writing.
 
     def put(self, data: bytes | memoryview) -> BlobRef:
         ref = super().put(data)
@@ -266,11 +266,11 @@ class BucketStore(BlobStore):
         return key, self.bucket.upload_url(key, ref.sha256, ref.size, seconds)
 
     def adopt(self, ref: BlobRef, keys: Sequence[str] = ()) -> bool:
-        """Verify what a device has put into the bucket as this blob, and keep it there and in the folder; whether it
-        was right. Anything else under its name is deleted.
+        """Verify an object that a device has put into the bucket as this blob; returns whether it is right. Then it is
+        stored in bucket and folder. All other objects with this digest are deleted.
 
         Args:
-            keys: Objects to which the device was to upload it. The bucket is searched only if the last of them is
+            keys: Objects to which the device was to upload the blob. The bucket is searched only if the last of them is
                 wrong.
         """
         return self.patience(ADOPT, partial(self._adopt, ref, keys))
@@ -298,7 +298,7 @@ class BucketStore(BlobStore):
                 for piece in self.bucket.stream(key):
                     blob.write(piece)
                 if ref.size and not blob.size:
-                    return False  # as a rule there is no such object
+                    return False  # usually there is no such object: the device has used another address
                 blob.finish()
         except ProtocolError as error:
             log.warning("%s/%s is not the update that was announced: %s", self.bucket.url, key, error)
@@ -313,10 +313,10 @@ class BucketStore(BlobStore):
     def _known(self, sha256: str) -> bool:
         return sha256 in self._objects
 
-    # Out.
+    # Reading.
 
     def known_size(self, sha256: str) -> int | None:
-        """Size of a blob that is known to be in the bucket, without asking it."""
+        """Size of a blob that is known to be in the bucket; the bucket isn't asked."""
         with self._lock:
             return max(self._objects.get(sha256, {}).values(), default=None)
 
@@ -332,7 +332,7 @@ class BucketStore(BlobStore):
         if self._keeping:
             return self._healed(sha256, lambda: BlobStore.read(self, sha256), bytes)
         if BlobStore.has(self, sha256):
-            with suppress(StorageError):  # it may be let go of, or be damaged where the bucket's is not
+            with suppress(StorageError):  # it may be evicted meanwhile, or be damaged while the bucket's is not
                 return BlobStore.read(self, sha256)
         return self.fetch(sha256)
 
@@ -344,7 +344,7 @@ class BucketStore(BlobStore):
     def _mapped(self, sha256: str, data: bytes) -> memoryview:
         try:
             return BlobStore.map(self, sha256)
-        except StorageError:  # let go of again
+        except StorageError:  # evicted again
             return memoryview(data)
 
     def table(self, sha256: str) -> bytes:
@@ -357,7 +357,7 @@ class BucketStore(BlobStore):
         """
         super().path(sha256)
         if self._keeping:
-            self.check_room(self.known_size(sha256) or 0)  # before it has come for nothing
+            self.check_room(self.known_size(sha256) or 0)  # before it is fetched in vain
         damaged = ""
         for key in self._find(sha256):
             data = self.patience("read", partial(self.bucket.get, key, self.max_size))
@@ -375,7 +375,12 @@ class BucketStore(BlobStore):
     def _healed(
         self, sha256: str, read_cached: Callable[[], _Result], from_fetched: Callable[[bytes], _Result]
     ) -> _Result:
-        """Verify a blob of the folder, and replace it from the bucket if it is missing or damaged."""
+        """Read a blob of the folder, which is verified, and fetch it from the bucket if it is missing or damaged.
+
+        Args:
+            read_cached: Reads the blob of the folder.
+            from_fetched: Makes the same result from the bytes of the fetched blob.
+        """
         try:
             if BlobStore.has(self, sha256) or not self._find(sha256):
                 result = read_cached()
@@ -392,7 +397,7 @@ class BucketStore(BlobStore):
         return from_fetched(self.fetch(sha256))
 
     def _find(self, sha256: str) -> list[str]:
-        """Keys of a blob's objects. A helper asks the bucket, because other processes store blobs, too."""
+        """Keys of a blob's objects. With `shared` the bucket is asked, because other processes store blobs, too."""
         with self._lock:
             keys = list(self._objects.get(sha256, ()))
         if keys or not self._shared:
@@ -427,7 +432,7 @@ class BucketStore(BlobStore):
             super().check_room(size)
 
     def _trim(self, bytes_to_free: int = 0) -> None:
-        """Evict the least recently used blobs that are in the bucket, and `free` bytes at least."""
+        """Evict the least recently used blobs that are in the bucket: at least `bytes_to_free` bytes of them."""
         if not self._trims:
             return
         with self._lock:
@@ -453,7 +458,7 @@ class BucketStore(BlobStore):
             path.unlink(missing_ok=True)
             path.with_name(path.name + SUFFIX).unlink(missing_ok=True)
 
-    # Away.
+    # Deleting.
 
     def delete(self, sha256: str) -> None:
         """Forget a blob, and delete its objects in the background."""
@@ -473,7 +478,7 @@ class BucketStore(BlobStore):
                 self._objects.pop(digest, None)
 
     def close(self, patience_s: float = 5.0) -> None:
-        """Finish deletions, for this long at most, and not while the bucket is away; the next start does the rest."""
+        """Finish deletions, for this long at most, and not while the bucket is away. The next start does the rest."""
         self._deletions.wait(0.0 if self.away else patience_s)
         self.patience.stop()
 
@@ -488,7 +493,7 @@ class LocalCopy(BlobStore):
     def __init__(self, store: BucketStore) -> None:
         super().__init__(store.root, max_size=store.max_size, reserve=store.reserve, durable=store.durable)
         self._store = store
-        self._checked = store._checked  # what is let go of is forgotten there
+        self._checked = store._checked  # shared: the store forgets there which evicted blobs were verified
 
     def has(self, sha256: str) -> bool:
         is_cached = super().has(sha256)
@@ -513,8 +518,8 @@ def _new_key(sha256: str) -> str:
 
 
 def _open_shared(url: str, cache: int) -> BucketStore:
-    """The bucket, with a temporary folder of this process as its cache. A cluster kills its processes, so the folders
-    of dead ones are removed here."""
+    """Open the bucket with a temporary folder of this process as its cache. A cluster kills its processes, so the
+    folders of dead ones are removed here."""
     for folder_left in Path(tempfile.gettempdir()).glob(f"{_CACHE_PREFIX}*"):
         owner = folder_left.name.removeprefix(_CACHE_PREFIX).partition("-")[0]
         pid = owner.partition(".")[0]
