@@ -137,19 +137,11 @@ def build_app(
             identity.serve(folder.storage.database)
         if copy := restored_from(config.state):
             log.info("%s was %s", config.state, copy)
-        profiles = () if config.profiles is None else (config.profiles,)
-        for name in names_of_profiles(profiles) if profiles else ():
-            find_profile(name, profiles)  # a broken file ends the start, not a round in which a board needs it
+        profiles = _checked_profile_folders(config)
         crashes = stack.enter_context(CrashStore(config.state))
         alerts = AlertBook(read_recorded(config.state).alerts)
         exporters = [*_metrics(stack, config, folder, alerts), *_traces(stack, config)]
-        jobs, configs = [], [config, *further(config, options.jobs)]
-        for job_config in configs:
-            job_folder = folder
-            if job_config.state != config.state:
-                job_folder = stack.enter_context(StateFolder(job_config.state, job_config.database, stopping=stopping))
-            prefix = f"{job_config.job.name}: " if len(configs) > 1 else ""
-            jobs.append(_open(stack, job_config, job_folder, prefix))
+        jobs = _prepare_jobs(stack, config, options, folder, stopping)
         site_connection = stack.enter_context(connection(config, identity))
         if site_connection.broker is not None:
             log.info(
@@ -161,8 +153,8 @@ def build_app(
             guard = stack.enter_context(
                 second_server_guard(site_connection.url, identity, config.ca, instance, stopping)
             )
-            # Before any port is opened: where the other server has it, the error says so instead of "port taken". Until
-            # here, a copy that was started by mistake has changed nothing outside its own folder.
+            # Before the ports of blobs and console are opened: if another server of this identity has them, the error
+            # says so. Until here, a copy that was started by mistake has changed nothing outside its own folder.
             guard.enter()
             rollouts = RolloutStore(config.state, folder.storage.database)
         services = DeviceServices(
@@ -275,6 +267,30 @@ class _NextSteps:
                 "Ctrl-C ends it; with --until-finished it ends by itself. "
                 "For more rounds, start it again with a higher --rounds, or a higher total if one has ended it."
             )
+
+
+def _checked_profile_folders(config: ServerConfig) -> tuple[Path, ...]:
+    """Folders of hardware profiles in addition to the shipped ones. Raises `ProfileError` if a profile is broken: that
+    ends the start, not a round in which a board needs it."""
+    folders = () if config.profiles is None else (config.profiles,)
+    for name in names_of_profiles(folders) if folders else ():
+        find_profile(name, folders)
+    return folders
+
+
+def _prepare_jobs(
+    stack: ExitStack, config: ServerConfig, options: StartOptions, folder: StateFolder, stopping: threading.Event
+) -> list[_Job]:
+    """The server's jobs; the first one is in the state folder itself, each further one in a folder of its own."""
+    configs = [config, *further(config, options.jobs)]
+    jobs = []
+    for job_config in configs:
+        job_folder = folder
+        if job_config.state != config.state:
+            job_folder = stack.enter_context(StateFolder(job_config.state, job_config.database, stopping=stopping))
+        prefix = f"{job_config.job.name}: " if len(configs) > 1 else ""
+        jobs.append(_open(stack, job_config, job_folder, prefix))
+    return jobs
 
 
 def _open(stack: ExitStack, config: ServerConfig, folder: StateFolder, prefix: str) -> _Job:
@@ -400,7 +416,17 @@ def _console(
         orders, publisher, {runner.job.name: runner for runner in runners}, site_connection.quarantine,
         config.state, executor, allowed=config.console_orders,
     )  # fmt: skip
-    settings = ConsoleSettings(
+    observer = ConsoleObserver(publisher, handler, ConsoleProcess(_console_settings(config, address, port)))
+    stack.callback(observer.close)
+    logger = logging.getLogger("fedprune")
+    logger.addHandler(publisher.tap)
+    stack.callback(logger.removeHandler, publisher.tap)
+    yield observer
+
+
+def _console_settings(config: ServerConfig, address: str, port: int) -> ConsoleSettings:
+    """Settings for the console's process, with absolute paths."""
+    return ConsoleSettings(
         address=address,
         port=port,
         folder=str(config.state.resolve()),
@@ -411,9 +437,3 @@ def _console(
         proxied=config.console_proxy,
         parent=os.getpid(),
     )
-    observer = ConsoleObserver(publisher, handler, ConsoleProcess(settings))
-    stack.callback(observer.close)
-    logger = logging.getLogger("fedprune")
-    logger.addHandler(publisher.tap)
-    stack.callback(logger.removeHandler, publisher.tap)
-    yield observer

@@ -112,7 +112,7 @@ class EventLog:
         return None if last_time is None else float(last_time)
 
     def heard(self) -> tuple[float | None, dict[str, float]]:
-        """Times of the last event and, as far as events show it, of each device's last message, in seconds since 1970."""
+        """Times of the last event and, as far as events show, of each device's last message, in seconds since 1970."""
         last_time, device_times = None, dict[str, float]()
         for _, at, kind, body in self.events():
             last_time = at
