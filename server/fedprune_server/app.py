@@ -226,6 +226,7 @@ class _Job:
         )
 
     def log_start(self) -> None:
+        """Log the job's model and progress at the start."""
         opened = self.opened
         for note in opened.model.notes:
             log.info("model: %s", note)
@@ -319,6 +320,7 @@ def _trackers(stack: ExitStack, jobs: Sequence[_Job]) -> Iterator[Observer]:
 
 
 def _metrics(stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts: AlertBook) -> Iterator[Observer]:
+    """The observer that exports metrics over HTTP, if it is configured."""
     if config.metrics_place is not None:
         with _extra("metrics", "console"):
             from fedprune_server.monitoring.http import served
@@ -330,6 +332,7 @@ def _metrics(stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts
 
 
 def _traces(stack: ExitStack, config: ReportSettings) -> Iterator[Observer]:
+    """The observer that exports traces, if they are configured here or by OpenTelemetry's variables."""
     if config.traces != OFF or any(os.environ.get(name) for name in _TRACES):
         with _extra("traces", "tracing"):
             from fedprune_server.monitoring.traces import Traces, traced
@@ -338,6 +341,7 @@ def _traces(stack: ExitStack, config: ReportSettings) -> Iterator[Observer]:
 
 @contextmanager
 def _extra(feature: str, extra: str) -> Iterator[None]:
+    """Turn the import of a missing package into an error that names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -52,26 +52,26 @@ class CloneDetector:
         self._reported: dict[str, float] = {}
         self._signs: dict[str, deque[float]] = {}
 
-    def born(self, device: str, session: int, what: Description, online: bool, now: float) -> str:
+    def born(self, device: str, session: int, description: Description, online: bool, now: float) -> str:
         """Note a birth of a device. Call it only for admitted devices, so that strangers can't fill the memory. Returns
         the reason for which two boards seem to use the name; empty if there is no sign, or if the name was reported
         within the last hour."""
-        history = self._seen.setdefault(device, _Seen(session, what))
+        history = self._seen.setdefault(device, _Seen(session, description))
         if session == history.session:
-            history.current = what
+            history.current = description
             return ""
         history.births.append(now)
         reason = ""
         # More samples are no sign: they may grow at any time, also while the board is away.
-        is_other_board = what[0] != history.current[0] or what[1] < history.current[1]
+        is_other_board = description[0] != history.current[0] or description[1] < history.current[1]
         if online and session in history.superseded:
             reason = "two connections take turns"
-        elif is_other_board and (online or what == history.previous):
-            reason = f"first it was a {_words(history.current)}, now it is a {_words(what)}"
+        elif is_other_board and (online or description == history.previous):
+            reason = f"first it was a {_words(history.current)}, now it is a {_words(description)}"
         elif len(history.births) == RECONNECTS and now - history.births[0] <= RECONNECTS_WITHIN_S:
             reason = f"it has connected {RECONNECTS} times within {now - history.births[0]:.0f} s"
-        if what != history.current:
-            history.previous, history.current = history.current, what
+        if description != history.current:
+            history.previous, history.current = history.current, description
         history.superseded.append(history.session)
         history.session = session
         return reason if reason and self._suspect(device, reason, now) else ""
@@ -109,5 +109,5 @@ class CloneDetector:
         self._suspected = {n: sign for n, sign in self._suspected.items() if now - sign[0] < QUIET_S}
 
 
-def _words(what: Description) -> str:
-    return f"{what[0]} with {what[1]} samples"
+def _words(description: Description) -> str:
+    return f"{description[0]} with {description[1]} samples"

@@ -110,8 +110,8 @@ class CrashStore(Closing):
     def add(self, message: CrashReport) -> None:
         """Add a board's crash. One above its quota is not kept but acknowledged, so that the board stops sending it."""
         now, text = self._clock(), one_line(message.text, 1000)
-        frames = [{**f, "module": one_line(f["module"], 128), "function": one_line(f["function"], 128)}
-                 for f in message.frames]  # fmt: skip
+        frames = [{**frame, "module": one_line(frame["module"], 128), "function": one_line(frame["function"], 128)}
+                 for frame in message.frames]  # fmt: skip
         body = {
             "cause": one_line(message.cause, 64),
             "frames": frames,

@@ -93,13 +93,15 @@ def described(rows: Compared, corrected: Compared) -> str:
 
 def table(rows: Sequence[tuple[str, Compared]]) -> list[tuple[str, ...]]:
     """Comparisons as rows of a report's table; the first row is the header."""
-    names = [f"{title} {word}" for title, *_ in QUANTITIES.values() for word in ("predicted", "measured", "off by")]
+    names = [
+        f"{title} {heading}" for title, *_ in QUANTITIES.values() for heading in ("predicted", "measured", "off by")
+    ]
     table_rows: list[tuple[str, ...]] = [("device", *names)]
     for name, comparison in rows:
         cells = [name]
         for metric, (_, _, unit) in QUANTITIES.items():
             predicted_value, measured_value = comparison.get(metric, (None, None))
-            cells += ["–" if v is None else amount(v, unit) for v in (predicted_value, measured_value)]
+            cells += ["–" if value is None else amount(value, unit) for value in (predicted_value, measured_value)]
             cells.append(
                 f"{predicted_value / measured_value - 1:+.0%}"
                 if predicted_value is not None and measured_value

@@ -340,6 +340,7 @@ class Quarantine:
         return ledger
 
     def _charge(self, device: str, ledger: _Ledger, cost: float, now: float, reason: str) -> bool:
+        """Charge points, and quarantine a device that has none left; returns whether it paid."""
         if now < ledger.until:
             return False
         self._refill(ledger, now)
@@ -354,6 +355,7 @@ class Quarantine:
         ledger.at = max(now, ledger.at)
 
     def _sentence(self, device: str, ledger: _Ledger, reason: str) -> None:
+        """Begin a quarantine, unless the device is in one."""
         now = self._clock()
         if now < ledger.until:
             return
@@ -374,6 +376,7 @@ class Quarantine:
         )  # fmt: skip
 
     def _stranger(self, cost: float, now: float) -> bool:
+        """Charge the allowance that all unknown names share; returns whether the message is paid."""
         ledger = self._strangers
         ledger.points = min(STRANGERS_BURST, ledger.points + (now - ledger.at) * STRANGERS_PER_S)
         ledger.at = now

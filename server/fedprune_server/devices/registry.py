@@ -109,8 +109,13 @@ class DeviceRegistry:
         self._state = state
         self._limit = limit
         self._clock = clock
-        self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
-        self.total = sum(down for down, _ in traffic.values()), sum(up for _, up in traffic.values())
+        self._contacts = {
+            name: Contact(down=bytes_down, up=bytes_up) for name, (bytes_down, bytes_up) in traffic.items()
+        }
+        self.total = (
+            sum(bytes_down for bytes_down, _ in traffic.values()),
+            sum(bytes_up for _, bytes_up in traffic.values()),
+        )
         self._described: dict[int, tuple[str, str]] = {}  # first line and warning of a logged plan, by its hash
         self.parameters_at = lru_cache(_WIDTHS)(partial(parameters, architecture))
         self.moved: dict[str, tuple[int, int]] = {}
@@ -172,14 +177,14 @@ class DeviceRegistry:
     def sent(self, device: str, size: int) -> None:
         self.count(device, size, 0)
 
-    def count(self, device: str, down: int, up: int) -> None:
+    def count(self, device: str, bytes_down: int, bytes_up: int) -> None:
         """Count bytes to and from an admitted device."""
         if device in self._contacts:
             contact = self._contacts[device]
-            contact.down += down
-            contact.up += up
+            contact.down += bytes_down
+            contact.up += bytes_up
             self.moved[device] = (contact.down, contact.up)
-            self.total = self.total[0] + down, self.total[1] + up
+            self.total = self.total[0] + bytes_down, self.total[1] + bytes_up
 
     def offered(self, device: str, now: float) -> None:
         contact = self[device]
@@ -241,6 +246,7 @@ class DeviceRegistry:
         return dict.fromkeys(self._unheard, beginning + broker_drops("what it sends or is sent"))
 
     def delivered(self, device: str, now: float) -> None:
+        """Note that a device's update has arrived."""
         self.forget_transfers(device)
         self.crashes.pop(device, None)
         contact = self[device]
@@ -297,6 +303,7 @@ class DeviceRegistry:
         self._to_devices.pop(device, None)
 
     def gone(self, device: str) -> None:
+        """Note that a device has disconnected."""
         self.forget_transfers(device)
         if device in self.outsiders:
             self.outsiders[device]["online"] = False

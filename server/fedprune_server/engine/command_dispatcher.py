@@ -155,6 +155,7 @@ class CommandDispatcher:
         return events
 
     def _pull(self, command: do.PullUpdate) -> list[on.Event]:
+        """Fetch an announced update, unless its size can't be right; returns the events of updates that have ended."""
         task = self._state.part(command.device, command.round, command.attempt)
         if task is None:
             return []  # the round has gone on meanwhile, which is no fault of the device

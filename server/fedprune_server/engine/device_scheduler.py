@@ -72,6 +72,7 @@ class DeviceScheduler:
             self._assign(self.lent[device], [device])
 
     def left(self, device: str, session: int) -> None:
+        """Note that a connection of a device has ended, and take the device away from its job."""
         self._stale.add(device)
         job = self.lent.pop(device, None)
         if job is not None:
@@ -126,7 +127,7 @@ class DeviceScheduler:
         for device in sorted(devices_to_check):
             self._look(device)
         if only_able_job is not None:
-            assignments = {only_able_job: sorted(d for d in self._free if self._takes(only_able_job, d))}
+            assignments = {only_able_job: sorted(device for device in self._free if self._takes(only_able_job, device))}
         else:
             self._changed()
             demands, able_demands = self._able()
@@ -164,8 +165,9 @@ class DeviceScheduler:
         return self._takes(job, device) and self._runners[job].has_work_for(device)
 
     def _assign(self, job: str, devices: Sequence[str]) -> None:
+        """Assign devices to a job, and note those that can't take part in it."""
         self._stale |= set(devices)
-        able_devices = self._runners[job].assign([self._connected[d] for d in devices])
+        able_devices = self._runners[job].assign([self._connected[device] for device in devices])
         for device in devices:
             if device in able_devices:
                 self.lent[device] = job

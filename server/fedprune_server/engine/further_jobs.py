@@ -33,8 +33,8 @@ def further(first_config: ServerConfig, files: Sequence[Path]) -> list[ServerCon
         StorageError: A folder can't be read.
     """
     file_configs = [_read(first_config, path) for path in files]
-    names = [first_config.job.name, *(c.job.name for c in file_configs)]
-    if duplicates := sorted({n for n in names if names.count(n) > 1}):
+    names = [first_config.job.name, *(config.job.name for config in file_configs)]
+    if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(duplicates) + " twice")
     stored_settings = {path: stored_tables(path, {}) for path in folders(first_config.state) if path.name not in names}
     for path, tables in stored_settings.items():

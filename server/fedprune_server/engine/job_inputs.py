@@ -155,12 +155,12 @@ def changed_inputs(before: Mapping[str, Any], settings: Mapping[str, Any]) -> It
         ("profiles", before.get("server", {}).get("profiles"), settings["server"]["profiles"]),
         *((table, before.get(table), settings[table]) for table in ("evaluation", "calibration")),
     ]
-    for key, old, new in inputs:
-        if old != new:
+    for key, previous, current in inputs:
+        if previous != current:
             if key in settings:  # the others are settings of [job] and [server], which are compared as such
-                yield f"{key}: {old!r} is now {new!r}"
+                yield f"{key}: {previous!r} is now {current!r}"
         elif "inputs" in before and before["inputs"].get(key, "") != settings["inputs"][key]:
-            yield f"{key}: {new} {_CONTENTS[key]}"
+            yield f"{key}: {current} {_CONTENTS[key]}"
 
 
 def _digest_arrays(arrays: Sequence[npt.NDArray[Any]]) -> str:

@@ -223,6 +223,7 @@ class JobRunner:
         return max(0.0, min(max_wait_s, self._alarms[0] - self._steady()))
 
     def open(self) -> None:
+        """Begin the first transaction: the coordinator resumes from the saved state."""
         self._ticked = self._monotonic()
         self._begin()
         self._shipping.prepare(self.state.references())
@@ -333,7 +334,7 @@ class JobRunner:
                 # With `more` the coordinator doesn't begin a round before the last of them.
                 self._handle(replace(event, more=i + 1 < len(events)))
                 self.registry.introduce(event.device)
-        return {e.device for e in events if not self.state.devices[e.device].excluded}
+        return {event.device for event in events if not self.state.devices[event.device].excluded}
 
     def _meet(self, birth: Birth) -> bool:
         """Admit a connected device to the job, and continue its upload; returns whether it may take part."""
@@ -535,6 +536,7 @@ class JobRunner:
             self._note(RoundEnded(dict(summary), *self.registry.total))
 
     def _carry_out(self, commands: list[do.Command]) -> None:
+        """Carry out commands whose events are saved. Heavy ones are only handed to the executor's thread."""
         self._executor.expect(commands)
         for command in commands:
             # A finished job's coordinator may order `Finish` again; observers see it once.
@@ -580,6 +582,7 @@ class JobRunner:
         return due
 
     def _tick(self, now: float) -> None:
+        """Do the work that is due twice a second: repeat offers and requests, save what may wait."""
         self._journal.save_outsiders()
         for device, size in self.served.taken().items():
             self.registry.sent(device, size)

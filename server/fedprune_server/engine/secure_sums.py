@@ -216,6 +216,7 @@ class MaskedChannel(UpdateChannel):
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _advance(self, cohort: _Cohort, now: float) -> None:
+        """End a cohort's step, if its answers are in or its time is up, and begin the next one."""
         cohort.began = cohort.began or now
         cohort.settle()
         if cohort.over or cohort.work:
@@ -246,6 +247,7 @@ class MaskedChannel(UpdateChannel):
             cohort.fail(error)
 
     def _begin_step(self, cohort: _Cohort, step: str, messages: Mapping[str, bytes]) -> None:
+        """Begin a step by sending its message to each device."""
         cohort.step, cohort.messages, cohort.began = step, dict(messages), 0.0
         cohort.answered, cohort.awaited = set(), messages.keys() - cohort.gone.keys()
         for device in cohort.messages:
@@ -274,6 +276,7 @@ class MaskedChannel(UpdateChannel):
     # In the thread.
 
     def _add(self, cohort: _Cohort, device: str, digest: str) -> None:
+        """Add a masked vector to the sum, and delete it."""
         try:
             cohort.collector.add_masked(device, self._store.read(digest))
         finally:

@@ -84,9 +84,9 @@ class Server:
         connected: int = 0,
         observers: Sequence[Observer] = (),
     ) -> None:
-        self.runners = {r.job.name: r for r in runners}
+        self.runners = {runner.job.name: runner for runner in runners}
         if len(self.runners) != len(runners):
-            names = [r.job.name for r in runners]
+            names = [runner.job.name for runner in runners]
             raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(names))
         self.first = runners[0]
         self._site, self._link, self._topics = site, site.link, site.topics
@@ -112,12 +112,12 @@ class Server:
     @property
     def finished(self) -> bool:
         """Whether all jobs are done; one that is paused is not."""
-        return all(r.finished for r in self.runners.values())
+        return all(runner.finished for runner in self.runners.values())
 
     @property
     def busy(self) -> bool:
         """Whether something is under way that doesn't wait for devices or time."""
-        return any(r.busy for r in self.runners.values())
+        return any(runner.busy for runner in self.runners.values())
 
     @property
     def connected(self) -> Collection[str]:
@@ -169,12 +169,12 @@ class Server:
 
     def _computing(self) -> bool:
         runners = self.runners.values()
-        return any(r.busy for r in runners) if self._several else self.first.computing
+        return any(runner.busy for runner in runners) if self._several else self.first.computing
 
     def _turn(self) -> None:
         """Handle the messages that have come, let every job save and act on their events, and assign free devices."""
         clock, runners = self._site.monotonic, self.runners.values()
-        item = self._link.get(min(r.pause_s for r in runners))
+        item = self._link.get(min(runner.pause_s for runner in runners))
         taking_ends_at = clock() + TURN_S
         for runner in runners:
             runner.begin_turn()
@@ -194,7 +194,7 @@ class Server:
         # what any job has made of them.
         for runner in runners:
             runner.end_turn(messages_wait=item is not None)
-        if self._needs_assignment or any(r.needs_assignment for r in runners):
+        if self._needs_assignment or any(runner.needs_assignment for runner in runners):
             self._needs_assignment = False
             self._share(now)
             for runner in runners:
@@ -206,7 +206,9 @@ class Server:
         """Show observers that the loop waits or ends. Events of a turn that isn't over are shown at its end."""
         fleet, event = self.fleet_snapshot(), TurnEvent(self._site.clock(), what)
         runners, is_over = self.runners.values(), isinstance(what, ServerEnds)
-        snapshots = [(r.snapshot(fleet), [*(r.take_events() if is_over else ()), event]) for r in runners]
+        snapshots = [
+            (runner.snapshot(fleet), [*(runner.take_events() if is_over else ()), event]) for runner in runners
+        ]
         self._observers.show(snapshots, at_once=True)
 
     def fleet_snapshot(self) -> FleetSnapshot:
@@ -231,6 +233,7 @@ class Server:
     # What comes in.
 
     def _take(self, item: Item) -> None:
+        """Handle a message, or an event of the connection or about a device."""
         now = self._site.monotonic()
         match item:
             case (str(topic), bytes(payload)):
@@ -288,6 +291,7 @@ class Server:
             self._site.quarantine.bad(device)
 
     def _pass_on(self, envelope: Envelope) -> None:
+        """Note the sign of life in a message, and pass the message on to the jobs that it concerns."""
         device, body = envelope.device, envelope.body
         if isinstance(body, (Alive, Birth)):
             self.first.registry.received(device, envelope.size)
@@ -306,7 +310,7 @@ class Server:
         else:
             if device in self._connected:
                 self._presence.heard(device, self._site.monotonic())
-            elif isinstance(body, Alive) or any(device in r.state.devices for r in self.runners.values()):
+            elif isinstance(body, Alive) or any(device in runner.state.devices for runner in self.runners.values()):
                 # A birth that was lost between two brokers of a cluster isn't repeated by itself.
                 self._ask(device)
             if not isinstance(body, Alive):
@@ -322,7 +326,9 @@ class Server:
         if isinstance(body, (Chunk, BlobNotFound, UploadResult)):
             return list(self.runners.values())  # they name no job; each runner knows which blobs it awaits
         if isinstance(body, BlobRequest) and envelope.job == NO_JOB:
-            return [r for r in self.runners.values() if r.offers(device, body.sha256)][:1] or [self.first]
+            return [runner for runner in self.runners.values() if runner.offers(device, body.sha256)][:1] or [
+                self.first
+            ]
         return [self.first]
 
     # Connected devices.
@@ -332,6 +338,7 @@ class Server:
         return None if birth is None else birth.session
 
     def _born(self, birth: Birth, size: int) -> None:
+        """Handle a device's birth: admit the device, and have it assigned to a job."""
         device, previous_birth = birth.device, self._connected.get(birth.device)
         if birth.trouble is not None and previous_birth is not None and birth.session < previous_birth.session:
             return  # of an earlier start of the board, delivered late
@@ -372,6 +379,7 @@ class Server:
             self._connected[birth.device] = replace(birth, probe=None)
 
     def _gone(self, device: str) -> None:
+        """Note that a device has disconnected, by its will, its silence or an operator's decision."""
         self._presence.left(device)
         birth = self._connected.pop(device, None)
         self._needs_assignment = True
@@ -391,6 +399,7 @@ class Server:
         self.first.outbox.broadcast(Hello(int(self._site.clock())))
 
     def _tick(self, now: float) -> None:
+        """Do the work that is due twice a second: look for silent devices, steer connections, greet."""
         self._supervisor.tick()
         for device in self._presence.silent(now):
             self.first.outbox.send(device, Hello(int(self._site.clock())))
@@ -410,15 +419,15 @@ class Server:
             return
         for device in self._steering.told():
             self.first.outbox.send(device, Reconnect(self._steering.spread_s))
-        runners = [r for r in self.runners.values() if not r.finished]
+        runners = [runner for runner in self.runners.values() if not runner.finished]
         demand = Demand(
-            sum(r.job.devices for r in runners),
-            max((r.job.deadline_s for r in runners), default=self.first.job.deadline_s),
-            waiting=any(r.short_of_devices for r in runners),
+            sum(runner.job.devices for runner in runners),
+            max((runner.job.deadline_s for runner in runners), default=self.first.job.deadline_s),
+            waiting=any(runner.short_of_devices for runner in runners),
         )
 
         def has_work(device: str) -> bool:
-            return any(r.awaits_part_of(device) for r in self.runners.values())
+            return any(runner.awaits_part_of(device) for runner in self.runners.values())
 
         for device, away_s in self._steering.leaving(now, self._site.clock(), demand, has_work):
             self.first.outbox.send(device, Reconnect(self._steering.spread_s, away_s))
@@ -427,6 +436,7 @@ class Server:
     # Assignment of devices to jobs, and the end.
 
     def _share(self, now: float) -> None:
+        """Share devices among the jobs; once all are finished, begin the end."""
         self._scheduler.share(now, finished=self.finished)
         if self.finished and self._shutdown is None:
             self._shutdown = self._begin_shutdown()
@@ -435,10 +445,12 @@ class Server:
 
     def _begin_shutdown(self) -> GracefulShutdown:
         """Wait for all devices that have announced themselves, except those that are excluded from every job."""
-        known_devices = self.first.registry.names | {name for r in self.runners.values() for name in r.state.devices}
+        known_devices = self.first.registry.names | {
+            name for runner in self.runners.values() for name in runner.state.devices
+        }
         absent = (
             name
             for name in known_devices - self._connected.keys()
-            if not all(r.excludes(name) for r in self.runners.values())
+            if not all(runner.excludes(name) for runner in self.runners.values())
         )
         return GracefulShutdown(self._connected, absent, self._connected.__contains__, self._site.monotonic())

@@ -56,7 +56,7 @@ class SnapshotMaker:
 
     def snapshot(self, fleet: FleetSnapshot) -> JobSnapshot:
         job, state, registry, schedule = self._job, self._state, self._registry, self._schedule
-        down, up = registry.total
+        bytes_down, bytes_up = registry.total
         return JobSnapshot(
             name=job.name,
             strategy=job.strategy,
@@ -75,8 +75,8 @@ class SnapshotMaker:
             history=state.history,
             parts=state.tasks.counts,
             parameters=registry.whole,
-            bytes_down=down,
-            bytes_up=up,
+            bytes_down=bytes_down,
+            bytes_up=bytes_up,
             queues=Lazy(self._queues),
             able_devices=state.devices.count(True),
             known_devices=len(state.devices) + len(registry.outsiders),
@@ -95,6 +95,7 @@ class SnapshotMaker:
         )
 
     def _revoked_devices(self) -> Collection[str]:
+        """Devices of the job that are no longer members."""
         if self._members is None:
             return ()
         members = self._members()
@@ -108,6 +109,7 @@ class SnapshotMaker:
         return {"commands": self._executor.waiting, "uploads": uploads, "messages": self._outbox.queued}
 
     def _count_states(self) -> Counter[str]:
+        """Count devices by what they do."""
         state, revoked, counts = self._state, self._revoked_devices(), Counter[str]()
         for name, device in state.devices.items():
             task = state.tasks.get(name)
@@ -119,11 +121,14 @@ class SnapshotMaker:
         return counts
 
     def _awaited(self) -> dict[str, float | None]:
+        """Devices with a part under way, with their deadlines."""
         state = self._state
         if state.phase is not Phase.TRAINING or not state.tasks.count(*UNDER_WAY):
             return {}
         # With `in_flight` each board has a deadline of its own.
-        return {n: t.deadline or state.deadline for n, t in state.tasks.items() if t.progress in UNDER_WAY}
+        return {
+            name: task.deadline or state.deadline for name, task in state.tasks.items() if task.progress in UNDER_WAY
+        }
 
 
 class _Devices(Mapping[str, DeviceSnapshot]):

@@ -233,6 +233,8 @@ class StateFolder(Closing):
     def _model_bytes(
         self, config: ServerConfig, stored_settings: dict[str, Any] | None, state: State | None
     ) -> tuple[bytes, str]:
+        """The first model's file and its name: the configured model for a new job, else the stored one, compared with
+        it."""
         if stored_settings is None:
             if config.model is None:
                 raise ConfigError(
@@ -304,15 +306,17 @@ def stored_tables(folder: Path, overrides: Mapping[str, Any]) -> dict[str, Any] 
     if stored_settings is None:
         return None
     server = {
-        k: v
-        for k, v in stored_settings.get("server", {}).items()
-        if k in SERVER and k not in ELSEWHERE and v is not None
+        key: value
+        for key, value in stored_settings.get("server", {}).items()
+        if key in SERVER and key not in ELSEWHERE and value is not None
     }
     broker = str(overrides.get("broker") or server.get("broker", EMBEDDED))
     if not broker.startswith("mqtts://") or overrides.get("broker") is not None:
         server.pop("ca", None)
     tables = {"job": stored_settings["job"], "server": server, "alerts": stored_settings.get("alerts", {})}
-    return tables | {k: {"data": stored_settings[k]} for k in ("evaluation", "calibration") if stored_settings.get(k)}
+    return tables | {
+        key: {"data": stored_settings[key]} for key in ("evaluation", "calibration") if stored_settings.get(key)
+    }
 
 
 def global_model(
@@ -350,19 +354,19 @@ def _global_model(folder: Path, digest: str | None, allowed: Collection[str]) ->
         import_onnx(raw, str(stored_settings["name"])),
     )
     weights = store.read(digest)
-    last = int(state.history[-1]["round"]) if state.history else 0
+    last_round = int(state.history[-1]["round"]) if state.history else 0
     try:
         job = stored_job(stored_settings, allowed, str(folder))
     except ConfigError as error:
         log.warning("the model is without the ranks of its fleet: %s", error)
-        return model, weights, None, last
+        return model, weights, None, last_round
     if digest == state.model:
-        return model, weights, settled_ranks(job, model, state, store, digest), last
+        return model, weights, settled_ranks(job, model, state, store, digest), last_round
     if earlier is not None:
         state.round, state.memory = earlier["round"], earlier["memory"]
         with suppress(StorageError):
-            return model, weights, settled_ranks(job, model, state, store, digest), last
-    return model, weights, None, last
+            return model, weights, settled_ranks(job, model, state, store, digest), last_round
+    return model, weights, None, last_round
 
 
 def _closing(storage: Storage, digest: str) -> dict[str, Any] | None:
@@ -377,11 +381,11 @@ def _closing(storage: Storage, digest: str) -> dict[str, Any] | None:
 BEST = "best"
 
 
-def finished_round(folder: Path, which: int | str) -> tuple[dict[str, Any], str]:
+def finished_round(folder: Path, round_or_best: int | str) -> tuple[dict[str, Any], str]:
     """A round of the history whose global model is kept, and the metric by which the job's models are judged.
 
     Args:
-        which: The round's number, or `BEST`.
+        round_or_best: The round's number, or `BEST`.
 
     Raises:
         StorageError: There was no such round, its model is no longer kept, or the folder is damaged.
@@ -391,8 +395,8 @@ def finished_round(folder: Path, which: int | str) -> tuple[dict[str, Any], str]
     if stored_settings is None or state is None:
         raise StorageError(f"{folder} holds no job yet")
     metric, rows = judging_metric(stored_settings["job"]), {row["round"]: row for row in state.history}
-    row = state.best_round(metric) if which == BEST else rows.get(which)
-    if row is None and which == BEST:
+    row = state.best_round(metric) if round_or_best == BEST else rows.get(round_or_best)
+    if row is None and round_or_best == BEST:
         raise StorageError(
             f"{folder} has no best model",
             expected=f"a round whose model was evaluated by {metric or 'a metric'}",
@@ -401,7 +405,7 @@ def finished_round(folder: Path, which: int | str) -> tuple[dict[str, Any], str]
             "[evaluation].",
         )
     if row is None:
-        raise StorageError(f"{folder} holds no round {which}", expected=f"1 to {max(rows, default=0)}")
+        raise StorageError(f"{folder} holds no round {round_or_best}", expected=f"1 to {max(rows, default=0)}")
     if not reader(folder, stored_settings).has(row["model"]):
         raise StorageError(
             f"the model after round {row['round']} is no longer kept",
@@ -424,24 +428,28 @@ def _described(stored_settings: Mapping[str, Any], state: State | None) -> str:
 
 
 def _changes(stored_settings: dict[str, Any] | None, settings: dict[str, Any]) -> list[str]:
+    """Lines about settings and inputs that differ from those of the last start."""
     if stored_settings is None:
         return []
     lines = []
     for table in ("job", "server"):
-        old, new = stored_settings.get(table, settings[table]), settings[table]
-        for key in new:
-            before, after = old.get(key), new[key]
-            if before == after:
+        stored_table, new_table = stored_settings.get(table, settings[table]), settings[table]
+        for key in new_table:
+            stored_value, new_value = stored_table.get(key), new_table[key]
+            if stored_value == new_value:
                 continue
-            if isinstance(before, dict) and isinstance(
-                after, dict
-            ):  # a recipe: only its differing keys are of interest
-                names = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
-                lines += [f"{key}.{name}: {before.get(name)!r} is now {after.get(name)!r}" for name in names]
+            # Of a recipe only the keys that differ are of interest.
+            if isinstance(stored_value, dict) and isinstance(new_value, dict):
+                names = [
+                    name
+                    for name in sorted({*stored_value, *new_value})
+                    if stored_value.get(name) != new_value.get(name)
+                ]
+                lines += [f"{key}.{name}: {stored_value.get(name)!r} is now {new_value.get(name)!r}" for name in names]
                 continue
             if key == "broker":  # it may contain a password
-                before, after = without_password(str(before)), without_password(str(after))
-            lines.append(f"{key}: {before!r} is now {after!r}")
+                stored_value, new_value = without_password(str(stored_value)), without_password(str(new_value))
+            lines.append(f"{key}: {stored_value!r} is now {new_value!r}")
     return [*lines, *changed_inputs(stored_settings, settings)]
 
 

@@ -14,12 +14,12 @@ def approve(identity: IdentityFolder, device: str, fingerprint: str) -> str:
     or only one with another key.
     """
     normalised = fingerprint.strip().lower()
-    keys = identity.store.devices()
-    waiting = [d for d in keys if d.device == device and d.status == WAITING]
+    members = identity.store.devices()
+    waiting = [member for member in members if member.device == device and member.status == WAITING]
     if not waiting:
-        suggestion = meant(device, {d.device for d in keys if d.status == WAITING})
+        suggestion = meant(device, {member.device for member in members if member.status == WAITING})
         raise JoinError(f"no such device waits: {device}{suggestion}", hint="See `fedprune-server devices`.")
-    matching = [d for d in waiting if VerifyingKey.from_hex(d.key).fingerprint == normalised]
+    matching = [member for member in waiting if VerifyingKey.from_hex(member.key).fingerprint == normalised]
     if not matching:
         raise JoinError(
             f"no key with this fingerprint waits as {device}", got=shown(fingerprint),
@@ -35,9 +35,11 @@ def deny(identity: IdentityFolder, device: str, fingerprint: str | None = None) 
     """
     normalised = None if fingerprint is None else fingerprint.strip().lower()
     keys = [
-        d.key
-        for d in identity.store.devices()
-        if d.device == device and d.status == WAITING and normalised in (None, VerifyingKey.from_hex(d.key).fingerprint)
+        member.key
+        for member in identity.store.devices()
+        if member.device == device
+        and member.status == WAITING
+        and normalised in (None, VerifyingKey.from_hex(member.key).fingerprint)
     ]
     count = identity.store.deny(device, keys, identity.authority.now())
     if not count:

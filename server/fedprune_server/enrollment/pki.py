@@ -180,11 +180,11 @@ class IdentityFolder(Closing):
         with database_of(self._state, self._url) as database:
             IdentityStore(database).void(self._text, self.authority.now())
         self.close()
-        old = self._state / _REPLACED
+        replaced_folder = self._state / _REPLACED
         with storage_errors(f"can't replace {self.path}"):
-            if old.exists():
-                shutil.rmtree(old)
-            self.path.rename(old)
+            if replaced_folder.exists():
+                shutil.rmtree(replaced_folder)
+            self.path.rename(replaced_folder)
             sync_folder(self._state)
         return IdentityFolder.make(self._state, self.site, self._clock, database=self._url)
 
@@ -210,9 +210,9 @@ class IdentityFolder(Closing):
         if not (path / _EPOCH).exists():
             EpochFile.make(path / _EPOCH)
         write_public(path / _SITE, site.encode())  # last: a folder with this file is complete
-        if (old := state / _REPLACED).exists():
-            with storage_errors(f"can't delete {old}"):
-                shutil.rmtree(old)
+        if (replaced_folder := state / _REPLACED).exists():
+            with storage_errors(f"can't delete {replaced_folder}"):
+                shutil.rmtree(replaced_folder)
         return cls(state, clock, database=database)
 
     def close(self) -> None:
@@ -263,6 +263,7 @@ class IdentityFolder(Closing):
         return self.path / CONSOLE_CERTIFICATE, path, self.path / CERTIFICATE
 
     def _listening(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
+        """Paths of a listener's certificate, its key and the authority; issue the certificate again if it is due."""
         certificate, key_path, sorted_hosts = self.path / certificate_name, self.path / key_name, sorted(set(hosts))
         current = self._lasting(certificate, key_path, _BROKER_LASTS_S)
         if current is None or set(sorted_hosts) != hosts_of(current):

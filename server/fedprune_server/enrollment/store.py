@@ -410,6 +410,7 @@ def _is_empty(connection: sql.Connection) -> bool:
 
 
 def _approve(connection: sql.Connection, device: str, key: str, now: int) -> None:
+    """Approve a key, and forget other keys that wait under the name. Raises `JoinError` if it can't be approved."""
     other_keys = sql.select(_M.key).where(_M.device == device, _M.status == APPROVED, _M.key != key)
     if connection.execute(other_keys).first() is not None:
         raise JoinError(

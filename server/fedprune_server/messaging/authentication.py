@@ -137,16 +137,17 @@ class AuthenticatedLink(Relay):
         The epochs that they begin are stored no later than what they lead to: in the first job's transaction, before
         those of further jobs. After a crash before it the server accepts the messages again: nothing has come of them.
         """
-        until = self._clock() + TURN_S
+        turn_ends_at = self._clock() + TURN_S
         while item is not None:
             if not isinstance(item, DroppedMessage):
                 self._take(item)
-            item = self._link.get() if self._clock() < until and len(self._opened) < _READ_AHEAD else None
+            item = self._link.get() if self._clock() < turn_ends_at and len(self._opened) < _READ_AHEAD else None
         if self._begun:
             self._store.hear([(key, stream, epoch) for (key, stream), epoch in self._begun.items()])
             self._begun.clear()
 
     def _take(self, item: Item) -> None:
+        """Authenticate a message, and queue its content; drop it with a logged reason if it is none of a member's."""
         if isinstance(item, ConnectionUp):
             # Devices may have restarted meanwhile: they accept a new epoch in any case.
             self._sealer.renew(self._topics.broadcast())
@@ -210,6 +211,7 @@ class AuthenticatedLink(Relay):
                 self._look_at, self._version = self._clock(), None  # the new member may send at once
 
     def _open(self, device: str, topic: str, payload: bytes) -> bytes:
+        """The content of a signed message. Raises `SignatureError` if it isn't the device's, or is replayed."""
         opener = self._opener(device)
         previous_epoch = opener.epoch(topic)
         try:
@@ -260,7 +262,7 @@ class AuthenticatedLink(Relay):
                 self._identity.update_revocations()
                 self._quarantine.members = self._members
                 self._news.extend(
-                    DeviceRevoked(n) for n, key in previous_members.items() if self._members.get(n) != key
+                    DeviceRevoked(name) for name, key in previous_members.items() if self._members.get(name) != key
                 )
                 new_members = [] if is_first_poll else self._members.keys() - previous_members.keys()
                 # Another server may have let them in, so that their births came before this one knew them as members.

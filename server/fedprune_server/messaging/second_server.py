@@ -184,6 +184,7 @@ class SecondServerGuard:
         self._link.publish(self._topic, seal(self._key, self._topic, 0, 0, message.to_bytes()))
 
     def _hear(self, raw: bytes) -> None:
+        """Handle a message of another server, or this server's own question as the broker returns it."""
         message = parse(unseal(self._key.verifying, self._topic, raw).body)
         if isinstance(message, ServerQuery):
             if message.instance == self._instance:
@@ -201,19 +202,20 @@ class SecondServerGuard:
     def _answer(self, query: ServerQuery) -> None:
         """Answer a server that asks. A server that begins gives precedence to one that serves; of two that both begin,
         or both come back, only the one with the smaller id answers."""
-        since = self._serves_since
-        if bool(since) == bool(query.since):
-            is_asking = not since or self._clock() < self._asked_at + _ANSWER_S
+        serves_since = self._serves_since
+        if bool(serves_since) == bool(query.since):
+            is_asking = not serves_since or self._clock() < self._asked_at + _ANSWER_S
             has_precedence = not is_asking or self._embedded or query.instance > self._instance
         else:
-            has_precedence = bool(since)
+            has_precedence = bool(serves_since)
         if has_precedence:
-            own_fields = (self._host, self._folder, since, self._lease)
+            own_fields = (self._host, self._folder, serves_since, self._lease)
             self._say(ServerPresence(query.nonce, self._instance, *own_fields))
         else:
             self._ask()  # the question may be a replayed one: only an answer shows that the other server runs
 
     def _give_way(self, presence: ServerPresence) -> None:
+        """Note another server that answers. If this one serves, it has to give way."""
         with self._lock:
             if presence.nonce not in self._nonces or self._shares(presence.lease):
                 return
@@ -240,10 +242,10 @@ class SecondServerGuard:
 
 
 def described(server: ServerPresence) -> str:
-    since = "which begins now"
+    since_text = "which begins now"
     if server.since:
-        since = time.strftime("since %Y-%m-%d %H:%M:%S", time.localtime(server.since))
-    return f"on {server.host}, state folder {server.folder}, {since}"
+        since_text = time.strftime("since %Y-%m-%d %H:%M:%S", time.localtime(server.since))
+    return f"on {server.host}, state folder {server.folder}, {since_text}"
 
 
 @contextmanager

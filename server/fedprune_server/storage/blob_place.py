@@ -71,17 +71,17 @@ def move_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed:
     """Copy the blobs that a job needs into its store: from the folder (after a restore, or where they have been until
     now), or from the bucket of the stored settings. Raises `StorageError` if a blob is damaged.
     """
-    local_store, missing = BlobStore(folder / BLOBS), [d for d in sorted(needed) if not store.has(d)]
+    local_store, missing = BlobStore(folder / BLOBS), [digest for digest in sorted(needed) if not store.has(digest)]
     copied = 0
-    for digest in [d for d in missing if local_store.has(d)]:
+    for digest in [digest for digest in missing if local_store.has(digest)]:
         store.put(local_store.read(digest))
         copied += 1
-    missing = [d for d in missing if not store.has(d)]
+    missing = [digest for digest in missing if not store.has(digest)]
     address = place_of(settings)
     if missing and address != FOLDER and store.describe() != address:
         previous_store = BucketStore(folder / BLOBS, address, keeping=False)
         previous_store.check_owner(number_of(settings))
-        for digest in [d for d in missing if previous_store.has(d)]:
+        for digest in [digest for digest in missing if previous_store.has(digest)]:
             store.put(previous_store.read(digest))
             copied += 1
     if copied:

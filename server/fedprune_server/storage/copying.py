@@ -56,6 +56,7 @@ def fill(url: str, source: Path, digest: str) -> None:
 
 
 def _carry(source: Database, target: Database, extra_rows: dict[str, str] | None = None) -> None:
+    """Replace all rows of a database by those of another one, each as of one moment."""
     with translated(target.url), source.engine.connect() as reader, target.engine.connect() as writer:
         if source.postgresql:  # all tables as of one moment, which SQLite's transactions give by default
             reader = reader.execution_options(isolation_level="REPEATABLE READ")
@@ -64,7 +65,7 @@ def _carry(source: Database, target: Database, extra_rows: dict[str, str] | None
                 writer.execute(table.delete())
                 rows = reader.execution_options(yield_per=_ROWS).execute(sql.select(table))
                 for batch in rows.mappings().partitions(_ROWS):
-                    copied_rows = [dict(r) for r in batch if table is not META or r["key"] not in _OWN]
+                    copied_rows = [dict(row) for row in batch if table is not META or row["key"] not in _OWN]
                     if copied_rows:
                         writer.execute(table.insert(), copied_rows)
             for key, value in (extra_rows or {}).items():
@@ -73,7 +74,7 @@ def _carry(source: Database, target: Database, extra_rows: dict[str, str] | None
                 put_meta(writer, MARK, "")
                 # Rows came with their numbers; PostgreSQL would otherwise begin to count at 1 and meet them.
                 for table in (EVENTS, ROLLOUTS, ANSWERS):
-                    last = writer.execute(sql.select(sql.func.max(table.c.number))).scalar()
-                    if last is not None:
+                    last_number = writer.execute(sql.select(sql.func.max(table.c.number))).scalar()
+                    if last_number is not None:
                         query = f"SELECT setval(pg_get_serial_sequence('{table.name}', 'number'), :last)"  # nosec B608  # ours
-                        writer.execute(sql.text(query), {"last": last})
+                        writer.execute(sql.text(query), {"last": last_number})

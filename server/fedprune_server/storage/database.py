@@ -159,11 +159,11 @@ class Database(Closing):
         with translated(self.url), self._connection(self.engine) as connection, connection.begin() as transaction:
             if self.fence is not None:
                 self.fence(connection)
-            there = self._doubtful is not None and mark(connection) == self._doubtful
+            was_committed = self._doubtful is not None and mark(connection) == self._doubtful
             for work in self._deferred:
                 work(connection)
             yield connection
-            if there:
+            if was_committed:
                 transaction.rollback()
             elif self.postgresql:
                 token = secrets.token_hex(16)
@@ -200,7 +200,7 @@ class Database(Closing):
         """Repeat one transaction until the database can be reached, for `patience_s` at most, and no other process
         holds a lock that it needs. `work` must change nothing in memory before its transaction is committed.
         """
-        until = None
+        deadline = None
         try:
             while True:
                 try:
@@ -208,10 +208,10 @@ class Database(Closing):
                     break
                 except LostConnectionError as error:
                     now = time.monotonic()
-                    if until is None:
-                        until = now + self.patience_s
+                    if deadline is None:
+                        deadline = now + self.patience_s
                         log.warning("waiting up to %.0f s for the database: %s", self.patience_s, error.what)
-                    if now >= until:
+                    if now >= deadline:
                         raise LostConnectionError(
                             f"{error.what}; it was away for {self.patience_s:.0f} s", hint=error.hint
                         ) from error
@@ -220,7 +220,7 @@ class Database(Closing):
         except BaseException:
             self._doubtful = None  # the next transaction will be another one, not a repetition
             raise
-        if until is not None:
+        if deadline is not None:
             log.info("the database is back")
         return result
 
@@ -318,13 +318,13 @@ def translated(url: str) -> Iterator[None]:
     except (sql.exc.SQLAlchemyError, sqlite3.Error) as error:
         if getattr(error, "connection_invalidated", False):
             raise _lost(url, error) from error
-        text = _first_line(error)
+        message = _first_line(error)
         if is_locked(error):
             raise DatabaseLockedError(
                 f"{url} is locked by another process",
                 hint="Wait until that process is done, continue it if it is stopped, or end it; nothing is lost.",
             ) from error
-        if any(words in text.lower() for words in _FULL):
+        if any(phrase in message.lower() for phrase in _FULL):
             raise StorageFullError(
                 f"no room left for {url.removeprefix('sqlite:///')}",
                 hint="Make room on the disk and start the server again; nothing is lost.",
@@ -332,7 +332,7 @@ def translated(url: str) -> Iterator[None]:
         hint = "Run the command as the server's user; if the file is damaged, restore the server's backup."
         if not url.startswith("sqlite"):
             hint = "Look into the database's own log."
-        raise StorageError(f"{url}: {text}", hint=hint) from error
+        raise StorageError(f"{url}: {message}", hint=hint) from error
 
 
 def is_locked(error: BaseException) -> bool:

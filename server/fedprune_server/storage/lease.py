@@ -185,6 +185,7 @@ class Lease:
         return False
 
     def _renew(self) -> None:
+        """Renew the lease until the end, and stop the server if another one has it."""
         while not self._closed.wait(RENEWED_S):
             try:
                 self._renew_once()

@@ -175,6 +175,7 @@ def execute_when_free(connection: sqlite3.Connection, *statements: str) -> tuple
 
 
 def _when_free(connection: sqlite3.Connection, work: Callable[[], _Result]) -> _Result:
+    """Repeat work that needs a lock, until no other process holds it."""
     wait: LockWait | None = None
     pause_s = _FIRST_PAUSE_S
     while True:

@@ -55,12 +55,12 @@ def kept(folder: Path) -> str | None:
         except FileNotFoundError:
             return None
     try:
-        text = raw.decode().strip()
+        url = raw.decode().strip()
     except UnicodeDecodeError:
-        text = ""
-    if not text or len(text) > _LONGEST or not text.isprintable():
+        url = ""
+    if not url or len(url) > _LONGEST or not url.isprintable():
         raise StorageError(f"{path} is damaged", expected="a database's URL", hint="Write it, or give --database.")
-    return text
+    return url
 
 
 def keep(folder: Path, url: str) -> None:
@@ -115,6 +115,7 @@ def run_id(folder: Path) -> str:
 
 
 def _taken(path: Path, *, standby: bool) -> int:
+    """Lock the folder's file; returns its descriptor, which holds the lock until it is closed."""
     with storage_errors(f"can't use state folder {path}"):
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     deadline = time.monotonic() + (math.inf if standby else _PATIENCE_S)

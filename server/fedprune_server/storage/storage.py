@@ -221,15 +221,15 @@ class Storage(Closing):
         """
         path = folder / (PLACE if (folder / PLACE).is_file() else FILE)
         with storage_errors(f"can't read {path}"):
-            there = has_database(folder)
-        if not there:
+            is_used = has_database(folder)
+        if not is_used:
             check_unowned(folder)  # such a folder has an identity, too: the device's
-        if not there and (folder / "identity").is_dir():
+        if not is_used and (folder / "identity").is_dir():
             raise StorageError(
                 f"no job has begun in {folder}: it holds an identity alone",
                 hint=f"Begin one: fedprune-server run --state {folder} --model MODEL.",
             )
-        if not there:
+        if not is_used:
             raise StorageError(
                 f"{folder} is no server's state folder",
                 expected=f"a file {FILE} in it",
@@ -300,12 +300,16 @@ class Storage(Closing):
                 self.log.write(connection, events, now)
                 self._devices.write(connection, devices)
                 self._tasks.write(connection, tasks)
-                self._count(connection, {n: t for n, t in (traffic or {}).items() if n in state.devices})
+                self._count(
+                    connection, {name: counts for name, counts in (traffic or {}).items() if name in state.devices}
+                )
                 if new_rounds:
                     for table in (ROUNDS, PARTICIPANTS):
-                        connection.execute(table.delete().where(table.c.round.in_([r["round"] for r in new_rounds])))
-                    connection.execute(ROUNDS.insert(), [round_row(r) for r in new_rounds])
-                    if participants := [row for r in new_rounds for row in participant_rows(r)]:
+                        connection.execute(
+                            table.delete().where(table.c.round.in_([summary["round"] for summary in new_rounds]))
+                        )
+                    connection.execute(ROUNDS.insert(), [round_row(summary) for summary in new_rounds])
+                    if participants := [row for summary in new_rounds for row in participant_rows(summary)]:
                         connection.execute(PARTICIPANTS.insert(), participants)
         self._devices.written(state.devices, devices)
         self._tasks.written(state.tasks, tasks)
@@ -325,7 +329,9 @@ class Storage(Closing):
 
     def _count(self, connection: sql.Connection, traffic: Traffic) -> None:
         if traffic:
-            connection.execute(_COUNT, [{"_name": n, "_down": d, "_up": u} for n, (d, u) in traffic.items()])
+            connection.execute(
+                _COUNT, [{"_name": name, "_down": down, "_up": up} for name, (down, up) in traffic.items()]
+            )
 
     def load(self) -> State | None:
         """The last saved state, or None for a new database.
@@ -333,15 +339,15 @@ class Storage(Closing):
         It has the results of all finished rounds, but devices only of the latest rounds, up to `PARTS_KEPT` parts.
         """
         with self.database.reading() as connection:
-            text = meta(connection, "state")
-            if text is None:
+            state_text = meta(connection, "state")
+            if state_text is None:
                 return None
             history = self._history(connection, PARTS_KEPT)
             with (
                 closing(self._devices.load(connection, self.url)) as devices,
                 closing(self._tasks.load(connection, self.url)) as tasks,
             ):
-                state = State.from_json(text, devices, tasks)
+                state = State.from_json(state_text, devices, tasks)
         state.history = history
         self._saved_rounds = len(history)
         return state
@@ -385,8 +391,8 @@ class Storage(Closing):
         summaries: dict[int, dict[str, Any]] = {}
         first_with_devices = None
         query = sql.select(ROUNDS.c.round, ROUNDS.c.summary, ROUNDS.c.participants).order_by(ROUNDS.c.round.desc())
-        for number, text, count in connection.execute(query):
-            summaries[number] = {**decoded(text, self.url), "devices": {}}
+        for number, summary_text, count in connection.execute(query):
+            summaries[number] = {**decoded(summary_text, self.url), "devices": {}}
             if max_parts is not None:
                 max_parts -= count
             if max_parts is None or max_parts >= 0:

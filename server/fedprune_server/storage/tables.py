@@ -166,7 +166,9 @@ class DeviceRows:
         self._profiles: dict[int, tuple[Mapping[str, Any], str]] = {}
 
     def row(self, name: str, device: Device) -> dict[str, Any]:
-        quick_fields = {k: getattr(device, k) for k in device.__match_args__ if k not in ("profile", "probe", "plan")}
+        quick_fields = {
+            key: getattr(device, key) for key in device.__match_args__ if key not in ("profile", "probe", "plan")
+        }
         plan, probe = _packed(device.plan), _packed(device.probe)
         slow_fields = f'"plan":{plan},"probe":{probe},"profile":{self._profile(device.profile)}'
         return {

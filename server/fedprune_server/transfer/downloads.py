@@ -88,7 +88,7 @@ class Downloads:
         the disk fails."""
         while True:
             while self._wants and len(self._running) < _TURNS:
-                device = next((n for n in self._wants if n not in self._running), None)
+                device = next((name for name in self._wants if name not in self._running), None)
                 if device is None:
                     break
                 request = self._want(device)

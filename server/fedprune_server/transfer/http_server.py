@@ -86,6 +86,7 @@ class _Listener(socket.socket):
             raise ConfigError(f"can't listen on {host}, port {port} ({why})", path=("server", "serve_blobs")) from error
 
     def accept(self) -> tuple[socket.socket, Any]:
+        """Accept a client; beyond the limit, cut off the client that has been idle for longest."""
         connection, address = super().accept()
         self.clients = {number: client for number, client in self.clients.items() if not client.closed}
         if len(self.clients) >= self._most():
@@ -306,7 +307,7 @@ def _protocol(listener: _Listener) -> type[H11Protocol]:
 def _renewed(context: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
     """TLS each of whose handshakes uses the context that `context` returns at that moment."""
 
-    def renew(connection: ssl.SSLObject, host: str | None, first: ssl.SSLContext) -> int | None:
+    def renew(connection: ssl.SSLObject, host: str | None, initial: ssl.SSLContext) -> int | None:
         try:
             connection.context = context()
         except FedpruneError as error:
@@ -314,6 +315,6 @@ def _renewed(context: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
             return ssl.ALERT_DESCRIPTION_INTERNAL_ERROR
         return None
 
-    first = context()
-    first.sni_callback = renew  # OpenSSL calls it for each handshake, even if the client sends no name
-    return first
+    initial = context()
+    initial.sni_callback = renew  # OpenSSL calls it for each handshake, even if the client sends no name
+    return initial

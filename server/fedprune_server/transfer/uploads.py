@@ -171,7 +171,7 @@ class Uploads:
         leaves = upload.pull.progress[0]
         if leaves != upload.leaves:
             upload.leaves, upload.moved_at = leaves, now
-        return [(device, w) for w in requests]
+        return [(device, request) for request in requests]
 
     def gone(self, device: str, sha256: str, now: float) -> Wants:
         """Handle a device's answer that it no longer has the update that it announced."""
@@ -188,7 +188,7 @@ class Uploads:
                 leaves = self._place.arrived(device) // LEAF
                 if leaves != upload.leaves:
                     upload.leaves, upload.moved_at = leaves, now
-        slow_devices = [n for n in self._running if self._uploads[n].slow(now)]
+        slow_devices = [name for name in self._running if self._uploads[name].slow(now)]
         for device in sorted(slow_devices) if self._waiting else ():
             upload = self._uploads[device]
             upload.mqtt = upload.mqtt or upload.put  # another upload would begin at the first byte; a pull continues
@@ -201,7 +201,7 @@ class Uploads:
             if upload.pull is None:
                 continue
             try:
-                requests += [(device, w) for w in upload.pull.on_tick(now)]
+                requests += [(device, request) for request in upload.pull.on_tick(now)]
             except ProtocolError as error:
                 requests += self._fail(device, str(error), now)
         return requests + self._start(now)
@@ -254,7 +254,7 @@ class Uploads:
             if upload.pull is None:
                 requests = self._ask(device, upload, now)
             else:
-                requests = [(device, w) for w in upload.pull.start(now)]
+                requests = [(device, request) for request in upload.pull.start(now)]
         return requests + self._start(now)
 
     def drop(self, device: str) -> list[str]:
@@ -382,6 +382,7 @@ class Uploads:
         return None
 
     def _start(self, now: float) -> Wants:
+        """Give free places to waiting devices; returns the requests to them."""
         requests: Wants = []
         while len(self._running) < self._concurrent:
             device = self._next(now)
@@ -407,4 +408,4 @@ class Uploads:
             return self._fail(device, str(error), now)
         if upload.pull.done:  # the blob was in the store already
             return self._end(device, Arrived(device, upload.round, upload.attempt, upload.ref.sha256), now)
-        return [(device, w) for w in requests]
+        return [(device, request) for request in requests]

@@ -167,7 +167,7 @@ class EmbeddedBroker:
     def _spawn(self, program: Program) -> None:
         """Start the process on a thread that lives as long as the process: with a parent-death signal, Linux ends a
         child when the thread that has started it ends."""
-        words, input_bytes = program.command(self.host, self.port, self._tls)
+        arguments, input_bytes = program.command(self.host, self.port, self._tls)
         self._errors = errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `stop`
         started: Future[subprocess.Popen[bytes]] = Future()
 
@@ -177,7 +177,7 @@ class EmbeddedBroker:
                     config.write(input_bytes)
                     config.seek(0)
                     process = subprocess.Popen(  # noqa: S603  # nosec B603  # a broker, with words that we have made
-                        [sys.executable, "-W", "ignore", "-c", program_code(_LAUNCHER), str(os.getpid()), *words],
+                        [sys.executable, "-W", "ignore", "-c", program_code(_LAUNCHER), str(os.getpid()), *arguments],
                         stdin=config, stdout=errors, stderr=errors, start_new_session=True,
                     )  # fmt: skip
             except OSError as error:

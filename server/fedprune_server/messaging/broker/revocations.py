@@ -109,6 +109,7 @@ def delivering(command: str, folder: Path, crl: Path) -> Iterator[None]:
 
 
 def _watch(command: str, folder: Path, crl: Path, closed: threading.Event) -> None:
+    """Run the command for each changed list, with growing pauses while it fails."""
     pause, retry_s, cause = 0.0, RETRY_S, ""
     while not closed.wait(pause):
         try:

@@ -206,7 +206,9 @@ class Bucket:
                 objects = [{"Key": self._prefix + key} for key in keys[start : start + _MOST]]
                 try:
                     answer = self._client.delete_objects(Bucket=self._name, Delete={"Objects": objects, "Quiet": True})
-                    failures += [self._failed({"Error": e}, "DeleteObjects") for e in answer.get("Errors", ())[:1]]
+                    failures += [
+                        self._failed({"Error": entry}, "DeleteObjects") for entry in answer.get("Errors", ())[:1]
+                    ]
                 except self._failed as error:
                     failures += self._delete_each(objects) if _code(error) in _UNKNOWN else [error]
             for failure in failures[:1]:

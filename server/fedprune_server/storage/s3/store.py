@@ -253,6 +253,7 @@ class BucketStore(BlobStore):
             self._ship(sha256, BlobStore.read(self, sha256))
 
     def _ship(self, sha256: str, data: bytes | memoryview) -> None:
+        """Put a blob into the bucket, unless it is there, and count its file in the folder."""
         if not self._known(sha256):
             key = _new_key(sha256)
             self.patience(WRITE, lambda: self.bucket.put(key, data, sha256))
@@ -279,9 +280,11 @@ class BucketStore(BlobStore):
         right_key = next((key for key in keys[-1:] if self._verify(key, ref)), None)
         sizes = dict.fromkeys(keys, ref.size)
         if right_key is None:
-            sizes = {k: n for k, n in self.bucket.list(f"{BLOBS}{ref.sha256}.") if digest_of(k) == ref.sha256}
+            sizes = {
+                key: size for key, size in self.bucket.list(f"{BLOBS}{ref.sha256}.") if digest_of(key) == ref.sha256
+            }
             right_key = next(
-                (k for k, size in sorted(sizes.items()) if size == ref.size and self._verify(k, ref)), None
+                (key for key, size in sorted(sizes.items()) if size == ref.size and self._verify(key, ref)), None
             )
         if right_key is not None:
             with self._lock:
@@ -293,6 +296,7 @@ class BucketStore(BlobStore):
         return right_key is not None
 
     def _verify(self, key: str, ref: BlobRef) -> bool:
+        """Whether an object is this blob; if so, it is in the folder afterwards."""
         try:
             with StreamedBlob(self, ref, cached=True) as blob:
                 for piece in self.bucket.stream(key):
@@ -417,6 +421,7 @@ class BucketStore(BlobStore):
                 self._held[sha256] = self._held.pop(sha256)[0], time.monotonic()
 
     def _hold(self, sha256: str, size: int) -> None:
+        """Note a blob's file in the folder as used just now, and evict others if there are too many."""
         with self._lock:
             self._let_go(sha256)
             self._held[sha256] = size, time.monotonic()
