@@ -244,7 +244,7 @@ class _Job:
 
 
 class _NextSteps:
-    """Logs what to do with a job that is finished, and what the server still waits for."""
+    """Logs the next steps with a finished job: export its model, and end the server."""
 
     def __init__(self, job: _Job, *, until_finished: bool) -> None:
         self._job, self._until_finished = job, until_finished

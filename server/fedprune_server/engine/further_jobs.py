@@ -38,7 +38,7 @@ def further(first_config: ServerConfig, files: Sequence[Path]) -> list[ServerCon
         raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(duplicates) + " twice")
     stored_settings = {path: stored_tables(path, {}) for path in folders(first_config.state) if path.name not in names}
     for path, tables in stored_settings.items():
-        # A database may come from a backup of somebody else's: what it names is imported only if the operator says so.
+        # A database may come from somebody else's backup: code that it names is run only if the operator names it, too.
         for setting, name in code_names(tables or {}):
             hint = f"If this code is yours, give the job's file: --job FILE, with the name {path.name}."
             raise stored_code_error(setting, name, str(path), hint)

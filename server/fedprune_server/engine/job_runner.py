@@ -401,7 +401,7 @@ class JobRunner:
         """Whether a device may fetch a blob, for its part in this job or as a release."""
         return sha256 in self._messages.readable(device)
 
-    # What the server's scheduler asks.
+    # Questions of the server's scheduler.
 
     def awaits_part_of(self, device: str) -> bool:
         """Whether the job awaits a part of a round from a device."""
@@ -443,7 +443,7 @@ class JobRunner:
         return changes
 
     def demand(self) -> JobDemand | None:
-        """How many devices the job needs now; None if it is finished."""
+        """The job's present demand for devices; None if it is finished."""
         state = self.state
         if state.phase is Phase.FINISHED:
             return None
@@ -463,7 +463,7 @@ class JobRunner:
             self._seen = self.state.phase
             self._changed |= self.state.tasks.keys()
 
-    # What observers see.
+    # For observers.
 
     def snapshot(self, fleet: FleetSnapshot) -> JobSnapshot:
         return self._snapshots.snapshot(fleet)

@@ -45,7 +45,7 @@ class Journal:
             self._collector.mark([event.weights])
 
     def save(self, events: Sequence[on.Event], now: float) -> float | None:
-        """Save events and what has changed with them.
+        """Save events, the state after them, and traffic.
 
         Args:
             now: Seconds since 1970.

@@ -76,7 +76,7 @@ class MaskedChannel(UpdateChannel):
         return any(cohort.work for cohort in self._cohorts)
 
     def awaits(self, device: str) -> bool:
-        """Whether a device is in a sum that goes on."""
+        """Whether a device is in an unfinished sum."""
         return self._cohort_of(device) is not None
 
     def begin(self, command: do.SumMasked) -> None:
@@ -269,7 +269,7 @@ class MaskedChannel(UpdateChannel):
         return task is not None and (round_, attempt) == (self._round, task.attempt)
 
     def _cohort_of(self, device: str) -> _Cohort | None:
-        """The cohort whose sum a device is in, if that goes on."""
+        """The cohort of a device, if its sum is unfinished."""
         cohort = self._members.get(device)
         return None if cohort is None or cohort.over else cohort
 

@@ -230,7 +230,7 @@ class Server:
             self._turn()
         self._link.flush(FLUSH_S)
 
-    # What comes in.
+    # Incoming messages and events.
 
     def _take(self, item: Item) -> None:
         """Handle a message, or an event of the connection or about a device."""

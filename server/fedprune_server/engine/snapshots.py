@@ -109,7 +109,7 @@ class SnapshotMaker:
         return {"commands": self._executor.waiting, "uploads": uploads, "messages": self._outbox.queued}
 
     def _count_states(self) -> Counter[str]:
-        """Count devices by what they do."""
+        """Count devices by their present activity."""
         state, revoked, counts = self._state, self._revoked_devices(), Counter[str]()
         for name, device in state.devices.items():
             task = state.tasks.get(name)

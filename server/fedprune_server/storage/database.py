@@ -65,7 +65,7 @@ TRANSACTION_IDLE_S = 15
 LOCK_TIMEOUT_S = 2.0
 
 _POSTGRESQL_SESSION = {
-    # The database's side notices, too, that this machine is gone, while it sends what was asked for.
+    # The same for the database's side, which may be sending rows to a machine that has vanished.
     "tcp_keepalives_idle": "10",
     "tcp_keepalives_interval": "5",
     "tcp_keepalives_count": "3",

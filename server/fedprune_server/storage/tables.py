@@ -143,7 +143,7 @@ EPOCHS = sql.Table(
     sql.Column("epoch", sql.BigInteger, nullable=False),
 )
 
-# Certificates of members, which are revoked with the member: its row alone says so. `tls_key` is the sha256 of a
+# Certificates of members. They are revoked with the member, by its row alone. `tls_key` is the sha256 of a
 # certificate's public key, `key` the member's verifying key.
 CERTIFICATES = sql.Table(
     "certificates",

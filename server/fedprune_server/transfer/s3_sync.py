@@ -21,7 +21,7 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class Adoption:
-    """An update that a device says it has put into the bucket, usually under the last of `keys`."""
+    """An update that a device claims to have put into the bucket, usually under the last of `keys`."""
 
     device: str
     ref: BlobRef
