@@ -91,8 +91,8 @@ class CommandDispatcher:
         return []
 
     def offer(self, command: do.SendOffer, *, again: bool = False) -> list[on.Event]:
-        """Offer a device its part of the round. The time that it takes counts from the first offer, not from one that
-        is sent `again`."""
+        """Offer a device its part of the round. The time that it takes counts from the first offer, not from a
+        repetition."""
         job = self._job.name
         if command.device in self.revoked:  # revoked while the executor was making its offer
             return [

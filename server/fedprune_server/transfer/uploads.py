@@ -35,12 +35,12 @@ Wants = list[tuple[str, BlobRequest | UploadRequest]]
 
 @dataclass
 class _Upload:
-    """An update on its way: it waits for a place (`pull` is None, `put` False), is pulled (`pull`), or is uploaded by
-    the device (`put`).
+    """An update on its way. It is in one of three states: pulled over MQTT, requested from the device as an upload, or
+    else waiting for a place.
 
     Attributes:
-        pull: The transfer over MQTT.
-        put: Whether the device was asked to upload the update.
+        pull: The transfer over MQTT; None in the other states.
+        put: Whether the device was asked to upload the update; False in the other states.
         asked_at: Time of that request.
         mqtt: Whether an upload has failed or was too slow, so that the update is only pulled from now on.
         leaves: Leaves that have arrived.
