@@ -23,8 +23,8 @@ MAX_SHORT_RUNS = 3
 
 BACKOFF_S = 60.0
 
-# Seconds for which a child's message waits for room in the queue of unread messages. After that the child counts as
-# ended: its reader would otherwise wait for ever, where the server's loop no longer takes its messages.
+# Seconds for which a child's message waits for room in the queue of unread messages. After that nothing more is read
+# from the child: the server's loop can't keep up with it.
 _FULL_S = 30.0
 
 Message = TypeVar("Message")
