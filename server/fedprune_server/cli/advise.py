@@ -48,6 +48,7 @@ def build_advise_parser() -> CommandParser:
 
 
 def _advise(options: argparse.Namespace) -> int:
+    # These imports take a while, in which the user sees that something happens.
     with progress("reading the fleet"):
         from fedprune_server.simulation.advisor import Trial, advice_figures, advice_rows, advise, choose_variants
         from fedprune_server.simulation.fleet.simulated_fleet import read_plan
@@ -64,12 +65,13 @@ def _advise(options: argparse.Namespace) -> int:
         rows = [{"name": v.name, "job": {**v.job, **short}} for v in variants]
         runs = variant_runs(options.config.resolve(), rows, seeds, str(options.config))
     records, failed = carry_out_variants(runs, out, workers=options.workers)
+    # A variant with a failed run is left out: its mean would be over other seeds than the others'.
     trials = [Trial(v, tuple(records[v.name])) for v in variants if len(records.get(v.name, ())) == len(seeds)]
-    done = [record for trial in trials for record in trial.runs]
+    finished_records = [record for trial in trials for record in trial.runs]
     advice = page = None
     if trials:
         advice = advise(trials, job_rounds, 0 if plan.evaluation is None else len(plan.evaluation[1]))
-        page = write_comparison(out, done, variants={t.variant.name: t.runs for t in trials})
+        page = write_comparison(out, finished_records, variants={t.variant.name: t.runs for t in trials})
     if options.json:
         print_json(
             {
@@ -79,7 +81,7 @@ def _advise(options: argparse.Namespace) -> int:
                 "variants": advice_figures(trials, job_rounds) if trials else [],
                 "refused": [{"variant": name, "why": str(error)} for name, error in refused.items()],
                 "advice": None if advice is None else advice.to_dict(),
-                "runs": [final_figures(record) for record in done],
+                "runs": [final_figures(record) for record in finished_records],
                 "failed": failure_rows(failed),
                 "report": None if page is None else str(page),
             }
@@ -98,5 +100,5 @@ def _advise(options: argparse.Namespace) -> int:
         print(f"\nReport: {page}")
     for name, error in refused.items():
         print(f"{name} is left out: {error}", file=sys.stderr)
-    print_remarks(done, failed, out)
+    print_remarks(finished_records, failed, out)
     return int(ExitCode.TRAINING if failed else ExitCode.OK)

@@ -25,13 +25,13 @@ def add_alerts(alerts: argparse.ArgumentParser) -> None:
 
 def _test(arguments: argparse.Namespace) -> int:
     config = configured(arguments).config
-    found = channels(config.alerts)
-    if not found:
+    channels_in_use = channels(config.alerts)
+    if not channels_in_use:
         raise ConfigError(
             "[alerts]", expected="a webhook or services", got="none", hint="docs/observe.md#notifications has the keys."
         )
     rows = []
-    for channel in found:
+    for channel in channels_in_use:
         rows.append(_tried(channel, trial(config.site, time.time())))
         if not arguments.json:
             row = rows[-1]

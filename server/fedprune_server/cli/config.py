@@ -26,15 +26,15 @@ def add_config(config: argparse.ArgumentParser) -> None:
         if name == "check":
             action.add_argument("file", type=Path, metavar="FILE", help="the fleet.toml")
         add_json(action)
-        action.add_argument("--all", action="store_true", help="also what is as by default")
+        action.add_argument("--all", action="store_true", help="show also settings that have their default value")
         action.set_defaults(function=_show)
 
 
 def _show(arguments: argparse.Namespace) -> None:
     if arguments.action == "check":
         arguments.config = arguments.file
-    found = configured(arguments)
-    rows = [row for row in _rows(found) if arguments.all or arguments.json or row["from"] != _DEFAULT]
+    configuration = configured(arguments)
+    rows = [row for row in _rows(configuration) if arguments.all or arguments.json or row["from"] != _DEFAULT]
     if arguments.json:
         print_json(rows)
         return
@@ -47,32 +47,32 @@ def _show(arguments: argparse.Namespace) -> None:
         line = f"{row['key']} = {brief(row['value'])}"
         print(f"{line:<48} # {row['from']}" + ("; no such file" if row["missing"] else ""))
     if not rows:
-        print("# every setting is as by default; --all shows them")
+        print("# every setting has its default value; --all shows them")
 
 
 _DEFAULT = "default"
 
+# Settings that name files which a server reads when it starts, or functions as `package.module:function`. A missing
+# file is reported here, because a check on another machine than the server's may not have it.
 _READ = (("model", "path"), ("evaluation", "data"), ("calibration", "data"))
-"""Settings that name files which a server reads when it starts, or functions as `package.module:function`."""
 
 
-def _rows(found: Any) -> Iterator[dict[str, Any]]:
+def _rows(configuration: Any) -> Iterator[dict[str, Any]]:
     """Every setting with its value and its origin, without passwords."""
-
-    tables = as_tables(found.config)
-    for path, value in _settings((), _whole(tables, found.config)):
-        came = origin(found.layers, path) or _DEFAULT
-        shown = masked(value) if isinstance(value, str) else value
+    tables = as_tables(configuration.config)
+    for path, value in _settings((), _whole(tables, configuration.config)):
+        source = origin(configuration.layers, path) or _DEFAULT
+        shown_value = masked(value) if isinstance(value, str) else value
         if path[0] == "alerts" and path[-1] in ("webhook", "heartbeat"):
-            shown = shown_url(value)
+            shown_value = shown_url(value)
         if path in _READ or path[-1] in ("state", *PATHS):
-            shown = os.path.normpath(value)
+            shown_value = os.path.normpath(value)
         missing = path in _READ and ":" not in value and not Path(value).exists()
-        yield {"table": ".".join(path[:-1]), "key": path[-1], "value": shown, "from": came, "missing": missing}
+        yield {"table": ".".join(path[:-1]), "key": path[-1], "value": shown_value, "from": source, "missing": missing}
 
 
 def _whole(tables: dict[str, Any], config: Any) -> dict[str, Any]:
-    """The tables with those keys of [job], too, that are left out where they are as by default."""
+    """Add the keys of [job] that `Job.to_dict` leaves out where they have their default value."""
     from dataclasses import asdict, fields
 
     job = {f.name: getattr(config.job, f.name) for f in fields(config.job)} | tables["job"]
@@ -82,9 +82,9 @@ def _whole(tables: dict[str, Any], config: Any) -> dict[str, Any]:
 
 def _settings(path: tuple[str, ...], table: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The settings of a table, and after them those of its tables."""
-    inner = {k: v for k, v in table.items() if isinstance(v, Mapping) and (v or not path)}
+    inner_tables = {k: v for k, v in table.items() if isinstance(v, Mapping) and (v or not path)}
     for key, value in table.items():
-        if key not in inner and not (isinstance(value, Mapping) and not value):
+        if key not in inner_tables and not (isinstance(value, Mapping) and not value):
             yield (*path, key), value
-    for key, value in inner.items():
+    for key, value in inner_tables.items():
         yield from _settings((*path, key), value)

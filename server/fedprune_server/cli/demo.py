@@ -57,19 +57,19 @@ from fedprune_server.simulation.results.tables import final_rows, print_rows
 
 log = logging.getLogger("fedprune.server")
 
+# Marks a folder as a demo's, so that the next demo may clear it: `--out` could name any folder of the user's.
 MARK = "demo.json"
-"""Says that a folder is a demo's, so that the next demo may clear it."""
 
 _SITE = "demo"
 _STOP_S = 5.0
+# Characters of a dead board's output that its error shows: a traceback's end, which names the cause.
 _LAST_OUTPUT = 400
-"""Characters of a dead board's output that its error shows."""
 
 _MEASURED = "payload at the broker: delivered to devices, received from them"
 
 _REFERENCE_PROGRAM = program_code("from fedprune_server.cli.demo import run_reference\nsys.exit(run_reference())")
+# Longer than for a board: the process ends its own boards first, then its broker, each with up to `_STOP_S`.
 _REFERENCE_STOP_S = 4 * _STOP_S
-"""Longer than for a board: the process ends its own boards first, then its broker."""
 
 
 def add_demo(demo: argparse.ArgumentParser) -> None:
@@ -108,6 +108,7 @@ class DemoProcesses:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
                 start_new_session=True,  # Ctrl-C in the terminal is for the demo, which then ends its boards
+                # A demo that is killed with SIGKILL can't end its boards itself.
                 preexec_fn=partial(set_parent_death_signal, signal.SIGTERM),
             )
         self._processes[name] = (process, output)
@@ -117,9 +118,9 @@ class DemoProcesses:
         for name, (process, output) in self._processes.items():
             code = process.poll()
             if code is not None and not (may_end and code == 0):
-                last = output.read_text(errors="replace").strip()[-_LAST_OUTPUT:]
+                output_end = output.read_text(errors="replace").strip()[-_LAST_OUTPUT:]
                 message = f"{name} has ended with exit code {code}"
-                error = ChildDiedError(message, got=last or "no output", hint=f"See {output}.")
+                error = ChildDiedError(message, got=output_end or "no output", hint=f"See {output}.")
                 if code in {*ExitCode} - {ExitCode.OK}:
                     error.exit_code = ExitCode(code)
                 raise error
@@ -211,7 +212,7 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
     """Run both jobs, write the report, print the summary; returns the exit code, as `verdict` says."""
     began = time.monotonic()
     rounds = rounds if rounds is not None else DEMO_QUICK_ROUNDS if quick else DEMO_ROUNDS
-    job = demo_job(seed, rounds)  # a wrong number must not cost an earlier demo
+    job = demo_job(seed, rounds)  # raises on a wrong number before the folder of an earlier demo is cleared
     with (
         _alone(out),
         logged_to_stdout(verbose=False),
@@ -279,9 +280,9 @@ def _ended(folder: DemoFolder, fleet: Record, reference: Record, began: float) -
 
 
 def verdict(fleet: Record, reference: Record) -> ExitCode:
-    """How a demo ends: `CLAIM` if a claim failed. Few rounds show that it runs, and no more."""
-    held = too_few_rounds(len(fleet.rounds)) or all(c.held for c in claims(fleet, reference))
-    return ExitCode.OK if held else ExitCode.CLAIM
+    """The demo's exit code: `CLAIM` if a claim failed. Too few rounds show only that it runs, and are not judged."""
+    passes = too_few_rounds(len(fleet.rounds)) or all(c.held for c in claims(fleet, reference))
+    return ExitCode.OK if passes else ExitCode.CLAIM
 
 
 def run_job(title: str, job: Job, folder: DemoFolder, on_turn: Callable[[], None] = lambda: None) -> Record:
@@ -295,14 +296,14 @@ def run_job(title: str, job: Job, folder: DemoFolder, on_turn: Callable[[], None
     Raises:
         FedpruneError: A process died, or the job can't go on.
     """
-    place = folder.root / job.name
+    job_folder = folder.root / job.name
     config = ServerConfig(
         job=job,
         model=str(folder.model),
         evaluation=str(folder.evaluation),
         calibration=str(folder.calibration),
         site=_SITE,
-        state=place / "server",
+        state=job_folder / "server",
         port=0,
         profiles=folder.profiles,
     )
@@ -312,7 +313,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, on_turn: Callable[[], None
     with build_app(config, options, stopping, observers=[watch]) as app, boards:
         runner = app.server.first
         for board in DEMO_BOARDS:
-            _start_board(boards, board.name, folder, place, app.connection.url)
+            _start_board(boards, board.name, folder, job_folder, app.connection.url)
         began = time.time()
         app.run()
         if watch.failure is not None:
@@ -331,7 +332,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, on_turn: Callable[[], None
 
 
 class _Watch:
-    """Looks after the boards, and notes the bytes that the server has sent to them and received after every round.
+    """Watches the boards' processes, and notes the payload bytes by the end of every round.
 
     Attributes:
         failure: What ended the job.
@@ -355,13 +356,14 @@ class _Watch:
             self._stopping.set()
 
 
-def _start_board(boards: DemoProcesses, name: str, folder: DemoFolder, place: Path, url: str) -> None:
+def _start_board(boards: DemoProcesses, name: str, folder: DemoFolder, job_folder: Path, url: str) -> None:
     board = next(b for b in DEMO_BOARDS if b.name == name)
-    devices = place / "devices"
+    devices = job_folder / "devices"
     devices.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-c", module_code("fedprune_device.cli.main"), "run", "--insecure"]
     command += ["--broker", url, "--site", _SITE]
     command += ["--device", name, "--data", str(folder.data(name)), "--state", str(devices / name)]
-    # Plans shall come from the profiles: a probe would measure this machine.
+    # Plans shall come from the profiles, as on real boards: a probe would measure this machine. One thread for each
+    # board, because six of them and a server share its cores.
     command += ["--profile", str(folder.profiles / f"{board.profile().name}.json"), "--no-probe", "--threads", "1"]
     boards.start(f"device {name}", command, devices / f"{name}.log", OMP_NUM_THREADS="1")

@@ -58,27 +58,29 @@ def _round(text: str) -> int | str:
 
 def _export_model(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
+    # The hub's layout is a folder: a name without a suffix means one that is to be made.
     hub = not out.suffix or out.is_dir()
     if not hub and out.suffix not in (".onnx", ".safetensors", ".pt", ".pth"):
         expected = "a folder, or a file name that ends in .onnx, .safetensors, .pt or .pth"
         raise UsageError("--out", expected=expected, got=str(out))
     if hub and arguments.opset is not None:
         raise UsageError("--opset is for .onnx files", hint=f"{out} is a folder.")
-    digest = metric = score = chosen = None
+    digest = metric = score = round_asked = None
     if arguments.round is not None:
         row, metric = finished_round(arguments.state, arguments.round)
-        digest, chosen, score = str(row["model"]), int(row["round"]), row["metrics"].get(metric)
-    model, weights, ranks, last = global_model(arguments.state, digest, arguments.allow)
-    round_ = last if chosen is None else chosen
+        digest, round_asked, score = str(row["model"]), int(row["round"]), row["metrics"].get(metric)
+    model, weights, ranks, last_round = global_model(arguments.state, digest, arguments.allow)
+    round_ = last_round if round_asked is None else round_asked
     model = conversion.with_weights(model, tensorfile.decode(weights), str(arguments.state), ranks)
     error: float | None = None
     if hub:
-        card = model_card(_record(arguments.state, model, chosen, arguments.allow))
+        card = model_card(_record(arguments.state, model, round_asked, arguments.allow))
         size = sum((save_pretrained(model, out, card=card) / name).stat().st_size for name in FILES)
     elif out.suffix == ".safetensors":
         write_whole(out, weights)
         size = len(weights)
     elif out.suffix == ".onnx":
+        # The file is run next to the graph that it was made from, so that a wrong conversion never leaves here unseen.
         raw = conversion.onnx_file(model.graph, model.tensors, model.architecture.name, arguments.opset)
         error = conversion.onnx_parity(raw, model.graph)
         write_whole(out, raw)
@@ -88,15 +90,15 @@ def _export_model(arguments: argparse.Namespace) -> None:
         error = conversion.state_parity(state, model.graph, model.graph)
         size = conversion.write_state_dict(out, state)
     if arguments.json:
-        judged = {"metric": metric, "score": score}
-        print_json({"file": str(out), "bytes": size, "difference": error, "round": round_} | judged)
+        score_fields = {"metric": metric, "score": score}
+        print_json({"file": str(out), "bytes": size, "difference": error, "round": round_} | score_fields)
         return
     compared = "" if error is None else f"; {conversion.agreement(error)}"
     best = "best " if arguments.round == BEST else ""
     scored = "" if metric is None or score is None else f" ({METRICS[metric].said(score)})"
-    which = f"the {best}global model after round {round_}{scored}"
-    which = which if round_ else "the initial model: no round has ended yet"
-    print(f"{out}: {amount(size, 'bytes')}, {which}{compared}")
+    subject = f"the {best}global model after round {round_}{scored}"
+    subject = subject if round_ else "the initial model: no round has ended yet"
+    print(f"{out}: {amount(size, 'bytes')}, {subject}{compared}")
 
 
 def _record(folder: Path, model: Model, round_: int | None, allowed: Sequence[str]) -> Record:
@@ -108,7 +110,7 @@ def _record(folder: Path, model: Model, round_: int | None, allowed: Sequence[st
         raise StorageError(f"{folder} holds no job yet")
     job = stored_job(settings, allowed, str(folder))
     # A server counts the bytes of a device since the job's start.
-    down, up = (sum(counted[way] for counted in traffic.values()) for way in (0, 1))
+    down, up = (sum(byte_counts[direction] for byte_counts in traffic.values()) for direction in (0, 1))
     notes = {entry["round"]: RoundNotes(down, up) for entry in state.history[-1:]}
     record = record_of(job.name, job, model.architecture, state, notes=notes)
     return replace(record, rounds=tuple(row for row in record.rounds if round_ is None or row.round <= round_))

@@ -23,11 +23,12 @@ def add_health(health: argparse.ArgumentParser) -> None:
 
 
 def _health(arguments: argparse.Namespace) -> None:
+    # A container's probe has the server's environment; a probe from outside names the file.
     path = arguments.pulse or (Path(os.environ[_PULSE]) if os.environ.get(_PULSE) else None)
     if path is None:
         raise UsageError("health", expected=f"--pulse FILE, or {_PULSE} in the environment", got="neither")
-    found = check_pulse(path, arguments.within, running=arguments.ready)
+    server_name = check_pulse(path, arguments.within, running=arguments.ready)
     if arguments.json:
-        print_json({"server": found})
+        print_json({"server": server_name})
     else:
-        print(found)
+        print(server_name)

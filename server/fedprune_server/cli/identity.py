@@ -27,14 +27,15 @@ from fedprune_server.storage.lease import leader_elsewhere
 from fedprune_server.storage.state_folder import folder_lock, keep, url_of
 
 _REPLACE, _CERTIFICATE = "replace", "certificate"
+# Printed after `replace`: without these steps the fleet stays disconnected.
 _AFTER_REPLACE = (
     "back the identity up, and copy it to standbys; if [server] console_certificate was in it, make another with "
     "`identity certificate`; give the broker the files that `fedprune-server broker-config` writes now and restart it "
     "(the embedded broker needs none), then start the server. No board is a member any more: make a claim for each "
     "(`fedprune-server claim`), and let it join again with that: fedprune-device join --new-key --claim FILE"
 )
-"""The next steps after `replace`."""
 
+# Claims are secrets that open a fleet: a slip of the keyboard must not make a million, nor one that lasts for ever.
 _MAX_CLAIMS = 1000
 _MAX_HOURS = 24 * 365
 
@@ -73,7 +74,7 @@ def add_claim(claim: argparse.ArgumentParser) -> None:
         "--device",
         type=name_of("device"),
         metavar="NAME",
-        help="for this device alone (default: for any name that is free)",
+        help="make claims for this device alone (default: for any name that is free)",
     )
     claim.add_argument("--count", type=whole_number, default=1, metavar="N", help="how many (default: 1)")
     claim.add_argument("--hours", type=hours, default=72, metavar="H", help="how long they last (default: 72)")
@@ -109,7 +110,7 @@ def add_broker_config(broker: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="HOST",
-        help="by which boards reach it; may be repeated",
+        help="name or address by which boards reach it; may be repeated",
     )
     broker.add_argument("--port", type=_port, default=8883, metavar="N", help="for members (default: 8883)")
     broker.add_argument("--join-port", type=_port, default=8884, metavar="N", help="for joining (default: 8884)")
@@ -161,7 +162,9 @@ def _identity(arguments: argparse.Namespace) -> None:
         _issue(arguments)
         return
     if action == _REPLACE:
-        IdentityFolder(arguments.state, read_only=True).close()  # there is one
+        IdentityFolder(
+            arguments.state, read_only=True
+        ).close()  # raises if there is no identity, before locks are taken
         # A server that runs would continue with the old keys.
         with folder_lock(arguments.state), _identity_of(arguments) as identity:
             if leader := leader_elsewhere(arguments.state):
@@ -218,7 +221,7 @@ def _claim(arguments: argparse.Namespace) -> None:
 
 
 def _print_claims(arguments: argparse.Namespace, names: str, count: int = 1) -> None:
-    """The use of a file of claims; standard output has the claims alone."""
+    """Print what a file of claims is for. Without a file nothing is printed: standard output has the claims alone."""
     if arguments.out is not None:
         end = datetime.now().astimezone() + timedelta(hours=arguments.hours)
         print(f"{arguments.out}: {quantity(count, 'claim')} for {names}, valid until {end:%Y-%m-%d %H:%M %Z}")
@@ -226,7 +229,7 @@ def _print_claims(arguments: argparse.Namespace, names: str, count: int = 1) -> 
 
 @contextmanager
 def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
-    """Where claims are written; None for standard output."""
+    """Open the new file for claims; None for standard output."""
     if path is None:
         yield None
         return
@@ -242,7 +245,7 @@ def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
             yield file
             file.flush()
         except BaseException:
-            path.unlink()
+            path.unlink()  # half a file of claims can't be written again: `--out` must be a new file
             raise
 
 
@@ -262,8 +265,8 @@ def _devices(arguments: argparse.Namespace) -> None:
 
 
 def _replace(identity: Any, arguments: argparse.Namespace) -> None:
-    """Standard output gets the claim alone, as that of `claim`."""
-
+    """Revoke a device and make a claim for its name. Standard output gets the claim alone, as with `claim`."""
+    # The file first: a claim that can't be written must not cost the board its membership.
     with _claims_file(arguments.out) as file:
         keys, certificates = identity.revoke(arguments.device)
         print(revoked(identity, arguments.device, keys, certificates), file=sys.stderr)
@@ -309,7 +312,7 @@ def _broker_config(arguments: argparse.Namespace) -> None:
     folder = arguments.at or arguments.out.resolve()
     broker = options_of(Broker, arguments, hosts=tuple(arguments.hosts), folder=folder)
     with _identity_of(arguments) as identity:
-        identity.update_revocations()
+        identity.update_revocations()  # the broker gets a copy of the list as it is now
         written = [arguments.out / name for name in write_broker(identity, arguments.kind, broker, arguments.out)]
     if arguments.json:
         print_json([str(path) for path in written])
@@ -319,6 +322,6 @@ def _broker_config(arguments: argparse.Namespace) -> None:
     print(f"the broker's user must be able to read them, and {KEY} no other user")
 
 
-def _check_hours(lasting: float) -> None:
-    if lasting > _MAX_HOURS:
-        raise UsageError("--hours", expected=f"at most {_MAX_HOURS}", got=lasting)
+def _check_hours(hours_of_claim: float) -> None:
+    if hours_of_claim > _MAX_HOURS:
+        raise UsageError("--hours", expected=f"at most {_MAX_HOURS}", got=hours_of_claim)

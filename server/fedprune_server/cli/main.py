@@ -16,6 +16,8 @@ from fedprune.core.cli import Command, run_command, with_extra
 from fedprune.core.command_parser import CommandParser
 from fedprune.core.errors import ExitCode
 
+# For each command, the module of this room with its options, and its help text. Modules are named as texts: a command
+# imports its own alone, since some take a second.
 COMMANDS = {
     "run": ("run", "run a job, or continue with one after a stop or crash"),
     "status": ("status", "show devices and rounds of a state folder"),
@@ -26,33 +28,32 @@ COMMANDS = {
         "show this server's identity, certify its console, or replace its signing key or authority",
     ),
     "claim": ("identity", "make one-time claims, each of which lets one device in"),
-    "devices": ("identity", "list devices, let one in that waits, or shut one out"),
+    "devices": ("identity", "list devices, approve one that waits, revoke or replace one"),
     "broker-config": ("identity", "write a broker's configuration, access rules and certificate"),
     "demo": ("demo", "six devices, a broker and a server on this machine: narrow models against FedAvg"),
     "release": ("release", "make a signed release of the boards' runtime"),
     "rollout": ("rollout", "give boards a release in stages, pause, stop, take back"),
-    "check": ("store", "see whether all that a job needs is there and whole"),
-    "backup": ("store", "copy all that a job needs, also while its server runs"),
-    "restore": ("store", "make a state folder of a backup"),
+    "check": ("store", "check that everything a job needs is present and undamaged"),
+    "backup": ("store", "copy everything a job needs, also while its server runs"),
+    "restore": ("store", "make a state folder from a backup"),
     "config": ("config", "check settings, and show where each comes from"),
-    "alerts": ("alerts", "try the notifications of alerts"),
+    "alerts": ("alerts", "send a test notification"),
     "health": ("health", "check that a server is alive, by the file that it touches (FEDPRUNE_PULSE)"),
-    "crashes": ("observe", "show how boards' programs ended that nobody had ended"),
+    "crashes": ("observe", "show crashes of the boards' programs"),
     "doctor": ("observe", "explain what is wrong with a fleet, and what to do"),
     "operators": ("operators", "manage the accounts of the console"),
     "pause": ("operators", "pause a job of a running server that has a console"),
     "resume": ("operators", "let a paused job go on"),
 }
-"""Commands: the module with their options, and their help text."""
 
+# Commands that need the extra `console` instead of `server`: their modules import the console's.
 _CONSOLE = ("operators", "pause", "resume")
-"""Commands that need the extra `console` instead of `server`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else list(argv)
-    with _ended_by_sigterm() if words[:1] == ["run"] else nullcontext():
-        return run_command("fedprune-server", lambda: build_parser(words[:1]), words)
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    with _ended_by_sigterm() if arguments[:1] == ["run"] else nullcontext():
+        return run_command("fedprune-server", lambda: build_parser(arguments[:1]), arguments)
 
 
 @contextmanager
@@ -66,14 +67,14 @@ def _ended_by_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only it may set signal handlers
         yield
         return
-    before = signal.signal(signal.SIGTERM, end)
+    former_handler = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, former_handler)
 
 
-def build_parser(words: Sequence[str] | None = None) -> CommandParser:
+def build_parser(arguments: Sequence[str] | None = None) -> CommandParser:
     """The parser, with the options of the commands among `words` alone: modules of others take a while to import."""
     parser = CommandParser(
         prog="fedprune-server",
@@ -85,7 +86,7 @@ def build_parser(words: Sequence[str] | None = None) -> CommandParser:
     for name, (_, text) in COMMANDS.items():
         command = commands.add_parser(name, help=text)
         extra = "console" if name in _CONSOLE else "server"
-        if words is None or name in words:
+        if arguments is None or name in arguments:
             with_extra(extra, _filler(name, command))(argparse.Namespace())
         command.set_defaults(run=with_extra(extra, _run))
     return parser

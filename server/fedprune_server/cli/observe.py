@@ -37,7 +37,7 @@ def add_doctor(doctor: argparse.ArgumentParser) -> None:
     add_state(doctor)
     doctor.add_argument(
         "--timeout", type=seconds, default=5.0, metavar="S",
-        help="for how long broker, database and bucket are waited for, each (default: 5)",
+        help="seconds to wait for each of broker, database and bucket (default: 5)",
     )  # fmt: skip
     add_json(doctor)
     doctor.set_defaults(function=_doctor)
@@ -46,10 +46,10 @@ def add_doctor(doctor: argparse.ArgumentParser) -> None:
 def _crashes(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.state
     Storage.check_existing(folder)
-    rows = read_crashes(folder, arguments.device, most=arguments.last)
-    _show(rows, as_json=arguments.json)
-    remarks = [] if rows else ["no board has reported a crash"]
-    if not rows and arguments.device is not None:
+    crashes = read_crashes(folder, arguments.device, most=arguments.last)
+    _show(crashes, as_json=arguments.json)
+    remarks = [] if crashes else ["no board has reported a crash"]
+    if not crashes and arguments.device is not None:
         remarks = [_why_empty(_read_exclusions(folder), arguments.device)]
     elif not arguments.json:
         with suppress(FedpruneError):  # crashes are shown also where the job can't be read
@@ -84,47 +84,47 @@ def _read_exclusions(folder: Path) -> _Exclusions:
 
 
 def _present_reasons(exclusions: _Exclusions, name: str | None) -> list[str]:
-    """Why boards can't start now: such a board reports no crash, so that those of it in the store are older."""
+    """Sentences about boards that can't start now. Such a board reports no crash, so that its stored ones are older."""
     names = sorted(n for n in exclusions.cannot_start if name in (None, n))
     return [sentences(f"{n}: {exclusions.reasons[n]}", _OWN_LOG) for n in names]
 
 
 def _why_empty(exclusions: _Exclusions, name: str) -> str:
-    """Why there is nothing of a board, and where to look instead. Raises `JoinError` if the server has never heard of
-    it."""
+    """A sentence on why no crash of a board is stored, and where to look instead. Raises `JoinError` if the server
+    doesn't know the board."""
     if name not in exclusions.reasons:
         raise JoinError(
             f"no board is called {name}{meant(name, exclusions.reasons)}",
             hint="`fedprune-server status` and `fedprune-server devices` list boards.",
         )
-    why = exclusions.reasons[name]
+    reason = exclusions.reasons[name]
     return sentences(
         f"{name} has reported no crash",
-        f"It takes no part: {why}" if why else "",
+        f"It takes no part: {reason}" if reason else "",
         _OWN_LOG,
     )
 
 
-def _show(rows: Sequence[BoardCrash], *, as_json: bool) -> None:
-    for row in rows:
+def _show(crashes: Sequence[BoardCrash], *, as_json: bool) -> None:
+    for crash in crashes:
         if as_json:
-            print(json.dumps(row.to_dict(), sort_keys=True), flush=True)
+            print(json.dumps(crash.to_dict(), sort_keys=True), flush=True)
             continue
-        body = row.body
-        ran = "" if body["uptime_s"] is None else f" after {body['uptime_s']:.0f} s"
-        heat = "" if body["temperature_c"] is None else f", {body['temperature_c']:.0f} °C"
-        free = body["memory_available"]
-        room = "" if free is None else f", {amount(free, 'bytes')} of memory free"
+        body = crash.body
+        uptime = "" if body["uptime_s"] is None else f" after {body['uptime_s']:.0f} s"
+        temperature = "" if body["temperature_c"] is None else f", {body['temperature_c']:.0f} °C"
+        free_bytes = body["memory_available"]
+        memory = "" if free_bytes is None else f", {amount(free_bytes, 'bytes')} of memory free"
         slot = f", slot {body['slot']}" if body["slot"] else ""
-        print(f"{row} ({body['cause']} in {body['release']}{slot}{ran}{heat}{room})", flush=True)
-        for frame in frames_of(row):
+        print(f"{crash} ({body['cause']} in {body['release']}{slot}{uptime}{temperature}{memory})", flush=True)
+        for frame in frames_of(crash):
             print(f"    {frame}", flush=True)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    logging.getLogger("fedprune").addHandler(logging.NullHandler())  # findings tell what would be logged
+    logging.getLogger("fedprune").addHandler(logging.NullHandler())  # findings report what would be logged
     findings = diagnose(arguments.state, arguments.timeout)
-    wrong = sum(f.wrong for f in findings)
+    wrong_count = sum(f.wrong for f in findings)
     if arguments.json:
         print_json({"state": str(arguments.state), "findings": [f.to_dict() for f in findings]})
     else:
@@ -132,4 +132,4 @@ def _doctor(arguments: argparse.Namespace) -> int:
             print_verdicts(str(finding))
         if not findings:
             print(f"{arguments.state}: nothing is wrong that could be seen from here")
-    return int(ExitCode.FOUND if wrong else ExitCode.OK)
+    return int(ExitCode.FOUND if wrong_count else ExitCode.OK)

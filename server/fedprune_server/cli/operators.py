@@ -30,6 +30,7 @@ from fedprune_server.web.state import status
 from fedprune_server.web.state.order_queue import WITHDRAWN
 from fedprune_server.web.state.orders import OrderService, RefusedError
 
+# The loop looks for orders twice a second; one that isn't answered in 30 s has met a server that hangs.
 _ANSWER_S, _LOOK_S = 30.0, 0.2
 _TAKEN = "It may still carry it out. See its log."
 
@@ -39,15 +40,15 @@ def add_operators(operators: argparse.ArgumentParser) -> None:
     add = actions.add_parser("add", help="a new one; asks for the password, or reads it from standard input")
     add.add_argument("name", metavar="NAME", help="what they log in as")
     add.add_argument(
-        "--role", choices=ROLES, default=ROLES[0], help="what they may do (default: viewer, which is to look)"
+        "--role", choices=ROLES, default=ROLES[0], help="what they may do (default: viewer, who may only look)"
     )
     password = actions.add_parser("password", help="another password; their sessions end")
     password.add_argument("name", metavar="NAME", help="who")
     remove = actions.add_parser("remove", help="take an account away; its sessions end")
     remove.add_argument("name", metavar="NAME", help="who")
-    shown = actions.add_parser("list", help="list them")
-    add_json(shown)
-    for action, run in ((add, _add), (password, _password), (remove, _remove), (shown, _list)):
+    listing = actions.add_parser("list", help="list them")
+    add_json(listing)
+    for action, run in ((add, _add), (password, _password), (remove, _remove), (listing, _list)):
         add_state(action)
         action.set_defaults(function=run)
 
@@ -75,10 +76,11 @@ def _give(arguments: argparse.Namespace) -> None:
                 f"no server that takes orders runs on {arguments.state}",
                 hint="Start it with its console (--console 8470): it takes orders where that does (docs/console.md).",
             )
-        opened = _Opened(arguments.state)
-        with opened:
-            orders = OrderService(view, Audit(opened.database), opened.database)
-            session = Session(Operator(as_name(opened.user), "operator", 0.0, 0.0), "", "")
+        operator_accounts = _Opened(arguments.state)
+        with operator_accounts:
+            orders = OrderService(view, Audit(operator_accounts.database), operator_accounts.database)
+            # Whoever may write the state folder may order anything: the file system has authorised them already.
+            session = Session(Operator(as_name(operator_accounts.user), "operator", 0.0, 0.0), "", "")
             try:
                 job = arguments.job or view.job_names[0]
                 # A terminal that is killed withdraws nothing: its order expires.
@@ -103,15 +105,18 @@ def answer_within(
     now: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any] | None:
-    """The order once it is answered, or withdrawn because the server doesn't take it in time or the user interrupts."""
-    until = now() + _ANSWER_S
+    """Wait for the answer to an order.
+
+    The order is withdrawn if the server doesn't take it in time, or the user interrupts. Returns it as it is then.
+    """
+    deadline = now() + _ANSWER_S
     try:
-        while (found := orders.get(number)) is not None and found["state"] != "done" and now() < until:
+        while (answer := orders.get(number)) is not None and answer["state"] != "done" and now() < deadline:
             sleep(_LOOK_S)
     except KeyboardInterrupt as error:
         try:
-            found = _withdrawn(orders, number)
-            text = "" if found is None else found["text"] or f"the server has taken the order. {_TAKEN}"
+            answer = _withdrawn(orders, number)
+            text = "" if answer is None else answer["text"] or f"the server has taken the order. {_TAKEN}"
         except StorageError as storage:
             text = f"the server may still take the order within {_ANSWER_S:.0f} s ({storage})"
         raise KeyboardInterrupt(text) from error
@@ -119,54 +124,55 @@ def answer_within(
 
 
 def _withdrawn(orders: OrderService, number: int) -> dict[str, Any] | None:
-    """The order, which is withdrawn unless the server has taken or answered it."""
-    if (found := orders.get(number)) is not None and found["state"] != "done":
+    """Withdraw an order unless the server has taken or answered it, and return it."""
+    if (order := orders.get(number)) is not None and order["state"] != "done":
         orders.withdraw(number)
-        found = orders.get(number)
-    return found
+        order = orders.get(number)
+    return order
 
 
 def _add(arguments: argparse.Namespace) -> None:
-    opened = _Opened(arguments.state)
-    with opened as accounts:
+    operator_accounts = _Opened(arguments.state)
+    with operator_accounts as accounts:
+        # Before the password is asked for: nobody wants to type one twice for a name that is taken.
         accounts.check_new(arguments.name, arguments.role)
         accounts.add(arguments.name, arguments.role, _read_password())
-        opened.note("operator_add", operator=arguments.name, role=arguments.role)
+        operator_accounts.note("operator_add", operator=arguments.name, role=arguments.role)
     print(f"{arguments.name} may use the console as {arguments.role}")
 
 
 def _password(arguments: argparse.Namespace) -> None:
-    opened = _Opened(arguments.state)
-    with opened as accounts:
+    operator_accounts = _Opened(arguments.state)
+    with operator_accounts as accounts:
         accounts.check_known(arguments.name)
         accounts.set_password(arguments.name, _read_password())
-        opened.note("operator_password", operator=arguments.name)
+        operator_accounts.note("operator_password", operator=arguments.name)
     print(f"{arguments.name} has another password, and is logged out everywhere")
 
 
 def _remove(arguments: argparse.Namespace) -> None:
-    opened = _Opened(arguments.state)
-    with opened as accounts:
+    operator_accounts = _Opened(arguments.state)
+    with operator_accounts as accounts:
         accounts.remove(arguments.name)
-        opened.note("operator_remove", operator=arguments.name)
+        operator_accounts.note("operator_remove", operator=arguments.name)
     print(f"{arguments.name} may not use the console any more")
 
 
 def _list(arguments: argparse.Namespace) -> None:
     with _Opened(arguments.state) as accounts:
-        found = accounts.list()
+        operators = accounts.list()
     if arguments.json:
-        print_json([{"name": o.name, "role": o.role, "made": o.made_at, "changed": o.changed_at} for o in found])
+        print_json([{"name": o.name, "role": o.role, "made": o.made_at, "changed": o.changed_at} for o in operators])
         return
-    for operator in found:
-        made = datetime.fromtimestamp(operator.made_at, timezone.utc)
-        print(f"{operator.name:<24} {operator.role:<9} since {made:%Y-%m-%d}")
-    if not found:
+    for operator in operators:
+        made_at = datetime.fromtimestamp(operator.made_at, timezone.utc)
+        print(f"{operator.name:<24} {operator.role:<9} since {made_at:%Y-%m-%d}")
+    if not operators:
         print("the console has no accounts yet: fedprune-server operators add NAME --role admin")
 
 
 class _Opened:
-    """The accounts of a state folder, while this is entered."""
+    """Opens the accounts of a state folder as a context, and notes changes in the audit log."""
 
     def __init__(self, state: Path) -> None:
         if not state.is_dir():
@@ -180,8 +186,8 @@ class _Opened:
     def __enter__(self) -> Accounts:
         return Accounts(self.database)
 
-    def note(self, action: str, **what: str) -> None:
-        Audit(self.database).note(self.user, "terminal", action, what, "done")
+    def note(self, action: str, **details: str) -> None:
+        Audit(self.database).note(self.user, "terminal", action, details, "done")
 
     def __exit__(self, *_: object) -> None:
         self.database.close()

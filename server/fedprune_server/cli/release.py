@@ -24,8 +24,9 @@ from fedprune_server.enrollment.pki import IdentityFolder
 
 _EXTRA = "board"
 _GLIBC = 35  # of Ubuntu 22.04, the oldest system of a board that has Python 3.10 or newer
+# Packages whose module has another name. A release's `system` lists modules, because the board imports them to see
+# whether its own Python has them; wheels name packages.
 _MODULES = {"pillow": "pil", "paho-mqtt": "paho", "onnxruntime-gpu": "onnxruntime"}
-"""Packages whose module, which is what a release names, is called otherwise."""
 
 
 def add_release(release: argparse.ArgumentParser) -> None:
@@ -79,25 +80,26 @@ def _of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Release:
         wheels = sorted(p for p in arguments.wheels.iterdir() if p.suffix == ".whl")
     if not wheels:
         raise ReleaseError(f"there are no wheels in {arguments.wheels}", hint="`pip download` brings them.")
-    opened = [Wheel(path, path.name) for path in wheels]
+    # Opening a wheel checks its archive: a truncated download is found here, not on the first board.
+    opened_wheels = [Wheel(path, path.name) for path in wheels]
     check_wheels(wheels, arguments.python, arguments.machine, arguments.system)
-    contents = contents_digest(opened)
+    contents = contents_digest(opened_wheels)
 
-    def made(files: tuple[ReleaseFile, ...]) -> Release:
+    def build_release(files: tuple[ReleaseFile, ...]) -> Release:
         return Release(
             number=arguments.number,
             version=arguments.name or str(arguments.number),
             python=arguments.python,
             machine=arguments.machine,
             entry=arguments.entry,
-            unpacked=sum(wheel.size for wheel in opened),
+            unpacked=sum(wheel.size for wheel in opened_wheels),
             files=files,
             contents=contents,
             created=_now(),
             system=tuple(arguments.system),
         )
 
-    return write_release(arguments.out, made, wheels, key)
+    return write_release(arguments.out, build_release, wheels, key)
 
 
 def check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Sequence[str] = ()) -> None:
@@ -114,11 +116,11 @@ def check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Sequ
     minor = int(version[1])
     platforms = [f"manylinux_2_{glibc}_{machine}" for glibc in range(_GLIBC, 4, -1)]
     platforms += [f"{tag}_{machine}" for tag in ("manylinux2014", "manylinux2010", "manylinux1", "linux")]
-    runs = supported(minor, platforms)
+    supported_tags = supported(minor, platforms)
     versions: dict[str, Version] = {}
     for wheel in wheels:
-        name, found, tags = parsed(wheel, ReleaseError)
-        if not tags & runs:
+        name, wheel_version, tags = parsed(wheel, ReleaseError)
+        if not tags & supported_tags:
             raise ReleaseError(
                 wheel.name,
                 expected=f"a wheel for {python} on {machine}",
@@ -126,20 +128,22 @@ def check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Sequ
                 hint="`pip download --platform` brings others; --python and --machine say what the boards have.",
             )
         if name in versions:
-            raise ReleaseError(f"wheels of {name}", expected="one", got=f"{versions[name]} and {found}")
-        versions[name] = found
+            raise ReleaseError(f"wheels of {name}", expected="one", got=f"{versions[name]} and {wheel_version}")
+        versions[name] = wheel_version
     if OWN not in versions:
         raise ReleaseError(
             f"there is no wheel of {OWN} among the {len(wheels)}",
             hint="`python -m build --wheel` in the source code makes dist/fedprune-*.whl: copy it to the others.",
         )
-    own = {canonicalize_name(name) for name in system}
+    from_system = {canonicalize_name(name) for name in system}
     markers = environment(minor, machine)
-    for wheel, wanted, there in unmet(wheels, markers, _EXTRA, lambda n: _MODULES.get(n, n) in own, ReleaseError):
+    for wheel, requirement, present in unmet(
+        wheels, markers, _EXTRA, lambda n: _MODULES.get(n, n) in from_system, ReleaseError
+    ):
         raise ReleaseError(
-            f"{wheel.name} requires {wanted.name}{wanted.specifier}",
+            f"{wheel.name} requires {requirement.name}{requirement.specifier}",
             expected="a wheel of it",
-            got="none" if there is None else there,
+            got="none" if present is None else present,
             hint="`pip download` it to the others, or name with --system what the boards' own Python has.",
         )
 

@@ -26,11 +26,11 @@ from fedprune_server.ota.rollouts import ALL_AT_ONCE, RolloutTerms, order, start
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
 from fedprune_server.storage.state_folder import LOCK, has_database, url_of
 
+# Requests that the server hasn't carried out yet, by the entry's state: it may be stopped, or look a second later.
 _REQUESTED = {"stopping": ", to be stopped", "pausing": ", to be paused", "resuming": ", to go on"}
-"""Orders that the server hasn't carried out yet, by the entry's state."""
 
+# Names of boards on one line; of more, their number is printed.
 _SHOWN = 20
-"""Boards that a list on one line names."""
 
 
 def add_rollout(rollout: argparse.ArgumentParser) -> None:
@@ -93,9 +93,9 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
     status = actions.add_parser("status", help="show the progress and the failures of the latest rollout")
     add_json(status)
     status.set_defaults(function=_status)
-    listed = actions.add_parser("list", help="list all rollouts, the latest first")
-    add_json(listed)
-    listed.set_defaults(function=_list)
+    list_action = actions.add_parser("list", help="list all rollouts, the latest first")
+    add_json(list_action)
+    list_action.set_defaults(function=_list)
     stop = actions.add_parser("stop", help="give the release to no more boards; those that have it keep it")
     back = actions.add_parser(
         "back", help="roll back the boards that have the latest release to the one before, under a new number"
@@ -111,7 +111,7 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
         action.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
     for action in (start, pause, resume, stop, back):
         add_json(action, "the rollout as JSON, as `status` has it")
-    for action in (start, pause, resume, status, listed, stop, back):
+    for action in (start, pause, resume, status, list_action, stop, back):
         add_state(action)
         add_database(action)
 
@@ -120,18 +120,20 @@ def _start(arguments: argparse.Namespace) -> None:
     if arguments.attempts > MAX_ATTEMPTS or not 1 <= arguments.deadline <= MAX_SECONDS:
         raise UsageError("a trial", expected=f"up to {MAX_ATTEMPTS} attempts of 1 to {MAX_SECONDS:g} s each")
     names = None if arguments.devices is None else [n.strip() for n in arguments.devices.split(",") if n.strip()]
-    begun = start_rollout(arguments.state, arguments.release, _terms(arguments), names, database=database_in(arguments))
+    started = start_rollout(
+        arguments.state, arguments.release, _terms(arguments), names, database=database_in(arguments)
+    )
     if arguments.json:
         _print_latest(arguments)
         return
-    number, release, rollout = begun.number, begun.release, begun.rollout
-    which = "all members" if arguments.devices is None else "those that were named"
+    number, release, rollout = started.number, started.release, started.rollout
+    chosen = "all members" if arguments.devices is None else "those that were named"
     count = quantity(len(rollout.boards), "board")
-    print(f"rollout {number}: release {release.number} ({release.version}) to {count}, {which}")
-    for at in range(len(rollout.plan.stages)):
-        names = sorted(n for n, b in rollout.boards.items() if b.stage == at)
+    print(f"rollout {number}: release {release.number} ({release.version}) to {count}, {chosen}")
+    for stage in range(len(rollout.plan.stages)):
+        names = sorted(n for n, b in rollout.boards.items() if b.stage == stage)
         if names:
-            print(f"  stage {at + 1}: {quantity(len(names), 'board')}{_named(names)}")
+            print(f"  stage {stage + 1}: {quantity(len(names), 'board')}{_named(names)}")
     print(f"a board that sends nothing for {arguments.patience:g} minutes in its stage, or has no launcher, counts as")
     print("failed; --devices chooses the boards")
     _note_without_server(arguments, "begins")
@@ -139,10 +141,9 @@ def _start(arguments: argparse.Namespace) -> None:
 
 def _note_without_server(arguments: argparse.Namespace, action: str) -> None:
     state = arguments.state
-    of_this_folder = url_of(state, database_in(arguments)) == url_of(
-        state
-    )  # another machine's server may have it, else
-    if of_this_folder and not held(state / LOCK):
+    # Another database may be that of a server on another machine, whose lock can't be seen from here.
+    is_own_database = url_of(state, database_in(arguments)) == url_of(state)
+    if is_own_database and not held(state / LOCK):
         print(f"no server is running on this folder: it {action} when one is started")
 
 
@@ -190,29 +191,29 @@ def _list(arguments: argparse.Namespace) -> None:
 def _order(arguments: argparse.Namespace) -> None:
     _entries(arguments)
     with RolloutStore(arguments.state, database_in(arguments)) as store:
-        told = order(store, arguments.action, arguments.reason)
+        message = order(store, arguments.action, arguments.reason)
     if arguments.json:
         _print_latest(arguments)
         return
-    print(told)
+    print(message)
     _note_without_server(arguments, {"pause": "pauses", "resume": "continues", "stop": "stops"}[arguments.action])
 
 
 def _back(arguments: argparse.Namespace) -> None:
     _entries(arguments)
     terms = replace(ALL_AT_ONCE, shares=arguments.groups or ALL_AT_ONCE.shares)
-    begun = take_back(
+    started = take_back(
         arguments.state, arguments.reason, number=arguments.number, terms=terms, database=database_in(arguments)
     )
     if arguments.json:
         _print_latest(arguments)
         return
-    print(begun.told_back())
+    print(started.told_back())
     _note_without_server(arguments, "begins")
 
 
 def _entries(arguments: argparse.Namespace) -> list[RolloutEntry]:
-    """All rollouts, the oldest first; creates no database."""
+    """All rollouts, the oldest first. Makes no database where there is none: a look must not change a folder."""
     state, database = arguments.state, database_in(arguments)
     IdentityFolder(state).close()  # without an identity there is nothing to roll out
     if database is None and not has_database(state):
@@ -231,7 +232,7 @@ def describe(entry: RolloutEntry) -> str:
     phase = f"{rollout.phase.value}{stage}{_REQUESTED.get(entry.state, '')}"
     lines = [
         f"rollout {entry.number} of release {release.number} ({release.version}): {phase}",
-        "  " + ", ".join(f"{counts[fate]} {what}" for fate, what in words.items()) + f", of {count}",
+        "  " + ", ".join(f"{counts[fate]} {word}" for fate, word in words.items()) + f", of {count}",
     ]
     if entry.leaves is not None:
         lines.append(f"  it rolls boards back from release {entry.leaves}")
@@ -257,8 +258,9 @@ def _doing(report: dict[str, Any] | None) -> str:
 
 def _body(entry: RolloutEntry) -> dict[str, Any]:
     release, body = entry.release, entry.rollout.to_dict()
-    one = 1 / max(1, len(entry.rollout.boards))
-    stages = [{**stage, "share": max(stage["share"], one)} for stage in body["plan"]["stages"]]  # each has a board
+    one_board = 1 / max(1, len(entry.rollout.boards))
+    # The first stage is one board, which its share in the plan only stands for.
+    stages = [{**stage, "share": max(stage["share"], one_board)} for stage in body["plan"]["stages"]]
     return {
         "number": entry.number,
         "at": entry.at,
@@ -280,11 +282,11 @@ def _named(names: list[str]) -> str:
 
 def _groups(text: str) -> list[float]:
     """Parse shares of the boards; a plain 1 stands for one board."""
-    return [CAREFUL[0].share if part.strip() == "1" else _share(part) for part in text.split(",")]
+    return [CAREFUL[0].share if entry.strip() == "1" else _share(entry) for entry in text.split(",")]
 
 
 def _share(text: str) -> float:
-    found = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,6})?)%\s*", text)
-    if found is None or float(found[1]) > 100:
+    match = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,6})?)%\s*", text)
+    if match is None or float(match[1]) > 100:
         raise argparse.ArgumentTypeError(f"expected a share such as 10%, got {text!r}")
-    return float(found[1]) / 100
+    return float(match[1]) / 100

@@ -46,22 +46,23 @@ _JOB = {
     "strategy": ("NAME", "such as fedprune or subflot (docs/strategies), or package.module:function"),
     "density": ("D", "kept share of channels on all devices; 0: the planner decides"),
 }
+
+# The first group is all that a first fleet needs (README.md); nobody reads fifty options to find these.
 _GROUPS: dict[str, tuple[str, ...]] = {
-    "the job": ("name", "rounds", "strategy", "density", "schedule", "seed", "weight"),
+    "the most common": ("model", "evaluation", "state", "strategy", "rounds", "devices", "broker", "host"),
+    "the job": ("name", "density", "schedule", "seed", "weight"),
     "boards in a round": (
-        "devices", "participation", "over_selection", "in_flight", "deadline", "connected",
+        "participation", "over_selection", "in_flight", "deadline", "connected",
     ),
-    "the model": ("model", "loss", "metric", "lora", "base"),
-    "the server's samples": ("evaluation", "calibration"),
-    "what is kept, and where": ("state", "database", "blobs", "keep"),
-    "the broker, and the fleet at it": ("broker", "ca", "host", "port", "site", "profiles"),
+    "the model and the server's samples": ("loss", "metric", "lora", "base", "calibration"),
+    "what is kept, and where": ("database", "blobs", "keep"),
+    "the broker, and the fleet at it": ("ca", "port", "site", "profiles"),
     "how models and updates travel": ("uploads", "serve_blobs", "blob_url"),
     "processes": ("workers", "workers_url"),
     "to see what happens": (
         "console", "alert_webhook", "metrics", "traces", "track", "log_format",
     ),
 }  # fmt: skip
-"""Options by the group under which help lists them, in its order."""
 
 _OPTIONS: dict[tuple[str, ...], str] = {
     ("job", "deadline_s"): "deadline",
@@ -106,7 +107,7 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
 
 
 def run_options() -> CommandParser:
-    """The options of `run`, for commands that take the same."""
+    """A parser with the options of `run`, as a parent for commands that take the same."""
     parser = CommandParser(add_help=False)
     add_run_options(parser)
     return parser
@@ -116,22 +117,22 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     """Add an option for each setting that has one; its destination is the setting, such as `server.keep`."""
     settings: dict[str, Callable[[Any], None]] = {}
 
-    def offer(place: tuple[str, ...], add: Callable[[Any], None]) -> None:
+    def add_option(place: tuple[str, ...], add: Callable[[Any], None]) -> None:
         settings[_option(place).replace("-", "_")] = add
 
     for f in fields(Job):
         if f.name in _JOB:
             metavar, text = _JOB[f.name]
             read = setting_of(type(f.default))
-            offer(("job", f.name), partial(_add, place=("job", f.name), type=read, metavar=metavar, help=text))
+            add_option(("job", f.name), partial(_add, place=("job", f.name), type=read, metavar=metavar, help=text))
     text = "when the model is updated: sync, semi-async or async (default: the strategy's)"
     schedule = ("job", "schedule", "kind")
-    offer(schedule, partial(_add, place=schedule, metavar="KIND", help=text))
+    add_option(schedule, partial(_add, place=schedule, metavar="KIND", help=text))
     for kind, table in ((ServerConfig, "server"), (AlertSettings, "alerts")):
         for setting in fields(kind):
             if setting.metadata.get("metavar"):
                 place = PLACES.get(setting.name, (table, setting.name))
-                offer(place, partial(_add_setting, setting=setting, place=place))
+                add_option(place, partial(_add_setting, setting=setting, place=place))
     for title, names in _GROUPS.items():
         group = parser.add_argument_group(title)
         for name in names:
@@ -153,40 +154,43 @@ def _add_setting(parser: Any, setting: Field[Any], place: tuple[str, ...]) -> No
 
 
 def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Configured:
-    """The configuration of `run` with these options: command line over environment over file.
+    """Load the configuration of `run` with these options: command line over environment over file.
 
     Without a file, of the command line or the environment, the settings of the state folder's last start count instead.
     Raises `ConfigError`, which says where it is set, if a setting is unknown or has a wrong value, and `StorageError`
     if the state folder is damaged.
     """
-    command, above = _command_line(arguments), environment_layer(environment)
+    command_line, environment_settings = _command_line(arguments), environment_layer(environment)
     path = arguments.config or (Path(environment[CONFIG]) if environment.get(CONFIG) else None)
     if path is not None:
-        below = file_layer(path)
-        below = replace(below, tables=anchored(below.tables, path.parent))
+        base = file_layer(path)
+        base = replace(base, tables=anchored(base.tables, path.parent))
     else:
-        below = _last_start(merged(above.tables, command.tables).get("server", {}))
-    layers = (below, above, command)
+        base = _last_start(merged(environment_settings.tables, command_line.tables).get("server", {}))
+    layers = (base, environment_settings, command_line)
     with located(layers):
-        tables = merged(below.tables, above.tables)
-        job, chosen = tables.get("job", {}), command.tables.get("job", {}).get("schedule")
+        tables = merged(base.tables, environment_settings.tables)
+        job, chosen_schedule = tables.get("job", {}), command_line.tables.get("job", {}).get("schedule")
         schedule = job.get("schedule") if isinstance(job, Mapping) else None
-        if chosen and isinstance(schedule, Mapping) and schedule.get("kind") != chosen["kind"]:
-            tables["job"] = {k: v for k, v in job.items() if k != "schedule"}  # whose other keys are of another kind
-        tables = merged(tables, command.tables)
-        if below.name == _LAST_START:
-            _check_stored_code(below, (above, command), tables)
+        if chosen_schedule and isinstance(schedule, Mapping) and schedule.get("kind") != chosen_schedule["kind"]:
+            tables["job"] = {k: v for k, v in job.items() if k != "schedule"}  # its other keys are of the other kind
+        tables = merged(tables, command_line.tables)
+        if base.name == _LAST_START:
+            _check_stored_code(base, (environment_settings, command_line), tables)
         config = parse_config(tables, Path())
     return Configured(config, layers)
 
 
-def _check_stored_code(below: Layer, above: Sequence[Layer], tables: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` if code would be called that the database of the last start names, and nothing else."""
-    stored = dict(code_names(below.tables))
+def _check_stored_code(last_start: Layer, upper_layers: Sequence[Layer], tables: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if code would be called that only the database of the last start names.
+
+    Whoever can write the state folder could otherwise choose what this process runs.
+    """
+    stored = dict(code_names(last_start.tables))
     for path, name in code_names(tables):
-        if stored.get(path) == name and not any(layer.has(path) for layer in above):
+        if stored.get(path) == name and not any(layer.has(path) for layer in upper_layers):
             hint = f"If this code is yours, add --{_option(path)} {name}, or give the configuration as --config."
-            raise stored_code_error(path, name, below.name, hint)
+            raise stored_code_error(path, name, last_start.name, hint)
 
 
 def _add(parser: Any, place: tuple[str, ...], **details: Any) -> None:
@@ -220,21 +224,24 @@ def _last_start(server: Mapping[str, Any]) -> Layer:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    share_heaps()
+    share_heaps()  # before any thread starts: glibc gives each thread a heap of its own, which keeps freed memory
     config = configured(arguments).config
     options = StartOptions(arguments.job, arguments.insecure, arguments.until_finished)
     with ExitStack() as stack:
         stack.enter_context(logged_to_stdout(verbose=arguments.verbose, form=config.log_format))
         stack.enter_context(run_by_child_process())  # a round's evaluation needs it for a second
-        pulse, waited, stopping = Pulse(), None, threading.Event()
+        pulse, folder, stopping = Pulse(), None, threading.Event()
         if arguments.standby:
             with pulse.standing_by():
-                waited = stack.enter_context(
+                folder = stack.enter_context(
                     StateFolder(config.state, config.database, standby=True, stopping=stopping)
                 )
             # The other server may have been started with other settings meanwhile.
             config = configured(arguments).config
-        with build_app(config, options, stopping, waited, [pulse]) as app, _stopped_by_signals(stopping) as signals:
+        with (
+            build_app(config, options, stopping, folder, [pulse]) as app,
+            _stopped_by_signals(stopping) as signals,
+        ):
             app.run()
         interrupted = bool(signals) and not app.server.finished
         if interrupted:
@@ -245,18 +252,20 @@ def _run(arguments: argparse.Namespace) -> int:
 
 @contextmanager
 def _stopped_by_signals(stopping: threading.Event) -> Iterator[list[int]]:
-    """Set `stopping` at SIGTERM or Ctrl-C; the signals that came are in the list."""
-    came: list[int] = []
+    """Set `stopping` at SIGTERM or Ctrl-C. The list that it yields collects the signals."""
+    signals: list[int] = []
 
     def stop(number: int, _frame: object) -> None:
-        came.append(number)  # and nothing slow: the loop may be in the middle of anything
+        signals.append(
+            number
+        )  # nothing else: a handler interrupts the loop at any point, also in the middle of a write
         stopping.set()
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    former_handlers = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield came
+        yield signals
     finally:
-        for number, handler in before.items():
+        for number, handler in former_handlers.items():
             signal.signal(number, handler)
-        if came:
-            log.info("stopped by %s", signal.Signals(came[0]).name)
+        if signals:
+            log.info("stopped by %s", signal.Signals(signals[0]).name)

@@ -38,11 +38,11 @@ ADVISE = "advise"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = sys.argv[1:] if argv is None else list(argv)
     builders = _builders()
-    if given and given[0] in builders:
-        return run_command(PROG, builders[given[0]], given[1:])
-    return run_command(PROG, lambda: _parser_of(given), given)
+    if arguments and arguments[0] in builders:
+        return run_command(PROG, builders[arguments[0]], arguments[1:])
+    return run_command(PROG, lambda: _parser_of(arguments), arguments)
 
 
 def _builders() -> dict[str, Callable[[], CommandParser]]:
@@ -59,9 +59,9 @@ def command_parsers() -> dict[str, CommandParser]:
     return {name: build() for name, build in _builders().items()}
 
 
-def _parser_of(given: Sequence[str]) -> CommandParser:
-    if given:
-        check_command(given[0], (COMPARE, SWEEP, NEW, ADVISE), f"See `{PROG} --help`.")
+def _parser_of(arguments: Sequence[str]) -> CommandParser:
+    if arguments:
+        check_command(arguments[0], (COMPARE, SWEEP, NEW, ADVISE), f"See `{PROG} --help`.")
     return build_parser()
 
 
@@ -84,7 +84,7 @@ def build_parser() -> CommandParser:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of the run; one that was killed goes on, and a finished one to more --rounds",
+        help="folder of the run; a run that was killed continues there, and a finished one with more --rounds",
     )
     parser.add_argument("--reference", action="store_true", help="run FedAvg at full width on the same devices, too")
     parser.add_argument("--strategy", metavar="NAME", help="instead of the job's, as in `fedprune-server run`")
@@ -165,14 +165,14 @@ def build_new_parser() -> CommandParser:
 
 def _starter_boards(text: str) -> list[tuple[str, str, int]]:
     """Name, profile and bytes of each board, 0 for those of the profile."""
-    found = []
+    boards = []
     for item in text.split(","):
         name, equals, rest = item.partition("=")
         profile, colon, amount = rest.partition(":")
         if not (name and equals and profile):
             raise argparse.ArgumentTypeError(f"expected NAME=PROFILE or NAME=PROFILE:BYTES, got {item[:80]!r}")
-        found.append((name, profile, byte_count(amount) if colon else 0))
-    return found
+        boards.append((name, profile, byte_count(amount) if colon else 0))
+    return boards
 
 
 def _new(options: argparse.Namespace) -> None:
@@ -190,6 +190,7 @@ def _new(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    # Imports take a while, too: `--help` and a wrong option must not wait for onnxruntime.
     with progress("reading the fleet"):
         from fedprune_server.config.track_targets import track_targets
         from fedprune_server.simulation.api import simulate
@@ -213,12 +214,12 @@ def _run(options: argparse.Namespace) -> None:
         report = run.report(out, judged=judged)
     if options.json:
         reference = run.reference
-        found = claims(run.record, reference) if judged and reference is not None else ()
+        verdicts = claims(run.record, reference) if judged and reference is not None else ()
         print_json(
             {
                 "run": final_figures(run.record),
                 "reference": None if reference is None else final_figures(reference),
-                "claims": [{"text": claim.text, "measured": claim.measured, "held": claim.held} for claim in found],
+                "claims": [{"text": claim.text, "measured": claim.measured, "held": claim.held} for claim in verdicts],
                 "report": str(report),
             }
         )
@@ -268,9 +269,9 @@ def _sweep(options: argparse.Namespace) -> int:
     with progress("reading the sweep"):
         runs, out = read_sweep(options.file), output_folder(options.out)
     variants, failed = carry_out_variants(runs, out, workers=options.workers, ray=options.ray)
-    records = [record for found in variants.values() for record in found]
-    several = variants if any(len(found) > 1 for found in variants.values()) else None
-    page = write_comparison(out, records, variants=several) if records else None
+    records = [record for variant_records in variants.values() for record in variant_records]
+    variants_with_seeds = variants if any(len(variant_records) > 1 for variant_records in variants.values()) else None
+    page = write_comparison(out, records, variants=variants_with_seeds) if records else None
     if records and options.csv is not None:
         write_csv(options.csv, records)
     if options.json:
@@ -279,14 +280,14 @@ def _sweep(options: argparse.Namespace) -> int:
         report = None if page is None else str(page)
         print_json({"runs": rows, "variants": means, "failed": failure_rows(failed), "report": report})
     elif page is not None:
-        print_comparison(records, variants=several)
+        print_comparison(records, variants=variants_with_seeds)
         print(f"\nReport: {page}")
     print_remarks(records, failed, out)
     return int(ExitCode.TRAINING if failed else ExitCode.OK)
 
 
 def _check_csv(path: Path | None, out: Path) -> None:
-    """Find out before hours of runs that their table has no place."""
+    """Raise `UsageError` if the table can't be written: before hours of runs, not after them."""
     if path is None:
         return
     if path.is_dir():
@@ -296,7 +297,7 @@ def _check_csv(path: Path | None, out: Path) -> None:
 
 
 def _run_folder(out: Path) -> Path:
-    """A folder in which nothing but a run's files are written over."""
+    """The folder of `--out`. Raises `UsageError` if it holds something else than a run, which would be written over."""
     from fedprune_server.simulation.results.run_folder import is_run
 
     if output_folder(out).is_dir() and any(out.iterdir()) and not is_run(out):

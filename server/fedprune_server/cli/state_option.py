@@ -12,8 +12,8 @@ _TEXT = "the folder of `run --state`"
 
 
 def add_state(parser: argparse.ArgumentParser, text: str = _TEXT) -> None:
-    said = f"{text} (default: {VARIABLE}, or {_DEFAULT})"
-    parser.add_argument("--state", type=Path, default=_folder(), metavar="DIR", help=said)
+    description = f"{text} (default: {VARIABLE}, or {_DEFAULT})"
+    parser.add_argument("--state", type=Path, default=_folder(), metavar="DIR", help=description)
 
 
 def add_database(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +38,10 @@ def _folder() -> Path:
 
 
 def _from_environment(variable: str) -> str | None:
-    found = {name: os.environ[name] for name in (variable, f"{variable}_FILE") if os.environ.get(name, "").strip()}
-    if list(found) in ([], [variable]):
-        return found.get(variable)
-    from fedprune_server.config.environment import environment_layer  # as rarely as it is needed: it takes a while
+    values = {name: os.environ[name] for name in (variable, f"{variable}_FILE") if os.environ.get(name, "").strip()}
+    if list(values) in ([], [variable]):
+        return values.get(variable)
+    # Only a variable with _FILE needs the settings' classes, which take a while to import.
+    from fedprune_server.config.environment import environment_layer
 
-    return str(environment_layer(found).tables["server"][variable.rpartition("_")[2].lower()])
+    return str(environment_layer(values).tables["server"][variable.rpartition("_")[2].lower()])

@@ -36,8 +36,8 @@ from fedprune_server.storage.storage import Storage
 
 _NOT_BEGUN = "not begun"
 
+# Rounds that the text shows by default: they fit on a screen with the devices of a small fleet.
 LATEST = 10
-"""Rounds that the text shows unless it is asked for more."""
 
 
 def add_status(status: argparse.ArgumentParser) -> None:
@@ -70,13 +70,14 @@ def status_of_all(state: Path) -> dict[str, Any]:
     recorded = read_live(state) if first["running"] else read_recorded(state)
     first["alerts"] = _alerts(state, recorded, running=first["running"])
     further = [status(folder, state) for folder in folders(state) if (folder / FILE).exists() or kept(folder)]
-    every = [first, *further]
-    at = {d["name"]: body["job"].get("name") for body in every for d in body["devices"] if d["online"]}
+    bodies = [first, *further]
+    job_of_device = {d["name"]: body["job"].get("name") for body in bodies for d in body["devices"] if d["online"]}
+    # Without its broker the server knows no board's state: what it stored last would pass for the present.
     free, cut_off = recorded.free if first["running"] else (), any(a["kind"] == "broker" for a in first["alerts"])
-    for body in every:
+    for body in bodies:
         for device in body["devices"]:
             if further:
-                device["job"] = at.get(device["name"])
+                device["job"] = job_of_device.get(device["name"])
                 device["online"] = (device["job"] is not None or device["name"] in free) and not device["revoked"]
             if cut_off:
                 device["online"] = None
@@ -102,28 +103,30 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         IdentityError: Its identity is damaged, or others may read it.
     """
     leader = leader_elsewhere(folder)
+    # The lock is this machine's; a lease in the database shows a server on another one.
     running = held(folder / LOCK) or bool(leader)
     with Storage.existing(folder) as storage:
         settings, state, rows = storage.settings(), storage.load(), storage.devices()
         outsiders = storage.outsiders()
-        last, seen = storage.log.heard()
+        last_event, last_messages = storage.log.heard()
     judge = judging_metric((settings or {}).get("job", {}))
-    shut_out, misbehaved = revoked(identity or folder), read_rows(identity or folder)
-    known = {row["name"] for row in rows}
+    revoked_devices, quarantine_rows = revoked(identity or folder), read_rows(identity or folder)
+    stored_names = {row["name"] for row in rows}
     rows = [row | {"excluded": outsiders[n]["excluded"] if (n := row["name"]) in outsiders else row["excluded"]}
             for row in rows]  # fmt: skip
-    rows += [_outsider(name, body) for name, body in outsiders.items() if name not in known]
+    rows += [_outsider(name, body) for name, body in outsiders.items() if name not in stored_names]
     devices = [
         row
         | _of_state(row["name"], state)
         | _last_part(row["name"], state)
         | {
+            # `compared` shows how good the planner's own prediction was, `corrected` what rounds have taught it since.
             "compared": compared(row["name"], state, planned(row["plan"]) if row["plan"] else None),
             "corrected": compared(row["name"], state, row["plan"] and row["plan"]["prediction"]),
-            "online": row["online"] and running and row["name"] not in shut_out,
-            "revoked": row["name"] in shut_out,
-            "quarantine": misbehaved.get(row["name"]),
-            "seen_at": _latest(seen.get(row["name"]), outsiders.get(row["name"], {}).get("seen_at")),
+            "online": row["online"] and running and row["name"] not in revoked_devices,
+            "revoked": row["name"] in revoked_devices,
+            "quarantine": quarantine_rows.get(row["name"]),
+            "seen_at": _latest(last_messages.get(row["name"]), outsiders.get(row["name"], {}).get("seen_at")),
         }
         for row in sorted(rows, key=lambda r: r["name"])
     ]
@@ -132,7 +135,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         "server": str(identity or folder),
         "running": running,
         "leader": leader,
-        "heard_at": None if running else last,
+        "heard_at": None if running else last_event,
         "job": (settings or {}).get("job", {}),
         "round": state.round if state is not None else 0,
         "phase": state.phase.value if state is not None else _NOT_BEGUN,
@@ -168,14 +171,14 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
         lines.append(_private(body["privacy"]))
     for device in body["devices"]:
         lines += _device_lines(device, body.get("privacy", {}).get("epsilon", {}).get(device["name"]))
-    shown = history[-rounds:]
-    if len(shown) < len(history):
-        lines.append(f"  the last {len(shown)} of {quantity(len(history), 'round')}:")
-    for row in shown:
-        counted = sum(d["progress"] == "folded" for d in row["devices"].values())
+    latest_rounds = history[-rounds:]
+    if len(latest_rounds) < len(history):
+        lines.append(f"  the last {len(latest_rounds)} of {quantity(len(history), 'round')}:")
+    for row in latest_rounds:
+        counted_devices = sum(d["progress"] == "folded" for d in row["devices"].values())
         metrics = metric_texts(row["metrics"]) or ["not evaluated"]
-        asked = quantity(len(row["devices"]), "device")
-        figures = [f"{counted} of {asked}", *metrics, *board_texts(row, judging_metric(job))]
+        devices_asked = quantity(len(row["devices"]), "device")
+        figures = [f"{counted_devices} of {devices_asked}", *metrics, *board_texts(row, judging_metric(job))]
         lines.append(f"  round {row['round']}: {', '.join(figures)}")
         lines += [f"    {note}" for note in row.get("notes", ())]
         lines += [
@@ -216,9 +219,9 @@ def _alerts(folder: Path, recorded: Recorded, *, running: bool) -> list[dict[str
         return []
     now = time.time()
     situation = Situation(folder, turned_s=max(0.0, now - recorded.turned_at), suspended=suspended_server(folder))
-    found = [*evaluate_alerts(situation, now), *recorded.current_alerts]
+    alerts = [*evaluate_alerts(situation, now), *recorded.current_alerts]
     keys = ("kind", "severity", "since", "what", "todo", "job", "device")
-    return [{key: getattr(alert, key) for key in keys} for alert in found]
+    return [{key: getattr(alert, key) for key in keys} for alert in alerts]
 
 
 def _early_end(job: dict[str, Any], state: State | None) -> str:
@@ -226,19 +229,19 @@ def _early_end(job: dict[str, Any], state: State | None) -> str:
 
 
 def _privacy(job: dict[str, Any], state: State | None) -> dict[str, Any]:
-    found = costs(Privacy.from_dict(job["privacy"]), state)
-    return {"privacy": found} if found else {}
+    privacy_costs = costs(Privacy.from_dict(job["privacy"]), state)
+    return {"privacy": privacy_costs} if privacy_costs else {}
 
 
 def _private(body: dict[str, Any]) -> str:
-    known = {name: value for name, value in body["epsilon"].items() if value is not None}
-    said = "ε unknown without the extra privacy"
-    if known:
-        dearest = max(known, key=lambda n: known[n])
-        said = f"ε at most {known[dearest]:.3g} ({dearest})"
+    epsilons = {name: value for name, value in body["epsilon"].items() if value is not None}
+    epsilon = "ε unknown without the extra privacy"
+    if epsilons:
+        most_spent = max(epsilons, key=lambda n: epsilons[n])
+        epsilon = f"ε at most {epsilons[most_spent]:.3g} ({most_spent})"
     budget = f", budget {body['epsilon_budget']:g}" if body["epsilon_budget"] else ""
     noise = f"{body['noise']} noise of {body['noise_multiplier']:g} times the clip {body['clip']:g}"
-    return f"  private: {said} at δ {body['delta']:g}{budget}; {noise}"
+    return f"  private: {epsilon} at δ {body['delta']:g}{budget}; {noise}"
 
 
 def _phase(body: dict[str, Any]) -> str:
@@ -253,8 +256,8 @@ def _stopped(body: dict[str, Any]) -> str:
     command = f"fedprune-server run --state {shlex.quote(body['server'])}"
     if not body["job"]:
         return f"  no server is running{since}; to start a job: {command} --model MODEL"
-    over = body["phase"] == Phase.FINISHED.value
-    end = "" if over else f"; to go on: {command}"
+    is_finished = body["phase"] == Phase.FINISHED.value
+    end = "" if is_finished else f"; to go on: {command}"
     return f"  no server is running{since}{end}"
 
 
@@ -307,17 +310,17 @@ def _misbehaved(row: dict[str, Any]) -> str:
         "dropped": "messages dropped unread", "bad": "messages that make no sense", "unasked": "chunks unasked for",
         "refused": "malformed updates",
     }  # fmt: skip
-    parts = [f"{row[key]} {what}" for key, what in kinds.items() if row[key]]
+    texts = [f"{row[key]} {what}" for key, what in kinds.items() if row[key]]
     if row["until"] is not None and row["until"] > time.time():
-        parts.insert(0, f"in quarantine until {_clock(row['until'])} (no. {row['times']}): {row['reason']}")
+        texts.insert(0, f"in quarantine until {_clock(row['until'])} (no. {row['times']}): {row['reason']}")
     elif row["times"]:
-        parts.insert(0, f"was in quarantine {row['times']} times, lastly: {row['reason']}")
-    return "; ".join(parts)
+        texts.insert(0, f"was in quarantine {row['times']} times, lastly: {row['reason']}")
+    return "; ".join(texts)
 
 
 def _outsider(name: str, body: dict[str, Any]) -> dict[str, Any]:
-    blank = {"online": False, "profile": "?", "samples": 0, "excluded": "unknown"}
-    return {**blank, **body, "name": name, "widths": [], "plan": None, "bytes_down": 0, "bytes_up": 0}
+    defaults = {"online": False, "profile": "?", "samples": 0, "excluded": "unknown"}
+    return {**defaults, **body, "name": name, "widths": [], "plan": None, "bytes_down": 0, "bytes_up": 0}
 
 
 def _of_state(name: str, state: State | None) -> dict[str, Any]:
@@ -333,11 +336,11 @@ def _last_part(name: str, state: State | None) -> dict[str, Any]:
     if state is not None:
         task = state.tasks.get(name)
         if task is not None:
-            found = {"progress": task.progress.value, "reason": task.reason, "kind": task.kind}
-            return {"round": state.round_of(task), **found}
+            outcome_fields = {"progress": task.progress.value, "reason": task.reason, "kind": task.kind}
+            return {"round": state.round_of(task), **outcome_fields}
         for row in reversed(state.history):
             part = row["devices"].get(name)
             if part is not None:
-                found = {key: part.get(key, "") for key in ("progress", "reason", "kind")}
-                return {"round": row["round"], **found}
+                outcome_fields = {key: part.get(key, "") for key in ("progress", "reason", "kind")}
+                return {"round": row["round"], **outcome_fields}
     return {"round": None, "progress": None, "reason": "", "kind": ""}

@@ -26,7 +26,7 @@ from fedprune_server.storage.state_folder import LOCK, folder_lock, folders
 def add_check(check: argparse.ArgumentParser) -> None:
     add_state(check)
     check.add_argument(
-        "--repair", action="store_true", help="delete what isn't needed, set damaged blobs aside, say what was done"
+        "--repair", action="store_true", help="delete what isn't needed, set damaged blobs aside, and list each action"
     )
     check.add_argument(
         "--from", dest="backup", type=Path, metavar="DIR", help="with --repair: a backup to take missing blobs from"
@@ -38,7 +38,7 @@ def add_check(check: argparse.ArgumentParser) -> None:
 
 def add_backup(backup: argparse.ArgumentParser) -> None:
     add_state(backup)
-    backup.add_argument("--to", type=Path, required=True, metavar="PLACE", help="a folder, to which the next adds")
+    backup.add_argument("--to", type=Path, required=True, metavar="PLACE", help="a folder; the next backup adds to it")
     add_json(backup)
     backup.set_defaults(function=_backup)
 
@@ -51,7 +51,7 @@ def add_restore(restore: argparse.ArgumentParser) -> None:
     restore.add_argument(
         "--database", metavar="URL", help="of an empty PostgreSQL database (default: SQLite in the folder)"
     )
-    restore.add_argument("--dry-run", action="store_true", help="see whether the backup is whole, and write nothing")
+    restore.add_argument("--dry-run", action="store_true", help="check that the backup is complete, and write nothing")
     add_json(restore)
     restore.set_defaults(function=_restore)
 
@@ -63,60 +63,60 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.backup is not None and not arguments.backup.is_dir():
         raise UsageError("--from", expected="a backup's folder", got=str(arguments.backup))
 
-    def found(part: Path, *, running: bool) -> list[Finding]:
-        with byte_progress(f"reading {part}", size_of(part)) as advance:
-            return list(check(part, advance, running=running, allowed=arguments.allow))
+    def read_findings(job_folder: Path, *, running: bool) -> list[Finding]:
+        with byte_progress(f"reading {job_folder}", size_of(job_folder)) as advance:
+            return list(check(job_folder, advance, running=running, allowed=arguments.allow))
 
-    def tell(text: object) -> None:
+    def print_text(text: object) -> None:
         if not arguments.json:
             print_verdicts(str(text))
 
-    wrong, told, repaired = 0, [], []
-    for part in (folder, *folders(folder)):
+    wrong_count, finding_rows, repaired = 0, [], []
+    for job_folder in (folder, *folders(folder)):
         if arguments.repair:
-            backup = None if arguments.backup is None else arguments.backup / part.relative_to(folder)
-            with folder_lock(part):
-                findings = found(part, running=False)
+            backup = None if arguments.backup is None else arguments.backup / job_folder.relative_to(folder)
+            with folder_lock(job_folder):  # a running server could refer to a blob that is deleted here
+                findings = read_findings(job_folder, running=False)
                 for finding in findings:
-                    tell(finding)
-                for done in repair(part, findings, backup):
-                    repaired.append(done)
-                    tell(f"repaired: {done}")
-                findings = found(part, running=False)
-                left = [f for f in findings if f.wrong]
-                for finding in left:
-                    tell(f"still {finding}")
+                    print_text(finding)
+                for action in repair(job_folder, findings, backup):
+                    repaired.append(action)
+                    print_text(f"repaired: {action}")
+                findings = read_findings(job_folder, running=False)
+                remaining = [f for f in findings if f.wrong]
+                for finding in remaining:
+                    print_text(f"still {finding}")
         else:
-            findings = found(part, running=held(part / LOCK))
+            findings = read_findings(job_folder, running=held(job_folder / LOCK))
             for finding in findings:
-                tell(finding)
-        told += [{"folder": str(part), **f.to_dict()} for f in findings]
-        wrong += sum(f.wrong for f in findings)
+                print_text(finding)
+        finding_rows += [{"folder": str(job_folder), **f.to_dict()} for f in findings]
+        wrong_count += sum(f.wrong for f in findings)
     if arguments.json:
-        print_json({"state": str(folder), "wrong": wrong, "findings": told, "repaired": repaired})
-    if wrong:
+        print_json({"state": str(folder), "wrong": wrong_count, "findings": finding_rows, "repaired": repaired})
+    if wrong_count:
         raise StorageError(
-            f"{folder}: {wrong} thing{'s are' if wrong > 1 else ' is'} wrong",
+            f"{folder}: {wrong_count} thing{'s are' if wrong_count > 1 else ' is'} wrong",
             hint="See above; docs/back-up.md explains what to do.",
         )
-    tell(f"{folder}: all that its job needs is there and whole")
+    print_text(f"{folder}: all that its job needs is there and whole")
 
 
 def _backup(arguments: argparse.Namespace) -> None:
     state: Path = arguments.state
     has_identity, rows = False, []
-    for part in (state, *folders(state)):
-        target = arguments.to / part.relative_to(state)
-        with ended_by_signals(), byte_progress(f"backing {part} up", size_of(part)) as advance:
-            made = back_up(part, target, advance)
-        record_backup(part)
-        has_identity = has_identity or made.has_identity
+    for job_folder in (state, *folders(state)):
+        target = arguments.to / job_folder.relative_to(state)
+        with ended_by_signals(), byte_progress(f"backing {job_folder} up", size_of(job_folder)) as advance:
+            manifest = back_up(job_folder, target, advance)
+        record_backup(job_folder)
+        has_identity = has_identity or manifest.has_identity
         if arguments.json:
-            rows.append({"place": str(target), **_facts(made), "private_keys": made.has_identity})
+            rows.append({"place": str(target), **_facts(manifest), "private_keys": manifest.has_identity})
             continue
         print(
-            f"{target}: job {made.job} in round {made.round}, {quantity(len(made.entries), 'file')}, "
-            f"{amount(made.size, 'bytes')}"
+            f"{target}: job {manifest.job} in round {manifest.round}, {quantity(len(manifest.entries), 'file')}, "
+            f"{amount(manifest.size, 'bytes')}"
         )
     if arguments.json:
         print_json(rows)
@@ -129,34 +129,34 @@ def _backup(arguments: argparse.Namespace) -> None:
 def _restore(arguments: argparse.Namespace) -> None:
     target: Path = arguments.state
     backup: Path = arguments.backup
-    parts = [backup, *folders(backup)]
+    source_folders = [backup, *folders(backup)]
     rows = []
+    # All targets first, then all sources: a restore that can't be finished must not begin.
     if not arguments.dry_run:
-        for part in parts:
-            check_target(target / part.relative_to(backup))
-    for part in parts:
+        for source_folder in source_folders:
+            check_target(target / source_folder.relative_to(backup))
+    for source_folder in source_folders:
         with ended_by_signals():
-            source = Backup(part)
+            source = Backup(source_folder)
             manifest = source.manifest
-            with byte_progress(f"reading {part}", manifest.size) as advance:
+            with byte_progress(f"reading {source_folder}", manifest.size) as advance:
                 source.verify(advance)
-        rows.append({"place": str(part), **_facts(manifest), "private_keys": manifest.has_identity})
+        rows.append({"place": str(source_folder), **_facts(manifest), "private_keys": manifest.has_identity})
         if arguments.json:
             continue
-        print(
-            f"{part} is whole: job {manifest.job} in round {manifest.round}, {quantity(len(manifest.entries), 'file')}"
-        )
+        files = quantity(len(manifest.entries), "file")
+        print(f"{source_folder} is whole: job {manifest.job} in round {manifest.round}, {files}")
     if arguments.dry_run:
         if arguments.json:
             print_json(rows)
         return
-    for part in parts:
-        database = arguments.database if part == backup else None
+    for source_folder in source_folders:
+        database = arguments.database if source_folder == backup else None
         with ended_by_signals():
-            source = Backup(part)
+            source = Backup(source_folder)
             with byte_progress(f"writing {target}", source.manifest.size) as advance:
-                source.restore(target / part.relative_to(backup), database, advance)
-            if part == backup:
+                source.restore(target / source_folder.relative_to(backup), database, advance)
+            if source_folder == backup:
                 manifest = source.manifest
     if arguments.json:
         print_json(rows)
@@ -176,9 +176,9 @@ def _restore(arguments: argparse.Namespace) -> None:
 
 
 def _advise(arguments: argparse.Namespace, text: str) -> None:
-    """Print what to do next: next to JSON on stderr."""
+    """Print what to do next; on stderr if standard output has JSON."""
     print(text, file=sys.stderr if arguments.json else sys.stdout)
 
 
-def _facts(made: Manifest) -> dict[str, Any]:
-    return {"job": made.job, "round": made.round, "files": len(made.entries), "bytes": made.size}
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    return {"job": manifest.job, "round": manifest.round, "files": len(manifest.entries), "bytes": manifest.size}

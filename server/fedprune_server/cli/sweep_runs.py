@@ -26,7 +26,7 @@ def output_folder(out: Path) -> Path:
 def carry_out_variants(
     runs: Sequence[RunSpec], out: Path, *, workers: int, ray: bool = False
 ) -> tuple[dict[str, list[Record]], list[RunEnd]]:
-    """Do a sweep's runs, with a bar for each. Returns the records of each variant, and the runs that failed."""
+    """Carry out a sweep's runs, with a bar for each. Returns the records of each variant, and the runs that failed."""
     from fedprune_server.simulation.results.comparison import read_runs
     from fedprune_server.simulation.results.runs_progress import SweepDisplay
     from fedprune_server.simulation.runs import carry_out
@@ -34,9 +34,9 @@ def carry_out_variants(
 
     with hint_at_continuation(out), SweepDisplay() as display:
         ended = carry_out(simulate_run, runs, out, workers=workers, ray=ray, watch=display.show)
-    done = [run for run, end in zip(runs, ended, strict=True) if not end.error]
+    finished = [run for run, end in zip(runs, ended, strict=True) if not end.error]
     variants: dict[str, list[Record]] = {}
-    for run, record in zip(done, read_runs([out / run.name for run in done]) if done else (), strict=True):
+    for run, record in zip(finished, read_runs([out / run.name for run in finished]) if finished else (), strict=True):
         variants.setdefault(variant_of(run), []).append(record)
     return variants, [end for end in ended if end.error]
 
@@ -55,15 +55,15 @@ def print_remarks(records: Sequence[Record], failed: Sequence[RunEnd], out: Path
             print(f"{record.title}: {line}", file=sys.stderr)
     for run in failed:
         details = out / run.name / FAILED
-        more = f" (details: {details})" if details.exists() else ""
-        print(f"{run.name} failed: {run.error.splitlines()[-1]}{more}", file=sys.stderr)
+        suffix = f" (details: {details})" if details.exists() else ""
+        print(f"{run.name} failed: {run.error.splitlines()[-1]}{suffix}", file=sys.stderr)
 
 
 @contextmanager
 def hint_at_continuation(folder: Path) -> Iterator[None]:
-    """Say what to do after Ctrl-C; SIGTERM is the same."""
+    """Say after Ctrl-C or SIGTERM how to continue."""
     with ended_by_signals():
         try:
             yield
-        except KeyboardInterrupt as stopped:
-            raise KeyboardInterrupt(f"the same command continues with what {folder} holds") from stopped
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt(f"the same command continues with what {folder} holds") from interrupt

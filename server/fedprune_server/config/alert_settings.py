@@ -11,8 +11,8 @@ from fedprune.core.errors import ConfigError, shown
 from fedprune_server.config.setting import check_settings, setting
 
 OFF = "off"
+# Paths are made absolute when settings are stored: the next start may have another working folder.
 PATHS = ("webhook_secret", "services")
-"""Keys that name files."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class AlertSettings:
             raise ConfigError(("alerts", "webhook_secret"), expected="a webhook as well", got="none")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, with paths that hold in every folder."""
+        """The settings as JSON, with absolute paths."""
         return {k: str(v.resolve()) if isinstance(v, Path) else v for k, v in asdict(self).items()}
 
 
@@ -73,6 +73,7 @@ def shown_url(url: str) -> str:
 
 def _check_url(name: str, url: str) -> None:
     scheme, host, port = _parts(url)
+    # A user in the address would be stored with the settings, and `shown_url` couldn't tell it from the host's name.
     fine = scheme in ("http", "https") and host and port != 0 and "@" not in url.partition("://")[2].partition("/")[0]
     if url != OFF and not (fine and url.isascii() and url.isprintable() and " " not in url and "#" not in url):
         raise ConfigError(
@@ -84,7 +85,7 @@ def _check_url(name: str, url: str) -> None:
 def _parts(url: str) -> tuple[str, str, int | None]:
     """Scheme, host and port of an address; empty where the address is invalid, and 0 for an invalid port."""
     try:
-        found = urlsplit(url)
-        return found.scheme, found.hostname or "", found.port
+        parts = urlsplit(url)
+        return parts.scheme, parts.hostname or "", parts.port
     except ValueError:
         return "", "", 0

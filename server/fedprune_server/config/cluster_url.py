@@ -6,8 +6,8 @@ import re
 
 from fedprune.core.errors import ConfigError
 
+# The default needs no cluster: workers are processes of this machine.
 PROCESSES = "processes"
-"""Processes of this machine."""
 
 _AUTO, _CLIENT, _NODE = "ray:auto", "ray://", "ray:"
 _PLACE = re.compile(r"[A-Za-z0-9._\-]{1,253}:[0-9]{1,5}|\[[0-9A-Fa-f:.]{2,45}\]:[0-9]{1,5}")
@@ -31,7 +31,7 @@ def ray_address(url: str) -> str:
 
 
 def needs_client(url: str) -> bool:
-    """Whether it is reached through a Ray client server, from outside of the cluster."""
+    """Whether the cluster is reached from outside, through a Ray client server."""
     return url.startswith(_CLIENT)
 
 
@@ -39,5 +39,6 @@ def endpoint(url: str) -> tuple[str, int] | None:
     """Host and port; None where Ray finds them itself."""
     if url in (PROCESSES, _AUTO):
         return None
+    # rpartition, since the address of an IPv6 host has colons of its own.
     host, _, port = ray_address(url).removeprefix(_CLIENT).rpartition(":")
     return host.strip("[]"), int(port)

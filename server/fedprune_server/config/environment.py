@@ -22,25 +22,28 @@ from fedprune_server.config.layers import Layer
 from fedprune_server.config.server_config import PLACES, ServerConfig
 from fedprune_server.config.tables import TABLES, anchored
 
+# Stands in for `--config`, which wins: an image or a service file can name the `fleet.toml` without a command line.
 CONFIG = "FEDPRUNE_CONFIG"
-"""Names the `fleet.toml`, where `--config` doesn't."""
 
 _FILE = "_FILE"
 _EXPECTED = "a setting, as FEDPRUNE_<TABLE>_<KEY>"
+# A secret or a list of addresses has a few hundred bytes; a larger file is another one, named by mistake.
 _MAX_FILE = 65536
+# `difflib`'s ratio from which a word may be a misspelt table. A lower one would refuse the variables of boards, which
+# begin with FEDPRUNE_, too, and may be set on the same machine.
 _ALIKE = 0.66
-"""`difflib`'s ratio from which a word may be a misspelt table: boards have variables that begin alike."""
 
 _PREFIXES = tuple(f"FEDPRUNE_{table.upper()}_" for table in TABLES)
+# Tables with any key: the strategy declares its own options, and isn't imported to read the environment.
 _OPEN = {"FEDPRUNE_JOB_OPTIONS_": ("job", "options"), "FEDPRUNE_JOB_SCHEDULE_": ("job", "schedule")}
-"""Tables whose keys are not known here: the strategy's own."""
+# Kubernetes sets variables with these endings for each Service of a namespace (`enableServiceLinks`). That of a Service
+# `fedprune-servers` would otherwise be taken for a misspelt `FEDPRUNE_SERVER_PORT`.
 _LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$")
-"""Ends of the variables that Kubernetes makes for a Service, whatever that is called."""
 
 
 def variables() -> dict[str, tuple[tuple[str, ...], bool]]:
-    """Every variable by name: the setting that it is, and whether it is a text."""
-    found: dict[tuple[str, ...], bool] = {}
+    """Every variable by name, with the path of its setting, and whether the setting is a text."""
+    is_text_by_path: dict[tuple[str, ...], bool] = {}
     for table, kind in (
         (("job",), Job),
         (("job", "privacy"), Privacy),
@@ -51,59 +54,59 @@ def variables() -> dict[str, tuple[tuple[str, ...], bool]]:
         for f in fields(kind):
             if f.name not in ("job", "alerts", "privacy", "recipe"):
                 path = PLACES.get(f.name, (*table, f.name)) if kind is ServerConfig else (*table, f.name)
-                found[path] = _is_text(str(f.type), f.default)
-    return {"FEDPRUNE_" + "_".join(path).upper(): (path, text) for path, text in found.items()}
+                is_text_by_path[path] = _is_text(str(f.type), f.default)
+    return {"FEDPRUNE_" + "_".join(path).upper(): (path, text) for path, text in is_text_by_path.items()}
 
 
 def environment_layer(environment: Mapping[str, str]) -> Layer:
     """The settings of the environment, with relative paths from the current folder. Raises `ConfigError` if a variable
     of one of the tables, or of what looks like one, is no setting, has no value that TOML knows, or names a file that
     can't be used."""
-    known = variables()
+    settings = variables()
     origins: dict[KeyPath, str] = {}
     layer = Layer("the environment", {}, origins)
     for name in sorted(environment):
-        where = f"environment variable {name}"
+        variable = f"environment variable {name}"
         if not name.startswith(_PREFIXES):
-            if setting := _misspelt(name, known):
-                raise ConfigError(f"{where} (did you mean {setting!r}?)", expected=_EXPECTED)
+            if setting := _misspelt(name, settings):
+                raise ConfigError(f"{variable} (did you mean {setting!r}?)", expected=_EXPECTED)
             continue
-        path, text, from_file = _setting(name, known)
+        path, text, from_file = _setting(name, settings)
         if path in origins:
-            raise ConfigError(where, expected="this or the variable without _FILE", got="both")
-        value = file_text(Path(environment[name]), where) if from_file else environment[name]
+            raise ConfigError(variable, expected="this or the variable without _FILE", got="both")
+        value = file_text(Path(environment[name]), variable) if from_file else environment[name]
         table = layer.tables
-        for part in path[:-1]:
-            table = table.setdefault(part, {})
-        table[path[-1]] = value if text else _value(value, path, where)
-        origins[path] = where
+        for key in path[:-1]:
+            table = table.setdefault(key, {})
+        table[path[-1]] = value if text else _value(value, path, variable)
+        origins[path] = variable  # errors name the variable, which the user can change
     return Layer(layer.name, anchored(layer.tables, Path.cwd()), origins)
 
 
-def _setting(name: str, known: Mapping[str, tuple[tuple[str, ...], bool]]) -> tuple[tuple[str, ...], bool, bool]:
+def _setting(name: str, settings: Mapping[str, tuple[tuple[str, ...], bool]]) -> tuple[tuple[str, ...], bool, bool]:
     """The setting of a variable, whether it is a text, and whether the variable names a file with it."""
-    for plain, from_file in ((name, False), (name.removesuffix(_FILE), True)):
-        if plain in known:
-            return (*known[plain], from_file)
+    for variable, from_file in ((name, False), (name.removesuffix(_FILE), True)):
+        if variable in settings:
+            return (*settings[variable], from_file)
     for prefix, table in _OPEN.items():
         if name.startswith(prefix) and len(name) > len(prefix):
             return (*table, name.removeprefix(prefix).lower()), False, False
     raise ConfigError(
-        f"environment variable {name[:80]}{meant(name.removesuffix(_FILE), known)}",
+        f"environment variable {name[:80]}{meant(name.removesuffix(_FILE), settings)}",
         expected=_EXPECTED,
         hint="docs/reference/settings.md lists all keys. Where Kubernetes made it, set enableServiceLinks: false.",
     )  # fmt: skip
 
 
-def _misspelt(name: str, known: Container[str]) -> str | None:
+def _misspelt(name: str, settings: Container[str]) -> str | None:
     """The setting that was meant by a name with a slip in the table and none in the key."""
     program, _, rest = name.partition("_")
     word, _, key = rest.removesuffix(_FILE).partition("_")
     if program != "FEDPRUNE" or not word.isalpha() or _LINK.search(name):
         return None
-    near = get_close_matches(word.lower(), TABLES, 1, _ALIKE)
-    setting = f"FEDPRUNE_{near[0].upper()}_{key}" if near else ""
-    return setting if setting in known else None
+    similar_tables = get_close_matches(word.lower(), TABLES, 1, _ALIKE)
+    setting = f"FEDPRUNE_{similar_tables[0].upper()}_{key}" if similar_tables else ""
+    return setting if setting in settings else None
 
 
 def _is_text(kind: str, default: object) -> bool:
@@ -115,6 +118,7 @@ def _is_text(kind: str, default: object) -> bool:
 def _value(text: str, path: tuple[str, ...], where: str) -> Any:
     """A value written as in TOML; an option of a strategy may also be a bare word."""
     try:
+        # A text of several lines could add keys of its own to the table that is parsed here.
         return parse_toml(f"value = {text}\n")["value"] if "\n" not in text else _no_value()
     except ValueError:
         if path[:-1] in _OPEN.values():

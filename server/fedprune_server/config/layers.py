@@ -12,6 +12,7 @@ from typing import Any
 from fedprune.core.errors import ConfigError, FedpruneError, KeyPath, shown
 from fedprune.core.toml_file import read_toml
 
+# Settings are printed by `config show`, and logged: PostgreSQL takes a password before the host or as a parameter.
 _PASSWORD = re.compile(r"(://[^/@\s:]*):\S*@")
 _QUERY = re.compile(r"([?&]\w*password\w*=)[^&\s]*", re.IGNORECASE)
 
@@ -38,10 +39,10 @@ class Layer:
         value: Any = self.tables
         for key in path:
             if isinstance(key, int):
-                known = isinstance(value, list) and key < len(value)
+                is_present = isinstance(value, list) and key < len(value)
             else:
-                known = isinstance(value, Mapping) and key in value
-            if not known:
+                is_present = isinstance(value, Mapping) and key in value
+            if not is_present:
                 return None
             value = value[key]
         return value
@@ -53,13 +54,16 @@ def file_layer(path: Path) -> Layer:
 
 
 def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables in which the upper layer wins, key by key; what should be a table and isn't stays, as an error."""
-    both = dict(lower)
+    """Merge two layers' tables, key by key; the upper layer wins.
+
+    A value that should be a table and isn't stays in the result, where the check of settings reports it.
+    """
+    tables = dict(lower)
     for key, value in upper.items():
         if isinstance(value, Mapping) and key in lower:
             value = merged(lower[key], value) if isinstance(lower[key], Mapping) else lower[key]
-        both[key] = value
-    return both
+        tables[key] = value
+    return tables
 
 
 def origin(layers: Sequence[Layer], path: KeyPath) -> str | None:
@@ -79,24 +83,29 @@ def origin(layers: Sequence[Layer], path: KeyPath) -> str | None:
 
 @contextmanager
 def located(layers: Sequence[Layer]) -> Iterator[None]:
-    """Let errors on settings begin with the setting's origin, or that of the innermost table that there is."""
+    """Prefix errors about settings with the setting's origin, or with that of the innermost table that is set.
+
+    A missing key has no origin of its own; its table has.
+    """
     try:
         yield
     except FedpruneError as error:
         if not error.path:
             raise
-        tables = (error.path[:n] for n in range(len(error.path), 0, -1))
-        place = next((found for path in tables if (found := origin(layers, path))), layers[0].name)
-        raise error.named(f"{place}: {error.what}") from error
+        table_paths = (error.path[:n] for n in range(len(error.path), 0, -1))
+        source = next(
+            (setting_source for path in table_paths if (setting_source := origin(layers, path))), layers[0].name
+        )
+        raise error.named(f"{source}: {error.what}") from error
 
 
 def masked(text: str) -> str:
-    """A setting as it may be shown: without the passwords of addresses in it."""
+    """A setting's text without the passwords of addresses in it."""
     return _QUERY.sub(r"\1***", _PASSWORD.sub(r"\1:***@", text))
 
 
 def brief(value: object) -> str:
-    """A setting's value as a line shows it, as in TOML where that is short."""
+    """A setting's value on one line, as TOML writes it where that is short."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

@@ -108,9 +108,9 @@ class JobSettings:
     def check_job(self) -> None:
         """Raise `ConfigError` if settings don't fit together."""
         for name in ("loss", "metric"):
-            if getattr(self, name) is not None and (said := getattr(self.job.recipe, name)) != CUSTOM:
+            if getattr(self, name) is not None and (recipe_choice := getattr(self.job.recipe, name)) != CUSTOM:
                 raise ConfigError(
-                    ("model", name), expected=f"recipe.{name} = {CUSTOM!r} with it", got=repr(said),
+                    ("model", name), expected=f"recipe.{name} = {CUSTOM!r} with it", got=repr(recipe_choice),
                     hint=f"Say so in [job.recipe], or leave the {name} of your own out.",
                 )  # fmt: skip
         if self.blobs != FOLDER:
@@ -167,7 +167,7 @@ class BrokerSettings:
             )
         try:
             words = shlex.split(self.on_revocation)
-        except ValueError:
+        except ValueError:  # a quotation mark without its second
             words = []
         if not words or not self.on_revocation.isprintable():
             raise ConfigError(
@@ -268,9 +268,10 @@ class WebConsoleSettings:
                 ("server", "console_releases"), expected="a folder that exists", got=shown(str(self.console_releases))
             )
         if (self.console_certificate is None) != (self.console_key is None):
-            given = "console_certificate" if self.console_key is None else "console_key"
+            setting = "console_certificate" if self.console_key is None else "console_key"
             expected = "console_certificate and console_key, or neither"
-            raise ConfigError(("server", given), expected=expected, got="one of them")
+            raise ConfigError(("server", setting), expected=expected, got="one of them")
+        # A proxy is no exception: it is on this machine, and reaches the console at a loopback address.
         if place is None or self.console_certificate is not None or self.console_insecure:
             return
         if not is_loopback(place[0]):
@@ -318,7 +319,7 @@ class ReportSettings:
                 expected=f"http://host[:port] or https://..., without a user, or {OFF!r}",
                 got=shown(self.traces.rpartition("@")[2]),
             )
-        track_targets(self.track, ("server", "track"))
+        track_targets(self.track, ("server", "track"))  # raises where the first round would fail otherwise
 
 
 @dataclass(frozen=True)
@@ -358,32 +359,33 @@ class ServerConfig(ReportSettings, WebConsoleSettings, WebSettings):
         return {k: str(v if v == SYSTEM else v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
 
 
+# A server with several jobs reads these from each job's file; every other setting is the server's, and set once.
 PER_JOB = tuple(f.name for f in fields(JobSettings))
-"""Settings that each job of a server has of its own."""
 
+# Settings of a job that stand in tables of their own instead of [server]: a simulation reads the same tables.
 PLACES = {name: ("model", name) for name in ("input_shape", "loss", "metric", "lora", "base")} | {
     "model": ("model", "path"),
     "evaluation": ("evaluation", "data"),
     "calibration": ("calibration", "data"),
 }
-"""Table and key of the settings that have tables of their own."""
 
 _TYPES = {f.name: str(f.type) for f in fields(ServerConfig) if f.name not in ("job", "alerts", *PLACES)}
 
+# Derived, so that a new setting needs one declaration: it is a key of [server] unless it has a table of its own.
 SERVER = tuple(_TYPES)
-"""Keys of the table [server]."""
 
+# Settings that name files and folders, in addition to `state`, which has a default: relative paths in a file count
+# from the file's folder.
 PATHS = tuple(name for name, kind in _TYPES.items() if kind == "Path | None")
-"""Settings that name files and folders, in addition to `state`."""
 
+# Keys that the database doesn't keep: the state folder is or contains the first two, and a command must not be chosen
+# by writing to the database.
 ELSEWHERE = ("state", "database", "on_revocation")
-"""Keys that the database doesn't keep: the state folder is or contains the first two, and a command must not be chosen
-by writing to the database."""
 
 
 def without_password(broker: str) -> str:
-    scheme, mark, rest = broker.partition("://")
-    return f"{scheme}{mark}{rest.rpartition('@')[2]}"
+    scheme, separator, rest = broker.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
 def is_loopback(host: str) -> bool:

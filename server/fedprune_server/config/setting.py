@@ -13,8 +13,8 @@ from fedprune.core.settings import bounded, check_fields, one_of
 
 _Settings = TypeVar("_Settings")
 
+# The metavar of a setting whose option takes no value; an empty one means that there is no option.
 SWITCH = "-"
-"""Metavar of a setting whose option takes no value."""
 
 
 def setting(
@@ -55,7 +55,7 @@ def check_settings(settings: Any, path: KeyPath) -> None:
         if kind.startswith(("str", "Path")) and not (value is None and kind.endswith("None")):
             if not isinstance(value, Path) and (not isinstance(value, str) or not value.strip()):
                 raise ConfigError((*path, f.name), expected="a text", got=shown(value))
-            if kind.startswith("Path"):
+            if kind.startswith("Path"):  # the settings are frozen, and this is still their construction
                 object.__setattr__(settings, f.name, Path(value))
 
 

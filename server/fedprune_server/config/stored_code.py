@@ -13,6 +13,7 @@ from fedprune.jobs.job import Job
 from fedprune_device.data.array_source import is_function
 from fedprune_server.config.cluster_url import PROCESSES
 
+# Tables whose key `data` may be a function instead of a file.
 _DATA = ("evaluation", "calibration")
 
 
@@ -22,6 +23,7 @@ def code_names(tables: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str
     Args:
         tables: As those of a `fleet.toml`.
     """
+    # A shipped strategy's name has no colon; `package.module:function` has.
     strategy = _text(tables, "job", "strategy")
     if ":" in strategy:
         yield ("job", "strategy"), strategy
@@ -33,7 +35,7 @@ def code_names(tables: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str
 
 
 def stored_code_error(path: tuple[str, str], name: str, where: str, hint: str) -> ConfigError:
-    """The error about a name that only a database says.
+    """The error about the name of code that stands in a database alone.
 
     Args:
         path: Table and key.

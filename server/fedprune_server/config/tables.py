@@ -20,11 +20,11 @@ from fedprune_server.config.server_config import PATHS, PLACES, SERVER, ServerCo
 from fedprune_server.config.setting import read_table
 from fedprune_server.config.track_targets import anchored_track
 
+# The tables of a `fleet.toml`. A misspelt one is refused: its settings would silently be the defaults.
 TABLES = ("job", "model", "evaluation", "calibration", "server", "alerts")
-"""Of a `fleet.toml`."""
 
+# Tables that only a simulation reads, so that one file serves both.
 _SIMULATED = ("devices", "data", "dropouts", "weather", "availability", "simulation")
-"""Tables that only a simulation reads, so that one file serves both."""
 
 
 def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = False) -> ServerConfig:
@@ -51,6 +51,7 @@ def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = Fal
             check = _shape if name == "input_shape" else _text
             values[name] = check(tables[table][key], (table, key))
 
+    # A function, because `_build_config` also translates the paths of errors that are raised here.
     def build() -> ServerConfig:
         job = Job.from_dict(tables["job"])
         if job.total_macs and not simulated:
@@ -72,18 +73,19 @@ def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = Fal
 
 def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Tables of a `fleet.toml` with relative paths counted from a folder."""
-    found = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tables.items()}
-    sources = [place for name, place in PLACES.items() if name != "input_shape"]
-    files = [("server", key) for key in ("state", *PATHS)] + [("alerts", key) for key in ALERT_PATHS]
-    for table, key in (*sources, *files):
-        values = found.get(table)
+    anchored_tables = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tables.items()}
+    # Models and samples may be functions; files of the server may not. `input_shape` is neither.
+    source_keys = [place for name, place in PLACES.items() if name != "input_shape"]
+    file_keys = [("server", key) for key in ("state", *PATHS)] + [("alerts", key) for key in ALERT_PATHS]
+    for table, key in (*source_keys, *file_keys):
+        values = anchored_tables.get(table)
         text = values.get(key) if isinstance(values, dict) else None
         if isinstance(text, str) and text.strip() and (key, text) != ("ca", str(SYSTEM)):
-            found[table][key] = _source(text, folder) if (table, key) in sources else str(folder / text)
-    server = found.get("server")
+            anchored_tables[table][key] = _source(text, folder) if (table, key) in source_keys else str(folder / text)
+    server = anchored_tables.get("server")
     if isinstance(server, dict) and isinstance(server.get("track"), str):
         server["track"] = anchored_track(server["track"], folder, ("server", "track"))
-    return found
+    return anchored_tables
 
 
 def as_tables(config: ServerConfig) -> dict[str, Any]:
@@ -104,9 +106,9 @@ def as_tables(config: ServerConfig) -> dict[str, Any]:
 
 def changed_job(job: Job, changes: Mapping[str, Any]) -> Job:
     """A job with changes from the command line, except for those that are None."""
-    chosen = {k: v for k, v in changes.items() if v is not None}
+    given_changes = {k: v for k, v in changes.items() if v is not None}
     with located([Layer("command line")]):
-        return _build_config(lambda: ServerConfig(job=replace(job, **chosen))).job
+        return _build_config(lambda: ServerConfig(job=replace(job, **given_changes))).job
 
 
 def _build_config(build: Callable[[], ServerConfig]) -> ServerConfig:
@@ -115,9 +117,10 @@ def _build_config(build: Callable[[], ServerConfig]) -> ServerConfig:
     try:
         config = build()
         options = config.job.options
-        compose(config.job)  # a wrong option is better known now than when the first device is there
+        compose(config.job)  # a wrong option is reported now, not when the first device connects
         return config
     except ConfigError as error:
+        # Jobs and strategies don't know where in a fleet.toml their settings stand: complete the path.
         path = error.path
         if path[:1] == ("recipe",):
             path = ("job", *path)
@@ -129,8 +132,8 @@ def _build_config(build: Callable[[], ServerConfig]) -> ServerConfig:
 def _source(text: str, folder: Path) -> str:
     """A file counted from `folder`; the name of a function stays as it is."""
     module, colon, name = text.rpartition(":")
-    function = bool(colon) and name.isidentifier() and all(p.isidentifier() for p in module.split("."))
-    return text if function else str(folder / text)
+    is_function_name = bool(colon) and name.isidentifier() and all(p.isidentifier() for p in module.split("."))
+    return text if is_function_name else str(folder / text)
 
 
 def _shape(value: object, path: KeyPath) -> tuple[int | str, ...]:

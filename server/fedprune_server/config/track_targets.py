@@ -30,25 +30,26 @@ def track_targets(text: str, what: Subject) -> tuple[TrackTarget, ...]:
     has a password in its address."""
     if text == OFF:
         return ()
-    found = []
-    for part in text.split(","):
-        tool, colon, destination = part.strip().partition(":")
-        if tool not in TOOLS or (colon and not destination) or not part.isprintable():
+    targets = []
+    for entry in text.split(","):
+        tool, colon, destination = entry.strip().partition(":")
+        if tool not in TOOLS or (colon and not destination) or not entry.isprintable():
             raise ConfigError(
                 what,
                 expected=f"{', '.join(TOOLS)}, each alone or with :DESTINATION, and commas between them, or {OFF!r}",
-                got=f"{shown(part.strip())}{meant(tool, TOOLS)}",
+                got=f"{shown(entry.strip())}{meant(tool, TOOLS)}",
             )
+        # Settings are stored, shown and backed up, so that they must not hold a tracker's password.
         if "@" in destination.partition("://")[2].partition("/")[0]:
             raise ConfigError(
                 what, expected="an address without a user", got=shown(destination.rpartition("@")[2]),
                 hint="It would be stored with the settings. Give the whole address in the variable "
                 f"MLFLOW_TRACKING_URI, and {tool} alone here.",
             )  # fmt: skip
-        found.append(TrackTarget(tool, destination))
-    if len(set(found)) < len(found):
+        targets.append(TrackTarget(tool, destination))
+    if len(set(targets)) < len(targets):
         raise ConfigError(what, expected="each of them once", got=shown(text))
-    return tuple(found)
+    return tuple(targets)
 
 
 def anchored_track(text: str, folder: Path, setting: KeyPath) -> str:
@@ -56,17 +57,17 @@ def anchored_track(text: str, folder: Path, setting: KeyPath) -> str:
 
     Raises `ConfigError` if such a folder's path has a comma, which separates trackers.
     """
-    found = []
-    for tool, colon, place in (part.strip().partition(":") for part in text.split(",")):
-        if place and tool in TOOLS and tracker_class(tool).takes_folder:
-            place = str(folder / place)
-            if "," in place:
+    entries = []
+    for tool, colon, destination in (entry.strip().partition(":") for entry in text.split(",")):
+        if destination and tool in TOOLS and tracker_class(tool).takes_folder:
+            destination = str(folder / destination)
+            if "," in destination:
                 raise ConfigError(
                     "a tracker's folder",
                     path=setting,
                     expected="a path without commas",
-                    got=place,
+                    got=destination,
                     hint="Give an absolute path without commas, or rename the folder.",
                 )
-        found.append(f"{tool}{colon}{place}")
-    return ",".join(found)
+        entries.append(f"{tool}{colon}{destination}")
+    return ",".join(entries)

@@ -15,12 +15,14 @@ from fedprune_server.observation.snapshot import JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
+# The share of the loop's time that one observer may take: with all of them, about eight, the loop still has most of its
+# time for boards.
 MAX_SHARE = 0.05
-"""Of the loop's time that one observer may take: with all of them the loop still has most of its time for boards."""
 
+# The longest time without a call: unseen events are kept in memory until then, and alerts are late by as much.
 MAX_DEFERRAL_S = 30.0
-"""The longest that an observer isn't called: what it hasn't seen is kept for it, and alerts are no later than that."""
 
+# An observer that fails at every turn must not fill the log.
 _COMPLAIN_S = 60.0
 
 
@@ -61,8 +63,11 @@ class TurnEnded:
 
 @dataclass(frozen=True, slots=True)
 class LoopWaits:
-    """The loop waits for its database, or for a lock that another process holds: it lives, and turns later. What is
-    `Lazy` may need the database, too, so nobody looks at it now."""
+    """The loop waits for its database, or for a lock that another process holds.
+
+    The server lives, and goes on later. `Lazy` mappings may need the database, too, so that no observer may read one
+    now.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +93,10 @@ class Observer(Protocol):
     """Observes jobs. It decides nothing, and what it raises is logged."""
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        """See a job after a turn, and what has happened to it since the last call, in order. No event comes twice, so
-        that one that can't be handled must not keep the others from being (`handle_each`)."""
+        """Observe a job after a turn, with its events since the last call, in order.
+
+        No event comes twice. So one that can't be handled must not prevent the others (`handle_each`).
+        """
 
 
 def handle_each(events: Iterable[TurnEvent], handle: Callable[[TurnEvent], None]) -> None:
@@ -104,8 +111,8 @@ def handle_each(events: Iterable[TurnEvent], handle: Callable[[TurnEvent], None]
         raise failure
 
 
+# A job after a turn, and its events since the turn before.
 JobTurn = tuple[JobSnapshot, Sequence[TurnEvent]]
-"""A job after a turn, and what has happened to it."""
 
 
 @dataclass
@@ -142,7 +149,7 @@ class Observers:
             at_once: To all observers, however long they take: while the loop waits, and at its end.
         """
         if self._is_showing:
-            return  # an observer waits for a lock itself
+            return  # an observer itself waits for the database, which shows `LoopWaits`
         self._is_showing = True
         try:
             for subscription in self._subscriptions:
@@ -151,20 +158,21 @@ class Observers:
             self._is_showing = False
 
     def _show_to(self, subscription: _Subscription, jobs: Sequence[JobTurn], *, at_once: bool) -> None:
-        begun = self._clock()
-        if begun < subscription.due_at and not at_once:
+        started_at = self._clock()
+        if started_at < subscription.due_at and not at_once:
             for snapshot, events in jobs:
                 subscription.unseen.setdefault(snapshot.name, []).extend(events)
             return
         for snapshot, events in jobs:
-            missed = subscription.unseen.pop(snapshot.name, None)
+            unseen_events = subscription.unseen.pop(snapshot.name, None)
             try:
-                subscription.observer.observe(snapshot, [*missed, *events] if missed else events)
+                subscription.observer.observe(snapshot, [*unseen_events, *events] if unseen_events else events)
             except Exception as error:  # noqa: BLE001 - an observer must not end what it observes
                 self._complain(subscription, error)
         now = self._clock()
+        # A call of 10 ms is followed by 200 ms without one, which keeps the share at `MAX_SHARE`.
         if not at_once:
-            subscription.due_at = now + min((now - begun) / MAX_SHARE, MAX_DEFERRAL_S)
+            subscription.due_at = now + min((now - started_at) / MAX_SHARE, MAX_DEFERRAL_S)
 
     def _complain(self, subscription: _Subscription, error: Exception) -> None:
         now = self._clock()

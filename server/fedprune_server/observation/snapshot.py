@@ -18,15 +18,16 @@ from fedprune_server.devices.plan_vs_actual import Compared
 
 T = TypeVar("T")
 
+# Activities of a device that isn't connected, and of one that is connected and works for another job, or for none. They
+# are words for people: no rule compares them with anything else.
 OFFLINE, ELSEWHERE = "offline", "not at this job"
-"""Activities of a device that is not connected, and of one that is connected and works for another job, or for none."""
 
+# A part with one of these is unfinished: the round waits for it, until its deadline.
 UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
-"""Progress of parts that something is still awaited of."""
 
 
 class Lazy(Mapping[str, T]):
-    """A mapping that is made when somebody looks into it for the first time."""
+    """A mapping that is computed when somebody reads it for the first time."""
 
     def __init__(self, make: Callable[[], Mapping[str, T]]) -> None:
         self._make = make
@@ -50,7 +51,7 @@ class DeviceSnapshot:
     """A device of a job.
 
     Attributes:
-        takes_part: Whether the job has planned for it; else it was only heard of.
+        takes_part: Whether the job has planned for it; False if only bytes of it were counted.
         online: Whether it is connected and at this job.
         connected: Whether it is connected, at whatever job.
         profile: Its hardware profile's name.

@@ -35,14 +35,16 @@ from fedprune_server.ota.store import RolloutEntry, RolloutStore
 
 log = logging.getLogger("fedprune.server")
 
+# How often the database is asked for rollouts that were started, paused or stopped: an operator doesn't notice a
+# second, and the loop turns many times in one.
 _LOOK_S = 1.0
-"""Between two looks for rollouts that were started, paused or stopped."""
 
+# A board that is silent for this long is offered the release again: a PUBACK is the broker's, not the board's, and
+# boards ignore an offer that they have.
 _AGAIN_S = 60.0
-"""A board that is silent for so long is offered the release again: a PUBACK is the broker's, not the board's."""
 
+# Added to each attempt of a trial, for the restart of the service: the board's launcher counts from its own start.
 _START_S = 60.0
-"""Seconds beyond a trial's own limit, for the restart of the service."""
 
 
 class RolloutCoordinator:
@@ -76,12 +78,12 @@ class RolloutCoordinator:
         self._connected = False
         self._heard_at: dict[str, float] = {}
         self._reported: set[str] = set()  # boards whose last reports are not saved yet
-        self._failures: dict[str, ReleaseReport] = {}
+        self._failures: dict[str, ReleaseReport] = {}  # the last that was logged of each board
 
     def connected(self, up: bool) -> None:
-        """The connection is up, or is lost. Nothing is sent before it is up."""
+        """Note that the connection is up or lost. Nothing is sent before it is up."""
         self._connected = up
-        if up and self._entry is not None:
+        if up and self._entry is not None:  # boards that have the release get their full time again
             self._do(self._entry, lambda r, now: r.resumed(now))
         self.tick()
 
@@ -102,10 +104,12 @@ class RolloutCoordinator:
     def without(self, devices: Iterable[str]) -> None:
         """Take boards that are no longer members out of the rollout, unless they have ended it."""
         entry = self._entry
-        gone = sorted(n for n in devices if self._fate(n) in (Fate.WAITING, Fate.GIVEN))
-        if entry is not None and gone:
-            log.info("rollout %d continues without %s, which are no members any more", entry.number, ", ".join(gone))
-            self._do(entry, lambda r, now: r.without(gone, now))
+        departed = sorted(n for n in devices if self._fate(n) in (Fate.WAITING, Fate.GIVEN))
+        if entry is not None and departed:
+            log.info(
+                "rollout %d continues without %s, which are no members any more", entry.number, ", ".join(departed)
+            )
+            self._do(entry, lambda r, now: r.without(departed, now))
 
     def reported(self, report: ReleaseReport) -> None:
         """Take in a board's report on a release."""
@@ -124,9 +128,9 @@ class RolloutCoordinator:
             return
         if report.manifest not in (None, hashlib.sha256(entry.offer.manifest.encode()).hexdigest()):
             return  # of another release with this number; the board refuses the offer of this one
-        before = entry.reports.get(device, {})
+        last_report = entry.reports.get(device, {})
         report_row = {"state": report.state, "reason": reason, "done": report.done, "total": report.total}
-        moved = any(before.get(k) != report_row[k] for k in ("state", "done"))
+        has_progress = any(last_report.get(k) != report_row[k] for k in ("state", "done"))
         entry.reports[device] = {**report_row, "at": self._clock()}
         self._reported.add(device)
         self._heard_at[device] = self._monotonic()
@@ -136,10 +140,10 @@ class RolloutCoordinator:
             self._do(entry, lambda r, now: r.failed(device, f"{report.state}: {reason}", now))
         elif self._fate(device) is not Fate.GIVEN:
             self._withdraw_if_ours(report)
-        elif moved:
+        elif has_progress:
             seconds = self._patience(entry, report.state)
-            news = before.get("state") != report.state  # progress of a download need not survive a crash
-            self._do(entry, lambda r, now: r.heard(device, now, seconds), keep=news)
+            is_new_state = last_report.get("state") != report.state  # progress of a download need not survive a crash
+            self._do(entry, lambda r, now: r.heard(device, now, seconds), keep=is_new_state)
 
     def tick(self) -> None:
         """Take in changed rollouts and the time that has passed while the connection was up."""
@@ -169,17 +173,18 @@ class RolloutCoordinator:
     def _look(self) -> None:
         """Take in what the command line has written. The last rollout replaces the others."""
         for latest in self._store.under_way():
-            fresh = self._entry is None or self._entry.number != latest.number
-            if not fresh or self._begin(latest):
-                self._follow(latest, fresh=fresh)
+            is_new = self._entry is None or self._entry.number != latest.number
+            if not is_new or self._begin(latest):
+                self._follow(latest, fresh=is_new)
 
     def _begin(self, entry: RolloutEntry) -> bool:
-        """Take up a rollout; False if it can't go on."""
+        """Start to run a rollout; False if it can't go on."""
         try:
             release = entry.release
         except ReleaseError as error:  # written by another version
             log.error("rollout %d can't go on: %s", entry.number, error)
             return False
+        # One that is to stop needs no files, and must be able to end.
         if entry.wish is None and not all(self._store.blobs.has(f.sha256) for f in release.files):
             log.error(
                 "rollout %d can't go on, because files of its release are missing here. Copy `releases/` from the "
@@ -189,6 +194,7 @@ class RolloutCoordinator:
             return False
         self._entry, self._heard_at, self._wake_time = entry, {}, math.inf
         self._reported.clear()
+        # The monotonic clock begins anew with each boot; the rollout's time was stored.
         self._zero = self._monotonic() - entry.rollout.now
         self._files = frozenset(f.sha256 for f in release.files)
         self._offered = self._store.releases()
@@ -196,19 +202,19 @@ class RolloutCoordinator:
         log.info("rollout %d: release %d (%s) to %s", entry.number, release.number, release.version, boards)
         return True
 
-    def _follow(self, wanted: RolloutEntry, *, fresh: bool) -> None:
-        """Bring the rollout into the state that is asked for, whichever requests led to it."""
+    def _follow(self, stored: RolloutEntry, *, fresh: bool) -> None:
+        """Bring the rollout into the state that the database asks for, whichever requests led to it."""
         entry = self._entry
         if entry is None:
             return
         phase = entry.rollout.phase
-        if wanted.wish is not None:
-            why = one_line(wanted.wish)
-            self._do(entry, lambda r, _: r.stop(why))
-        elif wanted.hold is not None and phase is RolloutPhase.RUNNING:
-            why = one_line(wanted.hold)
-            self._do(entry, lambda r, now: r.pause(why, now))
-        elif wanted.hold is None and phase is RolloutPhase.PAUSED:
+        if stored.wish is not None:
+            reason = one_line(stored.wish)
+            self._do(entry, lambda r, _: r.stop(reason))
+        elif stored.hold is not None and phase is RolloutPhase.RUNNING:
+            reason = one_line(stored.hold)
+            self._do(entry, lambda r, now: r.pause(reason, now))
+        elif stored.hold is None and phase is RolloutPhase.PAUSED:
             self._do(entry, lambda r, now: r.go_on(now))
         if fresh and self._entry is entry:
             self._do(entry, lambda r, now: r.resumed(now))
@@ -222,28 +228,29 @@ class RolloutCoordinator:
         commands = step(rollout, self._now())
         wakes = [c.at for c in commands if isinstance(c, Wake)]
         self._wake_time = min(wakes, default=self._wake_time)
-        # Failures are saved at once, so that what has changed and isn't saved has none of an earlier step.
-        late = {name for name in rollout.changed if rollout.boards[name].fate is Fate.FAILED}
-        if keep or late or any(not isinstance(c, Wake) for c in commands):
+        # Failures are saved in the step in which they happen: `rollout.changed` then holds none of an earlier step,
+        # and no board is told twice that its release is withdrawn.
+        failed_boards = {name for name in rollout.changed if rollout.boards[name].fate is Fate.FAILED}
+        if keep or failed_boards or any(not isinstance(c, Wake) for c in commands):
             self._store.save(entry.number, rollout, entry.reports, self._reported)
             self._reported.clear()
-        self._carry_out(entry, commands, late)
+        self._carry_out(entry, commands, failed_boards)
         if rollout.stage != stage and rollout.phase is RolloutPhase.RUNNING:
             log.info("rollout %d: stage %d of %d", entry.number, rollout.stage + 1, rollout.stages)
         if rollout.phase is not phase:
-            why = f": {rollout.why}" if rollout.why else ""
-            log.info("rollout %d of release %d: %s%s", entry.number, entry.offer.number, rollout.phase.value, why)
+            suffix = f": {rollout.why}" if rollout.why else ""
+            log.info("rollout %d of release %d: %s%s", entry.number, entry.offer.number, rollout.phase.value, suffix)
         if not rollout.phase.under_way:
             self._entry, self._files = None, frozenset()
 
-    def _carry_out(self, entry: RolloutEntry, commands: Iterable[RolloutCommand], late: Iterable[str]) -> None:
+    def _carry_out(self, entry: RolloutEntry, commands: Iterable[RolloutCommand], failed_boards: Iterable[str]) -> None:
         number, rollout = entry.offer.number, entry.rollout
         for command in commands:
             if isinstance(command, Give):
                 self._offer(entry, command.board)
             elif isinstance(command, Withdraw):
                 self._send(command.board, ReleaseWithdrawn(number, one_line(rollout.why)))
-        for device in sorted(late):
+        for device in sorted(failed_boards):
             if entry.reports.get(device, {}).get("state") not in (ROLLED_BACK, REFUSED):
                 log.warning("device %s: release %d: %s", device, number, rollout.boards[device].reason)
                 self._send(device, ReleaseWithdrawn(number, one_line(rollout.boards[device].reason)))
@@ -253,7 +260,8 @@ class RolloutCoordinator:
         self._send(device, entry.offer)
 
     def _withdraw_if_ours(self, report: ReleaseReport) -> None:
-        """Withdraw a superseded release. Releases installed from a USB stick are left alone."""
+        """Withdraw a superseded release. A release that was installed from a USB stick has a number that was never
+        rolled out, and is left alone."""
         if report.state in (DOWNLOADING, STAGED) and report.number in (self._offered or self._store.releases()):
             self._send(report.device, ReleaseWithdrawn(report.number, "its rollout is over"))
 
@@ -269,5 +277,6 @@ class RolloutCoordinator:
     def _patience(entry: RolloutEntry, state: str) -> float:
         """Seconds after which a board in a state has failed unless it reports progress."""
         offer: ReleaseOffer = entry.offer
+        # On trial a board is silent until the new release has reached the broker, or every attempt has failed.
         trial = offer.attempts * (offer.seconds + _START_S) if state == TRIAL else 0.0
         return entry.rollout.plan.board_seconds + trial

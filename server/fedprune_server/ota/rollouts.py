@@ -54,14 +54,18 @@ class RolloutTerms:
         return RolloutPlan("release", str(release.number), stages, board_seconds=self.board_seconds, seed=self.seed)
 
 
+# How boards go back: all at once, because they leave a release that works badly. The shares of successes and failures
+# never stop it, and a board that is switched off has a day.
 ALL_AT_ONCE = RolloutTerms((1.0,), success=0.01, errors=0.99, board_seconds=86_400.0, stage_seconds=7 * 86_400.0)
-"""How boards go back: all at once, whatever other boards do, and within a day for one that is off."""
 
 
 @dataclass(frozen=True)
 class StartedRollout:
-    """A rollout that was started; one that takes boards back from release `left` to what release `again` holds names
-    both.
+    """A rollout that was started.
+
+    Attributes:
+        left: The release that boards leave, if it takes them back.
+        again: The earlier release whose content they get, if it takes them back.
     """
 
     number: int
@@ -96,6 +100,7 @@ def start_rollout(
         release, manifest, signature = read_release(folder, identity.key.verifying)
         boards = _boards(devices, sorted(identity.store.members()))
     rollout = Rollout.of(terms.plan(release), boards)
+    # The lock lasts from the check to the new row: two starts at once would delete each other's files.
     with RolloutStore(state, database) as store, store.starting():
         store.check_free(release.number, manifest.decode())  # so that no board is downloading what is deleted here
         entries = store.entries()
@@ -104,8 +109,8 @@ def start_rollout(
         offer = ReleaseOffer(
             release.number, manifest.decode(), signature.hex(), leaves, terms.attempts, terms.deadline_s
         )
-        before_it = None if before is None else before.number
-        number = store.begin(offer, rollout, clock(), joins=devices is None, prior=before_it)
+        prior = None if before is None else before.number
+        number = store.begin(offer, rollout, clock(), joins=devices is None, prior=prior)
     return StartedRollout(number, release, rollout)
 
 
@@ -126,22 +131,22 @@ def _boards(names: Collection[str] | None, members: list[str]) -> list[str]:
         raise ConfigError("no board has joined yet", hint="Boards join with a claim (`fedprune-server claim`).")
     if names is None:
         return members
-    strange = sorted(set(names) - set(members))
-    if strange or not names:
+    unknown = sorted(set(names) - set(members))
+    if unknown or not names:
         raise ConfigError(
-            "--devices", expected="names of boards, as `fedprune-server devices` shows them", got=", ".join(strange)
+            "--devices", expected="names of boards, as `fedprune-server devices` shows them", got=", ".join(unknown)
         )
     return list(names)
 
 
-def _kept(store: RolloutStore, folder: Path, release: Release, others: set[str]) -> tuple[str, ...]:
+def _kept(store: RolloutStore, folder: Path, release: Release, further_digests: set[str]) -> tuple[str, ...]:
     """Store a release's files for the server, and delete all others but `others`; returns the digests of their leaf
     tables, in order.
     """
-    wanted = {f.sha256 for f in release.files} | others
-    for old in store.blobs.names():
-        if old not in wanted:
-            store.blobs.delete(old)
+    kept_digests = {f.sha256 for f in release.files} | further_digests
+    for digest in store.blobs.names():
+        if digest not in kept_digests:
+            store.blobs.delete(digest)
     return tuple(store.blobs.put((folder / FILES / f.sha256).read_bytes()).leaves for f in release.files)
 
 
@@ -182,18 +187,24 @@ def take_back(
         boards = sorted(boards_with(entries, last.offer.number) & set(members))
         if not boards:
             raise _no_board(last.offer.number)
-        old = before.release
+        target = before.release
+        # Boards refuse every number that isn't above all that they have seen.
         highest = max(above, *(e.offer.number for e in entries))
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
-        made = replace(old, number=_number(number, highest), created=created)
-        leaves = _leaves(store, old)
-        manifest = made.to_bytes()
+        renewed = replace(target, number=_number(number, highest), created=created)
+        leaves = _leaves(store, target)
+        manifest = renewed.to_bytes()
         offer = ReleaseOffer(
-            made.number, manifest.decode(), signed(manifest, key).hex(), leaves, last.offer.attempts, last.offer.seconds
+            renewed.number,
+            manifest.decode(),
+            signed(manifest, key).hex(),
+            leaves,
+            last.offer.attempts,
+            last.offer.seconds,
         )
-        rollout = Rollout.of(terms.plan(made), boards)
+        rollout = Rollout.of(terms.plan(renewed), boards)
         begun = store.begin_back(offer, rollout, clock(), leaves=last.number, why=f"boards go back: {reason}")
-    return StartedRollout(begun, made, rollout, left=last.offer.number, again=old.number)
+    return StartedRollout(begun, renewed, rollout, left=last.offer.number, again=target.number)
 
 
 def _ends(entries: list[RolloutEntry], release: int | None) -> tuple[RolloutEntry, RolloutEntry]:
@@ -209,12 +220,12 @@ def _ends(entries: list[RolloutEntry], release: int | None) -> tuple[RolloutEntr
     if not boards_with(entries, number):
         raise _no_board(number)
     before = next((e for e in entries if e.number == last.prior), None)
-    if before is None:
+    if before is None:  # the error distinguishes a rehearsal with the same files, which is a common mistake
         files, earlier = last.release.files, (e for e in reversed(entries) if e.offer.number != number)
-        same = next((e.offer.number for e in earlier if e.release.files == files), None)
-        if same is not None:
+        twin = next((e.offer.number for e in earlier if e.release.files == files), None)
+        if twin is not None:
             raise ConfigError(
-                f"release {number} has the same files as release {same}, so that going back would change nothing",
+                f"release {number} has the same files as release {twin}, so that going back would change nothing",
                 hint="To rehearse a way back, roll out a release with another file, such as a newer wheel.",
             )
         raise ConfigError(f"no board of release {number} had one of this server's before", hint=_BY_HAND)
@@ -225,8 +236,8 @@ def _no_board(release: int) -> ConfigError:
     return ConfigError(f"no board has release {release} or is at it", hint="To end its rollout: `rollout stop`.")
 
 
-def _number(wanted: int | None, highest: int) -> int:
-    number = highest + 1 if wanted is None else wanted
+def _number(chosen: int | None, highest: int) -> int:
+    number = highest + 1 if chosen is None else chosen
     if not highest < number <= MAX_NUMBER:
         raise ReleaseError("number of a release", expected=f"above {highest}, at most {MAX_NUMBER}", got=number)
     return number
@@ -235,36 +246,36 @@ def _number(wanted: int | None, highest: int) -> int:
 def _leaves(store: RolloutStore, release: Release) -> tuple[str, ...]:
     """Digests of the leaf tables of a release's files, which must all be stored."""
     try:
-        found = []
+        digests = []
         for file in release.files:
             store.blobs.read(file.sha256)  # which compares it with its name
-            found.append(store.blobs.ref(file.sha256).leaves)
-        return tuple(found)
+            digests.append(store.blobs.ref(file.sha256).leaves)
+        return tuple(digests)
     except StorageError as error:
         name = f"release {release.number} ({release.version})"
         raise ReleaseError(f"{name}, which boards had before, is not here any more", hint=_BY_HAND) from error
 
 
 def earlier_rollout(entries: Sequence[RolloutEntry], release: Release, boards: Collection[str]) -> RolloutEntry | None:
-    """The one of these rollouts whose release most of these boards have now; None if no board has one of this server's.
+    """The rollout whose release most of these boards have now; None if no board has a release of this server's.
 
-    It must be for the same Python and processor as `release`, which the boards are to get, a board must have reported
-    success with it, and boards must not have been taken back from it. Of two with equally many boards it is the one
-    with the higher number.
+    The release must be for the same Python and processor as `release`, which the boards are to get. A board must have
+    reported success with it, and boards must not have been taken back from it. Of two with equally many boards the one
+    with the higher number is returned.
     """
     return _usual(entries, release, boards, other_than=release)
 
 
 def boards_with(entries: Iterable[RolloutEntry], number: int) -> set[str]:
-    """Boards that have a release, or may come to have it."""
+    """Boards that have a release, or may still install it."""
     boards = set()
     for entry in entries:
         if entry.offer.number != number:
             continue
         for name, board in entry.rollout.boards.items():
-            said = entry.reports.get(name, {}).get("state")
-            # One that fell silent, or heard of the end too late, may have tried it all the same.
-            if board.fate in (Fate.WELL, Fate.GIVEN) or said in (COMMITTED, TRIAL, STAGED):
+            state = entry.reports.get(name, {}).get("state")
+            # A board that fell silent, or got the withdrawal too late, may have started the release on trial.
+            if board.fate in (Fate.WELL, Fate.GIVEN) or state in (COMMITTED, TRIAL, STAGED):
                 boards.add(name)
     return boards
 
@@ -273,23 +284,24 @@ def worth_keeping(entries: Sequence[RolloutEntry], before: RolloutEntry | None) 
     """Digests of the files that boards may be taken back to: of the rollout `before` the next one, and, for other
     boards, of the release that most boards of their Python and processor have.
     """
-    everybody = {name for entry in entries for name in entry.rollout.boards}
+    all_boards = {name for entry in entries for name in entry.rollout.boards}
     kinds = {(r.python, r.machine): r for r in (e.release for e in entries)}
-    kept = [before, *(_usual(entries, kind, everybody) for kind in kinds.values())]
-    return {f.sha256 for entry in kept if entry is not None for f in entry.release.files}
+    sources = [before, *(_usual(entries, kind, all_boards) for kind in kinds.values())]
+    return {f.sha256 for entry in sources if entry is not None for f in entry.release.files}
 
 
 def _usual(
     entries: Sequence[RolloutEntry], kind: Release, boards: Collection[str], other_than: Release | None = None
 ) -> RolloutEntry | None:
     left = {entry.leaves for entry in entries}
-    had: dict[str, RolloutEntry] = {}
+    entry_of: dict[str, RolloutEntry] = {}
     for entry in entries:
         release = entry.release
         same = other_than is not None and (release.number == other_than.number or release.files == other_than.files)
         if same or release.number in left or (release.python, release.machine) != (kind.python, kind.machine):
             continue
-        had.update({name: entry for name, board in entry.rollout.boards.items() if board.fate is Fate.WELL})
-    counts = Counter(had[name].offer.number for name in boards if name in had)
-    best = max(((n, number) for number, n in counts.items()), default=None)
-    return None if best is None else next(e for e in reversed(entries) if e.offer.number == best[1])
+        # In the order of rollouts: a board has the last release with which it reported success.
+        entry_of.update({name: entry for name, board in entry.rollout.boards.items() if board.fate is Fate.WELL})
+    counts = Counter(entry_of[name].offer.number for name in boards if name in entry_of)
+    most_common = max(((n, number) for number, n in counts.items()), default=None)
+    return None if most_common is None else next(e for e in reversed(entries) if e.offer.number == most_common[1])

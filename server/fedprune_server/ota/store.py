@@ -35,8 +35,8 @@ _UNDER_WAY = _C.phase.in_((RolloutPhase.RUNNING.value, RolloutPhase.PAUSED.value
 _IN_ORDER = sql.select(ROLLOUTS).order_by(_C.number)
 _BOARDS = sql.select(ROLLOUT_BOARDS).where(ROLLOUT_BOARDS.c.rollout == sql.bindparam("number"))
 
+# By board, its last report, as the command line shows it: state, reason, bytes done and in total, and when it came.
 Reports = dict[str, dict[str, Any]]
-"""By board, its last report: state, reason, done, total, and when."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class RolloutEntry:
         offer: The message to its boards.
         joins: Whether boards that join the fleet later belong to it.
         reports: Each board's last report.
-        wish: Why it is to stop; None if it isn't.
-        hold: Why it is to pause; None if it isn't.
+        wish: The reason of a request to stop; None without one.
+        hold: The reason of a request to pause; None without one.
         prior: Number of the rollout whose release its boards had before; None if they had none, or it is not known.
         leaves: Number of the release from which it takes boards back; None otherwise.
     """
@@ -106,7 +106,7 @@ class RolloutStore(Closing):
         self._database = (
             database if isinstance(database, Database) else database_of(state, database, read_only=read_only)
         )
-        if not read_only:
+        if not read_only:  # a store makes its folder
             self.blobs = BlobStore(state / FOLDER, max_size=MAX_FILE)
 
     def close(self) -> None:
@@ -114,7 +114,7 @@ class RolloutStore(Closing):
             self._database.close()
 
     def starting(self) -> AbstractContextManager[None]:
-        """Keep other starts away, from `check_free` to `begin`, while files are written to `blobs`."""
+        """Lock out other starts, from `check_free` to `begin`, while files are written to `blobs`."""
         return locked(self._lock, "another `rollout start` is under way", "Wait until it is done.")
 
     def check_free(self, release: int, manifest: str) -> None:
@@ -144,14 +144,14 @@ class RolloutStore(Closing):
         """
 
         def write(connection: sql.Connection) -> int:
-            last, highest = connection.execute(sql.select(sql.func.max(_C.number), sql.func.max(_C.release))).one()
-            if last != leaves:
+            latest, highest = connection.execute(sql.select(sql.func.max(_C.number), sql.func.max(_C.release))).one()
+            if latest != leaves:
                 raise ConfigError("another rollout was begun meanwhile", hint="See `fedprune-server rollout status`.")
             if offer.number <= highest:
                 raise ReleaseError("number of a release", expected=f"above {highest}", got=offer.number)
-            subject = connection.execute(sql.select(_C.release).where(_C.number == leaves)).scalar()
+            left = connection.execute(sql.select(_C.release).where(_C.number == leaves)).scalar()
             _change(connection, _UNDER_WAY, wish=why)
-            return _insert(connection, offer, rollout, now, joins=False, leaves=subject)
+            return _insert(connection, offer, rollout, now, joins=False, leaves=left)
 
         return self._write(write)
 
@@ -159,6 +159,7 @@ class RolloutStore(Closing):
         """Save a rollout's state durably, with the boards that have changed and those that have `reported`."""
         rows = _board_rows(number, rollout, reports, rollout.changed.union(reported))
 
+        # The server's own write, which may be repeated: it sets the state, and adds nothing.
         def write() -> None:
             with self._database.writing() as connection:
                 _change(connection, _C.number == number, **_state(rollout))
@@ -187,6 +188,7 @@ class RolloutStore(Closing):
 
         def write(connection: sql.Connection) -> int:
             number, hold = _running(connection)
+            # Without any reason a dash: NULL means that nobody asked for a pause.
             _change(connection, _C.number == number, hold=hold or reason or "-")
             return number
 
@@ -220,13 +222,13 @@ class RolloutStore(Closing):
 
     def offer(self, number: int) -> ReleaseOffer | None:
         """The message to a rollout's boards; None if there is no such rollout."""
-        found = self._rows(sql.select(_C.number, _C.offer).where(_C.number == number))
-        return self._offer(found[0]) if found else None
+        rows = self._rows(sql.select(_C.number, _C.offer).where(_C.number == number))
+        return self._offer(rows[0]) if rows else None
 
     def latest(self) -> RolloutEntry | None:
         """The rollout that was started last."""
-        found = self._entries(sql.select(ROLLOUTS).order_by(_C.number.desc()).limit(1))
-        return found[0] if found else None
+        entries = self._entries(sql.select(ROLLOUTS).order_by(_C.number.desc()).limit(1))
+        return entries[0] if entries else None
 
     def releases(self) -> set[int]:
         return {int(row.release) for row in self._rows(sql.select(_C.release))}
@@ -235,12 +237,12 @@ class RolloutStore(Closing):
         """A number that grows with each change."""
         return int(self._rows(sql.select(sql.func.coalesce(sql.func.sum(_C.changes), 0)))[0][0])
 
-    def _write(self, work: Callable[[sql.Connection], int]) -> int:
+    def _write(self, statements: Callable[[sql.Connection], int]) -> int:
         """Run a command's transaction; not again if the connection is lost, because it may have been committed."""
 
         def run() -> int:
             with self._database.transaction() as connection:
-                return work(connection)
+                return statements(connection)
 
         return self._database.when_free(run)
 
@@ -285,6 +287,7 @@ def _check_free(connection: sql.Connection, release: int, manifest: str) -> None
             f"rollout {under_way.number}, of release {under_way.release}, is under way",
             hint="Wait for its end, or stop it: fedprune-server rollout stop.",
         )
+    # Boards remember the highest number that they have seen, and refuse lower ones as replays.
     highest = connection.execute(sql.select(sql.func.max(_C.release))).scalar()
     if highest is not None and release < highest:
         raise ReleaseError(
@@ -313,12 +316,13 @@ def _running(connection: sql.Connection) -> tuple[int, str | None]:
 
 def _insert(connection: sql.Connection, offer: ReleaseOffer, rollout: Rollout, now: float, **values: int | None) -> int:
     row = {"at": now, "release": offer.number, "offer": offer.to_bytes(), **_state(rollout), **values}
-    made = connection.execute(ROLLOUTS.insert().values(row)).inserted_primary_key
-    number = int(made[0] if made else 0)
+    primary_key = connection.execute(ROLLOUTS.insert().values(row)).inserted_primary_key
+    number = int(primary_key[0] if primary_key else 0)
     upsert(connection, ROLLOUT_BOARDS, _board_rows(number, rollout, {}, rollout.boards))
     return number
 
 
+# `changes` counts writes, so that a reader sees that anything has changed without comparing rows.
 def _change(connection: sql.Connection, where: sql.ColumnElement[bool], **values: str | None) -> None:
     connection.execute(ROLLOUTS.update().where(where).values(changes=_C.changes + 1, **values))
 

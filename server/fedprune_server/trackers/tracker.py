@@ -14,11 +14,11 @@ from typing import ClassVar
 from fedprune.core.errors import MissingExtraError
 from fedprune_server.trackers import tools
 
+# The modules in `tools` are the list: a tracker is added by a file, and the setting, its help and the extra follow.
 TOOLS = tuple(sorted(module.name for module in pkgutil.iter_modules(tools.__path__)))
-"""Names of the trackers: those of the modules in `tools`."""
 
+# The name of MLflow's experiment and of Weights & Biases' project, unless the setting or the tool's variable names one.
 PROJECT = "fedprune"
-"""MLflow's experiment and Weights & Biases' project, unless others are given."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ class Tracker(ABC):
 def tracker_class(tool: str) -> type[Tracker]:
     """The class of a tracker in `TOOLS`: the one that its module defines."""
     module = import_module(f"{tools.__name__}.{tool}")
-    (found,) = (
+    (tracker,) = (
         kind for kind in vars(module).values()
         if isinstance(kind, type) and issubclass(kind, Tracker) and kind.__module__ == module.__name__
     )  # fmt: skip
-    return found
+    return tracker
 
 
 def make_tracker(tool: str, destination: str) -> Tracker:
@@ -90,8 +90,8 @@ def make_tracker(tool: str, destination: str) -> Tracker:
     try:
         return tracker_class(tool)(destination)
     except ModuleNotFoundError as error:
-        needed = (error.name or tool).partition(".")[0]
-        raise MissingExtraError(f"track = {tool} needs {needed}, which is not installed", extra=tool) from error
+        library = (error.name or tool).partition(".")[0]
+        raise MissingExtraError(f"track = {tool} needs {library}, which is not installed", extra=tool) from error
 
 
 def plain_name(text: str) -> str:

@@ -9,9 +9,10 @@ from pathlib import Path
 from fedprune_server.trackers.tracker import PROJECT, TrackedRun, Tracker, plain_name
 
 _ROUND = "round"
+# MLflow's server refuses more parameters in one request.
 _BATCH = 100
+# Characters of a parameter's value: the limit of MLflow's oldest versions, which holds in all.
 _LONGEST = 500
-"""Characters of a parameter: what MLflow took in all its versions."""
 
 
 class MlflowTracker(Tracker):
@@ -20,6 +21,7 @@ class MlflowTracker(Tracker):
     place = "ADDRESS"
 
     def __init__(self, destination: str) -> None:
+        # Before the import, which reads them: no telemetry from a server, and no links among its log lines.
         for unwanted in ("MLFLOW_DISABLE_TELEMETRY", "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"):
             os.environ.setdefault(unwanted, "true")
         from mlflow import entities
@@ -33,22 +35,22 @@ class MlflowTracker(Tracker):
             self._destination or f"sqlite:///{(run.folder / 'mlflow.db').resolve()}"
         )
         title = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        known = client.get_experiment_by_name(title)
-        if known is None:
+        experiment_entry = client.get_experiment_by_name(title)
+        if experiment_entry is None:
             artifacts = None if self._destination else (run.folder / "mlartifacts").resolve().as_uri()
             experiment = client.create_experiment(title, artifact_location=artifacts)
         else:
-            experiment = known.experiment_id
-        # The identifier that MLflow gives a run is found again by ours.
-        found = client.search_runs([experiment], f"tags.`fedprune.run` = '{name}'")
-        if found:
-            self._run = found[0].info.run_id
+            experiment = experiment_entry.experiment_id
+        # MLflow chooses its own identifier for a run; a tag with ours finds it after a restart.
+        runs = client.search_runs([experiment], f"tags.`fedprune.run` = '{name}'")
+        if runs:
+            self._run = runs[0].info.run_id
             client.update_run(self._run, status="RUNNING")
-            return int(found[0].data.metrics.get(_ROUND, 0))
+            return int(runs[0].data.metrics.get(_ROUND, 0))
         self._run = client.create_run(experiment, tags={"fedprune.run": name}, run_name=run.title).info.run_id
-        given = [self._entities.Param(plain_name(key), str(value)[:_LONGEST]) for key, value in run.parameters.items()]
-        for first in range(0, len(given), _BATCH):
-            client.log_batch(self._run, params=given[first : first + _BATCH])
+        params = [self._entities.Param(plain_name(key), str(value)[:_LONGEST]) for key, value in run.parameters.items()]
+        for first in range(0, len(params), _BATCH):
+            client.log_batch(self._run, params=params[first : first + _BATCH])
         return 0
 
     def write(self, number: int, values: Mapping[str, float], at: float) -> None:

@@ -26,15 +26,15 @@ class TensorBoardTracker(Tracker):
         self._destination = destination
 
     def open(self, run: TrackedRun, name: str, rounds: int) -> int:
-        place = Path(self._destination) if self._destination else run.folder / "tensorboard"
-        place /= f"{plain_name(run.title)}-{name[:8]}"
-        place.mkdir(parents=True, exist_ok=True)
+        folder = Path(self._destination) if self._destination else run.folder / "tensorboard"
+        folder /= f"{plain_name(run.title)}-{name[:8]}"
+        folder.mkdir(parents=True, exist_ok=True)
         now = time.time()
         # TensorBoard reads a run's files in the order of their names.
-        path = place / f"events.out.tfevents.{int(now):010d}.{plain_name(socket.gethostname())}.{time.time_ns()}"
+        path = folder / f"events.out.tfevents.{int(now):010d}.{plain_name(socket.gethostname())}.{time.time_ns()}"
         self._file = self._record_writer(path.open("xb"))
         self._add(wall_time=now, file_version="brain.Event:2")
-        # Of a round that a kill has cut off, and that is written again, TensorBoard shows the second.
+        # A round that a kill has cut off is written again. This entry tells TensorBoard to drop the first half.
         restart = self._events.SessionLog(status=self._events.SessionLog.START)
         self._add(wall_time=now, step=rounds + 1, session_log=restart)
         if not rounds:
@@ -43,9 +43,9 @@ class TensorBoardTracker(Tracker):
         return rounds
 
     def write(self, number: int, values: Mapping[str, float], at: float) -> None:
-        found = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._add(wall_time=at, step=number, summary=self._summaries.Summary(value=found))
-        self._file.flush()
+        scalars = [self._summaries.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(wall_time=at, step=number, summary=self._summaries.Summary(value=scalars))
+        self._file.flush()  # a killed server must not lose the rounds that it has noted as written
 
     def keep(self, folder: Path) -> None:
         """TensorBoard keeps no files."""
@@ -58,7 +58,7 @@ class TensorBoardTracker(Tracker):
 
     def _text(self, tag: str, parameters: Mapping[str, Any]) -> Any:
         rows = "\n".join(f"| {key} | {value} |" for key, value in parameters.items())
-        shown = self._tensors.TensorProto(
+        tensor = self._tensors.TensorProto(
             dtype=self._types.DT_STRING,
             string_val=[f"| parameter | value |\n|---|---|\n{rows}".encode()],
             tensor_shape=self._shapes.TensorShapeProto(),
@@ -66,4 +66,4 @@ class TensorBoardTracker(Tracker):
         kind = self._summaries.SummaryMetadata(
             plugin_data=self._summaries.SummaryMetadata.PluginData(plugin_name="text")
         )
-        return self._summaries.Summary(value=[self._summaries.Summary.Value(tag=tag, metadata=kind, tensor=shown)])
+        return self._summaries.Summary(value=[self._summaries.Summary.Value(tag=tag, metadata=kind, tensor=tensor)])

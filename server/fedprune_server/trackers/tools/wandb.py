@@ -21,7 +21,7 @@ class WandbTracker(Tracker):
 
     def open(self, run: TrackedRun, name: str, rounds: int) -> int:
         entity, _, project = self._destination.rpartition("/")
-        chosen = os.environ.get("WANDB_MODE") or self._wandb.login(prompt=False)
+        is_online = os.environ.get("WANDB_MODE") or self._wandb.login(prompt=False)
         self._run = self._wandb.init(
             entity=entity or None,
             project=project or os.environ.get("WANDB_PROJECT", PROJECT),
@@ -29,7 +29,7 @@ class WandbTracker(Tracker):
             name=run.title,
             config=dict(run.parameters),
             dir=run.folder,
-            mode=None if chosen else "offline",
+            mode=None if is_online else "offline",
             resume="allow",
             settings=self._wandb.Settings(console="off", silent=True, disable_git=True, save_code=False),
         )
