@@ -79,7 +79,7 @@ def _give(arguments: argparse.Namespace) -> None:
         operator_accounts = _Opened(arguments.state)
         with operator_accounts:
             orders = OrderService(view, Audit(operator_accounts.database), operator_accounts.database)
-            # Whoever may write the state folder may order anything: the file system has authorised them already.
+            # No login: the file system has authorised whoever can write to the state folder.
             session = Session(Operator(as_name(operator_accounts.user), "operator", 0.0, 0.0), "", "")
             try:
                 job = arguments.job or view.job_names[0]

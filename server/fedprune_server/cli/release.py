@@ -24,8 +24,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 
 _EXTRA = "board"
 _GLIBC = 35  # of Ubuntu 22.04, the oldest system of a board that has Python 3.10 or newer
-# Packages whose module has another name. A release's `system` lists modules, because the board imports them to see
-# whether its own Python has them; wheels name packages.
+# Packages whose module has another name: a release's `system` lists modules, and wheels name packages.
 _MODULES = {"pillow": "pil", "paho-mqtt": "paho", "onnxruntime-gpu": "onnxruntime"}
 
 

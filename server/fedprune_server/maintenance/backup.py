@@ -33,6 +33,8 @@ from fedprune_server.storage.state_folder import FOLDER as FURTHER
 from fedprune_server.storage.state_folder import MODEL
 from fedprune_server.storage.storage import Storage
 
+# A copy is made of one moment, and blobs are read later: a round that ends meanwhile deletes some. Rounds take minutes,
+# copies seconds, so that five in a row that fail have another reason.
 _ATTEMPTS = 5
 _AGAIN = "Try again; if it stays so, see `fedprune-server check`."
 _LOCK = "lock"
@@ -44,7 +46,7 @@ _IDENTITY = (
 
 
 class MovedError(StorageError):
-    """The server continued meanwhile, and deleted something that the copied database refers to."""
+    """The server continued during the backup, and deleted something that the copied database refers to."""
 
 
 def back_up(state: Path, target: Path, advance: Advance) -> Manifest:
@@ -53,7 +55,7 @@ def back_up(state: Path, target: Path, advance: Advance) -> Manifest:
     Args:
         state: The state folder; a server may be running on it.
         target: The backup's folder, made if missing.
-        advance: Told how many bytes were written, or found to be there.
+        advance: Called with the bytes that were written, or were there already.
 
     Raises:
         ConfigError: The target is something else, another job's backup, or in the state folder itself.
@@ -76,8 +78,8 @@ def back_up(state: Path, target: Path, advance: Advance) -> Manifest:
 def _check_apart(state: Path, target: Path) -> None:
     """Refuse a target in the state folder: it would be lost together with it."""
     with storage_errors(f"can't read {target}"):
-        inside = target.resolve().is_relative_to(state.resolve())
-    if inside:
+        is_inside = target.resolve().is_relative_to(state.resolve())
+    if is_inside:
         raise ConfigError(
             f"{target} is in the state folder {state} itself", hint="Name a place outside, on another disk at best."
         )
@@ -91,12 +93,12 @@ class _Collected:
         self._entries: list[Entry] = []
         with Storage.existing(state) as storage:
             snapshot(storage, scratch / DATABASE)
-        with Storage(f"sqlite:///{scratch / DATABASE}", create=False) as copy:
-            needs = inventory(copy)
+        with Storage(f"sqlite:///{scratch / DATABASE}", create=False) as database_copy:
+            needs = inventory(database_copy)
         self._store = reader(state, needs.settings)  # a bucket is looked through after the copy was made
         self._add(DATABASE, scratch / DATABASE)
         self._add(MODEL, state / MODEL)
-        for name in _IDENTITY:  # what there is of it: a file that is lost must not keep the others out
+        for name in _IDENTITY:  # a file that is lost must not keep the others out of the backup
             self._add_kept(state, scratch, f"{IDENTITY}/{name}")
         self._add_kept(state, scratch, CONSOLE)
         if (state / RELEASES).is_dir():
@@ -124,8 +126,8 @@ class _Collected:
         return data
 
     def _needed(self, needs: Inventory) -> set[str]:
-        there = set(self._store.names())
-        return set(needs.references | (needs.models & there))
+        stored_digests = set(self._store.names())
+        return set(needs.references | (needs.models & stored_digests))
 
     def _add_blob(self, digest: str) -> None:
         try:
@@ -135,7 +137,7 @@ class _Collected:
         self._entries.append(Entry(f"blobs/{digest[:2]}/{digest}", digest, size))
 
     def _add_kept(self, state: Path, scratch: Path, path: str) -> None:
-        """A file that may be missing; a database as it is at one moment."""
+        """Add a file if it exists; a database is copied as of one moment."""
         source = state / path
         if not source.exists():
             return
@@ -145,7 +147,7 @@ class _Collected:
             if path == CONSOLE:
                 _end_sessions(source)
         elif source.suffix != ".key":
-            data = _read(source)  # it may change, where the keys don't
+            data = _read(source)  # a copy, because it may change; keys don't, and a copy of one would lie in /tmp
             source = scratch / source.name
             write_whole(source, data, private=True)
         self._add(path, source)
@@ -160,7 +162,7 @@ class _Collected:
 def _end_sessions(copy: Path) -> None:
     """Delete sessions and orders from a copy of the console's database: a restored one must not carry them out."""
     with translated(str(copy)), closing(sqlite3.connect(copy)) as connection:
-        connection.execute("PRAGMA secure_delete=ON")
+        connection.execute("PRAGMA secure_delete=ON")  # SQLite leaves deleted rows readable in the file otherwise
         for table in ("sessions", "orders"):
             if connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone():
                 with connection:
@@ -181,6 +183,7 @@ def _write(target: Path, collected: _Collected, advance: Advance) -> None:
                     path.parent.mkdir(exist_ok=True)
                 write_whole(path, collected.read(entry), private=entry.private)
             advance(entry.size)
+        # The manifest last, then the pruning: at every moment the folder has one whole backup.
         write_whole(target / NAME, collected.manifest.to_bytes(), private=True)
         _prune(target, {e.place for e in collected.manifest.entries})
 
@@ -191,36 +194,38 @@ def _check_target(target: Path, manifest: Manifest) -> None:
     if not target.is_dir():
         raise ConfigError(f"{target} is a file", expected="a folder")
     with storage_errors(f"can't read {target}"):
-        strange = sorted(p.name for p in target.iterdir() if p.name not in _OURS and not p.name.startswith("."))
-    if strange:
+        foreign_files = sorted(p.name for p in target.iterdir() if p.name not in _OURS and not p.name.startswith("."))
+    if foreign_files:
         raise ConfigError(
-            f"{target} has other things in it, such as {strange[0]}", hint="Name a folder of its own for backups."
+            f"{target} has other things in it, such as {foreign_files[0]}", hint="Name a folder of its own for backups."
         )
     if (target / NAME).exists():
         with suppress(StorageError):  # one that is damaged is replaced
-            before = Manifest.parse(_read(target / NAME), str(target / NAME))
-            if (before.job, before.model) != (manifest.job, manifest.model):
+            earlier_manifest = Manifest.parse(_read(target / NAME), str(target / NAME))
+            if (earlier_manifest.job, earlier_manifest.model) != (manifest.job, manifest.model):
                 raise ConfigError(
-                    f"{target} is a backup of another job, {before.job}", hint="Name another folder, or delete it."
+                    f"{target} is a backup of another job, {earlier_manifest.job}",
+                    hint="Name another folder, or delete it.",
                 )
 
 
 def _is_there(path: Path, entry: Entry) -> bool:
-    """Whether the backup has a file already, whole: what an earlier one wrote may have been damaged since."""
+    """Whether the backup already has an undamaged copy of a file. The disk may have damaged what an earlier backup
+    wrote, so that its size alone proves nothing."""
     if not path.is_file() or path.stat().st_size != entry.size:
         return False
     with storage_errors(f"can't read {path}"):
         return file_digest(path) == entry.sha256
 
 
-def _prune(target: Path, kept: set[str]) -> None:
-    """Delete what earlier backups had alone."""
-    store = BlobStore(target / "blobs")  # which tidies up after dead writers, too
+def _prune(target: Path, kept_places: set[str]) -> None:
+    """Delete files that only earlier backups have."""
+    store = BlobStore(target / "blobs")  # opening it also removes what dead writers have left
     for digest in store.names():
-        if f"blobs/{digest[:2]}/{digest}" not in kept:
+        if f"blobs/{digest[:2]}/{digest}" not in kept_places:
             store.delete(digest)
     for path in [*(target / "files").iterdir(), *store.root.glob("??/.*.partial")]:
-        if f"files/{path.name}" not in kept:
+        if f"files/{path.name}" not in kept_places:
             path.unlink(missing_ok=True)
 
 

@@ -22,10 +22,12 @@ from fedprune.core.validation import MAX_INT, is_digest, is_number
 FORMAT = "fedprune.backup/1"
 NAME = "manifest.json"
 DATABASE = "server.db"
+# The console's accounts and audit log. Its database is one of its own: the console's process may not open the server's.
 CONSOLE = "console.db"
-"""The console's accounts and audit log."""
 
 BACKED_UP, RESTORED = "backed-up.json", "restored.json"
+# A manifest comes from a disk that anyone may have written to, and its paths are joined to the new folder's: only these
+# are accepted.
 _PATH = matching(
     r"server\.db|console\.db|model\.onnx|identity/[a-z]+(\.[a-z]+)?|(blobs|releases)/[0-9a-f]{2}/[0-9a-f]{64}",
     "a file of a state folder",
@@ -41,9 +43,9 @@ class Entry:
     size: Annotated[int, within(0, MAX_INT)]
 
     def __post_init__(self) -> None:
-        named = self.path.rpartition("/")[2]
-        if is_digest(named) and named != self.sha256:
-            raise StorageError("a backup's manifest: digest of a file", expected=named, got=self.sha256)
+        digest_in_name = self.path.rpartition("/")[2]
+        if is_digest(digest_in_name) and digest_in_name != self.sha256:
+            raise StorageError("a backup's manifest: digest of a file", expected=digest_in_name, got=self.sha256)
 
     @property
     def blob(self) -> bool:
@@ -119,13 +121,13 @@ class _File:
 
 
 def record_backup(folder: Path, now: float | None = None) -> None:
-    """Note that a backup was made; where the folder can't be written to, nothing is noted."""
+    """Note that a backup was made. If the folder can't be written to, nothing is noted: the backup is good."""
     with suppress(OSError):
         write_whole(folder / BACKED_UP, json.dumps({"at": time.time() if now is None else now}).encode())
 
 
 def last_backup(folder: Path) -> float | None:
-    """When that was, in seconds since 1970; None if unknown."""
+    """When the last backup was made, in seconds since 1970; None if unknown."""
     try:
         at = json.loads((folder / BACKED_UP).read_bytes())["at"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -140,7 +142,7 @@ def record_restore(folder: Path, manifest: Manifest) -> None:
 
 
 def restored_from(folder: Path) -> str:
-    """Of which backup a folder was restored and when, in words; empty where it wasn't."""
+    """A sentence on the backup from which a folder was restored, and when; empty if it wasn't."""
     with suppress(OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         body = json.loads((folder / RESTORED).read_bytes())
         at, backup_at = _day(body["at"]), _day(body["backup_at"])

@@ -21,17 +21,17 @@ _FROM_FOLDER = "`--repair` looks for it in the state folder and, with `--from BA
 _REPAIR = "`--repair` mends it."
 
 
-def check_folder(there: FoundFiles, needs: Inventory, advance: Advance) -> Iterator[Finding]:
-    """Check the blobs of a folder; `advance` is told the bytes that were read."""
-    yield from _missing(there.blobs, needs, "", _FROM_BACKUP)
-    for digest, path in there.blobs.items():
-        yield from check_file(digest, path, there.tables.get(digest), advance, needed=digest in needs.needed)
+def check_folder(files: FoundFiles, needs: Inventory, advance: Advance) -> Iterator[Finding]:
+    """Check the blobs of a folder; `advance` is called with the bytes that were read."""
+    yield from _missing(files.blobs, needs, "", _FROM_BACKUP)
+    for digest, path in files.blobs.items():
+        yield from check_file(digest, path, files.tables.get(digest), advance, needed=digest in needs.needed)
 
 
 def check_file(
     digest: str, path: Path, table: Path | None, advance: Advance, *, needed: bool, cached: bool = False
 ) -> Iterator[Finding]:
-    """Check a blob and its leaf table; a cached one is fetched again."""
+    """Check a blob and its leaf table. A damaged copy of a bucket's blob is only noted: the server fetches it again."""
     try:
         with storage_errors(f"can't read {path}", missing=True):
             data = path.read_bytes()
@@ -47,36 +47,50 @@ def check_file(
             yield Finding(Severity.NOTE, what, "", Repair.DELETE, files, digest)
         else:
             yield _damaged(f"blob {path}", digest, _FROM_BACKUP, files, needed=needed)
-    elif table is not None and (found := _bytes(table)) is not None and found != table_file(leaf_table(data)):
+    elif (
+        table is not None and (table_bytes := _bytes(table)) is not None and table_bytes != table_file(leaf_table(data))
+    ):
         what = f"leaf table {table} is damaged: it is made again"
         yield Finding(Severity.NOTE, what, "", Repair.DELETE, (table,), digest)
 
 
-def left_over_files(there: FoundFiles, needs: Inventory, *, running: bool, cache: bool) -> Iterator[Finding]:
-    """Files of a folder that the job doesn't need; a cache may hold any blob of its bucket."""
+def left_over_files(files_of_folder: FoundFiles, needs: Inventory, *, running: bool, cache: bool) -> Iterator[Finding]:
+    """Findings on files that the job doesn't need; a cache may hold any blob of its bucket."""
+    # A running server writes files that no saved state refers to yet.
     if not running:
-        orphans = [] if cache else sorted(there.blobs.keys() - needs.needed)
+        orphans = [] if cache else sorted(files_of_folder.blobs.keys() - needs.needed)
         for paths, what in (
             (
-                [p for d in orphans for p in (there.blobs[d], there.tables.get(d)) if p is not None],
+                [
+                    p
+                    for d in orphans
+                    for p in (files_of_folder.blobs[d], files_of_folder.tables.get(d))
+                    if p is not None
+                ],
                 "what nothing refers to (blobs and their leaf tables)",
             ),
-            ([there.tables[d] for d in sorted(there.tables.keys() - there.blobs.keys())], "leaf tables without a blob"),
             (
-                [p for p in there.partial if p.name.removesuffix(SUFFIX) not in needs.awaited],
+                [
+                    files_of_folder.tables[d]
+                    for d in sorted(files_of_folder.tables.keys() - files_of_folder.blobs.keys())
+                ],
+                "leaf tables without a blob",
+            ),
+            (
+                [p for p in files_of_folder.partial if p.name.removesuffix(SUFFIX) not in needs.awaited],
                 "parts of blobs that no board sends any more",
             ),
-            (there.temporary, "temporary files"),
+            (files_of_folder.temporary, "temporary files"),
         ):
             if paths:
                 yield _left_over(f"{what}: {quantity(len(paths), 'file')}", sum(map(size_of_file, paths)), paths)
-    if there.strange:
-        files = quantity(len(there.strange), "file")
-        yield Finding(Severity.NOTE, f"{files} that no server wrote, such as {there.strange[0]}")
+    if files_of_folder.strange:
+        files = quantity(len(files_of_folder.strange), "file")
+        yield Finding(Severity.NOTE, f"{files} that no server wrote, such as {files_of_folder.strange[0]}")
 
 
 def check_bucket(
-    store: BucketStore, there: FoundFiles, needs: Inventory, advance: Advance, *, running: bool
+    store: BucketStore, cached_files: FoundFiles, needs: Inventory, advance: Advance, *, running: bool
 ) -> Iterator[Finding]:
     """Check the blobs of a bucket, and the folder that has copies of some of them."""
     url = store.bucket.url
@@ -87,15 +101,16 @@ def check_bucket(
             f"A server that is started on the folder goes by its own; delete {OWNER} and {MODEL} to have it write both."
         )
         yield Finding(Severity.NOTE, f"{url}/{MODEL} {what}", advice)
-    strange = [key for key, _ in store.bucket.list() if key not in (OWNER, MODEL) and digest_of(key) is None]
-    if strange:
-        what = f"{len(strange)} objects that no server wrote, such as {url}/{strange[0][:100]}"
+    foreign_keys = [key for key, _ in store.bucket.list() if key not in (OWNER, MODEL) and digest_of(key) is None]
+    if foreign_keys:
+        what = f"{len(foreign_keys)} objects that no server wrote, such as {url}/{foreign_keys[0][:100]}"
         yield Finding(Severity.NOTE, what)
+    # Two servers may have uploaded one blob under two keys: one good copy is enough, and the others are left over.
     objects = store.objects()
     yield from _missing(objects, needs, url, _FROM_FOLDER)
-    doubled: list[str] = []
+    duplicate_keys: list[str] = []
     for digest, keys in sorted(objects.items()):
-        good = 0
+        good_copies = 0
         for key in sorted(keys):
             data = store.bucket.get(key, store.max_size)
             if data is None:  # deleted meanwhile
@@ -105,18 +120,25 @@ def check_bucket(
                 needed = digest in needs.needed
                 yield _damaged(f"object {url}/{key}", digest, _FROM_FOLDER, keys=(key,), needed=needed)
                 continue
-            if good:
-                doubled.append(key)
-            good += 1
-    sizes = {key: size for found in objects.values() for key, size in found.items()}
+            if good_copies:
+                duplicate_keys.append(key)
+            good_copies += 1
+    sizes = {key: size for left_over_keys in objects.values() for key, size in left_over_keys.items()}
     orphans = [] if running else sorted(objects.keys() - needs.needed)
-    orphaned = [key for digest in orphans for key in objects[digest]]
-    again = [] if running else [key for key in doubled if key not in orphaned]
-    for found, what in ((orphaned, "what nothing refers to"), (again, "blobs that are there twice")):
-        if found:
-            yield _left_over(f"{what}: {len(found)} objects in {url}", sum(sizes[k] for k in found), keys=found)
-    for digest, path in there.blobs.items():
-        yield from check_file(digest, path, there.tables.get(digest), silent, needed=False, cached=True)
+    orphaned_keys = [key for digest in orphans for key in objects[digest]]
+    removable_duplicates = [] if running else [key for key in duplicate_keys if key not in orphaned_keys]
+    for left_over_keys, what in (
+        (orphaned_keys, "what nothing refers to"),
+        (removable_duplicates, "blobs that are there twice"),
+    ):
+        if left_over_keys:
+            yield _left_over(
+                f"{what}: {len(left_over_keys)} objects in {url}",
+                sum(sizes[k] for k in left_over_keys),
+                keys=left_over_keys,
+            )
+    for digest, path in cached_files.blobs.items():
+        yield from check_file(digest, path, cached_files.tables.get(digest), silent, needed=False, cached=True)
 
 
 def size_of_file(path: Path) -> int:
@@ -126,19 +148,19 @@ def size_of_file(path: Path) -> int:
         return 0
 
 
-def _missing(there: Container[str], needs: Inventory, bucket: str, advice: str) -> Iterator[Finding]:
-    for digest in sorted(d for d in needs.references if d not in there):
+def _missing(stored: Container[str], needs: Inventory, bucket: str, advice: str) -> Iterator[Finding]:
+    for digest in sorted(d for d in needs.references if d not in stored):
         what = f"blob {digest} is missing{f' from {bucket}' if bucket else ''}"
         yield Finding(Severity.WRONG, what, advice, Repair.FETCH, blob=digest)
     for row in needs.state.history:
         model = str(row["model"])
-        if model in needs.models - needs.references and model not in there:
-            where = f"in {bucket}" if bucket else "there"
+        if model in needs.models - needs.references and model not in stored:
+            place = f"in {bucket}" if bucket else "there"
             yield Finding(
                 Severity.NOTE,
-                f"the model after round {row['round']} ({model}) isn't {where}, though it is to be kept",
-                "It was let go of if `keep` was smaller then, or models were judged by another metric; else a backup "
-                "may have it.",
+                f"the model after round {row['round']} ({model}) isn't {place}, though it is to be kept",
+                "The server deleted it if `keep` was smaller then, or models were judged by another metric; else a "
+                "backup may have it.",
                 Repair.FETCH,
                 blob=model,
             )

@@ -57,17 +57,19 @@ if TYPE_CHECKING:
 
 _DAY_S = 24 * 3600.0
 
+# The docs ask for a backup each night: a week without one is more than a night that failed.
 _MAX_BACKUP_AGE_S = 7 * _DAY_S
-"""The docs ask for a backup each night: a week without one is no single night that failed."""
 
+# How far the clock of the server that wrote the last event may be ahead of this machine's: quartz clocks without NTP
+# drift apart by less within weeks.
 _MAX_CLOCK_LEAD_S = 120.0
-"""How far the clock of the server that wrote the last event may be ahead of this machine's."""
 
+# How long to wait for a lock that another process may keep: no transaction of the server lasts so long.
 LOCK_TIMEOUT_S = 2.0
-"""How long a lock is waited for that somebody may keep: no transaction of ours lasts so long."""
 
+# A machine without a battery for its clock begins in 1970, or when its image was made: no right clock shows an earlier
+# time than this, in seconds since 1970.
 _MIN_TIME = 1_750_000_000  # June 2025
-"""No clock that is right shows an earlier time, in seconds since 1970."""
 
 _T = TypeVar("_T")
 
@@ -166,7 +168,7 @@ def _find_all(folder: Path, timeout_s: float) -> Iterator[Finding]:
     kinds: set[str] = set()
     for check in CHECKS:
         for finding in _run_check(check, site):
-            # The alert of a running server has told of the broker already, before the check of it.
+            # The alert of a running server has reported the broker already, before the check of it.
             if finding.kind != "broker" or "broker" not in kinds:
                 yield finding
             kinds.add(finding.kind)
@@ -181,7 +183,7 @@ def _unreadable_database(folder: Path, error: FedpruneError) -> Finding:
 
 
 def _run_check(check: Callable[[CheckedSite], Iterable[Finding]], site: CheckedSite) -> Iterator[Finding]:
-    """The findings of a check; one that fails doesn't keep the others from running."""
+    """The findings of a check. One that fails is a finding itself, so that the other checks run."""
     try:
         yield from check(site)
     except FedpruneError as error:
@@ -189,7 +191,8 @@ def _run_check(check: Callable[[CheckedSite], Iterable[Finding]], site: CheckedS
 
 
 def run_within(seconds: float, work: Callable[[], _T]) -> _T:
-    """The result or error of `work`; after too long it is abandoned, with a `TooSlowError`."""
+    """Return or raise what `work` does, in a thread. Raises `TooSlowError` after `seconds`; the thread is abandoned,
+    since nothing can end a system call that waits."""
     answers: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
 
     def run() -> None:
@@ -239,7 +242,7 @@ def _load_model(folder: Path) -> Model | None:
 
 
 def check_alerts(site: CheckedSite) -> Iterator[Finding]:
-    """Alerts that the state folder justifies, and others that a running server has open."""
+    """Alerts of rules that the state folder satisfies, and others that a running server has open."""
     record = site.monitor_record
     rows = sorted(read_rows(site.folder).items()) if site.is_running else []
     absences = {n: quarantine_absence(str(r["reason"]), site.now) for n, r in rows if (r["until"] or 0.0) > site.now}
@@ -269,10 +272,10 @@ def check_server_identity(folder: Path) -> Iterator[Finding]:
 
 
 def check_lock(site: CheckedSite) -> Iterator[Finding]:
-    """Whether somebody keeps the lock that a server needs for each change."""
+    """Whether another process keeps the lock that a server needs for each change."""
     path = site.folder / FILE
     if not path.is_file() or any(a.kind == "database-waits" for a in site.monitor_record.current_alerts):
-        return  # the running server says it itself
+        return  # the running server reports it in an alert
     if not site.is_running and not sqlite_lock_holders(path):
         return  # and nothing is opened for writing, which would change what a crash has left
     with translated(str(path)):
@@ -292,12 +295,12 @@ def check_clock(site: CheckedSite) -> Iterator[Finding]:
     now, last_event_at = site.now, site.last_event_at
     is_behind = last_event_at is not None and last_event_at > now + _MAX_CLOCK_LEAD_S
     if now < _MIN_TIME or is_behind:
-        said = ""
+        last_event = ""
         if is_behind and last_event_at is not None:
-            said = f"; the job's last event was at {format_minute(last_event_at)}"
+            last_event = f"; the job's last event was at {format_minute(last_event_at)}"
         yield wrong(
             "clock",
-            f"this machine's clock says {format_minute(now)}{said}",
+            f"this machine's clock says {format_minute(now)}{last_event}",
             "deadlines, certificates and what boards take for the time go by it",
             "set the clock: timedatectl set-ntp true",
         )
@@ -326,19 +329,19 @@ def check_backups(site: CheckedSite) -> Iterator[Finding]:
     backup_at = last_backup(site.folder)
     if backup_at is not None and site.now - backup_at < _MAX_BACKUP_AGE_S:
         return
-    said = "no backup was ever made" if backup_at is None else f"the last backup is of {format_minute(backup_at)}"
+    backup_age = "no backup was ever made" if backup_at is None else f"the last backup is of {format_minute(backup_at)}"
     yield note(
         "backup",
-        f"{said} with `fedprune-server backup` from {site.folder}",
+        f"{backup_age} with `fedprune-server backup` from {site.folder}",
         "with the disk, the model and the identity of the fleet would be lost",
         command("backup", *state_args(site.folder), "--to", "PLACE"),
     )
 
 
 def check_broker(site: CheckedSite) -> Iterator[Finding]:
-    """Whether the broker is there, and accepts packets as large as are sent."""
-    folder, server = site.folder, site.settings
-    if not site.cases and not server:
+    """Whether the broker answers, and accepts packets as large as are sent."""
+    folder, settings = site.folder, site.settings
+    if not site.cases and not settings:
         return  # the settings, and with them the broker's address, couldn't be read
     if site.broker == EMBEDDED:
         if site.is_running:
@@ -354,7 +357,7 @@ def check_broker(site: CheckedSite) -> Iterator[Finding]:
                 yield from _check_packets(link, site, shown_url, identity.site)
             else:
                 link = Link(site.broker, f"fedprune-doctor-{secrets.token_hex(4)}")
-                yield from _check_packets(link, site, shown_url, str(server.get("site", "default")))
+                yield from _check_packets(link, site, shown_url, str(settings.get("site", "default")))
         except FedpruneError as error:
             yield wrong(
                 "broker",
@@ -367,11 +370,13 @@ def check_broker(site: CheckedSite) -> Iterator[Finding]:
 def check_leader(site: CheckedSite) -> Iterator[Finding]:
     """Whether the job is another server's for now."""
     if site.leader:
-        waits = "one that stands by here continues it" if held(site.folder / LOCK) else "none waits here to continue it"
+        standby = (
+            "one that stands by here continues it" if held(site.folder / LOCK) else "none waits here to continue it"
+        )
         yield note(
             "standby",
             f"a server elsewhere has the job: {site.leader}",
-            f"when that one ends, {waits}",
+            f"when that one ends, {standby}",
             "look after the fleet there: its log, and its `fedprune-server doctor`",
         )
 
@@ -386,13 +391,15 @@ def check_other_servers(site: CheckedSite) -> Iterator[Finding]:
         second_server_guard(site.broker, identity, site.ca, ServerInstance(folder, looks_only=True)) as guard,
     ):
         servers = guard.others()
-    place = socket.gethostname(), str(folder.resolve())
-    here = [o for o in servers if (o.host, o.folder) == place]
+    own_place = socket.gethostname(), str(folder.resolve())
+    same_place = [o for o in servers if (o.host, o.folder) == own_place]
     if running:
-        here = here[1:]  # one of them is this folder's server, whichever; the others run on copies of this disk
-    elsewhere = [o for o in servers if (o.host, o.folder) != place]
-    for other in elsewhere + here:
-        copied = "on a machine with a copy of this disk, " if other in here else ""
+        same_place = same_place[
+            1:
+        ]  # one of them is this folder's server, whichever; the others run on copies of this disk
+    elsewhere = [o for o in servers if (o.host, o.folder) != own_place]
+    for other in elsewhere + same_place:
+        copied = "on a machine with a copy of this disk, " if other in same_place else ""
         yield wrong(
             "second-server",
             f"another server runs this fleet: {copied}{described(other)}",
@@ -417,6 +424,7 @@ def check_revocations(site: CheckedSite) -> Iterator[Finding]:
 def _check_packets(link: Link, site: CheckedSite, url: str, name: str) -> Iterator[Finding]:
     size = int(site.settings.get("max_packet", MAX_PACKET))
     topic = Topics(name).down_blob(f"doctor-{secrets.token_hex(4)}")  # without subscribers
+    # Brokers refuse a packet that is too large in two ways: they end the connection, or drop it unacknowledged.
     link.start(site.timeout_s)
     with link:
         link.publish(topic, bytes(max(1, size - PACKET_OVERHEAD)))
@@ -431,11 +439,11 @@ def _check_packets(link: Link, site: CheckedSite, url: str, name: str) -> Iterat
 
 
 def _check_embedded_broker(site: CheckedSite) -> Iterator[Finding]:
-    folder, server = site.folder, site.settings
-    port = server.get("port") or (8883 if (folder / IDENTITY).is_dir() else 1883)
-    host = str(server.get("host", LOCAL[0]))
+    folder, settings = site.folder, site.settings
+    port = settings.get("port") or (8883 if (folder / IDENTITY).is_dir() else 1883)
+    host = str(settings.get("host", LOCAL[0]))
     host = {"0.0.0.0": LOCAL[0], "::": LOCAL[2]}.get(host, host)  # noqa: S104  # nosec B104  # compared with, not listened on
-    if server.get("port") == 0:
+    if settings.get("port") == 0:
         return  # a free one, which only the running server knows
     try:
         socket.create_connection((host, int(port)), site.timeout_s).close()
@@ -463,6 +471,7 @@ def check_bucket(site: CheckedSite) -> Iterator[Finding]:
         )
 
 
+# The checks on a server; those on its jobs are in `job_checks`. Alerts come first, because they explain later findings.
 CHECKS: tuple[Callable[[CheckedSite], Iterable[Finding]], ...] = (
     check_alerts,
     check_lock,
@@ -475,4 +484,3 @@ CHECKS: tuple[Callable[[CheckedSite], Iterable[Finding]], ...] = (
     check_crashes,
     check_backups,
 )
-"""The checks on a server; those on its jobs are in `job_checks`."""

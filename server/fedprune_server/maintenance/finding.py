@@ -12,7 +12,7 @@ from fedprune_server.monitoring.alerts import INFO, Alert
 
 
 class Severity(str, Enum):
-    """How bad a finding is; a note can wait."""
+    """How bad a finding is: a note can wait, what is wrong can't."""
 
     WRONG = "wrong"
     NOTE = "note"
@@ -36,8 +36,8 @@ class Finding:
         paths: The files that it is about.
         blob: Digest of the blob that it is about.
         keys: The objects of a bucket that it is about.
-        kind: For `doctor`: a short name, the same in every version.
-        why: For `doctor`: what it leads to.
+        kind: For `doctor`: a short name, the same in every version, because scripts compare it.
+        why: For `doctor`: its consequence.
     """
 
     severity: Severity

@@ -17,6 +17,7 @@ from fedprune_server.maintenance.finding import Finding, Severity
 _RESTORE = "Restore the backup of the identity folder."
 _NEXT_START = "The next start of the server makes a new one."
 _AGAIN = "`fedprune-server devices list` writes it again, from the database; then let the broker load it."
+# The files of an identity, and the remedy for each if it is missing: some the server makes again, others nobody can.
 _NEEDED = {
     "site": "Write the site's name into it, or restore a backup of it.",
     KEY: _RESTORE,
@@ -27,15 +28,15 @@ _NEEDED = {
     "server.key": _NEXT_START,
     "server.pem": _NEXT_START,
 }
-"""The files of an identity, and the remedy for each if it is missing."""
 
 
 def check_identity(identity: Path) -> Iterator[Finding]:
-    """Check an identity folder; the members, in the database, are checked elsewhere."""
+    """Check the files of an identity folder. Its members are in the database, which `state_check` reads."""
     missing = {name for name in _NEEDED if not (identity / name).exists()}
     for name, advice in _NEEDED.items():
         if name in missing:
             yield Finding(Severity.WRONG, f"{identity / name} is missing", advice)
+    # Each of the following loads what it names, so that it reports more than the missing file only if all is there.
     if not missing & {KEY, CERTIFICATE}:
         yield from _failure(lambda: Authority(identity))
     if not missing & {"site", KEY, CERTIFICATE, CRL, "signing.key"}:
@@ -51,8 +52,8 @@ def revoked(folder: Path) -> frozenset[str]:
     """Revoked devices that have no other key."""
     if not (folder / FOLDER).is_dir():
         return frozenset()
-    with IdentityFolder(folder, read_only=True) as opened:
-        devices = opened.store.devices()
+    with IdentityFolder(folder, read_only=True) as identity:
+        devices = identity.store.devices()
     return frozenset(d.device for d in devices if d.status == REVOKED) - {
         d.device for d in devices if d.status != REVOKED
     }
@@ -67,18 +68,18 @@ def _failure(read: Callable[[], object]) -> Iterator[Finding]:
 
 def _check_list(state: Path) -> None:
     try:
-        with IdentityFolder(state, read_only=True) as opened:
-            path, store = opened.authority.crl_path, opened.store
+        with IdentityFolder(state, read_only=True) as identity:
+            path, store = identity.authority.crl_path, identity.store
             # Beside other servers of a database, the list on this machine is written when its server runs.
-            right = store.shared or opened.authority.has_listed(store.revoked_certificates())
+            is_current = store.shared or identity.authority.has_listed(store.revoked_certificates())
     except FedpruneError:
-        return  # which is reported for what can't be read
-    if not right:
+        return  # a file that can't be read is a finding of its own
+    if not is_current:
         raise IdentityError(f"{path} is damaged, or not what the database says", hint=_AGAIN)
 
 
 def _server(identity: Path) -> None:
     key, certificate = identity / "server.key", identity / "server.pem"
-    found = load_certificate(certificate, "the server's certificate")
-    if key_digest(found.public_key()) != key_digest(load_tls_key(key).public_key()):
+    loaded_certificate = load_certificate(certificate, "the server's certificate")
+    if key_digest(loaded_certificate.public_key()) != key_digest(load_tls_key(key).public_key()):
         raise IdentityError(f"{key} and {certificate} don't belong together", hint=_NEXT_START)

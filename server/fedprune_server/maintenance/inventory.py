@@ -23,7 +23,7 @@ class Inventory:
 
     Attributes:
         references: Digests without which it can't go on.
-        models: Global models that `keep` promises.
+        models: Global models that the setting `keep` promises: one that is missing is no reason to stop.
         awaited: Updates that are on their way.
     """
 
@@ -73,20 +73,20 @@ class FoundFiles:
 
 
 def find_files(root: Path) -> FoundFiles:
-    """The files of a folder of blobs; nothing is changed, nor made where it is missing."""
+    """The files of a folder of blobs. Reads it without `BlobStore`, which makes missing folders and deletes files."""
     blobs, tables = dict[str, Path](), dict[str, Path]()
-    partial, temporary, strange = list[Path](), list[Path](), list[Path]()
+    partial, temporary, foreign = list[Path](), list[Path](), list[Path]()
     for path in _files(root):
-        place, name = path.parent.name, path.name.removesuffix(SUFFIX)
-        if path.parent.parent == root and is_digest(name) and name[:2] == place:
+        parent_name, name = path.parent.name, path.name.removesuffix(SUFFIX)
+        if path.parent.parent == root and is_digest(name) and name[:2] == parent_name:
             (tables if path.name != name else blobs)[name] = path
         elif path.parent == root / "partial":
             partial.append(path)
         elif path.parent == root / "tmp":
             temporary.append(path)
         else:
-            strange.append(path)
-    return FoundFiles(blobs, tables, tuple(partial), tuple(temporary), tuple(strange))
+            foreign.append(path)
+    return FoundFiles(blobs, tables, tuple(partial), tuple(temporary), tuple(foreign))
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -22,14 +22,14 @@ from fedprune_server.monitoring.monitor import off_by_far
 from fedprune_server.monitoring.situation import WatchedJob
 from fedprune_server.observation.snapshot import JobSnapshot
 
+# Recent rounds that are judged: one alone may be bad by chance, and older ones may have had other boards.
 _ROUNDS = 3
-"""Rounds that are looked back at."""
 
+# Share of a round's devices that may be late before the deadline is to blame: fewer are slow for reasons of their own.
 _LATE = 0.5
-"""Share of a round's devices that may be late before the deadline is what is wrong."""
 
+# Strategies whose submodels are the first channels of one ranking, so that widths say which channels are trained.
 _PREFIXES = frozenset({"plain", "fedprune", "heterofl", "ca-hfp", "fedavg", "fedasync", "fedfix", "fedbuff", "fedper"})
-"""Strategies whose submodels are the first channels of one ranking, so that widths say which channels are trained."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Case:
 
     @property
     def job(self) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = self.settings.get("job", {})
-        return found
+        job: Mapping[str, Any] = self.settings.get("job", {})
+        return job
 
     @property
     def name(self) -> str:
@@ -75,7 +75,7 @@ class Case:
     def watched(self) -> WatchedJob:
         """The job as the alert rules see it."""
         job, state = self.job, self.state
-        seen = JobSnapshot(
+        snapshot = JobSnapshot(
             name=self.name,
             rounds=int(job.get("rounds", 0)),
             min_devices=int(job.get("devices", 1)),
@@ -88,8 +88,10 @@ class Case:
             revoked=self.revoked & state.devices.keys(),
             compared=compare_latest(state),
         )
-        away = sorted(n for n, d in state.devices.items() if not d.online and n not in self.revoked)
-        return WatchedJob(seen=seen, folder=self.folder, begun=self.begun, away=away, off=off_by_far(seen))
+        away_devices = sorted(n for n, d in state.devices.items() if not d.online and n not in self.revoked)
+        return WatchedJob(
+            seen=snapshot, folder=self.folder, begun=self.begun, away=away_devices, off=off_by_far(snapshot)
+        )
 
 
 def findings(case: Case) -> Iterator[Finding]:
@@ -97,7 +99,7 @@ def findings(case: Case) -> Iterator[Finding]:
         for check in (_paused, _excluded, _deadline, _refused, _outlying, _uncovered):
             yield from check(case)
     if case.state.phase is Phase.FINISHED or case.begun:
-        # A loss that rises on the server's samples alone is no training that diverges.
+        # A stall explains a loss that rises on the server's samples alone, which would pass for training that diverges.
         yield from tuple(_stalls(case)) or _diverges(case)
 
 
@@ -132,13 +134,13 @@ def _deadline(case: Case) -> Iterator[Finding]:
         if not d.excluded and (seconds := _foreseen(d.plan)) is not None and seconds > limit
     }
     if slow:
-        worst = max(slow, key=lambda n: slow[n])
+        slowest = max(slow, key=lambda n: slow[n])
         yield wrong(
             "deadline-too-short",
             f"the deadline of job {case.name} is {limit:g} s, and {quantity(len(slow), 'device')} will need more, by "
-            f"their plans: {some(sorted(slow))}, {worst} {slow[worst]:.0f} s",
+            f"their plans: {some(sorted(slow))}, {slowest} {slow[slowest]:.0f} s",
             "their updates come too late, and after a few such rounds they are excluded",
-            _longer(case, 1.5 * slow[worst]),
+            _longer(case, 1.5 * slow[slowest]),
         )
         return
     for row in case.state.history[-1:]:
@@ -154,26 +156,27 @@ def _deadline(case: Case) -> Iterator[Finding]:
 
 
 def _longer(case: Case, seconds: float) -> str:
+    # `run` with options continues the stored job with a changed setting; a running server has to be stopped first.
     words = (*state_args(case.folder), "--deadline", math.ceil(seconds))
     return restart_advice(*words) if case.running else command("run", *words)
 
 
 def _refused(case: Case) -> Iterator[Finding]:
-    rows = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
-    parts = [p for r in rows for p in r["devices"].values()]
-    if not parts:
+    recent_rounds = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
+    recent_parts = [p for r in recent_rounds for p in r["devices"].values()]
+    if not recent_parts:
         refused = (t for t in case.state.tasks.values() if t.progress is Progress.REFUSED)
-        parts = [{"progress": t.progress.value, "reason": t.reason, "kind": t.kind} for t in refused]
-    if not parts or any(p["progress"] == Progress.FOLDED.value for p in parts):
+        recent_parts = [{"progress": t.progress.value, "reason": t.reason, "kind": t.kind} for t in refused]
+    if not recent_parts or any(p["progress"] == Progress.FOLDED.value for p in recent_parts):
         return
-    if all(_is_late(p) for p in parts):
-        return  # as the check of the deadline reports
-    counts = Counter(p.get("kind") or FailureKind.OTHER.value for p in parts if p["reason"])
-    example = next((p["reason"] for p in reversed(parts) if p["reason"]), "")
+    if all(_is_late(p) for p in recent_parts):
+        return  # the check of the deadline reports it
+    counts = Counter(p.get("kind") or FailureKind.OTHER.value for p in recent_parts if p["reason"])
+    example = next((p["reason"] for p in reversed(recent_parts) if p["reason"]), "")
     kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
     yield wrong(
         "all-updates-refused",
-        f"none of the last {quantity(len(parts), 'update')} of job {case.name} counted ({kinds}), such as: "
+        f"none of the last {quantity(len(recent_parts), 'update')} of job {case.name} counted ({kinds}), such as: "
         f"{one_line(example)}",
         "the model doesn't move",
         f"see each board's reason: {command('status', *state_args(case.folder), '--rounds', _ROUNDS)}; and its log, on "
@@ -182,17 +185,17 @@ def _refused(case: Case) -> Iterator[Finding]:
 
 
 def _outlying(case: Case) -> Iterator[Finding]:
-    rows = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
-    found: dict[str, list[str]] = {}
-    for row in rows:
+    recent = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
+    reasons_by_device: dict[str, list[str]] = {}
+    for row in recent:
         for name, part in sorted(row["devices"].items()):
-            folded = part["progress"] == Progress.FOLDED.value
-            if part["reason"] and (folded or part.get("kind") == FailureKind.OUTLIER):
-                found.setdefault(name, []).append(part["reason"])
-    for name, reasons in sorted(found.items(), key=lambda item: -len(item[1]))[:MAX_NAMES_SHOWN]:
+            is_folded = part["progress"] == Progress.FOLDED.value
+            if part["reason"] and (is_folded or part.get("kind") == FailureKind.OUTLIER):
+                reasons_by_device.setdefault(name, []).append(part["reason"])
+    for name, reasons in sorted(reasons_by_device.items(), key=lambda item: -len(item[1]))[:MAX_NAMES_SHOWN]:
         yield note(
             "outlying-device",
-            f"the updates of {name} stood out in {len(reasons)} of the last {quantity(len(rows), 'round')} of job "
+            f"the updates of {name} stood out in {len(reasons)} of the last {quantity(len(recent), 'round')} of job "
             f"{case.name}: {one_line(reasons[-1])}",
             "they count for less than the board sent, or not at all, so that no single board decides the model "
             "(docs/security.md)",
@@ -208,13 +211,13 @@ def _uncovered(case: Case) -> Iterator[Finding]:
     widths = [d.widths for d in case.state.devices.values() if not d.excluded and len(d.widths) == len(case.groups)]
     if not widths:
         return
-    bare = [(i, max(w[i] for w in widths), size) for i, size in enumerate(case.groups)]
-    short = [(i, most, size) for i, most, size in bare if most < size]
-    if short:
-        shares = [f"{case.names[i] if i < len(case.names) else i}: {most} of {size}" for i, most, size in short]
+    widest = [(i, max(w[i] for w in widths), size) for i, size in enumerate(case.groups)]
+    uncovered = [(i, width, size) for i, width, size in widest if width < size]
+    if uncovered:
+        shares = [f"{case.names[i] if i < len(case.names) else i}: {width} of {size}" for i, width, size in uncovered]
         yield note(
             "uncovered-channels",
-            f"in {quantity(len(short), 'channel group')} of job {case.name} no device trains all channels "
+            f"in {quantity(len(uncovered), 'channel group')} of job {case.name} no device trains all channels "
             f"({some(shares)})",
             "the last channels of the ranking stay as they are, so that the whole model learns less than it could",
             f"take a larger board in, give boards more (docs/planner.md), or take out a narrower model; "
@@ -230,7 +233,7 @@ def _diverges(case: Case) -> Iterator[Finding]:
 
 
 def _stalls(case: Case) -> Iterator[Finding]:
-    """Says which part of a fleet fails where the global model no longer improves, and nothing where none does."""
+    """A finding on the part of a fleet that fails where the global model no longer improves."""
     scores = stall_scores(case.job, case.state.history)
     cause = None if scores is None else stall_cause(scores)
     if scores is None or cause is None or (cause.in_training and any(_diverges(case))):
@@ -247,10 +250,10 @@ def _stalls(case: Case) -> Iterator[Finding]:
 
 
 def _foreseen(plan: Mapping[str, Any] | None) -> float | None:
-    """Seconds of a round by a device's plan."""
-    figures = (plan or {}).get("prediction", {})
-    found = [figures.get(k) for k in ("train_s", "transfer_s")]
-    return sum(map(float, found)) if all(isinstance(v, (int, float)) for v in found) else None
+    """Seconds that a round takes by a device's plan; None if the plan predicts no times."""
+    prediction = (plan or {}).get("prediction", {})
+    seconds = [prediction.get(k) for k in ("train_s", "transfer_s")]
+    return sum(map(float, seconds)) if all(isinstance(v, (int, float)) for v in seconds) else None
 
 
 def _is_late(part: Mapping[str, Any]) -> bool:
@@ -260,7 +263,7 @@ def _is_late(part: Mapping[str, Any]) -> bool:
 
 
 def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    names_by_reason: dict[str, list[str]] = {}
     for name, reason in sorted(reasons.items()):
-        found.setdefault(reason, []).append(name)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1]))[:MAX_NAMES_SHOWN])
+        names_by_reason.setdefault(reason, []).append(name)
+    return dict(sorted(names_by_reason.items(), key=lambda item: -len(item[1]))[:MAX_NAMES_SHOWN])

@@ -1,4 +1,4 @@
-"""A job's log compared with its state: the same events, told to a new coordinator, lead to the same state."""
+"""The comparison of a job's log with its state: the same events, handled by a new coordinator, give the same state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KINDS: dict[str, Callable[..., on.Event]] = {kind.__name__: kind for kind in ge
 
 
 def check_log(folder: Path, storage: Storage, needs: Inventory, allowed: Collection[str] = ()) -> Iterator[Finding]:
-    """Feed a job's log to a new coordinator, and find where it ends elsewhere than the job's state.
+    """Replay a job's log in a new coordinator, and report the parts of the state that differ.
 
     Workers' results are taken from the log, so that this is quick and needs no updates; it proves only that log and
     state belong together.
@@ -38,9 +38,9 @@ def check_log(folder: Path, storage: Storage, needs: Inventory, allowed: Collect
     """
     log = storage.log.events()
     first = next(log, None)
-    if first is None or first[0] != 1:
-        at = "is empty" if first is None else f"begins with event {first[0]}"
-        yield Finding(Severity.NOTE, f"the log {at}, so that it can't be compared with the state")
+    if first is None or first[0] != 1:  # the server deletes the oldest events of a long job
+        beginning = "is empty" if first is None else f"begins with event {first[0]}"
+        yield Finding(Severity.NOTE, f"the log {beginning}, so that it can't be compared with the state")
         return
     try:
         job = stored_job(needs.settings, allowed, str(folder))
@@ -48,16 +48,16 @@ def check_log(folder: Path, storage: Storage, needs: Inventory, allowed: Collect
         yield Finding(Severity.NOTE, f"the log isn't compared with the state: {error}")
         return
     try:
-        differing = _differing(folder, needs, job, chain([first], log))
+        different_keys = _differing(folder, needs, job, chain([first], log))
     except FedpruneError as error:
         yield Finding(Severity.NOTE, f"the log can't be followed: {error}")
         return
-    if differing:
+    if different_keys:
         advice = (
             "That is so once the job's settings, as the log of a start says, or this program's version have changed. "
             "If neither ever did, restore a backup."
         )
-        yield Finding(Severity.NOTE, f"the log ends in another state: {', '.join(differing)}", advice)
+        yield Finding(Severity.NOTE, f"the log ends in another state: {', '.join(different_keys)}", advice)
 
 
 def _differing(
@@ -72,12 +72,12 @@ def _differing(
     coordinator = coordinate(job, model.architecture, state, model.frozen)
     for number, at, kind, body in log:
         coordinator.handle(_event_of(number, kind, body), at)
-    told, saved = (json.loads(s.to_json()) for s in (state, needs.state))
-    return sorted(k for k in told.keys() | saved.keys() if told.get(k) != saved.get(k))
+    replayed, stored = (json.loads(s.to_json()) for s in (state, needs.state))
+    return sorted(k for k in replayed.keys() | stored.keys() if replayed.get(k) != stored.get(k))
 
 
 def _event_of(number: int, kind: str, body: dict[str, Any]) -> on.Event:
-    """A row of the log as the event that it was. Raises `StorageError` if this version knows no such event."""
+    """The event of a row of the log. Raises `StorageError` if this version has no such event."""
     try:
         return _KINDS[kind](**body)
     except (KeyError, TypeError) as error:

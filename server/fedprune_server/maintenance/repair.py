@@ -16,8 +16,8 @@ from fedprune_server.storage.s3.bucket import BLOBS as OBJECTS
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.storage import Storage
 
+# Folder next to `blobs` for files that were set aside: somebody may recover from a damaged one what no backup has.
 DAMAGED = "damaged"
-"""Folder next to `blobs` for files that were set aside."""
 
 
 def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> Iterator[str]:
@@ -44,10 +44,10 @@ def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> It
                 yield f"moved {path} to {_set_aside(folder, path)}"
         if finding.repair in (Repair.SET_ASIDE, Repair.FETCH):
             root = finding.paths[0].parent.parent if finding.paths else folder / BLOBS
-            home = BlobStore(root) if bucket is None or finding.paths else bucket
+            target = BlobStore(root) if bucket is None or finding.paths else bucket
             for source in sources:
-                with suppress(StorageError):
-                    home.put(source.read(finding.blob))
+                with suppress(StorageError):  # this source lacks it, or has a damaged one, too
+                    target.put(source.read(finding.blob))
                     yield f"took blob {finding.blob} from {source.root}"
 
 
@@ -62,6 +62,7 @@ def _set_aside(folder: Path, path: Path) -> Path:
     with storage_errors(f"can't move {path}"):
         target.parent.mkdir(mode=0o700, exist_ok=True)
         path.replace(target)
+        # The new name before the old one's absence: after a power cut the file is in one folder at least.
         sync_folder(target.parent)
         sync_folder(path.parent)
     return target

@@ -1,4 +1,4 @@
-"""A state folder made from a backup, after all of the backup was found to be whole."""
+"""A restored state folder: made from a backup, of which every file was verified before."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from fedprune_server.storage.state_folder import keep as keep_place
 from fedprune_server.storage.state_folder import url_of
 from fedprune_server.storage.storage import Storage
 
+# An entry has some 200 bytes, so that this is enough for 300,000 files; a larger file is no manifest.
 _MAX_MANIFEST = 64 * 2**20
 _HINT = "Take another backup."
 
@@ -31,7 +32,7 @@ _PIECE = 2**20
 
 
 class Backup:
-    """A backup that is read from. Raises `StorageError` if it is no backup, or damaged."""
+    """A backup to restore from. Raises `StorageError` if the folder is no backup, or damaged."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -39,7 +40,7 @@ class Backup:
             self.manifest = Manifest.parse(file.read(_MAX_MANIFEST), f"{path}: {NAME}")
 
     def verify(self, advance: Advance) -> None:
-        """Make sure that the backup is whole, and that the job finds in it all that it refers to."""
+        """Read every file, and raise `StorageError` if one is damaged, or the job refers to a blob that is missing."""
         for entry in self.manifest.entries:
             self._copy(entry)
             advance(entry.size)
@@ -69,7 +70,7 @@ class Backup:
         lock = target.with_name(f".{target.name}.restoring.lock")
         with locked(lock, f"another restore to {target} is under way", "Wait until it is done."):
             try:
-                _remove(partial)  # what one that was killed has left
+                _remove(partial)  # left by a restore that was killed
                 self._write(partial, database, advance)
                 with storage_errors(f"can't make {target}"):
                     with suppress(FileNotFoundError):
@@ -92,6 +93,7 @@ class Backup:
             self._place(entry, path)
             advance(entry.size)
         if self.manifest.has_identity:
+            # The server went on after this backup, and boards refuse messages with numbers that they have seen.
             EpochFile(folder / IDENTITY / "epoch").pass_over()
             record_restore(folder, self.manifest)
         if database is not None:
@@ -114,13 +116,13 @@ class Backup:
             self._copy(entry, file.write)
 
     def _copy(self, entry: Entry, write: Callable[[bytes], object] = len) -> None:
-        """Read a file, however long, a piece at a time."""
+        """Read a file in chunks, and compare it with its digest."""
         digest, size = hashlib.sha256(), 0
         with _open_file(self._path / entry.place, entry.size) as file:
-            while size <= entry.size and (piece := file.read(_PIECE)):
-                digest.update(piece)
-                size += len(piece)
-                write(piece)
+            while size <= entry.size and (chunk := file.read(_PIECE)):
+                digest.update(chunk)
+                size += len(chunk)
+                write(chunk)
         if size != entry.size or digest.hexdigest() != entry.sha256:
             raise StorageError(f"the backup {self._path} is damaged: {entry.place}", hint=_HINT)
 

@@ -14,34 +14,35 @@ from fedprune.core.metrics import METRICS, Metric
 from fedprune.model.recipe import judging_metric
 from fedprune_server.monitoring.round_rows import round_scores
 
+# Evaluated rounds without a better global model that make a stall: of few boards, single rounds vary by chance.
 STALL_ROUNDS = 5
-"""Evaluated rounds without a better global model after which that is no chance: single rounds of few boards vary."""
 
+# Scores that differ by no more are equal: test data of a board are often 50 to 200 samples, whose accuracy varies by
+# as much.
 _MAX_EQUAL_GAIN = 0.02
-"""Scores that differ by no more are equal: test data of a board are often 50 to 200 samples, whose accuracy varies by
-as much."""
 
+# What a whole job has gained may be chance below this: its best round is the luckiest of many.
 _MAX_CHANCE_GAIN = 0.05
-"""What a whole job has gained may be chance below this: its best round is the luckiest of many."""
 
+# Scores that differ by this much differ for a reason: five times what is taken for equal.
 _MIN_CLEAR_GAIN = 0.1
-"""Scores that differ by this much differ for a reason."""
 
+# A model that has come less than this share of the way from its first score to another's is stuck. Of healthy fleets
+# with unlike data, whose boards score well on their few classes, the global model comes half of the way and more.
 _MAX_STUCK_SHARE_OF_WAY = 0.25
-"""A model that has come less than this share of the way from its first score to another's is stuck. Of healthy fleets
-with unlike data, whose boards score well on their few classes, the global model comes half of the way and more."""
 
+# A model with this share or more (of 1) is good: one that was good when the job began need not improve.
 _MIN_GOOD_SCORE = 0.9
-"""A model with this share or more (of 1) is good: one that was good when the job began need not improve."""
 
+# Strategies that leave parts of the global model as they began, so that its score says nothing of the boards'.
 _OWN_PARTS = frozenset({"fedper", "local"})
-"""Strategies that leave parts of the global model as they began, so that its score says nothing of the boards'."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StallScores:
-    """Scores of a job by the metric that judges its models. Boards measure on test samples of their own, the server on
-    those of [evaluation].
+    """A job's scores by the metric that judges its models.
+
+    Boards measure on test samples of their own, the server on those of [evaluation].
 
     Attributes:
         first: The global model's after the first evaluated round.
@@ -68,8 +69,8 @@ class StallScores:
 
     def is_stuck(self, begin: float, end: float, goal: float) -> bool:
         """Whether a score that could clearly have come from `begin` to `goal` has hardly moved."""
-        way = self.gain(begin, goal)
-        return way >= _MIN_CLEAR_GAIN and self.gain(begin, end) < _MAX_STUCK_SHARE_OF_WAY * way
+        distance = self.gain(begin, goal)
+        return distance >= _MIN_CLEAR_GAIN and self.gain(begin, end) < _MAX_STUCK_SHARE_OF_WAY * distance
 
     @property
     def has_stalled(self) -> bool:
@@ -82,7 +83,7 @@ class StallScores:
 
     @property
     def loses_training(self) -> bool:
-        """Whether boards don't receive again what they have learnt."""
+        """Whether the models that boards receive lack what the boards have learnt."""
         return self.is_stuck(self.start, self.received, self.trained)
 
 
@@ -117,6 +118,7 @@ class StallCause:
     advice: str
 
 
+# The first that applies is reported: where the evaluation is wrong, its scores say nothing of aggregation or training.
 _CAUSES = (
     StallCause(
         _evaluation_fails,
@@ -141,7 +143,6 @@ _CAUSES = (
         "samples: scaled as the model expects, with the right labels (docs/board-data.md)",
     ),
 )
-"""The first that applies is reported."""
 
 
 def stall_scores(job: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> StallScores | None:
@@ -149,21 +150,21 @@ def stall_scores(job: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -
     the boards', or where parts of the model stay on the boards."""
     judge = judging_metric(job)
     rounds = [round_scores(row, judge) for row in history]
-    whole = [scores.whole for scores in rounds if math.isfinite(scores.whole)]
-    of_boards = [scores for scores in rounds if math.isfinite(scores.received)][-STALL_ROUNDS:]
+    global_scores = [scores.whole for scores in rounds if math.isfinite(scores.whole)]
+    board_scores = [scores for scores in rounds if math.isfinite(scores.received)][-STALL_ROUNDS:]
     has_own_parts = job.get("strategy") in _OWN_PARTS or job.get("recipe", {}).get("personal")
-    if len(whole) <= STALL_ROUNDS or not of_boards or has_own_parts:
+    if len(global_scores) <= STALL_ROUNDS or not board_scores or has_own_parts:
         return None
     metric, initial = METRICS[judge], rounds[0].received
     return StallScores(
         metric=metric,
-        first=whole[0],
-        now=math.fsum(whole[-STALL_ROUNDS:]) / STALL_ROUNDS,
-        best=metric.best(whole),
-        best_before=metric.best(whole[:-STALL_ROUNDS]),
-        start=initial if math.isfinite(initial) else whole[0],  # of a long job only the latest parts are kept
-        received=math.fsum(scores.received for scores in of_boards) / len(of_boards),
-        trained=math.fsum(scores.trained for scores in of_boards) / len(of_boards),
+        first=global_scores[0],
+        now=math.fsum(global_scores[-STALL_ROUNDS:]) / STALL_ROUNDS,
+        best=metric.best(global_scores),
+        best_before=metric.best(global_scores[:-STALL_ROUNDS]),
+        start=initial if math.isfinite(initial) else global_scores[0],  # of a long job only the latest parts are kept
+        received=math.fsum(scores.received for scores in board_scores) / len(board_scores),
+        trained=math.fsum(scores.trained for scores in board_scores) / len(board_scores),
     )
 
 

@@ -62,18 +62,22 @@ def check(folder: Path, advance: Advance, *, running: bool, allowed: Collection[
         needs = inventory(storage)
         yield from _rows(storage, needs)
         yield from _model(folder, needs)
-        there = find_files(folder / BLOBS)
+        files = find_files(folder / BLOBS)
         store = bucket_of(folder, needs.settings)
         if store is not None:
-            wrong = list(check_bucket(store, there, needs, advance, running=running))
+            blob_findings = list(check_bucket(store, files, needs, advance, running=running))
         else:
-            wrong = list(check_folder(there, needs, advance))
-        if running:  # it may have gone on meanwhile, and deleted what it needs no more
+            blob_findings = list(check_folder(files, needs, advance))
+        if running:  # the server may have ended a round meanwhile, and deleted what it no longer needs
             needs = inventory(storage)
-            now = reader(folder, needs.settings)
-            wrong = [f for f in wrong if f.blob in needs.needed and not (f.repair is Repair.FETCH and now.has(f.blob))]
-        yield from wrong
-        yield from left_over_files(there, needs, running=running, cache=store is not None)
+            store_now = reader(folder, needs.settings)
+            blob_findings = [
+                f
+                for f in blob_findings
+                if f.blob in needs.needed and not (f.repair is Repair.FETCH and store_now.has(f.blob))
+            ]
+        yield from blob_findings
+        yield from left_over_files(files, needs, running=running, cache=store is not None)
         if not running:
             yield from check_log(folder, storage, needs, allowed)
     yield from _other_files(folder, advance)
@@ -83,10 +87,10 @@ def _whole(storage: Storage) -> None:
     """The database's own check, more thorough than at every start."""
     with storage.database.reading() as connection:
         if storage.database.postgresql:
-            return  # whose pages are read below, and checked by its own sums
-        found = [str(r[0]) for r in connection.exec_driver_sql("PRAGMA integrity_check(3)")]
-    if found != ["ok"]:
-        raise StorageError(f"{storage.url} is damaged ({'; '.join(found)})", hint="Restore the server's backup.")
+            return  # PostgreSQL compares each page with its checksum as it is read, which happens below
+        reports = [str(r[0]) for r in connection.exec_driver_sql("PRAGMA integrity_check(3)")]
+    if reports != ["ok"]:
+        raise StorageError(f"{storage.url} is damaged ({'; '.join(reports)})", hint="Restore the server's backup.")
 
 
 def _rows(storage: Storage, needs: Inventory) -> Iterator[Finding]:
@@ -97,24 +101,27 @@ def _rows(storage: Storage, needs: Inventory) -> Iterator[Finding]:
         yield Finding(Severity.WRONG, f"{storage.url}: participants of rounds are missing", "Restore a backup.")
     if {r["name"] for r in storage.devices()} != set(needs.state.devices):
         yield Finding(Severity.WRONG, f"{storage.url}: the devices are not those of the state", "Restore a backup.")
-    last = 0
+    last_number = 0
     for number, _, _, body in storage.log.events():
-        if last and number != last + 1:
-            yield Finding(Severity.NOTE, f"{storage.url}: the log has nothing between events {last} and {number}")
+        # Old events are deleted from the front, so that the log may begin anywhere; a gap in it is another matter.
+        if last_number and number != last_number + 1:
+            yield Finding(
+                Severity.NOTE, f"{storage.url}: the log has nothing between events {last_number} and {number}"
+            )
         if not isinstance(body, dict):
             yield Finding(Severity.WRONG, f"{storage.url}: event {number} is damaged", "Restore a backup.")
-        last = number
+        last_number = number
 
 
 def _model(folder: Path, needs: Inventory) -> Iterator[Finding]:
     path = folder / MODEL
     try:
         with storage_errors(f"can't read {path}"):
-            good = tensorfile.digest(read_file(path)) == needs.settings.get("model")
+            is_intact = tensorfile.digest(read_file(path)) == needs.settings.get("model")
     except StorageError as error:
         yield Finding(Severity.WRONG, error.what, "Put the model's file back, or restore a backup.")
     else:
-        if not good:
+        if not is_intact:
             yield Finding(Severity.WRONG, f"{path} is damaged", "Put the model's file back, or restore a backup.")
 
 
@@ -126,11 +133,11 @@ def _other_files(folder: Path, advance: Advance) -> Iterator[Finding]:
     except StorageError as error:
         yield Finding(Severity.WRONG, error.what, "Restore a backup; boards that have a rollout's release keep it.")
     if (folder / RELEASES).is_dir():
-        there = find_files(folder / RELEASES)
-        for digest, path in there.blobs.items():
-            for found in check_file(digest, path, there.tables.get(digest), advance, needed=True):
-                advice = found.advice if found.repair is Repair.DELETE else "Stop the rollout and begin it again."
-                yield Finding(found.severity, found.what, advice, found.repair, found.paths, digest)
+        files = find_files(folder / RELEASES)
+        for digest, path in files.blobs.items():
+            for finding in check_file(digest, path, files.tables.get(digest), advance, needed=True):
+                advice = finding.advice if finding.repair is Repair.DELETE else "Stop the rollout and begin it again."
+                yield Finding(finding.severity, finding.what, advice, finding.repair, finding.paths, digest)
     yield from _console(folder / CONSOLE)
     if (folder / IDENTITY).is_dir():
         try:
@@ -142,7 +149,7 @@ def _other_files(folder: Path, advance: Advance) -> Iterator[Finding]:
 
 
 def _console(path: Path) -> Iterator[Finding]:
-    """The console's accounts and audit log, where there are some."""
+    """Check the database with the console's accounts and audit log, if there is one."""
     if not path.exists():
         return
     with storage_errors(f"can't read {path}"):
@@ -164,10 +171,10 @@ def _console_trouble(path: Path) -> str:
             if integrity != "ok":
                 return integrity
             if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-                return ""  # just made
+                return ""  # the console has made the file, and no tables yet
             names = connection.execute("SELECT name FROM operators WHERE role NOT IN ('viewer', 'operator', 'admin')")
-            strange = sorted(str(row[0]) for row in names)
+            unknown_names = sorted(str(row[0]) for row in names)
             connection.execute("SELECT count(*) FROM audit").fetchone()
     except (sqlite3.Error, StorageError) as error:
         return str(error)
-    return f"no such roles as those of {', '.join(strange[:5])}" if strange else ""
+    return f"no such roles as those of {', '.join(unknown_names[:5])}" if unknown_names else ""

@@ -19,7 +19,7 @@ class AlertChange:
 
 
 class AlertBook:
-    """Open alerts; at the start, those that the server's last run left open."""
+    """The open alerts; at first those that the server's last run left open."""
 
     def __init__(self, restored: Iterable[Alert] = ()) -> None:
         self._open: dict[str, Alert] = {a.key: a for a in restored}
@@ -43,37 +43,38 @@ class AlertBook:
 
     def counts(self) -> Mapping[tuple[str, str], int]:
         """Open alerts by kind and severity, including zeros; may be called from any thread."""
-        found = Counter((a.kind, a.severity) for a in self.open)
+        counts = Counter((a.kind, a.severity) for a in self.open)
         return {
-            (kind, severity): found[kind, severity] for kind, levels in ALERT_SEVERITIES.items() for severity in levels
+            (kind, severity): counts[kind, severity] for kind, levels in ALERT_SEVERITIES.items() for severity in levels
         }
 
     def update(self, alerts: Iterable[Alert], now: float, at: float) -> list[AlertChange]:
         """Apply one evaluation; returns the alerts that opened, changed their severity, or closed.
 
-        An alert opens when it has held for its delay, and closes when it has been gone for as long, so that a condition
-        shorter than the delay changes nothing. A change of severity must last as long, too.
+        An alert opens when its cause has lasted for its delay, and closes when the cause has been gone for as long, so
+        that a condition shorter than the delay changes nothing. A change of severity must last as long, too.
 
         Args:
             now: The monotonic clock.
             at: Seconds since 1970.
         """
         changes: list[AlertChange] = []
-        held = {a.key: a for a in alerts}
-        for key, severity in self._begun.keys() - {(k, a.severity) for k, a in held.items()}:
+        current = {a.key: a for a in alerts}
+        for key, severity in self._begun.keys() - {(k, a.severity) for k, a in current.items()}:
             del self._begun[key, severity]
-        for key, alert in held.items():
+        for key, alert in current.items():
             self._ended.pop(key, None)
-            before = self._open.get(key)
-            if before is not None and before.severity == alert.severity:
-                self._open[key] = replace(alert, since=before.since)
+            open_alert = self._open.get(key)
+            if open_alert is not None and open_alert.severity == alert.severity:
+                # The text may have changed, such as the free bytes of a disk.
+                self._open[key] = replace(alert, since=open_alert.since)
                 continue
-            begun, since = self._begun.setdefault((key, alert.severity), (now, alert.since))
-            if now - begun >= alert.delay_s:
+            begun_at, since = self._begun.setdefault((key, alert.severity), (now, alert.since))
+            if now - begun_at >= alert.delay_s:
                 del self._begun[key, alert.severity]
-                self._open[key] = replace(alert, since=since if before is None else before.since)
+                self._open[key] = replace(alert, since=since if open_alert is None else open_alert.since)
                 changes.append(AlertChange(self._open[key]))
-        for key in self._open.keys() - held.keys():
+        for key in self._open.keys() - current.keys():
             if now - self._ended.setdefault(key, now) >= self._open[key].delay_s:
                 del self._ended[key]
                 changes.append(AlertChange(self._open.pop(key), at))

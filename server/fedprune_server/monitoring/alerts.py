@@ -13,23 +13,23 @@ from fedprune.core.text import sentences
 from fedprune_server.monitoring.situation import Situation
 
 CRITICAL, WARNING, INFO = "critical", "warning", "info"
+# From the least severe to the most severe: rules, sorting and notifications compare positions in it.
 SEVERITIES = (INFO, WARNING, CRITICAL)
-"""From the least severe to the most severe."""
 
+# A server's loop that has not turned for this long hangs: no turn of a healthy one takes nearly as long.
 HANG_THRESHOLD_S = 60.0
-"""A server's loop that has not turned for this long hangs."""
 
+# Alerts of one kind that are open at a time: with a broken broker, 10,000 boards would each be one, in every list.
 MAX_ALERTS_OF_KIND = 500
-"""Alerts of one kind that are shown at a time."""
 
+# Names that a text lists; a line with more isn't read.
 MAX_NAMES_SHOWN = 5
-"""Names that a text lists."""
 
+# Part of many texts: the reason why a board fails is often in its own log alone.
 BOARD_LOG_COMMAND = "journalctl -u fedprune -n 50"
-"""Shows a board's log, on the board."""
 
+# Kinds of alerts that a missing broker explains: `doctor` leaves them out then.
 MISSING_BOARDS = ("no-devices", "too-few-devices")
-"""Kinds of alerts about boards that are missing."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Alert:
     @property
     def key(self) -> str:
         """Kind and subject, which identify the alert whatever its severity."""
-        return ":".join(part for part in (self.kind, self.job, self.device or self.subject) if part)
+        return ":".join(name for name in (self.kind, self.job, self.device or self.subject) if name)
 
     @property
     def text(self) -> str:
@@ -68,14 +68,15 @@ class Alert:
         return sentences(self.what, f"To do: {self.todo}")
 
 
+# A rule yields the alerts that a situation justifies at a time in seconds since 1970. It has no state, so that the
+# running server and `doctor` get the same answer.
 Rule = Callable[[Situation, float], Iterator[Alert]]
-"""Yields the alerts that a situation justifies at a time in seconds since 1970."""
 
 RULES: list[Rule] = []
+# The kinds of alerts of all rules, with the severities that each can have: metrics show zeros for those not open.
 KINDS: dict[str, tuple[str, ...]] = {}
-"""The kinds of alerts of all rules, with the severities that each can have."""
+# Kinds of alerts whose rules read counts of the server's present run, which begin at zero after a restart.
 COUNTED: set[str] = set()
-"""Kinds of alerts that are made of what a run of the server has counted itself."""
 
 
 def alert_rule(kind: str, *severities: str, counted: bool = False) -> Callable[[Rule], Rule]:
@@ -90,7 +91,7 @@ def alert_rule(kind: str, *severities: str, counted: bool = False) -> Callable[[
         KINDS[kind] = severities
         if counted:
             COUNTED.add(kind)
-        if rule not in RULES:
+        if rule not in RULES:  # a rule with several kinds is decorated several times
             RULES.append(rule)
         return rule
 

@@ -23,10 +23,11 @@ from fedprune_server.observation.snapshot import DeviceSnapshot, JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
+# A terminal over SSH takes a while for a table of a hundred rows; drawing it in every turn would slow the loop.
 REFRESH_S = 0.5
 
+# Columns of a terminal that has room for profiles' full names.
 _WIDE = 120
-"""Columns of a terminal that has room for profiles' whole names."""
 
 
 _COLUMNS = (
@@ -41,11 +42,11 @@ _COLUMNS = (
     Column("state", wrap=16),
 )
 
+# Styles of states by their first word; every other state is work in progress. The rest of a state's text varies.
 _STATES = {
     "ready": GOOD, "aggregated": GOOD, "refused": BAD, "late": ATTENTION, "lost": ATTENTION, "gone": ATTENTION,
     "offline": ATTENTION, "excluded": ATTENTION, "unknown": ATTENTION,
 }  # fmt: skip
-"""Styles of states by their first word; all others are work that is being done."""
 
 
 class RoundLines:
@@ -57,15 +58,15 @@ class RoundLines:
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
         handle_each(events, lambda event: self._log(event.what, event.at, snapshot))
 
-    def _log(self, what: object, now: float, snapshot: JobSnapshot) -> None:
-        if not isinstance(what, RoundEnded):
+    def _log(self, event: object, now: float, snapshot: JobSnapshot) -> None:
+        if not isinstance(event, RoundEnded):
             return
-        summary = what.summary
+        summary = event.summary
         times = self._times.setdefault(snapshot.name, RoundTimes())
         times.note_end(summary["round"], now)
         job = f"{snapshot.name}: " if snapshot.fleet.several_jobs else ""
         log.info("%s%s%s", job, round_line(summary, snapshot), _time_left(times, summary["round"], snapshot))
-        if log.isEnabledFor(logging.DEBUG):  # it takes a look at every device
+        if log.isEnabledFor(logging.DEBUG):  # reading devices costs time for every device
             for device in snapshot.devices.values():
                 log.debug("  %s", row_line(device))
 
@@ -86,7 +87,7 @@ class LiveTable:
         self._lines = RoundLines()
 
     def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        """Print lines of rounds above the table, draw at most twice a second, and leave the last table on the
+        """Print a line per round above the table, and draw the table at most twice a second. The last one stays on the
         screen."""
         self._lines.observe(snapshot, events)
         is_round_over = any(isinstance(event.what, RoundEnded) for event in events)
@@ -103,10 +104,10 @@ class LiveTable:
 
         rows: list[Sequence[Cell]] = []
         for row in snapshot.devices.values():
-            device, profile, *others, state = cells(row)
+            device, profile, *figures, state = cells(row)
             if self._console.width < _WIDE:
                 profile = profile.removeprefix("raspberry-")
-            rows.append((device, profile, *others, (state, state_style(state))))
+            rows.append((device, profile, *figures, (state, state_style(state))))
         table, _ = fitted(_COLUMNS, rows, self._console.width)
         table.title, table.title_justify = Text(title(snapshot), "bold"), "left"
         self._live.update(table, refresh=True)
@@ -129,7 +130,7 @@ class _Above(logging.Handler):
 
 
 def _time_left(times: RoundTimes, number: int, snapshot: JobSnapshot) -> str:
-    """Addition to a round's line; nothing before the usual time of a round is known, at the last one, and in a
+    """The end of a round's line; empty before the usual time of a round is known, after the last one, and in a
     pause."""
     rounds, usual_s = snapshot.rounds, times.usual_s()
     if usual_s is None or number >= rounds or snapshot.paused:
@@ -139,7 +140,7 @@ def _time_left(times: RoundTimes, number: int, snapshot: JobSnapshot) -> str:
 
 def span(seconds: float) -> str:
     for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= 1.5 * size:
+        if seconds >= 1.5 * size:  # 80 minutes are "80 min": rounded to hours they would be 25 % off
             return f"{seconds / size:.0f} {unit}"
     return f"{max(1, round(seconds))} s"
 
@@ -148,12 +149,12 @@ def span(seconds: float) -> str:
 def logged_above(console: Any) -> Iterator[None]:
     """Print fedprune's log lines on a console, above what is drawn there in place."""
     logger = logging.getLogger("fedprune")
-    before = logger.handlers[:], logger.propagate
+    former = logger.handlers[:], logger.propagate
     logger.handlers[:], logger.propagate = [_Above(console)], False
     try:
         yield
     finally:
-        logger.handlers[:], logger.propagate = before
+        logger.handlers[:], logger.propagate = former
 
 
 def make_display(stream: TextIO | None = None) -> Observer:
@@ -163,14 +164,14 @@ def make_display(stream: TextIO | None = None) -> Observer:
 
 
 def title(snapshot: JobSnapshot) -> str:
-    parts = [f"{snapshot.name}: round {snapshot.round} of {snapshot.rounds}", snapshot.phase.value]
+    texts = [f"{snapshot.name}: round {snapshot.round} of {snapshot.rounds}", snapshot.phase.value]
     if (score := leading(snapshot.metrics)) is not None:
-        parts.append(f"global {score[0].said(score[1])}")
+        texts.append(f"global {score[0].said(score[1])}")
     if snapshot.phase is Phase.TRAINING and snapshot.closes_at:
-        parts.append(f"deadline in {max(0, round(snapshot.closes_at - snapshot.now))} s")
+        texts.append(f"deadline in {max(0, round(snapshot.closes_at - snapshot.now))} s")
     if not snapshot.fleet.broker_connected:
-        parts.append("no connection to the broker")
-    return ", ".join(parts)
+        texts.append("no connection to the broker")
+    return ", ".join(texts)
 
 
 def state_style(state: str) -> str:
@@ -178,8 +179,8 @@ def state_style(state: str) -> str:
 
 
 def cells(row: DeviceSnapshot) -> tuple[str, ...]:
-    """A row of the table, as texts; `-` where nothing is known."""
-    found = leading(row.metrics)
+    """The texts of a device's row; `-` where nothing is known."""
+    score = leading(row.metrics)
     return (
         row.name,
         row.profile,
@@ -188,34 +189,37 @@ def cells(row: DeviceSnapshot) -> tuple[str, ...]:
         _mb(row.bytes_down),
         _mb(row.bytes_up),
         "-" if row.seconds is None else f"{row.seconds:.1f}",
-        "-" if found is None else found[0].shown(found[1]) if found[0] is ACCURACY else found[0].said(found[1]),
+        "-" if score is None else score[0].shown(score[1]) if score[0] is ACCURACY else score[0].said(score[1]),
         row.activity,
     )
 
 
 def row_line(row: DeviceSnapshot) -> str:
     device, profile, density, parameters, down, up, seconds, _, state = cells(row)
-    found = leading(row.metrics)
+    score = leading(row.metrics)
     return (
         f"{device} ({profile}): density {density}, {parameters} parameters, {down} MB down, {up} MB up, "
-        f"{seconds} s, {'accuracy -' if found is None else found[0].said(found[1])}, {state}"
+        f"{seconds} s, {'accuracy -' if score is None else score[0].said(score[1])}, {state}"
     )
 
 
 def round_line(summary: Mapping[str, Any], snapshot: JobSnapshot) -> str:
     """A finished round as one line of a log, with the payload bytes of all devices so far."""
     devices = summary["devices"]
-    counted = sum(d["progress"] == "folded" for d in devices.values())
-    parts = [f"{counted} of {quantity(len(devices), 'device')} counted"]
-    parts += [*metric_texts(summary["metrics"]), *board_texts(summary, snapshot.judged_by)]
-    parts.append(f"{_mb(snapshot.bytes_down)} MB down and {_mb(snapshot.bytes_up)} MB up so far")
-    return f"round {summary['round']} of {snapshot.rounds}: {', '.join(parts)}, model {summary['model'][:12]}"
+    counted_devices = sum(d["progress"] == "folded" for d in devices.values())
+    texts = [f"{counted_devices} of {quantity(len(devices), 'device')} counted"]
+    texts += [*metric_texts(summary["metrics"]), *board_texts(summary, snapshot.judged_by)]
+    texts.append(f"{_mb(snapshot.bytes_down)} MB down and {_mb(snapshot.bytes_up)} MB up so far")
+    return f"round {summary['round']} of {snapshot.rounds}: {', '.join(texts)}, model {summary['model'][:12]}"
 
 
 def metric_texts(metrics: Mapping[str, float]) -> list[str]:
     """Measurements of a global model, for people."""
-    known = [METRICS[k].said(v) for k, v in sorted(metrics.items()) if k in METRICS]
-    return [*known, *(f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if k not in METRICS and k != "samples")]
+    known_metrics = [METRICS[k].said(v) for k, v in sorted(metrics.items()) if k in METRICS]
+    return [
+        *known_metrics,
+        *(f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if k not in METRICS and k != "samples"),
+    ]
 
 
 def board_texts(summary: Mapping[str, Any], judge: str) -> list[str]:

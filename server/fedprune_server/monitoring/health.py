@@ -20,13 +20,14 @@ from fedprune_server.observation.snapshot import JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
+# The environment variable with the file whose age shows whether the server lives. A variable, because a container's
+# probe is another process with the same environment.
 FILE = "FEDPRUNE_PULSE"
-"""Names the file whose age tells whether the server lives."""
 
 RUNNING, STANDING_BY = "running", "standing by"
 
+# Probes call a server dead after minutes, and a flash card shouldn't be written to more often than that needs.
 _BETWEEN_S = 5.0
-"""Between two beats; the service manager may want them more often."""
 
 
 class Pulse:
@@ -42,6 +43,7 @@ class Pulse:
         self._file = Path(name) if name else None
         self._tell = tell
         self._clock = clock
+        # systemd kills at WATCHDOG_USEC and advises half of it; a quarter leaves room for one slow turn.
         self._between = min(_BETWEEN_S, (watchdog_seconds(environment) or 4e9) / 4)
         self._next = 0.0
         self._said = ""
@@ -56,25 +58,25 @@ class Pulse:
         """Report the end, and delete the health file."""
         self._tell(STOPPING)
         if self._file is not None:
-            with suppress(OSError):
+            with suppress(OSError):  # a probe must not take an old file for a server that lives
                 self._file.unlink()
 
     def standing_by(self) -> AbstractContextManager[None]:
         """Report health while the body waits for another server's end, without a loop."""
         return repeating(lambda: self._beat(STANDING_BY), self._between, "pulse")
 
-    def _beat(self, what: str) -> None:
+    def _beat(self, state: str) -> None:
         now = self._clock()
-        if what == self._said and now < self._next:
+        if state == self._said and now < self._next:
             return
         self._next = now + self._between
-        if what != self._said:
-            self._said = what
-            self._tell(f"{READY}\n{status(what)}")
+        if state != self._said:
+            self._said = state
+            self._tell(f"{READY}\n{status(state)}")
         self._tell(WATCHDOG)
         if self._file is not None:
             try:
-                self._file.write_text(f"{what}\n")
+                self._file.write_text(f"{state}\n")
             except OSError as error:
                 log.warning("can't write %s, which tells that this server lives: %s", self._file, error.strerror)
 
@@ -93,7 +95,7 @@ def check_pulse(path: Path, oldest_s: float, *, running: bool = False, now: floa
     """
     try:
         age = (time.time() if now is None else now) - path.stat().st_mtime
-        said = path.read_text(errors="replace")[:100].strip()
+        state = path.read_text(errors="replace")[:100].strip()
     except OSError as error:
         raise StorageError(
             f"no server reports that it lives: {path}: {error.strerror}",
@@ -101,8 +103,8 @@ def check_pulse(path: Path, oldest_s: float, *, running: bool = False, now: floa
         ) from error
     if age > oldest_s:
         raise StorageError(f"the server's loop hasn't turned for {age:.0f} s", expected=f"at most {oldest_s:g} s")
-    if said not in (RUNNING, STANDING_BY):
-        raise StorageError(f"{path} is not what a server writes", got=repr(said))
-    if running and said != RUNNING:
+    if state not in (RUNNING, STANDING_BY):
+        raise StorageError(f"{path} is not what a server writes", got=repr(state))
+    if running and state != RUNNING:
         raise StorageError("this server stands by", expected="one that runs")
-    return said
+    return state

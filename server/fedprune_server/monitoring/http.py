@@ -20,16 +20,17 @@ from fedprune_server.monitoring.metrics import Metrics
 
 log = logging.getLogger("fedprune.server")
 
+# Requests that are answered at the same time, each on a thread. Prometheus and probes make one or two; more are closed
+# unanswered, so that nobody can use up the server's threads.
 MOST = 32
-"""Requests that are answered at the same time, each on a thread; further connections are closed."""
 
 _TIMEOUT_S = 10.0
 
+# The header Host: an address of IPv6 in brackets, or another host, and perhaps a port.
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::\d+)?")
-"""An address of IPv6, or another host, and perhaps a port."""
 
+# Checks of readiness by name: each returns what is wrong, or an empty text.
 Checks = Mapping[str, Callable[[], str]]
-"""By name what a server needs to be ready: each returns what is wrong, or nothing."""
 
 
 class _Server(ThreadingHTTPServer):
@@ -56,7 +57,7 @@ class _Server(ThreadingHTTPServer):
             self._places.release()
 
     def server_bind(self) -> None:
-        """Listen, without resolving this machine's name."""
+        """Listen, without looking up this machine's name: the library's version waits for DNS."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
@@ -78,8 +79,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/healthz":
             self._verdict(_hangs(metrics))
         elif path == "/readyz":
-            wrong = [f"{name}: {text}" for name, check in self.server.checks.items() if (text := check())]
-            self._verdict(wrong + _hangs(metrics))
+            problems = [f"{name}: {text}" for name, check in self.server.checks.items() if (text := check())]
+            self._verdict(problems + _hangs(metrics))
         else:
             self._answer(404, b"try /metrics, /healthz or /readyz\n")
 
@@ -88,8 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name
         """Log no requests."""
 
-    def _verdict(self, wrong: list[str]) -> None:
-        self._answer(503 if wrong else 200, "\n".join([*(wrong or ["ok"]), ""]).encode())
+    def _verdict(self, problems: list[str]) -> None:
+        self._answer(503 if problems else 200, "\n".join([*(problems or ["ok"]), ""]).encode())
 
     def _answer(self, status: int, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
         self.send_response(status)
@@ -105,7 +106,7 @@ def served(place: tuple[str, int], metrics: Metrics, checks: Checks, hosts: Coll
     """Serve metrics and health, on a free port if the port is 0; yields the port.
 
     Args:
-        hosts: Names of this server, in small letters, besides those that no other site can have.
+        hosts: Further names of this server, in small letters, under which it answers `/metrics`.
 
     Raises:
         ConfigError: The address can't be listened on.
@@ -119,10 +120,10 @@ def served(place: tuple[str, int], metrics: Metrics, checks: Checks, hosts: Coll
         ) from error
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
-    bound = int(server.server_address[1])
-    log.info("metrics are at http://%s:%d/metrics", f"[{host}]" if ":" in host else host, bound)
+    bound_port = int(server.server_address[1])
+    log.info("metrics are at http://%s:%d/metrics", f"[{host}]" if ":" in host else host, bound_port)
     try:
-        yield bound
+        yield bound_port
     finally:
         server.shutdown()
         server.server_close()
@@ -132,8 +133,8 @@ def served(place: tuple[str, int], metrics: Metrics, checks: Checks, hosts: Coll
 def is_own_name(host: str | None, hosts: Collection[str]) -> bool:
     """Whether a request's Host is an address, a name without a dot, this machine's, or one of `hosts`.
 
-    Another site can let any other name point here, so that a browser on this network reads metrics for it. Programs
-    that name no host are no browsers.
+    Another site can let any other name point here, so that a browser in this network would read metrics for it (DNS
+    rebinding). Every browser sends Host, so that a request without it is no danger.
     """
     if not host:
         return True

@@ -21,8 +21,8 @@ from fedprune_server.observation.observer import LoopWaits, RoundEnded, ServerEn
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.trackers.tracker import TrackedRun
 
+# Columns that only simulations can fill: a server can't count the MACs of its boards.
 _SIMULATED = ("training_macs", "active_macs", "limited")
-"""Columns that only simulations can fill."""
 
 _BYTES = ("total_bytes_down", "total_bytes_up")
 

@@ -30,13 +30,16 @@ from fedprune_server.observation.snapshot import JobSnapshot
 
 STATES = ("working", "idle", "excluded", "offline", "revoked")
 
+# Buckets of histograms: seconds of parts of a round (a pull on the same machine to a night), of turns and database
+# writes, and rounds of staleness.
 _SECONDS = (0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 300, 900, 3600, 14400)
 _SHORT = (0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1, 5)
 _STALE = (0, 1, 2, 3, 5, 8, 13, 21, 50)
+# How often the folder of blobs is measured: it takes a system call per file.
 _BLOBS_S = 60.0
 
+# Counting the states of all devices takes a while with 10,000; nobody scrapes more often than once a second.
 FIGURES_INTERVAL_S = 1.0
-"""Between two looks at all devices: no scrape is more frequent."""
 
 
 # A series per counter with the time when this process began it: twice the series, and nothing uses them.
@@ -105,7 +108,7 @@ class Metrics:
             job = self._jobs[snapshot.name] = _JobMetrics(self, snapshot.name)
         self.turned_at, self.connected = now, snapshot.fleet.broker_connected
         handle_each(events, lambda event: job.count(event.what, event.at))
-        # Not while the loop waits for its database: who is a member stands there.
+        # Not while the loop waits for its database: the snapshot's revoked devices are read from there.
         is_turn_over = bool(events) and isinstance(events[-1].what, TurnEnded)
         if is_turn_over and now >= job.shown_at + FIGURES_INTERVAL_S:
             job.shown_at = now
@@ -116,9 +119,9 @@ class Metrics:
 
     def _measured(self, folder: Path) -> float:
         """Bytes of blobs, measured once a minute at most."""
-        now = self.clock()
-        if now - self._blobs_at >= _BLOBS_S:
-            self._blobs_at, self._blobs = now, sum(map(_bytes, (folder / "blobs").rglob("*")))
+        time_now = self.clock()
+        if time_now - self._blobs_at >= _BLOBS_S:
+            self._blobs_at, self._blobs = time_now, sum(map(_bytes, (folder / "blobs").rglob("*")))
         return float(self._blobs)
 
 
@@ -130,6 +133,7 @@ class _JobMetrics:
         self._begun: dict[tuple[str, str], float] = {}
         self._round_at: float | None = None
         self.shown_at = -FIGURES_INTERVAL_S
+        # Series that begin at zero: a rate of one that appears with its first count misses that count.
         for part in PARTS:
             metrics.seconds.labels(job, part)
         for reason in (kind.value for kind in FailureKind):
@@ -137,79 +141,79 @@ class _JobMetrics:
         for metric in (metrics.counted, metrics.closed, metrics.stale, metrics.save, metrics.turn):
             metric.labels(job)
 
-    def count(self, what: object, at: float) -> None:
+    def count(self, event: object, at: float) -> None:
         """Count something that has happened at a time."""
-        if (part := begun(what)) is not None:
-            if isinstance(what, do.Score):
+        if (part := begun(event)) is not None:
+            if isinstance(event, do.Score):
                 self._round_at = at
-            if isinstance(what, (do.SendOffer, do.PullUpdate)):  # which may be repeated
+            if isinstance(event, (do.SendOffer, do.PullUpdate)):  # a repeated one continues what the first began
                 self._begun.setdefault(part, at)
             else:
                 self._begun[part] = at
-        elif (part := ended(what)) is not None and (since := self._begun.pop(part, None)) is not None:
-            self._all.seconds.labels(self._job, part[0]).observe(max(0.0, at - since))
-        match what:
+        elif (part := ended(event)) is not None and (begun_at := self._begun.pop(part, None)) is not None:
+            self._all.seconds.labels(self._job, part[0]).observe(max(0.0, at - begun_at))
+        match event:
             case on.UpdateRejected() | on.OfferRefused():
                 for name in OF_DEVICES:
-                    self._begun.pop((name, what.device), None)
+                    self._begun.pop((name, event.device), None)
             case Saved():
-                self._all.save.labels(self._job).observe(what.seconds)
+                self._all.save.labels(self._job).observe(event.seconds)
             case TurnEnded():
-                self._all.turn.labels(self._job).observe(what.seconds)
+                self._all.turn.labels(self._job).observe(event.seconds)
             case RoundEnded():
-                self._count_round(what.summary, at)
+                self._count_round(event.summary, at)
 
     def _count_round(self, summary: Mapping[str, Any], at: float) -> None:
-        job, all_ = self._job, self._all
-        all_.closed.labels(job).inc()
+        job, metrics = self._job, self._all
+        metrics.closed.labels(job).inc()
         for part in summary["devices"].values():
             if part["progress"] == Progress.FOLDED.value:
-                all_.counted.labels(job).inc()
-                all_.stale.labels(job).observe(float(part.get("staleness", 0)))
+                metrics.counted.labels(job).inc()
+                metrics.stale.labels(job).observe(float(part.get("staleness", 0)))
             elif part["reason"]:
-                all_.refused.labels(job, part.get("kind") or FailureKind.OTHER.value).inc()
+                metrics.refused.labels(job, part.get("kind") or FailureKind.OTHER.value).inc()
             else:
-                all_.refused.labels(job, FailureKind.LATE.value).inc()
+                metrics.refused.labels(job, FailureKind.LATE.value).inc()
         for name, value in summary["metrics"].items():
             if isinstance(value, (int, float)):
-                all_.metric.labels(job, name).set(value)
+                metrics.metric.labels(job, name).set(value)
         if self._round_at is not None:
-            all_.seconds.labels(job, "round").observe(max(0.0, at - self._round_at))
+            metrics.seconds.labels(job, "round").observe(max(0.0, at - self._round_at))
         self._round_at = at  # an asynchronous job isn't scored every time
-        kept = ("train", "pull", "extract")
-        self._begun = {k: v for k, v in self._begun.items() if k[0] in kept and k[1] not in summary["devices"]}
+        lasting_parts = ("train", "pull", "extract")
+        self._begun = {k: v for k, v in self._begun.items() if k[0] in lasting_parts and k[1] not in summary["devices"]}
 
     def show(self, snapshot: JobSnapshot) -> None:
-        job, all_ = self._job, self._all
-        all_.totals[job] = snapshot.bytes_down, snapshot.bytes_up
-        all_.round.labels(job).set(snapshot.round)
-        all_.rounds.labels(job).set(snapshot.rounds)
+        job, metrics = self._job, self._all
+        metrics.totals[job] = snapshot.bytes_down, snapshot.bytes_up
+        metrics.round.labels(job).set(snapshot.round)
+        metrics.rounds.labels(job).set(snapshot.rounds)
         for phase in Phase:
-            all_.phase.labels(job, phase.value).set(phase is snapshot.phase)
+            metrics.phase.labels(job, phase.value).set(phase is snapshot.phase)
         for state in STATES:
-            all_.devices.labels(job, state).set(snapshot.device_states.get(state, 0))
+            metrics.devices.labels(job, state).set(snapshot.device_states.get(state, 0))
         for progress in Progress:
-            all_.tasks.labels(job, progress.value).set(snapshot.parts.get(progress, 0))
-        all_.quarantined.labels(job).set(len(snapshot.fleet.quarantined))
-        all_.broker.labels(job).set(snapshot.fleet.broker_connected)
+            metrics.tasks.labels(job, progress.value).set(snapshot.parts.get(progress, 0))
+        metrics.quarantined.labels(job).set(len(snapshot.fleet.quarantined))
+        metrics.broker.labels(job).set(snapshot.fleet.broker_connected)
         for queue, length in snapshot.queues.items():
-            all_.queue.labels(job, queue).set(length)
+            metrics.queue.labels(job, queue).set(length)
 
 
 class _Totals(Collector):
-    """Counters that continue over restarts of the server."""
+    """Counters that continue over restarts of the server: a `Counter` of the library begins at zero."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> list[CounterMetricFamily]:
-        found = CounterMetricFamily(
+        family = CounterMetricFamily(
             "fedprune_bytes", "Payload bytes, over all starts of the server", labels=["job", "direction"]
         )
         for job, (down, up) in list(self._metrics.totals.items()):
-            found.add_metric([job, "down"], down)
-            found.add_metric([job, "up"], up)
-        return [found]
+            family.add_metric([job, "down"], down)
+            family.add_metric([job, "up"], up)
+        return [family]
 
 
 class _Alerts(Collector):
@@ -217,10 +221,10 @@ class _Alerts(Collector):
         self._alerts = alerts
 
     def collect(self) -> list[GaugeMetricFamily]:
-        found = GaugeMetricFamily("fedprune_alerts", "Alerts that have not gone", labels=["kind", "severity"])
+        family = GaugeMetricFamily("fedprune_alerts", "Alerts that have not gone", labels=["kind", "severity"])
         for (kind, severity), count in self._alerts().items():
-            found.add_metric([kind, severity], count)
-        return [found]
+            family.add_metric([kind, severity], count)
+        return [family]
 
 
 def _bytes(path: Path) -> int:

@@ -52,83 +52,87 @@ from fedprune_server.storage.state_folder import LOCK, run_id
 
 log = logging.getLogger("fedprune.server")
 
+# In the state folder: `doctor` and `status` are other processes, and must work while the server hangs.
 FILE = "alerts.json"
-"""In the state folder."""
 
+# How often alerts are evaluated: their delays are seconds to minutes.
 LOOK_INTERVAL_S = 1.0
-"""Between two evaluations: no delay of an alert is shorter than some seconds."""
 
+# How often the state folder's facts are read, and the open alerts written; both also happen at once when an alert
+# changes. Reading takes a while with many boards. The file's readers learn from it whether the loop still turns.
 FACTS_INTERVAL_S = 5.0
-"""The state folder's facts are read, and the open alerts written, no more often, but at once where an alert changes:
-reading them takes a while with many boards, and the file's readers ask whether the loop still turns."""
 
+# Seconds for which the loop may wait for its database before that is an alert. Transactions of commands and of the
+# console are shorter, also on a slow disk.
 WAITS_S = 10.0
-"""Seconds for which the loop may wait for its database before that is an alert: longer than an ordinary transaction."""
 
+# An error that lasts is logged once a minute.
 _COMPLAIN_S = 60.0
+# Ticks come at a deadline, which floats may put a little before it.
 _ROUNDING_S = 1e-3
 _LEVELS = {CRITICAL: logging.ERROR, WARNING: logging.WARNING, INFO: logging.INFO}
 
+# The ratio of measurement to prediction that is an alert. Time may double while another program runs on a board; memory
+# doesn't depend on other programs, and a board that needs more than it has is killed.
 _FAR_OFF = {"step_seconds": 2.0, "latency_seconds": 2.0, "peak_memory_bytes": 1.25}
-"""How many times its prediction a measurement exceeds before it is an alert."""
 
 
 class JobWatch:
-    """Counts what a job's alerts depend on.
+    """Counts the events of a job from which its alerts derive.
 
     Attributes:
         rounds_ended: How many rounds have ended since the start.
     """
 
-    def __init__(self, seen: JobSnapshot, folder: Path, participation: Participation) -> None:
-        self._seen, self._folder, self.participation = seen, folder, participation
+    def __init__(self, snapshot: JobSnapshot, folder: Path, participation: Participation) -> None:
+        self._seen, self._folder, self.participation = snapshot, folder, participation
         self._missed = self._empty = self._closing = self.rounds_ended = 0
         self._asked_at: float | None = None  # the first offer since an update counted
         self._round_times = RoundTimes()
-        self._off: Mapping[str, str] = off_by_far(seen)
+        self._off: Mapping[str, str] = off_by_far(snapshot)
 
-    def observe(self, seen: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        self._seen = seen
-        self.participation.observe(seen, events)
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        self._seen = snapshot
+        self.participation.observe(snapshot, events)
         handle_each(events, lambda event: self._count(event.what, event.at))
         # Once for all events of a turn: the snapshot is of its end.
-        refusals = any(isinstance(event.what, (on.OfferRefused, on.UpdateRejected)) for event in events)
-        if refusals and seen.phase is Phase.TRAINING and not seen.is_asynchronous:
-            refused = seen.parts.get(Progress.REFUSED, 0)
-            self._empty += 0 < refused == sum(seen.parts.values())
+        has_refusals = any(isinstance(event.what, (on.OfferRefused, on.UpdateRejected)) for event in events)
+        if has_refusals and snapshot.phase is Phase.TRAINING and not snapshot.is_asynchronous:
+            refused = snapshot.parts.get(Progress.REFUSED, 0)
+            self._empty += 0 < refused == sum(snapshot.parts.values())
 
-    def _count(self, what: object, now: float) -> None:
-        seen = self._seen
-        match what:
+    def _count(self, event: object, now: float) -> None:
+        snapshot = self._seen
+        match event:
             case do.Close():
-                self._closing = len(what.contributions)
+                self._closing = len(event.contributions)
             case do.SendOffer() if self._asked_at is None:
                 self._asked_at = now
             case on.Folded() | on.Paused():
                 self._missed = 0
-                self._asked_at = now if seen.is_asynchronous else None  # others are being asked meanwhile
-            case on.Closed() if self._closing and len(what.rejected) >= self._closing:
+                self._asked_at = now if snapshot.is_asynchronous else None  # others are being asked meanwhile
+            case on.Closed() if self._closing and len(event.rejected) >= self._closing:
                 self._empty += 1
             case on.Ticked() if self._asked_at is not None:
-                missed = int((now - self._asked_at + _ROUNDING_S) // seen.deadline_s)
+                missed = int((now - self._asked_at + _ROUNDING_S) // snapshot.deadline_s)
                 self._missed = max(self._missed, missed)
             case RoundEnded(summary):
-                counted = any(p["progress"] == Progress.FOLDED.value for p in summary["devices"].values())
-                self._empty = 0 if counted else self._empty + 1
+                has_counted = any(p["progress"] == Progress.FOLDED.value for p in summary["devices"].values())
+                self._empty = 0 if has_counted else self._empty + 1
                 self.rounds_ended += 1
                 self._round_times.note_end(summary["round"], now)
-                self._off = off_by_far(seen, self._off)
+                self._off = off_by_far(snapshot, self._off)
 
     def job(self) -> WatchedJob:
         """The job as the rules see it."""
         self.participation.look()
-        seen, away = self._seen, self.participation.away_since
-        is_short = seen.phase is Phase.WAITING or not seen.able_devices
-        missing = (name for name in away if name not in seen.revoked) if is_short else iter(())
+        snapshot, away_since = self._seen, self.participation.away_since
+        is_short = snapshot.phase is Phase.WAITING or not snapshot.able_devices
+        missing_boards = (name for name in away_since if name not in snapshot.revoked) if is_short else iter(())
         return WatchedJob(
-            seen=seen,
+            seen=snapshot,
             folder=self._folder,
-            away=tuple(islice(missing, MAX_NAMES_SHOWN + 1)),
+            away=tuple(islice(missing_boards, MAX_NAMES_SHOWN + 1)),
             missed=self._missed,
             empty=self._empty,
             off=self._off,
@@ -137,17 +141,17 @@ class JobWatch:
         )
 
 
-def off_by_far(seen: JobSnapshot, before: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+def off_by_far(snapshot: JobSnapshot, earlier: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
     """Boards whose time or memory exceeded the prediction by far in their latest round, and by how much.
 
     Args:
         before: The same after the round before. These boards stay until half of the excess is gone.
     """
-    excesses = {name: text for name, text in before.items() if name in seen.devices}
-    for name, comparison in seen.compared.items():
+    excesses = {name: text for name, text in earlier.items() if name in snapshot.devices}
+    for name, comparison in snapshot.compared.items():
         excesses.pop(name, None)
         for metric, (expected, measured) in comparison.items():
-            limit = (1.0 + _FAR_OFF[metric]) / 2 if name in before else _FAR_OFF[metric]
+            limit = (1.0 + _FAR_OFF[metric]) / 2 if name in earlier else _FAR_OFF[metric]
             if expected and measured and measured > limit * expected:
                 title, _, unit = QUANTITIES[metric]
                 text = f"{title} {amount(measured, unit)} instead of {amount(expected, unit)}"
@@ -216,7 +220,7 @@ class Monitor:
 
     def start(self) -> None:
         """Read the site's facts, and start the thread that reads them again and again and writes the open alerts."""
-        self.read_site()  # before the first look, which would close the alerts that an earlier run had about them
+        self.read_site()  # before the first evaluation, which would close the earlier run's alerts about the site
         self._thread = threading.Thread(target=self._run, name="fedprune-alerts", daemon=True)
         self._thread.start()
 
@@ -239,7 +243,7 @@ class Monitor:
         now, kinds = self._monotonic(), {type(event.what) for event in events}
         self._turned_at, self._seen_at = self._clock(), now
         if do.Finish in kinds:
-            self._next_at = 0.0  # look at once: alerts about the job are over, and the server may end with it
+            self._next_at = 0.0  # at once: alerts about the job are over, and the server may end with it
         if len(self._watches) < len(self._folders):
             return
         if ServerEnds in kinds:  # what ends the server (a full disk, a successor) is an alert, too
@@ -264,26 +268,28 @@ class Monitor:
                 so that no other alert opens or closes.
             closes: Whether alerts may close. At the server's end their causes may be hidden, and aren't gone.
         """
-        at, now = self._clock(), self._monotonic()
+        unix_now, now = self._clock(), self._monotonic()
         if not waits_for and now >= self._free_at:  # not at every look: it takes a while with many boards
             self._free_at, fleet = now + FACTS_INTERVAL_S, self._fleet
             self._free_seen = sorted(set(fleet.connected) - fleet.jobs.keys()) if fleet.several_jobs else []
         situation = Situation(self._folder, waits_for=waits_for) if waits_for else self._situation()
-        alerts = evaluate_alerts(situation, at)
+        alerts = evaluate_alerts(situation, unix_now)
         if waits_for or not closes or self._site_is_unknown:
             alerts = [*self.book.open, *alerts]
         else:
             alerts = [*self._carried_alerts(situation.jobs), *alerts]
         closing = self.book.closing
-        changes = self.book.update(alerts, now, at)
+        changes = self.book.update(alerts, now, unix_now)
         for change in changes:
             _log(change)
         if changes or self.book.closing != closing:
             self._wake.set()
 
     def _carried_alerts(self, jobs: Sequence[WatchedJob]) -> list[Alert]:
-        """Alerts of the server's last run about jobs of which no round has ended since: what they were made of wasn't
-        kept, so that nothing tells yet whether they are over."""
+        """Alerts of the server's last run that stay open because this run can't judge them yet.
+
+        They are about jobs of which no round has ended since the start. The counts behind them were not stored.
+        """
         if self._restored:
             names = [job.seen.name for job in jobs if not job.seen.finished]
             unproven = {name for name in names if not self._watches[name].rounds_ended}
@@ -294,7 +300,7 @@ class Monitor:
     def read_site(self) -> None:
         """Read the facts of the state folder; unreadable ones stay as they were."""
         try:
-            self._site = site_facts(self._folder, self._server, before=self._site)
+            self._site = site_facts(self._folder, self._server, earlier=self._site)
             self._site_is_unknown = False
         except Exception as error:  # noqa: BLE001 - as above
             self._site_is_unknown = self._site is None
@@ -336,8 +342,8 @@ class Monitor:
         now = self._monotonic()
         if self._complain_at is None or now >= self._complain_at:
             self._complain_at = now + _COMPLAIN_S
-            told = error if isinstance(error, FedpruneError) else f"{type(error).__name__}: {reason(error)}"
-            log.error("alerts can't be worked out or written: %s", told)
+            text = error if isinstance(error, FedpruneError) else f"{type(error).__name__}: {reason(error)}"
+            log.error("alerts can't be worked out or written: %s", text)
 
 
 @dataclass(frozen=True)
@@ -368,20 +374,19 @@ class Recorded:
 
 
 def read_live(folder: Path) -> Recorded:
-    """What the monitor of the server that runs on a folder wrote some seconds ago; nothing where none runs, or one that
-    is still starting."""
+    """What the monitor of a running server wrote some seconds ago; empty if none runs, or it is still starting."""
     recorded = read_recorded(folder) if held(folder / LOCK) else Recorded()
     return recorded if recorded.run == run_id(folder) else Recorded()
 
 
 def read_recorded(folder: Path) -> Recorded:
-    """What was written last, which may be long ago, by a server that has ended since."""
+    """What a monitor wrote last, perhaps long ago, if its server has ended since."""
     try:
         recorded = read(Recorded, (folder / FILE).read_bytes(), FILE, StorageError)
     except (OSError, StorageError):
         return Recorded()
-    known = [a for a in recorded.alerts if a.severity in ALERT_SEVERITIES.get(a.kind, ())]
-    return replace(recorded, alerts=known)
+    known_alerts = [a for a in recorded.alerts if a.severity in ALERT_SEVERITIES.get(a.kind, ())]
+    return replace(recorded, alerts=known_alerts)
 
 
 def _log(change: AlertChange) -> None:

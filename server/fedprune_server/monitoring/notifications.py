@@ -32,21 +32,24 @@ log = logging.getLogger("fedprune.server")
 
 OPENED, RESOLVED, TEST = "opened", "resolved", "test"
 
+# Alerts that one message lists; it counts the others. Phones and chats cut longer texts.
 MOST = 20
-"""Alerts that one message lists; it counts the others."""
 
+# Messages that wait for a channel. Of more, the oldest is dropped: after hours without a network the latest matter.
 KEPT = 100
-"""Messages that wait for a channel; of more, the oldest is dropped."""
 
+# Tries of a message, which take about an hour. Then the next one is tried, since a service may refuse this one alone,
+# such as for its length.
 MAX_TRIES = 20
-"""Tries of a message, which take about an hour; then the next one has its turn: it may be this one that is refused."""
 
 _LOOK_S = 1.0
+# Least pause between messages without a critical alert: a broker that fails opens many alerts within seconds, which
+# come in one message.
 _TOGETHER_S = 30.0
-"""Messages without a critical alert have this pause between them, and then speak of all that has come."""
 
 _BEAT_S = 60.0
 _TIMEOUT_S = 10.0
+# The first pause after a failure, which doubles, and the longest.
 _PAUSE_S, _LONGEST_S = 2.0, 300.0
 
 
@@ -67,19 +70,21 @@ class Message:
 
     @property
     def title(self) -> str:
-        first, more = self.alerts[0], len(self.alerts) - 1
+        first, further = self.alerts[0], len(self.alerts) - 1
         word = "resolved" if self.event == RESOLVED else first.severity
-        return f"[fedprune {self.site}] {word}: {one_line(first.what, 300)}" + (f" (and {more} more)" if more else "")
+        return f"[fedprune {self.site}] {word}: {one_line(first.what, 300)}" + (
+            f" (and {further} more)" if further else ""
+        )
 
     @property
     def text(self) -> str:
-        parts = [
+        paragraphs = [
             f"{a.severity}: {a.what}\nsince {formatdate(a.since, localtime=True)}"
             + ("" if self.event == RESOLVED else f"\nwhy: {a.why}\nto do: {a.todo}")
             for a in self.alerts[:MOST]
         ]
-        more = len(self.alerts) - MOST
-        return "\n\n".join([*parts, *([f"and {more} more"] if more > 0 else [])]) + "\n"
+        further = len(self.alerts) - MOST
+        return "\n\n".join([*paragraphs, *([f"and {further} more"] if further > 0 else [])]) + "\n"
 
     def to_bytes(self) -> bytes:
         """The webhook's JSON (docs/observe.md#notifications)."""
@@ -147,7 +152,7 @@ class Service:
             import apprise
         except ImportError as error:
             raise MissingExtraError("[alerts] services needs apprise", extra="notify") from error
-        # What Apprise logs of a failure is in its result, too.
+        # A failure's reason is in the result as well, and logs of Apprise may hold addresses with passwords.
         logging.getLogger("apprise").addHandler(logging.NullHandler())
         logging.getLogger("apprise").propagate = False
         self._apprise = apprise.Apprise(asset=apprise.AppriseAsset(app_id="fedprune", async_mode=False))
@@ -167,15 +172,15 @@ class Service:
 
 def channels(settings: AlertSettings) -> list[Channel]:
     """The configured channels. Raises `ConfigError` if a secret's file can't be used, and as `Service` does."""
-    ways: list[Channel] = []
+    webhooks: list[Channel] = []
     if settings.webhook != OFF:
         secret = _secret(settings.webhook_secret, "webhook_secret")
-        ways.append(Webhook(settings.webhook, None if secret is None else secret.encode()))
+        webhooks.append(Webhook(settings.webhook, None if secret is None else secret.encode()))
     lines = (_secret(settings.services, "services") or "").splitlines()
     services = [Service(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
     if settings.services is not None and not services:
         raise ConfigError(("alerts", "services"), expected="a file with an address in it", got="none")
-    return [*ways, *services]
+    return [*webhooks, *services]
 
 
 def _secret(path: Path | None, name: str) -> str | None:
@@ -195,7 +200,9 @@ class NotificationSchedule:
         """Alerts whose opening was notified, but not their end; may be called from any thread."""
         return list(self._notified.values())
 
-    def messages(self, opened: Sequence[Alert], now: float, at: float, *, last: bool = False) -> list[Message]:
+    def messages(
+        self, open_alerts: Sequence[Alert], now: float, unix_now: float, *, last: bool = False
+    ) -> list[Message]:
         """Messages that are due now.
 
         Args:
@@ -204,22 +211,22 @@ class NotificationSchedule:
             last: Whether nothing can wait for a later message, because the server ends.
         """
         worse: list[Alert] = []
-        for alert in opened:
-            before = self._notified.get(alert.key)
-            if before is not None and before.severity == alert.severity:
-                self._notified[alert.key] = alert  # a new text is no news, but its end is told in it
-            elif _rank(alert) >= SEVERITIES.index(self._settings.severity) and _rank(alert) > _rank(before):
+        for alert in open_alerts:
+            notified = self._notified.get(alert.key)
+            if notified is not None and notified.severity == alert.severity:
+                self._notified[alert.key] = alert  # a new text alone is no message, but the alert's end will quote it
+            elif _rank(alert) >= SEVERITIES.index(self._settings.severity) and _rank(alert) > _rank(notified):
                 worse.append(alert)
-        over = [self._notified[key] for key in self._notified.keys() - {a.key for a in opened}]
-        is_urgent = any(_rank(alert) == len(SEVERITIES) - 1 for alert in (*worse, *over))
+        resolved = [self._notified[key] for key in self._notified.keys() - {a.key for a in open_alerts}]
+        is_urgent = any(_rank(alert) == len(SEVERITIES) - 1 for alert in (*worse, *resolved))
         if not (is_urgent or last) and self._last is not None and now - self._last < _TOGETHER_S:
             return []
         self._notified |= {alert.key: alert for alert in worse}
-        for alert in over:
+        for alert in resolved:
             del self._notified[alert.key]
-        events = [(OPENED, worse), (RESOLVED, over if self._settings.resolved else [])]
+        events = [(OPENED, worse), (RESOLVED, resolved if self._settings.resolved else [])]
         messages = [
-            Message(event, at, self._site, tuple(sorted(alerts, key=lambda a: (-_rank(a), a.since))))
+            Message(event, unix_now, self._site, tuple(sorted(alerts, key=lambda a: (-_rank(a), a.since))))
             for event, alerts in events
             if alerts
         ]
@@ -261,28 +268,28 @@ class Outbox:
                 message = self._waiting[0]
                 if not self._deliver(message):
                     return
-                if self._waiting and self._waiting[0] is message:  # else a full queue has dropped it
+                if self._waiting and self._waiting[0] is message:  # else a full queue has dropped it meanwhile
                     self._waiting.popleft()
             if self._over.is_set():
                 return
 
     def _deliver(self, message: Message) -> bool:
-        """Send a message, again and again if need be; False at the end of the server."""
+        """Try to send a message until it is delivered, or given up because others wait. False if the server ends."""
         pause = self._pause_s
-        for tried in count():
+        for failures in count():
             try:
                 self._channel.send(message)
                 return True
             except Exception as error:  # noqa: BLE001, PERF203 - it must not end the thread
-                if not tried:
-                    what = error if isinstance(error, NotificationError) else f"{type(error).__name__}: {error}"
-                    log.warning("a notification by %s failed: %s", self._channel.name, what)
-                if tried >= MAX_TRIES - 1 and len(self._waiting) > 1:
+                if not failures:
+                    cause = error if isinstance(error, NotificationError) else f"{type(error).__name__}: {error}"
+                    log.warning("a notification by %s failed: %s", self._channel.name, cause)
+                if failures >= MAX_TRIES - 1 and len(self._waiting) > 1:
                     break
                 if self._over.wait(pause):
                     return False
                 pause = min(_LONGEST_S, 2 * pause)
-        log.warning("a notification by %s is given up after %d tries: others wait", self._channel.name, tried + 1)
+        log.warning("a notification by %s is given up after %d tries: others wait", self._channel.name, failures + 1)
         return True
 
 
@@ -349,12 +356,12 @@ class Notifier:
                 outbox.put(message)
 
     def _beat(self) -> None:
-        failed = False
+        has_failed = False
         while True:
-            why = self._beaten() if self._works() else ""
-            if why and not failed:
-                log.warning("the heartbeat failed: %s", why)
-            failed = bool(why)
+            problem = self._beaten() if self._works() else ""
+            if problem and not has_failed:
+                log.warning("the heartbeat failed: %s", problem)
+            has_failed = bool(problem)
             if self._over.wait(_BEAT_S):
                 return
 

@@ -21,18 +21,19 @@ from fedprune_server.observation.snapshot import UNDER_WAY, FleetSnapshot, JobSn
 QUARANTINE, CLONED, EXCLUDED = "quarantine", "device-cloned", "device-excluded"
 UNDELIVERED, FAILING, AWAY = "broker-drops", "device-failing", "device-away"
 
+# A board is named after so many rounds in a row without an update that counts: a single one may be bad luck.
 FAILED_ROUNDS = 2
-"""Rounds in a row without an update that counts after which a board is named: one alone may be bad luck."""
 
+# Failures that the next round won't mend, so that the first one is enough: a full disk stays full.
 _LASTING_FAILURES = frozenset({FailureKind.NO_ROOM, FailureKind.DATA})
-"""Failures that the next round won't mend, so that the first one is enough."""
 
+# Failures that aren't the board's fault, or have an alert of their own.
 _BLAMELESS_FAILURES = frozenset({
     FailureKind.OUTLIER, FailureKind.STALE, FailureKind.QUARANTINED, FailureKind.REVOKED, FailureKind.LEFT_OUT,
     FailureKind.FALSE_SUM,
 })  # fmt: skip
-"""Failures that are no board's fault, or have an alert of their own."""
 
+# Reasons come from boards, as texts of any length; logs, mails and table cells show them.
 _MAX_REASON_LENGTH = 400
 
 
@@ -74,20 +75,20 @@ class Participation:
     """
 
     def __init__(
-        self, seen: JobSnapshot, away_rounds: int, away: Mapping[str, float], clock: Callable[[], float]
+        self, snapshot: JobSnapshot, away_rounds: int, away: Mapping[str, float], clock: Callable[[], float]
     ) -> None:
-        self._seen, self._away_rounds, self._clock = seen, away_rounds, clock
+        self._seen, self._away_rounds, self._clock = snapshot, away_rounds, clock
         self._exclusions: dict[str, Absence] = {}
-        away = {name: at for name, at in away.items() if away_rounds and _takes_part(seen, name)}
+        away = {name: since for name, since in away.items() if away_rounds and _takes_part(snapshot, name)}
         self.away_since: dict[str, float] = dict(away)
         """Since when boards of the job are offline, or at another job."""
         self._rounds_away: dict[str, int] = dict.fromkeys(away, away_rounds)  # of boards that aren't connected
         self._away = set(away)  # of them those for whose absence that is enough
         self._failures: dict[str, tuple[int, str, str, float]] = {}  # rounds in a row, last kind and reason, since when
-        self._changed = set(seen.devices)  # devices to look at: not in every turn, since many change in each
+        self._changed = set(snapshot.devices)  # devices to look at: not in every turn, since many change in each
 
-    def observe(self, seen: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        self._seen = seen
+    def observe(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
+        self._seen = snapshot
         handle_each(events, self._handle)
 
     def _handle(self, event: TurnEvent) -> None:
@@ -99,7 +100,7 @@ class Participation:
                 self._end_round(summary)
 
     def look(self) -> None:
-        """Look at the devices that have changed since the last look; call it before asking for absences."""
+        """Take in the devices that have changed since the last call. Call it before `absences`."""
         names, self._changed = self._changed, set()
         for name in names:
             device = self._seen.devices.get(name)
@@ -110,7 +111,7 @@ class Participation:
             else:
                 self._rounds_away.setdefault(name, 0)
                 self.away_since.setdefault(name, self._clock())
-            # Boards that could never take part are listed by doctor; what is new is one that did.
+            # Only a board that did take part is news. Boards that never could are listed by `doctor`.
             if device is not None and device.excluded and (device.last_counted_round or device.excluded_by):
                 if name not in self._exclusions:
                     self._exclusions[name] = exclusion_absence(device.excluded, self._clock())
@@ -136,10 +137,10 @@ class Participation:
         if part["progress"] == Progress.FOLDED.value:
             self._failures.pop(name, None)
             return
-        late = not part["reason"] or kind == FailureKind.LATE
-        if kind in _BLAMELESS_FAILURES or (late and self._seen.closes_early):
+        is_late = not part["reason"] or kind == FailureKind.LATE
+        if kind in _BLAMELESS_FAILURES or (is_late and self._seen.closes_early):
             return
-        if not late:
+        if not is_late:
             alert_kind, reason = FAILING, one_line(part["reason"], _MAX_REASON_LENGTH)
         elif self._is_offline(name):
             alert_kind, reason = AWAY, f"it was offline when the deadline of round {number} passed"
@@ -157,14 +158,14 @@ class Participation:
         return "it was late" if crash is None else f"it was late, and its program ended: {crash}"
 
     def offline_since(self) -> dict[str, float]:
-        """Since when the boards are offline for which alone a synchronous round waits; empty while it waits for
-        others, too, or for none."""
-        seen = self._seen
-        under_way = 0 if seen.is_asynchronous else sum(seen.parts.get(progress, 0) for progress in UNDER_WAY)
+        """Since when boards are offline, if a synchronous round waits for these alone; empty if it waits for others,
+        too, or for none."""
+        snapshot = self._seen
+        under_way = 0 if snapshot.is_asynchronous else sum(snapshot.parts.get(progress, 0) for progress in UNDER_WAY)
         if not 0 < under_way <= len(self.away_since):
-            return {}  # without a look at each part
-        is_stalled = all(map(self._is_offline, seen.awaited))
-        return {name: self.away_since[name] for name in seen.awaited} if is_stalled else {}
+            return {}  # decided by counts, without reading each part
+        is_stalled = all(map(self._is_offline, snapshot.awaited))
+        return {name: self.away_since[name] for name in snapshot.awaited} if is_stalled else {}
 
     def absences(self) -> dict[str, Absence]:
         """Boards that no longer take part in the job; none where it is paused or finished."""
@@ -172,31 +173,31 @@ class Participation:
         return {name: absence for name, absence in self._absences_with_revoked().items() if name not in revoked}
 
     def _absences_with_revoked(self) -> dict[str, Absence]:
-        """The same, with boards that were revoked."""
-        seen = self._seen
+        """The same as `absences`, including revoked boards."""
+        snapshot = self._seen
         absences = {
             name: Absence(CLONED, f"seems to be two boards: {reason}", self._clock())
-            for name, reason in seen.clones.items()
+            for name, reason in snapshot.clones.items()
         }
-        if seen.paused or seen.finished:
+        if snapshot.paused or snapshot.finished:
             return absences
-        for name, reason in seen.undelivered.items():
+        for name, reason in snapshot.undelivered.items():
             absences.setdefault(name, Absence(UNDELIVERED, reason, self._clock()))
-        for name, body in seen.outsiders.items():
-            if body.get("cannot_start") or seen.devices[name].last_counted_round:
+        for name, body in snapshot.outsiders.items():
+            if body.get("cannot_start") or snapshot.devices[name].last_counted_round:
                 absences.setdefault(name, exclusion_absence(str(body["excluded"]), self._clock()))
         absences = self._exclusions | absences  # a copy of its card, or a broker that drops messages, explains more
         for name in self._away:
             if not self._is_connected(name):
                 since = self.away_since[name]
-                what = f"has not been connected since {format_minute(since)}, and rounds end without it"
-                absences.setdefault(name, Absence(AWAY, what, since))
-        for name, reason in seen.silent.items():
+                sentence = f"has not been connected since {format_minute(since)}, and rounds end without it"
+                absences.setdefault(name, Absence(AWAY, sentence, since))
+        for name, reason in snapshot.silent.items():
             absences.setdefault(name, self._failing(name, FAILING, reason, self._clock()))
         for name, (count, kind, reason, since) in self._failures.items():
-            if count >= FAILED_ROUNDS and _takes_part(seen, name):
-                what = f"sends no update that counts: {reason}"
-                absences.setdefault(name, self._failing(name, kind, what, since))
+            if count >= FAILED_ROUNDS and _takes_part(snapshot, name):
+                sentence = f"sends no update that counts: {reason}"
+                absences.setdefault(name, self._failing(name, kind, sentence, since))
         return absences
 
     def _failing(self, name: str, kind: str, reason: str, since: float) -> Absence:
@@ -208,18 +209,19 @@ class Participation:
 
 
 def find_absent_boards(watches: Iterable[Participation], fleet: FleetSnapshot, now: float) -> dict[str, Absence]:
-    """Boards that don't take part, at any job of a server; a board has the first reason that explains the others."""
+    """Boards that don't take part in any job of a server. Of a board's reasons, the one that explains the others is
+    kept."""
     absences: dict[str, Absence] = {}
     for watch in watches:
         for name, absence in watch.absences().items():
             absences.setdefault(name, absence)
     for name, (_, reason) in fleet.quarantined.items():
-        # Of two boards with one key the server understands little, so that it may put them in quarantine.
+        # Two boards with one key disturb each other's messages, which may lead to a quarantine: the copy is the cause.
         if name not in absences or absences[name].kind != CLONED:
             absences[name] = quarantine_absence(reason, now)
     return absences
 
 
-def _takes_part(seen: JobSnapshot, name: str) -> bool:
-    device = seen.devices.get(name)
+def _takes_part(snapshot: JobSnapshot, name: str) -> bool:
+    device = snapshot.devices.get(name)
     return device is not None and device.takes_part

@@ -8,8 +8,9 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune_server.executor.background import device_of
 
+# Parts of one device, which run side by side; those of the whole round have no device. `train` is from an offer to the
+# announcement of its update, and includes the download.
 OF_DEVICES = ("extract", "train", "pull", "aggregate")
-"""Parts of one device; `train` is from an offer to the announcement of its update."""
 
 PARTS = ("score", *OF_DEVICES, "close", "evaluate", "round")
 
@@ -24,16 +25,16 @@ _ENDS: dict[type[Any], str] = {
 }  # fmt: skip
 
 
-def begun(what: object) -> tuple[str, str] | None:
+def begun(command: object) -> tuple[str, str] | None:
     """The part that a command begins, and its device (empty if it is the whole round's); None for no part, and for what
     is no command."""
-    part = _BEGINS.get(type(what))
-    if part is None or (isinstance(what, do.SendOffer) and what.again):
-        return None  # most devices have their update still, and pulling it goes on
-    return part, device_of(cast(do.Command, what)) or ""
+    begun_part = _BEGINS.get(type(command))
+    if begun_part is None or (isinstance(command, do.SendOffer) and command.again):
+        return None  # most devices still have their update, so that pulling continues and no training begins
+    return begun_part, device_of(cast(do.Command, command)) or ""
 
 
-def ended(what: object) -> tuple[str, str] | None:
+def ended(event: object) -> tuple[str, str] | None:
     """The part that an event ends, and its device; None for no part, and for what is no event."""
-    part = _ENDS.get(type(what))
-    return None if part is None else (part, getattr(what, "device", ""))
+    ended_part = _ENDS.get(type(event))
+    return None if ended_part is None else (ended_part, getattr(event, "device", ""))

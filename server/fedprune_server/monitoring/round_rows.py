@@ -12,8 +12,8 @@ from fedprune.core.metrics import METRICS, TRAINED, served
 from fedprune_device.training.round_runner import MEASURED
 from fedprune_server.executor.accountant import EPSILON
 
+# The privacy cost of a private job: coordinators record it among a round's measurements, and it is none of the model's.
 PRIVACY = (EPSILON, EPSILON_NEXT)
-"""The privacy cost of a private job, which is recorded with its measurements and grows from round to round."""
 
 
 @dataclass
@@ -100,7 +100,7 @@ class RoundRow:
         return sum(spent[3] for spent in self.spent.values())
 
 
-def round_row(entry: Mapping[str, Any], notes: RoundNotes, began: float, kind: str) -> RoundRow:
+def round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: float, judge: str) -> RoundRow:
     """The row of a finished round.
 
     Args:
@@ -109,20 +109,20 @@ def round_row(entry: Mapping[str, Any], notes: RoundNotes, began: float, kind: s
         kind: By what models are judged.
     """
     metrics, devices = entry["metrics"], entry["devices"]
-    delivered = {n: part for n, part in devices.items() if part["progress"] == "folded"}
-    own = {n: served(part["metrics"], kind) for n, part in delivered.items()}
-    names = sorted(set().union(*(part["metrics"] for part in delivered.values())) - MEASURED)
+    delivered_parts = {n: part for n, part in devices.items() if part["progress"] == "folded"}
+    served_scores = {n: served(part["metrics"], judge) for n, part in delivered_parts.items()}
+    names = sorted(set().union(*(part["metrics"] for part in delivered_parts.values())) - MEASURED)
     return RoundRow(
         round=entry["round"],
-        at=entry["at"] - began,
+        at=entry["at"] - started_at,
         model=entry["model"],
         metrics={n: metrics[n] for n in METRICS if n in metrics},
-        local={n: value for n, value in own.items() if value is not None},
+        local={n: value for n, value in served_scores.items() if value is not None},
         asked=len(devices),
         down=notes.down,
         up=notes.up,
-        own={m: {n: p["metrics"][m] for n, p in delivered.items() if m in p["metrics"]} for m in names},
-        density={n: part["density"] for n, part in delivered.items() if "density" in part},
+        own={m: {n: p["metrics"][m] for n, p in delivered_parts.items() if m in p["metrics"]} for m in names},
+        density={n: part["density"] for n, part in delivered_parts.items() if "density" in part},
         measured={k: metrics[k] for k in PRIVACY if k in metrics} | notes.measured,
         spent={n: list(v) for n, v in sorted(notes.devices.items())},
         updates=notes.updates,
@@ -157,15 +157,17 @@ def round_scores(entry: Mapping[str, Any], metric: str) -> RoundScores:
     return RoundScores(entry["metrics"].get(metric, math.nan), received, trained)
 
 
+# Columns that every round has, in the order of the table; measurements follow, which differ between jobs.
 EACH_ROUND = (
     "round", "time_s", "total_bytes_down", "total_bytes_up", "training_macs", "active_macs", "asked", "updates",
     "limited", "model",
 )  # fmt: skip
-"""Columns that every round has."""
 
 
 class WideRows:
-    """Makes the wide table's rows, of one round after the other: means are over each device's latest value.
+    """Makes the wide table's rows, one round after the other.
+
+    Means are over each device's latest value: over the devices of a round alone they would jump with the draw.
 
     Args:
         kind: By what models are judged, such as `accuracy`.
@@ -179,9 +181,9 @@ class WideRows:
         self._add(f"local_{self._kind}", r.local)
         for metric, values in r.own.items():
             self._add(f"mean_{metric}", values)
-        own = (r.round, r.at, r.down, r.up, r.macs, r.active_macs, r.asked, r.updates, r.limited, r.model)
-        means = {name: sum(known.values()) / len(known) for name, known in self._latest.items() if known}
-        return dict(zip(EACH_ROUND, own, strict=True)) | r.metrics | means | r.measured
+        columns = (r.round, r.at, r.down, r.up, r.macs, r.active_macs, r.asked, r.updates, r.limited, r.model)
+        means = {name: sum(latest.values()) / len(latest) for name, latest in self._latest.items() if latest}
+        return dict(zip(EACH_ROUND, columns, strict=True)) | r.metrics | means | r.measured
 
     def _add(self, name: str, values: Mapping[str, float]) -> None:
         self._latest.setdefault(name, {}).update(values)

@@ -1,12 +1,12 @@
-"""How long a job's rounds take lately, by the ends of rounds that an observer sees."""
+"""The usual time of a job's recent rounds, from the ends of rounds that an observer sees."""
 
 from __future__ import annotations
 
 from collections import deque
 from statistics import median
 
+# Enough that seven rounds that stall change nothing, and few enough to follow a fleet that becomes slower.
 _RECENT_ROUNDS = 15
-"""Enough that seven rounds that stall change nothing, and few enough to follow a fleet that becomes slower."""
 
 
 class RoundTimes:
@@ -17,7 +17,7 @@ class RoundTimes:
         self._seconds: deque[float] = deque(maxlen=_RECENT_ROUNDS)
 
     def note_end(self, number: int, now: float) -> None:
-        """A round has ended; that of the first tells nothing, because its beginning wasn't seen."""
+        """Note the end of a round. The first one gives no time, because its beginning wasn't seen."""
         if self._last is not None and number > self._last[0] and now >= self._last[1]:  # else a clock was set back
             self._seconds.append((now - self._last[1]) / (number - self._last[0]))
         self._last = number, now

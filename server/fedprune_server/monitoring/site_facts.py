@@ -30,23 +30,23 @@ _NO_FACTS = SiteFacts()
 
 
 def site_facts(
-    folder: Path, server: Mapping[str, Any], *, members: bool = True, before: SiteFacts | None = _NO_FACTS
+    folder: Path, server: Mapping[str, Any], *, members: bool = True, earlier: SiteFacts | None = _NO_FACTS
 ) -> SiteFacts:
     """Facts of a state folder.
 
     Args:
         server: Settings of the table [server].
         members: Whether the identity can be read.
-        before: Facts of an earlier look: what is in a database that can't be read now stays as it was. None where there
-            are none, and none may be made up.
+        before: Earlier facts, which stand in for a database that can't be read now. None if there are none, and an
+            unreadable database is an error.
 
     Raises:
         StorageError: The database can't be read, and `before` is None.
     """
-    found = shutil.disk_usage(folder)
-    waiting, unannounced = _members(folder, before) if members and (folder / IDENTITY).is_dir() else ({}, {})
+    disk = shutil.disk_usage(folder)
+    waiting, unannounced = _members(folder, earlier) if members and (folder / IDENTITY).is_dir() else ({}, {})
     certificates = (*_certificates(folder), *_console(folder, server))
-    return SiteFacts((found.free, found.total), certificates, waiting, _rollout(folder, before), unannounced)
+    return SiteFacts((disk.free, disk.total), certificates, waiting, _rollout(folder, earlier), unannounced)
 
 
 def _certificates(folder: Path) -> Iterator[CertificateDates]:
@@ -56,11 +56,11 @@ def _certificates(folder: Path) -> Iterator[CertificateDates]:
             continue
         todo = f"start the server again, which makes a new one: {command('run', *state_args(folder))}"
         try:
-            found = load_certificate(path, "certificate")
+            certificate = load_certificate(path, "certificate")
             if name.startswith("authority"):
                 todo = "let all boards join again, after " + command("identity", "replace", *state_args(folder))
                 todo += " (docs/runbook.md#the-servers-keys-are-stolen)"
-            yield _dates(path, found, todo)
+            yield _dates(path, certificate, todo)
         except FedpruneError as error:
             yield CertificateDates(str(path), 0, 0, "restore a backup of the identity (docs/back-up.md)", str(error))
 
@@ -72,23 +72,23 @@ def _console(folder: Path, server: Mapping[str, Any]) -> Iterator[CertificateDat
         return
     todo = "put a new one and its key there (console_certificate, console_key), and start the server again"
     try:  # a chain may follow the certificate
-        found = x509.load_pem_x509_certificate(Path(path).read_bytes())
+        certificate = x509.load_pem_x509_certificate(Path(path).read_bytes())
         if Path(path).resolve() == (folder / IDENTITY / CONSOLE_CERTIFICATE).resolve():
-            hosts = (word for host in sorted(hosts_of(found)) for word in ("--host", host))
-            issue = command("identity", "certificate", *hosts, *state_args(folder))
-            todo = f"start the server again once this has issued a new one: {issue}"
-        yield _dates(Path(path), found, todo)
+            hosts = (word for host in sorted(hosts_of(certificate)) for word in ("--host", host))
+            command_line = command("identity", "certificate", *hosts, *state_args(folder))
+            todo = f"start the server again once this has issued a new one: {command_line}"
+        yield _dates(Path(path), certificate, todo)
     except (OSError, ValueError) as error:
         yield CertificateDates(str(path), 0, 0, todo, f"{path}: {reason(error)}")
 
 
-def _dates(path: Path, found: x509.Certificate, todo: str) -> CertificateDates:
+def _dates(path: Path, certificate: x509.Certificate, todo: str) -> CertificateDates:
     return CertificateDates(
-        str(path), seconds_of(found.not_valid_before_utc), seconds_of(found.not_valid_after_utc), todo
+        str(path), seconds_of(certificate.not_valid_before_utc), seconds_of(certificate.not_valid_after_utc), todo
     )
 
 
-def _members(folder: Path, before: SiteFacts | None) -> tuple[Mapping[str, str], Mapping[str, float]]:
+def _members(folder: Path, earlier: SiteFacts | None) -> tuple[Mapping[str, str], Mapping[str, float]]:
     """The keys that wait for approval, and the members that have never announced themselves."""
     if not has_database(folder):
         return {}, {}
@@ -96,32 +96,32 @@ def _members(folder: Path, before: SiteFacts | None) -> tuple[Mapping[str, str],
         with database_of(folder, read_only=True) as database:
             store = IdentityStore(database)
             waiting, unannounced = store.waiting(), store.unannounced_members()
-    except StorageError:  # as below
-        if before is None:
+    except StorageError:  # the server reports its database itself, and the other facts count all the same
+        if earlier is None:
             raise
-        return before.waiting, before.unannounced
+        return earlier.waiting, earlier.unannounced
     return {device: VerifyingKey.from_hex(key).fingerprint for device, key in waiting}, unannounced
 
 
-def _rollout(folder: Path, before: SiteFacts | None) -> RolloutStatus | None:
+def _rollout(folder: Path, earlier: SiteFacts | None) -> RolloutStatus | None:
     if not has_database(folder):
         return None
     try:
         with RolloutStore(folder, read_only=True) as store:
             entry = store.latest()
     except StorageError:  # the server reports its database itself, and the other facts count all the same
-        if before is None:
+        if earlier is None:
             raise
-        return before.rollout
+        return earlier.rollout
     if entry is None:
         return None
     rollout, boards = entry.rollout, entry.rollout.boards
-    heard = [float(r["at"]) for r in entry.reports.values() if isinstance(r.get("at"), (int, float))]
+    report_times = [float(r["at"]) for r in entry.reports.values() if isinstance(r.get("at"), (int, float))]
     return RolloutStatus(
         entry.offer.number,
         rollout.phase,
         rollout.why,
         sorted(n for n, b in boards.items() if b.fate is Fate.FAILED),
         sorted(n for n, b in boards.items() if b.fate in (Fate.WAITING, Fate.GIVEN)),
-        max([entry.at, *heard]),
+        max([entry.at, *report_times]),
     )

@@ -15,12 +15,12 @@ from fedprune_server.monitoring.participation import Absence
 from fedprune_server.observation.snapshot import JobSnapshot
 from fedprune_server.storage.state_folder import LOCK
 
+# Boards may be missing for this long before an alert opens: a router that restarts takes about a minute.
 DELAY_S = 60.0
-"""The longest that boards may take before an alert opens."""
 
+# A round may wait this many seconds, and as long as this many usual rounds, for boards that are offline. A board that
+# lost its connection for a moment is back sooner.
 _MIN_OFFLINE_WAIT_S, _OFFLINE_WAIT_ROUNDS = 5.0, 3.0
-"""A round may wait so many seconds, and as long as so many usual rounds, for boards that are offline: one that lost its
-connection for a moment is back sooner."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class WatchedJob:
 
     @property
     def of_rounds(self) -> str:
-        """The round, and how many there are."""
+        """The round and the number of rounds, as `3 of 20`."""
         return f"{self.seen.round} of {self.seen.rounds or '?'}"
 
     @property

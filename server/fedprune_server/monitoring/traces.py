@@ -31,8 +31,9 @@ from fedprune_server.observation.snapshot import JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
+# Open spans of devices, at most: each takes memory, and that of a device that never answers stays open. In a larger
+# fleet the other devices have none.
 MAX_OPEN = 20_000
-"""Spans of devices that are open at most; of a larger fleet the others have none."""
 
 _DEVICE = "device"
 
@@ -61,47 +62,47 @@ class _JobTraces:
         self._open: dict[tuple[str, str], Span] = {}
         """By what it is and whose: `device` and its parts by device's name, the round's own parts by no name."""
 
-    def note(self, what: object, now: float) -> None:
-        match what:
+    def note(self, event: object, now: float) -> None:
+        match event:
             case do.Score():
-                self._begin_round(what.round, now)
+                self._begin_round(event.round, now)
             case do.Extract():
-                if self._round is None or what.basis.round > self._number:
-                    self._begin_round(what.basis.round, now)
-                self._device(what.part.device, what.basis.round, what.part.attempt, now)
+                if self._round is None or event.basis.round > self._number:
+                    self._begin_round(event.basis.round, now)
+                self._device(event.part.device, event.basis.round, event.part.attempt, now)
             case do.SendOffer():
-                self._device(what.device, what.round, what.attempt, now)
+                self._device(event.device, event.round, event.attempt, now)
             case do.Finish():
                 self._end_all(now)
-        if (part := begun(what)) is not None:
-            repeated = isinstance(what, (do.SendOffer, do.PullUpdate, do.Fold))
-            self._begin(*part, now, restart=not repeated)
-        elif (part := ended(what)) is not None:
-            self._end(*part, now)
-        match what:
+        if (timed_part := begun(event)) is not None:
+            may_repeat = isinstance(event, (do.SendOffer, do.PullUpdate, do.Fold))
+            self._begin(*timed_part, now, restart=not may_repeat)
+        elif (timed_part := ended(event)) is not None:
+            self._end(*timed_part, now)
+        match event:
             case on.Folded():
-                self._end(_DEVICE, what.device, now, outcome="folded")
+                self._end(_DEVICE, event.device, now, outcome="folded")
             case on.UpdateRejected() | on.OfferRefused():
                 for name in (*OF_DEVICES, _DEVICE):
-                    self._end(name, what.device, now, reason=what.reason)
+                    self._end(name, event.device, now, reason=event.reason)
             case RoundEnded():
-                self._end_round(what.summary, now)
-            case ServerEnds():  # the next process begins its own
+                self._end_round(event.summary, now)
+            case ServerEnds():  # a span can't be continued by another process, which begins its own
                 for key in list(self._open):
                     self._open.pop(key).end()
                 self._finish_round(None)
 
     def _end_round(self, summary: Mapping[str, Any], now: float) -> None:
         """End the round's span, and those of devices that it didn't wait for."""
-        counted = 0
+        counted_updates = 0
         for name, part in summary["devices"].items():
-            counted += part["progress"] == Progress.FOLDED.value
-            for what in (*OF_DEVICES, _DEVICE):
+            counted_updates += part["progress"] == Progress.FOLDED.value
+            for span_name in (*OF_DEVICES, _DEVICE):
                 self._end(
-                    what, name, now, reason=part["reason"], outcome=outcome(part["progress"], part.get("kind", ""))
+                    span_name, name, now, reason=part["reason"], outcome=outcome(part["progress"], part.get("kind", ""))
                 )
         if self._round is not None and summary["round"] == self._number:
-            self._round.set_attribute("fedprune.counted", counted)
+            self._round.set_attribute("fedprune.counted", counted_updates)
             self._round.set_attribute("fedprune.asked", len(summary["devices"]))
             self._round.set_attribute("fedprune.model", str(summary["model"]))
             for metric, value in summary["metrics"].items():
@@ -130,8 +131,8 @@ class _JobTraces:
     def _device(self, name: str, number: int, attempt: int, now: float) -> None:
         if (_DEVICE, name) in self._open or len(self._open) >= MAX_OPEN:
             return
-        more = {"fedprune.device": name, "fedprune.attempt": attempt}
-        self._open[_DEVICE, name] = self._span(_DEVICE, self._round, number, now, more)
+        attributes = {"fedprune.device": name, "fedprune.attempt": attempt}
+        self._open[_DEVICE, name] = self._span(_DEVICE, self._round, number, now, attributes)
 
     def _begin(self, part: str, name: str, now: float, *, restart: bool = True) -> None:
         if (part, name) in self._open:
@@ -144,10 +145,12 @@ class _JobTraces:
                 part, parent, self._number, now, {"fedprune.device": name} if name else {}
             )
 
-    def _span(self, name: str, parent: Span | None, number: int, now: float, more: Mapping[str, Any]) -> Span:
-        within = None if parent is None else trace.set_span_in_context(parent)
-        attributes: dict[str, Any] = {"fedprune.job": self._job, "fedprune.round": number, **more}
-        return self._tracer.start_span(name, within, attributes=attributes, start_time=_ns(now))
+    def _span(
+        self, name: str, parent: Span | None, number: int, now: float, further_attributes: Mapping[str, Any]
+    ) -> Span:
+        context = None if parent is None else trace.set_span_in_context(parent)
+        attributes: dict[str, Any] = {"fedprune.job": self._job, "fedprune.round": number, **further_attributes}
+        return self._tracer.start_span(name, context, attributes=attributes, start_time=_ns(now))
 
     def _end(self, part: str, name: str, now: float, *, reason: str = "", outcome: str = "") -> None:
         span = self._open.pop((part, name), None)
@@ -176,13 +179,13 @@ def traced(url: str | None, exporter: Callable[[], Any] | None = None) -> Iterat
     if exporter is None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-        place = None if url is None else f"{url.rstrip('/')}/v1/traces"
-        sends: Any = OTLPSpanExporter(endpoint=place, timeout=5)
+        endpoint = None if url is None else f"{url.rstrip('/')}/v1/traces"
+        span_exporter: Any = OTLPSpanExporter(endpoint=endpoint, timeout=5)
     else:
-        sends = exporter()
+        span_exporter = exporter()
     resource = Resource.create({"service.name": "fedprune-server", "service.version": __version__})
     provider = TracerProvider(resource=resource)
-    provider.add_span_processor(BatchSpanProcessor(sends))
+    provider.add_span_processor(BatchSpanProcessor(span_exporter))
     try:
         yield provider.get_tracer("fedprune", __version__)
     finally:

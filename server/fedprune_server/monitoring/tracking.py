@@ -26,17 +26,18 @@ from fedprune_server.trackers.tracker import TrackedRun, Tracker, make_tracker
 
 log = logging.getLogger("fedprune.server")
 
+# In a run's state folder: the run's identifier in each tracker, and how many rounds the tracker has. Without it the
+# next start would begin a second run there.
 FILE = "tracking.json"
-"""In a run's state folder: what the run is called in each tracker, and how many rounds that has."""
 
+# Seconds that the end of a server, or of an interrupted simulation, waits for trackers: the next start writes the rest.
 ENDS_S = 10.0
-"""Seconds for which the end of a server, or of an interrupted simulation, waits for trackers."""
 
+# The folder of the model among a run's files, as it appears in a tracker.
 MODEL = "model"
-"""Folder of the model in a run's files."""
 
+# Writes a finished run's files into a folder; called only if a tracker lacks them, because a model may be large.
 Files = Callable[[Path], None]
-"""Writes a finished run's files into a folder."""
 
 
 @dataclass
@@ -79,9 +80,9 @@ class Tracking:
     def start(self) -> None:
         """Open the trackers; only now, so that a start that is refused leaves no trace in them."""
         if self._thread is None:
-            noted = {} if self._state is None else _noted(self._state / FILE)
+            notes = {} if self._state is None else _noted(self._state / FILE)
             for target in self._targets:
-                target.name, target.rounds, target.kept = noted.get(target.key, (target.name, 0, 0))
+                target.name, target.rounds, target.kept = notes.get(target.key, (target.name, 0, 0))
             self._thread = threading.Thread(target=self._work, name="fedprune-tracking", daemon=True)
             self._thread.start()
 
@@ -126,13 +127,13 @@ class Tracking:
                     self._note()
 
     def _keep(self, last: int, files: Files) -> None:
-        lacking = [target for target in self._targets if target.kept < last]
-        if not lacking:
+        targets = [target for target in self._targets if target.kept < last]
+        if not targets:
             return
         try:
             with TemporaryDirectory(prefix="fedprune-tracked-") as scratch:
                 files(Path(scratch))
-                for target in lacking:
+                for target in targets:
                     with self._left_off(target):
                         target.tracker.keep(Path(scratch))
                         target.kept = last
@@ -151,26 +152,27 @@ class Tracking:
 
     def _note(self) -> None:
         if self._state is not None:
-            known = _noted(self._state / FILE) | {t.key: (t.name, t.rounds, t.kept) for t in self._targets}
-            body = {key: {"name": name, "rounds": rounds, "kept": kept} for key, (name, rounds, kept) in known.items()}
+            notes = _noted(self._state / FILE) | {t.key: (t.name, t.rounds, t.kept) for t in self._targets}
+            body = {key: {"name": name, "rounds": rounds, "kept": kept} for key, (name, rounds, kept) in notes.items()}
+            # Not synced in every round: after a power cut a few rounds are written to the trackers again.
             write_whole(self._state / FILE, json.dumps(body, indent=1).encode(), sync=False)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
     """Nested settings as parameters such as `job.recipe.lr`; lists as JSON, without what is None or empty."""
-    found: dict[str, str | int | float | bool] = {}
+    parameters: dict[str, str | int | float | bool] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            parameters |= flat(value, f"{prefix}{key}.")
         elif isinstance(value, (str, int, float, bool)):
-            found[f"{prefix}{key}"] = value
+            parameters[f"{prefix}{key}"] = value
         elif value:
-            found[f"{prefix}{key}"] = json.dumps(value, default=str)
-    return found
+            parameters[f"{prefix}{key}"] = json.dumps(value, default=str)
+    return parameters
 
 
 def _noted(path: Path) -> dict[str, tuple[str, int, int]]:
-    """Identifier, rounds and kept rounds by tracker, as an earlier start has noted; empty if nothing can be read."""
+    """Read the note of an earlier start: identifier, rounds and kept rounds by tracker; empty if it can't be read."""
     try:
         body = json.loads(path.read_bytes())
         return {

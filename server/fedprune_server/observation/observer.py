@@ -15,8 +15,8 @@ from fedprune_server.observation.snapshot import JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
-# The share of the loop's time that one observer may take: with all of them, about eight, the loop still has most of its
-# time for boards.
+# The share of the loop's time that one observer may take: with all of them the loop still has most of its time for
+# boards.
 MAX_SHARE = 0.05
 
 # The longest time without a call: unseen events are kept in memory until then, and alerts are late by as much.

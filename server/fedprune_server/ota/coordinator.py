@@ -39,8 +39,8 @@ log = logging.getLogger("fedprune.server")
 # second, and the loop turns many times in one.
 _LOOK_S = 1.0
 
-# A board that is silent for this long is offered the release again: a PUBACK is the broker's, not the board's, and
-# boards ignore an offer that they have.
+# A board that is silent for this long is offered the release again: a PUBACK is the broker's, not the board's. A board
+# answers an offer that it has already with its state.
 _AGAIN_S = 60.0
 
 # Added to each attempt of a trial, for the restart of the service: the board's launcher counts from its own start.

@@ -25,21 +25,22 @@ from fedprune_server.monitoring.situation import Situation
 @alert_rule(participation.UNDELIVERED, WARNING, counted=True)
 @alert_rule(participation.FAILING, WARNING, counted=True)
 @alert_rule(participation.AWAY, WARNING)
-def absent_boards(seen: Situation, now: float) -> Iterator[Alert]:
+def absent_boards(situation: Situation, now: float) -> Iterator[Alert]:
     """An alert for each board that no longer takes part, with the reason."""
     count = Counter[str]()
-    for name, absence in seen.absences.items():
+    for name, absence in situation.absences.items():
         count[absence.kind] += 1
         if count[absence.kind] <= MAX_ALERTS_OF_KIND:
-            why, todo = _remedy(seen, name, absence)
+            why, todo = _remedy(situation, name, absence)
             yield Alert(absence.kind, WARNING, absence.since, f"{name} {absence.reason}", why, todo, device=name)
 
 
-def _remedy(seen: Situation, name: str, absence: Absence) -> tuple[str, str]:
-    """What it leads to that a board doesn't take part, and what to do."""
-    crashes = command("crashes", "--device", name, *state_args(seen.folder))
-    revoke = command("devices", "revoke", name, *state_args(seen.folder))
-    without = "rounds go on without what its samples would teach the model"
+def _remedy(situation: Situation, name: str, absence: Absence) -> tuple[str, str]:
+    """The consequence of a board's absence, and what to do about it."""
+    crashes = command("crashes", "--device", name, *state_args(situation.folder))
+    replace = command("devices", "replace", name, *state_args(situation.folder))
+    revoke = command("devices", "revoke", name, *state_args(situation.folder))
+    consequence = "rounds go on without what its samples would teach the model"
     match absence.kind:
         case participation.QUARANTINE:
             return "what it sends is dropped unread", (
@@ -49,7 +50,7 @@ def _remedy(seen: Situation, name: str, absence: Absence) -> tuple[str, str]:
         case participation.CLONED:
             return "the two disturb each other, and the server hears now one and now the other", (
                 "look for a second board with a copy of its card or state folder, and take it away; or give both new "
-                f"keys: {command('devices', 'replace', name, *state_args(seen.folder))}, and let each join with a name "
+                f"keys: {replace}, and let each join with a name "
                 "and claim of its own (docs/runbook.md#two-boards-with-one-identity)"
             )
         case participation.UNDELIVERED:
@@ -58,17 +59,17 @@ def _remedy(seen: Situation, name: str, absence: Absence) -> tuple[str, str]:
                 "its rules must let through (docs/runbook.md#the-broker-drops-messages)"
             )
         case participation.AWAY:
-            return without, (
+            return consequence, (
                 f"see that it has power and network, and {crashes}; a board that is gone for good is revoked by "
                 f"{revoke}"
             )
         case participation.EXCLUDED:  # one that can't start has sent nothing but the reason
-            return without, (
+            return consequence, (
                 f"mend what the reason names on the board and start it again; on the board `{BOARD_LOG_COMMAND}` shows "
                 f"its log, and {crashes} how its program ended before (docs/runbook.md#a-board-cant-start)"
             )
         case _:
-            return without, (
+            return consequence, (
                 f"mend what the reason names on the board and start it again; on the board `{BOARD_LOG_COMMAND}` shows "
                 "its log (docs/runbook.md#a-board-cant-start)"
             )

@@ -19,28 +19,28 @@ from fedprune_server.monitoring.alerts import (
 from fedprune_server.monitoring.participation import format_minute
 from fedprune_server.monitoring.situation import Situation
 
+# Seconds after joining within which a board announces itself: one that doesn't measure itself first, and any board.
 _ANNOUNCEMENT_TIMEOUT_S, _MEASUREMENT_TIMEOUT_S = 25.0, 120.0
-"""Seconds after which a board that has joined should be heard: one that doesn't measure itself first, and any."""
 
 
 @alert_rule("devices-wait", WARNING)
-def waiting_boards(seen: Situation, now: float) -> Iterator[Alert]:
-    waiting = {} if seen.site is None else seen.site.waiting
+def waiting_boards(situation: Situation, now: float) -> Iterator[Alert]:
+    waiting = {} if situation.site is None else situation.site.waiting
     for name, fingerprint in islice(waiting.items(), MAX_ALERTS_OF_KIND):
         yield Alert(
             "devices-wait", WARNING, now, f"{name} waits for approval", "until then all that it sends is dropped",
             "compare the key with what the board shows, then "
-            + command("devices", "approve", name, "--key", fingerprint, *state_args(seen.folder)),
+            + command("devices", "approve", name, "--key", fingerprint, *state_args(situation.folder)),
             device=name,
         )  # fmt: skip
 
 
 @alert_rule("device-unheard", WARNING, INFO)
-def unheard_boards(seen: Situation, now: float) -> Iterator[Alert]:
+def unheard_boards(situation: Situation, now: float) -> Iterator[Alert]:
     """Boards that could join, and of which the server hears nothing else."""
-    if seen.site is None or not seen.running:
+    if situation.site is None or not situation.running:
         return
-    for name, joined in islice(seen.site.unannounced.items(), MAX_ALERTS_OF_KIND):
+    for name, joined in islice(situation.site.unannounced.items(), MAX_ALERTS_OF_KIND):
         if now - joined >= _ANNOUNCEMENT_TIMEOUT_S:
             yield Alert(
                 "device-unheard", WARNING if now - joined >= _MEASUREMENT_TIMEOUT_S else INFO, joined,
@@ -54,9 +54,10 @@ def unheard_boards(seen: Situation, now: float) -> Iterator[Alert]:
 
 
 @alert_rule("joins-flooded", WARNING)
-def join_flood(seen: Situation, now: float) -> Iterator[Alert]:
-    """The key has no client id, because the sender chooses it; the text names it."""
-    client = seen.floods_joins
+def join_flood(situation: Situation, now: float) -> Iterator[Alert]:
+    """An alert about a flood of requests to join. Its key has no client id, because a sender can choose another one for
+    each request; the text names it."""
+    client = situation.floods_joins
     if client is None:
         return
     if client:

@@ -21,16 +21,17 @@ from fedprune_server.monitoring.situation import Situation, WatchedJob
 
 @alert_rule("no-devices", CRITICAL, WARNING)
 @alert_rule("too-few-devices", WARNING)
-def missing_boards(seen: Situation, now: float) -> Iterator[Alert]:
-    for job in seen.open_jobs:
-        yield from _missing_boards(seen, job, now)
+def missing_boards(situation: Situation, now: float) -> Iterator[Alert]:
+    for job in situation.open_jobs:
+        yield from _missing_boards(situation, job, now)
 
 
-def _missing_boards(seen: Situation, job: WatchedJob, now: float) -> Iterator[Alert]:
-    if seen.broker:
-        return  # they are missing for the reason that its own alert has
-    if not job.seen.known_devices and not seen.here:
-        claim = f"let a board in: {command('claim', '--device', 'NAME', *state_args(seen.folder))}; then on the board: "
+def _missing_boards(situation: Situation, job: WatchedJob, now: float) -> Iterator[Alert]:
+    if situation.broker:
+        return  # without a broker no board can be connected, which has an alert of its own
+    state = state_args(situation.folder)
+    if not job.seen.known_devices and not situation.here:
+        claim = f"let a board in: {command('claim', '--device', 'NAME', *state)}; then on the board: "
         yield Alert(
             "no-devices", WARNING, now, f"no device has announced itself to job {job.seen.name} yet",
             "a round can't begin without boards",
@@ -42,9 +43,9 @@ def _missing_boards(seen: Situation, job: WatchedJob, now: float) -> Iterator[Al
         )  # fmt: skip
         return
     if (
-        not seen.running
+        not situation.running
         or job.seen.paused
-        or (seen.here and (job.seen.phase is not Phase.WAITING or seen.here >= job.seen.min_devices))
+        or (situation.here and (job.seen.phase is not Phase.WAITING or situation.here >= job.seen.min_devices))
     ):
         return
     away = f"; away: {some(job.away)}" if job.away else ""
@@ -53,28 +54,27 @@ def _missing_boards(seen: Situation, job: WatchedJob, now: float) -> Iterator[Al
     readmission = ""
     if names:
         name = names[0] if len(names) == 1 else "NAME"
-        readmission = f"; for {some(names)}: {command('devices', 'replace', name, *state_args(seen.folder))}"
-    if not seen.here:
+        readmission = f"; for {some(names)}: {command('devices', 'replace', name, *state)}"
+    if not situation.here:
         yield Alert(
             "no-devices", CRITICAL, now,
             f"no board that can take part is connected, and job {job.seen.name} is in round "
             f"{job.of_rounds}{away}{revoked}",
             "nothing is trained until boards come back",
             "see that boards have power and network, and that the broker's port is open; "
-            f"{command('crashes', *state_args(seen.folder))} shows programs that ended{readmission}",
+            f"{command('crashes', *state)} shows programs that ended{readmission}",
             job=job.seen.name, delay_s=job.delay_s,
         )  # fmt: skip
         return
-    more = f"let more boards in ({command('claim', '--device', 'NAME', *state_args(seen.folder))})"
+    remedy = f"let more boards in ({command('claim', '--device', 'NAME', *state)})"
     if job.away:
-        more = (
-            f"start the boards that are away ({command('crashes', *state_args(seen.folder))} shows programs that ended)"
-        )
+        remedy = f"start the boards that are away ({command('crashes', *state)} shows programs that ended)"
+    fewer = restart_advice(*state_args(job.folder), "--devices", situation.here)
     yield Alert(
         "too-few-devices", WARNING, now,
-        f"job {job.seen.name} waits for {quantity(job.seen.min_devices, 'device')}, and {seen.here} can take part "
+        f"job {job.seen.name} waits for {quantity(job.seen.min_devices, 'device')}, and {situation.here} can take part "
         f"now{away}{revoked}",
         f"a round begins with {quantity(job.seen.min_devices, 'device')}",
-        f"{more}, or begin with fewer: {restart_advice(*state_args(job.folder), '--devices', seen.here)}{readmission}",
+        f"{remedy}, or begin with fewer: {fewer}{readmission}",
         job=job.seen.name, delay_s=job.delay_s,
     )  # fmt: skip

@@ -14,46 +14,46 @@ from fedprune_server.monitoring.alerts import (
 )
 from fedprune_server.monitoring.situation import Situation
 
+# The broker may be away for this long before an alert opens: one that restarts is back within seconds.
 _BROKER_DELAY_S = 15.0
-"""The longest that the broker may be away before an alert opens."""
 
 
 @alert_rule("server-not-running", CRITICAL)
 @alert_rule("server-hangs", CRITICAL)
 @alert_rule("database-waits", CRITICAL)
 @alert_rule("broker", CRITICAL)
-def broken_server(seen: Situation, now: float) -> Iterator[Alert]:
-    if seen.running:
-        if seen.suspended is not None:
+def broken_server(situation: Situation, now: float) -> Iterator[Alert]:
+    if situation.running:
+        if situation.suspended is not None:
             yield Alert(
-                "server-hangs", CRITICAL, now - (seen.turned_s or 0.0),
-                f"the server was suspended (Ctrl-Z, SIGSTOP): {seen.suspended.name}",
+                "server-hangs", CRITICAL, now - (situation.turned_s or 0.0),
+                f"the server was suspended (Ctrl-Z, SIGSTOP): {situation.suspended.name}",
                 "no message of a board is read meanwhile; nothing is lost",
-                f"continue it: `fg` in its terminal, or `kill -CONT {seen.suspended.pid}`",
+                f"continue it: `fg` in its terminal, or `kill -CONT {situation.suspended.pid}`",
             )  # fmt: skip
-        elif seen.turned_s is not None and seen.turned_s > HANG_THRESHOLD_S:
+        elif situation.turned_s is not None and situation.turned_s > HANG_THRESHOLD_S:
             yield Alert(
-                "server-hangs", CRITICAL, now - seen.turned_s,
-                f"the server's loop has not turned for {seen.turned_s:.0f} s",
+                "server-hangs", CRITICAL, now - situation.turned_s,
+                f"the server's loop has not turned for {situation.turned_s:.0f} s",
                 "no message of a board is read meanwhile",
                 "see the server's log and the load of its disk; stop it and start it again: it continues where it was",
             )  # fmt: skip
-        elif seen.waits_for:
+        elif situation.waits_for:
             yield Alert(
-                "database-waits", CRITICAL, now, f"the server waits for its database: {seen.waits_for}",
+                "database-waits", CRITICAL, now, f"the server waits for its database: {situation.waits_for}",
                 "no message of a board is read meanwhile; nothing is lost, and the server goes on by itself",
                 "continue the process that is named, or end it (docs/runbook.md#the-database-is-gone-or-locked); a "
                 "database on another machine: see that it runs and can be reached",
             )  # fmt: skip
-        elif seen.broker:
-            delay = min([_BROKER_DELAY_S, *(job.seen.deadline_s / 2 for job in seen.jobs)])
+        elif situation.broker:
+            delay = min([_BROKER_DELAY_S, *(job.seen.deadline_s / 2 for job in situation.jobs)])
             yield Alert(
-                "broker", CRITICAL, now, seen.broker, "server and boards meet there; without it nothing moves",
+                "broker", CRITICAL, now, situation.broker, "server and boards meet there; without it nothing moves",
                 "see that the broker runs, that its address is right (--broker), and the firewall (docs/runbook.md)",
                 delay_s=delay,
             )  # fmt: skip
         return
-    for job in seen.jobs:
+    for job in situation.jobs:
         if not job.begun:
             yield Alert(
                 "server-not-running", CRITICAL, now, f"no job has begun in {job.folder}",
