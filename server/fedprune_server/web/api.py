@@ -71,8 +71,8 @@ def routes(console: Console) -> list[Route]:
         return JSONResponse({"items": view.rollouts, "releases": view.releases})
 
     def alerts(request: Request) -> Response:
-        rows, gone = paging(request), filters(request, "gone").get("gone") != "no"
-        return _page(view.alerts(page=rows["page"], size=rows["size"], gone=gone))
+        page_bounds, includes_closed = paging(request), filters(request, "gone").get("gone") != "no"
+        return _page(view.alerts(page=page_bounds["page"], size=page_bounds["size"], gone=includes_closed))
 
     def logs(request: Request) -> Response:
         only = filters(request, "level", "device", "job")
@@ -94,6 +94,7 @@ def routes(console: Console) -> list[Route]:
         return JSONResponse(answer)
 
     async def give(request: Request) -> Response:
+        # A form of another site can't send this type without asking first (CORS preflight).
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return JSONResponse({"error": "expected application/json"}, 415)
         try:
@@ -109,10 +110,10 @@ def routes(console: Console) -> list[Route]:
     def events(request: Request) -> Response:
         session, token = session_of(request), request.state.token
 
-        def allowed() -> bool:
+        def is_logged_in() -> bool:
             return console.sessions.find(token, used=False) is not None
 
-        return LiveStream(console.streams, session.operator.name, ready=view.ready, allowed=allowed)
+        return LiveStream(console.streams, session.operator.name, ready=view.ready, allowed=is_logged_in)
 
     return [
         Route(PREFIX + "/me", me),
@@ -133,5 +134,5 @@ def routes(console: Console) -> list[Route]:
     ]
 
 
-def _page(page: Page, **more: Any) -> Response:
-    return JSONResponse({**asdict(page), **more})
+def _page(page: Page, **further_fields: Any) -> Response:
+    return JSONResponse({**asdict(page), **further_fields})

@@ -25,11 +25,11 @@ from fedprune_server.web.context import Console
 from fedprune_server.web.parameters import form_fields
 from fedprune_server.web.views.pages import Pages
 
+# Passwords that are compared with their hashes at the same time: argon2id takes 64 MiB for each, on purpose.
 _HASHES = 2
-"""Passwords that are looked at at a time: each takes 64 MiB for a moment."""
 
+# Logins that wait for that. Further ones are answered 503 at once, so that a flood of them holds no memory.
 _QUEUE = 32
-"""Logins that wait for that; others are told to come back."""
 
 
 def make_app(console: Console) -> ASGIApp:
@@ -38,7 +38,7 @@ def make_app(console: Console) -> ASGIApp:
 
 
 def make_routes(console: Console) -> Starlette:
-    """The application without the security middleware, which protects nothing."""
+    """The application's routes. Without the security middleware nothing protects them."""
     pages = Pages(console)
     hashing, waiting = anyio.CapacityLimiter(_HASHES), [0]
 
@@ -52,69 +52,74 @@ def make_routes(console: Console) -> Starlette:
     def form(request: Request, status: int = 200, error: str = "", next_path: str = "/") -> Response:
         nonce = secrets.token_urlsafe(32)
         csrf = console.sessions.login_token(nonce)
-        empty = len(console.accounts) == 0
-        answer = pages.login(request, csrf=csrf, wrong=error, next=next_path, nobody=empty)
+        has_no_accounts = len(console.accounts) == 0
+        answer = pages.login(request, csrf=csrf, wrong=error, next=next_path, nobody=has_no_accounts)
         answer.status_code = status
         _set(request, answer, console.around.login_cookie, nonce, 3600)
         return answer
 
     def login_form(request: Request) -> Response:
-        target = safe_path(request.query_params.get("next"))
+        next_path = safe_path(request.query_params.get("next"))
         if request.state.session is not None:
-            return RedirectResponse(target, 303)
-        return form(request, next_path=target)
+            return RedirectResponse(next_path, 303)
+        return form(request, next_path=next_path)
 
     async def login(request: Request) -> Response:
         fields = await form_fields(request)
-        name, password, target = fields.get("name", ""), fields.get("password", ""), safe_path(fields.get("next"))
+        name, password, next_path = fields.get("name", ""), fields.get("password", ""), safe_path(fields.get("next"))
         if waiting[0] >= _QUEUE:
             return await run_in_threadpool(
-                form, request, 503, "Too many are logging in. Try again in a moment.", target
+                form, request, 503, "Too many are logging in. Try again in a moment.", next_path
             )
         waiting[0] += 1
         try:
-            refusal = await run_in_threadpool(refuse, request, fields, target)
+            refusal = await run_in_threadpool(refuse, request, fields, next_path)
             if refusal is not None:
                 return refusal
             hashed = await run_in_threadpool(console.accounts.hash_of, name)
-            right = await anyio.to_thread.run_sync(console.accounts.fits, hashed, password, limiter=hashing)
+            is_right = await anyio.to_thread.run_sync(console.accounts.fits, hashed, password, limiter=hashing)
         finally:
             waiting[0] -= 1
-        return await run_in_threadpool(log_in, request, fields, target, hashed if right else None)
+        return await run_in_threadpool(log_in, request, fields, next_path, hashed if is_right else None)
 
-    def refuse(request: Request, fields: Mapping[str, str], target: str) -> Response | None:
-        """Refuse a login whose password isn't to be looked at; others count as failed from now on."""
+    def refuse(request: Request, fields: Mapping[str, str], next_path: str) -> Response | None:
+        """Refuse a login before its password is checked: a form that is too old, or too many attempts.
+
+        An accepted one counts as failed until it succeeds, so that many at once can't get round the limits.
+        """
         expected = console.sessions.login_token(request.cookies.get(console.around.login_cookie, ""))
         if not hmac.compare_digest(fields.get("csrf", "").encode(), expected.encode()):
-            return form(request, 403, "The form was open for too long. Try again.", target)
+            return form(request, 403, "The form was open for too long. Try again.", next_path)
         wait = console.throttle.enter(fields.get("name", "")[:64], request.state.address)
         if wait == 0:
             return None
-        answer = form(request, 429, f"Too many attempts. Try again in {wait:.0f} seconds.", target)
+        answer = form(request, 429, f"Too many attempts. Try again in {wait:.0f} seconds.", next_path)
         answer.headers["retry-after"] = str(int(wait) + 1)
         return answer
 
-    def log_in(request: Request, fields: Mapping[str, str], target: str, hashed: str | None) -> Response:
-        """Begin a session of the operator whose password was right: the one that `hashed` was made of."""
+    def log_in(request: Request, fields: Mapping[str, str], next_path: str, hashed: str | None) -> Response:
+        """Begin a session if the password was right. `hashed` is the hash that it was compared with; if the operator's
+        has changed meanwhile, the login fails."""
         name, address = fields.get("name", ""), request.state.address
         operator = console.accounts.get(name) if hashed is not None else None
-        too_long = len(fields.get("password", "")) > MAX_PASSWORD
-        if operator is None or too_long or console.accounts.hash_of(name) != hashed:
+        is_too_long = len(fields.get("password", "")) > MAX_PASSWORD
+        if operator is None or is_too_long or console.accounts.hash_of(name) != hashed:
             console.audit.failed(one_line(name, 64), address)
-            return form(request, 401, "Name or password is wrong.", target)
+            return form(request, 401, "Name or password is wrong.", next_path)
         console.throttle.succeeded(name, address)
+        # Another token than before the login, so that nobody can have planted it in this browser.
         console.sessions.end(request.state.token)
         token = console.sessions.begin(operator, address)
         console.audit.note(name, address, "login", outcome="done")
-        answer = RedirectResponse(target, 303)
+        answer = RedirectResponse(next_path, 303)
         _set(request, answer, console.around.cookie, token, int(LONGEST_S))
         _delete(request, answer, console.around.login_cookie)
         return answer
 
     async def logout(request: Request) -> Response:
         fields, session = await form_fields(request), request.state.session
-        given = request.headers.get("x-csrf-token", fields.get("csrf", ""))
-        if not hmac.compare_digest(given.encode(), session.csrf.encode()):
+        csrf_token = request.headers.get("x-csrf-token", fields.get("csrf", ""))
+        if not hmac.compare_digest(csrf_token.encode(), session.csrf.encode()):
             return JSONResponse({"error": "the token is missing or wrong"}, 403)
         await run_in_threadpool(console.sessions.end, request.state.token)
         await run_in_threadpool(console.audit.note, session.operator.name, request.state.address, "logout")
@@ -144,7 +149,7 @@ def make_routes(console: Console) -> Starlette:
 
 
 def answer_refusal(_: Request, error: Exception) -> Response:
-    """The answer to a request that no route takes, or which a route refuses."""
+    """The answer to a request that no route accepts, or that a route refuses."""
     if not isinstance(error, HTTPException):
         raise error
     return JSONResponse({"error": error.detail.lower()}, error.status_code, error.headers)

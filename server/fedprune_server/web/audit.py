@@ -19,9 +19,9 @@ _OUTCOME = (
     "AND a.number > audit.number ORDER BY a.number DESC LIMIT 1)"
 )
 
+# Failed logins that may be listed in a burst, and the interval after which one more may be. Strangers can make any
+# number of them, and must fill neither the disk nor the log, whose oldest lines are deleted for new ones.
 MOST_FAILED, FAILED_EVERY_S = 100, 60.0
-"""Failed logins that may be listed in a burst, and the interval after which one more may be, so that strangers can't
-fill the disk."""
 
 
 class Audit:
@@ -40,7 +40,7 @@ class Audit:
         self._seen = self._latest()
 
     def note(
-        self, operator: str, address: str, action: str, what: dict[str, Any] | None = None, outcome: str = ""
+        self, operator: str, address: str, action: str, details: dict[str, Any] | None = None, outcome: str = ""
     ) -> None:
         """Add a line. `operator` is the given name where a login failed; `action` is `login` or an order's kind."""
         self._database.do(
@@ -49,12 +49,12 @@ class Audit:
             one_line(operator, 64),
             one_line(address, 64),
             one_line(action, 64),
-            json.dumps(what or {}, sort_keys=True),
+            json.dumps(details or {}, sort_keys=True),
             one_line(outcome, 500),
         )
 
     def failed(self, name: str, address: str) -> None:
-        """Note a failed login; of many in a short time only some get a line, and the next line counts the others."""
+        """Note a failed login. Of many in a short time some get a line, and the next line counts the others."""
         with self._failing:
             now = self._monotonic()
             self._room = min(float(MOST_FAILED), self._room + (now - self._failed_at) / FAILED_EVERY_S)
@@ -68,21 +68,21 @@ class Audit:
 
     def changes(self) -> set[str]:
         """The topic `audit` if lines were added since the last call, for live pages."""
-        seen, self._seen = self._seen, self._latest()
-        return {"audit"} if self._seen != seen else set()
+        last_number, self._seen = self._seen, self._latest()
+        return {"audit"} if self._seen != last_number else set()
 
     def _latest(self) -> int:
         row = self._database.row("SELECT coalesce(max(number), 0) AS n FROM audit")
         return int(row["n"]) if row else 0
 
     def page(self, page: int = 1, size: int = 50, operator: str | None = None) -> Page:
-        """Entries of all operators or of one, newest first; an order and its outcome are two lines of the log, but one
-        entry. Raises `ValueError` if page, from 1, or size are out of range.
+        """A page of entries of all operators or of one, newest first. An order and its outcome are two lines of the log
+        and one entry. Raises `ValueError` if page, from 1, or size are out of range.
         """
         if page < 1 or not 1 <= size <= MAX_SIZE:
             raise ValueError(f"expected a page from 1 on and a size from 1 to {MAX_SIZE}, got {page} and {size}")
-        whose, values = ("AND operator = ?", (operator,)) if operator is not None else ("", ())
-        where = f"WHERE ({_ORDER} IS NULL OR outcome = 'ordered') {whose}"
+        operator_clause, values = ("AND operator = ?", (operator,)) if operator is not None else ("", ())
+        where = f"WHERE ({_ORDER} IS NULL OR outcome = 'ordered') {operator_clause}"
         row = self._database.row(f"SELECT count(*) AS n FROM audit {where}", *values)  # noqa: S608  # nosec B608  # two texts of ours
         total = int(row["n"]) if row else 0
         pages = max(1, -(-total // size))

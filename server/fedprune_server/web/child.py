@@ -32,56 +32,57 @@ from fedprune_server.web.process import ConsoleSettings
 from fedprune_server.web.state import status
 from fedprune_server.web.state.status import FleetView
 
+# Open connections. Anybody can open them before logging in, so that a further one replaces the one that has waited
+# longest for its request, instead of being refused.
 CONNECTIONS = 400
-"""Open connections; a further one takes the place of the one that has waited longest for its request."""
 
+# Threads for requests that query databases: further requests wait for a thread, and the event loop never waits.
 THREADS = 8
-"""Requests that query databases at a time; others wait for their turn, not the event loop."""
 
+# Room in uvicorn's limit for requests under way and connections that are closing; beyond it, it answers 503.
 _SPARE = 100
-"""Requests under way and connections about to close, beyond which the console answers that it is busy."""
 
+# How long a browser may take to send a request: also over a slow mobile link it is one packet.
 PATIENCE_S = 20.0
-"""How long a browser may take to send a request."""
 
+# How often orders are expired, idle connections closed, and signs of life sent to the server, which waits 30 s for one.
 SWEEP_S = 5.0
-"""Pause between two looks for expired orders and idle connections, and between two signs of life to the server."""
 
 _HEADER_BYTES = 32 * 1024
 
 
 def listening_socket(address: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((address, port))
-        made.listen(128)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, port))
+        listener.listen(128)
     except BaseException:
-        made.close()
+        listener.close()
         raise
-    return made
+    return listener
 
 
 def serve(settings: ConsoleSettings, replies: BinaryIO) -> None:
     """Serve until the process ends, sending signs of life to `replies`."""
     folder = Path(settings.folder)
-    around = Exposure(settings.certificate is not None, settings.proxied, settings.hosts)
+    exposure = Exposure(settings.certificate is not None, settings.proxied, settings.hosts)
     with ConsoleDatabase(folder / FILE) as database:
-        console = make_console(FleetView(folder / status.FILE, settings.orders), database, around)
+        console = make_console(FleetView(folder / status.FILE, settings.orders), database, exposure)
         app = make_app(console)
-        listening = listening_socket(settings.address, settings.port)
+        listener = listening_socket(settings.address, settings.port)
         host = f"[{settings.address}]" if ":" in settings.address else settings.address
-        url = f"http{'s' if around.tls else ''}://{host}:{listening.getsockname()[1]}/\n".encode()
+        url = f"http{'s' if exposure.tls else ''}://{host}:{listener.getsockname()[1]}/\n".encode()
         connections = Connections(CONNECTIONS, PATIENCE_S)
         server = _server(settings, connections.watch(app), connections)
 
-        def alive() -> None:
+        def send_sign_of_life() -> None:
             replies.write(url)
             replies.flush()
 
         threading.Thread(target=_end_with_server, daemon=True).start()
-        asyncio.run(_serve(server, connections, listening, console, alive))
+        asyncio.run(_serve(server, connections, listener, console, send_sign_of_life))
 
 
 def _server(settings: ConsoleSettings, app: ASGIApp, connections: Connections) -> uvicorn.Server:
@@ -95,7 +96,7 @@ def _server(settings: ConsoleSettings, app: ASGIApp, connections: Connections) -
         access_log=False,
         server_header=False,
         proxy_headers=False,  # the middleware reads a proxy's headers, and only where there is one
-        limit_concurrency=2 * CONNECTIONS + _SPARE,  # it counts connections and requests
+        limit_concurrency=2 * CONNECTIONS + _SPARE,  # uvicorn counts connections and requests together
         timeout_keep_alive=5,
         timeout_graceful_shutdown=1,
         h11_max_incomplete_event_size=_HEADER_BYTES,
@@ -109,15 +110,15 @@ def _server(settings: ConsoleSettings, app: ASGIApp, connections: Connections) -
 async def _serve(
     server: uvicorn.Server,
     connections: Connections,
-    listening: socket.socket,
+    listener: socket.socket,
     console: Console,
-    alive: Callable[[], None],
+    send_sign_of_life: Callable[[], None],
 ) -> None:
     loop = asyncio.get_running_loop()
 
     def sweep() -> None:
         loop.call_later(SWEEP_S, sweep)
-        alive()
+        send_sign_of_life()
         connections.sweep()
         loop.run_in_executor(None, expire)
 
@@ -128,7 +129,7 @@ async def _serve(
     anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
     watching = loop.create_task(watch(console.streams, console.view, console.audit))
     loop.call_soon(sweep)
-    await server.serve(sockets=[listening])
+    await server.serve(sockets=[listener])
     watching.cancel()
 
 

@@ -27,8 +27,8 @@ class Connections:
         clock: Monotonic clock.
     """
 
-    def __init__(self, most: int, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most = most
+    def __init__(self, max_open: int, patience_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = max_open
         self._patience_s = patience_s
         self._clock = clock
         self._open: dict[Peer, asyncio.Transport] = {}
@@ -48,8 +48,8 @@ class Connections:
 
     def sweep(self) -> None:
         """Close connections that have waited too long."""
-        late = self._clock() - self._patience_s
-        for peer in [p for p, since in self._waiting.items() if since < late]:
+        deadline = self._clock() - self._patience_s
+        for peer in [p for p, since in self._waiting.items() if since < deadline]:
             self._close(peer)
 
     def protocol(self) -> type[H11Protocol]:
@@ -70,29 +70,29 @@ class Connections:
     def watch(self, app: ASGIApp) -> ASGIApp:
         """Wrap the application, to learn when a request is complete and when it is answered."""
 
-        async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+        async def wrapped_app(scope: Scope, receive: Receive, send: Send) -> None:
             client = scope.get("client")
             if scope["type"] != "http" or client is None:
                 await app(scope, receive, send)
                 return
             peer = client[0], client[1]
 
-            async def received() -> Message:
+            async def receive_and_note() -> Message:
                 message = await receive()
                 if message["type"] == "http.request" and not message.get("more_body", False):
                     self._waiting.pop(peer, None)
                 return message
 
-            if scope["method"] in _SAFE:
+            if scope["method"] in _SAFE:  # these have no body to wait for
                 self._waiting.pop(peer, None)
             try:
-                await app(scope, received, send)
+                await app(scope, receive_and_note, send)
             finally:
-                if peer in self._open:
+                if peer in self._open:  # it may send a further request (keep-alive), and waits until then
                     self._waiting[peer] = self._clock()
                     self._waiting.move_to_end(peer)
 
-        return watched
+        return wrapped_app
 
     def _close(self, peer: Peer) -> None:
         del self._waiting[peer]
@@ -100,5 +100,5 @@ class Connections:
 
 
 def _peer(transport: asyncio.BaseTransport) -> Peer:
-    found = transport.get_extra_info("peername") or ("", 0)
-    return str(found[0]), int(found[1])
+    peer_name = transport.get_extra_info("peername") or ("", 0)
+    return str(peer_name[0]), int(peer_name[1])

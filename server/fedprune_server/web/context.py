@@ -1,4 +1,4 @@
-"""All that the routes of a console need."""
+"""The parts of a console that its routes use, and how they are put together."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Console:
 def make_console(
     view: FleetView,
     database: ConsoleDatabase,
-    around: Exposure | None = None,
+    exposure: Exposure | None = None,
     hasher: PasswordHasher | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Console:
-    """A console. Without a `hasher` passwords are hashed slowly, as they should be."""
+    """Make a console. Without a `hasher` passwords are hashed with argon2id's slow defaults; tests give a fast one."""
     accounts, audit = Accounts(database, hasher, clock), Audit(database, clock)
     return Console(
         view,
@@ -49,7 +49,7 @@ def make_console(
         audit,
         OrderService(view, audit, database, clock),
         Streams(),
-        around or Exposure(),
+        exposure or Exposure(),
     )
 
 

@@ -18,13 +18,13 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune_server.storage.sqlite_file import FILE_BUSY_TIMEOUT_S, ReaderPool, SqliteFile, connect_reader
 
+# In the state folder, next to the server's database: the console's process can open this one and nothing of the fleet.
 FILE = "console.db"
-"""In the state folder."""
 
 VERSION = 1
 
+# Lines of the audit log that are kept: some 150 MB. By number and not by time: a wrong clock must not delete any.
 AUDIT_KEPT = 500_000
-"""Lines of the audit log that are kept: some 150 MB. By number, not by time: a wrong clock must not delete any."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS operators (
@@ -78,7 +78,7 @@ class ConsoleDatabase(Closing):
         hint = "If it is damaged, delete it and add the operators again."
         self._file = SqliteFile(path, _TABLES, VERSION, hint, wal=True)
         self._connection = self._file.connection
-        # What reads has connections of its own: on one that waits to write it would wait, too.
+        # Readers have connections of their own: on the one that waits to write they would wait, too.
         self._readers = ReaderPool(self._make_reader)
         self._connection.row_factory = sqlite3.Row
         self._writing = threading.RLock()
@@ -101,8 +101,8 @@ class ConsoleDatabase(Closing):
 
     def row(self, query: str, *values: object) -> dict[str, Any] | None:
         """The first row of a query."""
-        found = self.rows(query, *values)
-        return found[0] if found else None
+        rows = self.rows(query, *values)
+        return rows[0] if rows else None
 
     def do(self, query: str, *values: object) -> int:
         """Execute a statement; returns the number of affected rows."""
@@ -110,8 +110,9 @@ class ConsoleDatabase(Closing):
             return self._connection.execute(query, values).rowcount
 
     def try_to(self, *statements: tuple[str, tuple[object, ...]]) -> bool:
-        """Execute statements with their values in a transaction, unless another process is writing; returns whether it
-        did.
+        """Execute statements in a transaction, unless another process is writing. Returns whether they were executed.
+
+        For writes that may be skipped, so that no request of a browser waits for another process's transaction.
         """
         if not self._writing.acquire(blocking=False):
             return False
@@ -119,7 +120,7 @@ class ConsoleDatabase(Closing):
             with self._file.errors():
                 self._connection.execute("PRAGMA busy_timeout=0")
                 try:
-                    self._connection.execute("BEGIN IMMEDIATE")
+                    self._connection.execute("BEGIN IMMEDIATE")  # takes the lock now, or fails at once
                 except sqlite3.OperationalError as error:
                     if "locked" not in str(error):
                         raise

@@ -1,4 +1,4 @@
-"""Live pages: server-sent events that name the topics of what has changed, which is looked for twice a second.
+"""Live pages: server-sent events that name the topics of changes, which are polled twice a second.
 
 A page asks for itself again when a topic of its own is named. A topic is a kind of record of `status.db`, alone or with
 what it is about, such as `job:leaves`; `devices` and `devices:attic` for rows of devices, `audit` for the audit log.
@@ -21,15 +21,16 @@ from fedprune.core.errors import FedpruneError
 from fedprune_server.web.audit import Audit
 from fedprune_server.web.state.status import ANY_DEVICE, DEVICE_TOPIC, FleetView
 
+# Pause between two polls for changes: the server writes its status as often.
 LOOK_S = 0.5
-"""Seconds between two polls for changes."""
 
+# Proxies close a connection on which nothing comes for a minute, by default.
 BEAT_S = 15.0
+# Open streams at a time, in total and per operator: each page in each tab holds one open.
 MOST, MOST_OF_ONE = 200, 12
-"""Open streams at a time, in total and per operator."""
 
+# Devices that an event names; of more it says that any may have changed, and a page reads its table once.
 MAX_DEVICES = 200
-"""Devices that an event names; of more it says that any may have changed."""
 
 
 class Pending:
@@ -65,8 +66,8 @@ class Streams:
 
     @contextmanager
     def entered(self, operator: str) -> Iterator[Pending | None]:
-        """A stream's changes from now on; None if an operator may open no further one. Only for the event loop, where
-        nothing comes between the check and the entry."""
+        """Enter a stream, and yield its changes from now on; None if the operator may open no further one. Only for the
+        event loop, where nothing runs between the check and the entry."""
         if len(self._open) >= MOST or sum(o == operator for o in self._open.values()) >= MOST_OF_ONE:
             yield None
             return
@@ -82,8 +83,7 @@ class Streams:
             pending.add(topics)
 
     async def events(self, pending: Pending, *, ready: bool, allowed: Callable[[], bool]) -> AsyncIterator[str]:
-        """Server-sent events of a stream, while `allowed()`, called in another thread, says that the operator is logged
-        in."""
+        """Server-sent events of a stream while the operator is logged in: `allowed()` says so, in another thread."""
         yield event("hello", {"ready": ready})
         while await run_in_threadpool(allowed):
             try:
@@ -97,7 +97,10 @@ class Streams:
 
 
 class LiveStream(Response):
-    """The answer to a request for a stream: its events, or a refusal of one too many, which is decided as it begins."""
+    """The answer to a request for a stream: its events, or a refusal if too many are open.
+
+    That is decided when the answer begins, not when it is made, since a request may end before.
+    """
 
     def __init__(self, streams: Streams, operator: str, *, ready: bool, allowed: Callable[[], bool]) -> None:
         super().__init__()
@@ -118,23 +121,23 @@ class LiveStream(Response):
 
 async def watch(streams: Streams, view: FleetView, audit: Audit, every_s: float = LOOK_S) -> None:
     """Send topics of changes to all streams, until it is cancelled."""
-    failing, topics = False, set[str]()
+    is_failing, topics = False, set[str]()
     while True:
         await asyncio.sleep(every_s)
         try:
-            for look in (view.changes, audit.changes):
-                topics |= await run_in_threadpool(look)
-            failing = False
+            for poll in (view.changes, audit.changes):
+                topics |= await run_in_threadpool(poll)
+            is_failing = False
         except FedpruneError as error:
-            if not failing:
+            if not is_failing:
                 print(f"the console can't look for changes: {error}", file=sys.stderr, flush=True)
-            failing = True
+            is_failing = True
             continue
         if topics:
             streams.send(topics)
             topics = set()
 
 
-def event(kind: str, what: Any) -> str:
+def event(name: str, data: Any) -> str:
     """Text of a server-sent event. JSON contains no line breaks, so data can't begin another event."""
-    return f"event: {kind}\ndata: {json.dumps(what, separators=(',', ':'))}\n\n"
+    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"

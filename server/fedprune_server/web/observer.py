@@ -24,8 +24,8 @@ log = logging.getLogger("fedprune.server")
 
 _PACKAGES = ("argon2", "jinja2", "starlette", "uvicorn")
 
+# Pause between two turns of the console, in the server's loop: an operator waits half a second for an order's answer.
 EVERY_S = 0.5
-"""Pause between two turns of the console, in the server's loop."""
 
 
 class ConsoleObserver:
@@ -51,7 +51,7 @@ class ConsoleObserver:
             if not any(isinstance(event.what, (LoopWaits, ServerEnds)) for event in events):
                 if self._process is not None:
                     self._process.turn(now)
-                self._orders.turn()  # while the loop waits they do, too
+                self._orders.turn()  # not while the loop waits for its database, which orders need
         finally:
             self._publisher.publish()
 
@@ -65,9 +65,12 @@ class ConsoleObserver:
 
 
 def check_console(config: WebConsoleSettings) -> None:
-    """Check the console's settings; its port may still be in use. Raises `MissingExtraError` if the packages of the
-    extra `console` are missing; and `ConfigError` if the address is not this machine's, or a certificate can't be
-    used."""
+    """Check the console's settings before the server starts. The port isn't tried: a former server may still use it.
+
+    Raises:
+        MissingExtraError: Packages of the extra `console` are missing.
+        ConfigError: The address is not this machine's, or the certificate can't be used.
+    """
     if config.console_place is None:
         return
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
@@ -109,22 +112,22 @@ def check_tls(config: WebConsoleSettings) -> None:
             expected="a certificate and its key as PEM, the key without a password",
             got=f"{config.console_certificate} and {config.console_key}",
         ) from error
-    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    valid_from, valid_until = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     now = datetime.now(timezone.utc)
-    if now < begins:
+    if now < valid_from:
         log.error(
             "server.console_certificate: %s counts from %s UTC only, and it is %s here: browsers refuse it until "
             "then. See that this machine's clock is right",
             config.console_certificate,
-            f"{begins:%Y-%m-%d %H:%M}",
+            f"{valid_from:%Y-%m-%d %H:%M}",
             f"{now:%Y-%m-%d %H:%M}",
         )
-    elif ends < now:
+    elif valid_until < now:
         raise ConfigError(
             f"{config.console_certificate}",
             path=("server", "console_certificate"),
             expected=f"a certificate that counts today, {now:%Y-%m-%d %H:%M} UTC",
-            got=f"one from {begins:%Y-%m-%d %H:%M} to {ends:%Y-%m-%d %H:%M} UTC",
+            got=f"one from {valid_from:%Y-%m-%d %H:%M} to {valid_until:%Y-%m-%d %H:%M} UTC",
             hint="Browsers refuse it. Put another there, see that this machine's clock is right, or do without: "
             "--console off.",
         )

@@ -1,4 +1,4 @@
-"""Parameters of requests, checked before anything is looked up: queries, path segments and forms."""
+"""Parameters of requests, checked before a database is read: queries, path segments and forms."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fedprune_server.web.state.records import DEVICE_STATES, LEVELS, STATUSES
 from fedprune_server.web.state.status import COLUMNS, MAX_SIZE
 
 MAX_SEARCH_LENGTH = 100
+# The login form has four fields; parsing many takes time before anybody is logged in.
 _MAX_FIELDS = 20
 _YES_NO = ("yes", "no")
 _VALUES = {"state": DEVICE_STATES, "status": STATUSES, "online": _YES_NO, "gone": _YES_NO, "level": LEVELS}
@@ -19,7 +20,7 @@ _SORTS = (*COLUMNS, *(f"-{column}" for column in COLUMNS))
 
 
 def page_number(request: Request) -> int:
-    """The page that is asked for, from 1. Raises `ProtocolError` for anything else."""
+    """The number of the requested page, from 1. Raises `ProtocolError` for anything else."""
     return whole_text("page", request.query_params.get("page", "1"), 1, error=ProtocolError)
 
 

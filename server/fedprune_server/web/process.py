@@ -16,18 +16,19 @@ from fedprune_server.process.child_process import ChildProcess, RestartedProcess
 
 log = logging.getLogger("fedprune.server")
 
+# Lines of the process that may wait for the server, which reads them twice a second; with more the process is ended.
 MAX_UNREAD = 200
-"""Lines of the process that may wait for the server; with more it is ended."""
 
 _NAME = "the console"
 _MAX_LINE = 4096
 _STOP_S = 3.0
+# A console that has sent nothing for this long is ended and started again: six of its signs of life are missing.
 SILENT_S = 30.0
-"""A console that has sent nothing for so long is ended and started again."""
 
 _ENVIRONMENT = ("HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ", "VIRTUAL_ENV")
+# Variables that the process gets, and prefixes of further ones. Others may hold passwords of databases and buckets, and
+# browsers reach this process.
 _ENVIRONMENTS = ("LC_", "PYTHON")
-"""Variables that the process gets, and prefixes of more: others may hold passwords of databases and buckets."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from fedprune.wire.topics import check_name
 from fedprune_server.web.auth.roles import ROLES
 from fedprune_server.web.database import ConsoleDatabase
 
+# The longest is far beyond a sentence; hashing a longer one would only cost time.
 MIN_PASSWORD, MAX_PASSWORD = 12, 1024
 
 
@@ -40,6 +41,7 @@ class Accounts:
         self._database = database
         self._hasher = hasher or PasswordHasher()
         self._clock = clock
+        # Compared with for unknown names, so that their refusal takes as long as a wrong password's.
         self._nobody = self._hasher.hash("nobody's password")
 
     def __len__(self) -> int:
@@ -58,11 +60,11 @@ class Accounts:
         self.check_new(name, role)
         check_password(name, password)
         hashed, now = self._hasher.hash(password), self._clock()
-        added = self._database.do(
+        row_count = self._database.do(
             "INSERT OR IGNORE INTO operators (name, role, hash, made_at, changed_at) VALUES (?, ?, ?, ?, ?)",
             name, role, hashed, now, now,
         )  # fmt: skip
-        if not added:
+        if not row_count:
             raise _taken(name)
         return Operator(name, role, now, now)
 
@@ -82,27 +84,27 @@ class Accounts:
     def remove(self, name: str) -> None:
         """Delete an account, and end its sessions. Raises `ConfigError` if it doesn't exist."""
         with self._database.transaction():
-            gone = self._database.do("DELETE FROM operators WHERE name = ?", name)
+            row_count = self._database.do("DELETE FROM operators WHERE name = ?", name)
             self._database.do("DELETE FROM sessions WHERE operator = ?", name)
-        if not gone:
+        if not row_count:
             raise _unknown(name)
 
     def set_password(self, name: str, password: str) -> None:
-        """Change an account's password, and end its sessions. Raises `ConfigError` if it doesn't exist, or
-        the password is none.
+        """Change an account's password, and end its sessions. Raises `ConfigError` if there is no such account, or the
+        password is refused.
         """
         check_password(name, password)
         hashed = self._hasher.hash(password)
         with self._database.transaction():
-            changed = self._database.do(
+            row_count = self._database.do(
                 "UPDATE operators SET hash = ?, changed_at = ? WHERE name = ?", hashed, self._clock(), name
             )
             self._database.do("DELETE FROM sessions WHERE operator = ?", name)
-        if not changed:
+        if not row_count:
             raise _unknown(name)
 
     def hash_of(self, name: str) -> str:
-        """The hash of an operator's password; for an unknown name one that no password has."""
+        """The hash of an operator's password; for an unknown name a hash that no password fits."""
         row = self._database.row("SELECT hash FROM operators WHERE name = ?", name)
         return self._nobody if row is None else str(row["hash"])
 
@@ -115,9 +117,7 @@ class Accounts:
 
 
 def check_password(name: str, password: str) -> None:
-    """Refuse a password that is too short or too long. Raises `ConfigError` if it is too short or long, or the
-    operator's name.
-    """
+    """Raise `ConfigError` if a password is too short, too long, the operator's name, or of a few characters."""
     if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
         raise ConfigError("password", expected=f"{MIN_PASSWORD} to {MAX_PASSWORD} characters", got=f"{len(password)}")
     if password.casefold() in (name.casefold(), name.casefold() * 2) or len(set(password)) < 4:

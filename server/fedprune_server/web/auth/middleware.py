@@ -1,6 +1,6 @@
 """Checks on every request: without a session, only the paths named here are reached.
 
-Of requests that change something, the browser must say that they come from these pages, and repeat the session's token.
+A request that changes something must come from these pages, by the browser's headers, and repeat the session's token.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fedprune.core.errors import FedpruneError
 from fedprune_server.web.auth.sessions import Sessions
 
+# Paths that need no session: logging in, and probes.
 OPEN = frozenset({"/login", "/healthz", "/readyz"})
-"""Paths that need no session."""
 
+# The prefix of public files: scripts and styles, no data.
 STATIC = "/static/"
-"""The prefix of public files: scripts and styles, no data."""
 
+# Paths whose forms work without JavaScript: they repeat the token in a field, and check it themselves. All other paths
+# take it from a header.
 FORMS = frozenset({"/login", "/logout"})
-"""Paths whose forms repeat the token in a field, and check it themselves; all others in a header."""
 
 CSRF_HEADER = "x-csrf-token"
+# An order or a form has some hundred bytes; a body is held in memory before the application sees it.
 MAX_BODY = 64 * 1024
+# How long a request's body may take.
 BODY_S = 30.0
-"""So long a request's body may take."""
 
 MAX_PATH, MAX_QUERY = 2048, 4096
 
@@ -98,32 +100,32 @@ class SecurityMiddleware:
         headers, path = Headers(scope=scope), scope["path"]
         state = scope.setdefault("state", {})
         state["address"], state["secure"] = self._client(scope, headers)
-        answered = _answers(scope, send, state["secure"])
+        send_with_headers = _answers(scope, send, state["secure"])
         try:
-            refusal = await run_in_threadpool(self._refusal, scope, headers, state)  # it looks the session up
+            refusal = await run_in_threadpool(self._refusal, scope, headers, state)  # it reads the database
         except FedpruneError:
             refusal = 503, "the console's database can't be used"
         if refusal is not None:
-            await self._refuse(answered, path, *refusal)
+            await self._refuse(send_with_headers, path, *refusal)
             return
         if scope["method"] not in _SAFE:
             try:
                 body = await asyncio.wait_for(_whole(receive), BODY_S)
             except _TooLongError:
-                await self._refuse(answered, path, 413, f"at most {MAX_BODY} bytes")
+                await self._refuse(send_with_headers, path, 413, f"at most {MAX_BODY} bytes")
                 return
             except asyncio.TimeoutError:
-                await self._refuse(answered, path, 408, f"the body took longer than {BODY_S:.0f} s")
+                await self._refuse(send_with_headers, path, 408, f"the body took longer than {BODY_S:.0f} s")
                 return
             receive = _replayed(body, receive)
-        await self._app(scope, receive, answered)
+        await self._app(scope, receive, send_with_headers)
 
     def _client(self, scope: Scope, headers: Headers) -> tuple[str, bool]:
         """The browser's address, and whether the connection uses TLS."""
         client = scope.get("client")
         address, secure = (client[0] if client else "unknown"), self._exposure.tls
-        found = address_of(address)
-        if self._exposure.proxied and (address == "localhost" or (found is not None and found.is_loopback)):
+        ip_address = address_of(address)
+        if self._exposure.proxied and (address == "localhost" or (ip_address is not None and ip_address.is_loopback)):
             # Only the last entry is the proxy's; clients can send the ones before it.
             address = headers.get("x-forwarded-for", "").rpartition(",")[2].strip() or address
             secure = secure or headers.get("x-forwarded-proto", "").strip().lower() == "https"
@@ -150,13 +152,16 @@ class SecurityMiddleware:
             return 403, "the request comes from another site"
         if path in FORMS:
             return None
-        given = headers.get(CSRF_HEADER, "")
-        if session is None or not hmac.compare_digest(given.encode(), session.csrf.encode()):
+        csrf_token = headers.get(CSRF_HEADER, "")
+        if session is None or not hmac.compare_digest(csrf_token.encode(), session.csrf.encode()):
             return 403, f"the header {CSRF_HEADER} is missing or wrong"
         return None
 
     def _called_well(self, host: str) -> bool:
-        """Whether a browser uses an address or a known name: another site can point any other name here."""
+        """Whether a browser calls the console by an address or a configured name.
+
+        Another site can let any other name point here (DNS rebinding); with TLS the certificate prevents that.
+        """
         name = host_of(f"//{host}") if host and _plain(host) else None
         return name is not None and (
             name == "localhost" or name in self._exposure.hosts or address_of(name) is not None
@@ -176,11 +181,12 @@ def same_origin(headers: Headers) -> bool:
     """Whether a changing request comes from this console's pages, by the browser's headers."""
     if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         return False
+    # Older browsers send no Sec-Fetch-Site, and programs no Origin either; the token protects these requests.
     origin = headers.get("origin")
     if origin is None:
         return True
-    scheme, mark, place = origin.partition("://")
-    return bool(mark) and scheme in ("http", "https") and place == headers.get("host")
+    scheme, separator, host = origin.partition("://")
+    return bool(separator) and scheme in ("http", "https") and host == headers.get("host")
 
 
 def host_of(url: str) -> str | None:
@@ -200,7 +206,7 @@ def address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | Non
 
 
 def safe_path(path: str | None) -> str:
-    """Where to go after the login: always a path of this console."""
+    """The path to go to after the login: never another site's, which a link to the login form could name."""
     if not path or not path.startswith("/") or path.startswith("//") or "\\" in path or not _plain(path):
         return "/"
     return path
@@ -211,17 +217,17 @@ def _plain(text: str) -> bool:
 
 
 async def _whole(receive: Receive) -> bytes:
-    """A request's body, limited in size and time.
+    """Read a request's body, limited in size.
 
-    It is read before the application is asked, which would make an error of its own of one that is too long.
+    It is read before the application is called, because that couldn't answer a body that is too long with 413.
     """
-    body, more = b"", True
-    while more:
+    body, has_more = b"", True
+    while has_more:
         message = await receive()
         if message["type"] == "http.disconnect":
             break
         body += message.get("body", b"")
-        more = message.get("more_body", False)
+        has_more = message.get("more_body", False)
         if len(body) > MAX_BODY:
             raise _TooLongError
     return body
@@ -229,29 +235,30 @@ async def _whole(receive: Receive) -> bytes:
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
     """A receiver that returns the buffered body first."""
-    told = False
+    is_sent = False
 
-    async def again() -> Message:
-        nonlocal told
-        if told:
+    async def receive_body() -> Message:
+        nonlocal is_sent
+        if is_sent:
             return await receive()
-        told = True
+        is_sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return again
+    return receive_body
 
 
 def _answers(scope: Scope, send: Send, secure: bool) -> Send:
     """Add the headers that every answer has."""
-    keeps: Collection[str] = () if scope["path"].startswith(STATIC) else ("no-store",)
+    # Pages show a fleet's names and an operator's token: no cache may keep them.
+    cache_values: Collection[str] = () if scope["path"].startswith(STATIC) else ("no-store",)
 
-    async def answered(message: Message) -> None:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             for name, value in HEADERS.items():
                 headers[name] = value
-            for value in keeps:
+            for value in cache_values:
                 headers["cache-control"] = value
         await send(message)
 
-    return answered
+    return send_with_headers

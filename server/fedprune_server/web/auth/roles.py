@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+# From the lowest to the highest: each includes the ones before it.
 ROLES = ("viewer", "operator", "admin")
-"""From the lowest to the highest."""
 
+# The role that an order needs. An admin's orders change boards in a way that nobody can undo from here: a revoked board
+# must join again, and one with a bad release may need somebody to go there.
 NEEDED = {
     "look": "viewer",
     "coverage": "viewer",
@@ -20,10 +22,9 @@ NEEDED = {
     "rollout_start": "admin",
     "rollout_back": "admin",
 }
-"""The role that an order needs: what a board doesn't come back from by itself needs an admin."""
 
+# Orders that change nothing: `console_orders = "look"` allows these alone.
 LOOKS = frozenset({"look", "coverage"})
-"""Orders that change nothing."""
 
 
 def may(role: str, needed: str) -> bool:

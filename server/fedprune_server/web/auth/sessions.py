@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from fedprune_server.web.auth.accounts import Accounts, Operator
 from fedprune_server.web.database import ConsoleDatabase
 
+# An unused session ends after this time: a working day.
 IDLE_S = 8 * 3600.0
-"""An unused session ends after this time."""
 
+# Every session ends after this time, so that a stolen token is of no use for longer.
 LONGEST_S = 24 * 3600.0
-"""Every session ends after so long."""
 
+# Sessions that an operator may have; a further one ends the one that was used longest ago.
 MOST = 20
-"""Sessions that an operator may have; the one that was used longest ago makes room."""
 
+# The time of a session's last use is written once a minute: an open page makes a request every few seconds.
 _SEEN_S = 60.0
 
 
@@ -72,7 +73,7 @@ class Sessions:
         if operator is None:
             return None
         if used and now - row["seen_at"] > _SEEN_S:
-            # No request waits for another process to write; the next one writes it.
+            # A request doesn't wait for another process that writes: the next request sets the time.
             self._database.try_to(("UPDATE sessions SET seen_at = ? WHERE token = ?", (now, row["token"])))
         return Session(operator, row["csrf"], row["token"])
 

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 from fedprune_server.web.database import ConsoleDatabase
 
+# Accounts and addresses whose failures are kept. Strangers can make up any number of names; of more, the ones that
+# failed longest ago are dropped.
 MOST_KEPT = 10_000
-"""Accounts and addresses that are remembered; beyond that the ones that failed longest ago are forgotten."""
 
 FORGOTTEN_S = 3600.0
 
+# How long a running console remembers from where an operator has logged in.
 KNOWN_S = 30 * 86_400.0
-"""How long a running console remembers an operator's address."""
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Limit:
     longest_s: float
 
 
+# An operator may mistype four times without a wait. Several people may share an address, and anybody may fail in an
+# operator's name, so that these begin later; an account waits a minute at most, since strangers could lock it.
 PAIR, ADDRESS, ACCOUNT = Limit(4, 900.0), Limit(20, 900.0), Limit(30, 60.0)
 
 
@@ -58,14 +61,17 @@ class Throttle:
     def wait_s(self, account: str, address: str) -> float:
         """Seconds until a login from this address to this account is allowed; 0 for now."""
         now = self._clock()
-        both, *others = self._keys(account, address)
-        if now - self._known.get(both[0], -KNOWN_S) < KNOWN_S:
-            others = others[:1]
-        return max(self._wait(key, limit, now) for key, limit in (both, *others))
+        pair, *other_keys = self._keys(account, address)
+        if now - self._known.get(pair[0], -KNOWN_S) < KNOWN_S:
+            other_keys = other_keys[:1]
+        return max(self._wait(key, limit, now) for key, limit in (pair, *other_keys))
 
     def enter(self, account: str, address: str) -> float:
-        """Let a login be tried, which counts as failed until `succeeded` takes that back, so that many at once are no
-        way round the limits; returns the seconds until that is allowed, 0 if it may be tried now."""
+        """Admit a login attempt, or return the seconds until one is allowed; 0 if it is admitted.
+
+        An admitted one counts as failed until `succeeded` takes that back, so that many at once can't get round the
+        limits.
+        """
         with self._lock:
             wait = self.wait_s(account, address)
             if wait == 0:
@@ -77,11 +83,11 @@ class Throttle:
         with self._lock:
             now = self._clock()
             for key, _ in self._keys(account, address):
-                known = self._failures.pop(key, None)
-                if known is None or now - known.at > FORGOTTEN_S:
-                    known = _Failures(0, now, now)
-                known.count, known.at, known.before = known.count + 1, now, known.at
-                self._failures[key] = known
+                failures = self._failures.pop(key, None)
+                if failures is None or now - failures.at > FORGOTTEN_S:
+                    failures = _Failures(0, now, now)
+                failures.count, failures.at, failures.before = failures.count + 1, now, failures.at
+                self._failures[key] = failures
             while len(self._failures) > MOST_KEPT:
                 self._failures.popitem(last=False)
             self._keep(account, address)
@@ -89,39 +95,39 @@ class Throttle:
     def succeeded(self, account: str, address: str) -> None:
         """Reset the account from this address after a login.
 
-        What failed for the address in other names still counts: an attacker may have an account, too.
+        Failures of the address in other names still count: an attacker may have an account, too.
         """
         with self._lock:
-            both, *others = (key for key, _ in self._keys(account, address))
-            self._failures.pop(both, None)
-            for key in others:
-                if (known := self._failures.get(key)) is not None:
-                    known.count, known.at = known.count - 1, known.before
-            self._known.pop(both, None)
-            self._known[both] = self._clock()
+            pair_key, *other_keys = (key for key, _ in self._keys(account, address))
+            self._failures.pop(pair_key, None)
+            for key in other_keys:
+                if (failures := self._failures.get(key)) is not None:
+                    failures.count, failures.at = failures.count - 1, failures.before
+            self._known.pop(pair_key, None)
+            self._known[pair_key] = self._clock()
             while len(self._known) > MOST_KEPT:
                 self._known.popitem(last=False)
             self._keep(account, address)
 
     def _keep(self, account: str, address: str) -> None:
-        """Store the changes; while another process writes, the next login does."""
+        """Store the changes; if another process is writing, the next login stores them."""
         changes: list[tuple[str, tuple[object, ...]]] = []
         for key, _ in self._keys(account, address):
-            name, known = json.dumps(key), self._failures.get(key)
-            if known is None:
+            name, failures = json.dumps(key), self._failures.get(key)
+            if failures is None:
                 changes.append(("DELETE FROM throttle WHERE key = ?", (name,)))
             else:
-                values = name, known.count, known.at, known.before
+                values = name, failures.count, failures.at, failures.before
                 changes.append(("INSERT OR REPLACE INTO throttle VALUES (?, ?, ?, ?)", values))
         changes.append(("DELETE FROM throttle WHERE at < ?", (self._clock() - FORGOTTEN_S,)))
         self._database.try_to(*changes)
 
     def _wait(self, key: tuple[str, ...], limit: Limit, now: float) -> float:
-        known = self._failures.get(key)
-        if known is None or known.count < limit.free or now - known.at > FORGOTTEN_S:
+        failures = self._failures.get(key)
+        if failures is None or failures.count < limit.free or now - failures.at > FORGOTTEN_S:
             return 0.0
-        seconds = min(limit.longest_s, 2.0 ** min(known.count - limit.free, 16))
-        return min(seconds, max(0.0, known.at + seconds - now))
+        seconds = min(limit.longest_s, 2.0 ** min(failures.count - limit.free, 16))
+        return min(seconds, max(0.0, failures.at + seconds - now))
 
     @staticmethod
     def _keys(account: str, address: str) -> list[tuple[tuple[str, ...], Limit]]:
@@ -130,11 +136,11 @@ class Throttle:
 
 
 def network(address: str) -> str:
-    """The network that is counted for an address: with IPv6 the /64, all of which a client can use."""
+    """The network that stands for an address in counts: with IPv6 the /64, because a client can use all of it."""
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        ip_address = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return address[:64]
-    if isinstance(found, ipaddress.IPv6Address) and found.ipv4_mapped is None:
-        return str(ipaddress.ip_network((found, 64), strict=False))
-    return str(getattr(found, "ipv4_mapped", None) or found)
+    if isinstance(ip_address, ipaddress.IPv6Address) and ip_address.ipv4_mapped is None:
+        return str(ipaddress.ip_network((ip_address, 64), strict=False))
+    return str(getattr(ip_address, "ipv4_mapped", None) or ip_address)

@@ -27,13 +27,13 @@ from fedprune_server.web.state.order_queue import EXPIRED, Answer, Order
 
 log = logging.getLogger("fedprune.server")
 
+# The kinds of these orders: each reads or writes the identity or the rollouts, which takes the database's lock.
 KINDS = frozenset(
     {"approve", "deny", "revoke", "rollout_start", "rollout_stop", "rollout_pause", "rollout_resume", "rollout_back"}
 )
-"""The kinds of these orders."""
 
+# Orders that may wait. The console refuses further ones at 100 waiting, so that more are not an operator's.
 MOST = 100
-"""Orders that may wait."""
 _DIGITS = 10
 
 
@@ -75,14 +75,14 @@ class AdminExecutor:
         if self._releases is None:
             return ()
         try:
-            found = [p for p in self._releases.iterdir() if p.is_dir() and not p.is_symlink() and _named(p.name)]
-            found.sort(key=lambda p: p.stat().st_mtime, reverse=True)
+            folders = [p for p in self._releases.iterdir() if p.is_dir() and not p.is_symlink() and _named(p.name)]
+            folders.sort(key=lambda p: p.stat().st_mtime, reverse=True)
         except OSError:
             return ()
-        return tuple(p.name for p in found[:200])
+        return tuple(p.name for p in folders[:200])
 
     def close(self) -> None:
-        """End once the order under way is done."""
+        """End after the order that is being carried out."""
         self._closed = True
         with suppress(queue.Full):
             self._orders.put_nowait(None)
@@ -98,10 +98,12 @@ class AdminExecutor:
                     f"no release {order.release}", expected=", ".join(self.names()) or "none is there",
                     hint="It is a folder in the folder `console_releases` of [server].",
                 )  # fmt: skip
-            begun = start_rollout(
+            started = start_rollout(
                 self._state, self._releases / order.release, RolloutTerms(order.groups), order.devices or None
             )
-            return f"rollout {begun.number} of release {begun.release.number} to {len(begun.rollout.boards)} boards"
+            return (
+                f"rollout {started.number} of release {started.release.number} to {len(started.rollout.boards)} boards"
+            )
         if order.order.startswith("rollout_"):
             return self._rollout(order, f"by {order.operator}" + (f": {order.reason}" if order.reason else ""))
         with IdentityFolder(self._state) as identity:
@@ -111,22 +113,23 @@ class AdminExecutor:
                 return deny(identity, device, key)
             return revoke(identity, device)
 
-    def _rollout(self, order: Order, why: str) -> str:
+    def _rollout(self, order: Order, reason: str) -> str:
         if order.order == "rollout_back":
-            left = order.release or ""
-            if not left.isdecimal() or len(left) > _DIGITS:
+            left_release = order.release or ""
+            if not left_release.isdecimal() or len(left_release) > _DIGITS:
                 raise ReleaseError("release that boards leave", expected="its number", got=order.release)
-            return take_back(self._state, why, release=int(left), above=self._highest()).told_back()
+            return take_back(self._state, reason, release=int(left_release), above=self._highest()).told_back()
         with RolloutStore(self._state) as store:
-            return order_rollout(store, order.order.removeprefix("rollout_"), why)
+            return order_rollout(store, order.order.removeprefix("rollout_"), reason)
 
     def _highest(self) -> int:
-        """The highest number of a release that can be rolled out, which a step back must not reuse; 0 for none."""
-        found = [0]
+        """The highest number of a release that can be rolled out; 0 for none. A release that takes boards back must not
+        get the number of one that is only prepared."""
+        numbers = [0]
         for folder in [self._releases / name for name in self.names()] if self._releases is not None else []:
             with suppress(FedpruneError, OSError), (folder / MANIFEST).open("rb") as file:
-                found.append(Release.from_bytes(file.read(MAX_MANIFEST + 1)).number)
-        return max(found)
+                numbers.append(Release.from_bytes(file.read(MAX_MANIFEST + 1)).number)
+        return max(numbers)
 
     def _run(self) -> None:
         while (order := self._orders.get()) is not None and not self._closed:
@@ -134,7 +137,7 @@ class AdminExecutor:
             self._answer(Answer(order.number, done, text))
 
     def _outcome(self, order: Order) -> tuple[bool, str]:
-        if order.expired(self._clock()):  # while others were carried out
+        if order.expired(self._clock()):  # it waited here while others were carried out
             return False, EXPIRED
         try:
             return True, self.carry_out(order)

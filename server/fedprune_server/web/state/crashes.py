@@ -12,16 +12,17 @@ from fedprune_server.devices.crash_store import PER_BOARD, BoardCrash, frames_of
 from fedprune_server.web.state.records import BoardCrashes
 from fedprune_server.web.state.rows import number
 
+# The console's page shows the innermost frames; a report of a deep recursion has hundreds.
 _FRAMES = 16
 
 
 def board_crashes(folder: Path, device: str) -> BoardCrashes:
     """A board's latest crashes in a state folder; none if they can't be read, which `doctor` reports."""
     try:
-        found = read_crashes(folder, device, most=PER_BOARD)[::-1]
+        crashes = read_crashes(folder, device, most=PER_BOARD)[::-1]
     except StorageError:
-        found = []
-    return BoardCrashes(device, tuple(map(_row, found)))
+        crashes = []
+    return BoardCrashes(device, tuple(map(_row, crashes)))
 
 
 def _row(crash: BoardCrash) -> dict[str, Any]:

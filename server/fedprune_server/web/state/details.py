@@ -18,38 +18,37 @@ from fedprune_server.web.state.records import Coverage, DeviceDetails
 from fedprune_server.web.state.rows import number
 
 MOST_GROUPS = 2000
+# Limits on what an order may cost the server's loop: channels of a model, and bytes of a ranking. Beyond them a
+# device's map shows how many channels the device holds, and not which.
 MOST_CHANNELS = 65_536
-"""Of a larger model a device's map shows only how many channels are held, not which."""
-
 MOST_RANKING = 4 << 20
-"""Bytes of a ranking that is read on the server's thread; with a larger one the map shows only numbers."""
 
 _PARTS = 20
 _ROUNDS = 60
+# For each figure of the page its unit and the field of the planner's prediction; `round` is the sum of two.
 _FORESEEN = {
     "round": ("s", ""), "step": ("s", "step_s"), "train": ("s", "train_s"), "transfer": ("s", "transfer_s"),
     "latency": ("s", "latency_s"), "memory": ("bytes", "memory_bytes"), "serving_memory": ("bytes", "inference_bytes"),
     "storage": ("bytes", "storage_bytes"), "download": ("bytes", "down_bytes"), "upload": ("bytes", "up_bytes"),
     "step_energy": ("J", "step_j"), "round_energy": ("J", "train_j"), "latency_energy": ("J", "latency_j"),
 }  # fmt: skip
-"""Unit of each figure, and the field of the prediction."""
 
+# The metric of an update that measures each figure; what is missing here can't be measured on a board.
 _MEASURED = {"step": "step_seconds", "train": "train_seconds", "latency": "latency_seconds",
              "memory": "peak_memory_bytes"}  # fmt: skip
-"""Metrics of an update that measure the device, by figure."""
 
 
 def details(runner: JobRunner, name: str, at: float) -> DeviceDetails:
     """A device's plan, predictions and measurements, latest rounds, and channels."""
     device = runner.state.devices.get(name)
     plan = None if device is None else device.plan
-    shown: dict[str, Any] | None = None
+    plan_row: dict[str, Any] | None = None
     if plan is not None:
         limits = {str(x["name"]): x for x in plan["limits"]}
-        shown = {"density": plan["density"], "binding": plan["bound"], "limits": limits}
+        plan_row = {"density": plan["density"], "binding": plan["bound"], "limits": limits}
     elif device is not None and device.widths:
-        by = "job" if device.density == runner.job.density else "strategy"
-        shown = {"density": device.density, "binding": by, "limits": {}}
+        binding = "job" if device.density == runner.job.density else "strategy"
+        plan_row = {"density": device.density, "binding": binding, "limits": {}}
     history: list[dict[str, Any]] = []
     for summary in reversed(runner.state.history[-_ROUNDS:]):
         part = summary["devices"].get(name)
@@ -62,31 +61,31 @@ def details(runner: JobRunner, name: str, at: float) -> DeviceDetails:
                     "metrics": part["metrics"], "reason": one_line(part["reason"], 300),
                 }
             )  # fmt: skip
-    return DeviceDetails(name, runner.job.name, shown, figures(runner, name), tuple(history), held(runner, name), at)
+    return DeviceDetails(name, runner.job.name, plan_row, figures(runner, name), tuple(history), held(runner, name), at)
 
 
 def figures(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
     """Predictions for a device's rounds next to its measurements at the same widths, where either is known."""
     device = runner.state.devices.get(name)
-    foretold = {} if device is None else predicted(name, device, runner.job, runner.architecture) or {}
-    seen = compared(name, runner.state, foretold)
-    metrics = {m: number(seen[m][1], 0.0, 1e15) for m in QUANTITIES if m in seen}
+    prediction = {} if device is None else predicted(name, device, runner.job, runner.architecture) or {}
+    comparison = compared(name, runner.state, prediction)
+    metrics = {m: number(comparison[m][1], 0.0, 1e15) for m in QUANTITIES if m in comparison}
     metrics["train_seconds"] = number(_last_metrics(runner, name).get("train_seconds"), 0.0, 1e15)
     rows = []
-    for what, (unit, figure) in _FORESEEN.items():
-        before = number(foretold.get(figure), 0.0, 1e15)
-        after = metrics.get(_MEASURED.get(what, ""))
-        if what == "round":
-            parts = [number(foretold.get(f), 0.0, 1e15) for f in ("train_s", "transfer_s")]
-            before = None if None in parts else sum(p for p in parts if p is not None)
-            after = number(runner.registry[name].seconds, 0.0, 1e15)
-        if before is not None or after is not None:
-            rows.append({"what": what, "unit": unit, "predicted": before, "measured": after})
+    for figure_name, (unit, field) in _FORESEEN.items():
+        predicted_value = number(prediction.get(field), 0.0, 1e15)
+        measured_value = metrics.get(_MEASURED.get(figure_name, ""))
+        if figure_name == "round":
+            components = [number(prediction.get(f), 0.0, 1e15) for f in ("train_s", "transfer_s")]
+            predicted_value = None if None in components else sum(p for p in components if p is not None)
+            measured_value = number(runner.registry[name].seconds, 0.0, 1e15)
+        if predicted_value is not None or measured_value is not None:
+            rows.append({"what": figure_name, "unit": unit, "predicted": predicted_value, "measured": measured_value})
     return tuple(rows)
 
 
 def held(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
-    """How many channels of each group a device holds and, if its ranking is stored here, which: a bit each, as hex."""
+    """How many channels of each group a device holds and, if its ranking is stored here, which ones, as bits in hex."""
     device, task = runner.state.devices.get(name), runner.state.tasks.get(name)
     if device is None or not device.widths:
         return ()
@@ -94,13 +93,13 @@ def held(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
     ranks = _ranks(runner, ranking)
     rows = []
     for i, (group, width) in enumerate(zip(runner.architecture.groups[:MOST_GROUPS], widths, strict=False)):
-        kept = min(width, group.size)
-        which = None
+        width_kept = min(width, group.size)
+        channel_bits = None
         if ranks is not None:
             bits = np.zeros(group.size, np.bool_)
-            bits[ranks[i][:kept]] = True
-            which = np.packbits(bits).tobytes().hex()
-        rows.append({"group": one_line(group.name, 190), "kept": kept, "of": group.size, "which": which})
+            bits[ranks[i][:width_kept]] = True
+            channel_bits = np.packbits(bits).tobytes().hex()
+        rows.append({"group": one_line(group.name, 190), "kept": width_kept, "of": group.size, "which": channel_bits})
     return tuple(rows)
 
 
@@ -111,19 +110,19 @@ def coverage(runner: JobRunner, at: float) -> Coverage:
     """
     widths = [t.widths for t in runner.state.tasks.values() if t.widths]
     widths = widths or [d.widths for d in runner.state.devices.values() if d.widths]
-    found = []
+    groups = []
     for i, group in enumerate(runner.architecture.groups[:MOST_GROUPS]):
         counts = Counter(min(w[i], group.size) for w in widths)
-        shares, left, begun = [], len(widths), 0
+        shares, remaining_devices, first_channel = [], len(widths), 0
         for width in sorted(counts):
-            if width > begun:
-                shares.append({"channels": width - begun, "share": left / len(widths)})
-                begun = width
-            left -= counts[width]
-        if begun < group.size:
-            shares.append({"channels": group.size - begun, "share": 0.0})
-        found.append({"name": one_line(group.name, 190), "channels": group.size, "held": shares})
-    return Coverage(runner.job.name, runner.state.round, tuple(found), at)
+            if width > first_channel:
+                shares.append({"channels": width - first_channel, "share": remaining_devices / len(widths)})
+                first_channel = width
+            remaining_devices -= counts[width]
+        if first_channel < group.size:
+            shares.append({"channels": group.size - first_channel, "share": 0.0})
+        groups.append({"name": one_line(group.name, 190), "channels": group.size, "held": shares})
+    return Coverage(runner.job.name, runner.state.round, tuple(groups), at)
 
 
 def _last_metrics(runner: JobRunner, name: str) -> dict[str, Any]:

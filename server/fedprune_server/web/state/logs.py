@@ -15,8 +15,9 @@ from fedprune.output.log_lines import current_log_context
 from fedprune.wire.topics import check_device
 from fedprune_server.web.state.records import LogLine
 
+# Lines that wait to be published; of more, the oldest are dropped. The server must not run out of memory if the file
+# can't be written.
 KEPT = 1000
-"""Lines that wait to be published; of more, the oldest are dropped."""
 
 _DEVICE = re.compile(r"\bdevice ([A-Za-z0-9][A-Za-z0-9_.-]{0,63})")
 _LEVELS = {logging.DEBUG: "debug", logging.INFO: "info", logging.WARNING: "warning"}
@@ -39,22 +40,22 @@ class LogTap(logging.Handler):
         try:
             text = one_line(record.getMessage(), 1500)
             facts: dict[str, Any] = {n: v for n, v in current_log_context().items() if n in ("device", "job", "round")}
-            found = None if "device" in facts else _DEVICE.search(text)
-            if found is not None:
-                facts["device"] = found[1].rstrip(".")
+            device_match = None if "device" in facts else _DEVICE.search(text)
+            if device_match is not None:
+                facts["device"] = device_match[1].rstrip(".")
             try:
                 check_device(facts.get("device", "x"))
             except ProtocolError:  # part of a foreign topic, which need not be a device's name
                 facts = {}
             level = _LEVELS.get(record.levelno, "error")
             line = LogLine(max(0.0, record.created), level, text, **facts)
-            self._lines.append((line, found is not None))
+            self._lines.append((line, device_match is not None))
         except Exception:  # noqa: BLE001 - a line that can't be shown must not stop its author
             self.handleError(record)
 
     def take(self, most: int) -> list[LogLine]:
-        found = [self._lines.popleft() for _ in range(min(most, len(self._lines)))]
+        entries = [self._lines.popleft() for _ in range(min(most, len(self._lines)))]
         return [
-            replace(line, device=None) if guess and not self._known(line.device or "") else line
-            for line, guess in found
+            replace(line, device=None) if is_guess and not self._known(line.device or "") else line
+            for line, is_guess in entries
         ]

@@ -20,18 +20,18 @@ from fedprune.wire.fleet_messages import ReleaseOffer
 from fedprune_server.enrollment.store import APPROVED, WAITING, IdentityStore
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
 
+# Pause between two polls, each of which reads one number unless something has changed.
 SWEEP_S = 2.0
-"""Pause between two looks."""
 
+# Rollouts that the console lists; a row of one can hold the reasons of 50 boards.
 MOST_ROLLOUTS = 20
-"""Rollouts that the console lists."""
 
+# How long `close` waits for a poll under way: each of its three steps may wait 10 s for another writer.
 _END_S = 35.0
-"""How long the end waits for a look under way: each of its three steps may wait 10 s for another writer."""
 
 _FAILURES = 50
+# Failed boards that are listed of the latest rollout, and of each earlier one.
 _EARLIER_FAILURES = 3
-"""Failed boards that are listed of the latest rollout, and of each earlier one."""
 
 
 class Member(NamedTuple):
@@ -100,13 +100,15 @@ class MembershipPoller:
         return self._reports.get(device)
 
     def start(self) -> None:
-        """Look every few seconds from now on, on a thread."""
+        """Poll every few seconds from now on, on a thread."""
         self._thread = threading.Thread(target=self._run, name="fedprune-members", daemon=True)
         self._thread.start()
 
     def latest(self) -> PollResult | None:
-        """What the looks since the last call have found; None where there was none. Raises what one has raised, and
-        keeps what others have found for the next call."""
+        """The changes that polls have found since the last call; None if there was no poll.
+
+        Raises the error of a poll that failed; the changes that others found are kept for the next call.
+        """
         if self._thread is None:
             self._poll()
         with self._result:
@@ -115,12 +117,12 @@ class MembershipPoller:
                 raise error
             if not self._has_polled:
                 return None
-            seen = PollResult(frozenset(self._changed), self._rows, self._releases)
+            result = PollResult(frozenset(self._changed), self._rows, self._releases)
             self._changed, self._rows, self._has_polled = set(), None, False
-            return seen
+            return result
 
     def close(self) -> None:
-        """End the thread; a look under way ends after the database that it is reading."""
+        """End the thread; a poll under way ends after the database that it is reading."""
         self._over.set()
         if self._thread is not None:
             self._thread.join(_END_S)
@@ -145,10 +147,10 @@ class MembershipPoller:
     def _poll_members(self) -> None:
         if self._members is None or (version := self._members.version()) == self._versions[0]:
             return
-        before, self._memberships = self._memberships, _memberships(self._members)
+        former, self._memberships = self._memberships, _memberships(self._members)
         self._versions = version, self._versions[1]
-        with self._result:
-            self._changed |= _differences(before, self._memberships)
+        with self._result:  # `latest` takes the changes on another thread
+            self._changed |= _differences(former, self._memberships)
 
     def _poll_rollouts(self) -> None:
         if self._rollouts is None:
@@ -158,11 +160,11 @@ class MembershipPoller:
             entries = self._rollouts.entries()[: -MOST_ROLLOUTS - 1 : -1]
             limits = [_FAILURES] + [_EARLIER_FAILURES] * len(entries)
             rows = tuple(_row(e, self._before(e.prior), failures=n) for e, n in zip(entries, limits, strict=False))
-            before, self._reports = self._reports, _reports(entries[0]) if entries else {}
+            former, self._reports = self._reports, _reports(entries[0]) if entries else {}
             self._versions = self._versions[0], version  # only now: a failed read is repeated
             with self._result:
                 self._rows = rows
-                self._changed |= _differences(before, self._reports)
+                self._changed |= _differences(former, self._reports)
         self._releases = self._names()
 
     def _before(self, number: int | None) -> str | None:
@@ -185,18 +187,23 @@ def _memberships(store: IdentityStore) -> dict[str, Member]:
     for device in store.devices():
         status = {APPROVED: "member", WAITING: "waiting"}.get(device.status, "revoked")
         key = VerifyingKey.from_hex(device.key).fingerprint if status == "waiting" else None
-        before = members.get(device.device, Member("revoked"))
-        best = status if rank[status] >= rank[before.status] else before.status
-        members[device.device] = Member(best, key or before.key)
+        best_so_far = members.get(device.device, Member("revoked"))
+        better = status if rank[status] >= rank[best_so_far.status] else best_so_far.status
+        members[device.device] = Member(better, key or best_so_far.key)
     return members
 
 
 def _reports(entry: RolloutEntry) -> dict[str, dict[str, Any]]:
-    found = {}
-    for name, said in entry.reports.items():
-        state, reason = one_line(str(said.get("state", "")), 64), one_line(str(said.get("reason", "")), 300)
-        found[name] = {"number": entry.offer.number, "state": state, "reason": reason, "at": float(said.get("at", 0.0))}
-    return found
+    reports = {}
+    for name, report in entry.reports.items():
+        state, reason = one_line(str(report.get("state", "")), 64), one_line(str(report.get("reason", "")), 300)
+        reports[name] = {
+            "number": entry.offer.number,
+            "state": state,
+            "reason": reason,
+            "at": float(report.get("at", 0.0)),
+        }
+    return reports
 
 
 def _named(offer: ReleaseOffer) -> str:
@@ -208,7 +215,7 @@ def _named(offer: ReleaseOffer) -> str:
     return one_line(f"{release.number} ({release.version})", 190)
 
 
-def _row(entry: RolloutEntry, before: str | None, *, failures: int) -> dict[str, Any]:
+def _row(entry: RolloutEntry, earlier_release: str | None, *, failures: int) -> dict[str, Any]:
     rollout, counts = entry.rollout, Counter(b.fate for b in entry.rollout.boards.values())
     failed = list(rollout.failures().items())[:failures]
     return {
@@ -227,6 +234,6 @@ def _row(entry: RolloutEntry, before: str | None, *, failures: int) -> dict[str,
         "at": entry.at,
         "failures": {n: one_line(why, 300) for n, why in failed},
         "subject": entry.offer.number,
-        "before": before,
+        "before": earlier_release,
         "leaves": entry.leaves,
     }

@@ -19,11 +19,11 @@ from fedprune_server.web.state.publisher import StatusPublisher
 
 log = logging.getLogger("fedprune.server")
 
+# Orders that are taken in one turn: each may read a database or a ranking, while boards wait for the loop.
 _ORDERS = 20
-"""Orders that are taken at a time."""
 
+# Coverage is computed from all devices, so at most this often for a job, however many operators look at it.
 COVERED_S = 5.0
-"""Coverage takes a look at all devices, so it is computed at most this often."""
 
 
 class OrderHandler:
@@ -59,7 +59,7 @@ class OrderHandler:
         self._queue.flush()
 
     def close(self) -> None:
-        """End once the order under way is done, and answer what was carried out: the next start would call the rest
+        """End after the order under way, and write the answers: the next start would answer these orders as
         interrupted."""
         if self._executor is not None:
             self._executor.close()
@@ -82,7 +82,8 @@ class OrderHandler:
             log.error("an order of the console failed: %s: %s", type(error).__name__, reason(error))
             self._queue.answer(Answer(order.number, False, "it failed; see the server's log"))
             return
-        if order.order in ("pause", "resume"):  # saved as the loop's next turn ends, and not done before that
+        # A pause is saved when the loop's turn ends. It is answered in the next one: before that a crash could undo it.
+        if order.order in ("pause", "resume"):
             self._unsaved.append(Answer(order.number, True, text))
         else:
             self._queue.answer(Answer(order.number, True, text))
@@ -92,10 +93,10 @@ class OrderHandler:
             self._add_coverage(self._runner(order.job or ""))
             return "coverage"
         if order.order in ("pause", "resume"):
-            runner, pause = self._runner(order.job or ""), order.order == "pause"
-            if not runner.pause(pause):
-                return f"job {order.job} is {'paused already' if pause else 'not paused'}"
-            text = f"job {order.job} {'is paused' if pause else 'goes on'}"
+            runner, is_pause = self._runner(order.job or ""), order.order == "pause"
+            if not runner.pause(is_pause):
+                return f"job {order.job} is {'paused already' if is_pause else 'not paused'}"
+            text = f"job {order.job} {'is paused' if is_pause else 'goes on'}"
             log.info("%s, as %s ordered", text, order.operator)
             return text
         name = order.device or ""
@@ -114,7 +115,7 @@ class OrderHandler:
         return self._runners[job]
 
     def _runner_with(self, device: str) -> JobRunner:
-        """The job that has a device or had it last; the first one where none had."""
+        """The job that has a device, or had it last; the first job if none had it."""
         runner = self._runners[self._publisher.job_of(device) or next(iter(self._runners))]
         if device not in runner.state.devices and not runner.registry.admitted(device):
             raise ProtocolError(f"no such device takes part: {device}")

@@ -19,22 +19,24 @@ from fedprune.wire.fields import Device, Job, Name
 from fedprune_server.web.auth.roles import LOOKS, NEEDED
 from fedprune_server.web.database import ConsoleDatabase
 
+# How long an order of the console's pages waits for the server: long enough for a restart, and too short for an
+# operator to be surprised by an order of yesterday.
 EXPIRES_S = 600.0
-"""How long an order of the console's pages waits for the server."""
 
 EXPIRED = "expired: the server did not take it in time, and does not carry it out"
 WITHDRAWN = "withdrawn: the server had not taken it, and does not carry it out"
 INTERRUPTED = "the server ended before it was done: see what came of it, and give the order again if need be"
 
+# The arguments of orders. Each kind has some of them; any other key refuses the order.
 FIELDS = ("job", "device", "key", "release", "groups", "devices", "reason")
-"""The arguments of orders; each kind has some of them."""
 
+# Notes an order's outcome in the audit log, unless the order only looks. The same condition as in the update of the
+# order, so that neither happens twice.
 _NOTED = (
     "INSERT INTO audit (at, operator, address, action, what, outcome) "  # noqa: S608  # nosec B608  # texts of ours
     "SELECT ?, operator, address, kind, json_object('order', number), ? FROM orders "
     f"WHERE number = ? AND state != 'done' AND kind NOT IN {tuple(sorted(LOOKS))}"
 )
-"""Notes an order's outcome, unless it only looks."""
 
 
 @dataclass(frozen=True)
@@ -79,23 +81,23 @@ class OrderQueue:
 
     def __init__(self, database: ConsoleDatabase, clock: Callable[[], float] = time.time) -> None:
         self._database, self._clock = database, clock
-        taken = database.rows("SELECT number FROM orders WHERE state = 'taken'")
-        self._answers = [Answer(row["number"], False, INTERRUPTED) for row in taken]
+        taken_rows = database.rows("SELECT number FROM orders WHERE state = 'taken'")
+        self._answers = [Answer(row["number"], False, INTERRUPTED) for row in taken_rows]
 
-    def take(self, most: int) -> list[Order]:
+    def take(self, max_orders: int) -> list[Order]:
         """The next orders that have not expired; from now on they count as taken."""
         rows = self._database.rows(
             "SELECT number, operator, kind, what, until FROM orders WHERE state = 'waiting' AND until >= ? "
             "ORDER BY number LIMIT ?",
             self._clock(),
-            most,
+            max_orders,
         )
         change = "UPDATE orders SET state = 'taken' WHERE number = ? AND state = 'waiting'"
         if not rows or not self._database.try_to(*((change, (r["number"],)) for r in rows)):
             return []
-        # Some may have been answered as expired or withdrawn since they were read.
-        taken = {r["number"] for r in self._database.rows("SELECT number FROM orders WHERE state = 'taken'")}
-        orders = (self._checked(row) for row in rows if row["number"] in taken)
+        # The console may have answered some as expired or withdrawn since they were read.
+        taken_numbers = {r["number"] for r in self._database.rows("SELECT number FROM orders WHERE state = 'taken'")}
+        orders = (self._checked(row) for row in rows if row["number"] in taken_numbers)
         return [order for order in orders if order is not None]
 
     def _checked(self, row: Mapping[str, Any]) -> Order | None:
@@ -120,19 +122,19 @@ class OrderQueue:
 
 def answering(answer: Answer, now: float) -> list[tuple[str, tuple[object, ...]]]:
     """Statements that answer an order, unless it is answered already, and note that in the audit log."""
-    said = one_line(answer.text, 1500)
-    outcome = said if said in (EXPIRED, WITHDRAWN) else f"{'done' if answer.ok else 'failed'}: {said}"
-    done = "UPDATE orders SET state = 'done', ok = ?, text = ? WHERE number = ? AND state != 'done'"
-    return [(_NOTED, (now, one_line(outcome, 500), answer.order)), (done, (int(answer.ok), said, answer.order))]
+    message = one_line(answer.text, 1500)
+    outcome = message if message in (EXPIRED, WITHDRAWN) else f"{'done' if answer.ok else 'failed'}: {message}"
+    update = "UPDATE orders SET state = 'done', ok = ?, text = ? WHERE number = ? AND state != 'done'"
+    return [(_NOTED, (now, one_line(outcome, 500), answer.order)), (update, (int(answer.ok), message, answer.order))]
 
 
 def read_order(row: Mapping[str, Any]) -> Order:
-    """A row as an order, checked, because browsers reach the process that writes orders."""
+    """Check a row, and return its order. Browsers reach the process that writes orders: the server doesn't trust it."""
     try:
-        what = json.loads(row["what"])
+        arguments = json.loads(row["what"])
     except (ValueError, RecursionError) as error:
         raise ProtocolError("the order is not JSON") from error
-    if not isinstance(what, dict) or not what.keys() <= set(FIELDS):
+    if not isinstance(arguments, dict) or not arguments.keys() <= set(FIELDS):
         raise ProtocolError("what the order is about", expected=f"an object with some of {', '.join(FIELDS)}")
-    given = {"number": row["number"], "operator": row["operator"], "order": row["kind"], "until": row["until"]}
-    return convert(Order, {**what, **given}, "order", ProtocolError)
+    row_fields = {"number": row["number"], "operator": row["operator"], "order": row["kind"], "until": row["until"]}
+    return convert(Order, {**arguments, **row_fields}, "order", ProtocolError)

@@ -20,28 +20,28 @@ from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.state.order_queue import EXPIRED, EXPIRES_S, FIELDS, WITHDRAWN, Answer, Order, answering
 from fedprune_server.web.state.status import FleetView
 
+# Bytes of an order, as stored: a rollout to a hundred named boards has some 7,000.
 MAX_ORDER = 8192
-"""Bytes of an order."""
 
 MOST_WAITING = 100
 PER_MINUTE = 60
+# Answered orders that are kept for pages that still show them; the audit log keeps all.
 KEPT = 500
-"""Orders that are kept; the audit log keeps all."""
 
+# Orders about boards that may have asked to join a moment ago, and aren't published yet.
 _NEWCOMERS = frozenset({"approve", "deny"})
-"""Orders about boards that may have asked to join a moment ago."""
 
+# An expired order is answered after this pause: until then the server may be taking it, by a clock that it read before.
 _GRACE_S = 30.0
-"""After this long it is certain that the server takes an expired order no more."""
 
+# Characters of each argument of a refused order in the audit log: they were not checked, and may be of any length.
 _NOTED_LENGTH = 128
-"""Characters of each argument of a refused order in the audit log: nobody has checked them."""
 
+# Names that a refusal lists as an example.
 _NAMED = 8
-"""Names that a refusal lists."""
 
+# Among more names no similar one is looked for: comparing many takes long enough to delay all other requests.
 _COMPARED = 1000
-"""Among more names no similar one is searched: that would block the event loop."""
 
 _NEEDS = {
     "pause": ("job",),
@@ -81,42 +81,45 @@ class OrderService:
         self._giving = threading.Lock()  # one order after the other, so that limits hold for all at once
 
     def give(self, session: Session, address: str, body: object, expires_s: float = EXPIRES_S) -> int:
-        """Add an order, which the server may take within `expires_s`; returns its number. Raises `RefusedError` if the
-        order is invalid, this operator may not give it, or too many are waiting; and `StorageError` if the disk fails
-        or is full."""
+        """Add an order, which the server may take within `expires_s`; returns its number.
+
+        Raises:
+            RefusedError: The order is invalid, this operator may not give it, or too many are waiting.
+            StorageError: The disk fails or is full.
+        """
         if not isinstance(body, Mapping) or not set(body) <= {"order", *FIELDS}:
             raise RefusedError(422, f"expected an object with order, and of {', '.join(FIELDS)} what that needs")
         kind = body.get("order")
         if not isinstance(kind, str) or kind not in NEEDED:
             raise RefusedError(422, f"expected an order: one of {', '.join(sorted(NEEDED))}")
-        given = {k: body[k] for k in FIELDS if body.get(k) not in (None, "")}
+        arguments = {k: body[k] for k in FIELDS if body.get(k) not in (None, "")}
         with self._giving:
-            return self._give(session, address, kind, given, expires_s)
+            return self._give(session, address, kind, arguments, expires_s)
 
-    def _give(self, session: Session, address: str, kind: str, given: dict[str, Any], expires_s: float) -> int:
+    def _give(self, session: Session, address: str, kind: str, arguments: dict[str, Any], expires_s: float) -> int:
         operator = session.operator.name
         self._limit(operator)
-        self._check(session, address, kind, given)
-        if missing := [n for n in _NEEDS.get(kind, ()) if n not in given]:
+        self._check(session, address, kind, arguments)
+        if missing := [n for n in _NEEDS.get(kind, ()) if n not in arguments]:
             raise RefusedError(422, f"{kind} needs {' and '.join(missing)}")
         now = self._clock()
         try:
-            whole = {"number": 1, "operator": operator, "order": kind, "until": now + expires_s, **given}
-            order = convert(Order, whole, "order", ProtocolError)
+            fields = {"number": 1, "operator": operator, "order": kind, "until": now + expires_s, **arguments}
+            order = convert(Order, fields, "order", ProtocolError)
         except ProtocolError as error:
             raise RefusedError(422, str(error)) from error
-        what = json.dumps(given)
-        if len(what) > MAX_ORDER:
+        body = json.dumps(arguments)
+        if len(body) > MAX_ORDER:
             raise RefusedError(422, f"an order has at most {MAX_ORDER} bytes")
         self._find(order)
         with self._database.transaction():
             self._database.do(
                 "INSERT INTO orders (at, until, operator, address, kind, what) VALUES (?, ?, ?, ?, ?, ?)",
-                now, order.until, operator, address, kind, what,
+                now, order.until, operator, address, kind, body,
             )  # fmt: skip
             number = int(self._database.rows("SELECT last_insert_rowid() AS n")[0]["n"])
             if kind not in LOOKS:
-                self._audit.note(operator, address, kind, {"order": number, **given}, "ordered")
+                self._audit.note(operator, address, kind, {"order": number, **arguments}, "ordered")
             self._database.do("DELETE FROM orders WHERE state = 'done' AND number <= ?", number - KEPT)
         return number
 
@@ -129,12 +132,14 @@ class OrderService:
         return [_shown(r) for r in self._database.rows("SELECT * FROM orders ORDER BY number DESC LIMIT ?", KEPT)]
 
     def expire(self) -> None:
-        """Answer orders that the server has not taken in time, and doesn't take any more."""
+        """Answer orders that the server has not taken in time, and won't take."""
         now = self._clock()
-        late = self._database.rows("SELECT number FROM orders WHERE state = 'waiting' AND until < ?", now - _GRACE_S)
-        if late:
-            expired = (Answer(row["number"], False, EXPIRED) for row in late)
-            self._database.try_to(*(s for answer in expired for s in answering(answer, now)))
+        late_rows = self._database.rows(
+            "SELECT number FROM orders WHERE state = 'waiting' AND until < ?", now - _GRACE_S
+        )
+        if late_rows:
+            answers = (Answer(row["number"], False, EXPIRED) for row in late_rows)
+            self._database.try_to(*(s for answer in answers for s in answering(answer, now)))
 
     def withdraw(self, number: int) -> None:
         """Answer an order that the server has not taken, so that it never does; one that it has taken stays."""
@@ -143,28 +148,28 @@ class OrderService:
                 for query, values in answering(Answer(number, False, WITHDRAWN), self._clock()):
                     self._database.do(query, *values)
 
-    def _check(self, session: Session, address: str, kind: str, given: Mapping[str, Any]) -> None:
+    def _check(self, session: Session, address: str, kind: str, arguments: Mapping[str, Any]) -> None:
         if self._view.orders == "none" or (self._view.orders == "look" and kind not in LOOKS):
             raise RefusedError(403, "this server takes no such orders from the console ([server] console_orders)")
         if not may(session.operator.role, NEEDED[kind]):
-            what = {key: one_line(str(value), _NOTED_LENGTH) for key, value in given.items()}
-            self._audit.note(session.operator.name, address, kind, what, f"refused: needs the role {NEEDED[kind]}")
+            shortened = {key: one_line(str(value), _NOTED_LENGTH) for key, value in arguments.items()}
+            self._audit.note(session.operator.name, address, kind, shortened, f"refused: needs the role {NEEDED[kind]}")
             raise RefusedError(403, f"{kind} needs the role {NEEDED[kind]}, yours is {session.operator.role}")
         if not self._view.ready:
             raise RefusedError(503, "the server does not respond at the moment")
 
     def _find(self, order: Order) -> None:
-        """Refuse an order about an unknown job or device, unless that may only not be published yet."""
-        known: Collection[str] = self._view.job_names
-        if order.job is not None and order.job not in known:
-            raise RefusedError(404, f"no job {order.job}: {_there_are(known)}")
+        """Refuse an order about an unknown job or device, unless it may just not be published yet."""
+        known_names: Collection[str] = self._view.job_names
+        if order.job is not None and order.job not in known_names:
+            raise RefusedError(404, f"no job {order.job}: {_there_are(known_names)}")
         if not self._view.whole or order.order in _NEWCOMERS:
             return
-        known = self._view.device_names
+        known_names = self._view.device_names
         for name in (*(() if order.device is None else (order.device,)), *order.devices):
-            if name not in known:
-                near = meant(name, known) if len(known) <= _COMPARED else ""
-                raise RefusedError(404, f"no device {name}{near}: {_there_are(known)}")
+            if name not in known_names:
+                suggestion = meant(name, known_names) if len(known_names) <= _COMPARED else ""
+                raise RefusedError(404, f"no device {name}{suggestion}: {_there_are(known_names)}")
 
     def _limit(self, operator: str) -> None:
         now = self._clock()
@@ -179,14 +184,16 @@ class OrderService:
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    done = row["state"] == "done"
+    is_done = row["state"] == "done"
     return {
         "order": row["number"], "kind": row["kind"], "operator": row["operator"], "at": row["at"],
-        "state": "done" if done else "waiting", "ok": bool(row["ok"]) if done else None, "text": row["text"],
+        "state": "done" if is_done else "waiting", "ok": bool(row["ok"]) if is_done else None, "text": row["text"],
         "what": json.loads(row["what"]),
     }  # fmt: skip
 
 
 def _there_are(names: Collection[str]) -> str:
-    shown, more = ", ".join(nsmallest(_NAMED, names)), len(names) - _NAMED
-    return f"there {'is' if len(names) == 1 else 'are'} {shown or 'none'}" + (f" and {more} more" if more > 0 else "")
+    first_names, further = ", ".join(nsmallest(_NAMED, names)), len(names) - _NAMED
+    return f"there {'is' if len(names) == 1 else 'are'} {first_names or 'none'}" + (
+        f" and {further} more" if further > 0 else ""
+    )

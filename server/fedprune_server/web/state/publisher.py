@@ -1,4 +1,4 @@
-"""Publishes what a running server knows for its console: devices, jobs, rounds, rollouts, alerts and log lines.
+"""The publisher of a running server's status for its console: devices, jobs, rounds, rollouts, alerts and log lines.
 
 The server's loop calls it twice a second. What has changed is written in one transaction, for which a few milliseconds
 are collected; the rest waits for the next call. A failed write is repaired by publishing everything again.
@@ -23,17 +23,17 @@ from fedprune_server.web.state.membership_poller import Member, MembershipPoller
 from fedprune_server.web.state.records import AlertStatus, PublishedJob, Record, Rollouts, Site
 from fedprune_server.web.state.status import StatusWriter, encoded
 
+# Time of the server's loop that collecting devices may take in each call: 4 % of it, at two calls a second.
 BUDGET_S = 0.02
-"""Time of the server's loop that collecting devices may take in each call."""
 
 BEAT_S = 3.0
 SWEEP_S = 2.0
+# Finished rounds of each job that are published at the start: enough for charts, and written in a moment.
 ROUNDS_PUBLISHED = 500
-"""Finished rounds of each job that are published at the start."""
 
 _BATCH, _LINES = 50, 50
+# Lines of logs that are kept for the next try while the file can't be written; all else can be made again.
 _UNWRITTEN = 1000
-"""Lines of logs that are kept while the file can't be written."""
 
 
 class StatusPublisher:
@@ -83,11 +83,11 @@ class StatusPublisher:
         self._records += records
 
     def note(self, snapshot: JobSnapshot, events: Sequence[TurnEvent]) -> None:
-        """Note what has happened to a job, which is published at the next call of `publish`."""
+        """Note the events of a job, for the next call of `publish`."""
         name = snapshot.name
         if name not in self._jobs:
-            began = snapshot.history[-1]["at"] if snapshot.history else None
-            self._before[name] = (began, (snapshot.bytes_down, snapshot.bytes_up))
+            last_round_at = snapshot.history[-1]["at"] if snapshot.history else None
+            self._before[name] = (last_round_at, (snapshot.bytes_down, snapshot.bytes_up))
             self._stale = True
         self._jobs[name], self._fleet = snapshot, snapshot.fleet
         handle_each(events, lambda event: self._handle(name, event))
@@ -97,13 +97,13 @@ class StatusPublisher:
             case DevicesChanged(names):
                 self.changed(names)
             case RoundEnded(summary, down, up):
-                before, counted = self._before[job]
-                moved = max(0, down - counted[0]), max(0, up - counted[1])
+                last_round_at, last_bytes = self._before[job]
+                bytes_since = max(0, down - last_bytes[0]), max(0, up - last_bytes[1])
                 self._before[job] = (summary["at"], (down, up))
-                self.add(rows.finished_round(job, summary, before, moved))
+                self.add(rows.finished_round(job, summary, last_round_at, bytes_since))
 
     def job_of(self, device: str) -> str | None:
-        """The job that has a device or had it last; None where none had."""
+        """The job that has a device, or had it last; None if none had it."""
         return self._fleet.jobs.get(device) or self._of.get(device)
 
     def publish(self) -> None:
@@ -119,17 +119,17 @@ class StatusPublisher:
         self._collect_records()
         records = list(self._encoded())
         devices = self._collect_devices(now + BUDGET_S)
-        finished = self._looked and not self._pending and not self._whole
-        if records or devices or finished or now >= self._beat_at:
+        is_complete = self._looked and not self._pending and not self._whole
+        if records or devices or is_complete or now >= self._beat_at:
             self._beat_at = now + BEAT_S
             try:
-                self._writer.write(records, devices, at=self._clock(), whole=finished)
+                self._writer.write(records, devices, at=self._clock(), whole=is_complete)
             except StorageError:
                 self._stale = True
                 self._unwritten = [r for r, _ in records if r.kind == "log"][-_UNWRITTEN:]
                 raise
             self._unwritten = []
-            self._whole = self._whole or finished
+            self._whole = self._whole or is_complete
         if self._faults:
             faults, self._faults = self._faults, []
             raise StorageError(f"the console doesn't show {faults[0]}")
@@ -143,26 +143,26 @@ class StatusPublisher:
         self._records = list(self._unwritten)
         self._open_alerts.clear()
         for name, job in self._jobs.items():
-            before: float | None = None
+            last_round_at: float | None = None
             for summary in job.history[-ROUNDS_PUBLISHED:]:
-                self.add(rows.finished_round(name, summary, before, None))
-                before = summary["at"]
+                self.add(rows.finished_round(name, summary, last_round_at, None))
+                last_round_at = summary["at"]
             self.changed(job.devices)
         self.changed(self._poller.names)
 
     def _look(self, now: float) -> None:
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_S
-            held = set(self._fleet.quarantined)
-            self.changed(held | self._held)
-            self._held = held
-        seen = self._poller.latest()
-        if seen is not None:
+            quarantined = set(self._fleet.quarantined)
+            self.changed(quarantined | self._held)
+            self._held = quarantined
+        poll_result = self._poller.latest()
+        if poll_result is not None:
             self._looked = True
-            self.changed(seen.changed)
-            self._rollouts = self._rollouts if seen.rollouts is None else seen.rollouts
+            self.changed(poll_result.changed)
+            self._rollouts = self._rollouts if poll_result.rollouts is None else poll_result.rollouts
             if self._poller.has_releases:
-                self._add_changed("rollouts", Rollouts(self._rollouts, seen.releases))
+                self._add_changed("rollouts", Rollouts(self._rollouts, poll_result.releases))
 
     def _collect_records(self) -> None:
         site = Site(**self._site, jobs=tuple(self._jobs), connected=self._fleet.broker_connected)
@@ -177,13 +177,13 @@ class StatusPublisher:
         alerts = {(alert.key, alert.since): alert for alert in self._alerts.open}
         for key in self._open_alerts.keys() - alerts.keys():
             self.add(_alert(self._open_alerts.pop(key), self._clock()))
-        for key, alert in alerts.items():  # whose texts change without a change of severity, too
+        for key, alert in alerts.items():  # texts may change without a change of severity
             if self._open_alerts.get(key) != alert:
                 self._open_alerts[key] = alert
                 self.add(_alert(alert))
 
     def _knows(self, device: str) -> bool:
-        """Whether this is the name of a device that is published, or is about to be."""
+        """Whether a device of this name is published, or about to be."""
         return device in self._published or device in self._pending
 
     def _add_changed(self, name: str, record: Record) -> None:
@@ -204,28 +204,31 @@ class StatusPublisher:
             self._faults.append(f"{name}: {error}")
             return None
 
-    def _collect_devices(self, until: float) -> dict[str, str | None]:
+    def _collect_devices(self, deadline: float) -> dict[str, str | None]:
         """JSON of changed devices' rows, as many as there is time for; None for those that are gone."""
-        found: dict[str, str | None] = {}
+        texts: dict[str, str | None] = {}
         while self._pending:
             for name in list(islice(self._pending, _BATCH)):
                 del self._pending[name]
                 row = self._row(name)
                 if row is None:
                     if self._published.pop(name, None) is not None:
-                        found[name] = None
+                        texts[name] = None
                     continue
                 text = self._text(row, f"device {name}")
-                mark = hash(text)
-                if text is not None and self._published.get(name) != mark:
-                    self._published[name], found[name] = mark, text
-            if self._monotonic() >= until:
+                # Hashes, not texts: the file has these already.
+                text_hash = hash(text)
+                if text is not None and self._published.get(name) != text_hash:
+                    self._published[name], texts[name] = text_hash, text
+            if self._monotonic() >= deadline:
                 break
-        return found
+        return texts
 
     def _row(self, name: str) -> dict[str, Any] | None:
         member = self._poller.member(name)
-        devices = {job: device for job, seen in self._jobs.items() if (device := seen.devices.get(name)) is not None}
+        devices = {
+            job: device for job, snapshot in self._jobs.items() if (device := snapshot.devices.get(name)) is not None
+        }
         if not devices and member is None:
             return None
         job = self.job_of(name)
@@ -236,11 +239,11 @@ class StatusPublisher:
         device = devices.get(job or "", next(iter(devices.values()), None)) or DeviceSnapshot(
             name=name, takes_part=False, online=False, connected=name in self._fleet.connected, activity="unknown"
         )
-        seen = self._jobs.get(job or "")
+        snapshot = self._jobs.get(job or "")
         return rows.device_row(
             device,
             job=job if device.takes_part else None,
-            ended=int(seen.history[-1]["round"]) if seen is not None and seen.history else 0,
+            ended=int(snapshot.history[-1]["round"]) if snapshot is not None and snapshot.history else 0,
             member=member or Member("revoked"),
             traffic=(sum(d.bytes_down for d in devices.values()), sum(d.bytes_up for d in devices.values())),
             heard_at=max((d.heard_at for d in devices.values() if d.heard_at is not None), default=None),

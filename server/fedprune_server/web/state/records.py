@@ -7,14 +7,14 @@ from typing import Any, ClassVar
 
 LEVELS = ("debug", "info", "warning", "error")
 
+# A device's membership; the order is that of a page's filter.
 STATUSES = ("member", "waiting", "revoked")
-"""A device's membership."""
 
+# A device's activity, as a page filters by it: its part's progress or, without one, the reason.
 DEVICE_STATES = (
     "ready", "queued", "extracting", "offered", "training", "pulling", "stored", "folded", "refused", "late",
     "lost", "gone", "excluded", "elsewhere", "offline", "waiting", "revoked", "unknown",
 )  # fmt: skip
-"""A device's activity: its part's progress or, without one, the reason."""
 
 Row = dict[str, Any]
 
@@ -73,7 +73,8 @@ class PublishedJob(Record, kind="job", scope="name"):
 
 @dataclass(frozen=True)
 class FinishedRound(Record, kind="round", scope="job", key="round"):
-    """A finished round: rejected updates by reason, and bytes since the one before. None is unknown after a restart."""
+    """A finished round, with rejected updates by reason and bytes since the round before. None stands for what a
+    restart has lost."""
 
     job: str
     round: int

@@ -1,4 +1,4 @@
-"""Rows of devices and finished rounds, from what the coordinator, the registry and the identity know."""
+"""Rows of devices and finished rounds, made of snapshots, memberships and the job's history."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from fedprune_server.observation.snapshot import DeviceSnapshot
 from fedprune_server.web.state.membership_poller import Member
 from fedprune_server.web.state.records import FinishedRound
 
+# Boards describe their software in one line of names and versions, with `slot a with release 7`. The text is theirs, so
+# that lengths and counts are limited here.
 _SLOT = re.compile(r"\bslot ([ab])\b(?: with release (\d{1,10})\b)?")
 _VERSION = re.compile(r"([A-Za-z][A-Za-z0-9_.-]{0,39})[ /]v?(\d[A-Za-z0-9.+_-]{0,39})")
 _MOST_VERSIONS = 8
@@ -47,7 +49,7 @@ def device_row(
     slot, release = running(device.software)
     if release is None and update is not None and update["state"] == COMMITTED:
         release = update["number"]
-    judged, counted = leading(device.metrics), device.last_counted_round
+    score, last_counted = leading(device.metrics), device.last_counted_round
     return {
         "name": device.name,
         "job": job,
@@ -68,8 +70,8 @@ def device_row(
         "bytes_up": traffic[1],
         "seconds": number(device.seconds, 0.0, 1e12),
         "metrics": dict(device.metrics),
-        "measured": None if judged is None else judged[1],
-        "staleness": max(0, ended - counted) if counted else None,
+        "measured": None if score is None else score[1],
+        "staleness": max(0, ended - last_counted) if last_counted else None,
         "quarantine": None if quarantine is None else {"until": quarantine[0], "reason": one_line(quarantine[1], 500)},
         "status": member.status,
         "key": member.key,
@@ -89,39 +91,46 @@ def _state(device: DeviceSnapshot, status: str) -> str:
 
 def versions(software: str) -> dict[str, str]:
     """Versions of a board's software, by name."""
-    found = {n.lower(): v for n, v in _VERSION.findall(_SLOT.sub("", software[:500]))}
-    return dict(list(found.items())[:_MOST_VERSIONS])
+    version_by_name = {n.lower(): v for n, v in _VERSION.findall(_SLOT.sub("", software[:500]))}
+    return dict(list(version_by_name.items())[:_MOST_VERSIONS])
 
 
 def running(software: str) -> tuple[str | None, int | None]:
-    """The slot that a board reports to run from and the number of its release; None for what it doesn't report."""
-    found = _SLOT.search(software[:500])
-    if found is None:
+    """The slot from which a board runs, and the number of its release, as it reports; None if it doesn't report one."""
+    match = _SLOT.search(software[:500])
+    if match is None:
         return None, None
-    return found[1], None if found[2] is None else int(found[2])
+    return match[1], None if match[2] is None else int(match[2])
 
 
 def finished_round(
-    job: str, summary: Mapping[str, Any], before: float | None, traffic: tuple[int, int] | None
+    job: str, summary: Mapping[str, Any], previous_end: float | None, traffic: tuple[int, int] | None
 ) -> FinishedRound:
-    """A finished round; `before` is when the previous one ended, `traffic` the bytes to and from devices since then."""
+    """The record of a finished round.
+
+    Args:
+        before: When the previous one ended, in seconds since 1970; None if unknown.
+        traffic: Bytes to and from devices since then; None if unknown.
+    """
     parts = list(summary["devices"].values())
-    refused = Counter(one_line(str(p["reason"]), 150) or "?" for p in parts if p["progress"] == Progress.REFUSED.value)
-    if len(refused) > 100:
-        refused = Counter(dict(refused.most_common(100)))
-    stale = [float(p["staleness"]) for p in parts if isinstance(p.get("staleness"), (int, float))]
+    reasons = Counter(one_line(str(p["reason"]), 150) or "?" for p in parts if p["progress"] == Progress.REFUSED.value)
+    if len(reasons) > 100:  # a reason may hold a number, so that every board has one of its own
+        reasons = Counter(dict(reasons.most_common(100)))
+    staleness_values = [float(p["staleness"]) for p in parts if isinstance(p.get("staleness"), (int, float))]
     return FinishedRound(
         job=job,
         round=summary["round"],
         at=summary["at"],
-        seconds=None if before is None else max(0.0, summary["at"] - before),
+        seconds=None if previous_end is None else max(0.0, summary["at"] - previous_end),
         metrics=dict(list(summary["metrics"].items())[:64]),
         counted=sum(p["progress"] == Progress.FOLDED.value for p in parts) if parts else None,
         devices=len(parts) or None,
-        refused=dict(refused),
+        refused=dict(reasons),
         bytes_down=None if traffic is None else traffic[0],
         bytes_up=None if traffic is None else traffic[1],
-        staleness={"mean": sum(stale) / len(stale), "max": max(stale)} if stale else None,
+        staleness={"mean": sum(staleness_values) / len(staleness_values), "max": max(staleness_values)}
+        if staleness_values
+        else None,
         model=summary["model"],
     )
 

@@ -23,35 +23,38 @@ from fedprune.core.disk import storage_errors
 from fedprune_server.storage.sqlite_file import LOOP_BUSY_TIMEOUT_S, ReaderPool, connect_reader, sqlite_errors
 from fedprune_server.web.state.records import Record, Row
 
+# Rows of a page, at most: a request for a larger one would hold a thread and memory for it.
 MAX_SIZE = 500
-"""Rows of a page."""
 
+# In the state folder. It holds nothing that isn't stored elsewhere, so that backups leave it out.
 FILE = "status.db"
-"""In the state folder."""
 
+# A server that has not written for this long counts as stuck: it writes at least every 3 s.
 SILENT_S = 15.0
-"""A server that has not written for so long counts as stuck: it writes every few seconds."""
 
+# Fields of a device's row by which devices can be sorted: each has a column, which SQLite computes from the row's JSON.
 COLUMNS = (
     "name", "job", "online", "state", "profile", "slot", "release", "density", "parameters", "samples", "seen_at",
     "temperature_c", "bytes_down", "bytes_up", "seconds", "measured", "staleness", "status",
 )  # fmt: skip
-"""Fields of a device's row that devices can be sorted by."""
 
 _FILTERS = ("state", "profile", "job", "status", "online")
 _LINE_FILTERS = ("level", "device", "job")
 
+# How many records of a kind are kept; of more, the oldest are deleted, and closed alerts before open ones. Details of
+# devices are asked for one by one, and 50 are more than operators look at within a minute.
 _KEPT = {"log": 5000, "alert": 1000, "device": 50, "crashes": 50}
-"""Records that are kept of a kind; of more, the oldest are deleted, and closed alerts before open ones."""
 
+# Rounds that are kept of each job; the server's database keeps all.
 _KEPT_ROUNDS = 2000
-"""Of each job."""
 
 DEVICE_TOPIC = "devices:"
+# The prefix of topics of devices' rows, and the topic for any of them: no device's name has an asterisk.
 ANY_DEVICE = f"{DEVICE_TOPIC}*"
-"""How a topic of a device's row begins, and the topic that stands for all of them: no device has such a name."""
 
 _DEVICE_COLUMNS = ", ".join(f"{c} GENERATED ALWAYS AS (json_extract(body, '$.{c}')) STORED" for c in COLUMNS[1:])
+# `change` counts all writes, so that a reader finds what is new by one number. A device that is gone keeps its row
+# without a `body`, by which readers see that; `whole` is set once all devices are published.
 _TABLES = (
     f"CREATE TABLE device_status (name TEXT PRIMARY KEY, change INTEGER NOT NULL, body TEXT, {_DEVICE_COLUMNS})",
     "CREATE INDEX device_status_by_change ON device_status (change)",
@@ -66,7 +69,6 @@ _TABLES = (
     "CREATE TABLE beat (at REAL NOT NULL, whole INTEGER NOT NULL)",
     "INSERT INTO beat VALUES (0, 0)",
 )
-"""`change` counts all writes. A device that is gone has no `body`; `whole` is set once all devices are published."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,9 @@ class StatusWriter(Closing):
                 path, timeout=LOOP_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
             self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=OFF")
+            self._connection.execute(
+                "PRAGMA synchronous=OFF"
+            )  # made anew after a power cut, so never wait for the disk
             for statement in _TABLES:
                 self._connection.execute(statement)
 
@@ -173,8 +177,7 @@ def encoded(body: Record | Row) -> str:
 
 
 class FleetView(Closing):
-    """The console's side: pages of what the server has written. Threads may share it, but for `changes`, which is for
-    one at a time."""
+    """The console's side: pages of what the server has written. Threads may share it; only one may call `changes`."""
 
     def __init__(self, path: Path, orders: str = "all", clock: Callable[[], float] = time.time) -> None:
         self.orders = orders
@@ -211,21 +214,21 @@ class FleetView(Closing):
 
     @property
     def rollouts(self) -> list[Row]:
-        """The latest ones, newest first."""
-        found = self._record("rollouts", "")
-        return [] if found is None else list(found["rows"])
+        """The latest rollouts, newest first."""
+        record = self._record("rollouts", "")
+        return [] if record is None else list(record["rows"])
 
     @property
     def releases(self) -> list[str]:
         """Names of releases that an order may roll out."""
-        found = self._record("rollouts", "")
-        return [] if found is None else list(found["releases"])
+        record = self._record("rollouts", "")
+        return [] if record is None else list(record["releases"])
 
     @property
     def jobs(self) -> list[Row]:
         """All jobs, in the server's order."""
-        found = (self.job(name) for name in self.job_names)
-        return [row for row in found if row is not None]
+        rows = (self.job(name) for name in self.job_names)
+        return [row for row in rows if row is not None]
 
     @property
     def job_names(self) -> list[str]:
@@ -242,7 +245,7 @@ class FleetView(Closing):
     @property
     def counts(self) -> dict[str, dict[str, int]]:
         """Number of devices by state, profile, job, status and, without revoked ones, whether they are online."""
-        found: dict[str, Counter[str]] = {column: Counter() for column in _FILTERS}
+        counts: dict[str, Counter[str]] = {column: Counter() for column in _FILTERS}
         query = (
             "SELECT state, profile, job, status, online, count(*) FROM device_status WHERE body IS NOT NULL "
             "GROUP BY state, profile, job, status, online"
@@ -251,13 +254,13 @@ class FleetView(Closing):
             row = dict(zip(_FILTERS, values, strict=True))
             for column, value in row.items():
                 if column != "online" or row["status"] != "revoked":
-                    found[column][str(value)] += count
-        online = found.pop("online")
-        return {**found, "online": {"yes": online["1"], "no": online["0"]}}
+                    counts[column][str(value)] += count
+        online = counts.pop("online")
+        return {**counts, "online": {"yes": online["1"], "no": online["0"]}}
 
     def device(self, name: str) -> Row | None:
-        found = self._rows("SELECT body FROM device_status WHERE name = ? AND body IS NOT NULL", name)
-        return json.loads(found[0][0]) if found else None
+        rows = self._rows("SELECT body FROM device_status WHERE name = ? AND body IS NOT NULL", name)
+        return json.loads(rows[0][0]) if rows else None
 
     def details(self, name: str) -> Row | None:
         """A device's details, if an operator asked for them lately, with their time as `at`."""
@@ -296,11 +299,11 @@ class FleetView(Closing):
         if column not in COLUMNS:
             raise ValueError(f"no column {column!r} to sort by: expected one of {', '.join(COLUMNS)}")
         where, values = ["body IS NOT NULL"], list[Any]()
-        for name, wanted in (only or {}).items():
+        for name, value in (only or {}).items():
             if name not in _FILTERS:
                 raise ValueError(f"no filter {name!r}")
             where.append(f"{name} = ?")
-            values.append(wanted == "yes" if name == "online" else wanted)
+            values.append(value == "yes" if name == "online" else value)
             if name == "online":
                 where.append("status != 'revoked'")
         if q:
@@ -324,11 +327,11 @@ class FleetView(Closing):
     def lines(self, *, page: int = 1, size: int = 100, q: str = "", only: Mapping[str, str] | None = None) -> Page:
         """Lines of logs that contain `q` in any case, newest first; `only` filters by `level`, `device` and `job`."""
         where, values = ["kind = 'log'"], list[Any]()
-        for name, wanted in (only or {}).items():
+        for name, value in (only or {}).items():
             if name not in _LINE_FILTERS:
                 raise ValueError(f"no filter {name!r}")
             where.append(f"json_extract(body, '$.{name}') = ?")
-            values.append(wanted)
+            values.append(value)
         if q:
             where.append("instr(casefold(json_extract(body, '$.text')), ?)")
             values.append(q.casefold())
@@ -336,22 +339,23 @@ class FleetView(Closing):
 
     def changes(self) -> set[str]:
         """Topics of what the server has written since the last call, for live pages (`fedprune_server.web.events`)."""
-        seen, latest = self._seen, self._latest()
+        last_change, latest = self._seen, self._latest()
         topics: set[str] = set()
-        for kind, scope in self._rows("SELECT DISTINCT kind, scope FROM records WHERE change > ?", seen):
+        for kind, scope in self._rows("SELECT DISTINCT kind, scope FROM records WHERE change > ?", last_change):
             topics |= {kind, f"{kind}:{scope}"} if scope else {kind}
-        names = self._rows("SELECT name FROM device_status WHERE change > ?", seen)
+        names = self._rows("SELECT name FROM device_status WHERE change > ?", last_change)
         self._seen = latest  # not before all is read: what fails is read again
         return topics | ({"devices", *(f"{DEVICE_TOPIC}{name}" for (name,) in names)} if names else set())
 
     def _latest(self) -> int:
-        """The latest change. What is written after this look and before the next query is named twice."""
+        """The number of the latest change. Records written between this query and the next are named twice, never
+        missed."""
         union = "SELECT max(change) AS change FROM records UNION SELECT max(change) FROM device_status"
         return int(self._rows(f"SELECT coalesce(max(change), 0) FROM ({union})")[0][0])  # noqa: S608  # nosec B608  # ours
 
     def _record(self, kind: str, scope: str) -> Row | None:
-        found = self._rows("SELECT body FROM records WHERE kind = ? AND scope = ?", kind, scope)
-        return json.loads(found[0][0]) if found else None
+        rows = self._rows("SELECT body FROM records WHERE kind = ? AND scope = ?", kind, scope)
+        return json.loads(rows[0][0]) if rows else None
 
     def _page(self, table: str, where: list[str], values: list[Any], order: str, page: int, size: int) -> Page:
         if page < 1 or not 1 <= size <= MAX_SIZE:

@@ -1,4 +1,4 @@
-"""How the console's pages say numbers, times and states."""
+"""Numbers, times and states as texts of the console's pages."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from fedprune.core.metrics import METRICS
 
+# The text for an unknown value: an empty cell would look like a mistake.
 NOTHING = "–"
-"""Text for an unknown value."""
 
+# The class of each word's mark, whose shape differs as well as its colour: not everybody can tell the colours apart.
 MARKS = {
     # devices
     "ready": "good", "folded": "good", "stored": "good", "training": "work", "pulling": "work", "offered": "work",
@@ -28,11 +29,10 @@ MARKS = {
     # alerts and logs
     "info": "off", "warning": "warn", "critical": "bad", "error": "bad", "debug": "off",
 }  # fmt: skip
-"""Shape and colour of each word's mark."""
 
 
+# States with another name on pages than in records, whose names programs compare.
 WORDS = {"folded": "aggregated", "extracting": "being cut", "stored": "uploaded", "elsewhere": "at another job"}
-"""States that people call otherwise than programs do."""
 
 _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _LENGTHS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
@@ -103,18 +103,18 @@ def energy(value: float | None) -> str:
 
 def runs(row: Mapping[str, Any]) -> str:
     """Release number and slot that a device runs."""
-    parts = [str(row[k]) for k in ("release", "slot") if row[k] is not None]
-    return "/".join(parts) or NOTHING
+    texts = [str(row[k]) for k in ("release", "slot") if row[k] is not None]
+    return "/".join(texts) or NOTHING
 
 
-def axis_of_sizes(most: float) -> tuple[float, str]:
+def axis_of_sizes(highest: float) -> tuple[float, str]:
     """Bytes per unit of an axis up to `highest`, and the unit's name."""
-    return next(((unit, name) for unit, name in _SIZES if most >= unit), (1.0, "B"))
+    return next(((unit, name) for unit, name in _SIZES if highest >= unit), (1.0, "B"))
 
 
-def axis_of_lengths(most: float) -> tuple[float, str]:
+def axis_of_lengths(highest: float) -> tuple[float, str]:
     """Seconds per unit of an axis up to `highest`, and the unit's name."""
-    return next(((unit, name) for unit, name in _LENGTHS if most >= 2 * unit), (1.0, "s"))
+    return next(((unit, name) for unit, name in _LENGTHS if highest >= 2 * unit), (1.0, "s"))
 
 
 def clock(at: float | None) -> str:
@@ -130,13 +130,13 @@ def ago(at: float | None, now: float | None = None) -> str:
     """How long ago, or how far ahead, a time is."""
     if at is None:
         return NOTHING
-    gone = (time.time() if now is None else now) - at
-    way = abs(gone)
-    if way < 1.5:
+    elapsed = (time.time() if now is None else now) - at
+    distance = abs(elapsed)
+    if distance < 1.5:
         return "now"
-    unit, name = next((u, n) for u, n in _LENGTHS if way >= 1.5 * u or u == 1)
-    text = f"{way / unit:.0f} {name}"
-    return f"{text} ago" if gone > 0 else f"in {text}"
+    unit, name = next((u, n) for u, n in _LENGTHS if distance >= 1.5 * u or u == 1)
+    text = f"{distance / unit:.0f} {name}"
+    return f"{text} ago" if elapsed > 0 else f"in {text}"
 
 
 def metrics(values: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -156,16 +156,16 @@ def plural(n: int, word: str) -> str:
 
 
 def action_text(entry: Mapping[str, Any]) -> str:
-    what, action = entry["what"], entry["action"]
+    details, action = entry["what"], entry["action"]
     text = _DEEDS.get(action, action.replace("_", " "))
-    text = text.format_map({k: what.get(k) or "–" for k in ("job", "device", "key", "release", "operator", "role")})
+    text = text.format_map({k: details.get(k) or "–" for k in ("job", "device", "key", "release", "operator", "role")})
     if action == "rollout_start":
-        boards, stages = what.get("devices") or (), what.get("groups") or ()
+        boards, stages = details.get("devices") or (), details.get("groups") or ()
         text += f" to {', '.join(boards)}" if boards else " to all boards"
         text += f" in stages of {', '.join(f'{s:.0%}' for s in stages)}" if stages else ""
-    if what.get("unlisted before"):
-        text += f" (after {what['unlisted before']:,} more that are not listed)"
-    return f"{text} ({what['reason']})" if what.get("reason") else text
+    if details.get("unlisted before"):
+        text += f" (after {details['unlisted before']:,} more that are not listed)"
+    return f"{text} ({details['reason']})" if details.get("reason") else text
 
 
 _DEEDS = {
@@ -187,12 +187,12 @@ _DEEDS = {
     "operator_remove": "remove operator {operator}",
 }
 
-_FILTERS = (
-    mark, word, size, share, number, decimals, count, seconds, clock, machine_time, ago, metrics, versions, plural,
-    runs, action_text,
-)  # fmt: skip
-FILTERS: dict[str, Any] = {function.__name__: function for function in _FILTERS}
-"""By the names that templates use."""
+# By the names that templates use.
+FILTERS: dict[str, Any] = {
+    "mark": mark, "word": word, "size": size, "share": share, "number": number, "decimals": decimals, "count": count,
+    "seconds": seconds, "clock": clock, "machine_time": machine_time, "ago": ago, "metrics": metrics,
+    "versions": versions, "plural": plural, "runs": runs, "action_text": action_text,
+}  # fmt: skip
 
 
 def _three(value: float) -> str:

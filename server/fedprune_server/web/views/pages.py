@@ -34,15 +34,15 @@ from fedprune_server.web.state.records import LEVELS
 from fedprune_server.web.views import formatting as phrases
 from fedprune_server.web.views import presentation
 
+# Devices, lines and entries of a page: a browser on a phone lays out a hundred rows at once.
 ROWS = 100
-"""Devices, lines and entries of a page."""
 
 ROUNDS = 25
+# How many alerts, boards and lines the overview shows: it fits on a screen.
 FEW = 8
-"""Alerts, boards and lines that the overview shows of each."""
 
+# Details of a device that are older are ordered again when its page is opened; making them costs the server time.
 ASKED_AGAIN_S = 15.0
-"""Seconds after which a page asks the server again."""
 
 COVERAGE_AGAIN_S = 60.0
 _PATIENCE_S = 2.0
@@ -58,9 +58,9 @@ class _Files(StaticFiles):
     """Scripts and styles, which a browser revalidates each time, so that a new version is seen."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        answer = await super().get_response(path, scope)
-        answer.headers["cache-control"] = "no-cache"
-        return answer
+        response = await super().get_response(path, scope)
+        response.headers["cache-control"] = "no-cache"
+        return response
 
 
 class Pages:
@@ -83,7 +83,7 @@ class Pages:
         self._templates.filters["strip"] = lambda drawn: Markup(chart.strip_svg(drawn))  # noqa: S704  # nosec B704  # the renderer escapes all names
         self._templates.globals["heat_scale"] = Markup(chart.scale())  # noqa: S704  # nosec B704  # the renderer escapes all names
 
-    def draw(self, request: Request, name: str, status: int = 200, **shown: Any) -> HTMLResponse:
+    def draw(self, request: Request, name: str, status: int = 200, **values: Any) -> HTMLResponse:
         """A page for a logged-in operator: template `name`, with the values `shown` and those of every page."""
         session, view = session_of(request), self._console.view
         role = session.operator.role
@@ -99,49 +99,61 @@ class Pages:
             here=f"/{request.url.path.split('/')[1]}".replace("/devices", "/fleet"),
             open_alerts=view.alerts(size=1, gone=False, notes=False).total,
             silent=self._silent(),
-            **shown,
+            **values,
         )
 
-    def login(self, request: Request, **shown: Any) -> HTMLResponse:
+    def login(self, request: Request, **values: Any) -> HTMLResponse:
         """The login form, which repeats `csrf` and names what was `wrong`; `next` is where to go afterwards."""
-        return self._page(request, "login", 200, **shown)
+        return self._page(request, "login", 200, **values)
 
     def allowed(self, role: str) -> frozenset[str]:
-        """The orders that a role may give, as far as the server takes them."""
-        takes = self._console.view.orders
+        """The orders that a role may give and that the server accepts."""
+        accepted_orders = self._console.view.orders
         return frozenset(
             k
             for k, needed in NEEDED.items()
-            if may(role, needed) and (takes == "all" or (takes == "look" and k in LOOKS))
+            if may(role, needed) and (accepted_orders == "all" or (accepted_orders == "look" and k in LOOKS))
         )
 
     def ask(
-        self, request: Request, kind: str, about: str, known: Mapping[str, Any] | None, again_s: float = ASKED_AGAIN_S
+        self,
+        request: Request,
+        kind: str,
+        subject: str,
+        current: Mapping[str, Any] | None,
+        again_s: float = ASKED_AGAIN_S,
     ) -> bool:
-        """Order what a page shows, unless it is fresh; returns whether it can be ordered."""
+        """Order a page's details from the server, unless they are fresh. Returns whether they can be ordered.
+
+        Args:
+            about: The device or job.
+            known: The details as they were published last; None if they never were.
+        """
         session, now = session_of(request), time.time()
         if kind not in self.allowed(session.operator.role):
             return False
-        fresh = known is not None and now - known["at"] < again_s
+        is_fresh = current is not None and now - current["at"] < again_s
         with self._asking:
-            if fresh or now - self._asked.get((kind, about), 0.0) < _PATIENCE_S:
+            if is_fresh or now - self._asked.get((kind, subject), 0.0) < _PATIENCE_S:
                 return True
-            self._asked = {k: at for k, at in self._asked.items() if 0 <= now - at < _PATIENCE_S} | {(kind, about): now}
+            self._asked = {k: at for k, at in self._asked.items() if 0 <= now - at < _PATIENCE_S} | {
+                (kind, subject): now
+            }
         try:
-            body = {"order": kind, "device" if kind == "look" else "job": about}
+            body = {"order": kind, "device" if kind == "look" else "job": subject}
             self._console.orders.give(session, request.state.address, body)
         except (RefusedError, FedpruneError):
             return False
         return True
 
-    def _page(self, request: Request, name: str, status: int, **shown: Any) -> HTMLResponse:
-        # Without a login a browser doesn't learn whose console this is.
+    def _page(self, request: Request, name: str, status: int, **values: Any) -> HTMLResponse:
+        # A browser without a login isn't told the site's name.
         site = self._console.view.site if request.state.session is not None else None
         text = self._templates.get_template(f"{name}.html").render(
             site=site,
             site_name=site["site"] if site else "console",
             now=time.time(),
-            **shown,
+            **values,
         )
         return HTMLResponse(text, status)
 
@@ -252,13 +264,13 @@ def _routes(console: Console, pages: Pages) -> list[Route]:
         return pages.draw(request, "rollouts", rollouts=view.rollouts, releases=view.releases)
 
     def alerts(request: Request) -> Response:
-        every, only, q = view.alerts(size=ROWS).items, filters(request, "level"), search_text(request)
+        all_alerts, only, q = view.alerts(size=ROWS).items, filters(request, "level"), search_text(request)
         level = only.get("level", "")
         return pages.draw(
             request,
             "alerts",
             open=view.alerts(size=ROWS, gone=False).items,
-            over=[a for a in every if a["gone_at"] is not None],
+            over=[a for a in all_alerts if a["gone_at"] is not None],
             log=view.lines(page=page_number(request), size=ROWS, q=q, only=only),
             levels=[(text, text) for text in LEVELS],
             level=level,
@@ -283,19 +295,19 @@ def _routes(console: Console, pages: Pages) -> list[Route]:
     ]
 
 
-def _link(path: str, now: Mapping[str, str]) -> Callable[..., str]:
+def _link(path: str, current: Mapping[str, str]) -> Callable[..., str]:
     """Makes addresses like the current one with some parameters changed."""
 
-    def made(**changes: Any) -> str:
-        wanted = {k: v for k, v in {**now, **changes}.items() if v not in ("", None) and (k, v) != ("page", 1)}
-        return f"{path}?{urlencode(wanted)}" if wanted else path
+    def address(**changes: Any) -> str:
+        parameters = {k: v for k, v in {**current, **changes}.items() if v not in ("", None) and (k, v) != ("page", 1)}
+        return f"{path}?{urlencode(parameters)}" if parameters else path
 
-    return made
+    return address
 
 
 def _options(counts: Mapping[str, int], chosen: str | None) -> list[tuple[str, str]]:
     """Values to filter by, with counts; includes a chosen value that no longer exists."""
-    found = {k: n for k, n in counts.items() if k != "None"}
-    if chosen and chosen not in found:
-        found[chosen] = 0
-    return [(k, f"{phrases.word(k)} ({n:,})") for k, n in sorted(found.items())]
+    counts_by_value = {k: n for k, n in counts.items() if k != "None"}
+    if chosen and chosen not in counts_by_value:
+        counts_by_value[chosen] = 0
+    return [(k, f"{phrases.word(k)} ({n:,})") for k, n in sorted(counts_by_value.items())]

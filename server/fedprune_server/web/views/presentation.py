@@ -1,4 +1,4 @@
-"""The model's facts on pages, in the order and the words of the pages."""
+"""Records of the server as rows, charts and maps of the pages, in the pages' words."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ AT_WORK = ("extracting", "offered", "training", "pulling", "stored")
 _OVER = ("folded", "refused")
 _PARTS = ("queued", "extracting", "offered", "training", "pulling", "stored", "folded", "refused")
 _MOST_CURVES = 4
+# Ranges of channels that are written out for readers of the screen; more are counted, since thousands would be read.
 MOST_RANGES = 60
-"""Ranges of channels that are written in words; more are counted."""
 
 _FIGURES = {
     "round": "An update", "step": "A training step", "train": "All its steps", "transfer": "Transfer",
@@ -30,12 +30,12 @@ Row = dict[str, Any]
 
 def parts(job: Row) -> Row | None:
     """Progress of a job's round: devices, finished ones, and each kind for people."""
-    found = {k: n for k, n in job["parts"].items() if n and k in _PARTS}
-    if not found:
+    counts = {k: n for k, n in job["parts"].items() if n and k in _PARTS}
+    if not counts:
         return None
-    over = sum(found.get(k, 0) for k in _OVER)
-    each = [(phrases.word(k), found[k]) for k in _PARTS if k in found]
-    return {"asked": sum(found.values()), "over": over, "each": each}
+    finished = sum(counts.get(k, 0) for k in _OVER)
+    texts = [(phrases.word(k), counts[k]) for k in _PARTS if k in counts]
+    return {"asked": sum(counts.values()), "over": finished, "each": texts}
 
 
 def job_rows(jobs: Sequence[Row]) -> list[Row]:
@@ -44,8 +44,8 @@ def job_rows(jobs: Sequence[Row]) -> list[Row]:
     for job in jobs:
         done = job["rounds"] if job["phase"] == "finished" else max(0, min(job["round"] - 1, job["rounds"]))
         now = parts(job)
-        told = f"{now['over']:,} of {phrases.plural(now['asked'], 'client update')} finished" if now else ""
-        rows.append({**job, "done": done, "told": told})
+        summary = f"{now['over']:,} of {phrases.plural(now['asked'], 'client update')} finished" if now else ""
+        rows.append({**job, "done": done, "told": summary})
     return rows
 
 
@@ -55,14 +55,14 @@ def plan(body: Row | None) -> Row | None:
         return None
     limits = []
     for limit in body["limits"].values():
-        said = phrases.seconds if limit["unit"] == "s" else phrases.size
+        format_value = phrases.seconds if limit["unit"] == "s" else phrases.size
         used = limit["value"] / limit["limit"] if limit["limit"] > 0 else 1.0
         limits.append(
             {
                 "name": limit["name"],
                 "used": min(max(used, 0.0), 1.0),
-                "need": said(limit["value"]),
-                "limit": said(limit["limit"]),
+                "need": format_value(limit["value"]),
+                "limit": format_value(limit["limit"]),
                 "binds": limit["name"] == body["binding"],
             }
         )
@@ -73,12 +73,12 @@ def figures(details: Row | None) -> list[Row]:
     """Predictions next to measurements, where either is known."""
     if details is None:
         return []
-    said = {"s": phrases.seconds, "bytes": phrases.size, "J": phrases.energy}
+    formats = {"s": phrases.seconds, "bytes": phrases.size, "J": phrases.energy}
     return [
         {
             "what": _FIGURES[f["what"]],
-            "predicted": said[f["unit"]](f["predicted"]),
-            "measured": said[f["unit"]](f["measured"]),
+            "predicted": formats[f["unit"]](f["predicted"]),
+            "measured": formats[f["unit"]](f["measured"]),
             "ratio": f"{f['measured'] / f['predicted']:.2f}"
             if f["predicted"] and f["measured"] is not None
             else phrases.NOTHING,
@@ -107,65 +107,72 @@ def charts(rounds: Sequence[Row]) -> list[Chart]:
         return []
     at = [float(r["round"]) for r in rounds]
     names = {k for r in rounds for k in r["metrics"]} - {"samples"}
-    made = []
+    drawn_charts = []
 
-    def drawn(
+    def add_chart(
         key: str,
         title: str,
         series: Mapping[str, Sequence[float | None]],
-        said: Any,
+        format_value: Any,
         unit: tuple[float, str] = (1.0, ""),
     ) -> None:
-        made.append(chart(key, title, at, series, said, unit=unit, from_zero=True))
+        drawn_charts.append(chart(key, title, at, series, format_value, unit=unit, from_zero=True))
 
     order = {name: i for i, name in enumerate(METRICS)}
     for i, name in enumerate(sorted(names, key=lambda n: (order.get(n, len(order)), n))[:_MOST_CURVES]):
         values, metric = {name: [r["metrics"].get(name) for r in rounds]}, METRICS.get(name)
         title = f"Global {name if metric is None else metric.title}"
         if metric is not None and metric.share:
-            made.append(chart(f"metric-{i}", title, at, values, phrases.share, unit=(0.01, "%"), top=100.0))
+            drawn_charts.append(chart(f"metric-{i}", title, at, values, phrases.share, unit=(0.01, "%"), top=100.0))
         else:
-            made.append(chart(f"metric-{i}", title, at, values, phrases.number))
+            drawn_charts.append(chart(f"metric-{i}", title, at, values, phrases.number))
     # Numbers from before the server's start are None.
     updates = {"counted": [r["counted"] for r in rounds], "asked": [r["devices"] for r in rounds]}
-    drawn("updates", "Updates", updates, phrases.number)
-    sizes = {way: [r[f"bytes_{way}"] for r in rounds] for way in ("down", "up")}
-    unit, name = phrases.axis_of_sizes(max((b or 0 for both in sizes.values() for b in both), default=0))
-    drawn("bytes", "Bytes of all devices", sizes, phrases.size, (unit, f" {name}"))
+    add_chart("updates", "Updates", updates, phrases.number)
+    sizes = {direction: [r[f"bytes_{direction}"] for r in rounds] for direction in ("down", "up")}
+    unit, name = phrases.axis_of_sizes(
+        max((b or 0 for values_of_way in sizes.values() for b in values_of_way), default=0)
+    )
+    add_chart("bytes", "Bytes of all devices", sizes, phrases.size, (unit, f" {name}"))
     unit, name = phrases.axis_of_lengths(max((r["seconds"] or 0.0 for r in rounds), default=0.0))
-    drawn(
+    add_chart(
         "seconds", "Length of a round", {"length": [r["seconds"] for r in rounds]}, phrases.seconds, (unit, f" {name}")
     )
-    late = [r["staleness"] or {} for r in rounds]
-    if any(s.get("max") for s in late):
-        series = {"mean": [s.get("mean") for s in late], "most": [s.get("max") for s in late]}
-        drawn("staleness", "Staleness of updates, in rounds", series, phrases.about)
-    return [c for c in made if c is not None]
+    staleness = [r["staleness"] or {} for r in rounds]
+    if any(s.get("max") for s in staleness):
+        series = {"mean": [s.get("mean") for s in staleness], "most": [s.get("max") for s in staleness]}
+        add_chart("staleness", "Staleness of updates, in rounds", series, phrases.about)
+    return [c for c in drawn_charts if c is not None]
 
 
 def device_charts(history: Sequence[Row]) -> list[Chart]:
     """Curves of what a device measured in its rounds, given newest first."""
     rows = [h for h in reversed(history) if h["metrics"]]
     at = [float(h["round"]) for h in rows]
-    found = []
-    for key, title, names, said, shown in _DEVICE_CHARTS:
+    drawn_charts = []
+    for key, title, names, format_value, kind in _DEVICE_CHARTS:
         series = {label: [h["metrics"].get(name) for h in rows] for label, name in names.items()}
         series = {label: values for label, values in series.items() if any(v is not None for v in values)}
         if not series:
             continue
         unit, top = (1.0, ""), None
-        most = max(v for values in series.values() for v in values if v is not None)
-        if shown == "share":
+        highest = max(v for values in series.values() for v in values if v is not None)
+        if kind == "share":
             unit, top = (0.01, "%"), 100.0
-        elif shown in ("bytes", "s"):
-            size, name = phrases.axis_of_sizes(most) if shown == "bytes" else phrases.axis_of_lengths(most)
+        elif kind in ("bytes", "s"):
+            size, name = phrases.axis_of_sizes(highest) if kind == "bytes" else phrases.axis_of_lengths(highest)
             unit = size, f" {name}"
-        found.append(chart(key, title, at, series, said, unit=unit, top=top, from_zero=shown != "", bridged=True))
-    return [c for c in found if c is not None]
+        drawn_charts.append(
+            chart(key, title, at, series, format_value, unit=unit, top=top, from_zero=kind != "", bridged=True)
+        )
+    return [c for c in drawn_charts if c is not None]
 
 
 def local_measure(metrics: Mapping[str, float]) -> str:
-    """By what the model that a device serves is judged there; the number alone where that is its accuracy."""
+    """The score of the model that a device serves, on the device's data; the number alone if it is the accuracy.
+
+    The suffixes are in the order of what a device serves: the average, the trained model, the received one.
+    """
     for metric in METRICS.values():
         for suffix in ("_average", "_after", "_last", "_before", ""):
             if (value := metrics.get(metric.name + suffix)) is not None:
@@ -174,7 +181,7 @@ def local_measure(metrics: Mapping[str, float]) -> str:
 
 
 def measured(metrics: Mapping[str, float]) -> str:
-    """All that was measured of a device's model."""
+    """Every measurement of a device's model, as one line."""
     return ", ".join(METRICS[n].said(v) for n, v in metrics.items() if n in METRICS) or phrases.NOTHING
 
 
@@ -191,6 +198,8 @@ def _local(metric: Metric) -> tuple[str, str, dict[str, str], Any, str]:
     )
 
 
+# Charts of a device: key, title, metrics by the names of their curves, how a value is written, and its kind. A chart
+# without any value is left out, so that this lists all that boards can measure.
 _DEVICE_CHARTS: tuple[tuple[str, str, dict[str, str], Any, str], ...] = (
     *map(_local, METRICS.values()),
     (BLEND, "Received weights in the served model", {"share": BLEND}, phrases.share, "share"),
@@ -199,7 +208,6 @@ _DEVICE_CHARTS: tuple[tuple[str, str, dict[str, str], Any, str], ...] = (
      phrases.seconds, "s"),
     ("memory", "Peak memory", {"peak": "peak_memory_bytes"}, phrases.size, "bytes"),
 )  # fmt: skip
-"""Charts of a device: key, title, metrics by the names of their curves, how a value is written, and its kind."""
 
 
 def strips(coverage: Row | None) -> list[Strip]:
@@ -230,13 +238,13 @@ def channels(group: str, kept: int, of: int, which: str | None) -> ChannelMap:
     Args:
         which: A bit for each, the first one highest, as hex; None, or what contradicts the numbers, if unknown.
     """
-    found = None if which is None else list(_runs(which, of))
-    if found is None or sum(n for _, n in found) != kept:
+    runs = None if which is None else list(_runs(which, of))
+    if runs is None or sum(n for _, n in runs) != kept:
         return ChannelMap(group, kept, of, False, _path([(0, kept)] if kept else []), "")
-    words = [f"{at}-{at + n - 1}" if n > 1 else str(at) for at, n in found[:MOST_RANGES]]
-    more = len(found) - len(words)
+    words = [f"{first}-{first + n - 1}" if n > 1 else str(first) for first, n in runs[:MOST_RANGES]]
+    further = len(runs) - len(words)
     return ChannelMap(
-        group, kept, of, True, _path(found), ", ".join([*words, *([f"and {more} more ranges"] if more else [])])
+        group, kept, of, True, _path(runs), ", ".join([*words, *([f"and {further} more ranges"] if further else [])])
     )
 
 
