@@ -176,7 +176,7 @@ class DemoFolder:
 
     @property
     def reference_log(self) -> Path:
-        """What the process of FedAvg's job prints."""
+        """The output of the process with FedAvg's job."""
         return self.root / "reference.log"
 
     def data(self, board: str) -> Path:

@@ -60,7 +60,7 @@ def _crashes(arguments: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class _Exclusions:
-    """Why boards take no part.
+    """The reasons why boards take no part.
 
     Attributes:
         reasons: By name of every board that the server knows; empty where it takes part.

@@ -36,6 +36,38 @@ _SHOWN = 20
 def add_rollout(rollout: argparse.ArgumentParser) -> None:
     actions = rollout.add_subparsers(dest="action", required=True, metavar="ACTION")
     start = actions.add_parser("start", help="begin with a release that `fedprune-server release` made")
+    _add_start(start)
+    pause = actions.add_parser(
+        "pause", help="give the release to no further boards for now; boards that have it continue"
+    )
+    resume = actions.add_parser("resume", help="resume a paused rollout")
+    status = actions.add_parser("status", help="show the progress and the failures of the latest rollout")
+    add_json(status)
+    status.set_defaults(function=_status)
+    list_action = actions.add_parser("list", help="list all rollouts, the latest first")
+    add_json(list_action)
+    list_action.set_defaults(function=_list)
+    stop = actions.add_parser("stop", help="give the release to no more boards; those that have it keep it")
+    back = actions.add_parser(
+        "back", help="roll back the boards that have the latest release to the one before, under a new number"
+    )
+    back.add_argument("--number", type=int, metavar="N", help="the new release's number (default: the next free one)")
+    back.add_argument(
+        "--groups", type=_groups, metavar="SHARES", help="stages, as for start (default: all boards at once)"
+    )
+    back.set_defaults(function=_back)
+    for action in (pause, resume, stop):
+        action.set_defaults(function=_order, reason="")
+    for action in (pause, stop, back):
+        action.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
+    for action in (start, pause, resume, stop, back):
+        add_json(action, "the rollout as JSON, as `status` has it")
+    for action in (start, pause, resume, status, list_action, stop, back):
+        add_state(action)
+        add_database(action)
+
+
+def _add_start(start: argparse.ArgumentParser) -> None:
     start.add_argument("release", type=Path, metavar="DIR", help="the release's folder")
     start.add_argument(
         "--groups",
@@ -86,34 +118,6 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
     )
     start.add_argument("--seed", type=int, default=0, help="changes which boards are in the early stages")
     start.set_defaults(function=_start)
-    pause = actions.add_parser(
-        "pause", help="give the release to no further boards for now; boards that have it continue"
-    )
-    resume = actions.add_parser("resume", help="resume a paused rollout")
-    status = actions.add_parser("status", help="show the progress and the failures of the latest rollout")
-    add_json(status)
-    status.set_defaults(function=_status)
-    list_action = actions.add_parser("list", help="list all rollouts, the latest first")
-    add_json(list_action)
-    list_action.set_defaults(function=_list)
-    stop = actions.add_parser("stop", help="give the release to no more boards; those that have it keep it")
-    back = actions.add_parser(
-        "back", help="roll back the boards that have the latest release to the one before, under a new number"
-    )
-    back.add_argument("--number", type=int, metavar="N", help="the new release's number (default: the next free one)")
-    back.add_argument(
-        "--groups", type=_groups, metavar="SHARES", help="stages, as for start (default: all boards at once)"
-    )
-    back.set_defaults(function=_back)
-    for action in (pause, resume, stop):
-        action.set_defaults(function=_order, reason="")
-    for action in (pause, stop, back):
-        action.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
-    for action in (start, pause, resume, stop, back):
-        add_json(action, "the rollout as JSON, as `status` has it")
-    for action in (start, pause, resume, status, list_action, stop, back):
-        add_state(action)
-        add_database(action)
 
 
 def _start(arguments: argparse.Namespace) -> None:

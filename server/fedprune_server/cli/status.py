@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,9 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
 
     Returns:
         JSON: the job's settings, its round and phase, all finished rounds, a row per device and, if the job is private,
-        what that has cost each (`fedprune_server.executor.accountant.costs`). Devices that can't even be planned for
-        have rows, too. Every row has the outcome of the device's last part in a round. Without a server no device
-        is online. `best` is the round whose global model scored best and `latest` the last that was evaluated; None
-        without any. `seen_at` is when a device's last message came, as far as is stored, and the job's `heard_at` when
-        anything happened, in seconds since 1970; None where that isn't stored, the latter also while a server runs.
+        what that has cost each (`fedprune_server.executor.accountant.costs`). `best` is the round whose global model
+        scored best, and `latest` the last that was evaluated; None without any. `heard_at` is when anything happened,
+        in seconds since 1970; None while a server runs, or where that isn't stored.
 
     Raises:
         StorageError: The folder holds no job, or is damaged.
@@ -109,44 +107,68 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         settings, state, rows = storage.settings(), storage.load(), storage.devices()
         outsiders = storage.outsiders()
         last_event, last_messages = storage.log.heard()
-    judge = judging_metric((settings or {}).get("job", {}))
-    revoked_devices, quarantine_rows = revoked(identity or folder), read_rows(identity or folder)
+    job = (settings or {}).get("job", {})
+    judge = judging_metric(job)
     stored_names = {row["name"] for row in rows}
     rows = [row | {"excluded": outsiders[n]["excluded"] if (n := row["name"]) in outsiders else row["excluded"]}
             for row in rows]  # fmt: skip
     rows += [_outsider(name, body) for name, body in outsiders.items() if name not in stored_names]
-    devices = [
-        row
-        | _of_state(row["name"], state)
-        | _last_part(row["name"], state)
-        | {
-            # `compared` shows how good the planner's own prediction was, `corrected` what rounds have taught it since.
-            "compared": compared(row["name"], state, planned(row["plan"]) if row["plan"] else None),
-            "corrected": compared(row["name"], state, row["plan"] and row["plan"]["prediction"]),
-            "online": row["online"] and running and row["name"] not in revoked_devices,
-            "revoked": row["name"] in revoked_devices,
-            "quarantine": quarantine_rows.get(row["name"]),
-            "seen_at": _latest(last_messages.get(row["name"]), outsiders.get(row["name"], {}).get("seen_at")),
-        }
-        for row in sorted(rows, key=lambda r: r["name"])
-    ]
+    message_times = {
+        name: _latest(last_messages.get(name), outsiders.get(name, {}).get("seen_at"))
+        for name in (row["name"] for row in rows)
+    }
     return {
         "folder": str(folder),
         "server": str(identity or folder),
         "running": running,
         "leader": leader,
         "heard_at": None if running else last_event,
-        "job": (settings or {}).get("job", {}),
+        "job": job,
         "round": state.round if state is not None else 0,
         "phase": state.phase.value if state is not None else _NOT_BEGUN,
-        "ended_early": _early_end((settings or {}).get("job", {}), state) or None,
+        "ended_early": _early_end(job, state) or None,
         "paused": state is not None and state.paused,
         "rounds": state.history if state is not None else [],
         "best": _scored(state.best_round(judge), judge) if state is not None else None,
         "latest": _scored(_latest_evaluated(state, judge), judge) if state is not None else None,
-        "devices": devices,
-        **_privacy((settings or {}).get("job", {}), state),
+        "devices": _device_rows(rows, message_times, identity or folder, state, running=running),
+        **_privacy(job, state),
     }
+
+
+def _device_rows(
+    rows: Iterable[Mapping[str, Any]],
+    message_times: Mapping[str, float | None],
+    identity: Path,
+    state: State | None,
+    *,
+    running: bool,
+) -> list[dict[str, Any]]:
+    """The stored rows of devices, with what the state and the server's folder know of each.
+
+    Each has the outcome of the device's last part in a round. Without a server no device is online.
+
+    Args:
+        rows: By device; those that can't even be planned for have rows, too.
+        message_times: When each device's last message came, in seconds since 1970; None if that isn't stored.
+        identity: The folder with the members and the quarantines.
+    """
+    shut_out, quarantine_rows = revoked(identity), read_rows(identity)
+    return [
+        {
+            **row,
+            **_of_state(row["name"], state),
+            **_last_part(row["name"], state),
+            # `compared` shows how good the planner's own prediction was, `corrected` what rounds have taught it since.
+            "compared": compared(row["name"], state, planned(row["plan"]) if row["plan"] else None),
+            "corrected": compared(row["name"], state, row["plan"] and row["plan"]["prediction"]),
+            "online": row["online"] and running and row["name"] not in shut_out,
+            "revoked": row["name"] in shut_out,
+            "quarantine": quarantine_rows.get(row["name"]),
+            "seen_at": message_times[row["name"]],
+        }
+        for row in sorted(rows, key=lambda r: str(r["name"]))
+    ]
 
 
 def _latest(*times: float | None) -> float | None:

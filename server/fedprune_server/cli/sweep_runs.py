@@ -1,4 +1,4 @@
-"""What commands that do a sweep's runs have in common: their folder, progress, and what they say of failures."""
+"""Shared by the commands that carry out a sweep's runs: the folder, the progress, and the report of failures."""
 
 from __future__ import annotations
 

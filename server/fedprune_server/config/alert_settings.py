@@ -27,22 +27,21 @@ class AlertSettings:
     )
     heartbeat: str = setting(
         OFF,
-        "An address that is fetched once a minute while the server works, for a service that notices when that ends; "
-        "`off` for none.",
+        "An address that is fetched once a minute while the server works, for a service that reports when the calls "
+        "stop; `off` for none.",
     )
     services: Path | None = setting(
         None,
-        "A file with addresses of services that are notified, too, one a line, as "
-        "[Apprise](https://github.com/caronc/apprise/wiki) writes them: `mailtos://...` for e-mail, chats, phones. "
-        "They hold passwords.",
+        "A file with addresses of further services to notify (e-mail, chats, phones), one per line, in the form of "
+        "[Apprise](https://github.com/caronc/apprise/wiki), such as `mailtos://...`. They contain passwords.",
     )
     severity: str = setting(
         "warning",
-        "The least severity that is notified: `info`, `warning` or `critical`.",
+        "The lowest severity that is notified: `info`, `warning` or `critical`.",
         choices=("info", "warning", "critical"),
     )
     away_rounds: int = setting(
-        2, "After how many rounds that ended without it a board that isn't connected is an alert; 0 for never.",
+        2, "How many rounds end without a disconnected board before that is an alert; 0 for never.",
         within=(0, 10_000),
     )  # fmt: skip
     resolved: bool = setting(True, "Whether the end of an alert is notified, too.")

@@ -1,4 +1,4 @@
-"""Where a server's helpers are: on this machine, or on a Ray cluster."""
+"""The setting `workers_url`: processes of this machine, or a Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PLACE = re.compile(r"[A-Za-z0-9._\-]{1,253}:[0-9]{1,5}|\[[0-9A-Fa-f:.]{2,45}\]:
 
 
 def check_url(url: str) -> str:
-    """Check a setting that says where helpers are; raises `ConfigError`."""
+    """Check the setting `workers_url`, and return it. Raises `ConfigError` if it has another form."""
     place = url.removeprefix(_CLIENT) if url.startswith(_CLIENT) else url.removeprefix(_NODE)
     if url not in (PROCESSES, _AUTO) and not (url.startswith(_NODE) and _PLACE.fullmatch(place)):
         raise ConfigError(

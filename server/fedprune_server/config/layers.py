@@ -67,7 +67,7 @@ def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]
 
 
 def origin(layers: Sequence[Layer], path: KeyPath) -> str | None:
-    """Where a setting or table comes from, given the layers from the lowest to the highest; None for its default."""
+    """The origin of a setting or table, given the layers from the lowest to the highest; None for its default."""
     upper = None
     for layer in layers:
         # As in `merged`: what should be a table and isn't stays, as an error.

@@ -62,7 +62,7 @@ class JobSettings:
     )
     metric: str | None = setting(
         None,
-        'A metric of your own, for recipe.metric = "custom", given as a loss is; more is better.',
+        'A metric of your own, for recipe.metric = "custom", in the forms of `loss`; a higher value is better.',
         "METRIC",
     )
     lora: str | None = setting(
@@ -93,8 +93,8 @@ class JobSettings:
     )
     blobs: str = setting(FOLDER, "Where blobs are stored: `folder`, the state folder, or `s3://bucket/prefix`.", "URL")
     cache_mib: int = setting(10240, "MiB of a bucket's blobs that the state folder caches.", within=(1, 10**9))
-    pulls: int = setting(4, "Devices from which updates are pulled at the same time.", within=(1, 1000))
-    workers: int = setting(1, "Processes that make submodels, more than one if that is slow.", "N", within=(1, 1000))
+    pulls: int = setting(4, "Number of devices from which updates are pulled at the same time.", within=(1, 1000))
+    workers: int = setting(1, "Number of processes that make submodels.", "N", within=(1, 1000))
     keep: int = setting(
         3, "How many of the latest global models are kept, beside the best by evaluation.", "N", within=(1, 10**6)
     )
@@ -188,15 +188,15 @@ class WebSettings(BrokerSettings, JobSettings):
     )
     uploads: str = setting(
         MQTT,
-        "How boards send updates, where they can: `mqtt`, `https` to this server's `serve_blobs`, or `s3` to the "
-        "bucket of `blobs`. MQTT does the rest.",
+        "How boards send updates: `mqtt`, `https` to this server's `serve_blobs`, or `s3` to the bucket of `blobs`. "
+        "Boards that can't use the chosen way send them by MQTT.",
         "WAY",
         choices=(MQTT, HTTPS, S3),
     )
 
     @property
     def blobs_at(self) -> str | None:
-        """Where boards find blobs on the web; None for nowhere."""
+        """The web address where boards find blobs; None for none."""
         return None if self.blob_url == OFF else str(BlobUrl.parse(self.blob_url))
 
     @property
@@ -241,7 +241,7 @@ class WebConsoleSettings:
     )
     console_orders: str = setting(
         "all",
-        "Which orders of operators are accepted: `none`, `look` for those that change nothing, or `all`.",
+        "Which orders of operators are accepted: `none`, `look` for orders that change nothing, or `all`.",
         choices=("none", "look", "all"),
     )
     console_releases: Path | None = setting(None, "A folder of releases that operators may roll out.")
@@ -329,11 +329,12 @@ class ServerConfig(ReportSettings, WebConsoleSettings, WebSettings):
     state: Path = setting(Path("fedprune-state"), "The folder of everything that must survive a crash.", "DIR")
     profiles: Path | None = setting(None, "A folder of further hardware profiles.", "DIR")
     max_devices: int = setting(
-        1000, "Devices that may ever take part; announcements of further ones are ignored.", within=(1, 10**6)
+        1000, "Number of devices that may take part; announcements of further ones are ignored.", within=(1, 10**6)
     )
     connected: int = setting(
         0,
-        "Boards that are connected on average: others disconnect and come back in turn. 0: all stay connected.",
+        "Number of boards that are connected on average; the others disconnect and come back in turn. 0: all stay "
+        "connected.",
         "N",
         within=(0, 10**6),
     )

@@ -21,7 +21,7 @@ def code_names(tables: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str
     """Settings that name code, with what they name: functions, and a cluster whose answers are unpickled.
 
     Args:
-        tables: As those of a `fleet.toml`.
+        tables: Tables of a `fleet.toml`.
     """
     # A shipped strategy's name has no colon; `package.module:function` has.
     strategy = _text(tables, "job", "strategy")

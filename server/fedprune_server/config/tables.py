@@ -31,7 +31,7 @@ def parse_config(body: Mapping[str, Any], folder: Path, *, simulated: bool = Fal
     """Check the tables of a `fleet.toml`.
 
     Args:
-        folder: What relative paths count from.
+        folder: The folder from which relative paths count.
         simulated: Whether a simulation runs the job, which counts what a server doesn't.
 
     Raises:

@@ -53,7 +53,7 @@ class Entry:
 
     @property
     def place(self) -> str:
-        """Where it is in the backup: named by its digest."""
+        """The file's path in the backup, which is named by the digest."""
         return self.path if self.blob else f"files/{self.sha256}"
 
     @property
@@ -68,9 +68,9 @@ class Manifest:
     Attributes:
         model: Digest of the model's file with which the job began.
         at: When the backup was made, in seconds since 1970.
-        version: Of the program.
+        version: The program's version.
         origin: Machine and state folder that it was made of.
-        format: Of the manifest.
+        format: The manifest's format.
     """
 
     job: str

@@ -60,7 +60,7 @@ class FoundFiles:
     Attributes:
         blobs: Blobs by digest.
         tables: Leaf tables, by their blob's digest.
-        partial: What has arrived of blobs that are not yet whole.
+        partial: Files of blobs that have not arrived completely.
         temporary: Files of writers, some of which may be dead.
         strange: Files that no server wrote.
     """

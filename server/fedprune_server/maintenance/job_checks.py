@@ -37,7 +37,7 @@ class Case:
     """A job as it is stored.
 
     Attributes:
-        settings: What `put_settings` kept.
+        settings: The settings of the last start, as the database has them.
         outsiders: Devices that can't be planned for.
         running: Whether a server runs on it.
         groups: Channels of each group of the model; empty if unknown.

@@ -103,7 +103,7 @@ def _training_fails(scores: StallScores) -> bool:
 
 @dataclass(frozen=True)
 class StallCause:
-    """Why a global model doesn't improve.
+    """A cause for which a global model doesn't improve.
 
     Attributes:
         applies: Whether the scores show it.
@@ -169,5 +169,5 @@ def stall_scores(job: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -
 
 
 def stall_cause(scores: StallScores) -> StallCause | None:
-    """Why a model no longer improves; None where it does, or nothing is wrong with that."""
+    """The cause for which a model no longer improves; None if it does, or if it is as good as it can be."""
     return next((cause for cause in _CAUSES if cause.applies(scores)), None) if scores.has_stalled else None

@@ -164,7 +164,7 @@ def _console(path: Path) -> Iterator[Finding]:
 
 
 def _console_trouble(path: Path) -> str:
-    """What is wrong with a console's database; empty if nothing is."""
+    """The problem of a console's database; empty if there is none."""
     try:
         with closing(sqlite3.connect(reading_uri(path), uri=True)) as connection:
             integrity = str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])

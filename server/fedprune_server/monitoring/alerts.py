@@ -1,4 +1,4 @@
-"""What an alert is, and how a rule registers its kinds (`alert_rules`)."""
+"""Alerts, and the registration of the rules that yield them (`alert_rules`)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Alert:
 
     Attributes:
         since: When it began, in seconds since 1970.
-        why: What it leads to.
+        why: Its consequence.
         todo: What to do about it, with a command where there is one.
         job: The job that it is about; None for the whole server.
         device: The board that it is about; None for no single one.
@@ -64,7 +64,7 @@ class Alert:
 
     @property
     def text(self) -> str:
-        """What is wrong, and what to do."""
+        """The problem and the advice, as sentences."""
         return sentences(self.what, f"To do: {self.todo}")
 
 
@@ -104,7 +104,7 @@ def command(*words: object) -> str:
 
 
 def restart_advice(*words: object) -> str:
-    """What to do for another setting of `fedprune-server run` while a server runs."""
+    """Advice to start a running server again with other settings of `fedprune-server run`."""
     return f"stop the server, then {command('run', *words)}"
 
 

@@ -223,7 +223,7 @@ def metric_texts(metrics: Mapping[str, float]) -> list[str]:
 
 
 def board_texts(summary: Mapping[str, Any], judge: str) -> list[str]:
-    """What boards measured in a finished round by a metric, for people; nothing where they did not."""
+    """Texts of boards' mean scores in a finished round; none if no board measured this metric."""
     scores = round_scores(summary, judge)
     if math.isnan(scores.received):
         return []

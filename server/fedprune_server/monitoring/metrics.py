@@ -78,17 +78,21 @@ class Metrics:
 
         gauge("info", "Always 1; the version is a label", "version").labels(__version__).set(1)
         self.round = gauge("round", "The job's current round", "job")
-        self.rounds = gauge("rounds", "Rounds of the job in all", "job")
+        self.rounds = gauge("rounds", "Rounds that the job has in total", "job")
         self.phase = gauge("phase", "1 for the phase that the job's round is in", "job", "phase")
         self.devices = gauge("devices", "Devices by state", "job", "state")
-        self.tasks = gauge("parts", "Devices' parts in the round by how far they are", "job", "progress")
-        self.quarantined = gauge("quarantined_devices", "Devices that are not listened to", "job")
+        self.tasks = gauge("parts", "Devices' parts in the current round, by progress", "job", "progress")
+        self.quarantined = gauge("quarantined_devices", "Devices in quarantine", "job")
         self.broker = gauge("broker_connected", "Whether the broker is connected", "job")
-        self.queue = gauge("queue_length", "What waits in the server", "job", "queue")
-        self.metric = gauge("model_metric", "The global model's, as the server measured it last", "job", "metric")
+        self.queue = gauge("queue_length", "Items that wait in the server, by queue", "job", "queue")
+        self.metric = gauge(
+            "model_metric", "Measurement of the global model by the server's last evaluation", "job", "metric"
+        )
         self.closed = counter("rounds_finished", "Rounds that this process has finished", "job")
         self.counted = counter("updates_counted", "Updates that counted in a finished round", "job")
-        self.refused = counter("updates_refused", "Parts of finished rounds that came to nothing", "job", "reason")
+        self.refused = counter(
+            "updates_refused", "Parts of finished rounds without an update that counted", "job", "reason"
+        )
         self.stale = histogram("staleness_rounds", "Rounds between an update's offer and its use", _STALE, "job")
         self.seconds = histogram("round_part_seconds", "Seconds of a round's parts", _SECONDS, "job", "part")
         self.save = histogram("database_save_seconds", "Seconds that saving a turn's events took", _SHORT, "job")
@@ -221,7 +225,7 @@ class _Alerts(Collector):
         self._alerts = alerts
 
     def collect(self) -> list[GaugeMetricFamily]:
-        family = GaugeMetricFamily("fedprune_alerts", "Alerts that have not gone", labels=["kind", "severity"])
+        family = GaugeMetricFamily("fedprune_alerts", "Open alerts", labels=["kind", "severity"])
         for (kind, severity), count in self._alerts().items():
             family.add_metric([kind, severity], count)
         return [family]

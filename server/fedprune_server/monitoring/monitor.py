@@ -348,7 +348,7 @@ class Monitor:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What the monitor of a folder's server wrote last.
+    """The last record of the monitor of a folder's server, as `alerts.json` has it.
 
     Attributes:
         run: Which run of the server it was (`storage.state_folder.run_id`).
@@ -374,13 +374,13 @@ class Recorded:
 
 
 def read_live(folder: Path) -> Recorded:
-    """What the monitor of a running server wrote some seconds ago; empty if none runs, or it is still starting."""
+    """The record of a running server's monitor, some seconds old; empty if none runs, or it is still starting."""
     recorded = read_recorded(folder) if held(folder / LOCK) else Recorded()
     return recorded if recorded.run == run_id(folder) else Recorded()
 
 
 def read_recorded(folder: Path) -> Recorded:
-    """What a monitor wrote last, perhaps long ago, if its server has ended since."""
+    """The last record of a folder's monitor, which is old if its server has ended."""
     try:
         recorded = read(Recorded, (folder / FILE).read_bytes(), FILE, StorageError)
     except (OSError, StorageError):

@@ -1,4 +1,4 @@
-"""Which boards no longer take part, and why: worked out here alone, shown by log, status, doctor, console and alerts.
+"""Boards that no longer take part, with the reasons: decided here alone, shown by log, status, doctor, console, alerts.
 
 A board may fail in silence: its card was copied, its disk is full, its samples can't be read, it has no power. Rounds
 go on without it, so the time that counts is rounds and not hours: whatever keeps a board away is named before a third
@@ -39,7 +39,7 @@ _MAX_REASON_LENGTH = 400
 
 @dataclass(frozen=True)
 class Absence:
-    """Why a board doesn't take part.
+    """The reason why a board doesn't take part.
 
     Attributes:
         kind: The alert's.
@@ -70,7 +70,7 @@ class Participation:
     Args:
         seen: The job as it is seen first.
         away_rounds: Rounds that end without a board after which it counts as away; 0 to watch for none.
-        away: Since when boards were away, at whatever job, as the server's last run ended.
+        away: The beginning of each board's absence from any job, as the server's last run noted it.
         clock: Seconds since 1970.
     """
 
@@ -80,8 +80,7 @@ class Participation:
         self._seen, self._away_rounds, self._clock = snapshot, away_rounds, clock
         self._exclusions: dict[str, Absence] = {}
         away = {name: since for name, since in away.items() if away_rounds and _takes_part(snapshot, name)}
-        self.away_since: dict[str, float] = dict(away)
-        """Since when boards of the job are offline, or at another job."""
+        self.away_since: dict[str, float] = dict(away)  # since when boards are offline, or at another job
         self._rounds_away: dict[str, int] = dict.fromkeys(away, away_rounds)  # of boards that aren't connected
         self._away = set(away)  # of them those for whose absence that is enough
         self._failures: dict[str, tuple[int, str, str, float]] = {}  # rounds in a row, last kind and reason, since when

@@ -49,7 +49,7 @@ class RoundRow:
         at: Its end, in seconds since the run's start.
         model: Digest of the global model.
         metrics: Measurements of the global model on the server's data, such as accuracy and loss.
-        local: What the run is judged by, of each delivering device's served model on its own test data.
+        local: Score of each delivering device's served model on its own test data, by the run's metric.
         down: Bytes from server to devices since the start.
         up: Bytes from devices to server since the start.
         own: Other measurements of delivering devices, per metric and device.
@@ -81,12 +81,12 @@ class RoundRow:
 
     @property
     def accuracy(self) -> float | None:
-        """Of the global model on the server's data."""
+        """The global model's accuracy on the server's data."""
         return self.metrics.get("accuracy")
 
     @property
     def loss(self) -> float | None:
-        """Of the global model on the server's data."""
+        """The global model's loss on the server's data."""
         return self.metrics.get("loss")
 
     @property
@@ -106,7 +106,7 @@ def round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: float, ju
     Args:
         entry: The round in a job's history.
         began: The run's start, on the clock of the history.
-        kind: By what models are judged.
+        kind: The metric by which models are judged.
     """
     metrics, devices = entry["metrics"], entry["devices"]
     delivered_parts = {n: part for n, part in devices.items() if part["progress"] == "folded"}
@@ -170,7 +170,7 @@ class WideRows:
     Means are over each device's latest value: over the devices of a round alone they would jump with the draw.
 
     Args:
-        kind: By what models are judged, such as `accuracy`.
+        kind: The metric by which models are judged, such as `accuracy`.
     """
 
     def __init__(self, kind: str) -> None:

@@ -60,7 +60,7 @@ class _JobTraces:
         self._round: Span | None = None
         self._number = 0
         self._open: dict[tuple[str, str], Span] = {}
-        """By what it is and whose: `device` and its parts by device's name, the round's own parts by no name."""
+        # By the span's name and the device's: `device` and its parts. Parts of the whole round have no device.
 
     def note(self, event: object, now: float) -> None:
         match event:

@@ -60,14 +60,14 @@ class DeviceSnapshot:
         bytes_down: Payload bytes to it so far.
         bytes_up: Payload bytes from it so far.
         seconds: From its last offer to the arrival of its update, None before the first.
-        metrics: Of the model that it serves, on its own test samples, as last reported.
-        activity: What it does, in words for people.
-        part: How far its part in the round is, in a word; empty where nothing is awaited of it.
-        excluded: Why it takes no part; empty if it does.
+        metrics: Scores of the model that it serves, on its own test samples, as last reported.
+        activity: Its activity, in words for people.
+        part: The progress of its part in the round, as one word; empty if nothing is awaited of it.
+        excluded: The reason why it takes no part; empty if it does.
         excluded_by: The kind of the failure behind that; empty if there was none.
         last_counted_round: The round of the offer behind its last counted update; 0 before the first.
-        software: What it says that it runs.
-        temperature_c: As reported last.
+        software: Names and versions of its software, as it reports them.
+        temperature_c: The temperature that it reported last.
         heard_at: When its latest message came, in seconds since 1970; None before the first since the server's start.
     """
 
@@ -95,7 +95,7 @@ class DeviceSnapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class FleetSnapshot:
-    """What a server's jobs share.
+    """The part of a snapshot that a server's jobs share.
 
     Attributes:
         broker_connected: Whether the server is connected to its broker.
@@ -129,24 +129,24 @@ class JobSnapshot:
         model: Digest of the global model.
         closes_at: When the current round stops waiting; None without a deadline.
         history: One summary per finished round; the latest have their devices' parts.
-        parts: How many parts of the round are how far.
+        parts: Number of the round's parts by progress.
         parameters: Numbers in the whole model.
         bytes_down: Payload bytes to all devices, over all starts of the server.
         bytes_up: The same from them.
-        queues: What waits in the server, by queue.
+        queues: Number of items that wait in the server, by queue.
         able_devices: How many could take part in a round now.
         known_devices: How many ever announced themselves.
         devices: The same by name, with those of which only bytes were counted.
         with_traffic: Devices that have sent or were sent something since the job was saved.
         device_states: How many devices are `working`, `idle`, `excluded`, `offline` or `revoked`.
         awaited: Devices whose part is under way, and when the round goes on without each; None if that is unknown.
-        outsiders: Devices that can't be planned for, or can't start, and why.
+        outsiders: Devices that can't be planned for, or can't start, with the reason.
         revoked: Devices that are no longer members; a look at it may read the database.
         clones: Names that seem to be two boards, and the reason.
         undelivered: Devices whose messages the broker seems to drop, in words.
         silent: Devices of which nothing has come since their offer, in words.
         crashes: How devices' programs ended last, until an update of theirs arrives.
-        compared: What was predicted and measured of the devices that counted in the latest round.
+        compared: Predictions and measurements of the devices that counted in the latest round.
     """
 
     name: str

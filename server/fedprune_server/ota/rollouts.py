@@ -169,7 +169,7 @@ def take_back(
         reason: For the record, and for boards that are installing the release that is left.
         release: The release that must be the last one, so that an order that arrives twice goes back once; None for
             any.
-        number: Of the new release; None for the next free one.
+        number: The new release's number; None for the next free one.
         above: A number that releases that were not rolled out yet may have used.
         terms: How careful it is; attempts and their seconds are those of the last rollout.
         clock: Seconds since 1970.

@@ -1,4 +1,4 @@
-"""What every experiment tracker does, and which there are."""
+"""The base class of experiment trackers, and the list of them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Tracker(ABC):
     """One run in one tracker. A constructor imports the library; no other method is called before `open`.
 
     Attributes:
-        place: What a destination is, as in `mlflow:ADDRESS`.
+        place: The form of a destination, as in `mlflow:ADDRESS`.
         takes_folder: Whether a destination is a folder.
     """
 

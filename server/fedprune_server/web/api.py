@@ -28,72 +28,99 @@ from fedprune_server.web.state.status import Page
 PREFIX = "/api/v1"
 
 
-def routes(console: Console) -> list[Route]:
-    view = console.view
+class Api:
+    """The handlers of the API's routes."""
 
-    def me(request: Request) -> Response:
+    def __init__(self, console: Console) -> None:
+        self._console, self._view = console, console.view
+
+    def routes(self) -> list[Route]:
+        return [
+            Route(PREFIX + "/me", self.me),
+            Route(PREFIX + "/site", self.site),
+            Route(PREFIX + "/jobs", self.jobs),
+            Route(PREFIX + "/rounds", self.rounds),
+            Route(PREFIX + "/devices", self.devices),
+            Route(PREFIX + "/devices/{name}", self.device),
+            Route(PREFIX + "/coverage", self.coverage),
+            Route(PREFIX + "/rollouts", self.rollouts),
+            Route(PREFIX + "/alerts", self.alerts),
+            Route(PREFIX + "/logs", self.logs),
+            Route(PREFIX + "/audit", self.audit),
+            Route(PREFIX + "/orders", self.orders),
+            Route(PREFIX + "/orders/{number}", self.order),
+            Route(PREFIX + "/orders", self.give, methods=["POST"]),
+            Route(PREFIX + "/events", self.events),
+        ]
+
+    def me(self, request: Request) -> Response:
         session = session_of(request)
         orders = sorted(k for k, role in NEEDED.items() if may(session.operator.role, role))
         body = {"name": session.operator.name, "role": session.operator.role, "csrf": session.csrf}
-        return JSONResponse({**body, "orders": orders, "server_takes": view.orders})
+        return JSONResponse({**body, "orders": orders, "server_takes": self._view.orders})
 
-    def site(_: Request) -> Response:
-        body = {"site": view.site, "ready": view.ready, "silent_s": view.silent_s, "counts": view.counts}
-        return JSONResponse({**body, "jobs": view.jobs})
+    def site(self, _: Request) -> Response:
+        body = {
+            "site": self._view.site,
+            "ready": self._view.ready,
+            "silent_s": self._view.silent_s,
+            "counts": self._view.counts,
+        }
+        return JSONResponse({**body, "jobs": self._view.jobs})
 
-    def jobs(_: Request) -> Response:
-        return JSONResponse({"items": view.jobs})
+    def jobs(self, _: Request) -> Response:
+        return JSONResponse({"items": self._view.jobs})
 
-    def rounds(request: Request) -> Response:
-        job = request.query_params.get("job") or next((j["name"] for j in view.jobs), "")
-        return _page(view.rounds(job, **paging(request)), job=job)
+    def rounds(self, request: Request) -> Response:
+        job = request.query_params.get("job") or next((j["name"] for j in self._view.jobs), "")
+        return _page(self._view.rounds(job, **paging(request)), job=job)
 
-    def devices(request: Request) -> Response:
+    def devices(self, request: Request) -> Response:
         only = filters(request, "state", "profile", "job", "status", "online")
-        page = view.devices(**paging(request), sort=sort_column(request), q=search_text(request), only=only)
-        return _page(page, counts=view.counts)
+        page = self._view.devices(**paging(request), sort=sort_column(request), q=search_text(request), only=only)
+        return _page(page, counts=self._view.counts)
 
-    def device(request: Request) -> Response:
+    def device(self, request: Request) -> Response:
         name = request.path_params["name"]
         try:
-            row = view.device(check_device(name))
+            row = self._view.device(check_device(name))
         except ProtocolError as error:
             raise HTTPException(404) from error
         if row is None:
             raise HTTPException(404)
-        return JSONResponse({"device": row, "details": view.details(name), "reported": view.crashes(name)})
+        return JSONResponse({"device": row, "details": self._view.details(name), "reported": self._view.crashes(name)})
 
-    def coverage(request: Request) -> Response:
-        job = request.query_params.get("job") or next((j["name"] for j in view.jobs), "")
-        return JSONResponse({"coverage": view.coverage(job)})
+    def coverage(self, request: Request) -> Response:
+        job = request.query_params.get("job") or next((j["name"] for j in self._view.jobs), "")
+        return JSONResponse({"coverage": self._view.coverage(job)})
 
-    def rollouts(_: Request) -> Response:
-        return JSONResponse({"items": view.rollouts, "releases": view.releases})
+    def rollouts(self, _: Request) -> Response:
+        return JSONResponse({"items": self._view.rollouts, "releases": self._view.releases})
 
-    def alerts(request: Request) -> Response:
+    def alerts(self, request: Request) -> Response:
         page_bounds, includes_closed = paging(request), filters(request, "gone").get("gone") != "no"
-        return _page(view.alerts(page=page_bounds["page"], size=page_bounds["size"], gone=includes_closed))
+        return _page(self._view.alerts(page=page_bounds["page"], size=page_bounds["size"], gone=includes_closed))
 
-    def logs(request: Request) -> Response:
+    def logs(self, request: Request) -> Response:
         only = filters(request, "level", "device", "job")
-        return _page(view.lines(**paging(request, 100), q=search_text(request), only=only))
+        return _page(self._view.lines(**paging(request, 100), q=search_text(request), only=only))
 
-    def audit(request: Request) -> Response:
+    def audit(self, request: Request) -> Response:
         if not may(session_of(request).operator.role, "admin"):
             return JSONResponse({"error": "the audit log needs the role admin"}, 403)
         operator = request.query_params.get("operator")
-        return _page(console.audit.page(**paging(request), operator=operator))
+        return _page(self._console.audit.page(**paging(request), operator=operator))
 
-    def orders(_: Request) -> Response:
-        return JSONResponse({"items": console.orders.latest()})
+    def orders(self, _: Request) -> Response:
+        return JSONResponse({"items": self._console.orders.latest()})
 
-    def order(request: Request) -> Response:
-        answer = console.orders.get(order_number(request))
+    def order(self, request: Request) -> Response:
+        answer = self._console.orders.get(order_number(request))
         if answer is None:
             raise HTTPException(404)
         return JSONResponse(answer)
 
-    async def give(request: Request) -> Response:
+    async def give(self, request: Request) -> Response:
         # A form of another site can't send this type without asking first (CORS preflight).
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             return JSONResponse({"error": "expected application/json"}, 415)
@@ -102,36 +129,20 @@ def routes(console: Console) -> list[Route]:
         except (ValueError, RecursionError):
             return JSONResponse({"error": "the body is no JSON"}, 422)
         try:
-            number = await run_in_threadpool(console.orders.give, session_of(request), request.state.address, body)
+            number = await run_in_threadpool(
+                self._console.orders.give, session_of(request), request.state.address, body
+            )
         except RefusedError as error:
             return JSONResponse({"error": error.text}, error.status)
         return JSONResponse({"order": number}, 202)
 
-    def events(request: Request) -> Response:
+    def events(self, request: Request) -> Response:
         session, token = session_of(request), request.state.token
 
         def is_logged_in() -> bool:
-            return console.sessions.find(token, used=False) is not None
+            return self._console.sessions.find(token, used=False) is not None
 
-        return LiveStream(console.streams, session.operator.name, ready=view.ready, allowed=is_logged_in)
-
-    return [
-        Route(PREFIX + "/me", me),
-        Route(PREFIX + "/site", site),
-        Route(PREFIX + "/jobs", jobs),
-        Route(PREFIX + "/rounds", rounds),
-        Route(PREFIX + "/devices", devices),
-        Route(PREFIX + "/devices/{name}", device),
-        Route(PREFIX + "/coverage", coverage),
-        Route(PREFIX + "/rollouts", rollouts),
-        Route(PREFIX + "/alerts", alerts),
-        Route(PREFIX + "/logs", logs),
-        Route(PREFIX + "/audit", audit),
-        Route(PREFIX + "/orders", orders),
-        Route(PREFIX + "/orders/{number}", order),
-        Route(PREFIX + "/orders", give, methods=["POST"]),
-        Route(PREFIX + "/events", events),
-    ]
+        return LiveStream(self._console.streams, session.operator.name, ready=self._view.ready, allowed=is_logged_in)
 
 
 def _page(page: Page, **further_fields: Any) -> Response:

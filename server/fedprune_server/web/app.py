@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from fedprune.core.errors import FedpruneError, ProtocolError
 from fedprune.core.text import one_line
-from fedprune_server.web import api
+from fedprune_server.web.api import Api
 from fedprune_server.web.auth.accounts import MAX_PASSWORD
 from fedprune_server.web.auth.middleware import SecurityMiddleware, safe_path
 from fedprune_server.web.auth.sessions import LONGEST_S
@@ -40,101 +40,10 @@ def make_app(console: Console) -> ASGIApp:
 def make_routes(console: Console) -> Starlette:
     """The application's routes. Without the security middleware nothing protects them."""
     pages = Pages(console)
-    hashing, waiting = anyio.CapacityLimiter(_HASHES), [0]
-
-    async def healthz(_: Request) -> Response:
-        return JSONResponse({"ok": True})
-
-    def readyz(_: Request) -> Response:
-        ready = console.view.ready
-        return JSONResponse({"ready": ready}, 200 if ready else 503)
-
-    def form(request: Request, status: int = 200, error: str = "", next_path: str = "/") -> Response:
-        nonce = secrets.token_urlsafe(32)
-        csrf = console.sessions.login_token(nonce)
-        has_no_accounts = len(console.accounts) == 0
-        answer = pages.login(request, csrf=csrf, wrong=error, next=next_path, nobody=has_no_accounts)
-        answer.status_code = status
-        _set(request, answer, console.around.login_cookie, nonce, 3600)
-        return answer
-
-    def login_form(request: Request) -> Response:
-        next_path = safe_path(request.query_params.get("next"))
-        if request.state.session is not None:
-            return RedirectResponse(next_path, 303)
-        return form(request, next_path=next_path)
-
-    async def login(request: Request) -> Response:
-        fields = await form_fields(request)
-        name, password, next_path = fields.get("name", ""), fields.get("password", ""), safe_path(fields.get("next"))
-        if waiting[0] >= _QUEUE:
-            return await run_in_threadpool(
-                form, request, 503, "Too many are logging in. Try again in a moment.", next_path
-            )
-        waiting[0] += 1
-        try:
-            refusal = await run_in_threadpool(refuse, request, fields, next_path)
-            if refusal is not None:
-                return refusal
-            hashed = await run_in_threadpool(console.accounts.hash_of, name)
-            is_right = await anyio.to_thread.run_sync(console.accounts.fits, hashed, password, limiter=hashing)
-        finally:
-            waiting[0] -= 1
-        return await run_in_threadpool(log_in, request, fields, next_path, hashed if is_right else None)
-
-    def refuse(request: Request, fields: Mapping[str, str], next_path: str) -> Response | None:
-        """Refuse a login before its password is checked: a form that is too old, or too many attempts.
-
-        An accepted one counts as failed until it succeeds, so that many at once can't get round the limits.
-        """
-        expected = console.sessions.login_token(request.cookies.get(console.around.login_cookie, ""))
-        if not hmac.compare_digest(fields.get("csrf", "").encode(), expected.encode()):
-            return form(request, 403, "The form was open for too long. Try again.", next_path)
-        wait = console.throttle.enter(fields.get("name", "")[:64], request.state.address)
-        if wait == 0:
-            return None
-        answer = form(request, 429, f"Too many attempts. Try again in {wait:.0f} seconds.", next_path)
-        answer.headers["retry-after"] = str(int(wait) + 1)
-        return answer
-
-    def log_in(request: Request, fields: Mapping[str, str], next_path: str, hashed: str | None) -> Response:
-        """Begin a session if the password was right. `hashed` is the hash that it was compared with; if the operator's
-        has changed meanwhile, the login fails."""
-        name, address = fields.get("name", ""), request.state.address
-        operator = console.accounts.get(name) if hashed is not None else None
-        is_too_long = len(fields.get("password", "")) > MAX_PASSWORD
-        if operator is None or is_too_long or console.accounts.hash_of(name) != hashed:
-            console.audit.failed(one_line(name, 64), address)
-            return form(request, 401, "Name or password is wrong.", next_path)
-        console.throttle.succeeded(name, address)
-        # Another token than before the login, so that nobody can have planted it in this browser.
-        console.sessions.end(request.state.token)
-        token = console.sessions.begin(operator, address)
-        console.audit.note(name, address, "login", outcome="done")
-        answer = RedirectResponse(next_path, 303)
-        _set(request, answer, console.around.cookie, token, int(LONGEST_S))
-        _delete(request, answer, console.around.login_cookie)
-        return answer
-
-    async def logout(request: Request) -> Response:
-        fields, session = await form_fields(request), request.state.session
-        csrf_token = request.headers.get("x-csrf-token", fields.get("csrf", ""))
-        if not hmac.compare_digest(csrf_token.encode(), session.csrf.encode()):
-            return JSONResponse({"error": "the token is missing or wrong"}, 403)
-        await run_in_threadpool(console.sessions.end, request.state.token)
-        await run_in_threadpool(console.audit.note, session.operator.name, request.state.address, "logout")
-        answer = RedirectResponse("/login", 303)
-        _delete(request, answer, console.around.cookie)
-        return answer
-
     app = Starlette(
         routes=[
-            Route("/healthz", healthz),
-            Route("/readyz", readyz),
-            Route("/login", login_form),
-            Route("/login", login, methods=["POST"]),
-            Route("/logout", logout, methods=["POST"]),
-            *api.routes(console),
+            *_EntryRoutes(console, pages).routes(),
+            *Api(console).routes(),
             *pages.routes(),
         ],
         exception_handlers={
@@ -146,6 +55,111 @@ def make_routes(console: Console) -> Starlette:
     )
     app.router.redirect_slashes = False  # no address but a route's own answers
     return app
+
+
+class _EntryRoutes:
+    """The handlers of health, logging in and logging out."""
+
+    def __init__(self, console: Console, pages: Pages) -> None:
+        self._console, self._pages = console, pages
+        self._hashing = anyio.CapacityLimiter(_HASHES)
+        self._waiting = 0  # logins whose password isn't compared yet
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/healthz", self.healthz),
+            Route("/readyz", self.readyz),
+            Route("/login", self.login_form),
+            Route("/login", self.login, methods=["POST"]),
+            Route("/logout", self.logout, methods=["POST"]),
+        ]
+
+    async def healthz(self, _: Request) -> Response:
+        return JSONResponse({"ok": True})
+
+    def readyz(self, _: Request) -> Response:
+        ready = self._console.view.ready
+        return JSONResponse({"ready": ready}, 200 if ready else 503)
+
+    def form(self, request: Request, status: int = 200, error: str = "", next_path: str = "/") -> Response:
+        nonce = secrets.token_urlsafe(32)
+        csrf = self._console.sessions.login_token(nonce)
+        has_no_accounts = len(self._console.accounts) == 0
+        answer = self._pages.login(request, csrf=csrf, wrong=error, next=next_path, nobody=has_no_accounts)
+        answer.status_code = status
+        _set(request, answer, self._console.around.login_cookie, nonce, 3600)
+        return answer
+
+    def login_form(self, request: Request) -> Response:
+        next_path = safe_path(request.query_params.get("next"))
+        if request.state.session is not None:
+            return RedirectResponse(next_path, 303)
+        return self.form(request, next_path=next_path)
+
+    async def login(self, request: Request) -> Response:
+        fields = await form_fields(request)
+        name, password, next_path = fields.get("name", ""), fields.get("password", ""), safe_path(fields.get("next"))
+        if self._waiting >= _QUEUE:
+            return await run_in_threadpool(
+                self.form, request, 503, "Too many are logging in. Try again in a moment.", next_path
+            )
+        self._waiting += 1
+        try:
+            refusal = await run_in_threadpool(self.refuse, request, fields, next_path)
+            if refusal is not None:
+                return refusal
+            hashed = await run_in_threadpool(self._console.accounts.hash_of, name)
+            is_right = await anyio.to_thread.run_sync(
+                self._console.accounts.fits, hashed, password, limiter=self._hashing
+            )
+        finally:
+            self._waiting -= 1
+        return await run_in_threadpool(self.log_in, request, fields, next_path, hashed if is_right else None)
+
+    def refuse(self, request: Request, fields: Mapping[str, str], next_path: str) -> Response | None:
+        """Refuse a login before its password is checked: a form that is too old, or too many attempts.
+
+        An accepted one counts as failed until it succeeds, so that many at once can't get round the limits.
+        """
+        expected = self._console.sessions.login_token(request.cookies.get(self._console.around.login_cookie, ""))
+        if not hmac.compare_digest(fields.get("csrf", "").encode(), expected.encode()):
+            return self.form(request, 403, "The form was open for too long. Try again.", next_path)
+        wait = self._console.throttle.enter(fields.get("name", "")[:64], request.state.address)
+        if wait == 0:
+            return None
+        answer = self.form(request, 429, f"Too many attempts. Try again in {wait:.0f} seconds.", next_path)
+        answer.headers["retry-after"] = str(int(wait) + 1)
+        return answer
+
+    def log_in(self, request: Request, fields: Mapping[str, str], next_path: str, hashed: str | None) -> Response:
+        """Begin a session if the password was right. `hashed` is the hash that it was compared with; if the operator's
+        has changed meanwhile, the login fails."""
+        name, address = fields.get("name", ""), request.state.address
+        operator = self._console.accounts.get(name) if hashed is not None else None
+        is_too_long = len(fields.get("password", "")) > MAX_PASSWORD
+        if operator is None or is_too_long or self._console.accounts.hash_of(name) != hashed:
+            self._console.audit.failed(one_line(name, 64), address)
+            return self.form(request, 401, "Name or password is wrong.", next_path)
+        self._console.throttle.succeeded(name, address)
+        # Another token than before the login, so that nobody can have planted it in this browser.
+        self._console.sessions.end(request.state.token)
+        token = self._console.sessions.begin(operator, address)
+        self._console.audit.note(name, address, "login", outcome="done")
+        answer = RedirectResponse(next_path, 303)
+        _set(request, answer, self._console.around.cookie, token, int(LONGEST_S))
+        _delete(request, answer, self._console.around.login_cookie)
+        return answer
+
+    async def logout(self, request: Request) -> Response:
+        fields, session = await form_fields(request), request.state.session
+        csrf_token = request.headers.get("x-csrf-token", fields.get("csrf", ""))
+        if not hmac.compare_digest(csrf_token.encode(), session.csrf.encode()):
+            return JSONResponse({"error": "the token is missing or wrong"}, 403)
+        await run_in_threadpool(self._console.sessions.end, request.state.token)
+        await run_in_threadpool(self._console.audit.note, session.operator.name, request.state.address, "logout")
+        answer = RedirectResponse("/login", 303)
+        _delete(request, answer, self._console.around.cookie)
+        return answer
 
 
 def answer_refusal(_: Request, error: Exception) -> Response:

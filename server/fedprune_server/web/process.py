@@ -69,8 +69,7 @@ class ConsoleProcess:
         self._command = command or [sys.executable, "-c", module_code("fedprune_server.web.child")]
         self._child = RestartedProcess(self._start, _NAME, stop_s=_STOP_S)
         self._heard_at = 0.0
-        self.url = ""
-        """Where it listens; empty until it has reported that."""
+        self.url = ""  # where it listens; empty until it has reported its address
 
     @property
     def alive(self) -> bool:

@@ -134,7 +134,7 @@ class AdminExecutor:
     def _run(self) -> None:
         while (order := self._orders.get()) is not None and not self._closed:
             done, text = self._outcome(order)
-            self._answer(Answer(order.number, done, text))
+            self._answer(Answer(order.number, ok=done, text=text))
 
     def _outcome(self, order: Order) -> tuple[bool, str]:
         if order.expired(self._clock()):  # it waited here while others were carried out

@@ -104,9 +104,9 @@ def held(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
 
 
 def coverage(runner: JobRunner, at: float) -> Coverage:
-    """Which share of the devices with a submodel holds which channels, in runs by rank.
+    """The share of devices that holds each channel, in runs by rank, of the devices with a submodel.
 
-    A submodel has the channels of the highest ranks.
+    A submodel has the channels of the highest ranks, so that widths alone give the shares.
     """
     widths = [t.widths for t in runner.state.tasks.values() if t.widths]
     widths = widths or [d.widths for d in runner.state.devices.values() if d.widths]

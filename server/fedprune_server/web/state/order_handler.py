@@ -76,17 +76,17 @@ class OrderHandler:
                 return
             text = self._carry_out(order)
         except FedpruneError as error:
-            self._queue.answer(Answer(order.number, False, str(error)))
+            self._queue.answer(Answer(order.number, ok=False, text=str(error)))
             return
         except Exception as error:  # noqa: BLE001 - the orders that were taken with it must be carried out, too
             log.error("an order of the console failed: %s: %s", type(error).__name__, reason(error))
-            self._queue.answer(Answer(order.number, False, "it failed; see the server's log"))
+            self._queue.answer(Answer(order.number, ok=False, text="it failed; see the server's log"))
             return
         # A pause is saved when the loop's turn ends. It is answered in the next one: before that a crash could undo it.
         if order.order in ("pause", "resume"):
-            self._unsaved.append(Answer(order.number, True, text))
+            self._unsaved.append(Answer(order.number, ok=True, text=text))
         else:
-            self._queue.answer(Answer(order.number, True, text))
+            self._queue.answer(Answer(order.number, ok=True, text=text))
 
     def _carry_out(self, order: Order) -> str:
         if order.order == "coverage":

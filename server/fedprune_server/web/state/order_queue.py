@@ -41,27 +41,31 @@ _NOTED = (
 
 @dataclass(frozen=True)
 class Order:
-    """What an operator asks the server to do."""
+    """An operator's request to the server.
+
+    Attributes:
+        job: For `pause`, `resume` and `coverage`.
+        device: For `approve`, `deny`, `revoke`, `look` and `release_quarantine`.
+        key: Fingerprint of the key to approve, as the board shows it.
+        release: For `rollout_start` one of the server's `console_releases`; for `rollout_back` the number of the one to
+            leave.
+        groups: Shares of the boards for each stage of a rollout; empty for the default: one board, a tenth, all.
+        devices: The boards of a rollout; empty for all members.
+        reason: For the record.
+        until: When it expires, in seconds since 1970; None for never.
+    """
 
     number: Annotated[int, within(1)]
     operator: Name
     order: Annotated[str, one_of(tuple(NEEDED))]
     job: Job | None = None
-    """For `pause`, `resume` and `coverage`."""
     device: Device | None = None
-    """For `approve`, `deny`, `revoke`, `look` and `release_quarantine`."""
     key: Annotated[str, text(128)] | None = None
-    """Fingerprint of the key to approve, as the board shows it."""
     release: Name | None = None
-    """For `rollout_start` one of the server's `console_releases`; for `rollout_back` the number of the one to leave."""
     groups: Annotated[tuple[Annotated[float, within(0.0, 1.0)], ...], items(20)] = ()
-    """Shares of the boards for each stage of a rollout; empty for the default: one board, a tenth, all."""
     devices: Annotated[tuple[Device, ...], items(100)] = ()
-    """The boards of a rollout; empty for all members."""
     reason: Annotated[str, text(500)] = ""
-    """For the record."""
     until: Annotated[float, within(0.0)] | None = None
-    """When it expires, in seconds since 1970; None for never."""
 
     def expired(self, now: float) -> bool:
         return self.until is not None and now > self.until
@@ -82,7 +86,7 @@ class OrderQueue:
     def __init__(self, database: ConsoleDatabase, clock: Callable[[], float] = time.time) -> None:
         self._database, self._clock = database, clock
         taken_rows = database.rows("SELECT number FROM orders WHERE state = 'taken'")
-        self._answers = [Answer(row["number"], False, INTERRUPTED) for row in taken_rows]
+        self._answers = [Answer(row["number"], ok=False, text=INTERRUPTED) for row in taken_rows]
 
     def take(self, max_orders: int) -> list[Order]:
         """The next orders that have not expired; from now on they count as taken."""
@@ -104,7 +108,7 @@ class OrderQueue:
         try:
             return read_order(row)
         except ProtocolError as error:
-            self.answer(Answer(row["number"], False, str(error)))
+            self.answer(Answer(row["number"], ok=False, text=str(error)))
             return None
 
     def answer(self, answer: Answer) -> None:

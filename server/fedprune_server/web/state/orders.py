@@ -138,14 +138,14 @@ class OrderService:
             "SELECT number FROM orders WHERE state = 'waiting' AND until < ?", now - _GRACE_S
         )
         if late_rows:
-            answers = (Answer(row["number"], False, EXPIRED) for row in late_rows)
+            answers = (Answer(row["number"], ok=False, text=EXPIRED) for row in late_rows)
             self._database.try_to(*(s for answer in answers for s in answering(answer, now)))
 
     def withdraw(self, number: int) -> None:
         """Answer an order that the server has not taken, so that it never does; one that it has taken stays."""
         with self._database.transaction():
             if self._database.row("SELECT number FROM orders WHERE number = ? AND state = 'waiting'", number):
-                for query, values in answering(Answer(number, False, WITHDRAWN), self._clock()):
+                for query, values in answering(Answer(number, ok=False, text=WITHDRAWN), self._clock()):
                     self._database.do(query, *values)
 
     def _check(self, session: Session, address: str, kind: str, arguments: Mapping[str, Any]) -> None:

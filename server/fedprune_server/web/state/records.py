@@ -120,7 +120,7 @@ class BoardCrashes(Record, kind="crashes", scope="name"):
 
 @dataclass(frozen=True)
 class Coverage(Record, kind="coverage", scope="job"):
-    """Which share of the devices holds which channels: per group, runs of channels in the order of their rank."""
+    """The share of devices that holds each channel: per group, runs of channels in the order of their rank."""
 
     job: str
     round: int

@@ -1,8 +1,8 @@
-"""The console's pages: HTML from templates, whole without a script; scripts keep them live.
+"""The console's pages: HTML from templates, complete without scripts; scripts keep them live.
 
-Everything that a template shows is escaped; forms and orders carry the session's token. Pages order
-what the server publishes only on request: a device's plan, and a job's coverage. They are plain functions, which run in
-threads, because they query databases.
+Everything that a template shows is escaped; forms and orders carry the session's token. The server publishes a device's
+plan and a job's coverage only on request, so that the pages with them order them. Handlers are plain functions, which
+run in threads, because they query databases.
 """
 
 from __future__ import annotations
@@ -180,33 +180,47 @@ class Pages:
     def routes(self) -> list[BaseRoute]:
         """Pages, scripts and styles."""
         assets = _Files(directory=Path(__file__).parents[1] / "static", packages=[("fedprune.output", "static")])
-        return [*_routes(self._console, self), Mount("/static", assets, name="static")]
+        return [*_PageRoutes(self._console, self).routes(), Mount("/static", assets, name="static")]
 
 
-def _routes(console: Console, pages: Pages) -> list[Route]:
-    view = console.view
+class _PageRoutes:
+    """The handlers of the pages' routes."""
 
-    def overview(request: Request) -> Response:
-        counts = view.counts
-        return pages.draw(
+    def __init__(self, console: Console, pages: Pages) -> None:
+        self._console, self._view, self._pages = console, console.view, pages
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/", self.overview),
+            Route("/fleet", self.fleet),
+            Route("/devices/{name}", self.device),
+            Route("/rounds", self.rounds),
+            Route("/rollouts", self.rollouts),
+            Route("/alerts", self.alerts),
+            Route("/audit", self.audit),
+        ]
+
+    def overview(self, request: Request) -> Response:
+        counts = self._view.counts
+        return self._pages.draw(
             request,
             "overview",
             counts=counts,
             total=sum(counts["online"].values()),
             at_work=sum(counts["state"].get(s, 0) for s in presentation.AT_WORK),
-            jobs=presentation.job_rows(view.jobs),
-            alerts=view.alerts(size=FEW, gone=False, notes=False).items,
-            waiting=view.devices(size=FEW, only={"status": "waiting"}).items,
-            log=view.lines(size=FEW).items,
+            jobs=presentation.job_rows(self._view.jobs),
+            alerts=self._view.alerts(size=FEW, gone=False, notes=False).items,
+            waiting=self._view.devices(size=FEW, only={"status": "waiting"}).items,
+            log=self._view.lines(size=FEW).items,
         )
 
-    def fleet(request: Request) -> Response:
-        counts, only = view.counts, filters(request, *_FILTERS)
+    def fleet(self, request: Request) -> Response:
+        counts, only = self._view.counts, filters(request, *_FILTERS)
         q, sort = search_text(request), sort_column(request)
-        return pages.draw(
+        return self._pages.draw(
             request,
             "fleet",
-            found=view.devices(page=page_number(request), size=ROWS, sort=sort, q=q, only=only),
+            found=self._view.devices(page=page_number(request), size=ROWS, sort=sort, q=q, only=only),
             total=sum(counts["status"].values()),
             options={k: _options(counts[k], only.get(k)) for k in ("state", "profile", "job", "status")},
             only={k: only.get(k, "") for k in _FILTERS},
@@ -215,17 +229,17 @@ def _routes(console: Console, pages: Pages) -> list[Route]:
             link=_link("/fleet", {**only, "q": q, "sort": "" if sort == "name" else sort}),
         )
 
-    def device(request: Request) -> Response:
+    def device(self, request: Request) -> Response:
         name = request.path_params["name"]
         try:
-            row = view.device(check_device(name))
+            row = self._view.device(check_device(name))
         except ProtocolError:
             row = None
         if row is None:
-            return pages.draw(request, "missing", 404, what="The server knows no device of this name.")
-        asks = pages.ask(request, "look", name, view.details(name))
-        details = view.details(name)
-        return pages.draw(
+            return self._pages.draw(request, "missing", 404, what="The server knows no device of this name.")
+        asks = self._pages.ask(request, "look", name, self._view.details(name))
+        details = self._view.details(name)
+        return self._pages.draw(
             request,
             "device",
             d=row,
@@ -236,63 +250,53 @@ def _routes(console: Console, pages: Pages) -> list[Route]:
             map=presentation.channel_map(details),
             history=details["history"] if details else (),
             charts=presentation.device_charts(details["history"]) if details else [],
-            reported=view.crashes(name),
-            log=view.lines(size=ROWS, only={"device": name}).items,
+            reported=self._view.crashes(name),
+            log=self._view.lines(size=ROWS, only={"device": name}).items,
         )
 
-    def rounds(request: Request) -> Response:
-        jobs = view.jobs
-        job = view.job(request.query_params.get("job", "")) or (jobs[0] if jobs else None)
+    def rounds(self, request: Request) -> Response:
+        jobs = self._view.jobs
+        job = self._view.job(request.query_params.get("job", "")) or (jobs[0] if jobs else None)
         name = job["name"] if job else ""
-        asks = pages.ask(request, "coverage", name, view.coverage(name), COVERAGE_AGAIN_S) if job else False
-        coverage = view.coverage(name)
-        return pages.draw(
+        asks = self._pages.ask(request, "coverage", name, self._view.coverage(name), COVERAGE_AGAIN_S) if job else False
+        coverage = self._view.coverage(name)
+        return self._pages.draw(
             request,
             "rounds",
             jobs=jobs,
             job=job,
             parts=presentation.parts(job) if job else None,
-            charts=presentation.charts(presentation.rounds_of(view, name)),
+            charts=presentation.charts(presentation.rounds_of(self._view, name)),
             asks=asks,
             coverage=coverage,
             strips=presentation.strips(coverage),
-            rounds=view.rounds(name, page=page_number(request), size=ROUNDS),
+            rounds=self._view.rounds(name, page=page_number(request), size=ROUNDS),
             link=_link("/rounds", {"job": name if len(jobs) > 1 else ""}),
         )
 
-    def rollouts(request: Request) -> Response:
-        return pages.draw(request, "rollouts", rollouts=view.rollouts, releases=view.releases)
+    def rollouts(self, request: Request) -> Response:
+        return self._pages.draw(request, "rollouts", rollouts=self._view.rollouts, releases=self._view.releases)
 
-    def alerts(request: Request) -> Response:
-        all_alerts, only, q = view.alerts(size=ROWS).items, filters(request, "level"), search_text(request)
+    def alerts(self, request: Request) -> Response:
+        all_alerts, only, q = self._view.alerts(size=ROWS).items, filters(request, "level"), search_text(request)
         level = only.get("level", "")
-        return pages.draw(
+        return self._pages.draw(
             request,
             "alerts",
-            open=view.alerts(size=ROWS, gone=False).items,
+            open=self._view.alerts(size=ROWS, gone=False).items,
             over=[a for a in all_alerts if a["gone_at"] is not None],
-            log=view.lines(page=page_number(request), size=ROWS, q=q, only=only),
+            log=self._view.lines(page=page_number(request), size=ROWS, q=q, only=only),
             levels=[(text, text) for text in LEVELS],
             level=level,
             q=q,
             link=_link("/alerts", {"q": q, "level": level}),
         )
 
-    def audit(request: Request) -> Response:
+    def audit(self, request: Request) -> Response:
         if not may(session_of(request).operator.role, "admin"):
-            return pages.draw(request, "missing", 403, what="The audit log is shown to admins.")
-        entries = console.audit.page(page_number(request), ROWS)
-        return pages.draw(request, "audit", entries=entries, kept=f"{AUDIT_KEPT:,}", link=_link("/audit", {}))
-
-    return [
-        Route("/", overview),
-        Route("/fleet", fleet),
-        Route("/devices/{name}", device),
-        Route("/rounds", rounds),
-        Route("/rollouts", rollouts),
-        Route("/alerts", alerts),
-        Route("/audit", audit),
-    ]
+            return self._pages.draw(request, "missing", 403, what="The audit log is shown to admins.")
+        entries = self._console.audit.page(page_number(request), ROWS)
+        return self._pages.draw(request, "audit", entries=entries, kept=f"{AUDIT_KEPT:,}", link=_link("/audit", {}))
 
 
 def _link(path: str, current: Mapping[str, str]) -> Callable[..., str]:

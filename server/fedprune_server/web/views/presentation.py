@@ -240,12 +240,11 @@ def channels(group: str, kept: int, of: int, which: str | None) -> ChannelMap:
     """
     runs = None if which is None else list(_runs(which, of))
     if runs is None or sum(n for _, n in runs) != kept:
-        return ChannelMap(group, kept, of, False, _path([(0, kept)] if kept else []), "")
+        return ChannelMap(group, kept, of, known=False, path=_path([(0, kept)] if kept else []), words="")
     words = [f"{first}-{first + n - 1}" if n > 1 else str(first) for first, n in runs[:MOST_RANGES]]
-    further = len(runs) - len(words)
-    return ChannelMap(
-        group, kept, of, True, _path(runs), ", ".join([*words, *([f"and {further} more ranges"] if further else [])])
-    )
+    if len(runs) > MOST_RANGES:
+        words.append(f"and {len(runs) - MOST_RANGES} more ranges")
+    return ChannelMap(group, kept, of, known=True, path=_path(runs), words=", ".join(words))
 
 
 def _runs(which: str, of: int) -> Iterator[tuple[int, int]]:
