@@ -145,7 +145,7 @@ def off_by_far(snapshot: JobSnapshot, earlier: Mapping[str, str] = MappingProxyT
     """Boards whose time or memory exceeded the prediction by far in their latest round, and by how much.
 
     Args:
-        before: The same after the round before. These boards stay until half of the excess is gone.
+        earlier: The same after the round before. These boards stay until half of the excess is gone.
     """
     excesses = {name: text for name, text in earlier.items() if name in snapshot.devices}
     for name, comparison in snapshot.compared.items():

@@ -207,7 +207,7 @@ class NotificationSchedule:
 
         Args:
             now: The monotonic clock.
-            at: Seconds since 1970.
+            unix_now: Seconds since 1970.
             last: Whether nothing can wait for a later message, because the server ends.
         """
         worse: list[Alert] = []

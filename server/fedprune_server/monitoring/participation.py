@@ -68,7 +68,7 @@ class Participation:
     """Watches the boards of one job. Times are in seconds since 1970.
 
     Args:
-        seen: The job as it is seen first.
+        snapshot: The job as it is observed first.
         away_rounds: Rounds that end without a board after which it counts as away; 0 to watch for none.
         away: The beginning of each board's absence from any job, as the server's last run noted it.
         clock: Seconds since 1970.

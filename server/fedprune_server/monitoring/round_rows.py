@@ -105,8 +105,8 @@ def round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: float, ju
 
     Args:
         entry: The round in a job's history.
-        began: The run's start, on the clock of the history.
-        kind: The metric by which models are judged.
+        started_at: The run's start, on the clock of the history.
+        judge: The metric by which models are judged.
     """
     metrics, devices = entry["metrics"], entry["devices"]
     delivered_parts = {n: part for n, part in devices.items() if part["progress"] == "folded"}

@@ -37,11 +37,11 @@ def site_facts(
     Args:
         server: Settings of the table [server].
         members: Whether the identity can be read.
-        before: Earlier facts, which stand in for a database that can't be read now. None if there are none, and an
+        earlier: Earlier facts, which stand in for a database that can't be read now. None if there are none, and an
             unreadable database is an error.
 
     Raises:
-        StorageError: The database can't be read, and `before` is None.
+        StorageError: The database can't be read, and `earlier` is None.
     """
     disk = shutil.disk_usage(folder)
     waiting, unannounced = _members(folder, earlier) if members and (folder / IDENTITY).is_dir() else ({}, {})

@@ -22,7 +22,7 @@ class Connections:
     A connection waits until the application has its whole request, and again once that is answered.
 
     Args:
-        most: Open connections; a further one takes the place of the one that has waited longest.
+        max_open: Open connections; a further one takes the place of the one that has waited longest.
         patience_s: Seconds that a connection may wait.
         clock: Monotonic clock.
     """

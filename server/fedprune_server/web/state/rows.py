@@ -109,7 +109,7 @@ def finished_round(
     """The record of a finished round.
 
     Args:
-        before: When the previous one ended, in seconds since 1970; None if unknown.
+        previous_end: When the previous one ended, in seconds since 1970; None if unknown.
         traffic: Bytes to and from devices since then; None if unknown.
     """
     parts = list(summary["devices"].values())

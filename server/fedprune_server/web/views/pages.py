@@ -126,8 +126,8 @@ class Pages:
         """Order a page's details from the server, unless they are fresh. Returns whether they can be ordered.
 
         Args:
-            about: The device or job.
-            known: The details as they were published last; None if they never were.
+            subject: The device or job.
+            current: The details as they were published last; None if they never were.
         """
         session, now = session_of(request), time.time()
         if kind not in self.allowed(session.operator.role):
