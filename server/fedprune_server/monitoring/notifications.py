@@ -210,21 +210,21 @@ class NotificationSchedule:
             unix_now: Seconds since 1970.
             last: Whether nothing can wait for a later message, because the server ends.
         """
-        worse: list[Alert] = []
+        unnotified: list[Alert] = []
         for alert in open_alerts:
             notified = self._notified.get(alert.key)
             if notified is not None and notified.severity == alert.severity:
                 self._notified[alert.key] = alert  # a new text alone is no message, but the alert's end will quote it
             elif _rank(alert) >= SEVERITIES.index(self._settings.severity) and _rank(alert) > _rank(notified):
-                worse.append(alert)
+                unnotified.append(alert)
         resolved = [self._notified[key] for key in self._notified.keys() - {a.key for a in open_alerts}]
-        is_urgent = any(_rank(alert) == len(SEVERITIES) - 1 for alert in (*worse, *resolved))
+        is_urgent = any(_rank(alert) == len(SEVERITIES) - 1 for alert in (*unnotified, *resolved))
         if not (is_urgent or last) and self._last is not None and now - self._last < _TOGETHER_S:
             return []
-        self._notified |= {alert.key: alert for alert in worse}
+        self._notified |= {alert.key: alert for alert in unnotified}
         for alert in resolved:
             del self._notified[alert.key]
-        events = [(OPENED, worse), (RESOLVED, resolved if self._settings.resolved else [])]
+        events = [(OPENED, unnotified), (RESOLVED, resolved if self._settings.resolved else [])]
         messages = [
             Message(event, unix_now, self._site, tuple(sorted(alerts, key=lambda a: (-_rank(a), a.since))))
             for event, alerts in events

@@ -38,7 +38,7 @@ _MEASURED = {"step": "step_seconds", "train": "train_seconds", "latency": "laten
              "memory": "peak_memory_bytes"}  # fmt: skip
 
 
-def details(runner: JobRunner, name: str, at: float) -> DeviceDetails:
+def details(runner: JobRunner, name: str, unix_now: float) -> DeviceDetails:
     """A device's plan, predictions and measurements, latest rounds, and channels."""
     device = runner.state.devices.get(name)
     plan = None if device is None else device.plan
@@ -61,7 +61,9 @@ def details(runner: JobRunner, name: str, at: float) -> DeviceDetails:
                     "metrics": part["metrics"], "reason": one_line(part["reason"], 300),
                 }
             )  # fmt: skip
-    return DeviceDetails(name, runner.job.name, plan_row, figures(runner, name), tuple(history), held(runner, name), at)
+    return DeviceDetails(
+        name, runner.job.name, plan_row, figures(runner, name), tuple(history), held(runner, name), unix_now
+    )
 
 
 def figures(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
@@ -93,17 +95,17 @@ def held(runner: JobRunner, name: str) -> tuple[dict[str, Any], ...]:
     ranks = _ranks(runner, ranking)
     rows = []
     for i, (group, width) in enumerate(zip(runner.architecture.groups[:MOST_GROUPS], widths, strict=False)):
-        width_kept = min(width, group.size)
+        kept_width = min(width, group.size)
         channel_bits = None
         if ranks is not None:
             bits = np.zeros(group.size, np.bool_)
-            bits[ranks[i][:width_kept]] = True
+            bits[ranks[i][:kept_width]] = True
             channel_bits = np.packbits(bits).tobytes().hex()
-        rows.append({"group": one_line(group.name, 190), "kept": width_kept, "of": group.size, "which": channel_bits})
+        rows.append({"group": one_line(group.name, 190), "kept": kept_width, "of": group.size, "which": channel_bits})
     return tuple(rows)
 
 
-def coverage(runner: JobRunner, at: float) -> Coverage:
+def coverage(runner: JobRunner, unix_now: float) -> Coverage:
     """The share of devices that holds each channel, in runs by rank, of the devices with a submodel.
 
     A submodel has the channels of the highest ranks, so that widths alone give the shares.
@@ -122,7 +124,7 @@ def coverage(runner: JobRunner, at: float) -> Coverage:
         if first_channel < group.size:
             shares.append({"channels": group.size - first_channel, "share": 0.0})
         groups.append({"name": one_line(group.name, 190), "channels": group.size, "held": shares})
-    return Coverage(runner.job.name, runner.state.round, tuple(groups), at)
+    return Coverage(runner.job.name, runner.state.round, tuple(groups), unix_now)
 
 
 def _last_metrics(runner: JobRunner, name: str) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def charts(rounds: Sequence[Row]) -> list[Chart]:
     """Curves of a job: metrics, updates, bytes, round lengths and staleness."""
     if not rounds:
         return []
-    at = [float(r["round"]) for r in rounds]
+    round_numbers = [float(r["round"]) for r in rounds]
     names = {k for r in rounds for k in r["metrics"]} - {"samples"}
     drawn_charts = []
 
@@ -116,24 +116,24 @@ def charts(rounds: Sequence[Row]) -> list[Chart]:
         format_value: Any,
         unit: tuple[float, str] = (1.0, ""),
     ) -> None:
-        drawn_charts.append(chart(key, title, at, series, format_value, unit=unit, from_zero=True))
+        drawn_charts.append(chart(key, title, round_numbers, series, format_value, unit=unit, from_zero=True))
 
     order = {name: i for i, name in enumerate(METRICS)}
     for i, name in enumerate(sorted(names, key=lambda n: (order.get(n, len(order)), n))[:_MOST_CURVES]):
         values, metric = {name: [r["metrics"].get(name) for r in rounds]}, METRICS.get(name)
         title = f"Global {name if metric is None else metric.title}"
         if metric is not None and metric.share:
-            drawn_charts.append(chart(f"metric-{i}", title, at, values, phrases.share, unit=(0.01, "%"), top=100.0))
+            drawn_charts.append(
+                chart(f"metric-{i}", title, round_numbers, values, phrases.share, unit=(0.01, "%"), top=100.0)
+            )
         else:
-            drawn_charts.append(chart(f"metric-{i}", title, at, values, phrases.number))
+            drawn_charts.append(chart(f"metric-{i}", title, round_numbers, values, phrases.number))
     # Numbers from before the server's start are None.
     updates = {"counted": [r["counted"] for r in rounds], "asked": [r["devices"] for r in rounds]}
     add_chart("updates", "Updates", updates, phrases.number)
-    sizes = {direction: [r[f"bytes_{direction}"] for r in rounds] for direction in ("down", "up")}
-    unit, name = phrases.axis_of_sizes(
-        max((b or 0 for values_of_way in sizes.values() for b in values_of_way), default=0)
-    )
-    add_chart("bytes", "Bytes of all devices", sizes, phrases.size, (unit, f" {name}"))
+    byte_counts = {direction: [r[f"bytes_{direction}"] for r in rounds] for direction in ("down", "up")}
+    unit, name = phrases.axis_of_sizes(max((b or 0 for counts in byte_counts.values() for b in counts), default=0))
+    add_chart("bytes", "Bytes of all devices", byte_counts, phrases.size, (unit, f" {name}"))
     unit, name = phrases.axis_of_lengths(max((r["seconds"] or 0.0 for r in rounds), default=0.0))
     add_chart(
         "seconds", "Length of a round", {"length": [r["seconds"] for r in rounds]}, phrases.seconds, (unit, f" {name}")
@@ -148,7 +148,7 @@ def charts(rounds: Sequence[Row]) -> list[Chart]:
 def device_charts(history: Sequence[Row]) -> list[Chart]:
     """Curves of what a device measured in its rounds, given newest first."""
     rows = [h for h in reversed(history) if h["metrics"]]
-    at = [float(h["round"]) for h in rows]
+    round_numbers = [float(h["round"]) for h in rows]
     drawn_charts = []
     for key, title, names, format_value, kind in _DEVICE_CHARTS:
         series = {label: [h["metrics"].get(name) for h in rows] for label, name in names.items()}
@@ -163,7 +163,9 @@ def device_charts(history: Sequence[Row]) -> list[Chart]:
             size, name = phrases.axis_of_sizes(highest) if kind == "bytes" else phrases.axis_of_lengths(highest)
             unit = size, f" {name}"
         drawn_charts.append(
-            chart(key, title, at, series, format_value, unit=unit, top=top, from_zero=kind != "", bridged=True)
+            chart(
+                key, title, round_numbers, series, format_value, unit=unit, top=top, from_zero=kind != "", bridged=True
+            )
         )
     return [c for c in drawn_charts if c is not None]
 
