@@ -204,9 +204,9 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
         lines.append(f"  round {row['round']}: {', '.join(figures)}")
         lines += [f"    {note}" for note in row.get("notes", ())]
         lines += [
-            f"    {name}: {_outcome(part)}: {part['reason']}"
-            for name, part in sorted(row["devices"].items())
-            if part["reason"]
+            f"    {name}: {_outcome(device_part)}: {device_part['reason']}"
+            for name, device_part in sorted(row["devices"].items())
+            if device_part["reason"]
         ]
     if body["best"]:
         lines.append(f"  best model: {_score_text(body['best'])}; latest: {_score_text(body['latest'])}")
@@ -229,10 +229,10 @@ def _score_text(scored: Mapping[str, Any]) -> str:
     return f"{METRICS[scored['metric']].said(scored['score'])} after round {scored['round']}"
 
 
-def _outcome(part: Mapping[str, Any]) -> str:
+def _outcome(device_part: Mapping[str, Any]) -> str:
     """The outcome of a part that has a reason; an update that counted nevertheless counted in part."""
-    limited = part["progress"] == Progress.FOLDED.value
-    return "limited" if limited else outcome(part["progress"], part.get("kind", ""))
+    limited = device_part["progress"] == Progress.FOLDED.value
+    return "limited" if limited else outcome(device_part["progress"], device_part.get("kind", ""))
 
 
 def _alerts(folder: Path, recorded: Recorded, *, running: bool) -> list[dict[str, Any]]:
@@ -361,8 +361,8 @@ def _last_part(name: str, state: State | None) -> dict[str, Any]:
             outcome_fields = {"progress": task.progress.value, "reason": task.reason, "kind": task.kind}
             return {"round": state.round_of(task), **outcome_fields}
         for row in reversed(state.history):
-            part = row["devices"].get(name)
-            if part is not None:
-                outcome_fields = {key: part.get(key, "") for key in ("progress", "reason", "kind")}
+            device_part = row["devices"].get(name)
+            if device_part is not None:
+                outcome_fields = {key: device_part.get(key, "") for key in ("progress", "reason", "kind")}
                 return {"round": row["round"], **outcome_fields}
     return {"round": None, "progress": None, "reason": "", "kind": ""}

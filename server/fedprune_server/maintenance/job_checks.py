@@ -144,7 +144,7 @@ def _deadline(case: Case) -> Iterator[Finding]:
         )
         return
     for row in case.state.history[-1:]:
-        late = sorted(n for n, part in row["devices"].items() if _is_late(part))
+        late = sorted(n for n, device_part in row["devices"].items() if _is_late(device_part))
         if len(row["devices"]) > 1 and len(late) >= _LATE * len(row["devices"]):
             yield wrong(
                 "deadline-too-short",
@@ -163,20 +163,20 @@ def _longer(case: Case, seconds: float) -> str:
 
 def _refused(case: Case) -> Iterator[Finding]:
     recent_rounds = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
-    recent_parts = [p for r in recent_rounds for p in r["devices"].values()]
-    if not recent_parts:
+    device_parts = [p for r in recent_rounds for p in r["devices"].values()]
+    if not device_parts:
         refused = (t for t in case.state.tasks.values() if t.progress is Progress.REFUSED)
-        recent_parts = [{"progress": t.progress.value, "reason": t.reason, "kind": t.kind} for t in refused]
-    if not recent_parts or any(p["progress"] == Progress.FOLDED.value for p in recent_parts):
+        device_parts = [{"progress": t.progress.value, "reason": t.reason, "kind": t.kind} for t in refused]
+    if not device_parts or any(p["progress"] == Progress.FOLDED.value for p in device_parts):
         return
-    if all(_is_late(p) for p in recent_parts):
+    if all(_is_late(p) for p in device_parts):
         return  # the check of the deadline reports it
-    counts = Counter(p.get("kind") or FailureKind.OTHER.value for p in recent_parts if p["reason"])
-    example = next((p["reason"] for p in reversed(recent_parts) if p["reason"]), "")
+    counts = Counter(p.get("kind") or FailureKind.OTHER.value for p in device_parts if p["reason"])
+    example = next((p["reason"] for p in reversed(device_parts) if p["reason"]), "")
     kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
     yield wrong(
         "all-updates-refused",
-        f"none of the last {quantity(len(recent_parts), 'update')} of job {case.name} counted ({kinds}), such as: "
+        f"none of the last {quantity(len(device_parts), 'update')} of job {case.name} counted ({kinds}), such as: "
         f"{one_line(example)}",
         "the model doesn't move",
         f"see each board's reason: {command('status', *state_args(case.folder), '--rounds', _ROUNDS)}; and its log, on "
@@ -188,10 +188,10 @@ def _outlying(case: Case) -> Iterator[Finding]:
     recent = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
     reasons_by_device: dict[str, list[str]] = {}
     for row in recent:
-        for name, part in sorted(row["devices"].items()):
-            is_folded = part["progress"] == Progress.FOLDED.value
-            if part["reason"] and (is_folded or part.get("kind") == FailureKind.OUTLIER):
-                reasons_by_device.setdefault(name, []).append(part["reason"])
+        for name, device_part in sorted(row["devices"].items()):
+            is_folded = device_part["progress"] == Progress.FOLDED.value
+            if device_part["reason"] and (is_folded or device_part.get("kind") == FailureKind.OUTLIER):
+                reasons_by_device.setdefault(name, []).append(device_part["reason"])
     for name, reasons in sorted(reasons_by_device.items(), key=lambda item: -len(item[1]))[:MAX_NAMES_SHOWN]:
         yield note(
             "outlying-device",
@@ -256,10 +256,10 @@ def _foreseen(plan: Mapping[str, Any] | None) -> float | None:
     return sum(map(float, seconds)) if all(isinstance(v, (int, float)) for v in seconds) else None
 
 
-def _is_late(part: Mapping[str, Any]) -> bool:
-    if part["progress"] == Progress.FOLDED.value:
+def _is_late(device_part: Mapping[str, Any]) -> bool:
+    if device_part["progress"] == Progress.FOLDED.value:
         return False
-    return part.get("kind") == FailureKind.LATE or not part["reason"]
+    return device_part.get("kind") == FailureKind.LATE or not device_part["reason"]
 
 
 def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:

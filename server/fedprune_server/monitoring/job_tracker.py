@@ -83,7 +83,9 @@ class JobTracker:
     def _write(self, entry: Mapping[str, Any], notes: RoundNotes, without: Collection[str] = ()) -> None:
         if self._began is None:
             self._began = entry["at"]  # a server keeps no earlier time of its job
-        notes.updates = sum(part["progress"] == Progress.FOLDED.value for part in entry["devices"].values())
+        notes.updates = sum(
+            device_part["progress"] == Progress.FOLDED.value for device_part in entry["devices"].values()
+        )
         row = round_row(entry, notes, self._began, self._kind)
         values = self._rows.row(row)
         self._tracking.write(

@@ -138,8 +138,8 @@ class _JobMetrics:
         self._round_at: float | None = None
         self.shown_at = -FIGURES_INTERVAL_S
         # Series that begin at zero: a rate of one that appears with its first count misses that count.
-        for part in PARTS:
-            metrics.seconds.labels(job, part)
+        for round_part in PARTS:
+            metrics.seconds.labels(job, round_part)
         for reason in (kind.value for kind in FailureKind):
             metrics.refused.labels(job, reason)
         for metric in (metrics.counted, metrics.closed, metrics.stale, metrics.save, metrics.turn):
@@ -147,15 +147,15 @@ class _JobMetrics:
 
     def count(self, event: object, at: float) -> None:
         """Count something that has happened at a time."""
-        if (part := begun(event)) is not None:
+        if (timed_part := begun(event)) is not None:
             if isinstance(event, do.Score):
                 self._round_at = at
             if isinstance(event, (do.SendOffer, do.PullUpdate)):  # a repeated one continues what the first began
-                self._begun.setdefault(part, at)
+                self._begun.setdefault(timed_part, at)
             else:
-                self._begun[part] = at
-        elif (part := ended(event)) is not None and (begun_at := self._begun.pop(part, None)) is not None:
-            self._all.seconds.labels(self._job, part[0]).observe(max(0.0, at - begun_at))
+                self._begun[timed_part] = at
+        elif (timed_part := ended(event)) is not None and (begun_at := self._begun.pop(timed_part, None)) is not None:
+            self._all.seconds.labels(self._job, timed_part[0]).observe(max(0.0, at - begun_at))
         match event:
             case on.UpdateRejected() | on.OfferRefused():
                 for name in OF_DEVICES:
@@ -170,12 +170,12 @@ class _JobMetrics:
     def _count_round(self, summary: Mapping[str, Any], at: float) -> None:
         job, metrics = self._job, self._all
         metrics.closed.labels(job).inc()
-        for part in summary["devices"].values():
-            if part["progress"] == Progress.FOLDED.value:
+        for device_part in summary["devices"].values():
+            if device_part["progress"] == Progress.FOLDED.value:
                 metrics.counted.labels(job).inc()
-                metrics.stale.labels(job).observe(float(part.get("staleness", 0)))
-            elif part["reason"]:
-                metrics.refused.labels(job, part.get("kind") or FailureKind.OTHER.value).inc()
+                metrics.stale.labels(job).observe(float(device_part.get("staleness", 0)))
+            elif device_part["reason"]:
+                metrics.refused.labels(job, device_part.get("kind") or FailureKind.OTHER.value).inc()
             else:
                 metrics.refused.labels(job, FailureKind.LATE.value).inc()
         for name, value in summary["metrics"].items():

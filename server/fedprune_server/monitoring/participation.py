@@ -125,22 +125,22 @@ class Participation:
                 self._rounds_away[name] += 1
         if self._away_rounds:
             self._away = {name for name, count in self._rounds_away.items() if count >= self._away_rounds}
-        for name, part in summary["devices"].items():
-            self._count_failure(name, part, summary["round"])
+        for name, device_part in summary["devices"].items():
+            self._count_failure(name, device_part, summary["round"])
 
     def _is_connected(self, name: str) -> bool:
         return name in self._seen.fleet.connected
 
-    def _count_failure(self, name: str, part: Mapping[str, Any], number: int) -> None:
-        kind = part.get("kind", "")
-        if part["progress"] == Progress.FOLDED.value:
+    def _count_failure(self, name: str, device_part: Mapping[str, Any], number: int) -> None:
+        kind = device_part.get("kind", "")
+        if device_part["progress"] == Progress.FOLDED.value:
             self._failures.pop(name, None)
             return
-        is_late = not part["reason"] or kind == FailureKind.LATE
+        is_late = not device_part["reason"] or kind == FailureKind.LATE
         if kind in _BLAMELESS_FAILURES or (is_late and self._seen.closes_early):
             return
         if not is_late:
-            alert_kind, reason = FAILING, one_line(part["reason"], _MAX_REASON_LENGTH)
+            alert_kind, reason = FAILING, one_line(device_part["reason"], _MAX_REASON_LENGTH)
         elif self._is_offline(name):
             alert_kind, reason = AWAY, f"it was offline when the deadline of round {number} passed"
         else:

@@ -109,9 +109,9 @@ def round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: float, ju
         judge: The metric by which models are judged.
     """
     metrics, devices = entry["metrics"], entry["devices"]
-    delivered_parts = {n: part for n, part in devices.items() if part["progress"] == "folded"}
-    served_scores = {n: served(part["metrics"], judge) for n, part in delivered_parts.items()}
-    names = sorted(set().union(*(part["metrics"] for part in delivered_parts.values())) - MEASURED)
+    delivered_parts = {n: device_part for n, device_part in devices.items() if device_part["progress"] == "folded"}
+    served_scores = {n: served(device_part["metrics"], judge) for n, device_part in delivered_parts.items()}
+    names = sorted(set().union(*(device_part["metrics"] for device_part in delivered_parts.values())) - MEASURED)
     return RoundRow(
         round=entry["round"],
         at=entry["at"] - started_at,
@@ -122,7 +122,7 @@ def round_row(entry: Mapping[str, Any], notes: RoundNotes, started_at: float, ju
         down=notes.down,
         up=notes.up,
         own={m: {n: p["metrics"][m] for n, p in delivered_parts.items() if m in p["metrics"]} for m in names},
-        density={n: part["density"] for n, part in delivered_parts.items() if "density" in part},
+        density={n: device_part["density"] for n, device_part in delivered_parts.items() if "density" in device_part},
         measured={k: metrics[k] for k in PRIVACY if k in metrics} | notes.measured,
         spent={n: list(v) for n, v in sorted(notes.devices.items())},
         updates=notes.updates,
@@ -149,7 +149,11 @@ class RoundScores:
 
 def round_scores(entry: Mapping[str, Any], metric: str) -> RoundScores:
     """The scores of a round in a job's history, by the metric of this name."""
-    folded = [part.get("metrics", {}) for part in entry["devices"].values() if part["progress"] == "folded"]
+    folded = [
+        device_part.get("metrics", {})
+        for device_part in entry["devices"].values()
+        if device_part["progress"] == "folded"
+    ]
     before, after = f"{metric}_before", f"{metric}_{TRAINED}"
     # Means over the same boards, so that their difference is what training changed.
     pairs = [(m[before], m[after]) for m in folded if before in m and after in m] or [(math.nan, math.nan)]

@@ -95,11 +95,15 @@ class _JobTraces:
     def _end_round(self, summary: Mapping[str, Any], now: float) -> None:
         """End the round's span, and those of devices that it didn't wait for."""
         counted_updates = 0
-        for name, part in summary["devices"].items():
-            counted_updates += part["progress"] == Progress.FOLDED.value
+        for name, device_part in summary["devices"].items():
+            counted_updates += device_part["progress"] == Progress.FOLDED.value
             for span_name in (*OF_DEVICES, _DEVICE):
                 self._end(
-                    span_name, name, now, reason=part["reason"], outcome=outcome(part["progress"], part.get("kind", ""))
+                    span_name,
+                    name,
+                    now,
+                    reason=device_part["reason"],
+                    outcome=outcome(device_part["progress"], device_part.get("kind", "")),
                 )
         if self._round is not None and summary["round"] == self._number:
             self._round.set_attribute("fedprune.counted", counted_updates)
@@ -120,9 +124,9 @@ class _JobTraces:
         mark_job(self._job, trace_id=f"{self._round.get_span_context().trace_id:032x}")
 
     def _finish_round(self, now: float | None) -> None:
-        for part in ("score", "close", "evaluate"):
+        for round_part in ("score", "close", "evaluate"):
             if now is not None:
-                self._end(part, "", now)
+                self._end(round_part, "", now)
         if self._round is not None:
             self._round.end(None if now is None else _ns(now))
         self._round = None
@@ -134,15 +138,15 @@ class _JobTraces:
         attributes = {"fedprune.device": name, "fedprune.attempt": attempt}
         self._open[_DEVICE, name] = self._span(_DEVICE, self._round, number, now, attributes)
 
-    def _begin(self, part: str, name: str, now: float, *, restart: bool = True) -> None:
-        if (part, name) in self._open:
+    def _begin(self, span_name: str, name: str, now: float, *, restart: bool = True) -> None:
+        if (span_name, name) in self._open:
             if not restart:
                 return
-            self._end(part, name, now)
+            self._end(span_name, name, now)
         parent = self._open.get((_DEVICE, name)) if name else self._round
         if parent is not None:
-            self._open[part, name] = self._span(
-                part, parent, self._number, now, {"fedprune.device": name} if name else {}
+            self._open[span_name, name] = self._span(
+                span_name, parent, self._number, now, {"fedprune.device": name} if name else {}
             )
 
     def _span(
@@ -152,8 +156,8 @@ class _JobTraces:
         attributes: dict[str, Any] = {"fedprune.job": self._job, "fedprune.round": number, **further_attributes}
         return self._tracer.start_span(name, context, attributes=attributes, start_time=_ns(now))
 
-    def _end(self, part: str, name: str, now: float, *, reason: str = "", outcome: str = "") -> None:
-        span = self._open.pop((part, name), None)
+    def _end(self, span_name: str, name: str, now: float, *, reason: str = "", outcome: str = "") -> None:
+        span = self._open.pop((span_name, name), None)
         if span is None:
             return
         if outcome:
@@ -163,8 +167,8 @@ class _JobTraces:
         span.end(_ns(now))
 
     def _end_all(self, now: float) -> None:
-        for part, name in list(self._open):
-            self._end(part, name, now)
+        for span_name, name in list(self._open):
+            self._end(span_name, name, now)
         self._finish_round(now)
 
 

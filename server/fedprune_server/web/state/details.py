@@ -51,14 +51,14 @@ def details(runner: JobRunner, name: str, unix_now: float) -> DeviceDetails:
         plan_row = {"density": device.density, "binding": binding, "limits": {}}
     history: list[dict[str, Any]] = []
     for summary in reversed(runner.state.history[-_ROUNDS:]):
-        part = summary["devices"].get(name)
-        if part is not None and len(history) < _PARTS:
+        device_part = summary["devices"].get(name)
+        if device_part is not None and len(history) < _PARTS:
             history.append(
                 {
                     "round": summary["round"], "at": summary["at"],
-                    "progress": outcome(part["progress"], part.get("kind", "")),
-                    "density": min(1.0, max(0.0, float(part["density"]))), "samples": part["samples"],
-                    "metrics": part["metrics"], "reason": one_line(part["reason"], 300),
+                    "progress": outcome(device_part["progress"], device_part.get("kind", "")),
+                    "density": min(1.0, max(0.0, float(device_part["density"]))), "samples": device_part["samples"],
+                    "metrics": device_part["metrics"], "reason": one_line(device_part["reason"], 300),
                 }
             )  # fmt: skip
     return DeviceDetails(
@@ -132,9 +132,9 @@ def _last_metrics(runner: JobRunner, name: str) -> dict[str, Any]:
     device = runner.state.devices.get(name)
     widths = [] if device is None else list(device.widths)
     for summary in reversed(runner.state.history[-_ROUNDS:]):
-        part = summary["devices"].get(name)
-        if part is not None and part["progress"] == "folded" and part.get("widths") == widths:
-            return dict(part["metrics"])
+        device_part = summary["devices"].get(name)
+        if device_part is not None and device_part["progress"] == "folded" and device_part.get("widths") == widths:
+            return dict(device_part["metrics"])
     return {}
 
 

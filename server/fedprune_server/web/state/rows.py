@@ -112,19 +112,21 @@ def finished_round(
         previous_end: When the previous one ended, in seconds since 1970; None if unknown.
         traffic: Bytes to and from devices since then; None if unknown.
     """
-    parts = list(summary["devices"].values())
-    reasons = Counter(one_line(str(p["reason"]), 150) or "?" for p in parts if p["progress"] == Progress.REFUSED.value)
+    device_parts = list(summary["devices"].values())
+    reasons = Counter(
+        one_line(str(p["reason"]), 150) or "?" for p in device_parts if p["progress"] == Progress.REFUSED.value
+    )
     if len(reasons) > 100:  # a reason may hold a number, so that every board has one of its own
         reasons = Counter(dict(reasons.most_common(100)))
-    staleness_values = [float(p["staleness"]) for p in parts if isinstance(p.get("staleness"), (int, float))]
+    staleness_values = [float(p["staleness"]) for p in device_parts if isinstance(p.get("staleness"), (int, float))]
     return FinishedRound(
         job=job,
         round=summary["round"],
         at=summary["at"],
         seconds=None if previous_end is None else max(0.0, summary["at"] - previous_end),
         metrics=dict(list(summary["metrics"].items())[:64]),
-        counted=sum(p["progress"] == Progress.FOLDED.value for p in parts) if parts else None,
-        devices=len(parts) or None,
+        counted=sum(p["progress"] == Progress.FOLDED.value for p in device_parts) if device_parts else None,
+        devices=len(device_parts) or None,
         refused=dict(reasons),
         bytes_down=None if traffic is None else traffic[0],
         bytes_up=None if traffic is None else traffic[1],
