@@ -87,9 +87,9 @@ def with_adapters(model: Model, lora: Lora) -> bytes:
     nodes: list[Node] = []
     for node in graph.nodes:
         nodes.append(node)
-        found = next((n for n in chosen if node.outputs[0] in layers[n]), None)
-        if found is not None:
-            nodes += _adapter(graph, node, found, scale)
+        weight = next((n for n in chosen if node.outputs[0] in layers[n]), None)
+        if weight is not None:
+            nodes += _adapter(graph, node, weight, scale)
     graph.nodes[:] = nodes
     base = list(model.tensors)
     graph.metadata[PARAMETERS_KEY] = json.dumps([*base, *adapters])
@@ -104,8 +104,8 @@ def _layers(model: Model) -> dict[str, dict[str, bool]]:
     """
     weights = {t.name for t in model.architecture.tensors if len(t.shape) == 2}
     turned: dict[str, str] = {}
-    found: dict[str, dict[str, bool]] = {}
-    other: set[str] = set()
+    layers: dict[str, dict[str, bool]] = {}
+    read_elsewhere: set[str] = set()
     for node in model.graph.nodes:
         if node.op == "Transpose" and node.inputs[0] in weights and node.attrs.get("perm") in (None, [1, 0]):
             turned[node.outputs[0]] = node.inputs[0]
@@ -118,11 +118,11 @@ def _layers(model: Model) -> dict[str, dict[str, bool]]:
             if name not in weights:
                 continue
             if not straight or i != 1:
-                other.add(name)
+                read_elsewhere.add(name)
                 continue
             flips = (value in turned) + bool(node.attrs.get("transB", 0))
-            found.setdefault(name, {})[node.outputs[0]] = flips % 2 == 0
-    return {n: uses for n, uses in found.items() if n not in other and len(set(uses.values())) == 1}
+            layers.setdefault(name, {})[node.outputs[0]] = flips % 2 == 0
+    return {n: uses for n, uses in layers.items() if n not in read_elsewhere and len(set(uses.values())) == 1}
 
 
 def _chosen(layers: list[str], patterns: Sequence[str]) -> list[str]:
@@ -149,8 +149,8 @@ def _tensors(name: str, uses: Mapping[str, bool], shape: Sequence[int], lora: Lo
     return {_named(name, _A): first, _named(name, _B): np.zeros((outputs, lora.rank), np.float32)}
 
 
-def _named(weight: str, part: str) -> str:
-    return f"{weight.removesuffix('.weight')}.{part}.weight"
+def _named(weight: str, matrix: str) -> str:
+    return f"{weight.removesuffix('.weight')}.{matrix}.weight"
 
 
 def _adapter(graph: Graph, node: Node, weight: str, scale: float) -> list[Node]:
@@ -158,12 +158,12 @@ def _adapter(graph: Graph, node: Node, weight: str, scale: float) -> list[Node]:
     start, output = len(graph.nodes), node.outputs[0]
     node.outputs[0] = graph.fresh(output)
     value = node.inputs[0]
-    for part in (_A, _B):
-        turned = graph.emit("Transpose", _named(weight, part), attrs={"perm": [1, 0]})
+    for matrix in (_A, _B):
+        turned = graph.emit("Transpose", _named(weight, matrix), attrs={"perm": [1, 0]})
         value = graph.emit("MatMul", value, turned)
-        if part == _A and scale != 1:
+        if matrix == _A and scale != 1:
             value = graph.emit("Mul", value, graph.scalar(scale))
     graph.emit("Add", node.outputs[0], value, out=output)
-    made = graph.nodes[start:]
+    adapter_nodes = graph.nodes[start:]
     del graph.nodes[start:]
-    return made
+    return adapter_nodes

@@ -46,15 +46,15 @@ def check_nodes(graph: Graph) -> None:
             _check_missing(graph, node)
 
 
-def check_indices(graph: Graph, seen: Trace) -> None:
+def check_indices(graph: Graph, trace: Trace) -> None:
     """Make sure that constant indices are within range; raises `ModelError` if one isn't."""
     for node in graph.nodes:
-        places = graph.initializers.get(node.inputs[1]) if node.op in _INDEXED and len(node.inputs) > 1 else None
-        if places is None or not places.size or node.domain:
+        indices = graph.initializers.get(node.inputs[1]) if node.op in _INDEXED and len(node.inputs) > 1 else None
+        if indices is None or not indices.size or node.domain:
             continue
-        dims, axis = seen.dims(node.inputs[0]), int(node.attrs.get("axis", 0))
+        dims, axis = trace.dims(node.inputs[0]), int(node.attrs.get("axis", 0))
         size = dims[axis] if -len(dims) <= axis < len(dims) else None
-        low, high = int(places.min()), int(places.max())
+        low, high = int(indices.min()), int(indices.max())
         if size is not None and not -size <= low <= high < size:
             raise ModelError(
                 f"an index of {_label(node)}", expected=f"from {-size} to {size - 1}", got=high if high >= size else low
@@ -78,11 +78,11 @@ def _label(node: Node) -> str:
 
 
 _TOLERANCE = 1e-4
+# Batch sizes at which outputs are compared. At the first one shapes are compared, too.
 _BATCHES = (2, 1, 8)
-"""Batch sizes at which outputs are compared. At the first one shapes are compared, too."""
 
+# Elements in all values of one sample above which the last batch size is left out, since it would take seconds.
 _LARGE = 2**22
-"""Elements in all values of one sample above which the last batch size is left out, since it would take seconds."""
 
 _SHAPE = "shape~of~"
 
@@ -96,28 +96,28 @@ def compare(original: Original, graph: Graph, softmax: str) -> None:
         original: The model as it came.
         softmax: The operator that was removed from the end, if any.
     """
-    known = inferred(graph, _BATCHES[0])
+    inference = inferred(graph, _BATCHES[0])
     values = [o for n in graph.nodes for o in n.outputs if o]
     probe = graph.copy()
     for value in values:
         probe.emit("Shape", value, out=_SHAPE + value)
-        probe.outputs.append(Port(_SHAPE + value, np.dtype(np.int64), (len(known.shapes[value]),)))
+        probe.outputs.append(Port(_SHAPE + value, np.dtype(np.int64), (len(inference.shapes[value]),)))
     after = Session(probe.to_bytes())
-    large = sum(math.prod(known.shapes[v]) for v in values) > _BATCHES[0] * _LARGE
+    large = sum(math.prod(inference.shapes[v]) for v in values) > _BATCHES[0] * _LARGE
     for batch in _BATCHES[:2] if large else _BATCHES:
         x = sample_feeds(graph, batch, seed=batch)[X]
         old = original.run(x)
-        wanted = [LOGITS, *(_SHAPE + v for v in values)] if batch == _BATCHES[0] else [LOGITS]
-        found = after.run({X: x}, wanted)
+        output_names = [LOGITS, *(_SHAPE + v for v in values)] if batch == _BATCHES[0] else [LOGITS]
+        outputs = after.run({X: x}, output_names)
         try:
-            _check_close(old, found[LOGITS], softmax, batch)
+            _check_close(old, outputs[LOGITS], softmax, batch)
         except ModelError as error:
             rounding = quantising_node(graph)
             raise error if rounding is None else quantisation_error(rounding) from error
-        for value in values if len(wanted) > 1 else ():
-            shape = tuple(found[_SHAPE + value].tolist())
-            if shape != known.shapes[value]:
-                raise ModelError(f"shape of value {value}", expected=known.shapes[value], got=shape)
+        for value in values if len(output_names) > 1 else ():
+            shape = tuple(outputs[_SHAPE + value].tolist())
+            if shape != inference.shapes[value]:
+                raise ModelError(f"shape of value {value}", expected=inference.shapes[value], got=shape)
 
 
 def _check_close(old: npt.NDArray[np.float32], new: npt.NDArray[np.float32], softmax: str, batch: int) -> None:

@@ -36,12 +36,12 @@ class ModelChanges:
 
 def compare_models(before: bytes, after: bytes) -> ModelChanges:
     """The differences of a model's file from an earlier one, as `read_source` gives them."""
-    (old, old_tensors, old_own), (new, new_tensors, new_own) = _split(before), _split(after)
+    (old, old_tensors, old_user_graphs), (new, new_tensors, new_user_graphs) = _split(before), _split(after)
     tensors = {
         n for n in old_tensors.keys() & new_tensors.keys() if old_tensors[n].tobytes() != new_tensors[n].tobytes()
     }
-    own = [key in new_own and new_own[key] != old_own.get(key) for key in _OWN]
-    return ModelChanges(old != new, frozenset(tensors), *own)
+    user_graphs_changed = [key in new_user_graphs and new_user_graphs[key] != old_user_graphs.get(key) for key in _OWN]
+    return ModelChanges(old != new, frozenset(tensors), *user_graphs_changed)
 
 
 def drawn_tensors(source: str, raw: bytes, names: frozenset[str], read: Callable[[], bytes]) -> frozenset[str]:
@@ -67,14 +67,14 @@ def _numbers(tensor: Any) -> npt.NDArray[Any]:
 def _split(raw: bytes) -> tuple[bytes, dict[str, npt.NDArray[Any]], dict[str, str]]:
     """A model's file in parts: everything but values, the values of its tensors, and loss and metric."""
     proto = parse(raw, whole=False)
-    own = {p.key: p.value for p in proto.metadata_props if p.key in _OWN}
-    others = [p for p in proto.metadata_props if p.key not in _OWN]
+    user_graphs = {p.key: p.value for p in proto.metadata_props if p.key in _OWN}
+    other_properties = [p for p in proto.metadata_props if p.key not in _OWN]
     del proto.metadata_props[:]
-    proto.metadata_props.extend(others)
+    proto.metadata_props.extend(other_properties)
     tensors = {}
     for tensor in proto.graph.initializer:
         tensors[tensor.name] = onnx.numpy_helper.to_array(tensor)
         shape, kind, name = list(tensor.dims), tensor.data_type, tensor.name
         tensor.CopyFrom(onnx.TensorProto(name=name, dims=shape, data_type=kind))
     graph: bytes = proto.SerializeToString(deterministic=True)
-    return graph, tensors, own
+    return graph, tensors, user_graphs

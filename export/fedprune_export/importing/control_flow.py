@@ -18,7 +18,7 @@ CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 _DEEPEST = 20  # control flow within control flow
 
 
-def without_control_flow(model: onnx.ModelProto, opset: int, most: int) -> None:
+def without_control_flow(model: onnx.ModelProto, opset: int, max_nodes: int) -> None:
     """Inline branches on constants and unroll loops of a fixed length; the model is changed.
 
     Control flow that depends on data stays, and is refused by name later.
@@ -26,7 +26,7 @@ def without_control_flow(model: onnx.ModelProto, opset: int, most: int) -> None:
     Raises `ModelError` if there would be more than `most` operators, or control flow is nested too deeply.
     """
     for _ in range(_DEEPEST):
-        writer = _ControlFlow(model, opset, most)
+        writer = _ControlFlow(model, opset, max_nodes)
         writer.write()
         if not writer.taken:
             return
@@ -36,9 +36,9 @@ def without_control_flow(model: onnx.ModelProto, opset: int, most: int) -> None:
 class _ControlFlow(GraphWriter):
     """Inlines and unrolls one level of control flow."""
 
-    def __init__(self, model: onnx.ModelProto, opset: int, most: int) -> None:
+    def __init__(self, model: onnx.ModelProto, opset: int, max_nodes: int) -> None:
         super().__init__(model, opset)
-        self._most, self._left = most, most - len(model.graph.node)
+        self._most, self._left = max_nodes, max_nodes - len(model.graph.node)
         self.taken = 0
 
     def take(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
@@ -46,11 +46,11 @@ class _ControlFlow(GraphWriter):
         rule = {"If": self._if, "Loop": self._loop, "Scan": self._scan}.get(node.op_type)
         if rule is None or node.domain not in ("", "ai.onnx"):
             return [node]
-        found = rule(node, {a.name: helper.get_attribute_value(a) for a in node.attribute})
-        if found is None:
+        replacement = rule(node, {a.name: helper.get_attribute_value(a) for a in node.attribute})
+        if replacement is None:
             return [node]
         self.taken += 1
-        return found
+        return replacement
 
     def _if(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
         condition = self._known(node.input[0]) if len(node.input) == 1 else None
@@ -64,48 +64,48 @@ class _ControlFlow(GraphWriter):
         return self._written(branch, self._adopted(branch, prefix), {}, prefix, node.output)
 
     def _loop(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
-        count, going, *states = [*node.input, "", ""][: max(2, len(node.input))]
+        count, condition, *states = [*node.input, "", ""][: max(2, len(node.input))]
         body, trips = _body(node, attrs), self._known(count) if count else None
-        on = self._known(going) if going else np.array(True)
+        starts = self._known(condition) if condition else np.array(True)
         _check_one("number of turns", node, trips)
-        _check_one("condition", node, on)
-        wanted = 2 + len(states), 1 + len(node.output)
-        if (len(body.input), len(body.output)) != wanted:
+        _check_one("condition", node, starts)
+        counts = 2 + len(states), 1 + len(node.output)
+        if (len(body.input), len(body.output)) != counts:
             raise ModelError(
                 f"the body of Loop {shown(node.name)}",
-                expected=f"{wanted[0]} inputs and {wanted[1]} outputs",
+                expected=f"{counts[0]} inputs and {counts[1]} outputs",
                 got=f"{len(body.input)} and {len(body.output)}",
             )
-        if trips is None or on is None or not self._goes_on(body):
+        if trips is None or starts is None or not self._goes_on(body):
             return None
-        times = max(0, int(trips.reshape(-1)[0])) if on.reshape(-1)[0] else 0
+        times = max(0, int(trips.reshape(-1)[0])) if starts.reshape(-1)[0] else 0
 
-        def fed(turn: int) -> tuple[list[onnx.NodeProto], list[str]]:
-            made = [self._constant(np.array(turn, np.int64), f"{node.output[0]}.{turn}.turn")]
-            made.append(self._constant(np.array(True), f"{node.output[0]}.{turn}.on"))
-            return made, [n.output[0] for n in made]
+        def turn_inputs(turn: int) -> tuple[list[onnx.NodeProto], list[str]]:
+            nodes = [self._constant(np.array(turn, np.int64), f"{node.output[0]}.{turn}.turn")]
+            nodes.append(self._constant(np.array(True), f"{node.output[0]}.{turn}.on"))
+            return nodes, [n.output[0] for n in nodes]
 
-        return self._turns(node, body, times, states, fed, skipped=1, axes=[0] * len(body.output))
+        return self._turns(node, body, times, states, turn_inputs, skipped=1, axes=[0] * len(body.output))
 
     def _scan(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
         body, count = _body(node, attrs), int(attrs.get("num_scan_inputs", 0))
         if self._opset < 9:
             return None
-        kept = len(node.input) - count
-        made = len(node.output) - kept
+        state_count = len(node.input) - count
+        stacked_count = len(node.output) - state_count
         lists = {
             name: list(attrs.get(name, [0] * size))
             for size, *names in (
                 (count, "scan_input_axes", "scan_input_directions"),
-                (made, "scan_output_axes", "scan_output_directions"),
+                (stacked_count, "scan_output_axes", "scan_output_directions"),
             )
             for name in names
         }
         if (
             not 0 < count <= len(node.input)
-            or made < 0
+            or stacked_count < 0
             or (len(body.input), len(body.output)) != (len(node.input), len(node.output))
-            or any(len(values) != (count if "input" in name else made) for name, values in lists.items())
+            or any(len(values) != (count if "input" in name else stacked_count) for name, values in lists.items())
         ):
             raise ModelError(
                 f"Scan {shown(node.name)}",
@@ -113,7 +113,7 @@ class _ControlFlow(GraphWriter):
                 got=f"{count} of {len(node.input)} inputs to go through, {len(node.output)} outputs, "
                 f"and a body with {len(body.input)} and {len(body.output)}",
             )
-        states, scanned = list(node.input)[:kept], list(node.input)[kept:]
+        states, scanned = list(node.input)[:state_count], list(node.input)[state_count:]
         axes = lists["scan_input_axes"]
         lengths = {self._size(name, axis) for name, axis in zip(scanned, axes, strict=True)}
         times = lengths.pop()
@@ -122,17 +122,17 @@ class _ControlFlow(GraphWriter):
         self._check_turns(node, body, times)
         backward = lists["scan_input_directions"]
         stem = node.output[0]
-        parts = [[self._names.fresh(f"{stem}.{k}.part{t}") for t in range(times)] for k in range(count)]
+        elements = [[self._names.fresh(f"{stem}.{k}.part{t}") for t in range(times)] for k in range(count)]
         before: list[onnx.NodeProto] = []
-        for name, axis, names in zip(scanned, axes, parts, strict=True):
+        for name, axis, names in zip(scanned, axes, elements, strict=True):
             before += self._apart(name, axis, names)
 
-        def fed(turn: int) -> tuple[list[onnx.NodeProto], list[str]]:
-            return [], [p[-1 - turn if b else turn] for p, b in zip(parts, backward, strict=True)]
+        def turn_inputs(turn: int) -> tuple[list[onnx.NodeProto], list[str]]:
+            return [], [p[-1 - turn if b else turn] for p, b in zip(elements, backward, strict=True)]
 
-        out_axes = [0] * kept + lists["scan_output_axes"]
-        out_backward = [0] * kept + lists["scan_output_directions"]
-        turns = self._turns(node, body, times, states, fed, skipped=0, axes=out_axes, backward=out_backward)
+        out_axes = [0] * state_count + lists["scan_output_axes"]
+        out_backward = [0] * state_count + lists["scan_output_directions"]
+        turns = self._turns(node, body, times, states, turn_inputs, skipped=0, axes=out_axes, backward=out_backward)
         return None if turns is None else before + turns
 
     def _turns(
@@ -141,7 +141,7 @@ class _ControlFlow(GraphWriter):
         body: onnx.GraphProto,
         times: int,
         states: Sequence[str],
-        fed: Any,
+        turn_inputs: Any,
         *,
         skipped: int,
         axes: Sequence[int],
@@ -150,31 +150,35 @@ class _ControlFlow(GraphWriter):
         """Unroll a body: states pass from one iteration to the next, the other outputs are stacked.
 
         Args:
-            fed: Gives what a turn reads besides the states: nodes, and the names that they make.
+            turn_inputs: Returns what one iteration reads besides the states: nodes, and the names of their outputs.
             skipped: How many outputs of the body come before the states.
-            axes: Along which axis each output is put together.
+            axes: The axis along which each output is stacked.
         """
         self._check_turns(node, body, times)
         self._left -= times * max(1, len(body.node))
-        kept, further = len(states), len(body.output) - skipped - len(states)
-        if not times and further:
+        state_count, stacked_count = len(states), len(body.output) - skipped - len(states)
+        if not times and stacked_count:
             return None
         stem = f"{node.output[0]}."
-        own, out, now = self._adopted(body, stem), list[onnx.NodeProto](), list(states)
-        rows: list[list[str]] = [[] for _ in range(further)]
+        tensor_names, out, current_states = self._adopted(body, stem), list[onnx.NodeProto](), list(states)
+        rows: list[list[str]] = [[] for _ in range(stacked_count)]
         for turn in range(times):
             prefix = f"{stem}{turn}."
-            nodes, given = fed(turn)
+            nodes, turn_names = turn_inputs(turn)
             # A loop's turn comes before its states, a scan's parts behind them.
-            read = [*given, *now] if skipped else [*now, *given]
+            read = [*turn_names, *current_states] if skipped else [*current_states, *turn_names]
             inputs = {port.name: name for port, name in zip(body.input, read, strict=True)}
             results = [self._names.fresh(f"{prefix}out{i}") for i in range(len(body.output))]
-            out += nodes + self._written(body, own, inputs, prefix, results)
-            now = results[skipped : skipped + kept]
-            for row, name in zip(rows, results[skipped + kept :], strict=True):
+            out += nodes + self._written(body, tensor_names, inputs, prefix, results)
+            current_states = results[skipped : skipped + state_count]
+            for row, name in zip(rows, results[skipped + state_count :], strict=True):
                 row.append(name)
-        out += [helper.make_node("Identity", [a], [b]) for a, b in zip(now, node.output[:kept], strict=True) if b]
-        for i, (row, target) in enumerate(zip(rows, node.output[kept:], strict=True), kept):
+        out += [
+            helper.make_node("Identity", [a], [b])
+            for a, b in zip(current_states, node.output[:state_count], strict=True)
+            if b
+        ]
+        for i, (row, target) in enumerate(zip(rows, node.output[state_count:], strict=True), state_count):
             if target:
                 out += self._together(row[::-1] if backward and backward[i] else row, axes[i], target)
         return out
@@ -196,7 +200,7 @@ class _ControlFlow(GraphWriter):
     def _written(
         self,
         body: onnx.GraphProto,
-        own: Mapping[str, str],
+        tensor_names: Mapping[str, str],
         inputs: Mapping[str, str],
         prefix: str,
         targets: Sequence[str],
@@ -204,13 +208,18 @@ class _ControlFlow(GraphWriter):
         """A body's nodes under names of their own.
 
         Args:
-            own: New names of its tensors.
-            inputs: What its inputs are.
-            targets: What its outputs are called.
+            tensor_names: The new names of its tensors.
+            inputs: The values that its inputs stand for.
+            targets: The names of its outputs.
         """
-        made = dict.fromkeys(o for n in body.node for o in n.output if o)
-        moved = {b.name: o for b, o in zip(body.output, targets, strict=True) if b.name in made and o}
-        names = {**own, **inputs, **moved, **{o: self._names.fresh(prefix + o) for o in made if o not in moved}}
+        value_names = dict.fromkeys(o for n in body.node for o in n.output if o)
+        result_names = {b.name: o for b, o in zip(body.output, targets, strict=True) if b.name in value_names and o}
+        names = {
+            **tensor_names,
+            **inputs,
+            **result_names,
+            **{o: self._names.fresh(prefix + o) for o in value_names if o not in result_names},
+        }
         out = [onnx.NodeProto() for _ in body.node]
         for copy, inner in zip(out, body.node, strict=True):
             copy.CopyFrom(inner)
@@ -223,15 +232,15 @@ class _ControlFlow(GraphWriter):
 
     def _goes_on(self, body: onnx.GraphProto) -> bool:
         """Whether the condition that a loop's body ends with is always true."""
-        made = {o: n for n in body.node for o in n.output}
+        makers = {o: n for n in body.node for o in n.output}
         tensors = {t.name: t for t in body.initializer}
         name = body.output[0].name
-        while name in made and made[name].op_type == "Identity":
-            name = made[name].input[0]
+        while name in makers and makers[name].op_type == "Identity":
+            name = makers[name].input[0]
         if name == body.input[1].name:
             return True
-        if name in made:
-            values = [a.t for a in made[name].attribute if made[name].op_type == "Constant" and a.name == "value"]
+        if name in makers:
+            values = [a.t for a in makers[name].attribute if makers[name].op_type == "Constant" and a.name == "value"]
             return any(read_tensor(value).all() for value in values)
         constant = tensors.get(name) or self._tensors.get(name)
         return constant is not None and bool(read_tensor(constant).all())

@@ -20,8 +20,8 @@ Array = npt.NDArray[Any]
 _MOST_STEPS = 200  # operators that a length or condition is computed with
 _LARGE = 4096  # bytes of a tensor whose numbers are no sizes
 
+# Trial values for sizes that the file leaves open: a result that is equal for both doesn't depend on them.
 _SIZES = (3, 5)
-"""Trial values for sizes that the file leaves open: a result that is equal for both doesn't depend on them."""
 
 
 class Names:
@@ -79,19 +79,21 @@ class GraphWriter:
         name = self._names.fresh(name)
         return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name))
 
-    def _apart(self, name: str, axis: int, parts: Sequence[str]) -> list[onnx.NodeProto]:
+    def _apart(self, name: str, axis: int, elements: Sequence[str]) -> list[onnx.NodeProto]:
         """A value's slices along an axis, with the axis removed."""
-        rows = [self._names.fresh(f"{p}.row") for p in parts]
-        out = self._listing("Split", name, "split", [1] * len(parts), rows, axis=axis)
-        for row, part in zip(rows, parts, strict=True):
-            out += self._listing("Squeeze", row, "axes", [axis], [part])
+        rows = [self._names.fresh(f"{p}.row") for p in elements]
+        out = self._listing("Split", name, "split", [1] * len(elements), rows, axis=axis)
+        for row, element in zip(rows, elements, strict=True):
+            out += self._listing("Squeeze", row, "axes", [axis], [element])
         return out
 
-    def _together(self, parts: Sequence[str], axis: int, target: str) -> list[onnx.NodeProto]:
+    def _together(self, elements: Sequence[str], axis: int, target: str) -> list[onnx.NodeProto]:
         """Stack values along a new axis."""
-        rows = [self._names.fresh(f"{p}.row") for p in parts]
+        rows = [self._names.fresh(f"{p}.row") for p in elements]
         out = [
-            n for p, row in zip(parts, rows, strict=True) for n in self._listing("Unsqueeze", p, "axes", [axis], [row])
+            n
+            for p, row in zip(elements, rows, strict=True)
+            for n in self._listing("Unsqueeze", p, "axes", [axis], [row])
         ]
         return [*out, helper.make_node("Concat", rows, [target], axis=axis)]
 
@@ -118,11 +120,11 @@ class GraphWriter:
     def _known(self, name: str) -> Array | None:
         """A value that doesn't depend on data, computed from constants and known sizes; None for any other."""
         try:
-            found = [self._computed(name, size) for size in _SIZES]
+            trials = [self._computed(name, size) for size in _SIZES]
         except ModelError:  # operators that make no sense, or a value that would be huge
             return None
-        same = all(f is not None and found[0] is not None and np.array_equal(f, found[0]) for f in found)
-        return found[0] if same else None
+        same = all(f is not None and trials[0] is not None and np.array_equal(f, trials[0]) for f in trials)
+        return trials[0] if same else None
 
     def _computed(self, name: str, free: int) -> Array | None:
         """The value with `free` for every size that a file leaves open; None if it depends on something else."""
@@ -149,19 +151,19 @@ class GraphWriter:
     def _steps(self, name: str) -> list[onnx.NodeProto] | None:
         """The nodes that compute a value from sizes and constants, in order; None if it depends on data, or on many."""
         nodes: dict[int, onnx.NodeProto] = {}
-        waiting = [name]
-        while waiting:
-            value = waiting.pop()
-            place = self._makers.get(value)
-            if place is None:
+        pending = [name]
+        while pending:
+            value = pending.pop()
+            index = self._makers.get(value)
+            if index is None:
                 if value not in self._tensors:
                     return None
-            elif place not in nodes:
+            elif index not in nodes:
                 if len(nodes) >= _MOST_STEPS:
                     return None
-                node = nodes[place] = self._graph.node[place]
-                waiting += [] if node.op_type in SOURCES else [i for i in node.input if i]
-        return [nodes[place] for place in sorted(nodes)]
+                node = nodes[index] = self._graph.node[index]
+                pending += [] if node.op_type in SOURCES else [i for i in node.input if i]
+        return [nodes[index] for index in sorted(nodes)]
 
 
 def inferred(model: onnx.ModelProto) -> dict[str, list[int | None]]:

@@ -16,11 +16,11 @@ from fedprune_export.importing import metadata
 from fedprune_export.importing.model_file import parse, read_model_file
 
 GRAPH, WEIGHTS, CONFIG, CARD = "model.onnx", "model.safetensors", "config.json", "README.md"
+# Files of a repository on the hub: the graph, torch's state dict, facts for programs, and the model card.
 FILES = (GRAPH, WEIGHTS, CONFIG, CARD)
-"""Files of a repository on the hub: the graph, torch's state dict, facts for programs, and the model card."""
 
+# The counter of torch's batch norms, next to their statistics; a graph has no such tensor.
 COUNTER = "num_batches_tracked"
-"""The counter of torch's batch norms, next to their statistics; a graph has no such tensor."""
 
 _MOST_CONFIG = 2**20
 _LONGEST_NAME = 100
@@ -96,24 +96,24 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _fill(proto: onnx.ModelProto, tensors: dict[str, Any], where: Path) -> None:
     """Put weights at their places in a graph. Raises `ModelError` if they are not the graph's."""
     texts = metadata.read(proto)
-    held = {t.name: t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
-    listed = metadata.names(texts, metadata.PARAMETERS_KEY, set(held))
-    others = {name for names in metadata.tied(texts).values() for name in names} | set(metadata.unused(texts))
+    initializers = {t.name: t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    listed = metadata.names(texts, metadata.PARAMETERS_KEY, set(initializers))
+    further_names = {name for names in metadata.tied(texts).values() for name in names} | set(metadata.unused(texts))
     for name, value in tensors.items():
-        if name not in held:
-            if name in others or name.rpartition(".")[2] == COUNTER:
+        if name not in initializers:
+            if name in further_names or name.rpartition(".")[2] == COUNTER:
                 continue
             raise ModelError(
                 f"{where} has a tensor {shown(name)}", expected=f"weights of {GRAPH} alone", hint="Save both again."
             )
-        sizes = tuple(held[name].dims)
+        sizes = tuple(initializers[name].dims)
         if value.shape != sizes or value.dtype != np.float32:
             raise ModelError(
                 f"{where}: tensor {shown(name)}",
                 expected=f"float32 {shape_text(*sizes)}",
                 got=f"{value.dtype} {shape_text(*value.shape)}",
             )
-        held[name].CopyFrom(onnx.numpy_helper.from_array(value, name))
+        initializers[name].CopyFrom(onnx.numpy_helper.from_array(value, name))
     lacking = next((name for name in listed or () if name not in tensors), None)
     if lacking is not None:
         raise ModelError(f"{where}: tensor {lacking}", expected="a weight", got="nothing", hint="Save both again.")

@@ -18,6 +18,7 @@ MOST_NODES = 40_000  # operators of a model, with functions inlined; more would 
 
 _DEEPEST = 20  # functions that call functions
 
+# Operators that are replaced by the standard's own definition of them, and what it consists of.
 BY_DEFINITION = {
     "AffineGrid": "products with a grid of places",
     "Attention": "products, Softmax and reshapes",
@@ -27,7 +28,6 @@ BY_DEFINITION = {
     "SoftmaxCrossEntropyLoss": "LogSoftmax and GatherElements",
     "Swish": "a product with Sigmoid",
 }
-"""Operators that are replaced by the standard's own definition of them, and what it consists of."""
 
 
 def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -47,17 +47,17 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     if operators & BY_DEFINITION.keys():
         model = _defined(model)
         operators = {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")}
-    grouped = 18 <= opset < 21 and "GroupNormalization" in operators
-    written = operators & (CONTROL_FLOW | SEQUENCE_OPERATORS)
-    if not grouped and (model.functions or written):
+    has_old_group_norm = 18 <= opset < 21 and "GroupNormalization" in operators
+    unsupported = operators & (CONTROL_FLOW | SEQUENCE_OPERATORS)
+    if not has_old_group_norm and (model.functions or unsupported):
         check(model)
-    if not grouped and not written:
+    if not has_old_group_norm and not unsupported:
         return model
     out = onnx.ModelProto()
     out.CopyFrom(model)
     if operators & CONTROL_FLOW:
         without_control_flow(out, opset, MOST_NODES)
-    if grouped:
+    if has_old_group_norm:
         _per_group(out.graph)
     if any(n.op_type in SEQUENCE_OPERATORS for n in out.graph.node):
         without_sequences(out, opset)
@@ -114,9 +114,9 @@ def _defined(model: onnx.ModelProto) -> onnx.ModelProto:
             f"{operators} can't be written by its definition ({reason(error)})", hint="Export the model at opset 18."
         ) from error
     tensors = {tensor.name for tensor in model.graph.initializer}
-    kept = [value for value in out.graph.value_info if value.name not in tensors]
+    inner_values = [value for value in out.graph.value_info if value.name not in tensors]
     del out.graph.value_info[:]
-    out.graph.value_info.extend(kept)
+    out.graph.value_info.extend(inner_values)
     return out
 
 
@@ -133,7 +133,7 @@ def _per_group(graph: onnx.GraphProto) -> None:
             continue
         x, scale, bias = node.input
         target_name, apart, normal, shape = (
-            names.fresh(f"{node.output[0]}.group_{part}") for part in ("target", "apart", "normal", "shape")
+            names.fresh(f"{node.output[0]}.group_{suffix}") for suffix in ("target", "apart", "normal", "shape")
         )
         target = np.array([0, int(attrs.get("num_groups", 0)), -1], np.int64)
         graph.initializer.append(numpy_helper.from_array(target, target_name))

@@ -15,11 +15,11 @@ from fedprune.model.lengths import LENGTH, Lengths, Shape, at_most, fits, free_a
 from fedprune_export.importing import metadata
 from fedprune_export.ir.graph import Graph, Port
 
+# Key of a file's metadata that holds [name, axis of one sample, least length] of the input whose length varies.
 INPUT_KEY = "fedprune.free_input"
-"""Key of a file's metadata that holds [name, axis of one sample, least length] of the input whose length varies."""
 
+# Inputs that the graph computes: 1 at places of a sample and 0 at padded ones [N, length], and lengths [N].
 MASK, LENGTHS = "mask", "lengths"
-"""Inputs that the graph computes: 1 at places of a sample and 0 at padded ones [N, length], and lengths [N]."""
 
 
 def read_shape(sizes: object, where: str = "input_shape") -> Shape:
@@ -28,7 +28,7 @@ def read_shape(sizes: object, where: str = "input_shape") -> Shape:
     Raises `ModelError` if it is something else.
     """
     instance(where, sizes, (list, tuple), "a list of sizes", error=ModelError)
-    found = tuple(
+    shape = tuple(
         Lengths.parse(size, ModelError)
         if isinstance(size, str)
         else size
@@ -36,9 +36,9 @@ def read_shape(sizes: object, where: str = "input_shape") -> Shape:
         else whole(f"{where}: a size", size, 1, error=ModelError)
         for size in (sizes if isinstance(sizes, (list, tuple)) else ())
     )
-    if sum(isinstance(size, Lengths) for size in found) > 1:
-        raise ModelError(where, expected="at most one length between bounds", got=shape_text(*found))
-    return found
+    if sum(isinstance(size, Lengths) for size in shape) > 1:
+        raise ModelError(where, expected="at most one length between bounds", got=shape_text(*shape))
+    return shape
 
 
 def free_input(shapes: Mapping[str, Shape]) -> tuple[str, int, int] | None:
@@ -61,12 +61,12 @@ def bind(proto: onnx.ModelProto, shape: Shape) -> None:
 
     Raises `ModelError` if the model has no such axis, or another shape.
     """
-    held = {t.name for t in proto.graph.initializer}
-    given = [i for i in proto.graph.input if i.name not in held]
-    axis, wanted = free_axis(shape), [i for i in given if i.name not in (MASK, LENGTHS)]
+    initializer_names = {t.name for t in proto.graph.initializer}
+    inputs = [i for i in proto.graph.input if i.name not in initializer_names]
+    axis, data_inputs = free_axis(shape), [i for i in inputs if i.name not in (MASK, LENGTHS)]
     free = [
         i
-        for i in wanted
+        for i in data_inputs
         if len(i.type.tensor_type.shape.dim) == len(shape) + 1 and not isinstance(_dims(i)[(axis or 0) + 1], int)
     ]
     sizes = at_most(shape)
@@ -74,20 +74,20 @@ def bind(proto: onnx.ModelProto, shape: Shape) -> None:
         raise ModelError(
             "the input whose length varies",
             expected=f"one input {shape_text('n', *shape)} with a free axis {(axis or 0) + 1}",
-            got=", ".join(f"{shown(i.name)} {shape_text(*_dims(i))}" for i in wanted),
+            got=", ".join(f"{shown(i.name)} {shape_text(*_dims(i))}" for i in data_inputs),
         )
     if not fits([d if isinstance(d, int) else int(sizes[a] or 0) for a, d in enumerate(_dims(free[0])[1:])], sizes):
         raise ModelError("the shape of one sample", expected=shape_text(*_dims(free[0])[1:]), got=shape_text(*shape))
-    symbol, most = free[0].type.tensor_type.shape.dim[axis + 1].dim_param, int(sizes[axis] or 0)
-    for value in given:
-        for place, dim in enumerate(value.type.tensor_type.shape.dim[1:], 1):
-            own = value is free[0] and place == axis + 1
-            if own or (dim.dim_param and dim.dim_param == symbol) or (value.name == MASK and place == 1):
-                dim.dim_value = most
+    symbol, max_length = free[0].type.tensor_type.shape.dim[axis + 1].dim_param, int(sizes[axis] or 0)
+    for value in inputs:
+        for position, dim in enumerate(value.type.tensor_type.shape.dim[1:], 1):
+            is_free = value is free[0] and position == axis + 1
+            if is_free or (dim.dim_param and dim.dim_param == symbol) or (value.name == MASK and position == 1):
+                dim.dim_value = max_length
     del proto.graph.value_info[:]
     bounds = shape[axis]
-    least = bounds.least if isinstance(bounds, Lengths) else 1
-    metadata.write(proto, {INPUT_KEY: json.dumps([free[0].name, axis, least])})
+    min_length = bounds.least if isinstance(bounds, Lengths) else 1
+    metadata.write(proto, {INPUT_KEY: json.dumps([free[0].name, axis, min_length])})
 
 
 def compute_lengths(graph: Graph, notes: list[str]) -> None:
@@ -96,30 +96,39 @@ def compute_lengths(graph: Graph, notes: list[str]) -> None:
     text = graph.metadata.pop(INPUT_KEY, None)
     if text is None:
         return
-    port, axis, least = _named(graph, text)
-    most = port.shape[axis + 1]
+    port, axis, min_length = _named(graph, text)
+    max_length = port.shape[axis + 1]
     first = len(graph.nodes)
-    cleaned = _cleaned(graph, port, axis)
-    filled = [p for p in graph.inputs if p.name in (MASK, LENGTHS) and p is not port]
-    for other in filled:
-        shape = (most,) if other.name == MASK else ()
-        if other.dtype is None or tuple(other.shape[1:]) != shape or other.dtype.kind not in "fib":
-            got = f"{other.dtype} {shape_text(*other.shape)}"
-            raise ModelError(f"input {other.name}", expected=f"numbers {shape_text('n', *shape)}", got=got)
-        value = cleaned
-        if other.name == LENGTHS:
-            whole_ = graph.emit("Cast", cleaned, attrs={"to": onnx.TensorProto.INT64})
-            value = graph.emit("ReduceSum", whole_, graph.ints(1), attrs={"keepdims": 0})
-        graph.emit("Cast", value, attrs={"to": onnx.helper.np_dtype_to_tensor_dtype(other.dtype)}, out=other.name)
-    graph.inputs[:] = [p for p in graph.inputs if p not in filled]
+    real = _cleaned(graph, port, axis)
+    computed_ports = [p for p in graph.inputs if p.name in (MASK, LENGTHS) and p is not port]
+    for computed_port in computed_ports:
+        shape = (max_length,) if computed_port.name == MASK else ()
+        if (
+            computed_port.dtype is None
+            or tuple(computed_port.shape[1:]) != shape
+            or computed_port.dtype.kind not in "fib"
+        ):
+            got = f"{computed_port.dtype} {shape_text(*computed_port.shape)}"
+            raise ModelError(f"input {computed_port.name}", expected=f"numbers {shape_text('n', *shape)}", got=got)
+        value = real
+        if computed_port.name == LENGTHS:
+            ones = graph.emit("Cast", real, attrs={"to": onnx.TensorProto.INT64})
+            value = graph.emit("ReduceSum", ones, graph.ints(1), attrs={"keepdims": 0})
+        graph.emit(
+            "Cast",
+            value,
+            attrs={"to": onnx.helper.np_dtype_to_tensor_dtype(computed_port.dtype)},
+            out=computed_port.name,
+        )
+    graph.inputs[:] = [p for p in graph.inputs if p not in computed_ports]
     if len(graph.inputs) > 1:
         got = metadata.shown_names([p.name for p in graph.inputs])
         raise ModelError("inputs next to one whose length varies", expected=f"{MASK} or {LENGTHS} alone", got=got)
     graph.nodes[:] = [*graph.nodes[first:], *graph.nodes[:first]]
-    graph.metadata[LENGTH] = json.dumps([axis, least])
-    computed = " and ".join(p.name for p in filled)
+    graph.metadata[LENGTH] = json.dumps([axis, min_length])
+    computed = " and ".join(p.name for p in computed_ports)
     rest = f"the graph computes {computed}" if computed else "the model reads neither mask nor lengths"
-    notes.append(f"Samples of input {port.name} are {least:,} to {most:,} long; {rest}.")
+    notes.append(f"Samples of input {port.name} are {min_length:,} to {max_length:,} long; {rest}.")
 
 
 def _cleaned(graph: Graph, port: Port, axis: int) -> str:
@@ -132,17 +141,17 @@ def _cleaned(graph: Graph, port: Port, axis: int) -> str:
     cleaned = graph.emit("Where", real, port.name, zero)
     for node in graph.nodes[:-2]:
         node.inputs = [cleaned if name == port.name else name for name in node.inputs]
-    others = [a for a in range(1, len(port.shape)) if a != axis + 1]
-    if not others:
+    other_axes = [a for a in range(1, len(port.shape)) if a != axis + 1]
+    if not other_axes:
         return real
-    count = len(others)
-    ends = graph.ints(*[0] * count), graph.ints(*[1] * count), graph.ints(*others)
-    return graph.emit("Squeeze", graph.emit("Slice", real, *ends), graph.ints(*others))
+    count = len(other_axes)
+    ends = graph.ints(*[0] * count), graph.ints(*[1] * count), graph.ints(*other_axes)
+    return graph.emit("Squeeze", graph.emit("Slice", real, *ends), graph.ints(*other_axes))
 
 
 def _named(graph: Graph, text: str) -> tuple[Port, int, int]:
     try:
-        name, axis, least = json.loads(text)
+        name, axis, min_length = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"metadata {INPUT_KEY}", expected="[name, axis, length]", got=shown(text)) from error
     port = next((p for p in graph.inputs if p.name == name), None)
@@ -150,8 +159,8 @@ def _named(graph: Graph, text: str) -> tuple[Port, int, int]:
         got = shown(name) if port is None else f"{shown(name)} of {port.dtype}"
         raise ModelError("the input whose length varies", expected="an input of float32 or int64", got=got)
     axis = whole(f"metadata {INPUT_KEY}: axis", axis, 0, len(port.shape) - 2, error=ModelError)
-    most = whole("size of the axis whose length varies", port.shape[axis + 1], 1, error=ModelError)
-    return port, axis, whole(f"metadata {INPUT_KEY}: length", least, 1, most, error=ModelError)
+    max_length = whole("size of the axis whose length varies", port.shape[axis + 1], 1, error=ModelError)
+    return port, axis, whole(f"metadata {INPUT_KEY}: length", min_length, 1, max_length, error=ModelError)
 
 
 def _dims(value: onnx.ValueInfoProto) -> list[Any]:

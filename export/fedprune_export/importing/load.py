@@ -133,13 +133,13 @@ def check_input(source: str, model: Model, input_shape: Sequence[int | str] | No
 
     Raises `ModelError` if it takes another.
     """
-    own = model.architecture.input_shape
+    model_shape = model.architecture.input_shape
     if input_shape is None or INPUTS_KEY in model.graph.metadata:
         return
-    if at_most(read_shape(input_shape)) != own:
+    if at_most(read_shape(input_shape)) != model_shape:
         raise ModelError(
             f"{source}: the shape of one sample",
-            expected=shape_text(*own),
+            expected=shape_text(*model_shape),
             got=shape_text(*input_shape),
             hint="Leave --input-shape (input_shape) out, or export the ONNX file for that shape.",
         )
@@ -162,8 +162,8 @@ def _read(source: str | Path, choices: ImportChoices) -> bytes:
         sizes = None if shape is None else [size for size in shape if isinstance(size, int)]
         if shape is not None and free_axis(shape) is not None:
             raise ModelError(f"{text}: input_shape", expected="sizes", got=shape_text(*shape))
-        module, found = timm_model(network, sizes)
-        return export_torch(module, input_shape=found, name=text)
+        module, input_size = timm_model(network, sizes)
+        return export_torch(module, input_shape=input_size, name=text)
     if _is_factory(text):
         return export_torch(factory_product(text), input_shape=shape, token_ids=choices.token_ids, name=text)
     raw = read_hub_folder(Path(source)) if _is_folder(source) else read_model_file(Path(source))
@@ -193,13 +193,13 @@ def with_choices(raw: bytes, choices: ImportChoices) -> bytes:
     if loss is not None or metric is not None:
         model = _imported(raw, "model", own_loss=loss is not None)
         outputs = model.architecture.output_shape
-        parts = pieces(model.graph.metadata, OUTPUTS_KEY)
+        packed_outputs = pieces(model.graph.metadata, OUTPUTS_KEY)
         if loss is not None:
             with _naming("loss"):
-                raw = embed(raw, LOSS_KEY, read_loss(loss, outputs, parts))
+                raw = embed(raw, LOSS_KEY, read_loss(loss, outputs, packed_outputs))
         if metric is not None:
             with _naming("metric"):
-                raw = embed(raw, METRIC_KEY, read_metric(metric, outputs, parts))
+                raw = embed(raw, METRIC_KEY, read_metric(metric, outputs, packed_outputs))
     if lora is not None:
         raw = with_adapters(_imported(raw, "model"), Lora.parse(lora) if isinstance(lora, str) else lora)
     if base is not None:
@@ -240,8 +240,8 @@ def torch_module(source: str) -> Any:
         return timm_model(network, None)[0]
     if not _is_factory(source):
         return None
-    made = factory_product(source)
-    return made[0] if isinstance(made, tuple) else made
+    product = factory_product(source)
+    return product[0] if isinstance(product, tuple) else product
 
 
 def import_onnx(raw: bytes, name: str, choices: ImportChoices = NO_CHOICES) -> Model:
@@ -272,33 +272,37 @@ def _as_model_errors() -> Iterator[None]:
 
 
 def _built(raw: bytes, name: str, own_loss: bool) -> Model:
-    given = parse(raw, whole=False)
-    proto = prepared(given)
-    if proto is given:
+    file_model = parse(raw, whole=False)
+    proto = prepared(file_model)
+    if proto is file_model:
         check(raw)
     else:
         _check_prepared(proto)
-    texts, held = metadata.read(proto), _tensors(proto)
-    listed = metadata.names(texts, metadata.PARAMETERS_KEY, held)
-    frozen = metadata.names(texts, metadata.FROZEN_KEY, held) or ()
-    chosen = _preferred(texts.get(metadata.PREFER_KEY, "coarse"))
-    given_names = None if listed is None else frozenset(listed)
-    normal = normalise(proto, given_names, raw, own_loss=own_loss or LOSS_KEY in texts)
-    still = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
+    texts, tensor_names = metadata.read(proto), _tensors(proto)
+    listed = metadata.names(texts, metadata.PARAMETERS_KEY, tensor_names)
+    frozen = metadata.names(texts, metadata.FROZEN_KEY, tensor_names) or ()
+    prefer = _preferred(texts.get(metadata.PREFER_KEY, "coarse"))
+    parameter_names = None if listed is None else frozenset(listed)
+    normal = normalise(proto, parameter_names, raw, own_loss=own_loss or LOSS_KEY in texts)
+    frozen_names = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     precision = texts.get(metadata.BASE_KEY)
-    uncut = kept(normal.parameters, still) if precision is None else frozenset(still)
-    found = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=chosen, kept=uncut)
+    uncut = kept(normal.parameters, frozen_names) if precision is None else frozenset(frozen_names)
+    analysis = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=prefer, kept=uncut)
     tied = metadata.tied(texts)
     unused = metadata.unused(texts)
     training_notes = metadata.training_notes(texts)
-    said = [*metadata.note_of_tied(tied), *metadata.note_of_unused(unused), *training_notes]
-    notes = tuple(dict.fromkeys([*said, *normal.notes, *found.notes]))
-    before = metadata.original_names(texts)
-    names = {new: before.get(old, old) for old, new in normal.names.items() if new in normal.parameters}
-    names |= {name: own for name, own in before.items() if name in normal.parameters and name not in names}
+    import_notes = [*metadata.note_of_tied(tied), *metadata.note_of_unused(unused), *training_notes]
+    notes = tuple(dict.fromkeys([*import_notes, *normal.notes, *analysis.notes]))
+    author_names = metadata.original_names(texts)
+    names = {new: author_names.get(old, old) for old, new in normal.names.items() if new in normal.parameters}
+    names |= {
+        name: author_name
+        for name, author_name in author_names.items()
+        if name in normal.parameters and name not in names
+    }
     facts = {
         metadata.PARAMETERS_KEY: list(normal.parameters),
-        metadata.FROZEN_KEY: still,
+        metadata.FROZEN_KEY: frozen_names,
         metadata.TIED_KEY: {normal.names.get(k, k): v for k, v in tied.items()},
         metadata.UNUSED_KEY: unused,
         metadata.NAMES_KEY: names,
@@ -306,26 +310,26 @@ def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     }
     packing = {k: v for k, v in normal.graph.metadata.items() if k in (INPUTS_KEY, OUTPUTS_KEY, LENGTH, AXES_KEY)}
     normal.graph.metadata = packing | {key: json.dumps(fact) for key, fact in facts.items() if fact}
-    if chosen != "coarse":
-        normal.graph.metadata[metadata.PREFER_KEY] = chosen
-    ranks = metadata.ranks(texts, found.architecture)
+    if prefer != "coarse":
+        normal.graph.metadata[metadata.PREFER_KEY] = prefer
+    ranks = metadata.ranks(texts, analysis.architecture)
     if ranks is not None:
         normal.graph.metadata[RANKS_KEY] = texts[RANKS_KEY]
     elif RANKS_KEY in texts:
         notes += ("The recorded ranks are of other groups of channels, and don't count.",)
-    architecture, base = found.architecture, None
+    architecture, base = analysis.architecture, None
     if precision is not None:
-        base, architecture = chosen_base(normal.graph, architecture, still, precision)
+        base, architecture = chosen_base(normal.graph, architecture, frozen_names, precision)
         normal.graph.metadata[metadata.BASE_KEY] = precision
-    own = {key: embedded(key, texts[key]) for key in (LOSS_KEY, METRIC_KEY) if key in texts}
-    normal.graph.metadata |= {key: texts[key] for key in own}
-    outputs = found.architecture.output_shape
+    user_graphs = {key: embedded(key, texts[key]) for key in (LOSS_KEY, METRIC_KEY) if key in texts}
+    normal.graph.metadata |= {key: texts[key] for key in user_graphs}
+    outputs = analysis.architecture.output_shape
     with _naming("loss"):
-        loss = import_loss(own[LOSS_KEY], outputs) if LOSS_KEY in own else None
+        loss = import_loss(user_graphs[LOSS_KEY], outputs) if LOSS_KEY in user_graphs else None
     with _naming("metric"):
-        metric = import_metric(own[METRIC_KEY], outputs) if METRIC_KEY in own else None
+        metric = import_metric(user_graphs[METRIC_KEY], outputs) if METRIC_KEY in user_graphs else None
         check_labels(loss, metric)
-    model = Model(normal.graph, architecture, notes, found.values, still, base, loss, metric, ranks=ranks)
+    model = Model(normal.graph, architecture, notes, analysis.values, frozen_names, base, loss, metric, ranks=ranks)
     vars(model)["trace"] = normal.trace  # the cached property: nothing is traced twice
     return model
 
@@ -359,10 +363,10 @@ def _choose(proto: onnx.ModelProto, choices: ImportChoices) -> None:
     if choices.output is not None:
         _choose_output(proto, choices.output)
     if choices.parameters is not None:
-        held = _tensors(proto)
+        tensor_names = _tensors(proto)
         listed = texts("parameters", choices.parameters, error=ModelError)
-        checked = metadata.checked(listed, held, "the list of parameters")
-        metadata.write(proto, {metadata.PARAMETERS_KEY: json.dumps(checked)})
+        parameters = metadata.checked(listed, tensor_names, "the list of parameters")
+        metadata.write(proto, {metadata.PARAMETERS_KEY: json.dumps(parameters)})
     if choices.prefer is not None:
         metadata.write(proto, {metadata.PREFER_KEY: choices.prefer})
 
@@ -380,10 +384,10 @@ def _choose_output(proto: onnx.ModelProto, output: str) -> None:
             raise ModelError(f"value {shown(output)} can't be the output", expected="a value whose shape is known")
         sizes: list[int | str | None] = ["N" if i == 0 and d is None else d for i, d in enumerate(dims)]
         value = onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, sizes)
-    kept = onnx.ValueInfoProto()
-    kept.CopyFrom(value)
+    chosen_output = onnx.ValueInfoProto()
+    chosen_output.CopyFrom(value)
     del proto.graph.output[:]
-    proto.graph.output.append(kept)
+    proto.graph.output.append(chosen_output)
 
 
 def _is_factory(text: str) -> bool:

@@ -25,11 +25,11 @@ FROZEN_KEY = "fedprune.frozen"  # lists those of them that the author froze
 
 BASE_KEY = "fedprune.base"  # the precision in which frozen weights are stored
 
+# Names of the author's parameters that the forward pass doesn't use, and which the model therefore lacks.
 UNUSED_KEY = "fedprune.unused"
-"""Names of the author's parameters that the forward pass doesn't use, and which the model therefore lacks."""
 
+# The author's names of tensors that have others here, because theirs are reserved (`lr`), by the names here.
 NAMES_KEY = "fedprune.names"
-"""The author's names of tensors that have others here, because theirs are reserved (`lr`), by the names here."""
 
 TRAINING_NOTES_KEY = "fedprune.training_notes"  # on what of a torch module's training mode has no part in training
 
@@ -51,10 +51,10 @@ def write(model: onnx.ModelProto, texts: Mapping[str, str]) -> None:
         model.metadata_props.add(key=key, value=value)
 
 
-def names(texts: Mapping[str, str], key: str, held: AbstractSet[str]) -> tuple[str, ...] | None:
+def names(texts: Mapping[str, str], key: str, tensor_names: AbstractSet[str]) -> tuple[str, ...] | None:
     """A list of tensor names, or None. Raises `ModelError` if it is no list of names, or a tensor isn't held."""
     listed = _decoded(texts, key, None, "a list of tensor names", _is_texts)
-    return None if listed is None else checked(listed, held, f"metadata {key}")
+    return None if listed is None else checked(listed, tensor_names, f"metadata {key}")
 
 
 def unused(texts: Mapping[str, str]) -> tuple[str, ...]:
@@ -87,13 +87,13 @@ def training_notes(texts: Mapping[str, str]) -> tuple[str, ...]:
 
 def note_of_unused(names: Sequence[str]) -> list[str]:
     """A note on parameters that the forward pass doesn't use."""
-    said = f"The forward pass doesn't use {shown_names(names)}: left as they are, and in no bundle."
-    return [said] if names else []
+    note = f"The forward pass doesn't use {shown_names(names)}: left as they are, and in no bundle."
+    return [note] if names else []
 
 
-def checked(listed: Sequence[str], held: AbstractSet[str], where: str) -> tuple[str, ...]:
+def checked(listed: Sequence[str], tensor_names: AbstractSet[str], where: str) -> tuple[str, ...]:
     """The list, if a model holds all these tensors. Raises `ModelError` if it doesn't."""
-    missing = [n for n in listed if n not in held]
+    missing = [n for n in listed if n not in tensor_names]
     if missing:
         raise ModelError(f"{where} names a tensor that isn't there", got=shown(missing[0]))
     return tuple(listed)
@@ -118,8 +118,8 @@ def tied(texts: Mapping[str, str]) -> dict[str, list[str]]:
 
 def note_of_tied(names: Mapping[str, Sequence[str]]) -> list[str]:
     """A note on tensors that had several names."""
-    said = [f"{k} is {' and '.join(v[:3])} too" for k, v in sorted(names.items())]
-    return [f"Tensors that have several names are one tensor each: {some(said, most=3)}."] if said else []
+    sentences = [f"{k} is {' and '.join(v[:3])} too" for k, v in sorted(names.items())]
+    return [f"Tensors that have several names are one tensor each: {some(sentences, most=3)}."] if sentences else []
 
 
 def ranks_text(architecture: Architecture, ranks: Ranks) -> str:

@@ -123,11 +123,11 @@ def _bytes(tensor: onnx.TensorProto) -> int:
 
 
 def _range(folder: Path, location: str, offset: int, length: int) -> bytes:
-    parts = Path(location).parts
-    if not location or "\0" in location or Path(location).is_absolute() or ".." in parts:
+    path_parts = Path(location).parts
+    if not location or "\0" in location or Path(location).is_absolute() or ".." in path_parts:
         raise ValueError(f"{shown(location)} is not a file in the folder of the model")
     inside = folder.resolve()
-    path = inside.joinpath(*parts)
+    path = inside.joinpath(*path_parts)
     if path.resolve() != path:
         raise ValueError(f"{shown(location)} is a link")
     with open_file(path) as file:

@@ -103,7 +103,7 @@ def normalise(
     check_stored(graph)
     store_as_float32(graph)
     constants = constants_of(model, graph, notes if parameters is None else [])
-    given_inputs, given_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
+    file_inputs, file_outputs = [p.name for p in graph.inputs], [p.name for p in graph.outputs]
     compute_lengths(graph, notes)
     pack_inputs(graph, notes)
     if own_loss:
@@ -111,7 +111,7 @@ def normalise(
     _check_ports(graph)
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     _name_nodes(graph)
-    row = graph.copy()
+    row_graph = graph.copy()
     graph.prune()
     read_dropouts(graph, notes)
     drop_idle(graph)
@@ -123,14 +123,14 @@ def normalise(
     names = _rename(graph, constants, notes)
     listed = set(graph.initializers) - constants if parameters is not None else None
     graph.prune()
-    seen = trace(graph)  # before anything is run: sizes in a file are bounded here
-    check_indices(graph, seen)
-    if seen.dims(LOGITS)[:1] != (None,):
+    graph_trace = trace(graph)  # before anything is run: sizes in a file are bounded here
+    check_indices(graph, graph_trace)
+    if graph_trace.dims(LOGITS)[:1] != (None,):
         refuse_fixed_batch(graph)
-    check_output(graph, seen, {new: old for old, new in names.items()})
-    softmax = "" if own_loss else _drop_output_softmax(graph, seen, notes)
-    original = Original(raw, given_inputs, given_outputs, row)
-    composites = _simplified(graph, seen, constants, notes, LOGITS)
+    check_output(graph, graph_trace, {new: old for old, new in names.items()})
+    softmax = "" if own_loss else _drop_output_softmax(graph, graph_trace, notes)
+    original = Original(raw, file_inputs, file_outputs, row_graph)
+    composites = _simplified(graph, graph_trace, constants, notes, LOGITS)
     if composites:
         notes.append(
             "A norm or activation that was written out in primitives is one operator."
@@ -143,17 +143,17 @@ def normalise(
     if parameters is None:
         untie(graph, constants, notes)
     part_fills(graph, constants)
-    narrow_constants(graph, seen, constants)
+    narrow_constants(graph, graph_trace, constants)
     kinds = find_kinds(graph, constants, listed, notes)
     note_scalars(graph, {names.get(s, s) for s in scalars}, notes)
     check_trainable(graph, kinds)
     _check_finite(graph, kinds)
     name_constants(graph, kinds)
     _name_nodes(graph)
-    seen = trace(graph)
-    _check_types(graph, seen)
+    graph_trace = trace(graph)
+    _check_types(graph, graph_trace)
     compare(original, graph, softmax)
-    return Normalised(graph, kinds, seen, notes, names)
+    return Normalised(graph, kinds, graph_trace, notes, names)
 
 
 def simplified(graph: Graph, constants: set[str], notes: list[str], *, output: str) -> None:
@@ -164,24 +164,24 @@ def simplified(graph: Graph, constants: set[str], notes: list[str], *, output: s
     without_dropout(graph)
     drop_idle(graph)
     graph.prune()
-    seen = trace(graph)
-    check_indices(graph, seen)
-    _simplified(graph, seen, constants, notes, output)
+    graph_trace = trace(graph)
+    check_indices(graph, graph_trace)
+    _simplified(graph, graph_trace, constants, notes, output)
     _name_nodes(graph)
     _check_types(graph, trace(graph))
 
 
-def _simplified(graph: Graph, seen: Trace, constants: set[str], notes: list[str], output: str) -> int:
+def _simplified(graph: Graph, trace: Trace, constants: set[str], notes: list[str], output: str) -> int:
     """Fold constants and write operators in one form each; returns how many composites were found."""
-    _drop_casts(graph, seen)
-    _fold(graph, seen, constants, output)
-    translate(graph, seen, notes)
-    simplify(graph, seen, constants)
-    merge_transpositions(graph, seen)
+    _drop_casts(graph, trace)
+    _fold(graph, trace, constants, output)
+    translate(graph, trace, notes)
+    simplify(graph, trace, constants)
+    merge_transpositions(graph, trace)
     drop_idle(graph)
     graph.prune()
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
-    return find_activations(graph, seen, constants) + find_norms(graph, seen, constants)
+    return find_activations(graph, trace, constants) + find_norms(graph, trace, constants)
 
 
 def _plain_numbers(graph: Graph) -> set[str]:
@@ -221,13 +221,13 @@ def _check_ports(graph: Graph) -> None:
     sample_input(port, 1)
 
 
-def _drop_casts(graph: Graph, seen: Trace) -> None:
+def _drop_casts(graph: Graph, trace: Trace) -> None:
     """Take out casts to the type that a value already has; what a CastLike takes its type from doesn't matter."""
     outputs = {p.name for p in graph.outputs}
     for node in list(graph.nodes):
         if node.domain or node.op not in ("Cast", "CastLike"):
             continue
-        before, after = seen.dtypes[node.inputs[0]], seen.dtypes[node.outputs[0]]
+        before, after = trace.dtypes[node.inputs[0]], trace.dtypes[node.outputs[0]]
         if before == after:
             bypass(graph, node, outputs)
         elif node.op == "CastLike":
@@ -237,16 +237,16 @@ def _drop_casts(graph: Graph, seen: Trace) -> None:
 
 def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, str]:
     """Give input and output the contract's names, and rename everything that clashes with a reserved name."""
-    taken = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs), graph.inputs[0].name}
+    used_names = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs), graph.inputs[0].name}
     names: dict[str, str] = {}
     renamed: list[str] = []
     for old in [*graph.initializers, *(o for n in graph.nodes for o in n.outputs)]:
         new = old.replace("::", "__")
-        while old and (new in RESERVED or new == "__metadata__" or (new != old and new in taken)):
+        while old and (new in RESERVED or new == "__metadata__" or (new != old and new in used_names)):
             new += "_"
         if new != old:
             names[old] = new
-            taken.add(new)
+            used_names.add(new)
             if old in graph.initializers and old not in constants:
                 renamed.append(f"{old} is called {new}")
     if renamed:
@@ -265,7 +265,7 @@ def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, st
     return names
 
 
-def _drop_output_softmax(graph: Graph, seen: Trace, notes: list[str]) -> str:
+def _drop_output_softmax(graph: Graph, trace: Trace, notes: list[str]) -> str:
     """A softmax over classes at the end belongs to the loss; it doesn't change which class wins. Operators that only
     pass its numbers on may follow it.
 
@@ -275,21 +275,21 @@ def _drop_output_softmax(graph: Graph, seen: Trace, notes: list[str]) -> str:
     followers: list[Node] = []
     last, name = makers.get(LOGITS), LOGITS
     while last is not None and not last.domain and last.op in REARRANGEMENTS | {"Cast", "Clip"}:
-        if seen.dtypes[last.outputs[0]].kind != "f":
+        if trace.dtypes[last.outputs[0]].kind != "f":
             return ""
         followers.append(last)
         name = last.inputs[0]
         last = makers.get(name) if len(readers[name]) == 1 else None
     if last is None or last.domain or last.op not in ("Softmax", "LogSoftmax") or LOGITS in readers:
         return ""
-    if last.inputs[0] not in makers or not seen.shapes[name]:
+    if last.inputs[0] not in makers or not trace.shapes[name]:
         return ""
-    axis: int | None = int(last.attrs.get("axis", -1)) % len(seen.shapes[name])
+    axis: int | None = int(last.attrs.get("axis", -1)) % len(trace.shapes[name])
     clips = [node for node in followers if node.op == "Clip"]
     if any(not _is_wide(graph, clip) for clip in clips) or (clips and last.op == "LogSoftmax"):
         return ""
     for node in reversed(followers):
-        axis = _axis_after(node, axis, seen) if axis is not None else None
+        axis = _axis_after(node, axis, trace) if axis is not None else None
     if axis != 1:
         return ""
     notes.append(f"The {last.op} at the end was removed: the output is logits.")
@@ -301,78 +301,78 @@ def _drop_output_softmax(graph: Graph, seen: Trace, notes: list[str]) -> str:
 def _is_wide(graph: Graph, clip: Node) -> bool:
     """Whether bounds cut off next to nothing of the numbers from 0 to 1."""
     low, high = ([*clip.inputs, "", ""][i] for i in (1, 2))
-    known = all(name in graph.initializers for name in (low, high) if name)
+    are_constant = all(name in graph.initializers for name in (low, high) if name)
     bottom, top = graph.initializers.get(low, np.zeros(1)), graph.initializers.get(high, np.ones(1))
-    return known and bool((bottom <= _NEAR).all() and (top >= 1 - _NEAR).all())
+    return are_constant and bool((bottom <= _NEAR).all() and (top >= 1 - _NEAR).all())
 
 
-def _axis_after(node: Node, axis: int, seen: Trace) -> int | None:
+def _axis_after(node: Node, axis: int, trace: Trace) -> int | None:
     """Where an axis is after a node that passes values on; None if the node merges or splits it."""
     if node.op == "Transpose":
-        rank = len(seen.shapes[node.inputs[0]])
+        rank = len(trace.shapes[node.inputs[0]])
         return list(node.attrs.get("perm", range(rank)[::-1])).index(axis)
-    before, after = seen.shapes[node.inputs[0]], seen.shapes[node.outputs[0]]
+    before, after = trace.shapes[node.inputs[0]], trace.shapes[node.outputs[0]]
     ahead = math.prod(before[:axis])
-    places = [i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == ahead]
-    return places[-1] if places else None
+    candidates = [i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == ahead]
+    return candidates[-1] if candidates else None
 
 
-def _fold(graph: Graph, seen: Trace, constants: set[str], output: str) -> None:
+def _fold(graph: Graph, trace: Trace, constants: set[str], output: str) -> None:
     """Turn what depends neither on the data nor on weights into constants.
 
     Shape arithmetic that doesn't follow the batch is one; it then has full widths, also in a cut graph.
     """
-    known = {n: graph.initializers[n] for n in constants if n in graph.initializers}
-    for name, marks in follow(graph, seen, known, seen.batched).items():
-        if name in seen.integers and not marks.any():
-            known[name] = seen.integers[name]
+    constant_values = {n: graph.initializers[n] for n in constants if n in graph.initializers}
+    for name, marks in follow(graph, trace, constant_values, trace.batched).items():
+        if name in trace.integers and not marks.any():
+            constant_values[name] = trace.integers[name]
     static: set[str] = set()
     for node in graph.nodes:
         reads = [i for i in node.inputs if i]
         if (
             node.op not in RANDOM
             and not is_dropout(node)
-            and all(i in known or i in static for i in reads)
-            and not all(o in known for o in node.outputs if o)
+            and all(i in constant_values or i in static for i in reads)
+            and not all(o in constant_values for o in node.outputs if o)
         ):
             static.update(o for o in node.outputs if o)
     if static:
-        known.update(_evaluate(graph, known, static, seen))
-    found = {o for n in graph.nodes for o in n.outputs if o in known and o != output}
-    graph.nodes = [n for n in graph.nodes if not all(o in found for o in n.outputs if o)]
-    for name in found:
-        graph.initializers[name] = np.array(known[name], order="C")
+        constant_values.update(_evaluate(graph, constant_values, static, trace))
+    folded = {o for n in graph.nodes for o in n.outputs if o in constant_values and o != output}
+    graph.nodes = [n for n in graph.nodes if not all(o in folded for o in n.outputs if o)]
+    for name in folded:
+        graph.initializers[name] = np.array(constant_values[name], order="C")
         constants.add(name)
 
 
-def _evaluate(graph: Graph, known: Mapping[str, Array], static: set[str], seen: Trace) -> dict[str, Array]:
+def _evaluate(graph: Graph, constant_values: Mapping[str, Array], static: set[str], trace: Trace) -> dict[str, Array]:
     names = sorted(static)
-    part = Graph(
-        outputs=[Port(n, seen.dtypes[n], seen.shapes[n]) for n in names],
+    static_graph = Graph(
+        outputs=[Port(n, trace.dtypes[n], trace.shapes[n]) for n in names],
         nodes=[n for n in graph.copy().nodes if any(o in static for o in n.outputs)],
-        initializers=dict(known),
+        initializers=dict(constant_values),
         opset=graph.opset,
     )
-    part.prune()
-    return Session(part.to_bytes()).run({}, names)
+    static_graph.prune()
+    return Session(static_graph.to_bytes()).run({}, names)
 
 
 def _name_nodes(graph: Graph) -> None:
-    seen: set[str] = set()
+    used_names: set[str] = set()
     for node in graph.nodes:
-        if not node.name or node.name in seen:
+        if not node.name or node.name in used_names:
             node.name = node.outputs[0]
-        while node.name in seen:
+        while node.name in used_names:
             node.name += "_"
-        seen.add(node.name)
+        used_names.add(node.name)
 
 
-def _check_types(graph: Graph, seen: Trace) -> None:
+def _check_types(graph: Graph, trace: Trace) -> None:
     for node in graph.nodes:
         for name in node.outputs:
-            if name and seen.dtypes[name] in (np.dtype(np.float16), np.dtype(np.float64)):
+            if name and trace.dtypes[name] in (np.dtype(np.float16), np.dtype(np.float64)):
                 raise ModelError(
-                    f"{node.op} {node.name} computes in {seen.dtypes[name]}",
+                    f"{node.op} {node.name} computes in {trace.dtypes[name]}",
                     expected="float32",
                     hint="Convert the model to float32 before exporting it.",
                 )

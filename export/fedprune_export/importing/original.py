@@ -42,8 +42,8 @@ class Original:
 
     def run(self, x: Array) -> Array:
         """The outputs for samples of the import's input; several lie side by side, as `pack_outputs` puts them."""
-        parts = self._feeder.run({self._row: x}) if self._feeder is not None else {}
-        values = self._session.run({name: parts.get(name, x) for name in self._inputs}, self._outputs)
+        inputs = self._feeder.run({self._row: x}) if self._feeder is not None else {}
+        values = self._session.run({name: inputs.get(name, x) for name in self._inputs}, self._outputs)
         if len(self._outputs) == 1:
             return values[self._outputs[0]]
         return np.concatenate([values[name].reshape(len(x), -1) for name in self._outputs], 1)
@@ -56,17 +56,17 @@ def raw_session(raw: bytes, outputs: list[str]) -> Session:
     unused = [o for o in model.graph.output if o.name not in outputs]
     for value in unused:
         model.graph.output.remove(value)
-    for part in (model.graph, *model.functions):
-        _drop_dead(part)
+    for scope in (model.graph, *model.functions):
+        _drop_dead(scope)
     return Session(model.SerializeToString())
 
 
-def _drop_dead(part: Any) -> set[str]:
+def _drop_dead(scope: Any) -> set[str]:
     """Keep the nodes of a graph or function, and of graphs within, that its outputs depend on. Returns what is read
     from around it."""
-    needed = {o if isinstance(o, str) else o.name for o in part.output}
-    kept = []
-    for node in reversed(part.node):
+    needed = {o if isinstance(o, str) else o.name for o in scope.output}
+    live_nodes = []
+    for node in reversed(scope.node):
         if not needed.intersection(node.output):
             continue
         node.ClearField("name")
@@ -77,9 +77,9 @@ def _drop_dead(part: Any) -> set[str]:
         for attribute in node.attribute:
             for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
                 needed |= _drop_dead(inner)
-        kept.append(node)
-    del part.node[: len(part.node)]
-    part.node.extend(kept[::-1])
-    del part.value_info[:]
-    own = {v if isinstance(v, str) else v.name for v in part.input}
-    return needed - own - {t.name for t in getattr(part, "initializer", ())}
+        live_nodes.append(node)
+    del scope.node[: len(scope.node)]
+    scope.node.extend(live_nodes[::-1])
+    del scope.value_info[:]
+    input_names = {v if isinstance(v, str) else v.name for v in scope.input}
+    return needed - input_names - {t.name for t in getattr(scope, "initializer", ())}

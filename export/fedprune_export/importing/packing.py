@@ -21,8 +21,8 @@ from fedprune.model.step_contract import X
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.trace import trace
 
+# Keys of a graph's metadata that hold names and shapes [[name, [sizes]], ...] of what was laid out side by side.
 INPUTS_KEY, OUTPUTS_KEY = "fedprune.inputs", "fedprune.outputs"
-"""Keys of a graph's metadata that hold names and shapes [[name, [sizes]], ...] of what was laid out side by side."""
 
 _TYPES = {np.dtype(t): int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(t))) for t in (
     np.float32, np.float16, np.int64, np.int32, np.bool_, np.uint8,
@@ -51,25 +51,25 @@ def pack_inputs(graph: Graph, notes: list[str]) -> None:
     them has no free batch, another free axis, or is of a type that isn't read."""
     if len(graph.inputs) < 2:
         return
-    given = sorted(graph.inputs, key=lambda port: port.name)
-    parts = [Piece(port.name, _sizes(port)) for port in given]
-    whole = all(port.dtype in (np.dtype(np.int64), np.dtype(np.int32)) for port in given)
-    kind = np.dtype(np.int64 if whole else np.float32)
+    ports = sorted(graph.inputs, key=lambda port: port.name)
+    pieces = [Piece(port.name, _sizes(port)) for port in ports]
+    are_integers = all(port.dtype in (np.dtype(np.int64), np.dtype(np.int32)) for port in ports)
+    kind = np.dtype(np.int64 if are_integers else np.float32)
     row = graph.fresh(X)
     first, before = len(graph.nodes), 0
-    for port, part in zip(given, parts, strict=True):
-        ends = graph.ints(before), graph.ints(before + part.size)
-        before += part.size
-        own = graph.emit("Slice", row, *ends, graph.ints(1))
+    for port, piece in zip(ports, pieces, strict=True):
+        ends = graph.ints(before), graph.ints(before + piece.size)
+        before += piece.size
+        columns = graph.emit("Slice", row, *ends, graph.ints(1))
         cast = port.dtype != kind
-        shape = graph.ints(*((0, *part.shape) if part.shape else (-1,)))
-        value = graph.emit("Reshape", own, shape, out=None if cast else port.name)
+        shape = graph.ints(*((0, *piece.shape) if piece.shape else (-1,)))
+        value = graph.emit("Reshape", columns, shape, out=None if cast else port.name)
         if cast:
             graph.emit("Cast", value, attrs={"to": _TYPES[port.dtype]}, out=port.name)
     graph.nodes[:] = [*graph.nodes[first:], *graph.nodes[:first]]
     graph.inputs[:] = [Port(row, kind, ("N", before))]
-    graph.metadata[INPUTS_KEY] = _text(parts)
-    notes.append(f"The inputs {_listed(parts)} are parts of one row of {before:,} numbers per sample, in this order.")
+    graph.metadata[INPUTS_KEY] = _text(pieces)
+    notes.append(f"The inputs {_listed(pieces)} are parts of one row of {before:,} numbers per sample, in this order.")
 
 
 def pack_outputs(graph: Graph, notes: list[str]) -> None:
@@ -77,30 +77,30 @@ def pack_outputs(graph: Graph, notes: list[str]) -> None:
     batch alone."""
     if len(graph.outputs) < 2:
         return
-    seen, parts = trace(graph), []
+    graph_trace, pieces = trace(graph), []
     for port in graph.outputs:
-        dims = seen.dims(port.name)
+        dims = graph_trace.dims(port.name)
         if not dims or dims[0] is not None or any(d is None for d in dims[1:]):
             raise ModelError(
                 f"output {shown(port.name)}",
                 expected="float32 [n, ...] with fixed sizes behind the batch",
                 got=shape_text(*("n" if d is None else d for d in dims)),
             )
-        parts.append(Piece(port.name, tuple(d for d in dims[1:] if d is not None)))
-    flat = [graph.emit("Reshape", part.name, graph.ints(0, part.size)) for part in parts]
+        pieces.append(Piece(port.name, tuple(d for d in dims[1:] if d is not None)))
+    flat = [graph.emit("Reshape", piece.name, graph.ints(0, piece.size)) for piece in pieces]
     row = graph.emit("Concat", *flat, attrs={"axis": 1})
-    size = sum(part.size for part in parts)
+    size = sum(piece.size for piece in pieces)
     graph.outputs[:] = [Port(row, np.dtype(np.float32), ("N", size))]
-    graph.metadata[OUTPUTS_KEY] = _text(parts)
-    notes.append(f"The outputs {_listed(parts)} are parts of one row of {size:,} numbers per sample, in this order.")
+    graph.metadata[OUTPUTS_KEY] = _text(pieces)
+    notes.append(f"The outputs {_listed(pieces)} are parts of one row of {size:,} numbers per sample, in this order.")
 
 
-def unpacked(parts: Sequence[Piece]) -> Callable[[Any], list[Any]]:
+def unpacked(pieces: Sequence[Piece]) -> Callable[[Any], list[Any]]:
     """A function that splits rows [n, k] of torch into their parts [n, ...]."""
 
     def split(rows: Any) -> list[Any]:
-        found = rows.split([part.size for part in parts], 1)
-        return [piece.reshape(-1, *part.shape) for piece, part in zip(found, parts, strict=True)]
+        chunks = rows.split([piece.size for piece in pieces], 1)
+        return [chunk.reshape(-1, *piece.shape) for chunk, piece in zip(chunks, pieces, strict=True)]
 
     return split
 
@@ -121,9 +121,9 @@ def _sizes(port: Port) -> tuple[int, ...]:
     return tuple(d for d in sizes if isinstance(d, int))
 
 
-def _text(parts: Sequence[Piece]) -> str:
-    return json.dumps([[part.name, list(part.shape)] for part in parts])
+def _text(pieces: Sequence[Piece]) -> str:
+    return json.dumps([[piece.name, list(piece.shape)] for piece in pieces])
 
 
-def _listed(parts: Sequence[Piece]) -> str:
-    return some([f"{part.name} {shape_text('n', *part.shape)}" for part in parts])
+def _listed(pieces: Sequence[Piece]) -> str:
+    return some([f"{piece.name} {shape_text('n', *piece.shape)}" for piece in pieces])

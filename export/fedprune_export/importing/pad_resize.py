@@ -20,45 +20,45 @@ _EARLY_NEAREST = "simple"  # onnxruntime's name for the rounding of earlier opse
 _NEAR = 1e-4  # how near to a whole or half place a place counts as being there
 
 
-def emit_pad(graph: Graph, node: Node, seen: Trace) -> None:
+def emit_pad(graph: Graph, node: Node, trace: Trace) -> None:
     """Pads of every axis; wrapping round as a concatenation. Raises `ModelError` if pads of some axes are computed."""
     x, pads, value, axes = [*node.inputs, "", "", ""][:4]
-    rank = len(seen.shapes[x])
+    rank = len(trace.shapes[x])
     if axes and pads not in graph.initializers:
         raise ModelError(f"operator Pad ({node.name}) takes computed pads of some axes", expected="constant pads")
     if axes:
         if axes not in graph.initializers:
             raise ModelError(f"operator Pad ({node.name}) takes computed axes", expected="constant axes")
-        which = graph.initializers[axes].reshape(-1).tolist()
-        given = graph.initializers[pads].reshape(2, -1)
+        axis_list = graph.initializers[axes].reshape(-1).tolist()
+        listed_pads = graph.initializers[pads].reshape(2, -1)
         full = np.zeros((2, rank), np.int64)
-        full[:, which] = given
+        full[:, axis_list] = listed_pads
         pads = graph.ints(*full.reshape(-1).tolist())
         node.inputs = [x, pads, value] if value else [x, pads]
     if node.attrs.get("mode") == "wrap":
-        _wrap(graph, node, x, pads, seen)
+        _wrap(graph, node, x, pads, trace)
         return
     graph.nodes.append(node)
 
 
-def _wrap(graph: Graph, node: Node, x: str, pads: str, seen: Trace) -> None:
+def _wrap(graph: Graph, node: Node, x: str, pads: str, trace: Trace) -> None:
     if pads not in graph.initializers:
         raise ModelError(f"operator Pad ({node.name}) takes computed pads", expected="constant pads")
     table = graph.initializers[pads].reshape(2, -1)
     for axis, (before, after) in enumerate(table.T.tolist()):
         if not before and not after:
             continue
-        if seen.batched(x)[axis] if x in seen.shapes else axis == 0:
+        if trace.batched(x)[axis] if x in trace.shapes else axis == 0:
             raise ModelError(f"operator Pad ({node.name}) wraps the batch")
-        size = seen.shapes[node.inputs[0]][axis]
+        size = trace.shapes[node.inputs[0]][axis]
         if not (0 <= before <= size and 0 <= after <= size):
             raise ModelError(f"operator Pad ({node.name}) wraps more than once", expected=f"pads up to {size}")
-        parts = [x]
+        segments = [x]
         if before:
-            parts.insert(0, graph.emit("Slice", x, graph.ints(size - before), graph.ints(size), graph.ints(axis)))
+            segments.insert(0, graph.emit("Slice", x, graph.ints(size - before), graph.ints(size), graph.ints(axis)))
         if after:
-            parts.append(graph.emit("Slice", x, graph.ints(0), graph.ints(after), graph.ints(axis)))
-        x = graph.emit("Concat", *parts, attrs={"axis": axis})
+            segments.append(graph.emit("Slice", x, graph.ints(0), graph.ints(after), graph.ints(axis)))
+        x = graph.emit("Concat", *segments, attrs={"axis": axis})
     graph.emit("Identity", x, out=node.outputs[0])
 
 
@@ -67,14 +67,18 @@ def mark_early_resizes(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         if node.op_type != "Resize" or node.domain not in ("", "ai.onnx"):
             continue
-        kept = [a for a in node.attribute if a.name not in ("coordinate_transformation_mode", "nearest_mode")]
+        other_attributes = [
+            a for a in node.attribute if a.name not in ("coordinate_transformation_mode", "nearest_mode")
+        ]
         del node.attribute[:]
-        node.attribute.extend([*kept, helper.make_attribute("coordinate_transformation_mode", "asymmetric")])
-        if next((a.s for a in kept if a.name == "mode"), b"nearest") == b"nearest":
+        node.attribute.extend(
+            [*other_attributes, helper.make_attribute("coordinate_transformation_mode", "asymmetric")]
+        )
+        if next((a.s for a in other_attributes if a.name == "mode"), b"nearest") == b"nearest":
             node.attribute.append(helper.make_attribute("nearest_mode", _EARLY_NEAREST))
 
 
-def emit_resize(graph: Graph, node: Node, seen: Trace) -> None:
+def emit_resize(graph: Graph, node: Node, trace: Trace) -> None:
     """One scale per axis where these give the same sizes, else what the node has.
 
     Raises `ModelError` if it uses what opset 17 doesn't have.
@@ -82,7 +86,7 @@ def emit_resize(graph: Graph, node: Node, seen: Trace) -> None:
     attrs: dict[str, Any] = node.attrs
     symmetric = attrs.get("coordinate_transformation_mode") == "half_pixel_symmetric"
     if attrs.get("antialias", 0) or symmetric:
-        _emit_products(graph, node, seen)
+        _emit_products(graph, node, trace)
         return
     attrs.pop("antialias", None)
     attrs.pop("keep_aspect_ratio_policy", None)
@@ -90,14 +94,14 @@ def emit_resize(graph: Graph, node: Node, seen: Trace) -> None:
     crop = attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
     if crop and axes is not None:
         raise _no_form(node, "axes of a crop", "all axes")
-    before, after = seen.dims(node.inputs[0]), seen.dims(node.outputs[0])
+    before, after = trace.dims(node.inputs[0]), trace.dims(node.outputs[0])
     scales = graph.initializers.get(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
     if scales is not None and axes is not None:
         full = np.ones(len(before), np.float32)
         full[list(axes)] = scales
         scales = full
     elif scales is None and not crop:
-        scales = _scales(before, after, moving=attrs.get("mode", "nearest") == "nearest")
+        scales = _scales(before, after, jumps=attrs.get("mode", "nearest") == "nearest")
     if attrs.get("nearest_mode") == _EARLY_NEAREST:
         scales = _shrink_early(graph, node, before, after, scales)
     if scales is not None and not crop:
@@ -135,19 +139,19 @@ def _shrink_early(
     return np.where(shrinks, np.float32(1), scales)
 
 
-def _emit_products(graph: Graph, node: Node, seen: Trace) -> None:
+def _emit_products(graph: Graph, node: Node, trace: Trace) -> None:
     """Write a form of resizing that opset 17 lacks as products with one matrix for each of the last two axes.
 
     Raises `ModelError` if other axes are resized, or sizes are computed.
     """
-    x, before, after = node.inputs[0], seen.dims(node.inputs[0]), seen.dims(node.outputs[0])
+    x, before, after = node.inputs[0], trace.dims(node.inputs[0]), trace.dims(node.outputs[0])
     rank = len(before)
     attrs = {k: v for k, v in node.attrs.items() if k not in ("axes", "keep_aspect_ratio_policy")}
     axes = [a % rank for a in node.attrs.get("axes", range(rank))]
     scales = graph.initializers.get(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
     by_axis = dict(zip(axes, scales.reshape(-1).tolist(), strict=True)) if scales is not None else {}
-    kept = all(b == a for b, a in zip(before[: rank - 2], after[: rank - 2], strict=True))
-    if not kept or node.attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+    keeps_leading = all(b == a for b, a in zip(before[: rank - 2], after[: rank - 2], strict=True))
+    if not keeps_leading or node.attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
         raise _no_form(node, "antialias or half_pixel_symmetric", "resizing of the last two axes")
     for axis in range(rank - 2, rank):
         old, new = before[axis], after[axis]
@@ -161,7 +165,7 @@ def _emit_products(graph: Graph, node: Node, seen: Trace) -> None:
 
 
 def _scales(
-    before: tuple[int | None, ...], after: tuple[int | None, ...], *, moving: bool
+    before: tuple[int | None, ...], after: tuple[int | None, ...], *, jumps: bool
 ) -> np.ndarray[Any, Any] | None:
     """Scales that give these sizes; None if there are none that give the same values.
 
@@ -178,8 +182,8 @@ def _scales(
         if int(old * float(out[i])) == new:
             continue
         out[i] = np.nextafter(out[i], np.float32(np.inf))
-        places = np.concatenate([np.arange(1, new) / (new / old), (np.arange(new) + 0.5) / (new / old) - 0.5]) * 2
-        if int(old * float(out[i])) != new or (moving and bool((np.abs(places - np.round(places)) < _NEAR).any())):
+        positions = np.concatenate([np.arange(1, new) / (new / old), (np.arange(new) + 0.5) / (new / old) - 0.5]) * 2
+        if int(old * float(out[i])) != new or (jumps and bool((np.abs(positions - np.round(positions)) < _NEAR).any())):
             return None
     return out
 

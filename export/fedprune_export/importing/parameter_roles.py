@@ -35,8 +35,8 @@ _ROLES = {
     "Mul": {0: "norm_scale", 1: "norm_scale"},
     "Div": {1: "norm_scale"},
 }
+# Operators whose operand may be a weight, but also a table of positions or a normalisation of images.
 _ARITHMETIC = frozenset({"Add", "Sub", "Mul", "Div"})
-"""Operators whose operand may be a weight, but also a table of positions or a normalisation of images."""
 
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "GRU", "LSTM", "MatMul", "RNN"})
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum"})
@@ -75,7 +75,7 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
     Uniform vectors (fresh norms) are merged by value; a matrix that several nodes read is truly tied.
     """
     uses: dict[str, int] = {}
-    taken = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs), *(p.name for p in graph.inputs)}
+    used_names = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs), *(p.name for p in graph.inputs)}
     for node in graph.nodes:
         for i, name in enumerate(node.inputs):
             value = graph.initializers.get(name)
@@ -86,9 +86,9 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
             slope = node.op == "PRelu" and value.size == 1
             if uses[name] > 1 and not slope and np.all(value == value.reshape(-1)[0]):
                 clone = f"{name}_{uses[name]}"
-                while clone in taken:
+                while clone in used_names:
                     clone += "_"
-                taken.add(clone)
+                used_names.add(clone)
                 graph.initializers[clone] = value
                 node.inputs[i] = clone
                 notes.append(f"Tensor {name} was shared; {node.op} {node.name} has its own copy {clone}.")
@@ -106,9 +106,9 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
         notes: Gets a sentence for every tensor that could be a weight and is taken for a constant, and one for all that
             could be constants and are taken for weights.
     """
-    consumers, made = graph.consumers(), graph.from_data()
-    source, producers = _still_input(graph, made), graph.producers()
-    straight: list[str] = []
+    consumers, data_values = graph.consumers(), graph.from_data()
+    rescaled_inputs, producers = _still_input(graph, data_values), graph.producers()
+    applied_to_input: list[str] = []
     guessed: list[str] = []
     norms = {
         name: _ROLES[node.op][i]
@@ -122,39 +122,41 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
         value = graph.initializers.get(name)
         if value is None:
             continue
-        known = name not in constants if listed is None else name in listed
-        if not known and norms.get(name) not in _STATISTICS:
+        is_parameter = name not in constants if listed is None else name in listed
+        if not is_parameter and norms.get(name) not in _STATISTICS:
             continue
         if value.dtype != np.float32:
             if listed is not None:
                 raise ModelError(f"parameter {name}", expected="float32", got=value.dtype)
             continue
         if listed is not None or name in norms:
-            uses = _uses(consumers, made, name)
+            uses = _uses(consumers, data_values, name)
             kinds[name] = norms.get(name) or (uses[0][0] if uses else "weight")
         else:
-            uses = _uses(consumers, made, name)
+            uses = _uses(consumers, data_values, name)
             if value.size == 1:
                 uses = [u for u in uses if u[1].op not in _ARITHMETIC or is_sole_bias(graph, producers, u[1], name)]
                 if not uses:
                     continue
-            others = [n.inputs[1 - i] if n.op in _ARITHMETIC else "" for _, n, i in uses]
+            other_operands = [n.inputs[1 - i] if n.op in _ARITHMETIC else "" for _, n, i in uses]
             if _is_mask(value, {n.op for n, _ in consumers[name]}):
                 notes.append(f"Tensor {name} is a mask, of two numbers: a constant, and not trained.")
             elif not uses:
                 notes.append(
                     f"Tensor {name} is taken for a constant and not trained: its use doesn't make it a weight."
                 )
-            elif all(o in source for o in others):
-                straight.append(name)
+            elif all(o in rescaled_inputs for o in other_operands):
+                applied_to_input.append(name)
             else:
                 kinds[name] = uses[0][0]
-                after = [producers[o].op if o in producers else "" for o in others]
+                other_makers = [producers[o].op if o in producers else "" for o in other_operands]
                 vector = max(value.shape, default=1) == value.size
-                if all(others) and not (vector and uses[0][1].op == "Add" and after[0] in _PRODUCTS):
+                if all(other_operands) and not (vector and uses[0][1].op == "Add" and other_makers[0] in _PRODUCTS):
                     guessed.append(name)
-    if straight:
-        notes.append(f"Taken for constants, as they apply straight to the input: {some(straight, most=3)}. {_LISTED}")
+    if applied_to_input:
+        notes.append(
+            f"Taken for constants, as they apply straight to the input: {some(applied_to_input, most=3)}. {_LISTED}"
+        )
     if guessed:
         notes.append(
             f"Trained because they are added or multiplied, as constants may be too: {some(guessed, most=3)}. {_LISTED}"
@@ -192,39 +194,41 @@ def note_scalars(graph: Graph, scalars: set[str], notes: list[str]) -> None:
 
     `scalars`: names of numbers that are taken for constants and could be weights.
     """
-    made, readers = graph.from_data(), graph.consumers()
+    data_values, readers = graph.from_data(), graph.consumers()
     used = [
         s
         for s in _in_order(graph)
-        if s in scalars and any(n.op in _ARITHMETIC and made.intersection(n.outputs) for n, _ in readers[s])
+        if s in scalars and any(n.op in _ARITHMETIC and data_values.intersection(n.outputs) for n, _ in readers[s])
     ]
     if used:
         notes.append(f"Single numbers that are taken for constants: {some(used, most=3)}. {_LISTED}")
 
 
-def _still_input(graph: Graph, made: set[str]) -> set[str]:
+def _still_input(graph: Graph, data_values: set[str]) -> set[str]:
     """The model's input, also in another order, and shifted and scaled by what isn't computed from it."""
     out = {p.name for p in graph.inputs}
     for node in graph.nodes:
-        data = made.intersection(node.inputs)
+        data = data_values.intersection(node.inputs)
         if data and data <= out and not node.domain and node.op in _ARITHMETIC | REARRANGEMENTS | {"Cast"}:
             out.update(o for o in node.outputs if o)
     return out
 
 
-def _uses(consumers: Mapping[str, list[tuple[Node, int]]], made: set[str], start: str) -> list[tuple[str, Node, int]]:
+def _uses(
+    consumers: Mapping[str, list[tuple[Node, int]]], data_values: set[str], start: str
+) -> list[tuple[str, Node, int]]:
     """Roles of an initialiser where it, or what is computed from it and weights, meets data; node and input too."""
     out: list[tuple[str, Node, int]] = []
-    seen, waiting = {start}, [start]
-    while waiting:
-        for node, i in consumers.get(waiting.pop(0), []):
+    visited, pending = {start}, [start]
+    while pending:
+        for node, i in consumers.get(pending.pop(0), []):
             if node.domain:
                 continue
-            met = made.intersection(node.outputs)
+            met = data_values.intersection(node.outputs)
             if not met or (node.op in REARRANGEMENTS and i == 0):
-                further = [o for o in node.outputs if o and o not in seen]
-                seen.update(further)
-                waiting += further
+                further = [o for o in node.outputs if o and o not in visited]
+                visited.update(further)
+                pending += further
             elif role := _ROLES.get(node.op, {}).get(i, ""):
                 out.append((role, node, i))
     return out

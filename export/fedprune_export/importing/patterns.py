@@ -38,9 +38,9 @@ class Expressions:
     from_data: set[str]
 
     @classmethod
-    def of(cls, graph: Graph, seen: Trace, constants: Container[str]) -> Expressions:
+    def of(cls, graph: Graph, trace: Trace, constants: Container[str]) -> Expressions:
         makers = {n.outputs[0]: n for n in graph.nodes if not n.domain and n.outputs[0]}
-        return cls(graph, seen, constants, makers, graph.from_data())
+        return cls(graph, trace, constants, makers, graph.from_data())
 
     def made_by(self, value: str, *operators: str) -> Node | None:
         node = self.makers.get(value)
@@ -55,8 +55,8 @@ class Expressions:
 
     def is_number(self, value: str, expected: float) -> bool:
         """Whether a value is this constant."""
-        found = self.number(value)
-        return found is not None and math.isclose(found, expected, rel_tol=_EXACT)
+        number = self.number(value)
+        return number is not None and math.isclose(number, expected, rel_tol=_EXACT)
 
     def factors(self, value: str, depth: int = 6) -> tuple[Counter[str], float]:
         """A product as its factors: how often each value occurs, and the product of the constants."""
@@ -85,26 +85,26 @@ class Expressions:
         return None
 
 
-def find_activations(graph: Graph, seen: Trace, constants: Container[str]) -> int:
+def find_activations(graph: Graph, trace: Trace, constants: Container[str]) -> int:
     """Replace Softplus, Gelu (by erf or tanh) and Mish in primitives by the operators; returns how many."""
-    expressions = Expressions.of(graph, seen, constants)
-    found = 0
+    expressions = Expressions.of(graph, trace, constants)
+    count = 0
     for node in graph.nodes:
         if node.op == "Where" and not node.domain and (x := _softplus(expressions, node)):
             node.op, node.inputs, node.attrs = "Softplus", [x], {}
-            found += 1
+            count += 1
     for node in reversed(graph.nodes):
-        if node.domain or node.op not in ("Mul", "Div") or seen.dtypes.get(node.outputs[0]) != np.float32:
+        if node.domain or node.op not in ("Mul", "Div") or trace.dtypes.get(node.outputs[0]) != np.float32:
             continue
         values, number = expressions.factors(node.outputs[0])
         match = _gelu(expressions, values, number) or _mish(expressions, values, number)
-        if match and seen.shapes.get(match[1]) == seen.shapes[node.outputs[0]]:
+        if match and trace.shapes.get(match[1]) == trace.shapes[node.outputs[0]]:
             node.op, x, node.attrs = match
             node.inputs = [x]
-            found += 1
-    if found:
+            count += 1
+    if count:
         graph.prune()
-    return found
+    return count
 
 
 def _softplus(expressions: Expressions, node: Node) -> str | None:
@@ -189,17 +189,17 @@ class _Found:
     scale: tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], ...] = ()
 
 
-def find_norms(graph: Graph, seen: Trace, constants: Container[str]) -> int:
+def find_norms(graph: Graph, trace: Trace, constants: Container[str]) -> int:
     """Replace norms in primitives by the operators; returns how many."""
-    found = 0
+    count = 0
     while True:
-        expressions = Expressions.of(graph, seen, constants)
+        expressions = Expressions.of(graph, trace, constants)
         match = next(filter(None, (_norm(expressions, n) for n in graph.nodes)), None)
         if match is None:
-            return found
+            return count
         _replace(expressions, match)
         graph.prune()
-        found += 1
+        count += 1
 
 
 def _norm(expressions: Expressions, node: Node) -> _Found | None:
@@ -292,13 +292,13 @@ def _centre(expressions: Expressions, value: str) -> tuple[str, tuple[int, ...]]
 
 def _grouped(expressions: Expressions, node: Node) -> _Found | None:
     """An instance norm of [batch, groups, rest] between two reshapes, the second of which goes back."""
-    seen, normal = expressions.seen, expressions.made_by(node.inputs[0], "InstanceNormalization")
+    trace, normal = expressions.seen, expressions.made_by(node.inputs[0], "InstanceNormalization")
     first = expressions.made_by(normal.inputs[0], "Reshape") if normal else None
     if normal is None or first is None:
         return None
-    x, inner = first.inputs[0], seen.dims(first.outputs[0])
-    outer = seen.dims(x)
-    if outer != seen.dims(node.outputs[0]) or len(outer) < 3 or outer[0] is not None or inner[0] is not None:
+    x, inner = first.inputs[0], trace.dims(first.outputs[0])
+    outer = trace.dims(x)
+    if outer != trace.dims(node.outputs[0]) or len(outer) < 3 or outer[0] is not None or inner[0] is not None:
         return None
     channels, groups = outer[1], inner[1]
     if channels is None or groups is None or channels % groups or None in outer[1:]:
@@ -314,42 +314,42 @@ def _grouped(expressions: Expressions, node: Node) -> _Found | None:
 # -- vectors ---------------------------------------------------------------------------------------------------------
 
 
-def _replace(expressions: Expressions, found: _Found) -> None:
+def _replace(expressions: Expressions, norm: _Found) -> None:
     """Put the operator where the pattern ends, with the scale and bias that follow, or ones and zeros."""
     graph = expressions.graph
-    shape = tuple(expressions.seen.shapes[found.x][a] for a in found.axes)
-    value, last = found.value, expressions.makers[found.value]
+    shape = tuple(expressions.seen.shapes[norm.x][a] for a in norm.axes)
+    value, last = norm.value, expressions.makers[norm.value]
     scale: str | None = None
     bias: str | None = None
     nodes: list[Node] = []
-    plain = not found.scale or bool((found.scale[0] == 1).all() and (found.scale[1] == 0).all())
-    if plain and (step := _vector(expressions, found, value, "Mul", shape, nodes)):
+    plain = not norm.scale or bool((norm.scale[0] == 1).all() and (norm.scale[1] == 0).all())
+    if plain and (step := _vector(expressions, norm, value, "Mul", shape, nodes)):
         scale, last = step
         value = last.outputs[0]
-    if plain and found.op != "RMSNormalization" and (step := _vector(expressions, found, value, "Add", shape, nodes)):
+    if plain and norm.op != "RMSNormalization" and (step := _vector(expressions, norm, value, "Add", shape, nodes)):
         bias, last = step
     if scale is None:
-        scale = graph.constant(found.scale[0] if found.scale else np.ones(shape), np.float32)
-    if bias is None and found.op == "GroupNormalization":
-        bias = graph.constant(found.scale[1], np.float32)
+        scale = graph.constant(norm.scale[0] if norm.scale else np.ones(shape), np.float32)
+    if bias is None and norm.op == "GroupNormalization":
+        bias = graph.constant(norm.scale[1], np.float32)
     inputs = [scale] if bias is None else [scale, bias]
-    at = next(i for i, n in enumerate(graph.nodes) if n is last)
-    rank, out = len(expressions.seen.shapes[found.x]), last.outputs[0]
-    attrs = {**found.attrs, "axis": -len(found.axes)} if found.op != "GroupNormalization" else found.attrs
-    if found.op == "GroupNormalization" or found.axes[0] == rank - len(found.axes):
-        nodes.append(Node(found.op, [found.x, *inputs], [out], attrs, out))
+    index = next(i for i, n in enumerate(graph.nodes) if n is last)
+    rank, out = len(expressions.seen.shapes[norm.x]), last.outputs[0]
+    attrs = {**norm.attrs, "axis": -len(norm.axes)} if norm.op != "GroupNormalization" else norm.attrs
+    if norm.op == "GroupNormalization" or norm.axes[0] == rank - len(norm.axes):
+        nodes.append(Node(norm.op, [norm.x, *inputs], [out], attrs, out))
     else:
-        order = [a for a in range(rank) if a not in found.axes] + list(found.axes)
+        order = [a for a in range(rank) if a not in norm.axes] + list(norm.axes)
         back = [order.index(a) for a in range(rank)]
-        turned, normal = graph.fresh("Transpose"), graph.fresh(found.op)
-        nodes.append(Node("Transpose", [found.x], [turned], {"perm": order}, turned))
-        nodes.append(Node(found.op, [turned, *inputs], [normal], attrs, normal))
+        turned, normal = graph.fresh("Transpose"), graph.fresh(norm.op)
+        nodes.append(Node("Transpose", [norm.x], [turned], {"perm": order}, turned))
+        nodes.append(Node(norm.op, [turned, *inputs], [normal], attrs, normal))
         nodes.append(Node("Transpose", [normal], [out], {"perm": back}, out))
-    graph.nodes[at : at + 1] = nodes
+    graph.nodes[index : index + 1] = nodes
 
 
 def _vector(
-    expressions: Expressions, found: _Found, value: str, op: str, shape: tuple[int, ...], nodes: list[Node]
+    expressions: Expressions, norm: _Found, value: str, op: str, shape: tuple[int, ...], nodes: list[Node]
 ) -> tuple[str, Node] | None:
     """The scale or bias that is applied to a value, in the norm's shape, and the node that applies it.
 
@@ -360,27 +360,29 @@ def _vector(
         return None
     if any(p.name == value for p in expressions.graph.outputs):
         return None
-    other = next(i for i in readers[0].inputs if i != value)
-    seen, rank = expressions.seen, len(expressions.seen.shapes[found.x])
-    if other in expressions.from_data or other not in seen.shapes or seen.dtypes[other] != np.float32:
+    operand = next(i for i in readers[0].inputs if i != value)
+    trace, rank = expressions.seen, len(expressions.seen.shapes[norm.x])
+    if operand in expressions.from_data or operand not in trace.shapes or trace.dtypes[operand] != np.float32:
         return None
-    full = (1,) * (rank - len(seen.shapes[other])) + seen.shapes[other]
-    expected = tuple(seen.shapes[found.x][a] if a in found.axes else 1 for a in range(rank))
-    if full != expected or seen.shapes[readers[0].outputs[0]] != seen.shapes[found.x]:
+    full = (1,) * (rank - len(trace.shapes[operand])) + trace.shapes[operand]
+    expected = tuple(trace.shapes[norm.x][a] if a in norm.axes else 1 for a in range(rank))
+    if full != expected or trace.shapes[readers[0].outputs[0]] != trace.shapes[norm.x]:
         return None
-    while seen.shapes[other] != shape:
-        node = expressions.made_by(other, *_SHAPING)
-        if node is not None and seen.shapes[node.inputs[0]] == shape:
+    while trace.shapes[operand] != shape:
+        node = expressions.made_by(operand, *_SHAPING)
+        if node is not None and trace.shapes[node.inputs[0]] == shape:
             return node.inputs[0], readers[0]
         if node is None:
             break
-        other = node.inputs[0]
-    if seen.shapes[other] == shape:
-        return other, readers[0]
-    if other in expressions.constants:
-        return expressions.graph.constant(expressions.graph.initializers[other].reshape(shape), np.float32), readers[0]
+        operand = node.inputs[0]
+    if trace.shapes[operand] == shape:
+        return operand, readers[0]
+    if operand in expressions.constants:
+        return expressions.graph.constant(expressions.graph.initializers[operand].reshape(shape), np.float32), readers[
+            0
+        ]
     if len(shape) != 1:
         return None
     flat = expressions.graph.fresh("Reshape")
-    nodes.append(Node("Reshape", [other, expressions.graph.ints(-1)], [flat], {}, flat))
+    nodes.append(Node("Reshape", [operand, expressions.graph.ints(-1)], [flat], {}, flat))
     return flat, readers[0]

@@ -39,18 +39,18 @@ def check_random(graph: Graph) -> None:
         )
 
 
-def check_output(graph: Graph, seen: Trace, names: Mapping[str, str]) -> None:
+def check_output(graph: Graph, trace: Trace, names: Mapping[str, str]) -> None:
     """Make sure that the output consists of numbers that a loss can follow. Raises `ModelError` otherwise.
 
     Args:
         names: What values are called in the file, where it is something else.
     """
     name, makers = graph.outputs[0].name, graph.producers()
-    kind = _NOT_FLOATS.get(seen.dtypes[name].kind)
+    kind = _NOT_FLOATS.get(trace.dtypes[name].kind)
     if kind is None:
         return
     maker = makers[name]
-    while seen.dtypes[maker.inputs[0]].kind in _NOT_FLOATS and maker.inputs[0] in makers:
+    while trace.dtypes[maker.inputs[0]].kind in _NOT_FLOATS and maker.inputs[0] in makers:
         maker = makers[maker.inputs[0]]
     before = names.get(maker.inputs[0], maker.inputs[0])
     raise ModelError(

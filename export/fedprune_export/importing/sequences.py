@@ -12,16 +12,16 @@ from onnx import helper
 from fedprune.core.errors import ModelError, shown
 from fedprune_export.importing.graph_writer import Array, GraphWriter
 
+# Operators that make or read sequences.
 SEQUENCE_OPERATORS = frozenset(
     {
         *("SplitToSequence", "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase"),
         *("SequenceLength", "ConcatFromSequence"),
     }
 )
-"""Operators that make or read sequences."""
 
+# Those that become an operator on tensors; the others are removed.
 SPLIT_AND_CONCAT = {"SplitToSequence": "Split", "ConcatFromSequence": "Concat"}
-"""Those that become an operator on tensors; the others are removed."""
 
 _MOST_PARTS = 4096
 
@@ -61,21 +61,21 @@ class _Sequences(GraphWriter):
             return []
         if node.input[0] not in self._sequences:
             raise ModelError(f"{node.op_type} {shown(node.name)} reads a sequence of unknown length")
-        parts = list(self._sequences[node.input[0]])
+        elements = list(self._sequences[node.input[0]])
         if node.op_type == "ConcatFromSequence":
             if attrs.get("new_axis", 0):
-                return self._together(parts, axis, target)
-            return [helper.make_node("Concat", parts, [target], axis=axis)]
+                return self._together(elements, axis, target)
+            return [helper.make_node("Concat", elements, [target], axis=axis)]
         if node.op_type == "SequenceLength":
-            count = onnx.numpy_helper.from_array(np.array(len(parts), np.int64))
+            count = onnx.numpy_helper.from_array(np.array(len(elements), np.int64))
             return [helper.make_node("Constant", [], [target], value=count)]
         if node.op_type == "SequenceAt":
-            return [helper.make_node("Identity", [parts[self._position(node, 1, parts)]], [target])]
+            return [helper.make_node("Identity", [elements[self._position(node, 1, elements)]], [target])]
         if node.op_type == "SequenceErase":
-            del parts[self._position(node, 1, parts)]
+            del elements[self._position(node, 1, elements)]
         else:  # SequenceInsert, whose position may be behind the last element
-            parts.insert(self._position(node, 2, [*parts, ""]), node.input[1])
-        self._sequences[target] = parts
+            elements.insert(self._position(node, 2, [*elements, ""]), node.input[1])
+        self._sequences[target] = elements
         return []
 
     def _split(self, node: onnx.NodeProto, axis: int, *, keeps_axis: bool) -> list[onnx.NodeProto]:
@@ -83,30 +83,30 @@ class _Sequences(GraphWriter):
         if total is None:
             raise ModelError(f"SplitToSequence {shown(node.name)} splits an axis of unknown size")
         if split is None or split.ndim == 0:
-            each = 1 if split is None else int(split)
-            if not each > 0 or total // each > _MOST_PARTS:
+            chunk_size = 1 if split is None else int(split)
+            if not chunk_size > 0 or total // chunk_size > _MOST_PARTS:
                 raise ModelError(
-                    f"SplitToSequence {shown(node.name)}", expected="a few parts", got=f"{total} by {each}"
+                    f"SplitToSequence {shown(node.name)}", expected="a few parts", got=f"{total} by {chunk_size}"
                 )
-            sizes = [min(each, total - i) for i in range(0, total, each)]
+            sizes = [min(chunk_size, total - i) for i in range(0, total, chunk_size)]
         else:
             sizes = [int(s) for s in split.reshape(-1)[:_MOST_PARTS]]
         if not sizes:
             raise ModelError(f"SplitToSequence {shown(node.name)} makes no parts")
-        parts = [self._names.fresh(f"{node.output[0]}_0") for _ in sizes]
-        self._sequences[node.output[0]] = parts
+        elements = [self._names.fresh(f"{node.output[0]}_0") for _ in sizes]
+        self._sequences[node.output[0]] = elements
         if split is None and not keeps_axis:
-            return self._apart(x, axis, parts)
-        return self._listing("Split", x, "split", sizes, parts, axis=axis)
+            return self._apart(x, axis, elements)
+        return self._listing("Split", x, "split", sizes, elements, axis=axis)
 
-    def _position(self, node: onnx.NodeProto, index: int, parts: Sequence[str]) -> int:
+    def _position(self, node: onnx.NodeProto, index: int, elements: Sequence[str]) -> int:
         """The position among these elements that a node takes, by default the last."""
         numbers = self._numbers(node, index)
-        position = -1 if numbers is None else int(numbers.reshape(-1)[0]) if numbers.size == 1 else len(parts)
-        if not -len(parts) <= position < len(parts):
-            expected = f"an index into {len(parts)} elements"
+        position = -1 if numbers is None else int(numbers.reshape(-1)[0]) if numbers.size == 1 else len(elements)
+        if not -len(elements) <= position < len(elements):
+            expected = f"an index into {len(elements)} elements"
             raise ModelError(f"{node.op_type} {shown(node.name)}", expected=expected, got=position)
-        return position % len(parts)
+        return position % len(elements)
 
     def _numbers(self, node: onnx.NodeProto, index: int) -> Array | None:
         """The whole numbers at an input; None where it is left out."""

@@ -46,43 +46,43 @@ def store_as_float32(graph: Graph) -> None:
                 node.op, node.attrs = "Identity", {}
 
 
-def merge_transpositions(graph: Graph, seen: Trace) -> None:
+def merge_transpositions(graph: Graph, trace: Trace) -> None:
     """Write a reshape, transpositions and a reshape as one transposition of all factors, where they are one."""
     makers = {name: node for name, node in graph.producers().items() if not node.domain}
     nodes, graph.nodes = graph.nodes, []
     for node in nodes:
         if node.op == "Reshape" and not node.domain:
-            _merge(graph, node, makers, seen)
+            _merge(graph, node, makers, trace)
         graph.nodes.append(node)
     graph.prune()
 
 
-def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], seen: Trace) -> None:
+def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], trace: Trace) -> None:
     """Examine the nodes between this reshape and the one before it."""
-    after = _extents(seen, node.outputs[0])
-    name, perm = node.inputs[0], list(range(len(_extents(seen, node.inputs[0]) or [])))
+    after = _extents(trace, node.outputs[0])
+    name, perm = node.inputs[0], list(range(len(_extents(trace, node.inputs[0]) or [])))
     while True:
         maker = makers.get(name)
         if maker is None or maker.op not in ("Reshape", "Transpose"):
             return
-        before, between = _extents(seen, maker.inputs[0]), _extents(seen, name)
+        before, between = _extents(trace, maker.inputs[0]), _extents(trace, name)
         if before is None or between is None or after is None or len(between) != len(perm):
             return
         if maker.op == "Transpose":
-            own = list(maker.attrs.get("perm", range(len(perm))[::-1]))
-            perm = [own[i] for i in perm]
+            step = list(maker.attrs.get("perm", range(len(perm))[::-1]))
+            perm = [step[i] for i in perm]
         elif before != between:
             break
         name = maker.inputs[0]
-    found = common_factors(before, between)
-    if found is None or perm == sorted(perm):
+    common = common_factors(before, between)
+    if common is None or perm == sorted(perm):
         return
-    factors, spans = found
-    order = [factor for place in perm for factor in spans[place]]
-    moved = [factors[f] for f in order]
-    exact = moved == after
-    parted = _merges_batch(before, between) and not _merges_batch(factors, after)
-    if not exact and not (parted and _merges(moved, after)):
+    factors, spans = common
+    order = [factor for axis in perm for factor in spans[axis]]
+    transposed = [factors[f] for f in order]
+    exact = transposed == after
+    frees_batch = _merges_batch(before, between) and not _merges_batch(factors, after)
+    if not exact and not (frees_batch and _merges(transposed, after)):
         return
     if sum(f % BATCH_EXTENT == 0 for f in factors) > 1:
         return
@@ -103,8 +103,8 @@ def _merges_batch(before: Sequence[int], between: Sequence[int]) -> bool:
 
 def _merges(fine: Sequence[int], coarse: Sequence[int]) -> bool:
     """Whether every coarse axis is made of whole fine ones."""
-    found = common_factors(fine, coarse)
-    return found is not None and found[0] == list(fine)
+    common = common_factors(fine, coarse)
+    return common is not None and common[0] == list(fine)
 
 
 def _target(graph: Graph, sizes: Sequence[int]) -> str:
@@ -112,9 +112,9 @@ def _target(graph: Graph, sizes: Sequence[int]) -> str:
     return graph.ints(*(-1 if n % BATCH_EXTENT == 0 else n for n in sizes))
 
 
-def _extents(seen: Trace, name: str) -> list[int] | None:
+def _extents(trace: Trace, name: str) -> list[int] | None:
     """Sizes of a value, to compare shapes by; None where it wasn't traced."""
-    return extents(seen, name) if name in seen.shapes else None
+    return extents(trace, name) if name in trace.shapes else None
 
 
 _PASSING = REARRANGEMENTS | {"Cast", "Gather", "Slice", "Split", "Concat"}
@@ -123,26 +123,26 @@ _MOST_COPIES = 64  # a value with more readers is hardly a layer's first state
 
 def part_fills(graph: Graph, constants: Collection[str]) -> None:
     """Give every reader of a filled value a copy of the nodes that make it."""
-    fixed, sizes = set(constants), set[str]()
+    constant_names, sizes = set(constants), set[str]()
     filled: set[str] = set()
     outputs = {p.name for p in graph.outputs}
     for node in graph.nodes:
         if node.domain:
             continue
         reads = [i for i in node.inputs if i]
-        if node.op in SOURCES or all(i in sizes or i in fixed for i in reads):
+        if node.op in SOURCES or all(i in sizes or i in constant_names for i in reads):
             fills = node.op in ("Expand", "ConstantOfShape") and any(i in sizes for i in reads)
             (filled if fills else sizes).update(o for o in node.outputs if o)
-        elif node.op in _PASSING and all(i in filled or i in sizes or i in fixed for i in reads):
+        elif node.op in _PASSING and all(i in filled or i in sizes or i in constant_names for i in reads):
             filled.update(o for o in node.outputs if o)
     nodes: list[Node] = []
     readers: dict[str, list[Node]] = {}
     for node in reversed(graph.nodes):
         copies = [node]
-        made = [o for o in node.outputs if o]
-        if made and filled.issuperset(made) and not outputs.intersection(made):
-            reading = list({id(n): n for name in made for n in readers.get(name, [])}.values())
-            copies += [_copied(graph, node, reader) for reader in reading[1:_MOST_COPIES]]
+        output_names = [o for o in node.outputs if o]
+        if output_names and filled.issuperset(output_names) and not outputs.intersection(output_names):
+            reader_nodes = list({id(n): n for name in output_names for n in readers.get(name, [])}.values())
+            copies += [_copied(graph, node, reader) for reader in reader_nodes[1:_MOST_COPIES]]
         for copy in copies[::-1]:
             nodes.append(copy)
             for name in copy.inputs:
@@ -170,29 +170,29 @@ def guard_lengths(graph: Graph, constants: Container[str]) -> None:
     graph.nodes = nodes
 
 
-def narrow_constants(graph: Graph, seen: Trace, constants: set[str]) -> None:
+def narrow_constants(graph: Graph, trace: Trace, constants: set[str]) -> None:
     """Shorten constants along axes on which they are all equal, where another operand gives the length of the axis.
 
     Args:
         constants: Names of initialisers that are constants; gets those that are new.
     """
     for node in graph.nodes:
-        if node.domain or node.op not in MANY_TO_ONE or not all(i in seen.shapes for i in node.inputs):
+        if node.domain or node.op not in MANY_TO_ONE or not all(i in trace.shapes for i in node.inputs):
             continue
-        for place, name in enumerate(node.inputs):
+        for position, name in enumerate(node.inputs):
             value = graph.initializers.get(name)
             if value is None or name not in constants or value.size < 2:
                 continue
-            others = [seen.shapes[i] for i in node.inputs if i not in constants]
-            short = value
+            operand_shapes = [trace.shapes[i] for i in node.inputs if i not in constants]
+            shortened = value
             for axis, size in enumerate(value.shape):
-                back = value.ndim - axis
-                told = any(len(shape) >= back and shape[-back] == size for shape in others)
-                if size > 1 and told and (value == value.take([0], axis)).all():
-                    short = short.take([0], axis)
-            if short.size < value.size:
-                node.inputs[place] = graph.constant(short, short.dtype)
-                constants.add(node.inputs[place])
+                from_end = value.ndim - axis
+                is_given = any(len(shape) >= from_end and shape[-from_end] == size for shape in operand_shapes)
+                if size > 1 and is_given and (value == value.take([0], axis)).all():
+                    shortened = shortened.take([0], axis)
+            if shortened.size < value.size:
+                node.inputs[position] = graph.constant(shortened, shortened.dtype)
+                constants.add(node.inputs[position])
 
 
 def _copied(graph: Graph, node: Node, reader: Node) -> Node:
@@ -206,8 +206,8 @@ def _copied(graph: Graph, node: Node, reader: Node) -> Node:
 _KEEPING = frozenset({"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
 _ENDLESS = 2**31 - 1  # where slices end that go to the end of any axis
 
+# The neutral second operand of an operator; also the first, if the operator is commutative.
 _NEUTRAL = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0, "Pow": 1.0}
-"""The neutral second operand of an operator; also the first, if the operator is commutative."""
 
 _SYMMETRIC = ("Mul", "Add")
 
@@ -239,7 +239,7 @@ def bypass(graph: Graph, node: Node, outputs: set[str]) -> None:
     graph.nodes = [n for n in graph.nodes if n is not node]
 
 
-def simplify(graph: Graph, seen: Trace, constants: Container[str]) -> None:
+def simplify(graph: Graph, trace: Trace, constants: Container[str]) -> None:
     """Bring operators that can be written in several ways into one.
 
     Raises `ModelError` if a reduction takes computed axes.
@@ -247,29 +247,29 @@ def simplify(graph: Graph, seen: Trace, constants: Container[str]) -> None:
     for node in graph.nodes:
         if node.domain:
             continue
-        traced = {i for i in [*node.inputs, *node.outputs] if i} <= seen.shapes.keys()
+        traced = {i for i in [*node.inputs, *node.outputs] if i} <= trace.shapes.keys()
         if node.op == "Conv" and len(node.inputs) > 2 and node.inputs[2] in constants:
             if not np.any(graph.initializers[node.inputs[2]]):
                 node.inputs = node.inputs[:2]
         elif node.op == "Reshape" and traced:
-            _reshape(graph, node, seen)
+            _reshape(graph, node, trace)
         elif node.op == "ReduceSum":
             _sum(graph, node)
         elif node.op == "Squeeze" and len(node.inputs) < 2 and traced:
-            axes = [i for i, d in enumerate(seen.dims(node.inputs[0])) if d == 1]
+            axes = [i for i, d in enumerate(trace.dims(node.inputs[0])) if d == 1]
             node.inputs = [node.inputs[0], graph.ints(*axes)]
         elif node.op in ("Squeeze", "Unsqueeze") and len(node.inputs) == 2:
             target = node.inputs[1]
             if target in graph.initializers:
                 node.inputs[1] = graph.ints(*graph.initializers[target].reshape(-1).tolist())
     _merge_reshapes(graph)
-    _keep_axes(graph, seen)
-    _drop_neutral(graph, seen, constants)
+    _keep_axes(graph, trace)
+    _drop_neutral(graph, trace, constants)
 
 
-def _reshape(graph: Graph, node: Node, seen: Trace) -> None:
+def _reshape(graph: Graph, node: Node, trace: Trace) -> None:
     """Write a flatten as Flatten, and at most one batch-dependent entry of a target as -1."""
-    source, target = seen.dims(node.inputs[0]), seen.dims(node.outputs[0])
+    source, target = trace.dims(node.inputs[0]), trace.dims(node.outputs[0])
     flat = len(target) == 2 and len(source) >= 2 and source[0] is None and None not in source[1:]
     if flat and target[0] is None and target[1] == math.prod(d or 1 for d in source[1:]):
         node.op, node.inputs, node.attrs = "Flatten", node.inputs[:1], {"axis": 1}
@@ -308,12 +308,12 @@ def _merge_reshapes(graph: Graph) -> None:
     graph.prune()
 
 
-def _keep_axes(graph: Graph, seen: Trace) -> None:
+def _keep_axes(graph: Graph, trace: Trace) -> None:
     """A reduction whose axes a reshape puts back keeps them instead."""
     makers, readers = graph.producers(), graph.consumers()
     outputs = {p.name for p in graph.outputs}
     for node in graph.nodes:
-        if node.domain or node.op not in ("Reshape", "Unsqueeze") or node.outputs[0] not in seen.shapes:
+        if node.domain or node.op not in ("Reshape", "Unsqueeze") or node.outputs[0] not in trace.shapes:
             continue
         before = makers.get(node.inputs[0])
         if before is None or before.domain or before.op not in _KEEPING or before.attrs.get("keepdims", 1):
@@ -321,47 +321,47 @@ def _keep_axes(graph: Graph, seen: Trace) -> None:
         axes = before.attrs.get("axes")
         if before.op == "ReduceSum" and len(before.inputs) > 1 and before.inputs[1] in graph.initializers:
             axes = graph.initializers[before.inputs[1]].tolist()
-        kept = before.outputs[0]
-        if not axes or kept in outputs or len(readers[kept]) != 1 or before.inputs[0] not in seen.shapes:
+        reduced = before.outputs[0]
+        if not axes or reduced in outputs or len(readers[reduced]) != 1 or before.inputs[0] not in trace.shapes:
             continue
-        source = seen.dims(before.inputs[0])
-        gone = {a % len(source) for a in axes}
-        same = seen.dims(node.outputs[0]) == tuple(1 if i in gone else d for i, d in enumerate(source))
-        if same and all(source[a] is not None for a in gone):
+        source = trace.dims(before.inputs[0])
+        reduced_axes = {a % len(source) for a in axes}
+        same = trace.dims(node.outputs[0]) == tuple(1 if i in reduced_axes else d for i, d in enumerate(source))
+        if same and all(source[a] is not None for a in reduced_axes):
             before.attrs["keepdims"], before.outputs = 1, list(node.outputs)
             node.outputs = []
     graph.nodes = [n for n in graph.nodes if n.outputs]
 
 
-def _drop_neutral(graph: Graph, seen: Trace, constants: Container[str]) -> None:
+def _drop_neutral(graph: Graph, trace: Trace, constants: Container[str]) -> None:
     """Take out products with one, sums with zero, expansions to the shape that a value has, and whole slices."""
     outputs = {p.name for p in graph.outputs}
     for node in list(graph.nodes):
-        value = None if node.domain else _returned(graph, seen, constants, node)
+        value = None if node.domain else _returned(graph, trace, constants, node)
         if value is not None:
             node.inputs = [value]
             bypass(graph, node, outputs)
 
 
-def _returned(graph: Graph, seen: Trace, constants: Container[str], node: Node) -> str | None:
+def _returned(graph: Graph, trace: Trace, constants: Container[str], node: Node) -> str | None:
     """The input that a node returns as it is; None if it does something."""
-    if (node.op == "Slice" and _is_whole(graph, seen, node)) or (node.op == "Concat" and len(node.inputs) == 1):
+    if (node.op == "Slice" and _is_whole(graph, trace, node)) or (node.op == "Concat" and len(node.inputs) == 1):
         return node.inputs[0]
-    if (node.op == "Where" and _takes_second(graph, seen, node)) or (
-        node.op == "ScatterND" and _overwrites(seen, node)
+    if (node.op == "Where" and _takes_second(graph, trace, node)) or (
+        node.op == "ScatterND" and _overwrites(trace, node)
     ):
         return node.inputs[2]
-    if len(node.inputs) != 2 or node.outputs[0] not in seen.shapes:
+    if len(node.inputs) != 2 or node.outputs[0] not in trace.shapes:
         return None
-    for x, other in (node.inputs, node.inputs[::-1]):
-        swapped = other != node.inputs[1]
+    for x, operand in (node.inputs, node.inputs[::-1]):
+        is_first = operand != node.inputs[1]
         if (
-            x not in seen.shapes
-            or seen.dims(x) != seen.dims(node.outputs[0])
-            or (swapped and node.op not in _SYMMETRIC)
+            x not in trace.shapes
+            or trace.dims(x) != trace.dims(node.outputs[0])
+            or (is_first and node.op not in _SYMMETRIC)
         ):
             continue
-        value = graph.initializers.get(other) if other in constants and node.op in _NEUTRAL else None
+        value = graph.initializers.get(operand) if operand in constants and node.op in _NEUTRAL else None
         if node.op == "Expand" or (
             value is not None and value.dtype == np.float32 and bool((value == _NEUTRAL[node.op]).all())
         ):
@@ -369,32 +369,32 @@ def _returned(graph: Graph, seen: Trace, constants: Container[str], node: Node) 
     return None
 
 
-def _is_whole(graph: Graph, seen: Trace, node: Node) -> bool:
+def _is_whole(graph: Graph, trace: Trace, node: Node) -> bool:
     """Whether a slice takes everything."""
     arguments = [graph.initializers.get(i) for i in node.inputs[1:] if i]
-    if any(a is None for a in arguments) or not {node.inputs[0], node.outputs[0]} <= seen.shapes.keys():
+    if any(a is None for a in arguments) or not {node.inputs[0], node.outputs[0]} <= trace.shapes.keys():
         return False
     starts, ends = (a.tolist() for a in arguments[:2] if a is not None)
     steps = graph.initializers[node.inputs[4]] if len(node.inputs) > 4 and node.inputs[4] else np.ones(1)
-    whole = all(s == 0 and e >= _ENDLESS for s, e in zip(starts, ends, strict=True))
-    sizes = seen.dims(node.inputs[0])
-    return bool((steps == 1).all()) and (whole or (None not in sizes and sizes == seen.dims(node.outputs[0])))
+    unbounded = all(s == 0 and e >= _ENDLESS for s, e in zip(starts, ends, strict=True))
+    sizes = trace.dims(node.inputs[0])
+    return bool((steps == 1).all()) and (unbounded or (None not in sizes and sizes == trace.dims(node.outputs[0])))
 
 
-def _takes_second(graph: Graph, seen: Trace, node: Node) -> bool:
+def _takes_second(graph: Graph, trace: Trace, node: Node) -> bool:
     """Whether the condition of a choice is constant, and holds nowhere."""
     condition, _, second = node.inputs
     never = condition in graph.initializers and not graph.initializers[condition].any()
-    alike = {second, node.outputs[0]} <= seen.shapes.keys() and seen.dims(second) == seen.dims(node.outputs[0])
+    alike = {second, node.outputs[0]} <= trace.shapes.keys() and trace.dims(second) == trace.dims(node.outputs[0])
     return never and alike
 
 
-def _overwrites(seen: Trace, node: Node) -> bool:
+def _overwrites(trace: Trace, node: Node) -> bool:
     """Whether a scatter puts every row of its updates in its own place: torch's `x[:] = y`."""
-    data, places, updates = node.inputs
-    if node.attrs.get("reduction", "none") != "none" or not {data, updates} <= seen.shapes.keys():
+    data, indices, updates = node.inputs
+    if node.attrs.get("reduction", "none") != "none" or not {data, updates} <= trace.shapes.keys():
         return False
-    runs = [(seen.integers.get(places), seen.shapes), (seen.integers_second.get(places), seen.shapes_second)]
-    return seen.dims(data) == seen.dims(updates) and all(
+    runs = [(trace.integers.get(indices), trace.shapes), (trace.integers_second.get(indices), trace.shapes_second)]
+    return trace.dims(data) == trace.dims(updates) and all(
         rows is not None and np.array_equal(rows, np.arange(shapes[data][0])[:, None]) for rows, shapes in runs
     )

@@ -18,84 +18,84 @@ Array = npt.NDArray[Any]
 _LARGEST = 2**24  # numbers of a matrix, 64 MiB
 
 
-def emit_dft(graph: Graph, node: Node, seen: Trace) -> None:
+def emit_dft(graph: Graph, node: Node, trace: Trace) -> None:
     """Write a DFT [..., n, ..., 1 or 2] along an axis as a product with its matrix.
 
     Raises `ModelError` if a length or the axis is computed, or the matrix would be too large.
     """
-    x, shape = node.inputs[0], seen.shapes[node.inputs[0]]
+    x, shape = node.inputs[0], trace.shapes[node.inputs[0]]
     length = _number(graph, node, 1, "length")
     # The axis is an attribute until opset 19, then an input.
-    given = _number(graph, node, 2, "axis") if graph.opset >= 20 else int(node.attrs.get("axis", 1))
-    axis = (-2 if given is None else given) % len(shape)
-    before = seen.dims(x)[axis]
+    axis_input = _number(graph, node, 2, "axis") if graph.opset >= 20 else int(node.attrs.get("axis", 1))
+    axis = (-2 if axis_input is None else axis_input) % len(shape)
+    before = trace.dims(x)[axis]
     if before is None:
         raise ModelError(f"operator DFT ({node.name}) transforms the batch", expected="another axis")
     inverse, onesided = bool(node.attrs.get("inverse")), bool(node.attrs.get("onesided"))
     if inverse and onesided:
         length = 2 * (before - 1) if length is None else length
-        matrix = _back_from_one_side(node, before, length, seen.shapes[node.outputs[0]][-1])
+        matrix = _back_from_one_side(node, before, length, trace.shapes[node.outputs[0]][-1])
     else:
         length = before if length is None else length
         matrix = _matrix(node, before, length, shape[-1], inverse=inverse, onesided=onesided)
     last = len(shape) - 2
     order = [*(i for i in range(last + 1) if i != axis), axis, last + 1]
-    moved = x if axis == last else graph.emit("Transpose", x, attrs={"perm": order})
+    transposed = x if axis == last else graph.emit("Transpose", x, attrs={"perm": order})
     lead = [0] * last
-    flat = graph.emit("Reshape", moved, graph.ints(*lead, before * shape[-1]))
+    flat = graph.emit("Reshape", transposed, graph.ints(*lead, before * shape[-1]))
     product = graph.emit("MatMul", flat, graph.constant(matrix.reshape(before * shape[-1], -1), np.float32))
-    parts = graph.ints(*lead, *matrix.shape[2:])
+    target = graph.ints(*lead, *matrix.shape[2:])
     if axis == last:
-        graph.emit("Reshape", product, parts, out=node.outputs[0])
+        graph.emit("Reshape", product, target, out=node.outputs[0])
     else:
         back = np.argsort(order).tolist()
-        graph.emit("Transpose", graph.emit("Reshape", product, parts), attrs={"perm": back}, out=node.outputs[0])
+        graph.emit("Transpose", graph.emit("Reshape", product, target), attrs={"perm": back}, out=node.outputs[0])
 
 
-def emit_stft(graph: Graph, node: Node, seen: Trace) -> None:
+def emit_stft(graph: Graph, node: Node, trace: Trace) -> None:
     """Write an STFT of signals [batch, n, 1 or 2] as a convolution with the windowed waves of its frequencies.
 
     Real signals may also be [batch, n], as onnxruntime takes them and torch's older exporter writes them.
 
     Raises `ModelError` if the window, the step or the length of a frame is computed.
     """
-    x, (_, samples, *rest) = node.inputs[0], seen.shapes[node.inputs[0]]
-    parts = rest[0] if rest else 1
+    x, (_, samples, *rest) = node.inputs[0], trace.shapes[node.inputs[0]]
+    components = rest[0] if rest else 1
     step = _number(graph, node, 1, "step")
-    given = node.inputs[2] if len(node.inputs) > 2 else ""
-    window = graph.initializers.get(given) if given else None
+    window_name = node.inputs[2] if len(node.inputs) > 2 else ""
+    window = graph.initializers.get(window_name) if window_name else None
     length = _number(graph, node, 3, "frame length")
     length = length if length is not None else window.size if window is not None else samples
-    if step is None or (given and window is None):
+    if step is None or (window_name and window is None):
         raise ModelError(f"operator STFT ({node.name}) takes a computed window", expected="a constant one")
-    waves = _matrix(node, length, length, parts, inverse=False, onesided=bool(node.attrs.get("onesided", 1)))
+    waves = _matrix(node, length, length, components, inverse=False, onesided=bool(node.attrs.get("onesided", 1)))
     if window is not None:
         waves = waves * window.reshape(-1, 1, 1, 1)
     # [time, part, frequency, its part] as kernels [frequency and its part, part, time].
-    kernel = waves.transpose(2, 3, 1, 0).reshape(-1, parts, length)
+    kernel = waves.transpose(2, 3, 1, 0).reshape(-1, components, length)
     if rest:
         signal = graph.emit("Transpose", x, attrs={"perm": [0, 2, 1]})
     else:
         signal = graph.emit("Unsqueeze", x, graph.ints(1))
-    made = graph.emit("Conv", signal, graph.constant(kernel, np.float32), attrs={"strides": [step]})
-    rows = graph.emit("Transpose", made, attrs={"perm": [0, 2, 1]})
+    spectrum = graph.emit("Conv", signal, graph.constant(kernel, np.float32), attrs={"strides": [step]})
+    rows = graph.emit("Transpose", spectrum, attrs={"perm": [0, 2, 1]})
     graph.emit("Reshape", rows, graph.ints(0, 0, *waves.shape[2:]), out=node.outputs[0])
 
 
-def _matrix(node: Node, samples: int, length: int, parts: int, *, inverse: bool, onesided: bool) -> Array:
+def _matrix(node: Node, samples: int, length: int, components: int, *, inverse: bool, onesided: bool) -> Array:
     """The factors from each part of each sample to each part of each frequency [samples, parts, frequencies, 2].
 
     Samples beyond `length` count for nothing.
     """
     frequencies = length // 2 + 1 if onesided else length
-    cos, sin = _waves(node, samples, length, frequencies, 2 * parts)
+    cos, sin = _waves(node, samples, length, frequencies, 2 * components)
     sin = sin if inverse else -sin
-    out = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], 1)[:, :parts]
+    out = np.stack([np.stack([cos, sin], -1), np.stack([-sin, cos], -1)], 1)[:, :components]
     out[length:] = 0
     return out / length if inverse else out
 
 
-def _back_from_one_side(node: Node, frequencies: int, length: int, parts: int) -> Array:
+def _back_from_one_side(node: Node, frequencies: int, length: int, components: int) -> Array:
     """The factors from each part of each frequency to real samples [frequencies, 2, length, parts].
 
     Frequencies between the first and the middle stand for their mirror images, too. Raises `ModelError` if there are
@@ -107,22 +107,22 @@ def _back_from_one_side(node: Node, frequencies: int, length: int, parts: int) -
             expected=f"{length // 2 + 1} frequencies",
             got=frequencies,
         )
-    cos, sin = _waves(node, frequencies, length, length, 2 * parts)
+    cos, sin = _waves(node, frequencies, length, length, 2 * components)
     times = np.full((frequencies, 1), 2.0)
     times[0] = 1
     if length % 2 == 0:
         times[-1] = 1
-    out = np.zeros((frequencies, 2, length, parts))
+    out = np.zeros((frequencies, 2, length, components))
     out[..., 0] = np.stack([times * cos, -times * sin], 1) / length
     return out
 
 
-def _waves(node: Node, rows: int, length: int, columns: int, parts: int) -> tuple[Array, Array]:
+def _waves(node: Node, rows: int, length: int, columns: int, components: int) -> tuple[Array, Array]:
     """Cosines and sines of 2π/length times the product of row and column.
 
     Raises `ModelError` if the matrix would be too large.
     """
-    if rows * columns * parts > _LARGEST:
+    if rows * columns * components > _LARGEST:
         raise ModelError(
             f"operator {node.op} ({node.name}): a matrix of {rows} samples and {columns} frequencies",
             expected=f"at most {_LARGEST} numbers",
@@ -136,13 +136,13 @@ def _number(graph: Graph, node: Node, index: int, what: str) -> int | None:
     """A constant whole number, None where it is left out. Raises `ModelError` if it is computed."""
     if len(node.inputs) <= index or not node.inputs[index]:
         return None
-    found = graph.initializers.get(node.inputs[index])
-    if found is None:
+    value = graph.initializers.get(node.inputs[index])
+    if value is None:
         raise ModelError(f"operator {node.op} ({node.name}) takes a computed {what}", expected="a constant one")
-    return int(found.reshape(-1)[0])
+    return int(value.reshape(-1)[0])
 
 
-def emit_fold(graph: Graph, node: Node, seen: Trace) -> None:
+def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
     """Write a Col2Im [batch, channels * block, blocks] as a transposed convolution with a kernel that puts each element
     of a block in its place: what overlaps is added up.
 
@@ -153,21 +153,23 @@ def emit_fold(graph: Graph, node: Node, seen: Trace) -> None:
     strides, dilations = (list(node.attrs.get(n, ones)) for n in ("strides", "dilations"))
     pads = list(node.attrs.get("pads", [0] * 2 * rank))
     spans = [d * (b - 1) + 1 for d, b in zip(dilations, block, strict=True)]
-    whole = [n + pads[i] + pads[rank + i] for i, n in enumerate(image)]
-    counts = [(w - span) // s + 1 for w, span, s in zip(whole, spans, strides, strict=True)]
-    more = [w - (n - 1) * s - span for w, n, s, span in zip(whole, counts, strides, spans, strict=True)]
+    padded_sizes = [n + pads[i] + pads[rank + i] for i, n in enumerate(image)]
+    counts = [(w - span) // s + 1 for w, span, s in zip(padded_sizes, spans, strides, strict=True)]
+    output_padding = [
+        w - (n - 1) * s - span for w, n, s, span in zip(padded_sizes, counts, strides, spans, strict=True)
+    ]
     size = math.prod(block)
-    channels = seen.shapes[node.inputs[0]][1] // size
+    channels = trace.shapes[node.inputs[0]][1] // size
     kernel = np.eye(size, dtype=np.float32).reshape(size, 1, *block)
     maps = graph.emit("Reshape", node.inputs[0], graph.ints(-1, size, *counts))
-    attrs = {"strides": strides, "dilations": dilations, "pads": pads, "output_padding": more}
-    made = graph.emit("ConvTranspose", maps, graph.constant(kernel, np.float32), attrs=attrs)
-    graph.emit("Reshape", made, graph.ints(-1, channels, *image), out=node.outputs[0])
+    attrs = {"strides": strides, "dilations": dilations, "pads": pads, "output_padding": output_padding}
+    sums = graph.emit("ConvTranspose", maps, graph.constant(kernel, np.float32), attrs=attrs)
+    graph.emit("Reshape", sums, graph.ints(-1, channels, *image), out=node.outputs[0])
 
 
 def _numbers(graph: Graph, node: Node, index: int) -> list[int]:
     """A constant list of sizes. Raises `ModelError` if it is computed."""
-    found = graph.initializers.get(node.inputs[index])
-    if found is None:
+    sizes = graph.initializers.get(node.inputs[index])
+    if sizes is None:
         raise ModelError(f"operator {node.op} ({node.name}) takes a computed shape", expected="a constant one")
-    return [int(n) for n in found.reshape(-1)]
+    return [int(n) for n in sizes.reshape(-1)]

@@ -134,23 +134,23 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
     settings = timm.get_pretrained_cfg(name)
     usual = tuple(settings.input_size) if settings is not None else (3, 224, 224)
     shape = tuple(input_shape or usual)
-    chosen: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if shape[0] != usual[0]:
-        chosen["in_chans"] = shape[0]
+        options["in_chans"] = shape[0]
     weights = _cached(settings)
     if weights is not None:
-        chosen.update(pretrained=True, pretrained_cfg_overlay={"file": weights})
+        options.update(pretrained=True, pretrained_cfg_overlay={"file": weights})
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             sized = {"img_size": shape[1:]} if shape[1:] != usual[1:] else {}
             try:
-                made = timm.create_model(name, **chosen, **sized)
+                network = timm.create_model(name, **options, **sized)
             except TypeError:  # convolutional networks take any size and don't ask
-                made = timm.create_model(name, **chosen)
+                network = timm.create_model(name, **options)
     except Exception as error:
         raise ModelError(f"timm can't make {name} for input {shape} ({reason(error)})") from error
-    return made.eval(), shape
+    return network.eval(), shape
 
 
 def _cached(settings: Any) -> str | None:
@@ -162,8 +162,8 @@ def _cached(settings: Any) -> str | None:
         hub: Any = importlib.import_module("huggingface_hub")
     except ImportError:
         return None
-    found = hub.try_to_load_from_cache(source, "model.safetensors")
-    return found if isinstance(found, str) and Path(found).is_file() else None
+    path = hub.try_to_load_from_cache(source, "model.safetensors")
+    return path if isinstance(path, str) and Path(path).is_file() else None
 
 
 def _timm() -> Any:

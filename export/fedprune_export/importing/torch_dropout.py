@@ -20,21 +20,20 @@ from typing import Any
 from fedprune.core.errors import reason
 from fedprune.core.text import some
 
+# Axes on which the mask of a function of `torch.nn.functional` has its own numbers; empty for all.
 _MASK_AXES: dict[str, tuple[int, ...]] = {
     "dropout": (),
     **dict.fromkeys(("dropout1d", "dropout2d", "dropout3d"), (0, 1)),
 }
-"""Axes on which the mask of a function of `torch.nn.functional` has its own numbers; empty for all."""
 
+# Axes of a value without a batch, whose first axis is channels. `dropout2d` takes a value of three axes as a batch.
 _UNBATCHED_NDIM = {"dropout1d": 2, "dropout3d": 4}
-"""Axes of a value without a batch, whose first axis is channels. `dropout2d` takes a value of three axes as a batch."""
 
+# Stands for an axis that no value has: the whole batch is dropped together, as torchvision's mode "batch" does.
+#
+# The exported axes are bits of a seed of 64 (`onnx_translations`). Without any the mask would differ on all axes:
+# this bit is above those of all axes, and stands for none.
 WHOLE_BATCH_AXIS = 31
-"""Stands for an axis that no value has: the whole batch is dropped together, as torchvision's mode "batch" does.
-
-The exported axes are bits of a seed of 64 (`onnx_translations`). Without any the mask would differ on all axes: this
-bit is above those of all axes, and stands for none.
-"""
 
 
 class TrainingMode:
@@ -51,8 +50,13 @@ class TrainingMode:
 
 def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> TrainingMode:
     """Run a module in both modes; it, its buffers and torch's generator stay as they were."""
-    modes = [(part, part.training) for part in module.modules()]
-    buffers = [(part, n, b, b.clone()) for part in module.modules() for n, b in part._buffers.items() if b is not None]
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    buffers = [
+        (submodule, n, b, b.clone())
+        for submodule in module.modules()
+        for n, b in submodule._buffers.items()
+        if b is not None
+    ]
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             module.eval()
@@ -68,21 +72,21 @@ def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> Tra
         return TrainingMode(None, [note])
     finally:
         with torch.no_grad():
-            for part, name, tensor, value in buffers:
-                part._buffers[name] = tensor
+            for submodule, name, tensor, value in buffers:
+                submodule._buffers[name] = tensor
                 tensor.copy_(value)
-        for part, mode in modes:
-            part.training = mode
+        for submodule, mode in modes:
+            submodule.training = mode
     # A module that takes another path in training mode: its ratios belong to calls that the export doesn't meet.
     same_path = [name for name, _ in evaluation.calls] == [name for name, _ in training.calls]
     notes = [
-        f"Random numbers of torch's training mode ({names}) in {places}: boards train without them, as in evaluation."
-        for names, places in _group_places(training.random)
+        f"Random numbers of torch's training mode ({names}) in {modules}: boards train without them, as in evaluation."
+        for names, modules in _group_places(training.random)
     ]
     notes += [
-        f"Buffers that torch's training mode changes ({names}) in {places}: here they stay, and are used, as in "
+        f"Buffers that torch's training mode changes ({names}) in {modules}: here they stay, and are used, as in "
         "evaluation."
-        for names, places in _group_places(changed_buffers)
+        for names, modules in _group_places(changed_buffers)
     ]
     if evaluation.active:
         notes.append(
@@ -94,27 +98,27 @@ def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> Tra
 
 def _changed_buffers(torch: Any, module: Any, buffers: Sequence[tuple[Any, str, Any, Any]]) -> dict[str, list[str]]:
     """Names of buffers that a run has changed, by the module that has them; without those of batch norms."""
-    places = {id(part): _place_name(name, part) for name, part in module.named_modules()}
+    module_labels = {id(submodule): _place_name(name, submodule) for name, submodule in module.named_modules()}
     changed: dict[str, list[str]] = {}
-    for part, name, _, before in buffers:
-        now = part._buffers.get(name)
-        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) or now is None:
+    for submodule, name, _, before in buffers:
+        now = submodule._buffers.get(name)
+        if isinstance(submodule, torch.nn.modules.batchnorm._BatchNorm) or now is None:
             continue
         if now.shape != before.shape or not torch.equal(now, before):
-            changed.setdefault(places[id(part)], []).append(name)
+            changed.setdefault(module_labels[id(submodule)], []).append(name)
     return changed
 
 
 def _group_places(names: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
     """Names, and the places that have the same ones."""
-    places: dict[str, list[str]] = {}
-    for place, place_names in names.items():
-        places.setdefault(", ".join(place_names), []).append(place)
-    return [(joined_names, some(where, most=3)) for joined_names, where in places.items()]
+    modules_by_names: dict[str, list[str]] = {}
+    for module, place_names in names.items():
+        modules_by_names.setdefault(", ".join(place_names), []).append(module)
+    return [(joined_names, some(where, most=3)) for joined_names, where in modules_by_names.items()]
 
 
-def _place_name(name: str, part: Any) -> str:
-    return f"{name or 'the module'} ({type(part).__name__})"
+def _place_name(name: str, submodule: Any) -> str:
+    return f"{name or 'the module'} ({type(submodule).__name__})"
 
 
 @contextmanager
@@ -149,17 +153,19 @@ class _DropoutCalls:
     @contextmanager
     def answer_calls(self, module: Any) -> Iterator[None]:
         """Answer all calls, also those of modules for stochastic depth, which do nothing in evaluation."""
-        parts = [(part, vars(part).get("forward")) for part in module.modules() if _depth_ratio(part)]
-        for part, _ in parts:
-            part.forward = functools.partial(self._stochastic_depth, part)
+        submodules = [
+            (submodule, vars(submodule).get("forward")) for submodule in module.modules() if _depth_ratio(submodule)
+        ]
+        for submodule, _ in submodules:
+            submodule.forward = functools.partial(self._stochastic_depth, submodule)
         try:
             with self.mode():
                 yield
         finally:
-            for part, own_forward in parts:
-                del part.forward
+            for submodule, own_forward in submodules:
+                del submodule.forward
                 if own_forward is not None:  # else its class has it
-                    part.forward = own_forward
+                    submodule.forward = own_forward
 
     def mode(self) -> Any:
         """The mode of torch in which functions are answered."""
@@ -182,9 +188,9 @@ class _DropoutCalls:
         out = self._drop(x, self.ratio(name, arguments["p"], on=arguments["training"]), axes)
         return x.copy_(out) if arguments.get("inplace") and out is not x else out
 
-    def _stochastic_depth(self, part: Any, x: Any) -> Any:
-        axes = (WHOLE_BATCH_AXIS,) if getattr(part, "mode", "row") == "batch" else (0,)
-        return self._drop(x, self.ratio("depth", _depth_ratio(part), on=part.training), axes)
+    def _stochastic_depth(self, submodule: Any, x: Any) -> Any:
+        axes = (WHOLE_BATCH_AXIS,) if getattr(submodule, "mode", "row") == "batch" else (0,)
+        return self._drop(x, self.ratio("depth", _depth_ratio(submodule), on=submodule.training), axes)
 
     def _multi_head_attention(self, func: Any, *args: Any, **kwargs: Any) -> Any:
         """`nn.MultiheadAttention` drops weights in a function of its own, by the functions that are answered, too."""
@@ -275,16 +281,16 @@ def _record_calls(torch: Any, module: Any, samples: Sequence[Any]) -> _RecordedC
                     names += [] if name in names else [name]
             return func(*args, **(kwargs or {}))
 
-    def enter(place: str, *_: Any) -> None:
-        record.stack.append(place)
+    def enter(label: str, *_: Any) -> None:
+        record.stack.append(label)
 
     def leave(*_: Any) -> None:
         record.stack.pop()
 
     hooks = []
-    for name, part in module.named_modules():
-        hooks.append(part.register_forward_pre_hook(functools.partial(enter, _place_name(name, part))))
-        hooks.append(part.register_forward_hook(leave))
+    for name, submodule in module.named_modules():
+        hooks.append(submodule.register_forward_pre_hook(functools.partial(enter, _place_name(name, submodule))))
+        hooks.append(submodule.register_forward_hook(leave))
     try:
         with record.answer_calls(module), Random():
             module(*samples)
@@ -300,13 +306,13 @@ def _bind_arguments(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return dict(bound.arguments)
 
 
-def _depth_ratio(part: Any) -> float:
+def _depth_ratio(submodule: Any) -> float:
     """The ratio of a module for stochastic depth, by the names that timm, transformers and torchvision give it; 0 of
     others, and where the rest isn't scaled up."""
-    kind = type(part).__name__
-    ratio = part.drop_prob if kind.endswith("DropPath") and hasattr(part, "drop_prob") else 0.0
-    ratio = part.p if kind == "StochasticDepth" and hasattr(part, "p") else ratio
-    return float(ratio or 0.0) if getattr(part, "scale_by_keep", True) else 0.0
+    kind = type(submodule).__name__
+    ratio = submodule.drop_prob if kind.endswith("DropPath") and hasattr(submodule, "drop_prob") else 0.0
+    ratio = submodule.p if kind == "StochasticDepth" and hasattr(submodule, "p") else ratio
+    return float(ratio or 0.0) if getattr(submodule, "scale_by_keep", True) else 0.0
 
 
 @functools.cache

@@ -45,7 +45,7 @@ _TORCH_HINT = (
 
 
 def export_torch(
-    made: Any, *, input_shape: Sequence[Any] | None = None, token_ids: bool = False, name: str = "module"
+    source: Any, *, input_shape: Sequence[Any] | None = None, token_ids: bool = False, name: str = "module"
 ) -> bytes:
     """A torch module in evaluation mode as ONNX bytes, with all weights under their `state_dict` names.
 
@@ -54,7 +54,7 @@ def export_torch(
     onnxscript is not installed.
 
     Args:
-        made: The module, or a pair of the module and an example input (with a batch), which may be int64.
+        source: The module, or a pair of the module and an example input (with a batch), which may be int64.
         input_shape: One sample's shape; else that of the example, else the module's attribute `input_shape`. The
             module's attribute `input_dtype` says that the input is int64. Of a module with several inputs these
             attributes are mappings by the names of its arguments, in their order. A size may be the bounds of a
@@ -62,15 +62,15 @@ def export_torch(
         token_ids: Whether the input is int64, where neither the example nor the module says it.
     """
     torch = torch_package()
-    module, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    module, example = source if isinstance(source, tuple) and len(source) == 2 else (source, None)
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{name} made no model", expected="a torch module", got=type(module).__name__)
-    modes = [(part, part.training) for part in module.modules()]
-    samples, free = _samples(module, example, input_shape, token_ids, name)
-    mode = record_training_mode(torch, module, samples)
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    samples, varying_input = _samples(module, example, input_shape, token_ids, name)
+    training_mode = record_training_mode(torch, module, samples)
     module.eval()
     try:
-        with export_dropouts(torch, module, mode):
+        with export_dropouts(torch, module, training_mode):
             proto = exported(module, samples)
     except Exception as error:
         shapes = " and ".join(shape_text("n", *sample.shape[1:]) for sample in samples)
@@ -83,12 +83,12 @@ def export_torch(
     else:
         _list_tensors(torch, module, samples, proto, name)
     finally:
-        for part, training in modes:
-            part.training = training
-    texts = {} if free is None else {INPUT_KEY: json.dumps(free)}
+        for submodule, training in modes:
+            submodule.training = training
+    texts = {} if varying_input is None else {INPUT_KEY: json.dumps(varying_input)}
     axes = extract_mask_axes(proto.graph.node)
     texts |= {AXES_KEY: json.dumps(axes)} if axes else {}
-    texts |= {metadata.TRAINING_NOTES_KEY: json.dumps(mode.notes)} if mode.notes else {}
+    texts |= {metadata.TRAINING_NOTES_KEY: json.dumps(training_mode.notes)} if training_mode.notes else {}
     metadata.write(proto, texts)
     raw: bytes = proto.SerializeToString(deterministic=True)
     return raw
@@ -127,7 +127,8 @@ def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
     return proto
 
 
-_HELD = "held"
+# The attribute that holds the module in the wrapper, and so the prefix of its tensors.
+_HELD = "wrapped"
 
 
 def _held(module: Any) -> Any:
@@ -135,8 +136,8 @@ def _held(module: Any) -> Any:
     names."""
 
     holder = torch_package().nn.Module()
-    holder.held = module
-    holder.forward = functools.wraps(module.forward)(lambda *given: module(*given))
+    setattr(holder, _HELD, module)
+    holder.forward = functools.wraps(module.forward)(lambda *arguments: module(*arguments))
     return holder.eval()
 
 
@@ -145,82 +146,89 @@ def _samples(
 ) -> tuple[tuple[Any, ...], tuple[str, int, int] | None]:
     """Two samples of zeros, for the exporter to look at: a tensor for each argument, and which one's length varies."""
     torch = torch_package()
-    given: Any = input_shape or (tuple(example.shape[1:]) if example is not None else None)
-    given = given or getattr(module, "input_shape", None)
-    if not given:
+    sizes: Any = input_shape or (tuple(example.shape[1:]) if example is not None else None)
+    sizes = sizes or getattr(module, "input_shape", None)
+    if not sizes:
         raise ModelError(
             f"{name}: the input shape is unknown",
             hint="Give the module an attribute input_shape (such as (3, 32, 32)), or fedprune-export --input-shape.",
         )
-    kinds = getattr(module, "input_dtype", {})
-    if isinstance(given, Mapping):
-        shapes = {argument: read_shape(shape, f"{name}: input_shape") for argument, shape in given.items()}
-        kinds = kinds if isinstance(kinds, Mapping) else dict.fromkeys(shapes, kinds)
-        types = {n: _dtype(kinds.get(n, torch.float32), _INPUTS, name) for n in shapes}
+    dtype_names = getattr(module, "input_dtype", {})
+    if isinstance(sizes, Mapping):
+        shapes = {argument: read_shape(shape, f"{name}: input_shape") for argument, shape in sizes.items()}
+        dtype_names = dtype_names if isinstance(dtype_names, Mapping) else dict.fromkeys(shapes, dtype_names)
+        dtypes = {n: _dtype(dtype_names.get(n, torch.float32), _INPUTS, name) for n in shapes}
     else:
-        first = next(iter(inspect.signature(module.forward).parameters), "x")
-        shapes = {first: read_shape(tuple(given), f"{name}: input_shape")}
-        own = kinds.get(first, torch.float32) if isinstance(kinds, Mapping) else kinds
-        dtype = torch.int64 if token_ids else example.dtype if example is not None else own
-        types = {first: _dtype(dtype, _INPUTS[:2], name)}
-    free = free_input(shapes)
-    if free is not None:
-        shapes, types = _with_computed(module, shapes, types, free, kinds, name)
+        argument = next(iter(inspect.signature(module.forward).parameters), "x")
+        shapes = {argument: read_shape(tuple(sizes), f"{name}: input_shape")}
+        input_dtype = dtype_names.get(argument, torch.float32) if isinstance(dtype_names, Mapping) else dtype_names
+        dtype = torch.int64 if token_ids else example.dtype if example is not None else input_dtype
+        dtypes = {argument: _dtype(dtype, _INPUTS[:2], name)}
+    varying_input = free_input(shapes)
+    if varying_input is not None:
+        shapes, dtypes = _with_computed(module, shapes, dtypes, varying_input, dtype_names, name)
     device = next((p.device for p in module.parameters()), "cpu")
-    return tuple(torch.zeros((2, *at_most(s)), device=device, dtype=types[n]) for n, s in shapes.items()), free
+    return tuple(
+        torch.zeros((2, *at_most(s)), device=device, dtype=dtypes[n]) for n, s in shapes.items()
+    ), varying_input
 
 
 def _with_computed(
-    module: Any, shapes: dict[str, Shape], types: dict[str, Any], free: tuple[str, int, int], kinds: Any, name: str
+    module: Any,
+    shapes: dict[str, Shape],
+    dtypes: dict[str, Any],
+    varying_input: tuple[str, int, int],
+    dtype_names: Any,
+    name: str,
 ) -> tuple[dict[str, Shape], dict[str, Any]]:
     """Shapes and types of a module's arguments, in their order, with those that are computed from padded samples."""
     torch = torch_package()
-    most = at_most(shapes[free[0]])[free[1]]
+    max_length = at_most(shapes[varying_input[0]])[varying_input[1]]
     arguments = list(inspect.signature(module.forward).parameters)
-    computed = {MASK: ((most,), torch.float32), LENGTHS: ((), torch.int64)}
-    computed = {n: found for n, found in computed.items() if n in arguments or n in shapes}
-    kinds = kinds if isinstance(kinds, Mapping) else {}
-    types = types | {n: _dtype(kinds.get(n, usual), _INPUTS, name) for n, (_, usual) in computed.items()}
+    computed = {MASK: ((max_length,), torch.float32), LENGTHS: ((), torch.int64)}
+    computed = {n: shape_and_dtype for n, shape_and_dtype in computed.items() if n in arguments or n in shapes}
+    dtype_names = dtype_names if isinstance(dtype_names, Mapping) else {}
+    dtypes = dtypes | {n: _dtype(dtype_names.get(n, usual), _INPUTS, name) for n, (_, usual) in computed.items()}
     shapes = shapes | {n: shape for n, (shape, _) in computed.items()}
     order = [n for n in arguments if n in shapes] or list(shapes)
-    return {n: shapes[n] for n in (order if len(order) == len(shapes) else shapes)}, types
+    return {n: shapes[n] for n in (order if len(order) == len(shapes) else shapes)}, dtypes
 
 
+# Types of inputs; where there is one alone, one of the first two.
 _INPUTS = ("float32", "int64", "float16", "int32", "bool", "uint8")
-"""Types of inputs; where there is one alone, one of the first two."""
 
 
-def _dtype(given: Any, allowed: Sequence[str], name: str) -> Any:
+def _dtype(dtype: Any, allowed: Sequence[str], name: str) -> Any:
     """A type of torch, from its name or itself."""
-    text = str(given).rpartition(".")[2]
+    text = str(dtype).rpartition(".")[2]
     if text not in allowed:
-        raise ModelError(f"{name}: type of the input", expected=" or ".join(allowed), got=given)
+        raise ModelError(f"{name}: type of the input", expected=" or ".join(allowed), got=dtype)
     return getattr(torch_package(), text)
 
 
 def _separate_names(graph: Any) -> None:
     """Rename values that the exporter calls as it calls a tensor or an earlier value, such as a buffer `index`."""
-    taken = set(graph.initializers)
+    used_names = set(graph.initializers)
     for value in graph.inputs:
-        while value.name in taken:
+        while value.name in used_names:
             value.name += "_"
-        taken.add(value.name)
+        used_names.add(value.name)
     for node in graph:
         for value in node.outputs:
-            while value.name in taken:
+            while value.name in used_names:
                 value.name += "_"
-            taken.add(value.name)
+            used_names.add(value.name)
 
 
 def _list_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx.ModelProto, name: str) -> None:
     """Give tensors their first name, and list what can be trained, what is frozen and what has several names."""
     by_id: dict[int, str] = {}
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    firsts = {n: by_id.setdefault(id(tensor), n) for n, tensor in tensors}
-    _rename(proto, firsts)
+    first_names = {n: by_id.setdefault(id(tensor), n) for n, tensor in tensors}
+    _rename(proto, first_names)
     parameters = dict(module.named_parameters())
-    held = {t.name for t in proto.graph.initializer}
-    unused = [n for n in parameters if n not in held]
+    initializer_names = {t.name for t in proto.graph.initializer}
+    unused = [n for n in parameters if n not in initializer_names]
     lost = _reached(torch, module, samples, {n: parameters[n] for n in unused})
     if lost:
         raise ModelError(
@@ -229,26 +237,26 @@ def _list_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx
             got=f"{len(parameters) - len(lost)} (without {', '.join(lost[:5])})",
             hint="Please report this with the module.",
         )
-    trainable = [n for n in parameters if n in held]
-    norms = [
+    trainable = [n for n in parameters if n in initializer_names]
+    statistics = [
         f"{prefix}.{field}" if prefix else field
-        for prefix, part in module.named_modules()
-        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)
+        for prefix, submodule in module.named_modules()
+        if isinstance(submodule, torch.nn.modules.batchnorm._BatchNorm)
         for field in ("running_mean", "running_var")
     ]
-    norms = [n for n in norms if n in held]
-    texts = {metadata.PARAMETERS_KEY: json.dumps([*trainable, *norms])}
+    statistics = [n for n in statistics if n in initializer_names]
+    texts = {metadata.PARAMETERS_KEY: json.dumps([*trainable, *statistics])}
     if unused:
         texts[metadata.UNUSED_KEY] = json.dumps(unused)
     frozen = [n for n in trainable if not parameters[n].requires_grad]
     if frozen:
         texts[metadata.FROZEN_KEY] = json.dumps(frozen)
-    others: dict[str, list[str]] = {}
-    for other, first in firsts.items():
-        if other != first:
-            others.setdefault(first, []).append(other)
-    if others:
-        texts[metadata.TIED_KEY] = json.dumps(others)
+    aliases: dict[str, list[str]] = {}
+    for alias, first in first_names.items():
+        if alias != first:
+            aliases.setdefault(first, []).append(alias)
+    if aliases:
+        texts[metadata.TIED_KEY] = json.dumps(aliases)
     onnx.helper.set_model_props(proto, texts)
 
 
@@ -256,36 +264,38 @@ def _reached(torch: Any, module: Any, samples: tuple[Any, ...], parameters: dict
     """Names of those parameters on which the module's outputs depend."""
     if not parameters:
         return []
-    before = {n: p.requires_grad for n, p in parameters.items()}
+    required_gradients = {n: p.requires_grad for n, p in parameters.items()}
     try:
         for value in parameters.values():
             value.requires_grad_(True)
         with torch.enable_grad():
-            made = module(*samples)
-            outputs = [o for o in (made if isinstance(made, (tuple, list)) else [made]) if o.requires_grad]
-            given = [None] * len(parameters)
+            result = module(*samples)
+            outputs = [o for o in (result if isinstance(result, (tuple, list)) else [result]) if o.requires_grad]
+            gradients = [None] * len(parameters)
             if outputs:
-                given = torch.autograd.grad(sum(o.sum() for o in outputs), list(parameters.values()), allow_unused=True)
+                gradients = torch.autograd.grad(
+                    sum(o.sum() for o in outputs), list(parameters.values()), allow_unused=True
+                )
     finally:
         for name, value in parameters.items():
-            value.requires_grad_(before[name])
-    return [n for n, gradient in zip(parameters, given, strict=True) if gradient is not None]
+            value.requires_grad_(required_gradients[name])
+    return [n for n, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
 
 
 def _rename(proto: onnx.ModelProto, names: dict[str, str]) -> None:
     """Rename initialisers; those that become the same are the same tensor."""
     if all(old == new for old, new in names.items()):
         return
-    kept = {t.name: t for t in proto.graph.initializer if names.get(t.name, t.name) == t.name}
+    tensors = {t.name: t for t in proto.graph.initializer if names.get(t.name, t.name) == t.name}
     for tensor in list(proto.graph.initializer):
         new = names.get(tensor.name, tensor.name)
         if new == tensor.name:
             continue
-        if new in kept:
+        if new in tensors:
             proto.graph.initializer.remove(tensor)
         else:
             tensor.name = new
-            kept[new] = tensor
+            tensors[new] = tensor
     for node in proto.graph.node:
         for i, value in enumerate(node.input):
             node.input[i] = names.get(value, value)
@@ -323,8 +333,8 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         if all(isinstance(d, int) for d in size):
             return ops.Reshape(self, ops.Constant(value_ints=list(size)))
         one = ops.Constant(value_ints=[1])
-        parts = [ops.Constant(value_ints=[d]) if isinstance(d, int) else ops.Reshape(d, one) for d in size]
-        return ops.Reshape(self, ops.Concat(*parts, axis=0))
+        sizes = [ops.Constant(value_ints=[d]) if isinstance(d, int) else ops.Reshape(d, one) for d in size]
+        return ops.Reshape(self, ops.Concat(*sizes, axis=0))
 
     def conv3d(self: Any, weight: Any, bias: Any = None, *how: Any, **named: Any) -> Any:
         if bias is None:
@@ -345,11 +355,11 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         length = ops.ReduceL1 if p == 1.0 else ops.ReduceL2
         return length(apart, ops.Constant(value_ints=[-1]), keepdims=0)
 
-    def parts_3d(self: Any, output_size: Any) -> Any:
+    def adaptive_avg_pool3d(self: Any, output_size: Any) -> Any:
         pairs = list(zip([int(n) for n in self.shape[2:]], output_size, strict=True))
         if not any(n % m for n, m in pairs):
-            parts = [n // m for n, m in pairs]
-            return ops.AveragePool(self, kernel_shape=parts, strides=parts)
+            windows = [n // m for n, m in pairs]
+            return ops.AveragePool(self, kernel_shape=windows, strides=windows)
         for n, m in pairs:  # each turn brings the next axis to the end; three are a full circle
             share = torch.zeros(n, m)
             for i in range(m):
@@ -366,9 +376,9 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
     def log1p(self: Any) -> Any:
         one = ops.CastLike(1.0, self)
-        more = ops.Add(one, self)
-        rounded = ops.Sub(self, ops.Sub(more, one))  # what 1 + x lacks, by which log(1 + x) grows to first order
-        return ops.Add(ops.Log(more), ops.Div(rounded, ops.Max(more, ops.CastLike(_TINY, self))))
+        shifted = ops.Add(one, self)
+        rounded = ops.Sub(self, ops.Sub(shifted, one))  # what 1 + x lacks, by which log(1 + x) grows to first order
+        return ops.Add(ops.Log(shifted), ops.Div(rounded, ops.Max(shifted, ops.CastLike(_TINY, self))))
 
     def expm1(self: Any) -> Any:
         half, one = ops.CastLike(0.5, self), ops.CastLike(1.0, self)
@@ -406,7 +416,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         aten.logaddexp.default: log_add(math.e),
         aten.logaddexp2.default: log_add(2),
         aten._cdist_forward.default: cdist,
-        aten._adaptive_avg_pool3d.default: parts_3d,
+        aten._adaptive_avg_pool3d.default: adaptive_avg_pool3d,
     }
 
 
@@ -428,8 +438,8 @@ def factory_product(text: str) -> Any:
     torch = torch_package()
     factory = named(text)
     try:
-        made = isinstance(factory, torch.nn.Module) or not callable(factory)
-        return factory if made else factory()
+        is_product = isinstance(factory, torch.nn.Module) or not callable(factory)
+        return factory if is_product else factory()
     except Exception as error:
         raise ModelError(f"{text} failed ({type(error).__name__}: {reason(error)})") from error
 
@@ -498,8 +508,8 @@ class _OtherThreads:
 
 def innermost(error: BaseException) -> BaseException:
     """The root cause of an error: the exporter's own errors only name its steps."""
-    seen = {id(error)}
-    while error.__cause__ is not None and id(error.__cause__) not in seen:
+    visited = {id(error)}
+    while error.__cause__ is not None and id(error.__cause__) not in visited:
         error = error.__cause__
-        seen.add(id(error))
+        visited.add(id(error))
     return error

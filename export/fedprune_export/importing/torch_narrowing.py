@@ -48,30 +48,30 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
     lacking = sorted({n for key, n in names.items() if key[0] == "parameter" and n not in tensors})
     if lacking:
         raise ModelError(f"there is no tensor for {lacking[0]!r} of the module", got=f"{len(lacking)} such names")
-    made: dict[int, Any] = {}
-    plans = [(prefix, part, *_shapes(part, names, tensors)) for prefix, part in module.named_modules()]
-    for prefix, part, old, new in plans:  # all are looked at before the first is changed
-        _fit(torch, prefix or type(part).__name__, part, old, new, change=False)
-    for prefix, part, old, new in plans:
-        _fit(torch, prefix, part, old, new, change=True)
-        for name, value in [*part._parameters.items()]:
+    replacements: dict[int, Any] = {}
+    plans = [(prefix, layer, *_shapes(layer, names, tensors)) for prefix, layer in module.named_modules()]
+    for prefix, layer, old, new in plans:  # all are looked at before the first is changed
+        _fit(torch, prefix or type(layer).__name__, layer, old, new, change=False)
+    for prefix, layer, old, new in plans:
+        _fit(torch, prefix, layer, old, new, change=True)
+        for name, value in [*layer._parameters.items()]:
             if value is not None:
-                if id(value) not in made:
+                if id(value) not in replacements:
                     array = tensors[names["parameter", id(value)]]
                     data = torch.tensor(array, dtype=value.dtype, device=value.device)
-                    made[id(value)] = (torch.nn.Parameter(data, requires_grad=value.requires_grad), value)
-                part._parameters[name] = made[id(value)][0]
-        for name, value in [*part._buffers.items()]:
+                    replacements[id(value)] = (torch.nn.Parameter(data, requires_grad=value.requires_grad), value)
+                layer._parameters[name] = replacements[id(value)][0]
+        for name, value in [*layer._buffers.items()]:
             key = None if value is None else names.get(("buffer", id(value)))
             if key is not None and key in tensors:
-                part._buffers[name] = torch.tensor(tensors[key], dtype=value.dtype, device=value.device)
+                layer._buffers[name] = torch.tensor(tensors[key], dtype=value.dtype, device=value.device)
     return module
 
 
-def _author_name(name: str, known: AbstractSet[str]) -> str:
+def _author_name(name: str, author_names: AbstractSet[str]) -> str:
     """The module's name of a tensor, which the import has changed where it is reserved: `lr_` is `lr`."""
-    own = name.rstrip("_")
-    return own if name not in known and own in known & RESERVED else name
+    stripped = name.rstrip("_")
+    return stripped if name not in author_names and stripped in author_names & RESERVED else name
 
 
 def _names(module: Any) -> dict[tuple[str, int], str]:
@@ -85,88 +85,88 @@ def _names(module: Any) -> dict[tuple[str, int], str]:
 
 
 def _shapes(
-    part: Any, names: Mapping[tuple[str, int], str], tensors: Mapping[str, npt.NDArray[np.float32]]
+    layer: Any, names: Mapping[tuple[str, int], str], tensors: Mapping[str, npt.NDArray[np.float32]]
 ) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Shapes of a layer's own tensors before and after, of those that there are tensors for."""
     old: dict[str, Shape] = {}
     new: dict[str, Shape] = {}
-    for kind, name, value in _own(part):
+    for kind, name, value in _own(layer):
         key = names.get((kind, id(value)))
         if key is not None and key in tensors:
             old[name], new[name] = tuple(value.shape), tensors[key].shape
     return old, new
 
 
-def _own(part: Any) -> Iterator[tuple[str, str, Any]]:
-    for kind, held in (("parameter", part._parameters), ("buffer", part._buffers)):
-        for name, value in held.items():
+def _own(layer: Any) -> Iterator[tuple[str, str, Any]]:
+    for kind, tensors in (("parameter", layer._parameters), ("buffer", layer._buffers)):
+        for name, value in tensors.items():
             if value is not None:
                 yield kind, name, value
 
 
-def _fit(torch: Any, where: str, part: Any, old: dict[str, Shape], new: dict[str, Shape], *, change: bool) -> None:
+def _fit(torch: Any, where: str, layer: Any, old: dict[str, Shape], new: dict[str, Shape], *, change: bool) -> None:
     """Check, or set, a layer's attributes for its sizes."""
     if old == new:
         return
     for name, shape in new.items():
         if len(shape) != len(old[name]) or any(a > b for a, b in zip(shape, old[name], strict=True)):
             raise ModelError(f"{where}.{name} can't be narrowed", expected=f"at most {old[name]}", got=shape)
-    sizes = _sizes(torch, where, part, old, new)
+    sizes = _sizes(torch, where, layer, old, new)
     if change:
         for name, size in sizes.items():
-            setattr(part, name, size)
+            setattr(layer, name, size)
 
 
-def _check_forward(where: str, part: Any) -> None:
+def _check_forward(where: str, layer: Any) -> None:
     """Make sure that a layer computes what torch's of its kind does: only then do attributes tell its sizes.
 
     Raises `ModelError` if it, or a class of it that isn't torch's, computes in a way of its own.
     """
     for name in ("forward", "_conv_forward"):
-        function = getattr(part, name, None)
-        own = name in vars(part) or not getattr(function, "__module__", "").startswith("torch.nn.")
-        if function is not None and own:
+        function = getattr(layer, name, None)
+        is_custom = name in vars(layer) or not getattr(function, "__module__", "").startswith("torch.nn.")
+        if function is not None and is_custom:
             raise ModelError(
-                f"{where}: a {type(part).__name__} with a {name} of its own can't be narrowed by its weights alone",
+                f"{where}: a {type(layer).__name__} with a {name} of its own can't be narrowed by its weights alone",
                 expected="a layer of torch.nn",
                 hint=_HINT,
             )
 
 
-def _sizes(torch: Any, where: str, part: Any, old: dict[str, Shape], new: dict[str, Shape]) -> dict[str, Any]:
+def _sizes(torch: Any, where: str, layer: Any, old: dict[str, Shape], new: dict[str, Shape]) -> dict[str, Any]:
     """A layer's attributes for weights of these sizes.
 
     Raises `ModelError` if its kind is unknown, or its weights don't determine them.
     """
     nn = torch.nn
-    _check_forward(where, part)
+    _check_forward(where, layer)
     one = next(iter(new.values()))
     shape = new.get("weight", one)
-    if isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        if part.groups == 1:
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        if layer.groups == 1:
             return {"out_channels": shape[0], "in_channels": shape[1]}
-        if part.groups == part.in_channels == part.out_channels:
+        if layer.groups == layer.in_channels == layer.out_channels:
             return {"out_channels": shape[0], "in_channels": shape[0], "groups": shape[0]}
-    elif isinstance(part, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
-        if part.groups == 1:
+    elif isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        if layer.groups == 1:
             return {"in_channels": shape[0], "out_channels": shape[1]}
-    elif type(part) is nn.Linear:
+    elif type(layer) is nn.Linear:
         return {"out_features": shape[0], "in_features": shape[1]}
-    elif isinstance(part, (nn.modules.batchnorm._NormBase)):
+    elif isinstance(layer, (nn.modules.batchnorm._NormBase)):
         return {"num_features": shape[0]}
-    elif isinstance(part, nn.GroupNorm):
-        if part.num_groups == 1:
+    elif isinstance(layer, nn.GroupNorm):
+        if layer.num_groups == 1:
             return {"num_channels": shape[0]}
-        if part.num_groups == part.num_channels:
+        if layer.num_groups == layer.num_channels:
             return {"num_channels": shape[0], "num_groups": shape[0]}
-    elif isinstance(part, (nn.LayerNorm, getattr(nn, "RMSNorm", nn.LayerNorm))):
+    elif isinstance(layer, (nn.LayerNorm, getattr(nn, "RMSNorm", nn.LayerNorm))):
         return {"normalized_shape": tuple(shape)}
-    elif type(part) is nn.Embedding and shape[0] == old["weight"][0]:
+    elif type(layer) is nn.Embedding and shape[0] == old["weight"][0]:
         return {"embedding_dim": shape[1]}
-    elif isinstance(part, nn.PReLU):
+    elif isinstance(layer, nn.PReLU):
         return {"num_parameters": math.prod(shape)}
     raise ModelError(
-        f"{where}: a {type(part).__name__} like this can't be narrowed by its weights alone",
+        f"{where}: a {type(layer).__name__} like this can't be narrowed by its weights alone",
         got=f"{old} to {new}",
         hint=_HINT,
     )

@@ -70,7 +70,7 @@ def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
     return upgraded
 
 
-def translate(graph: Graph, seen: Trace, notes: list[str]) -> None:
+def translate(graph: Graph, trace: Trace, notes: list[str]) -> None:
     """Rewrite operators in the forms of opset 17. Raises `ModelError` if an operator has no such form.
 
     Args:
@@ -79,7 +79,7 @@ def translate(graph: Graph, seen: Trace, notes: list[str]) -> None:
     """
     nodes, graph.nodes = graph.nodes, []
     used = {p.name for p in graph.outputs} | {i for n in nodes for i in n.inputs}
-    state = Translation(graph, seen, used)
+    state = Translation(graph, trace, used)
     for node in nodes:
         rule = None if node.domain else _RULES.get(node.op)
         if rule is not None:
@@ -89,11 +89,11 @@ def translate(graph: Graph, seen: Trace, notes: list[str]) -> None:
     for node in graph.nodes:
         if not node.domain and node.op not in COMPOSITES and graph.opset > NORMAL_OPSET:
             check_form(node, NORMAL_OPSET)
-    still = [n.name for n in graph.nodes if n.op == "BatchNormalization" and n.attrs.get("momentum") == 1]
-    if still:
+    frozen_norms = [n.name for n in graph.nodes if n.op == "BatchNormalization" and n.attrs.get("momentum") == 1]
+    if frozen_norms:
         notes.append(
-            f"Statistics of {len(still)} batch normalisations are never updated, {still[0]} among them: their momentum "
-            "says so (torch's 0, or None, which ONNX can't express)."
+            f"Statistics of {len(frozen_norms)} batch normalisations are never updated, {frozen_norms[0]} among them: "
+            "their momentum says so (torch's 0, or None, which ONNX can't express)."
         )
     graph.opset = NORMAL_OPSET
 
@@ -218,9 +218,9 @@ def _split(state: Translation, node: Node) -> None:
         axis = int(node.attrs.get("axis", 0))
         if any(state.seen.batched(o)[axis] for o in node.outputs if o):
             raise ModelError(f"operator Split ({node.name}) splits the batch", hint="Split another axis.")
-        total, parts = state.seen.shapes[node.inputs[0]][axis], len(node.outputs)
-        each = -(-total // parts)
-        sizes = [each] * (parts - 1) + [total - each * (parts - 1)]
+        total, count = state.seen.shapes[node.inputs[0]][axis], len(node.outputs)
+        chunk_size = -(-total // count)
+        sizes = [chunk_size] * (count - 1) + [total - chunk_size * (count - 1)]
         node.inputs = [node.inputs[0], state.graph.ints(*sizes)]
     state.keep(node)
 
@@ -268,6 +268,7 @@ _RULES: dict[str, _Rule] = {
 
 TRANSLATED = frozenset(_RULES)  # operators whose later forms, or which themselves, are written in the forms of opset 17
 
+# The rewriting of operators, before any rule reads them.
 BECOMES = {
     "CastLike": "Cast",
     "Col2Im": "a transposed convolution with a constant kernel",
@@ -278,4 +279,3 @@ BECOMES = {
     "MeanVarianceNormalization": "means and a quotient",
     "STFT": "a convolution with a constant Fourier basis",
 }
-"""The rewriting of operators, before any rule reads them."""

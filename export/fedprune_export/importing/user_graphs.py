@@ -26,8 +26,8 @@ from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.trace import trace
 from fedprune_export.pruning.model import Model
 
+# Keys of a model's metadata that hold its loss and its metric: ONNX files in base64.
 LOSS_KEY, METRIC_KEY = "fedprune.loss", METRIC
-"""Keys of a model's metadata that hold its loss and its metric: ONNX files in base64."""
 
 _TOLERANCE = 1e-4
 _TYPES = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
@@ -41,10 +41,10 @@ class _Labels:
     dtype: str
 
     @classmethod
-    def of(cls, given: Any, outputs: Sequence[int], name: str) -> _Labels:
+    def of(cls, function: Any, outputs: Sequence[int], name: str) -> _Labels:
         """By default labels are like outputs. Raises `ModelError` if the attributes are of another kind."""
-        shape = getattr(given, "target_shape", tuple(outputs))
-        dtype = str(getattr(given, "target_dtype", "float32")).rpartition(".")[2]
+        shape = getattr(function, "target_shape", tuple(outputs))
+        dtype = str(getattr(function, "target_dtype", "float32")).rpartition(".")[2]
         if dtype not in _TYPES or not isinstance(shape, (tuple, list)) or not all(isinstance(d, int) for d in shape):
             raise ModelError(
                 f"{name}: target_shape and target_dtype",
@@ -54,14 +54,14 @@ class _Labels:
         return cls(tuple(shape), dtype)
 
 
-def read_loss(source: object, outputs: Sequence[int], parts: Sequence[Piece] = ()) -> bytes:
+def read_loss(source: object, outputs: Sequence[int], pieces: Sequence[Piece] = ()) -> bytes:
     """A loss as the bytes of an ONNX file, for a model with outputs [n, *outputs].
 
     Args:
         source: An ONNX file; `package.module:function`; or a torch function or module. It takes outputs and labels, and
             returns one number per sample [n]. Labels are like outputs, unless its attributes `target_shape` (of one
             sample) and `target_dtype` ("int64") say something else.
-        parts: The model's outputs, where it has several: they are arguments of their own, before the labels.
+        pieces: The model's outputs, where it has several: they are arguments of their own, before the labels.
 
     Raises:
         ModelError: There is no such loss, or torch can't export it.
@@ -70,7 +70,7 @@ def read_loss(source: object, outputs: Sequence[int], parts: Sequence[Piece] = (
     if isinstance(source, (str, Path)) and ":" not in str(source):
         return read_model_file(Path(source))
     torch = torch_package()
-    (loss, name), split = _callable(source), _splitter(parts)
+    (loss, name), split = _callable(source), _splitter(pieces)
 
     class Loss(torch.nn.Module):  # type: ignore[name-defined, misc]
         def forward(self, outputs: Any, labels: Any) -> Any:
@@ -79,14 +79,14 @@ def read_loss(source: object, outputs: Sequence[int], parts: Sequence[Piece] = (
     return _exported(Loss(), loss, name, outputs, "loss", "one number per sample")
 
 
-def read_metric(source: object, outputs: Sequence[int], parts: Sequence[Piece] = ()) -> bytes:
+def read_metric(source: object, outputs: Sequence[int], pieces: Sequence[Piece] = ()) -> bytes:
     """A metric as the bytes of an ONNX file, for a model with outputs [n, *outputs].
 
     Args:
         source: An ONNX file of outputs and labels that gives sums over samples [k] and what they come to []; or, as for
             `read_loss`, a torch function or module. That returns one number per sample [n], of which the mean counts;
             or a row of numbers [n, k], and has an attribute `value`: a function of the sums of the rows [k].
-        parts: As for `read_loss`.
+        pieces: As for `read_loss`.
 
     Raises:
         ModelError: There is no such metric, or torch can't export it.
@@ -95,7 +95,7 @@ def read_metric(source: object, outputs: Sequence[int], parts: Sequence[Piece] =
     if isinstance(source, (str, Path)) and ":" not in str(source):
         return read_model_file(Path(source))
     torch = torch_package()
-    (metric, name), split = _callable(source), _splitter(parts)
+    (metric, name), split = _callable(source), _splitter(pieces)
     value = getattr(metric, "value", None)
 
     class Metric(torch.nn.Module):  # type: ignore[name-defined, misc]
@@ -107,31 +107,31 @@ def read_metric(source: object, outputs: Sequence[int], parts: Sequence[Piece] =
             sums = torch.stack([rows, torch.ones_like(rows)], 1).sum(0)
             return sums, sums[0] / sums[1]
 
-    wanted = "one number per sample, or a row of numbers and a `value` of their sums"
-    return _exported(Metric(), metric, name, outputs, "metric", wanted)
+    returns = "one number per sample, or a row of numbers and a `value` of their sums"
+    return _exported(Metric(), metric, name, outputs, "metric", returns)
 
 
-def _splitter(parts: Sequence[Piece]) -> Callable[[Any], list[Any]]:
-    return unpacked(parts) if parts else lambda outputs: [outputs]
+def _splitter(pieces: Sequence[Piece]) -> Callable[[Any], list[Any]]:
+    return unpacked(pieces) if pieces else lambda outputs: [outputs]
 
 
 def _callable(source: object) -> tuple[Any, str]:
     """The object that a source names, and its name."""
     name = source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
-    found: Any = named(source) if isinstance(source, str) else source
-    if isinstance(found, type):
-        found = found()
-    if not callable(found):
-        raise ModelError(f"{name}", expected="a function or module of outputs and labels", got=type(found).__name__)
-    return found, name
+    function: Any = named(source) if isinstance(source, str) else source
+    if isinstance(function, type):
+        function = function()
+    if not callable(function):
+        raise ModelError(f"{name}", expected="a function or module of outputs and labels", got=type(function).__name__)
+    return function, name
 
 
-def _exported(module: Any, given: Any, name: str, outputs: Sequence[int], kind: str, wanted: str) -> bytes:
+def _exported(module: Any, function: Any, name: str, outputs: Sequence[int], kind: str, returns: str) -> bytes:
     """A user's function, wrapped in a module, as the bytes of an ONNX file."""
     torch = torch_package()
-    labels = _Labels.of(given, outputs, name)
-    if isinstance(given, torch.nn.Module):
-        module.given = given
+    labels = _Labels.of(function, outputs, name)
+    if isinstance(function, torch.nn.Module):
+        module.user_function = function
     samples = torch.zeros((2, *outputs)), torch.zeros((2, *labels.shape), dtype=getattr(torch, labels.dtype))
     try:
         raw: bytes = exported(module.eval(), samples).SerializeToString(deterministic=True)
@@ -139,7 +139,7 @@ def _exported(module: Any, given: Any, name: str, outputs: Sequence[int], kind: 
         raise ModelError(
             f"{name}: torch can't export this {kind} ({reason(innermost(error))})",
             hint=f"A {kind} takes outputs {shape_text('n', *outputs)} and labels {shape_text('n', *labels.shape)} "
-            f"({labels.dtype}; its attributes target_shape and target_dtype say so), and returns {wanted}.",
+            f"({labels.dtype}; its attributes target_shape and target_dtype say so), and returns {returns}.",
         ) from error
     return raw
 
@@ -149,7 +149,7 @@ def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
     `ModelError` if it is damaged, has other inputs or outputs, or uses what can't be handled."""
     graph = _read(raw, outputs, "loss", (LOSS,), "one number per sample")
     try:
-        seen = trace(graph)
+        graph_trace = trace(graph)
     except ModelError as error:
         labels = graph.inputs[1]
         raise ModelError(
@@ -157,7 +157,7 @@ def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
             hint=f"Its labels are {labels.dtype} {shape_text('n', *labels.shape[1:])}. If they should be numbers of "
             'classes, set the attributes target_dtype = "int64" and target_shape of the loss (docs/export.md).',
         ) from error
-    if (dims := seen.dims(LOSS)) != (None,):
+    if (dims := graph_trace.dims(LOSS)) != (None,):
         raise ModelError(
             "what a loss returns",
             expected="one number per sample [n]",
@@ -172,12 +172,12 @@ def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
 def import_metric(raw: bytes, outputs: Sequence[int]) -> Graph:
     """A metric as a graph of `logits` and `y` that gives `sums` [k] and `value` []. Raises `ModelError` if it is
     damaged, has other inputs or outputs, or uses what can't be handled."""
-    wanted = "sums over samples [k] and what they come to []"
-    graph = _read(raw, outputs, "metric", (SUMS, VALUE), wanted)
-    seen = trace(graph)
-    sums, value = seen.dims(SUMS), seen.dims(VALUE)
+    returns = "sums over samples [k] and what they come to []"
+    graph = _read(raw, outputs, "metric", (SUMS, VALUE), returns)
+    graph_trace = trace(graph)
+    sums, value = graph_trace.dims(SUMS), graph_trace.dims(VALUE)
     if len(sums) != 1 or sums[0] is None or value != ():
-        raise ModelError("what a metric returns", expected=wanted, got=f"{shape_text(*sums)} and {shape_text(*value)}")
+        raise ModelError("what a metric returns", expected=returns, got=f"{shape_text(*sums)} and {shape_text(*value)}")
     if _reads_samples(graph):
         raise ModelError(
             "what a metric returns",
@@ -194,22 +194,22 @@ def check_labels(loss: Model | None, metric: Graph | None) -> None:
     """Make sure that a model's own loss and metric compare with the same labels. Raises `ModelError` if they don't."""
     if loss is None or metric is None:
         return
-    wanted, given = ((p.dtype, tuple(p.shape[1:])) for p in (loss.graph.inputs[1], metric.inputs[1]))
-    if wanted != given:
+    loss_labels, metric_labels = ((p.dtype, tuple(p.shape[1:])) for p in (loss.graph.inputs[1], metric.inputs[1]))
+    if loss_labels != metric_labels:
         raise ModelError(
             "the labels of the model's own metric",
-            expected=f"those of its loss, {wanted[0]} {shape_text('n', *wanted[1])}",
-            got=f"{given[0]} {shape_text('n', *given[1])}",
-            hint=f"Set the metric's attributes target_shape = {wanted[1]} and target_dtype = "
-            f'"{wanted[0]}", as the loss has them.',
+            expected=f"those of its loss, {loss_labels[0]} {shape_text('n', *loss_labels[1])}",
+            got=f"{metric_labels[0]} {shape_text('n', *metric_labels[1])}",
+            hint=f"Set the metric's attributes target_shape = {loss_labels[1]} and target_dtype = "
+            f'"{loss_labels[0]}", as the loss has them.',
         )
 
 
 def _compare(raw: bytes, graph: Graph, outputs: Sequence[int], kind: str) -> None:
     """Raises `ModelError` if a loss or metric computes something else than its file, on random outputs and labels."""
     proto, rng, count = parse(raw, whole=False).graph, np.random.default_rng(0), 4
-    held = {t.name for t in proto.initializer}
-    inputs, names = [i.name for i in proto.input if i.name not in held], [o.name for o in proto.output]
+    initializer_names = {t.name for t in proto.initializer}
+    inputs, names = [i.name for i in proto.input if i.name not in initializer_names], [o.name for o in proto.output]
     labels = graph.inputs[1]
     shape = (count, *(d for d in labels.shape[1:] if isinstance(d, int)))
     classes = max(1, outputs[0]) if outputs else 1
@@ -229,24 +229,24 @@ def _compare(raw: bytes, graph: Graph, outputs: Sequence[int], kind: str) -> Non
 def _reads_samples(graph: Graph) -> bool:
     """Whether the value needs outputs or labels by another way than the sums."""
     makers = {o: n for n in graph.nodes for o in n.outputs}
-    waiting, seen = [VALUE], {SUMS}
-    while waiting:
-        name = waiting.pop()
+    pending, visited = [VALUE], {SUMS}
+    while pending:
+        name = pending.pop()
         if name in (LOGITS, Y):
             return True
-        if name not in seen and name in makers:
-            waiting += makers[name].inputs
-        seen.add(name)
+        if name not in visited and name in makers:
+            pending += makers[name].inputs
+        visited.add(name)
     return False
 
 
-def embed(raw: bytes, key: str, own: bytes) -> bytes:
+def embed(raw: bytes, key: str, user_graph: bytes) -> bytes:
     """A model's file with a loss or metric in it."""
     proto = parse(raw)
-    kept = [p for p in proto.metadata_props if p.key != key]
+    other_properties = [p for p in proto.metadata_props if p.key != key]
     del proto.metadata_props[:]
-    proto.metadata_props.extend(kept)
-    proto.metadata_props.add(key=key, value=base64.b64encode(own).decode())
+    proto.metadata_props.extend(other_properties)
+    proto.metadata_props.add(key=key, value=base64.b64encode(user_graph).decode())
     out: bytes = proto.SerializeToString(deterministic=True)
     return out
 
@@ -259,16 +259,16 @@ def embedded(key: str, text: str) -> bytes:
         raise ModelError(f"metadata {key}", expected="an ONNX file in base64", got="something else") from error
 
 
-def _read(raw: bytes, outputs: Sequence[int], kind: str, names: tuple[str, ...], wanted: str) -> Graph:
+def _read(raw: bytes, outputs: Sequence[int], kind: str, names: tuple[str, ...], returns: str) -> Graph:
     """A graph of outputs and labels, under the contract's names."""
-    given = parse(raw, whole=False)
-    proto = prepared(given)
-    check(raw if proto is given else proto)
+    file_model = parse(raw, whole=False)
+    proto = prepared(file_model)
+    check(raw if proto is file_model else proto)
     graph = Graph.from_proto(upgraded(proto))
     if len(graph.inputs) != 2 or len(graph.outputs) != len(names):
         raise ModelError(
             f"the inputs and outputs of a {kind}",
-            expected=f"outputs of the model and labels, {wanted}",
+            expected=f"outputs of the model and labels, {returns}",
             got=f"{len(graph.inputs)} inputs and {len(graph.outputs)} outputs",
             hint=f"A {kind} that doesn't read its labels has lost them in the export.",
         )
@@ -283,33 +283,37 @@ def _rename(graph: Graph, outputs: tuple[str, ...]) -> None:
     """Give inputs and outputs the contract's names, and nothing else one of these."""
     ports = dict(zip((p.name for p in (*graph.inputs, *graph.outputs)), (LOGITS, Y, *outputs), strict=True))
     inner = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs)} - set(ports)
-    taken = inner | set(ports.values())
+    used_names = inner | set(ports.values())
     names = dict(ports)
     for name in sorted(inner.intersection(ports.values())):
         names[name] = f"{name}."
-        while names[name] in taken:
+        while names[name] in used_names:
             names[name] += "."
-        taken.add(names[name])
+        used_names.add(names[name])
     for port in (*graph.inputs, *graph.outputs):
         port.name = names[port.name]
     graph.rename(names)
 
 
 def _check_inputs(ports: Sequence[Port], outputs: tuple[int, ...], kind: str) -> None:
-    taken, labels = ports
+    outputs_port, labels_port = ports
     if (
-        taken.dtype != np.float32
-        or any(isinstance(d, int) and d != o for d, o in zip(taken.shape[1:], outputs, strict=False))
-        or len(taken.shape) != 1 + len(outputs)
+        outputs_port.dtype != np.float32
+        or any(isinstance(d, int) and d != o for d, o in zip(outputs_port.shape[1:], outputs, strict=False))
+        or len(outputs_port.shape) != 1 + len(outputs)
     ):
         raise ModelError(
             f"the first input of a {kind}",
             expected=f"the model's outputs, float32 {shape_text('n', *outputs)}",
-            got=f"{taken.dtype} {shape_text(*taken.shape)}",
+            got=f"{outputs_port.dtype} {shape_text(*outputs_port.shape)}",
         )
-    if labels.dtype not in _TYPES.values() or not labels.shape or not all(isinstance(d, int) for d in labels.shape[1:]):
+    if (
+        labels_port.dtype not in _TYPES.values()
+        or not labels_port.shape
+        or not all(isinstance(d, int) for d in labels_port.shape[1:])
+    ):
         raise ModelError(
             f"the labels of a {kind}",
             expected="float32 or int64, with fixed sizes from the second axis on",
-            got=f"{labels.dtype} {shape_text(*labels.shape)}",
+            got=f"{labels_port.dtype} {shape_text(*labels_port.shape)}",
         )

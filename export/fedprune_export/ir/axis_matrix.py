@@ -17,10 +17,10 @@ Matrix = npt.NDArray[np.float32]
 
 
 def axis_matrix(
-    attrs: Mapping[str, Any], size: int, scale: float | None, wanted: int, opset: int = NORMAL_OPSET
+    attrs: Mapping[str, Any], size: int, scale: float | None, new_size: int, opset: int = NORMAL_OPSET
 ) -> Matrix:
     """The matrix [new size, size] that a Resize with these attributes applies along one axis. The new size follows from
-    `scale`, or is `wanted` if that is None.
+    `scale`, or is `new_size` if that is None.
     """
     graph = Graph(nodes=[Node("Resize", ["x", ""], ["y"], dict(attrs))], opset=opset)
     graph.inputs, graph.outputs = (
@@ -30,6 +30,6 @@ def axis_matrix(
     if scale is not None:
         graph.nodes[0].inputs.append(graph.constant([1, 1, scale, 1], np.float32))
     else:
-        graph.nodes[0].inputs += ["", graph.ints(1, size, wanted, 1)]
+        graph.nodes[0].inputs += ["", graph.ints(1, size, new_size, 1)]
     columns = Session(graph.to_bytes()).run({"x": np.eye(size, dtype=np.float32)[None, :, :, None]})["y"]
     return np.ascontiguousarray(columns[0, :, :, 0].T, np.float32)

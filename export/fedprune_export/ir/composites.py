@@ -17,8 +17,8 @@ _Draft = TypeVar("_Draft", bound=Draft)
 
 GELU_CUBE = 0.044715  # the factor of the cube in the tanh form of Gelu
 
+# From which opset on an operator is written as it is.
 NATIVE = {"LayerNormalization": 17, "Mish": 18, "Gelu": 20, "GroupNormalization": 21, "RMSNormalization": 23}
-"""From which opset on an operator is written as it is."""
 
 COMPOSITES = frozenset(NATIVE) - {"LayerNormalization"}  # those that opset 17 lacks
 

@@ -21,8 +21,8 @@ from fedprune.planning.probe_report import CPU
 Array = npt.NDArray[Any]
 Dim = int | str | None
 
+# The opset of normalised graphs and of graphs that train; every onnxruntime that fedprune supports loads it.
 NORMAL_OPSET = 17
-"""The opset of normalised graphs and of graphs that train; every onnxruntime that fedprune supports loads it."""
 
 _IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 
@@ -178,13 +178,13 @@ class Draft:
     def prune(self) -> None:
         """Drop nodes and initialisers that no output needs."""
         needed = {p.name for p in self.outputs}
-        kept: list[Node] = []
+        needed_nodes: list[Node] = []
         for node in reversed(self.nodes):
             if not needed.isdisjoint(node.outputs):
                 needed.update(node.inputs, node.read_inside())
                 needed.discard("")
-                kept.append(node)
-        self.nodes = kept[::-1]
+                needed_nodes.append(node)
+        self.nodes = needed_nodes[::-1]
         self.initializers = {k: v for k, v in self.initializers.items() if k in needed}
         self._constants = {k: v for k, v in self._constants.items() if v in self.initializers}
 

@@ -14,9 +14,9 @@ import numpy as np
 from fedprune.core.errors import ModelError, shown
 from fedprune_export.ir.graph import Graph, Node
 
+# Key of a graph's metadata: by the node's name, the axes on which the mask of a dropout has its own numbers, where
+# these are not all.
 AXES_KEY = "fedprune.dropout_axes"
-"""Key of a graph's metadata: by the node's name, the axes on which the mask of a dropout has its own numbers, where
-these are not all."""
 
 
 def is_dropout(node: Node) -> bool:
@@ -44,14 +44,14 @@ def mask_axes(graph: Graph, node: Node) -> tuple[int, ...] | None:
 def read_axes(texts: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """The axes of masks by the name of the dropout. Raises `ModelError` if the text is something else."""
     try:
-        found = json.loads(texts.get(AXES_KEY, "{}"))
+        axes_by_name = json.loads(texts.get(AXES_KEY, "{}"))
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict) or not all(
-        isinstance(axes, list) and all(type(a) is int for a in axes) for axes in found.values()
+        axes_by_name = None
+    if not isinstance(axes_by_name, dict) or not all(
+        isinstance(axes, list) and all(type(a) is int for a in axes) for axes in axes_by_name.values()
     ):
         raise ModelError(f"metadata {AXES_KEY}", expected="lists of axes by name", got=shown(texts[AXES_KEY]))
-    return {name: tuple(axes) for name, axes in found.items()}
+    return {name: tuple(axes) for name, axes in axes_by_name.items()}
 
 
 def without_dropout(graph: Graph) -> None:

@@ -22,8 +22,8 @@ __all__ = ["NORMAL_OPSET", "Array", "Dim", "Graph", "Node", "Port", "check_name"
 
 _TYPES = frozenset(helper.get_all_tensor_dtypes())
 
+# Kinds of characters that names don't hold: controls, marks of direction, halves of characters, line ends.
 _UNPRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Kinds of characters that names don't hold: controls, marks of direction, halves of characters, line ends."""
 
 
 class Graph(Draft):
@@ -77,10 +77,14 @@ class Graph(Draft):
             proto.name or "model",
             {p.key: p.value for p in model.metadata_props if p.key.startswith("fedprune.")},
         )
-        taken: Iterable[str] = [*initializers, *(o for n in nodes for o in n.outputs), *(p.name for p in graph.inputs)]
-        tails = [t.rsplit("~", 1)[1] for t in taken if "~" in t]
+        used_names: Iterable[str] = [
+            *initializers,
+            *(o for n in nodes for o in n.outputs),
+            *(p.name for p in graph.inputs),
+        ]
+        counters = [t.rsplit("~", 1)[1] for t in used_names if "~" in t]
         # Only short numbers count: a name of a thousand digits is nothing that `fresh` could ever come to.
-        graph._counter = max([int(t) for t in tails if re.fullmatch("[0-9]{1,9}", t)], default=0)
+        graph._counter = max([int(t) for t in counters if re.fullmatch("[0-9]{1,9}", t)], default=0)
         return graph
 
 
@@ -91,9 +95,9 @@ def _check_text(graph: onnx.GraphProto) -> None:
         texts += [n.name, n.op_type, n.domain, *n.input, *n.output, *(a.name for a in n.attribute)]
     for value in (*graph.input, *graph.output):
         texts += [value.name, *(d.dim_param for d in value.type.tensor_type.shape.dim)]
-    odd = next((t for t in texts if not isinstance(t, str)), None)
-    if odd is not None:
-        raise ModelError("a name in the model is not UTF-8 text", got=shown(odd))
+    not_text = next((t for t in texts if not isinstance(t, str)), None)
+    if not_text is not None:
+        raise ModelError("a name in the model is not UTF-8 text", got=shown(not_text))
     for text in texts:
         check_name(str(text))
 

@@ -14,18 +14,18 @@ ONE_TO_ONE = (
     *("Reciprocal", "Erf", "Clip"),
 )
 MANY_TO_ONE = ("Add", "Sub", "Mul", "Div", "PRelu", "Pow", "Max", "Min", "Sum", "Mean")
+# Operators that compute every index of the output from the same index of the inputs.
 ELEMENTWISE = frozenset({*ONE_TO_ONE, *MANY_TO_ONE})
-"""Operators that compute every index of the output from the same index of the inputs."""
 
+# Operators that only rearrange their first input.
 REARRANGEMENTS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
-"""Operators that only rearrange their first input."""
 
+# Operators whose output is the input's memory.
 VIEWS = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity"})
-"""Operators whose output is the input's memory."""
 
 INPUT, OUTPUT, BOTH = "input", "output", "both"
+# Per operator which of its arrays its gradient reads, so that a step keeps them; none where it isn't listed.
 GRADIENT_READS: dict[str, str] = {}
-"""Per operator which of its arrays its gradient reads, so that a step keeps them; none where it isn't listed."""
 
 
 def gradient_reads(what: str, *operators: str) -> None:

@@ -16,13 +16,13 @@ from fedprune_export.ir.drafts import NORMAL_OPSET, Draft, Node
 
 OPSETS = range(13, 24)  # opsets that can be written
 
+# Reductions whose axes are an attribute at opset 17 and an input from 18 on.
 REDUCTIONS = frozenset(
     {
         *("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum"),
         *("ReduceLogSumExp", "ReduceSumSquare"),
     }
 )
-"""Reductions whose axes are an attribute at opset 17 and an input from 18 on."""
 
 _MODES = {"bilinear": "linear", "bicubic": "cubic"}  # names that GridSample gives its modes from opset 20 on
 
@@ -103,8 +103,8 @@ def _shape(out: Draft, node: Node) -> None:
     """A part of a shape is sliced out of the whole."""
     start, end = node.attrs.pop("start", 0), node.attrs.pop("end", None)
     if start or end is not None:
-        whole = out.emit("Shape", node.inputs[0])
-        out.emit("Slice", whole, out.ints(start), out.ints(2**62 if end is None else end), out=node.outputs[0])
+        full_shape = out.emit("Shape", node.inputs[0])
+        out.emit("Slice", full_shape, out.ints(start), out.ints(2**62 if end is None else end), out=node.outputs[0])
     else:
         out.nodes.append(node)
 
@@ -126,13 +126,14 @@ def _without(*defaults: tuple[str, object]) -> _Rule:
     return rule
 
 
+# First opset of a new form, and how to write it.
 _LATER: dict[str, tuple[int, _Rule]] = {
     **dict.fromkeys(REDUCTIONS, (18, _reduction)),
     "Split": (18, _split),
     "GridSample": (20, _grid_sample),
 }
-"""First opset of a new form, and how to write it."""
 
+# First opset of the form that opset 17 has, and how to write it before.
 _EARLIER: dict[str, tuple[int, _Rule]] = {
     "Shape": (15, _shape),
     "HardSwish": (14, _hard_swish),
@@ -140,9 +141,8 @@ _EARLIER: dict[str, tuple[int, _Rule]] = {
     **dict.fromkeys(("LSTM", "GRU", "RNN"), (14, _without(("layout", 0)))),
     **dict.fromkeys(("ScatterND", "ScatterElements"), (16, _without(("reduction", "none")))),
 }
-"""First opset of the form that opset 17 has, and how to write it before."""
 
 LATER_FORMS = {op: since for op, (since, _) in _LATER.items()}  # first opset of a form that comes after opset 17's
 
+# Operators whose form of opset 17 is not their first: the opset that introduced it.
 EARLIER_FORMS = {op: since for op, (since, _) in _EARLIER.items()}
-"""Operators whose form of opset 17 is not their first: the opset that introduced it."""

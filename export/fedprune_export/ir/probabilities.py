@@ -11,15 +11,15 @@ from fedprune_export.ir.operators import REARRANGEMENTS
 
 MAKERS = frozenset({"Softmax", "Sigmoid", "HardSigmoid"})
 
+# Operators of whose first input the outputs are probabilities where that holds some.
 _PASSING = REARRANGEMENTS | {
     *("Cast", "Clip", "Dropout", "Expand", "Gather", "GatherND", "GatherElements", "Pad", "Resize", "Slice", "Split"),
     *("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "ReduceMax", "ReduceMean", "ReduceMin"),
     *("Tile", "TopK"),
 }
-"""Operators of whose first input the outputs are probabilities where that holds some."""
 
+# Operators that make probabilities, or shares of them, of probabilities and constants.
 _JOINING = frozenset({"Add", "Concat", "Div", "Max", "Mean", "Min", "Mul", "Sum"})
-"""Operators that make probabilities, or shares of them, of probabilities and constants."""
 
 
 def maker_of_probabilities(graph: Graph, output: str, weights: Container[str]) -> Node | None:
@@ -30,26 +30,26 @@ def maker_of_probabilities(graph: Graph, output: str, weights: Container[str]) -
     """
     makers = graph.producers()
     constants = {name: value for name, value in graph.initializers.items() if name not in weights}
-    first: Node | None = None
-    waiting, seen = [output], {output}
-    while waiting:
-        node = makers.get(waiting.pop())
+    maker: Node | None = None
+    pending, visited = [output], {output}
+    while pending:
+        node = makers.get(pending.pop())
         if node is None or node.domain:
             return None
-        read: list[str] = []
+        sources: list[str] = []
         if node.op in MAKERS or _is_written_out(node, makers, constants):
-            first = first or node
+            maker = maker or node
         elif node.op in _PASSING:
-            read = node.inputs[:1]
+            sources = node.inputs[:1]
         elif node.op in _JOINING and not _can_enlarge(node, constants):
-            read = [i for i in node.inputs if i not in constants]
+            sources = [i for i in node.inputs if i not in constants]
         elif node.op == "Sub" and np.all(constants.get(node.inputs[0], np.zeros(1)) == 1):
-            read = node.inputs[1:]
+            sources = node.inputs[1:]
         else:
             return None
-        waiting += [i for i in read if i not in seen]
-        seen.update(read)
-    return first
+        pending += [i for i in sources if i not in visited]
+        visited.update(sources)
+    return maker
 
 
 def _is_written_out(node: Node, makers: Mapping[str, Node], constants: Mapping[str, Array]) -> bool:
@@ -65,10 +65,10 @@ def _is_written_out(node: Node, makers: Mapping[str, Node], constants: Mapping[s
         return total.inputs[0] == node.inputs[0]
     if node.op == "Div" and not np.all(constants.get(node.inputs[0], np.zeros(1)) == 1):
         return False
-    below = node.inputs[-1] if node.op in ("Div", "Reciprocal") else ""
-    if below not in makers or makers[below].op != "Add":
+    divisor = node.inputs[-1] if node.op in ("Div", "Reciprocal") else ""
+    if divisor not in makers or makers[divisor].op != "Add":
         return False
-    return ops(below) == ["Exp"] and any(np.all(constants.get(i, np.zeros(1)) == 1) for i in makers[below].inputs)
+    return ops(divisor) == ["Exp"] and any(np.all(constants.get(i, np.zeros(1)) == 1) for i in makers[divisor].inputs)
 
 
 def _can_enlarge(node: Node, constants: Mapping[str, Array]) -> bool:

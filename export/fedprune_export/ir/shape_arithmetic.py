@@ -24,7 +24,7 @@ _RESHAPED = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 
 
 def follow(
-    graph: Graph, seen: Trace, constants: Container[str], marked: Callable[[str], Sequence[bool]]
+    graph: Graph, trace: Trace, constants: Container[str], marked: Callable[[str], Sequence[bool]]
 ) -> dict[str, Marks]:
     """All values that are computed from shapes and constants alone.
 
@@ -48,41 +48,41 @@ def follow(
         if any(i in out for i in reads) and all(i in out or i in constants for i in reads):
             for name in node.outputs:
                 if name:
-                    out[name] = _passed(graph, seen, node, name, out)
+                    out[name] = _passed(graph, trace, node, name, out)
     return out
 
 
 def origins(graph: Graph, values: Iterable[str]) -> list[Node]:
     """The sources from which these values are computed, in the graph's order."""
     needed = set(values)
-    found = []
+    sources = []
     for node in reversed(graph.nodes):
         if needed.intersection(node.outputs):
             if node.op in SOURCES and not node.domain:
-                found.append(node)
+                sources.append(node)
             else:
                 needed.update(node.inputs)
-    return found[::-1]
+    return sources[::-1]
 
 
-def _passed(graph: Graph, seen: Trace, node: Node, output: str, held: dict[str, Marks]) -> Marks:
+def _passed(graph: Graph, trace: Trace, node: Node, output: str, marks_by_name: dict[str, Marks]) -> Marks:
     """Marks of a node's output."""
-    marks = [held.get(i, np.zeros(seen.shapes[i], np.bool_)) for i in node.inputs if i]
-    shape = seen.shapes[output]
-    found: Marks | None = None
+    marks = [marks_by_name.get(i, np.zeros(trace.shapes[i], np.bool_)) for i in node.inputs if i]
+    shape = trace.shapes[output]
+    passed: Marks | None = None
     first = marks[0]
     if node.op == "Gather" and first.ndim == 1 and node.inputs[1] in graph.initializers:
-        found = np.asarray(first[graph.initializers[node.inputs[1]]])
+        passed = np.asarray(first[graph.initializers[node.inputs[1]]])
     elif node.op == "Slice" and first.ndim == 1:
         bounds = [graph.initializers.get(i) for i in node.inputs[1:3]]
         if len(node.inputs) < 5 and all(b is not None and b.size == 1 for b in bounds):
-            found = first[slice(*(int(b.item()) for b in bounds if b is not None))]
+            passed = first[slice(*(int(b.item()) for b in bounds if b is not None))]
     elif node.op == "Concat":
-        found = np.concatenate(marks, axis=int(node.attrs["axis"]))
+        passed = np.concatenate(marks, axis=int(node.attrs["axis"]))
     elif node.op in _RESHAPED and not any(m.any() for m in marks[1:]):
-        found = first
-    elif node.op in _ALIKE and not any(seen.batched(output)):
-        found = np.logical_or.reduce([np.broadcast_to(m, shape) for m in marks])
-    if found is None or found.size != int(np.prod(shape, dtype=np.int64)):
+        passed = first
+    elif node.op in _ALIKE and not any(trace.batched(output)):
+        passed = np.logical_or.reduce([np.broadcast_to(m, shape) for m in marks])
+    if passed is None or passed.size != int(np.prod(shape, dtype=np.int64)):
         return np.full(shape, any(m.any() for m in marks))
-    return found.reshape(shape)
+    return passed.reshape(shape)

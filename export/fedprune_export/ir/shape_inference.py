@@ -29,8 +29,8 @@ MOST_NUMBERS = 2**28  # numbers of one value, and of all values that are needed 
 
 MOST_WORK = 2**40  # MACs of one sample: the largest image networks take a fifth of it
 
+# Operators whose arguments give the size of their output.
 _GROWING = frozenset({"ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"})
-"""Operators whose arguments give the size of their output."""
 
 
 @dataclass
@@ -68,9 +68,9 @@ def infer(graph: Graph, batch: int, measured: Mapping[str, Array] | None = None)
     for name, value in (measured or {}).items():
         hold(out, name, value)
     for node in graph.nodes:
-        wanted = [o for o in node.outputs if o and o not in out.shapes]
-        if wanted:
-            follow(graph, out, node, wanted)
+        outputs = [o for o in node.outputs if o and o not in out.shapes]
+        if outputs:
+            follow(graph, out, node, outputs)
     _check_memory(graph, out)
     work = sum(_work(n, out) for n in graph.nodes if not n.domain) // max(batch, 1)
     if work > MOST_WORK:
@@ -85,19 +85,19 @@ def hold(out: Inferred, name: str, value: Array) -> None:
         out.numbers[name] = value
 
 
-def follow(graph: Graph, out: Inferred, node: Node, wanted: Sequence[str]) -> None:
+def follow(graph: Graph, out: Inferred, node: Node, outputs: Sequence[str]) -> None:
     """Add the shapes of a node's outputs, and their numbers where these are few."""
     reads = [i for i in node.inputs if i]
     if node.op in NATIVE and not node.domain and node.inputs[0] in out.shapes:
-        found = {wanted[0]: (out.shapes[node.inputs[0]], out.dtypes[node.inputs[0]])}
-        if node.op == "LayerNormalization" and len(wanted) > 1:
-            found = _by_onnx(graph, out, node)
+        inferred = {outputs[0]: (out.shapes[node.inputs[0]], out.dtypes[node.inputs[0]])}
+        if node.op == "LayerNormalization" and len(outputs) > 1:
+            inferred = _by_onnx(graph, out, node)
     elif all(i in out.shapes for i in reads) and (not node.domain or node.op == "Constant"):
-        found = _by_onnx(graph, out, node)
+        inferred = _by_onnx(graph, out, node)
     else:
-        found = {}
-    for name in wanted:
-        if name not in found:
+        inferred = {}
+    for name in outputs:
+        if name not in inferred:
             if node.op in _GROWING and not node.domain:
                 raise ModelError(
                     f"the size of {node.op} {shown(node.name)} can't be inferred without running it",
@@ -105,13 +105,13 @@ def follow(graph: Graph, out: Inferred, node: Node, wanted: Sequence[str]) -> No
                 )
             out.missing.append(name)
             continue
-        out.shapes[name], out.dtypes[name] = found[name]
+        out.shapes[name], out.dtypes[name] = inferred[name]
         if math.prod(out.shapes[name]) > MOST_NUMBERS:
             raise ModelError(
                 f"{node.op} {shown(node.name)} makes a value of {out.shapes[name]}"[:300],
                 expected=f"at most {MOST_NUMBERS} numbers",
             )
-    few = all(name in found and math.prod(found[name][0]) <= _FEW for name in wanted)
+    few = all(name in inferred and math.prod(inferred[name][0]) <= _FEW for name in outputs)
     if (few and all(i in out.numbers for i in reads)) or (node.op in ("Shape", "Size") and few and not node.domain):
         for name, value in _compute(graph, out, node).items():
             if value.shape == out.shapes.get(name):
@@ -139,24 +139,24 @@ def _by_onnx(graph: Graph, out: Inferred, node: Node) -> _Kinds:
         )
     except Exception as error:
         raise ShapeError(f"operator {node.op} {shown(node.name)} makes no sense ({reason(error)})") from error
-    found: _Kinds = {}
+    kinds: _Kinds = {}
     for name, kind in inferred.items():
         if not kind.HasField("tensor_type") or not kind.tensor_type.HasField("shape"):
             continue
         dims = kind.tensor_type.shape.dim
         if all(d.HasField("dim_value") and d.dim_value >= 0 for d in dims):
             dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type))
-            found[name] = (tuple(d.dim_value for d in dims), dtype)
-    return found
+            kinds[name] = (tuple(d.dim_value for d in dims), dtype)
+    return kinds
 
 
 def _check_memory(graph: Graph, out: Inferred) -> None:
     """No more numbers at the same time than fit."""
     last: dict[str, int] = {}
-    for at, node in enumerate(graph.nodes):
-        last.update(dict.fromkeys((i for i in node.inputs if i), at))
+    for index, node in enumerate(graph.nodes):
+        last.update(dict.fromkeys((i for i in node.inputs if i), index))
     alive = 0
-    for at, node in enumerate(graph.nodes):
+    for index, node in enumerate(graph.nodes):
         alive += sum(math.prod(out.shapes.get(o, ())) for o in node.outputs if o)
         if alive > MOST_NUMBERS:
             raise ModelError(
@@ -164,18 +164,18 @@ def _check_memory(graph: Graph, out: Inferred) -> None:
                 expected=f"at most {MOST_NUMBERS}",
                 hint="Export the model for a smaller input.",
             )
-        done = {i for i in [*node.inputs, *node.outputs] if i and last.get(i, at) == at}
+        done = {i for i in [*node.inputs, *node.outputs] if i and last.get(i, index) == index}
         alive -= sum(math.prod(out.shapes.get(i, ())) for i in done if i not in graph.initializers)
 
 
 def _work(node: Node, out: Inferred) -> int:
     """MACs of an operator that does more than one or a few for each number."""
     shapes = [out.shapes.get(i, ()) for i in node.inputs]
-    made = math.prod(out.shapes.get(node.outputs[0], ()))
+    output_size = math.prod(out.shapes.get(node.outputs[0], ()))
     if node.op in ("MatMul", "Gemm") and len(shapes) > 1 and shapes[0]:
-        return made * shapes[0][0 if node.attrs.get("transA") else -1]
+        return output_size * shapes[0][0 if node.attrs.get("transA") else -1]
     if node.op == "Conv" and len(shapes) > 1:
-        return made * math.prod(shapes[1][1:])
+        return output_size * math.prod(shapes[1][1:])
     if node.op == "ConvTranspose" and len(shapes) > 1:
         return math.prod(shapes[0]) * math.prod(shapes[1][1:])
     if node.op in ("LSTM", "GRU", "RNN") and len(shapes) > 2:
@@ -183,10 +183,10 @@ def _work(node: Node, out: Inferred) -> int:
     if node.op == "Einsum":
         return _einsum_work(str(node.attrs.get("equation", "")), shapes)
     if "kernel_shape" in node.attrs:
-        return made * math.prod(int(k) for k in node.attrs["kernel_shape"])
+        return output_size * math.prod(int(k) for k in node.attrs["kernel_shape"])
     if node.op == "Attention" and len(shapes) > 2:
         return 2 * math.prod(shapes[0]) * math.prod(shapes[1][-2:-1])
-    return made
+    return output_size
 
 
 def _einsum_work(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
@@ -203,6 +203,7 @@ def _einsum_work(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
+# Operators whose few numbers are computed: none needs more room than its inputs and its output.
 _COMPUTED = frozenset(
     {
         *(
@@ -225,7 +226,6 @@ _COMPUTED = frozenset(
         *("Unsqueeze", "Where"),
     }
 )
-"""Operators whose few numbers are computed: none needs more room than its inputs and its output."""
 
 
 @cache
@@ -240,8 +240,8 @@ def _compute(graph: Graph, out: Inferred, node: Node) -> dict[str, Array]:
     """The outputs of an operator on few numbers; empty if it isn't known here."""
     first = node.outputs[0]
     if node.op == "Shape":
-        whole = out.shapes[node.inputs[0]]
-        return {first: np.array(whole[int(node.attrs.get("start", 0)) : node.attrs.get("end")], np.int64)}
+        shape = out.shapes[node.inputs[0]]
+        return {first: np.array(shape[int(node.attrs.get("start", 0)) : node.attrs.get("end")], np.int64)}
     if node.op == "Size":
         return {first: np.array(math.prod(out.shapes[node.inputs[0]]), np.int64)}
     if node.op not in _COMPUTED or node.domain or len(node.outputs) != 1:

@@ -23,18 +23,18 @@ Array = npt.NDArray[Any]
 
 BATCHES = (3, 5)  # the first two batch sizes; tests use others, so that nothing frozen at one of these goes unnoticed
 
+# Stands for the batch where sizes are matched by arithmetic: a prime that no model's dimension is a multiple of.
 BATCH_EXTENT = 1_000_003
-"""Stands for the batch where sizes are matched by arithmetic: a prime that no model's dimension is a multiple of."""
 
+# More sizes, for the sake of shapes alone: some sizes follow the batch only where it is small or even.
 _FURTHER = (1, 8)
-"""More sizes, for the sake of shapes alone: some sizes follow the batch only where it is small or even."""
 
 _MAX_NUMBERS = 2**24  # numbers of one sample, of which several batches are made: four times what a camera's picture has
 
 _SMALL = 64
 
+# Operators that hand identifiers on.
 _IDENTIFIERS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Slice"})
-"""Operators that hand identifiers on."""
 
 
 @dataclass(frozen=True)
@@ -193,19 +193,19 @@ def _fixes_batch(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]
 
 def inferred(graph: Graph, batch: int) -> Inferred:
     """All known shapes and types of a graph's values at one batch size."""
-    found = infer(graph, batch)
+    facts = infer(graph, batch)
     measured: dict[str, Array] = {}
-    while found.missing:
+    while facts.missing:
         before = len(measured)
-        measured |= _measured(graph, found.missing, batch)
-        found = infer(graph, batch, measured)
+        measured |= _measured(graph, facts.missing, batch)
+        facts = infer(graph, batch, measured)
         if len(measured) == before:
-            raise ModelError(f"value {found.missing[0]} has no shape")
-    return found
+            raise ModelError(f"value {facts.missing[0]} has no shape")
+    return facts
 
 
-def _integers(found: Inferred) -> dict[str, Array]:
-    return {k: v for k, v in found.numbers.items() if v.dtype.kind in "iu" and v.size <= _SMALL}
+def _integers(facts: Inferred) -> dict[str, Array]:
+    return {k: v for k, v in facts.numbers.items() if v.dtype.kind in "iu" and v.size <= _SMALL}
 
 
 def _measured(graph: Graph, names: Sequence[str], batch: int) -> dict[str, Array]:

@@ -24,20 +24,20 @@ def broadcast_channels(channels: Channels, node: Node) -> None:
     """Axes of equal length are tied; an axis of length 1 that is repeated is not."""
     shape = channels.shape(node.outputs[0])
     out: list[AtomRow] = []
-    held = False
+    has_fixed = False
     for axis, size in enumerate(shape):
         rows = []
         for name in node.inputs:
-            place = axis - (len(shape) - len(channels.rows[name]))
-            if place >= 0 and channels.rows[name][place].size == size:
-                rows.append(channels.rows[name][place])
+            position = axis - (len(shape) - len(channels.rows[name]))
+            if position >= 0 and channels.rows[name][position].size == size:
+                rows.append(channels.rows[name][position])
         first = rows[0]
-        for other in rows[1:]:
-            channels.atoms.tie(first, other)
-        held = held or bool(any(r.any() for r in rows) and any(not r.any() for r in rows))
+        for row in rows[1:]:
+            channels.atoms.tie(first, row)
+        has_fixed = has_fixed or bool(any(r.any() for r in rows) and any(not r.any() for r in rows))
         # Any of several tied atoms represents all; the fixed one is preferred.
         out.append(np.minimum.reduce(rows) if size > 1 else still(size))
-    if held and any(channels.constant(name) for name in node.inputs):
+    if has_fixed and any(channels.constant(name) for name in node.inputs):
         channels.notes.append(f"{node.op} {node.name} has a constant for each channel: its channels stay.")
     channels.out(node, out)
 
@@ -103,9 +103,9 @@ def extremes(tape: Tape, node: Node) -> Pull:
     shapes = [tape.shape(n) for n in names]
     y, shape = tape.value(names[0]), shapes[0]
     chain = []
-    for name, other in zip(names[1:], shapes[1:], strict=True):
+    for name, operand_shape in zip(names[1:], shapes[1:], strict=True):
         left, b, before = y, tape.value(name), shape
-        shape = tape.broadcast(node, shape, other)
+        shape = tape.broadcast(node, shape, operand_shape)
         y = g.emit(node.op, left, b)
         chain.append((name, left, b, before, shape))
     bounded = len(names) == 2 and any(map(tape.is_number, names))
@@ -120,12 +120,12 @@ def extremes(tape: Tape, node: Node) -> Pull:
             inside = g.emit(f"{wins}OrEqual", tape.value(name), tape.value(bound))
             tape.add(name, g.emit("Where", inside, dy, g.scalar(0)))
             return
-        for name, left, b, before, whole in reversed(chain):
+        for name, left, b, before, step_shape in reversed(chain):
             half = g.emit("Where", g.emit("Equal", left, b), g.emit("Mul", dy, g.scalar(0.5)), g.scalar(0))
             if tape.wants(name):
                 share = g.emit("Where", g.emit(wins, b, left), dy, half)
-                tape.add(name, tape.reduced(share, whole, tape.shape(name)))
-            dy = tape.reduced(g.emit("Where", g.emit(wins, left, b), dy, half), whole, before)
+                tape.add(name, tape.reduced(share, step_shape, tape.shape(name)))
+            dy = tape.reduced(g.emit("Where", g.emit(wins, left, b), dy, half), step_shape, before)
         tape.add(names[0], dy)
 
     return pull
@@ -181,14 +181,14 @@ def choice(tape: Tape, node: Node) -> Pull:
     """The first value where the condition holds, else the second; each gets dy where it was taken."""
     condition, left, right = node.inputs
     shape = tape.broadcast(node, *[tape.shape(i) for i in node.inputs])
-    g, taken = tape.graph, tape.value(condition)
-    tape.enter(node.outputs[0], g.emit("Where", taken, tape.value(left), tape.value(right)), shape)
+    g, chosen = tape.graph, tape.value(condition)
+    tape.enter(node.outputs[0], g.emit("Where", chosen, tape.value(left), tape.value(right)), shape)
 
     def pull(dy: str) -> None:
         if tape.wants(left):
-            tape.add(left, tape.reduced(g.emit("Where", taken, dy, g.scalar(0)), shape, tape.shape(left)))
+            tape.add(left, tape.reduced(g.emit("Where", chosen, dy, g.scalar(0)), shape, tape.shape(left)))
         if tape.wants(right):
-            tape.add(right, tape.reduced(g.emit("Where", taken, g.scalar(0), dy), shape, tape.shape(right)))
+            tape.add(right, tape.reduced(g.emit("Where", chosen, g.scalar(0), dy), shape, tape.shape(right)))
 
     return pull
 

@@ -31,16 +31,16 @@ gradient_reads(INPUT, "BatchNormalization", "GroupNormalization", "InstanceNorma
 def tie_vectors(channels: Channels, node: Node, indices: Sequence[int], rows: Sequence[AtomRow]) -> None:
     """Tie a norm's vectors to the axes of its input; a constant with equal entries fits any width (`rewrites` shortens
     it)."""
-    held = False
+    has_fixed = False
     for i in indices:
         if not channels.has(node, i) or channels.uniform(node.inputs[i]):
             continue
-        own = channels.of(node, i)
-        for row, along in zip(own[::-1], rows[::-1], strict=False):
+        vector_rows = channels.of(node, i)
+        for row, along in zip(vector_rows[::-1], rows[::-1], strict=False):
             if row.size == along.size:
-                held = held or (channels.constant(node.inputs[i]) and bool(along.any()))
+                has_fixed = has_fixed or (channels.constant(node.inputs[i]) and bool(along.any()))
                 channels.atoms.tie(row, along)
-    if held:
+    if has_fixed:
         channels.notes.append(f"{node.op} {node.name} has a constant for each channel: its channels stay.")
 
 
@@ -49,11 +49,11 @@ def batch_norm_channels(channels: Channels, node: Node) -> None:
     """Scale, shift, mean and variance along the channels; each channel keeps its own statistics."""
     x = channels.of(node, 0)
     tie_vectors(channels, node, (1, 2), x[1:2])
-    held = False
+    has_fixed = False
     for i in (3, 4):
-        held = held or (channels.constant(node.inputs[i]) and bool(x[1].any()))
+        has_fixed = has_fixed or (channels.constant(node.inputs[i]) and bool(x[1].any()))
         channels.atoms.tie(channels.of(node, i)[0], x[1])
-    if held:
+    if has_fixed:
         channels.notes.append(f"{node.op} {node.name} has constant statistics: its channels stay.")
     channels.out(node, x)
     for i in range(1, len(node.outputs)):
@@ -121,11 +121,11 @@ def group_norm_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     shorten_vectors(graph, node, sizes)
     if sizes.changed(node.inputs[0], 1):
         channels = sizes.before(node.inputs[0])[1] or 0
-        kept = sizes.kept(node.inputs[0], 1) * int(node.attrs["num_groups"]) // channels
-        found, counts = np.unique(kept, return_counts=True)
+        kept_groups = sizes.kept(node.inputs[0], 1) * int(node.attrs["num_groups"]) // channels
+        groups_left, counts = np.unique(kept_groups, return_counts=True)
         if np.any(counts != counts[0]):
             raise ModelError(f"{node.op} {node.name}: norm groups of unequal size are left", got=counts.tolist())
-        node.attrs["num_groups"] = int(found.size)
+        node.attrs["num_groups"] = int(groups_left.size)
 
 
 @mask_rule("InstanceNormalization")
@@ -135,19 +135,19 @@ def mask_instance_norm(masks: Masks, node: Node) -> bool:
     return mask_norm(masks, node, axes, {a: m for a in axes if (m := masks.of(node.inputs[0], a)) is not None})
 
 
-def mask_norm(masks: Masks, node: Node, axes: Sequence[int], found: dict[int, Mask]) -> bool:
+def mask_norm(masks: Masks, node: Node, axes: Sequence[int], axis_masks: dict[int, Mask]) -> bool:
     """A norm over axes some of whose indices are lost, written out.
 
     Returns whether it was: False where nothing is lost.
     """
-    if not found:
+    if not axis_masks:
         return False
     graph, rank = masks.graph, masks.rank(node.inputs[0])
     x, mask = node.inputs[0], ""
-    for axis, kept in found.items():
-        own = masks.spread(kept, axis, rank)
-        mask = graph.emit("Mul", mask, own) if mask else own
-    count = graph.scalar(math.prod(float(found[a].sum()) if a in found else masks.length(x, a) for a in axes))
+    for axis, kept_rows in axis_masks.items():
+        channel_mask = masks.spread(kept_rows, axis, rank)
+        mask = graph.emit("Mul", mask, channel_mask) if mask else channel_mask
+    count = graph.scalar(math.prod(float(axis_masks[a].sum()) if a in axis_masks else masks.length(x, a) for a in axes))
 
     def mean(value: str) -> str:
         total = graph.emit("ReduceSum", graph.emit("Mul", value, mask), graph.ints(*axes), attrs={"keepdims": 1})
@@ -179,17 +179,17 @@ def _write_affine(graph: Graph, node: Node, y: str, vectors: Sequence[str]) -> N
 def mask_group_norm(masks: Masks, node: Node) -> bool:
     """Statistics of every norm group over its kept channels; those of a group that is lost as a whole don't matter."""
     graph, x = masks.graph, node.inputs[0]
-    kept = masks.of(x, 1)
-    if kept is None:
+    kept_counts = masks.of(x, 1)
+    if kept_counts is None:
         return False
     groups, rank = int(node.attrs["num_groups"]), masks.rank(x)
     shape = graph.emit("Shape", x)
-    inside = kept.reshape(groups, -1)
+    inside = kept_counts.reshape(groups, -1)
     rows = graph.emit("Reshape", x, graph.ints(0, groups, inside.shape[1], *([-1] if rank > 2 else [])))
     tail = [1] * (rank > 2)
     mask = graph.constant(inside.reshape(1, *inside.shape, *tail), np.float32)
-    places = math.prod(masks.length(x, a) for a in range(2, rank))
-    count = graph.constant(np.maximum(inside.sum(1), 1).reshape(1, -1, 1, *tail) * places, np.float32)
+    positions = math.prod(masks.length(x, a) for a in range(2, rank))
+    count = graph.constant(np.maximum(inside.sum(1), 1).reshape(1, -1, 1, *tail) * positions, np.float32)
     axes = graph.ints(*[2, 3][: 1 + len(tail)])
 
     def mean(value: str) -> str:
@@ -235,15 +235,15 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     count = count_of(tape, [shape[0], *shape[2:]])
     normal = Normal(g, x, scale, shift, eps, len(shape))
     tape.enter(node.outputs[0], normal.y, shape)
-    others = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
-    unbiased = g.emit("Mul", normal.variance, g.emit("Div", count, others))
+    degrees = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
+    unbiased = g.emit("Mul", normal.variance, g.emit("Div", count, degrees))
     for statistic, value in ((mean_name, normal.mean), (var_name, unbiased)):
         following = step_contract.following(statistic)
         before = tape.value(statistic)
         if any(o.name == following for o in g.outputs):  # a layer that is called again, such as a twin's
             before = g.fresh(statistic)
-            made = g.producers()[following]
-            made.name, made.outputs = before, [before]
+            producer = g.producers()[following]
+            producer.name, producer.outputs = before, [before]
         else:
             g.add_output(following, tape.shape(statistic))
         old = g.emit("Mul", before, g.scalar(keep))
@@ -314,7 +314,7 @@ class Normal:
         return g.emit("Mul", g.emit("Sub", dy, fit), self._channels.column(steepness))
 
 
-def _by_batch(g: Graph, inputs: Sequence[str], others: list[int], epsilon: float) -> tuple[str, str, str]:
+def _by_batch(g: Graph, inputs: Sequence[str], reduced_axes: list[int], epsilon: float) -> tuple[str, str, str]:
     """Values normalised by their batch, its mean and its variance.
 
     onnxruntime's kernel of a batch normalisation that trains is for the processor alone
@@ -323,17 +323,17 @@ def _by_batch(g: Graph, inputs: Sequence[str], others: list[int], epsilon: float
 
     Args:
         inputs: Values, scale, shift, and two scratch arrays for the operator.
-        others: All axes but the channels'.
+        reduced_axes: All axes but the channels'.
     """
     if g.unit == CPU:
         attrs = {"epsilon": epsilon, "momentum": 0.0, "training_mode": 1}
         y, mean, variance = g.emit_many("BatchNormalization", *inputs, outputs=3, attrs=attrs)
         return y, mean, variance
     value, scale, shift, *_ = inputs
-    mean = g.emit("ReduceMean", value, attrs={"axes": others, "keepdims": 1})
+    mean = g.emit("ReduceMean", value, attrs={"axes": reduced_axes, "keepdims": 1})
     rest = g.emit("Sub", value, mean)
-    variance = g.emit("ReduceMean", g.emit("Mul", rest, rest), attrs={"axes": others, "keepdims": 0})
-    mean = g.emit("Squeeze", mean, g.ints(*others))
+    variance = g.emit("ReduceMean", g.emit("Mul", rest, rest), attrs={"axes": reduced_axes, "keepdims": 0})
+    mean = g.emit("Squeeze", mean, g.ints(*reduced_axes))
     y = g.emit("BatchNormalization", value, scale, shift, mean, variance, attrs={"epsilon": epsilon})
     return y, mean, variance
 
@@ -413,7 +413,7 @@ def group_norm(tape: Tape, node: Node) -> Pull:
     """
     name, gamma, beta = node.inputs
     x, shape = tape.value(name), tape.shape(name)
-    g, others = tape.graph, [0, *range(2, len(shape))]
+    g, reduced_axes = tape.graph, [0, *range(2, len(shape))]
     epsilon = float(node.attrs.get("epsilon", 1e-5))
     number: Dim = shape[1]
     length: Dim = 1
@@ -425,9 +425,9 @@ def group_norm(tape: Tape, node: Node) -> Pull:
     rough = g.emit("ReduceMean", flat, attrs={"axes": [2], "keepdims": 1})
     centred = g.emit("Sub", flat, rough)
     # Scratch arrays for the operator (see `norms.Normal`), made of what no other norm has: equal ones are merged.
-    own = g.emit("Reshape", rough, g.ints(-1))
-    twice = g.emit("Add", own, own)
-    scratch = g.emit("Sub", own, own), g.emit("Sub", twice, twice)
+    group_means = g.emit("Reshape", rough, g.ints(-1))
+    twice = g.emit("Add", group_means, group_means)
+    scratch = g.emit("Sub", group_means, group_means), g.emit("Sub", twice, twice)
     inputs = (centred, rows.ones(rows.groups), rows.zeros(rows.groups), *scratch)
     z, _, variance = _by_batch(g, inputs, [0, 2], epsilon)
     z = tape.reshape(z, rows.of_groups, shape)
@@ -438,9 +438,9 @@ def group_norm(tape: Tape, node: Node) -> Pull:
         dot = g.emit("Mul", dy, z)
         each, each_dot = (rows.summed(v) for v in (dy, dot))
         if tape.wants(gamma):
-            tape.add(gamma, summed(g, dot, others, keep=False))
+            tape.add(gamma, summed(g, dot, reduced_axes, keep=False))
         if tape.wants(beta):
-            tape.add(beta, summed(g, dy, others, keep=False))
+            tape.add(beta, summed(g, dy, reduced_axes, keep=False))
         if not tape.wants(name):
             return
         inverse = g.emit("Reciprocal", g.emit("Sqrt", g.emit("Add", variance, g.scalar(epsilon))))
@@ -479,8 +479,8 @@ class _Rows:
 
     def mean(self, sums: str) -> str:
         """The means over groups, from sums over positions [N, C]: [N · groups]."""
-        parts = self._tape.reshape(sums, self._shape[:2], (self.groups, self._length))
-        total = summed(self._graph, parts, [1], keep=False)
+        by_group = self._tape.reshape(sums, self._shape[:2], (self.groups, self._length))
+        total = summed(self._graph, by_group, [1], keep=False)
         return divided(self._tape, total, [self._whole])
 
     def per_channel(self, of_groups: str, of_channels: str) -> str:

@@ -62,42 +62,42 @@ def _produce(channels: Channels, node: Node, produced: AtomRow) -> None:
 
 
 def _grouped(
-    channels: Channels, node: Node, taken: AtomRow, made: AtomRow | None, inside: AtomRow, groups: int
+    channels: Channels, node: Node, read_row: AtomRow, written_row: AtomRow | None, inside: AtomRow, groups: int
 ) -> AtomRow:
     """Tie what a grouped convolution can only lose together.
 
     Args:
-        made: Output channels of all groups, where the weight has an axis of them (Conv).
+        written_row: Output channels of all groups, where the weight has an axis of them (Conv).
         inside: The weight's axis of one group's channels: inputs (Conv) or outputs (ConvTranspose).
 
     Returns:
         The output's channels.
     """
-    blocks = taken.reshape(groups, -1)
-    outputs = made.reshape(groups, -1) if made is not None else np.tile(inside, (groups, 1))
+    blocks = read_row.reshape(groups, -1)
+    outputs = written_row.reshape(groups, -1) if written_row is not None else np.tile(inside, (groups, 1))
     options = [GROUPS] if blocks.shape[1] == outputs.shape[1] == 1 else [GROUPS, POSITIONS]
     # Positions of a group of one channel read would keep all channels that are read.
     option = channels.choices.pick(node.outputs[0], options, ranked=blocks.shape[1] == 1)
     if option == GROUPS:
-        whole = blocks[:, :1]
-        channels.atoms.tie(blocks, whole)
+        first_of_group = blocks[:, :1]
+        channels.atoms.tie(blocks, first_of_group)
         channels.atoms.fix(inside)
-        if made is not None:
-            channels.atoms.tie(outputs, whole)
-        produced = np.repeat(whole[:, 0], outputs.shape[1])
-        kept = [whole[:, 0]]
+        if written_row is not None:
+            channels.atoms.tie(outputs, first_of_group)
+        produced = np.repeat(first_of_group[:, 0], outputs.shape[1])
+        representatives = [first_of_group[:, 0]]
     elif option == POSITIONS:
         channels.atoms.tie(blocks, blocks[:1])
-        if made is not None:
+        if written_row is not None:
             channels.atoms.tie(inside, blocks[0])
             channels.atoms.tie(outputs, outputs[:1])
         produced = np.tile(outputs[0], groups)
-        kept = [blocks[0], outputs[0]]
+        representatives = [blocks[0], outputs[0]]
     else:
-        channels.fix([taken, inside, outputs.reshape(-1)])
+        channels.fix([read_row, inside, outputs.reshape(-1)])
         return still(outputs.size)
     if len(options) > 1:
-        channels.choices.watch(node.outputs[0], option, kept)
+        channels.choices.watch(node.outputs[0], option, representatives)
     return produced
 
 
@@ -158,9 +158,9 @@ def conv(tape: Tape, node: Node) -> Pull:
     """
     data, weight = node.inputs[:2]
     w = window(tape, node, tape.static(node, tape.shape(weight)[2:]))
-    number, taken = _groups(tape, node, data, 1)
-    _, made = _groups(tape, node, weight, 0)
-    layer = convolution(tape, node, w, number, (taken, made))
+    number, in_length = _groups(tape, node, data, 1)
+    _, out_length = _groups(tape, node, weight, 0)
+    layer = convolution(tape, node, w, number, (in_length, out_length))
     x, bias = tape.value(data), _bias(tape, node)
     y = layer.apply(x, bias)
     tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.shape(weight)[0], *w.output))
@@ -183,12 +183,12 @@ def conv_transpose(tape: Tape, node: Node) -> Pull:
     """
     data, weight = node.inputs[:2]
     w = transposed_window(tape, node)
-    number, made = _groups(tape, node, data, 1)
-    taken = tape.shape(weight)[1]
-    layer = convolution(tape, node, w, number, (taken, made))
+    number, out_length = _groups(tape, node, data, 1)
+    in_length = tape.shape(weight)[1]
+    layer = convolution(tape, node, w, number, (in_length, out_length))
     x, bias = tape.value(data), _bias(tape, node)
     y = layer.back(x, bias)
-    tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.product([number, taken]), *w.sizes))
+    tape.enter(node.outputs[0], y, (tape.shape(data)[0], tape.product([number, in_length]), *w.sizes))
 
     def pull(dy: str) -> None:
         _pull_bias(tape, node, dy)
@@ -213,25 +213,25 @@ def transposed_window(tape: Tape, node: Node) -> Window:
         return [int(v) for v in node.attrs.get(name, [default] * rank)]
 
     strides, dilations, rests = numbers("strides", 1), numbers("dilations", 1), numbers("output_padding", 0)
-    full = [
+    full_sizes = [
         s * (n - 1) + d * (k - 1) + 1 + rest
         for s, n, d, k, rest in zip(strides, output, dilations, kernel, rests, strict=True)
     ]
     mode = str(node.attrs.get("auto_pad", "NOTSET"))
     pads: list[tuple[int, int]]
     if "output_shape" in node.attrs or mode in ("SAME_UPPER", "SAME_LOWER"):
-        given = [int(v) for v in node.attrs.get("output_shape", [])][-rank:]
-        wanted = given or [n * s for n, s in zip(output, strides, strict=True)]
+        output_shape = [int(v) for v in node.attrs.get("output_shape", [])][-rank:]
+        target_sizes = output_shape or [n * s for n, s in zip(output, strides, strict=True)]
         pads = []
-        for size, want in zip(full, wanted, strict=True):
-            total = max(size - want, 0)
+        for size, target in zip(full_sizes, target_sizes, strict=True):
+            total = max(size - target, 0)
             small, large = total // 2, total - total // 2
             pads.append((small, large) if mode == "SAME_UPPER" else (large, small))
     else:
-        wanted = full
+        target_sizes = full_sizes
         flat = [int(p) for p in node.attrs.get("pads", [0] * (2 * rank))] if mode == "NOTSET" else [0] * (2 * rank)
         pads = list(zip(flat[:rank], flat[rank:], strict=True))
-    sizes = tuple(size - sum(pad) for size, pad in zip(full, pads, strict=True))
+    sizes = tuple(size - sum(pad) for size, pad in zip(full_sizes, pads, strict=True))
     if min(sizes) < 1 or any(rest >= s for rest, s in zip(rests, strides, strict=True)):
         # onnxruntime doesn't run the second kind either.
         raise ModelError(

@@ -31,8 +31,8 @@ def elementwise_channels(channels: Channels, node: Node) -> None:
         channels.out(node, channels.of(node, 0), i)
 
 
+# Writes dx, given the graph, the node, its input x, its output y, and dy.
 Gradient = Callable[[Graph, Node, str, str, str], str]
-"""Writes dx, given the graph, the node, its input x, its output y, and dy."""
 
 
 Slope = Callable[[Graph, str, str], str]  # writes the derivative at every number, given the graph, x and y
@@ -104,6 +104,7 @@ def _where(g: Graph, condition: str, dy: str) -> str:
     return g.emit("Where", condition, dy, g.scalar(0))
 
 
+# Functions whose gradient is dy times their derivative: what it is in words, and what writes it.
 _SMOOTH: dict[str, tuple[str, Slope]] = {
     "Sigmoid": ("dx = dy · y · (1 − y).", lambda g, x, y: g.emit("Mul", y, _rest(g, y))),
     "Tanh": ("dx = dy · (1 − y²).", lambda g, x, y: _rest(g, _squared(g, y))),
@@ -132,7 +133,6 @@ _SMOOTH: dict[str, tuple[str, Slope]] = {
     ),
     "Softsign": ("dx = dy / (1 + |x|)².", lambda g, x, y: _inverse(g, _squared(g, _more(g, g.emit("Abs", x))))),
 }
-"""Functions whose gradient is dy times their derivative: what it is in words, and what writes it."""
 
 for _operator, (_text, _slope) in _SMOOTH.items():
     _smooth(_operator, _text, _slope)
@@ -339,8 +339,8 @@ def clip(tape: Tape, node: Node) -> Pull:
     x = tape.value(name)
     g = tape.graph
     if not tape.wants(name):
-        given = [tape.value(i) if i else "" for i in node.inputs[1:]]
-        tape.enter(node.outputs[0], g.emit("Clip", x, *given), tape.shape(name))
+        bound_values = [tape.value(i) if i else "" for i in node.inputs[1:]]
+        tape.enter(node.outputs[0], g.emit("Clip", x, *bound_values), tape.shape(name))
         return lambda dy: None
     bounds = [tape.number(node, i) for i in (1, 2)]
     names = [g.scalar(float(b)) if b is not None else "" for b in bounds]
@@ -356,8 +356,8 @@ def clip(tape: Tape, node: Node) -> Pull:
             room = g.emit("Min", g.emit("Sub", y, low) if bounds[0] else y, g.emit("Sub", high, y))
             tape.add(name, where_positive(tape, dy, room))
             return
-        given = zip(("GreaterOrEqual", "LessOrEqual"), names, strict=False)
-        inside = [g.emit(op, x, bound) for op, bound in given if bound]
+        checks = zip(("GreaterOrEqual", "LessOrEqual"), names, strict=False)
+        inside = [g.emit(op, x, bound) for op, bound in checks if bound]
         tape.add(name, _where(g, inside[0], dy) if inside else dy)
 
     return pull

@@ -39,21 +39,21 @@ def gather_channels(channels: Channels, node: Node) -> None:
 def gather_nd_channels(channels: Channels, node: Node) -> None:
     """Axes that are looked up stay, those behind them pass."""
     x, indices = channels.of(node, 0), channels.of(node, 1)
-    looked = int(node.attrs.get("batch_dims", 0)) + channels.shape(node.inputs[1])[-1]
-    channels.fix([*x[:looked], *indices])
-    channels.out(node, [*(np.zeros_like(r) for r in indices[:-1]), *x[looked:]])
+    indexed = int(node.attrs.get("batch_dims", 0)) + channels.shape(node.inputs[1])[-1]
+    channels.fix([*x[:indexed], *indices])
+    channels.out(node, [*(np.zeros_like(r) for r in indices[:-1]), *x[indexed:]])
 
 
 @channel_rule("ScatterND")
 def scatter_nd_channels(channels: Channels, node: Node) -> None:
     """Axes that are looked up stay, those behind them are tied to what is put there."""
     x, indices, updates = (channels.of(node, i) for i in range(3))
-    looked = channels.shape(node.inputs[1])[-1]
-    passed = x[looked:]
-    channels.fix([*x[:looked], *indices, *updates[: len(updates) - len(passed)]])
-    for row, other in zip(passed, updates[len(updates) - len(passed) :], strict=True):
-        channels.atoms.tie(row, other)
-    channels.out(node, [*(np.zeros_like(r) for r in x[:looked]), *passed])
+    indexed = channels.shape(node.inputs[1])[-1]
+    passed = x[indexed:]
+    channels.fix([*x[:indexed], *indices, *updates[: len(updates) - len(passed)]])
+    for row, update in zip(passed, updates[len(updates) - len(passed) :], strict=True):
+        channels.atoms.tie(row, update)
+    channels.out(node, [*(np.zeros_like(r) for r in x[:indexed]), *passed])
 
 
 @channel_rule("NonMaxSuppression")
@@ -94,12 +94,12 @@ def gather_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     constant = graph.initializers.get(node.inputs[1])
     if constant is None or not sizes.changed(node.inputs[0], axis):
         return
-    taken = constant % (sizes.before(node.inputs[0])[axis] or 1)
+    old_indices = constant % (sizes.before(node.inputs[0])[axis] or 1)
     if constant.ndim == 1:
-        node.inputs[1] = graph.ints(*indices_after_cut(sizes, node, taken, axis, axis).tolist())
+        node.inputs[1] = graph.ints(*indices_after_cut(sizes, node, old_indices, axis, axis).tolist())
     else:
-        (place,) = np.flatnonzero(sizes.kept(node.inputs[0], axis) == taken)
-        node.inputs[1] = graph.constant(int(place), np.int64)
+        (position,) = np.flatnonzero(sizes.kept(node.inputs[0], axis) == old_indices)
+        node.inputs[1] = graph.constant(int(position), np.int64)
 
 
 Array = npt.NDArray[Any]
@@ -109,7 +109,7 @@ Array = npt.NDArray[Any]
 def scatter(tape: Tape, node: Node) -> Pull:
     """Updates written or added at places; they get dy from there, the data gets it elsewhere, or everywhere."""
     data, index, updates = node.inputs
-    x, places, new = (tape.value(n) for n in node.inputs)
+    x, indices, new = (tape.value(n) for n in node.inputs)
     reduction = str(node.attrs.get("reduction", "none"))
     if reduction not in ("none", "add"):
         raise ModelError(f"{describe(node)}: how it scatters", expected=["none", "add"], got=reduction)
@@ -119,19 +119,19 @@ def scatter(tape: Tape, node: Node) -> Pull:
         where = {"axis": axis}
     else:
         depth = tape.shape(index)[-1]
-        looked = tape.shape(data)[: depth if isinstance(depth, int) else 0]
-        tape.static(node, [depth, *(d for d in looked if d != BATCH)])
+        indexed = tape.shape(data)[: depth if isinstance(depth, int) else 0]
+        tape.static(node, [depth, *(d for d in indexed if d != BATCH)])
         where = {}
     g = tape.graph
-    tape.enter(node.outputs[0], g.emit(node.op, x, places, new, attrs=node.attrs), tape.shape(data))
+    tape.enter(node.outputs[0], g.emit(node.op, x, indices, new, attrs=node.attrs), tape.shape(data))
 
     def pull(dy: str) -> None:
         if tape.wants(data):
             zeros = g.emit("ConstantOfShape", tape.shape_of(new))
-            tape.add(data, dy if reduction == "add" else g.emit(node.op, dy, places, zeros, attrs=where))
+            tape.add(data, dy if reduction == "add" else g.emit(node.op, dy, indices, zeros, attrs=where))
         if tape.wants(updates):
             read = "GatherElements" if node.op == "ScatterElements" else "GatherND"
-            tape.add(updates, g.emit(read, dy, places, attrs=where))
+            tape.add(updates, g.emit(read, dy, indices, attrs=where))
 
     return pull
 
@@ -191,9 +191,9 @@ def _channels(tape: Tape, node: Node, axis: int, picked: Array) -> Pull:
     x, shape = tape.value(name), tape.shape(name)
     runs = _runs(tape, node, axis, picked.reshape(-1).tolist())
     where = g.ints(axis)
-    parts = [g.emit("Slice", x, tape.size(begin), tape.size(stop), where) for begin, stop in runs]
+    slices = [g.emit("Slice", x, tape.size(begin), tape.size(stop), where) for begin, stop in runs]
     lengths = [tape.difference(stop, begin) for begin, stop in runs]
-    y = g.emit("Concat", *parts, attrs={"axis": axis}) if len(parts) > 1 else parts[0]
+    y = g.emit("Concat", *slices, attrs={"axis": axis}) if len(slices) > 1 else slices[0]
     out: Shape = (*shape[:axis], tape.total(lengths), *shape[axis + 1 :])
     if picked.ndim == 0:
         y, out = g.emit("Squeeze", y, where), (*shape[:axis], *shape[axis + 1 :])
@@ -203,46 +203,46 @@ def _channels(tape: Tape, node: Node, axis: int, picked: Array) -> Pull:
 
     def pull(dy: str) -> None:
         dy = g.emit("Unsqueeze", dy, where) if picked.ndim == 0 else dy
-        own = [dy]
+        slice_gradients = [dy]
         if len(runs) > 1:
-            own = g.emit_many("Split", dy, tape.sizes(lengths), outputs=len(runs), attrs={"axis": axis})
-        for part, (begin, stop) in zip(own, runs, strict=True):
-            tape.add(name, put_back(tape, part, shape, [(axis, begin, stop)]))
+            slice_gradients = g.emit_many("Split", dy, tape.sizes(lengths), outputs=len(runs), attrs={"axis": axis})
+        for gradient, (begin, stop) in zip(slice_gradients, runs, strict=True):
+            tape.add(name, put_back(tape, gradient, shape, [(axis, begin, stop)]))
 
     return pull
 
 
 def _runs(tape: Tape, node: Node, axis: int, picked: list[int]) -> list[tuple[Dim, Dim]]:
     """Indices as runs that begin and stop between channel groups."""
-    found = tape.axis(node.inputs[0], axis)
+    segments = tape.axis(node.inputs[0], axis)
     out: list[tuple[Dim, Dim]] = []
-    at = 0
-    while at < len(picked):
+    start = 0
+    while start < len(picked):
         length = 1
-        while at + length < len(picked) and picked[at + length] == picked[at] + length:
+        while start + length < len(picked) and picked[start + length] == picked[start] + length:
             length += 1
-        begin = tape.prefix(found, picked[at]) if found is not None else None
+        begin = tape.prefix(segments, picked[start]) if segments is not None else None
         stop = None
-        while found is not None and length and stop is None:
-            stop = tape.prefix(found, picked[at] + length)
+        while segments is not None and length and stop is None:
+            stop = tape.prefix(segments, picked[start] + length)
             length -= stop is None
         if begin is None or stop is None or not length:
             raise ModelError(
-                f"{describe(node)} picks single channels", expected="whole channel groups", got=f"index {picked[at]}"
+                f"{describe(node)} picks single channels", expected="whole channel groups", got=f"index {picked[start]}"
             )
         out.append((begin, stop))
-        at += length
+        start += length
     return out
 
 
 def _embedding(tape: Tape, node: Node, axis: int) -> Pull:
     """Rows by indices that are data."""
     name, index = node.inputs
-    x, shape, places = tape.value(name), tape.shape(name), tape.value(index)
+    x, shape, indices = tape.value(name), tape.shape(name), tape.value(index)
     where = tape.shape(index)
     g = tape.graph
     out = (*shape[:axis], *where, *shape[axis + 1 :])
-    tape.enter(node.outputs[0], g.emit("Gather", x, places, attrs={"axis": axis}), out)
+    tape.enter(node.outputs[0], g.emit("Gather", x, indices, attrs={"axis": axis}), out)
 
     def pull(dy: str) -> None:
         # With the indexed axis first, rows are added to zeros where they came from.
@@ -251,8 +251,8 @@ def _embedding(tape: Tape, node: Node, axis: int) -> Pull:
         rows = g.emit("Transpose", dy, attrs={"perm": order}) if axis else dy
         first = [axis, *(i for i in range(len(shape)) if i != axis)]
         zeros = g.emit("ConstantOfShape", tape.sizes([shape[i] for i in first]))
-        at = g.emit("Unsqueeze", places, g.ints(-1))
-        total = g.emit("ScatterND", zeros, at, rows, attrs={"reduction": "add"})
+        targets = g.emit("Unsqueeze", indices, g.ints(-1))
+        total = g.emit("ScatterND", zeros, targets, rows, attrs={"reduction": "add"})
         tape.add(name, g.emit("Transpose", total, attrs={"perm": np.argsort(first).tolist()}) if axis else total)
 
     return pull
@@ -262,27 +262,27 @@ def _embedding(tape: Tape, node: Node, axis: int) -> Pull:
 def gather_elements(tape: Tape, node: Node) -> Pull:
     """One element per index along a fixed axis; the gradients of equal indices add up."""
     name, index = node.inputs
-    x, shape, places = tape.value(name), tape.shape(name), tape.value(index)
+    x, shape, indices = tape.value(name), tape.shape(name), tape.value(index)
     axis = int(node.attrs.get("axis", 0)) % len(shape)
     tape.static(node, [shape[axis]])
     g = tape.graph
-    y = g.emit("GatherElements", x, places, attrs={"axis": axis})
+    y = g.emit("GatherElements", x, indices, attrs={"axis": axis})
     tape.enter(node.outputs[0], y, tape.shape(index))
-    return lambda dy: tape.add(name, added_at(tape, x, places, dy, axis))
+    return lambda dy: tape.add(name, added_at(tape, x, indices, dy, axis))
 
 
-def added_at(tape: Tape, x: str, places: str, dy: str, axis: int) -> str:
+def added_at(tape: Tape, x: str, indices: str, dy: str, axis: int) -> str:
     """Zeros like a value, with gradients added where they came from along an axis."""
     g = tape.graph
     zeros = g.emit("ConstantOfShape", tape.shape_of(x))
-    return g.emit("ScatterElements", zeros, places, dy, attrs={"axis": axis, "reduction": "add"})
+    return g.emit("ScatterElements", zeros, indices, dy, attrs={"axis": axis, "reduction": "add"})
 
 
 @gradient_rule("GatherND")
 def gather_nd(tape: Tape, node: Node) -> Pull:
     """Slices by tuples of indices into the leading axes; the gradients of equal tuples add up."""
     name, index = node.inputs
-    x, shape, places = tape.value(name), tape.shape(name), tape.value(index)
+    x, shape, indices = tape.value(name), tape.shape(name), tape.value(index)
     where = tape.shape(index)
     batches = int(node.attrs.get("batch_dims", 0))
     depth = where[-1]
@@ -291,10 +291,10 @@ def gather_nd(tape: Tape, node: Node) -> Pull:
     tape.static(node, [d for d in shape[batches : batches + depth] if d != BATCH])
     g = tape.graph
     out = (*where[:-1], *shape[batches + depth :])
-    tape.enter(node.outputs[0], g.emit("GatherND", x, places, attrs={"batch_dims": batches}), out)
+    tape.enter(node.outputs[0], g.emit("GatherND", x, indices, attrs={"batch_dims": batches}), out)
 
     def pull(dy: str) -> None:
-        at = places
+        full_indices = indices
         for axis in reversed(range(batches)):
             # Scattering has no batch axes: an index includes its place in them, too.
             numbers = counted(tape, shape[axis])
@@ -302,9 +302,9 @@ def gather_nd(tape: Tape, node: Node) -> Pull:
             ones[axis] = -1
             column = g.emit("Reshape", numbers, g.ints(*ones))
             head = tape.sizes([*where[:-1], 1])
-            at = g.emit("Concat", g.emit("Expand", column, head), at, attrs={"axis": -1})
+            full_indices = g.emit("Concat", g.emit("Expand", column, head), full_indices, attrs={"axis": -1})
         zeros = g.emit("ConstantOfShape", tape.shape_of(x))
-        tape.add(name, g.emit("ScatterND", zeros, at, dy, attrs={"reduction": "add"}))
+        tape.add(name, g.emit("ScatterND", zeros, full_indices, dy, attrs={"reduction": "add"}))
 
     return pull
 
@@ -325,5 +325,5 @@ _KEPT = 100_003  # stands for how many boxes are kept: a prime, which no other s
 def suppression(tape: Tape, node: Node) -> None:
     """Places of the boxes that are kept: no gradient passes."""
     inputs = [tape.value(i) if i else "" for i in node.inputs]
-    kept = tape.symbol(node.outputs[0], _KEPT)
-    tape.enter(node.outputs[0], tape.graph.emit("NonMaxSuppression", *inputs, attrs=node.attrs), (kept, 3))
+    box_count = tape.symbol(node.outputs[0], _KEPT)
+    tape.enter(node.outputs[0], tape.graph.emit("NonMaxSuppression", *inputs, attrs=node.attrs), (box_count, 3))

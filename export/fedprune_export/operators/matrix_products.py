@@ -25,9 +25,9 @@ def matmul_channels(channels: Channels, node: Node) -> None:
     for axis in range(max(rank, 0)):
         rows = [r[axis - (rank - len(r) + 2)] for r in (a, b) if axis - (rank - len(r) + 2) >= 0]
         longest = max(rows, key=lambda r: r.size)
-        for other in rows:
-            if other.size == longest.size:
-                channels.atoms.tie(longest, other)
+        for row in rows:
+            if row.size == longest.size:
+                channels.atoms.tie(longest, row)
         lead.append(longest)
     out = lead + ([a[-2]] if len(a) > 1 else []) + ([b[-1]] if len(b) > 1 else [])
     channels.out(node, out)
@@ -63,22 +63,22 @@ def einsum_terms(equation: str, inputs: int) -> tuple[list[str], str] | None:
 @channel_rule("Einsum")
 def einsum_channels(channels: Channels, node: Node) -> None:
     """Axes of the same letter are tied; a letter that is repeated from length 1 is not."""
-    found = einsum_terms(str(node.attrs["equation"]), len(node.inputs))
-    if found is None:
+    equation = einsum_terms(str(node.attrs["equation"]), len(node.inputs))
+    if equation is None:
         channels.fix_inputs(node)
         channels.still_outputs(node)
         channels.notes.append(f"Einsum {node.name} is implicit or takes a diagonal: its channels stay.")
         return
-    terms, right = found
-    held: dict[str, AtomRow] = {}
+    terms, right = equation
+    letter_rows: dict[str, AtomRow] = {}
     for name, term in zip(node.inputs, terms, strict=True):
         for letter, row in zip(term, channels.rows[name], strict=True):
-            first = held.setdefault(letter, row)
+            first = letter_rows.setdefault(letter, row)
             if first.size == row.size:
                 channels.atoms.tie(first, row)
             elif row.size > first.size:
-                held[letter] = row
-    channels.out(node, [held[letter] for letter in right])
+                letter_rows[letter] = row
+    channels.out(node, [letter_rows[letter] for letter in right])
 
 
 @mask_rule("MatMul")
@@ -93,9 +93,9 @@ def mask_gemm(masks: Masks, node: Node) -> None:
 
 @mask_rule("Einsum")
 def mask_einsum(masks: Masks, node: Node) -> None:
-    found = einsum_terms(str(node.attrs["equation"]), len(node.inputs))
-    if found is not None:
-        terms, right = found
+    equation = einsum_terms(str(node.attrs["equation"]), len(node.inputs))
+    if equation is not None:
+        terms, right = equation
         for i, term in enumerate(terms):
             masks.apply(node, i, [axis for axis, letter in enumerate(term) if letter not in right])
 
@@ -144,11 +144,11 @@ def matmul(tape: Tape, node: Node) -> Pull:
     lost = ([len(shape) - 2] if row else []) + ([len(shape) - 1] if column else [])
     tape.enter(node.outputs[0], y, tuple(d for i, d in enumerate(shape) if i not in lost))
 
-    def swapped(value: str, rank: int) -> str:
+    def transpose_last(value: str, rank: int) -> str:
         order = [*range(rank - 2), rank - 1, rank - 2]
         return g.emit("Transpose", value, attrs={"perm": order})
 
-    def folded(value: str) -> str:
+    def flatten_lead(value: str) -> str:
         return g.emit("Flatten", value, attrs={"axis": len(shape) - 1})
 
     def pull(dy: str) -> None:
@@ -157,15 +157,15 @@ def matmul(tape: Tape, node: Node) -> Pull:
         matrix_a = g.emit("Unsqueeze", a, g.ints(0)) if row else a
         matrix_b = g.emit("Unsqueeze", b, g.ints(1)) if column else b
         if tape.wants(left):
-            da = g.emit("MatMul", dy, swapped(matrix_b, len(fb)))
+            da = g.emit("MatMul", dy, transpose_last(matrix_b, len(fb)))
             da = tape.reduced(da, (*shape[:-2], *fa[-2:]), fa)
             tape.add(left, g.emit("Squeeze", da, g.ints(0)) if row else da)
         if tape.wants(right):
             if len(fb) == 2 and len(fa) == len(shape):
                 # One product over all leading axes: far less work than one per position, summed.
-                db = g.emit("Gemm", folded(matrix_a), folded(dy), attrs={"transA": 1})
+                db = g.emit("Gemm", flatten_lead(matrix_a), flatten_lead(dy), attrs={"transA": 1})
             else:
-                db = g.emit("MatMul", swapped(matrix_a, len(fa)), dy)
+                db = g.emit("MatMul", transpose_last(matrix_a, len(fa)), dy)
                 db = tape.reduced(db, (*shape[:-2], *fb[-2:]), fb)
             tape.add(right, g.emit("Squeeze", db, g.ints(1)) if column else db)
 
@@ -194,17 +194,17 @@ def einsum(tape: Tape, node: Node) -> Pull:
         for i, name in enumerate(names):
             if not tape.wants(name):
                 continue
-            others = [(terms[j], values[j]) for j in range(len(names)) if j != i]
-            seen = set(out).union(*[t for t, _ in others])
-            made = "".join(c for c in terms[i] if c in seen)
-            parts = [(out, dy), *others]
-            back = f"{','.join(t for t, _ in parts)}->{made}"
-            gradient = g.emit("Einsum", *[v for _, v in parts], attrs={"equation": back})
-            whole = tuple(sizes[c] for c in made)
+            other_factors = [(terms[j], values[j]) for j in range(len(names)) if j != i]
+            covered = set(out).union(*[t for t, _ in other_factors])
+            letters = "".join(c for c in terms[i] if c in covered)
+            factors = [(out, dy), *other_factors]
+            back = f"{','.join(t for t, _ in factors)}->{letters}"
+            gradient = g.emit("Einsum", *[v for _, v in factors], attrs={"equation": back})
+            product_shape = tuple(sizes[c] for c in letters)
             gradient = tape.reduced(
-                gradient, whole, tuple(d for c, d in zip(terms[i], shapes[i], strict=True) if c in seen)
+                gradient, product_shape, tuple(d for c, d in zip(terms[i], shapes[i], strict=True) if c in covered)
             )
-            lost = [k for k, c in enumerate(terms[i]) if c not in seen]
+            lost = [k for k, c in enumerate(terms[i]) if c not in covered]
             if lost:
                 # Summed over by itself: every element gets the same.
                 gradient = g.emit("Unsqueeze", gradient, g.ints(*lost))

@@ -23,8 +23,8 @@ gradient_reads(BOTH, "MaxPool")
 def pooling_channels(channels: Channels, node: Node) -> None:
     """Channels pass, places stay; so do channels that a maximum's index counts."""
     x = channels.of(node, 0)
-    places = any(row.any() for row in x[2:])
-    if places or (len(node.outputs) > 1 and node.outputs[1]):
+    pools_channels = any(row.any() for row in x[2:])
+    if pools_channels or (len(node.outputs) > 1 and node.outputs[1]):
         channels.fix(x)
         channels.still_outputs(node)
         return
@@ -83,8 +83,8 @@ def max_pool(tape: Tape, node: Node) -> Pull:
         # Indices are flat over the whole input, so one scatter serves all of it; windows that overlap add up.
         flat = g.emit("Reshape", x, g.ints(-1))
         zeros = g.emit("ConstantOfShape", tape.shape_of(flat))
-        places, parts = g.emit("Reshape", indices, g.ints(-1)), g.emit("Reshape", dy, g.ints(-1))
-        spread = g.emit("ScatterElements", zeros, places, parts, attrs={"axis": 0, "reduction": "add"})
+        flat_indices, gradients = g.emit("Reshape", indices, g.ints(-1)), g.emit("Reshape", dy, g.ints(-1))
+        spread = g.emit("ScatterElements", zeros, flat_indices, gradients, attrs={"axis": 0, "reduction": "add"})
         tape.add(name, g.emit("Reshape", spread, tape.shape_of(x)))
 
     return pull

@@ -44,9 +44,9 @@ def recurrent_channels(channels: Channels, node: Node) -> None:
     # Bias, lengths of the sequences, first states, peepholes: what is left are directions, steps and samples.
     for i, rows in ((3, 2 * gates), (5, 1), (6, 1), (7, 3)):
         if channels.has(node, i):
-            *others, units = channels.of(node, i)
+            *lead_axes, units = channels.of(node, i)
             channels.atoms.tie(units.reshape(rows, -1), hidden)
-            channels.fix(others)
+            channels.fix(lead_axes)
     channels.fix([weight[0], recurrence[0], x[0], x[1]])
     for i, name in enumerate(node.outputs):
         if name:
@@ -67,11 +67,10 @@ def mask_recurrent(masks: Masks, node: Node) -> None:
     masks.apply(node, 2, [2])
 
 
+# Writes one step into the graph it is given: from states and slices to the next states and the slices that go out.
+#
+# It may read values of the graph around it.
 Step = Callable[[Graph, list[str], list[str]], tuple[list[str], list[str]]]
-"""Writes one step into the graph it is given: from states and slices to the next states and the slices that go out.
-
-It may read values of the graph around it.
-"""
 
 
 def scan(
@@ -89,19 +88,21 @@ def scan(
         The last states, and the slices that went out, stacked.
     """
     body = Graph(name="step", _counter=g._counter)
-    held, read = ([body.fresh(stem) for _ in values] for stem, values in (("state", states), ("slice", sliced)))
-    following, written = step(body, held, read)
+    states_in, slices_in = (
+        [body.fresh(stem) for _ in values] for stem, values in (("state", states), ("slice", sliced))
+    )
+    following, written = step(body, states_in, slices_in)
     # An output of a sub-graph can be neither two outputs nor an input.
-    taken = {*held, *read}
+    used_names = {*states_in, *slices_in}
     outputs: list[str] = []
     for name in [*following, *written]:
-        outputs.append(body.emit("Identity", name) if name in taken else name)
-        taken.add(name)
+        outputs.append(body.emit("Identity", name) if name in used_names else name)
+        used_names.add(name)
     g._counter = body._counter
     proto = helper.make_graph(
         [n.to_proto() for n in body.nodes],
         body.name,
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in [*held, *read]],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in [*states_in, *slices_in]],
         [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs],
         [numpy_helper.from_array(v, k) for k, v in body.initializers.items()],
     )
@@ -182,8 +183,8 @@ def _lstm_forward(d: Direction, x: str) -> tuple[str, list[str]]:
 
     def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
         gates = b.emit("Add", b.emit("MatMul", states[0], across), read[0])
-        parts = b.emit_many("Split", gates, outputs=4, attrs={"axis": 1})
-        i, o, f, n = (b.emit("Tanh" if k == 3 else "Sigmoid", part) for k, part in enumerate(parts))
+        preactivations = b.emit_many("Split", gates, outputs=4, attrs={"axis": 1})
+        i, o, f, n = (b.emit("Tanh" if k == 3 else "Sigmoid", value) for k, value in enumerate(preactivations))
         c = b.emit("Add", b.emit("Mul", f, states[1]), b.emit("Mul", i, n))
         t = b.emit("Tanh", c)
         h = b.emit("Mul", o, t)
@@ -294,9 +295,9 @@ def _gru_early_backward(d: Direction, dy: str, last: list[str]) -> Backward:
         to_update, to_hidden, to_reset, z, r = read[:5]
         dh = b.emit("Add", states[0], read[5]) if dy else states[0]
         n = b.emit("Mul", dh, to_hidden)
-        held = b.emit("MatMul", n, across)
-        gates = b.emit("Concat", b.emit("Mul", dh, to_update), b.emit("Mul", held, to_reset), attrs={"axis": 1})
-        back = b.emit("Add", b.emit("Mul", dh, z), b.emit("Mul", held, r))
+        dgated = b.emit("MatMul", n, across)
+        gates = b.emit("Concat", b.emit("Mul", dh, to_update), b.emit("Mul", dgated, to_reset), attrs={"axis": 1})
+        back = b.emit("Add", b.emit("Mul", dh, z), b.emit("Mul", dgated, r))
         return [b.emit("Add", back, b.emit("MatMul", gates, gating))], [gates, n]
 
     sliced = [update, hidden, reset, k["z"], k["r"], *([dy] if dy else [])]
@@ -331,8 +332,8 @@ def _plain_backward(d: Direction, dy: str, last: list[str]) -> Backward:
     if d.activation == "Tanh":
         # 4s / (1 + s)² with s = exp(−2 · |total|), because 1 − h² has few digits where h is nearly 1.
         s = g.emit("Exp", g.emit("Mul", g.emit("Abs", total), g.scalar(-2)))
-        more = g.emit("Add", s, g.scalar(1))
-        slope = g.emit("Div", g.emit("Mul", s, g.scalar(4)), g.emit("Mul", more, more))
+        denominator = g.emit("Add", s, g.scalar(1))
+        slope = g.emit("Div", g.emit("Mul", s, g.scalar(4)), g.emit("Mul", denominator, denominator))
     else:
         slope = g.emit("Cast", g.emit("Greater", total, g.scalar(0)), attrs={"to": 1})
 
@@ -354,13 +355,13 @@ def _tanh_slope(g: Graph, y: str) -> str:
     return g.emit("Sub", g.scalar(1), g.emit("Mul", y, y))
 
 
+# How each kind of cell goes forward and back.
 CELLS = {
     "LSTM": (_lstm_forward, _lstm_backward),
     "GRU": (_gru_forward, _gru_backward),
     "early GRU": (_gru_early_forward, _gru_early_backward),
     "RNN": (_plain_forward, _plain_backward),
 }
-"""How each kind of cell goes forward and back."""
 
 
 _ACTIVATIONS = {"LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh"), "RNN": ("Tanh",)}
@@ -402,9 +403,9 @@ class _Recurrent:
         out = []
         for i, backwards in enumerate(kinds[str(self.node.attrs.get("direction", "forward"))]):
             bias = g.emit_many("Split", biases[i], outputs=2, attrs={"axis": 0}) if biases[i] else []
-            own = [s[i] for s in states]
+            initial = [s[i] for s in states]
             activation = names[i] if op == "RNN" else ""
-            out.append(Direction(g, backwards, weights[i], recurrences[i], bias, own, activation))
+            out.append(Direction(g, backwards, weights[i], recurrences[i], bias, initial, activation))
         return out
 
     def write(self) -> Pull:
@@ -424,12 +425,16 @@ class _Recurrent:
         g, tape = self.g, self.tape
         x = tape.value(self.inputs[0])
         dys = self.apart(dy, 1) if dy else [""] * self.count
-        wanted = [*dlast, *[None] * (len(self.initial) - len(dlast))][: len(self.initial)]
-        lasts = [self.apart(v, 0) if v else [self.zeros()] * self.count for v in wanted]
+        dlasts = [*dlast, *[None] * (len(self.initial) - len(dlast))][: len(self.initial)]
+        lasts = [self.apart(v, 0) if v else [self.zeros()] * self.count for v in dlasts]
         backs = [self.backward(d, dys[i], [last[i] for last in lasts]) for i, d in enumerate(self.directions)]
         if tape.wants(self.inputs[0]):
-            parts = [g.emit("MatMul", b.inputs, d.weight) for b, d in zip(backs, self.directions, strict=True)]
-            tape.add(self.inputs[0], g.emit("Add", *parts) if len(parts) > 1 else parts[0])
+            input_gradients = [
+                g.emit("MatMul", b.inputs, d.weight) for b, d in zip(backs, self.directions, strict=True)
+            ]
+            tape.add(
+                self.inputs[0], g.emit("Add", *input_gradients) if len(input_gradients) > 1 else input_gradients[0]
+            )
         if tape.wants(self.inputs[1]):
             tape.add(self.inputs[1], self.together([self.contracted(b.inputs, x) for b in backs], 0))
         if tape.wants(self.inputs[2]):
@@ -456,8 +461,8 @@ class _Recurrent:
     def apart(self, value: str, axis: int) -> list[str]:
         """The directions of a value that has them on an axis."""
         g = self.g
-        parts = g.emit_many("Split", value, outputs=2, attrs={"axis": axis}) if self.count > 1 else [value]
-        return [g.emit("Squeeze", p, g.ints(axis)) for p in parts]
+        pieces = g.emit_many("Split", value, outputs=2, attrs={"axis": axis}) if self.count > 1 else [value]
+        return [g.emit("Squeeze", p, g.ints(axis)) for p in pieces]
 
     def together(self, values: Sequence[str], axis: int) -> str:
         """The reverse."""
@@ -470,15 +475,15 @@ class _Recurrent:
 def _check(node: Node, inputs: Sequence[str], count: int) -> None:
     """Raise ModelError for what has no rule."""
     usual = list(_ACTIVATIONS[node.op]) * count
-    given = [str(a).title() for a in node.attrs.get("activations", usual)]
-    fits = set(given) <= {"Tanh", "Relu"} if node.op == "RNN" else given == usual
+    activations = [str(a).title() for a in node.attrs.get("activations", usual)]
+    fits = set(activations) <= {"Tanh", "Relu"} if node.op == "RNN" else activations == usual
     missing = {
         "lengths per sample": bool(inputs[4]),
         "peepholes": bool(inputs[7]),
         "the batch first": bool(int(node.attrs.get("layout", 0))),
         "clipping": bool(node.attrs.get("clip", 0)),
         "a forget gate that follows from the input's": bool(int(node.attrs.get("input_forget", 0))),
-        f"activations {', '.join(given)}": not fits or len(given) != len(usual),
+        f"activations {', '.join(activations)}": not fits or len(activations) != len(usual),
     }
     for what, there in missing.items():
         if there:

@@ -19,8 +19,8 @@ from fedprune_export.pruning.masked_reference import Masks, mask_rule
 
 gradient_reads(INPUT, "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2")
 
+# Reductions to which a channel that is zero adds nothing: cutting it is the same as masking it.
 ADDING = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2")
-"""Reductions to which a channel that is zero adds nothing: cutting it is the same as masking it."""
 
 
 @channel_rule(
@@ -34,15 +34,15 @@ def reduction_channels(channels: Channels, node: Node) -> None:
     weight's mean or length is taken over what is kept of it, as a layer norm's is.
     """
     x = channels.of(node, 0)
-    gone = reduced_axes(channels, node)
+    axes = reduced_axes(channels, node)
     if node.op not in ADDING and (node.op != "ReduceMean" or channels.follows_data(node)):
-        if any(x[a].any() for a in gone):
+        if any(x[a].any() for a in axes):
             channels.notes.append(f"{node.op} {node.name} reduces over channels: they stay.")
-        channels.fix([x[a] for a in gone])
+        channels.fix([x[a] for a in axes])
     if node.attrs.get("keepdims", 1):
-        channels.out(node, [still(1) if a in gone else x[a] for a in range(len(x))])
+        channels.out(node, [still(1) if a in axes else x[a] for a in range(len(x))])
     else:
-        channels.out(node, [x[a] for a in range(len(x)) if a not in gone])
+        channels.out(node, [x[a] for a in range(len(x)) if a not in axes])
 
 
 def reduced_axes(channels: Channels, node: Node) -> set[int]:
@@ -66,14 +66,14 @@ def along_one_axis_channels(channels: Channels, node: Node) -> None:
     else:
         number = channels.number(node, 1)
         axis = int(number[0]) if number is not None else None
-    gone = set(range(len(x))) if axis is None else {axis % len(x)}
-    if any(x[a].any() for a in gone):
+    axes = set(range(len(x))) if axis is None else {axis % len(x)}
+    if any(x[a].any() for a in axes):
         channels.notes.append(f"{node.op} {node.name} works along channels: they stay.")
-    channels.fix([x[a] for a in gone])
+    channels.fix([x[a] for a in axes])
     for i, name in enumerate(node.outputs):
         if name:
             shape = channels.shape(name)
-            channels.out(node, [still(shape[a]) if a in gone else row for a, row in enumerate(x)], i)
+            channels.out(node, [still(shape[a]) if a in axes else row for a, row in enumerate(x)], i)
 
 
 @mask_rule(*ADDING)
@@ -90,10 +90,10 @@ def mask_mean(masks: Masks, node: Node) -> bool:
     """A mean over what is kept of a weight; over data no channels are lost."""
     rank = masks.rank(node.inputs[0])
     axes = sorted({int(a) % rank for a in node.attrs.get("axes", range(rank))})
-    found = {a: m for a in axes if (m := masks.of(node.inputs[0], a)) is not None}
-    if not found:
+    axis_masks = {a: m for a in axes if (m := masks.of(node.inputs[0], a)) is not None}
+    if not axis_masks:
         return False
-    count = math.prod(float(found[a].sum()) if a in found else masks.length(node.inputs[0], a) for a in axes)
+    count = math.prod(float(axis_masks[a].sum()) if a in axis_masks else masks.length(node.inputs[0], a) for a in axes)
     masks.apply(node, 0, axes)
     attrs = {"keepdims": node.attrs.get("keepdims", 1)}
     total = masks.graph.emit("ReduceSum", node.inputs[0], masks.graph.ints(*axes), attrs=attrs)
@@ -101,8 +101,8 @@ def mask_mean(masks: Masks, node: Node) -> bool:
     return True
 
 
+# Opset 17 takes axes of these as an input, those of other reductions as an attribute.
 _AXES_BY_INPUT = frozenset({"ReduceSum"})
-"""Opset 17 takes axes of these as an input, those of other reductions as an attribute."""
 
 
 class Reduction:
@@ -201,17 +201,17 @@ def _summed_ones(g: Graph, shape: str, *, keep: bool) -> str:
 Gradient = Callable[[Reduction, str, str], str]  # writes dx, given the reduction, its output y and dy
 
 
-def _reduction(*operators: str, kept: bool = False) -> Callable[[Gradient], Gradient]:
+def _reduction(*operators: str, keeps_axes: bool = False) -> Callable[[Gradient], Gradient]:
     """Register reductions; the gradient's docstring describes the rule.
 
-    `kept`: whether the gradient gets y with its axes kept.
+    `keeps_axes`: whether the gradient gets y with its axes kept.
     """
 
     def register(gradient: Gradient) -> Gradient:
         def function(tape: Tape, node: Node) -> Pull:
-            r = Reduction(tape, node)
-            y = r.write_kept() if kept else r.write()
-            return lambda dy: tape.add(r.name, gradient(r, y, dy))
+            reduction = Reduction(tape, node)
+            y = reduction.write_kept() if keeps_axes else reduction.write()
+            return lambda dy: tape.add(reduction.name, gradient(reduction, y, dy))
 
         function.__doc__ = gradient.__doc__
         gradient_rule(*operators)(function)
@@ -236,7 +236,7 @@ def mean(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add(r.name, r.spread(r.share(r.opened(dy))))
 
 
-@_reduction("ReduceMax", "ReduceMin", kept=True)
+@_reduction("ReduceMax", "ReduceMin", keeps_axes=True)
 def _extreme(r: Reduction, y: str, dy: str) -> str:
     """The largest or smallest number along axes; equals share the gradient, as in torch's amax."""
     best = r.g.emit("Equal", r.x, y)
@@ -249,12 +249,12 @@ def _product(r: Reduction, y: str, dy: str) -> str:
     """A product along axes; dx = dy · the product of the others, right with zeros, too."""
     g = r.g
     nothing = g.emit("Equal", r.x, g.scalar(0))
-    others = g.emit("Where", nothing, g.scalar(1), r.x)
-    whole = r.reduced("ReduceProd", others)
+    factors = g.emit("Where", nothing, g.scalar(1), r.x)
+    full_product = r.reduced("ReduceProd", factors)
     zeros = r.reduced("ReduceSum", g.emit("Cast", nothing, attrs={"to": 1}))
     none, one = (g.emit("Equal", zeros, g.scalar(n)) for n in (0, 1))
-    at_zero = g.emit("Where", g.emit("And", nothing, one), whole, g.scalar(0))
-    slope = g.emit("Where", none, g.emit("Div", whole, others), at_zero)
+    at_zero = g.emit("Where", g.emit("And", nothing, one), full_product, g.scalar(0))
+    slope = g.emit("Where", none, g.emit("Div", full_product, factors), at_zero)
     return g.emit("Mul", r.opened(dy), slope)
 
 
@@ -264,7 +264,7 @@ def _absolute_sum(r: Reduction, y: str, dy: str) -> str:
     return r.g.emit("Mul", r.opened(dy), r.g.emit("Sign", r.x))
 
 
-@_reduction("ReduceL2", kept=True)
+@_reduction("ReduceL2", keeps_axes=True)
 def _length(r: Reduction, y: str, dy: str) -> str:
     """The Euclidean length; dx = dy · x / y, and 0 where the length is."""
     g = r.g
@@ -337,14 +337,14 @@ def largest(tape: Tape, node: Node) -> Pull:
         raise ModelError(f"{describe(node)}: no count")
     tape.static(node, [shape[axis]])
     g, k = tape.graph, int(count.reshape(-1)[0])
-    values, places = g.emit_many("TopK", x, g.ints(k), outputs=2, attrs=node.attrs)
+    values, indices = g.emit_many("TopK", x, g.ints(k), outputs=2, attrs=node.attrs)
     out = (*shape[:axis], k, *shape[axis + 1 :])
-    for output, value in zip(node.outputs, (values, places), strict=False):
+    for output, value in zip(node.outputs, (values, indices), strict=False):
         if output:
             tape.enter(output, value, out)
 
     def pull(dy: str | None, *_: object) -> None:
         if dy:
-            tape.add(name, added_at(tape, x, places, dy, axis))
+            tape.add(name, added_at(tape, x, indices, dy, axis))
 
     return pull

@@ -73,11 +73,11 @@ def resize(tape: Tape, node: Node) -> Pull:
     matrices: dict[int, Matrix] = {}
     for axis in range(len(shape)):
         factor = float(scales[axis]) if scales is not None else None
-        wanted = int(sizes[axis]) if sizes is not None else 0
-        if factor == 1 or (factor is None and wanted in (0, tape.extent(shape[axis]))):
+        target_size = int(sizes[axis]) if sizes is not None else 0
+        if factor == 1 or (factor is None and target_size in (0, tape.extent(shape[axis]))):
             continue
         (size,) = tape.static(node, shape[axis : axis + 1])
-        matrices[axis] = axis_matrix(node.attrs, size, factor, wanted)
+        matrices[axis] = axis_matrix(node.attrs, size, factor, target_size)
     out: Shape = tuple(matrices[a].shape[0] if a in matrices else d for a, d in enumerate(shape))
     amounts = ["", g.constant(scales, np.float32)] if scales is not None else ["", "", tape.sizes(out)]
     tape.enter(node.outputs[0], g.emit("Resize", x, *amounts, attrs=node.attrs), out)
@@ -96,18 +96,18 @@ def _gathered(tape: Tape, dy: str, out: Shape, shape: Shape, matrices: dict[int,
         # Integer upsampling by repetition: a pooling sums each block.
         window = {"kernel_shape": repeats, "strides": repeats}
         return g.emit("Mul", g.emit("AveragePool", dy, attrs=window), g.scalar(float(np.prod(repeats))))
-    value, now = dy, list(out)
+    value, sizes = dy, list(out)
     for axis, matrix in sorted(matrices.items(), key=lambda item: item[1].shape[1] / item[1].shape[0]):
-        before, after = tape.product(now[:axis]), tape.product(now[axis + 1 :])
-        tall: Shape = (before, now[axis], after)
-        value = tape.reshape(value, tuple(now), tall if after != 1 else tall[:2])
-        now[axis] = matrix.shape[1]
+        before, after = tape.product(sizes[:axis]), tape.product(sizes[axis + 1 :])
+        tall: Shape = (before, sizes[axis], after)
+        value = tape.reshape(value, tuple(sizes), tall if after != 1 else tall[:2])
+        sizes[axis] = matrix.shape[1]
         if after == 1:
             value = g.emit("MatMul", value, g.constant(matrix, np.float32))
-            value = tape.reshape(value, (before, now[axis]), tuple(now))
+            value = tape.reshape(value, (before, sizes[axis]), tuple(sizes))
         else:
             value = g.emit("MatMul", g.constant(matrix.T, np.float32), value)
-            value = tape.reshape(value, (before, now[axis], after), tuple(now))
+            value = tape.reshape(value, (before, sizes[axis], after), tuple(sizes))
     return value
 
 
@@ -155,17 +155,17 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
     Raises `ModelError` if samples are cubic or of volumes, or places outside of a map are reflected into it.
     """
     name, grid = node.inputs
-    x, places, shape, where, g = tape.value(name), tape.value(grid), tape.shape(name), tape.shape(grid), tape.graph
+    x, positions, shape, where, g = tape.value(name), tape.value(grid), tape.shape(name), tape.shape(grid), tape.graph
     mode, padding = str(node.attrs.get("mode", "bilinear")), str(node.attrs.get("padding_mode", "zeros"))
-    for what, found, known in (("mode", mode, ["bilinear", "nearest"]), ("padding", padding, ["zeros", "border"])):
-        if found not in known:
-            raise ModelError(f"{describe(node)}: {what}", expected=known, got=found)
+    for what, value, supported in (("mode", mode, ["bilinear", "nearest"]), ("padding", padding, ["zeros", "border"])):
+        if value not in supported:
+            raise ModelError(f"{describe(node)}: {what}", expected=supported, got=value)
     if len(shape) != 4:
         raise ModelError(f"{describe(node)}: what it samples", expected="maps [N, C, H, W]", got=list(shape))
     height, width = tape.static(node, shape[2:])
     tape.static(node, where[1:])
     out = (*shape[:2], *where[1:3])
-    tape.enter(node.outputs[0], g.emit("GridSample", x, places, attrs=node.attrs), out)
+    tape.enter(node.outputs[0], g.emit("GridSample", x, positions, attrs=node.attrs), out)
     rows, maps = tape.product(where[:3]), tape.product([shape[0], height * width])
 
     def by_row(value: str, dims: tuple[int | str, ...]) -> str:
@@ -174,7 +174,7 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
         return tape.reshape(last, (dims[0], dims[2], dims[3], dims[1]), (tape.product([dims[0], *dims[2:]]), dims[1]))
 
     def pull(dy: str) -> None:
-        flat = tape.reshape(places, where, (rows, 2))
+        flat = tape.reshape(positions, where, (rows, 2))
         across, down = g.emit_many("Split", flat, g.ints(1, 1), outputs=2, attrs={"axis": 1})
         aligned = bool(node.attrs.get("align_corners", 0))
         along = [_ends(g, c, n, mode, padding, aligned) for c, n in ((down, height), (across, width))]
@@ -182,26 +182,28 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
         first = g.emit("Expand", g.emit("Unsqueeze", number, g.ints(1)), tape.sizes([1, tape.product(where[1:3])]))
         first = tape.reshape(first, (shape[0], tape.product(where[1:3])), (rows, 1))
         corners = list(product(*along))
-        places_of = [
+        corner_indices = [
             g.emit("Add", first, g.emit("Add", g.emit("Mul", j.place, g.ints(width)), i.place)) for j, i in corners
         ]
         slopes = by_row(dy, out)
         if tape.wants(name):
-            parts = [g.emit("Mul", slopes, g.emit("Mul", j.weight, i.weight)) for j, i in corners]
-            at, added = (g.emit("Concat", *v, attrs={"axis": 0}) if len(v) > 1 else v[0] for v in (places_of, parts))
+            shares = [g.emit("Mul", slopes, g.emit("Mul", j.weight, i.weight)) for j, i in corners]
+            indices, added = (
+                g.emit("Concat", *v, attrs={"axis": 0}) if len(v) > 1 else v[0] for v in (corner_indices, shares)
+            )
             zeros = g.emit("ConstantOfShape", tape.sizes([maps, shape[1]]))
-            total = g.emit("ScatterND", zeros, at, added, attrs={"reduction": "add"})
+            total = g.emit("ScatterND", zeros, indices, added, attrs={"reduction": "add"})
             total = tape.reshape(total, (maps, shape[1]), (shape[0], height, width, shape[1]))
             tape.add(name, g.emit("Transpose", total, attrs={"perm": [0, 3, 1, 2]}))
         if tape.wants(grid) and mode == "bilinear":
-            values, moved = by_row(x, shape), ["", ""]
-            for (j, i), at in zip(corners, places_of, strict=True):
-                value = g.emit("Gather", values, g.emit("Squeeze", at, g.ints(1)), attrs={"axis": 0})
+            values, dgrid = by_row(x, shape), ["", ""]
+            for (j, i), indices in zip(corners, corner_indices, strict=True):
+                value = g.emit("Gather", values, g.emit("Squeeze", indices, g.ints(1)), attrs={"axis": 0})
                 each = g.emit("ReduceSum", g.emit("Mul", slopes, value), g.ints(1), attrs={"keepdims": 1})
                 for k, factor in enumerate((g.emit("Mul", j.weight, i.slope), g.emit("Mul", j.slope, i.weight))):
-                    part = g.emit("Mul", each, factor)
-                    moved[k] = g.emit("Add", moved[k], part) if moved[k] else part
-            tape.add(grid, tape.reshape(g.emit("Concat", *moved, attrs={"axis": 1}), (rows, 2), where))
+                    change = g.emit("Mul", each, factor)
+                    dgrid[k] = g.emit("Add", dgrid[k], change) if dgrid[k] else change
+            tape.add(grid, tape.reshape(g.emit("Concat", *dgrid, attrs={"axis": 1}), (rows, 2), where))
 
     return pull
 
@@ -223,18 +225,18 @@ def _ends(g: Graph, coordinate: str, size: int, mode: str, padding: str, aligned
     """The neighbours of samples along an axis whose ends are -1 and 1: middles of places if `aligned`, else borders."""
     scale = (size - 1) / 2 if aligned else size / 2
     # In the order of onnxruntime and torch, so that a sample near a place is on the same side of it.
-    at = g.emit("Mul", g.emit("Add", coordinate, g.scalar(1)), g.scalar(scale))
+    position = g.emit("Mul", g.emit("Add", coordinate, g.scalar(1)), g.scalar(scale))
     if not aligned:
-        at = g.emit("Sub", at, g.scalar(0.5))
+        position = g.emit("Sub", position, g.scalar(0.5))
     slope = g.scalar(scale)
     if padding == "border":
-        within = _both(g, g.emit("Greater", at, g.scalar(0)), g.emit("Less", at, g.scalar(size - 1)))
+        within = _both(g, g.emit("Greater", position, g.scalar(0)), g.emit("Less", position, g.scalar(size - 1)))
         slope = g.emit("Mul", within, slope)
-        at = g.emit("Clip", at, g.scalar(0), g.scalar(size - 1))
+        position = g.emit("Clip", position, g.scalar(0), g.scalar(size - 1))
     if mode == "nearest":
-        return [_end(g, g.emit("Round", at), size, g.scalar(1), "")]
-    low = g.emit("Floor", at)
-    share = g.emit("Sub", at, low)
+        return [_end(g, g.emit("Round", position), size, g.scalar(1), "")]
+    low = g.emit("Floor", position)
+    share = g.emit("Sub", position, low)
     return [
         _end(g, low, size, g.emit("Sub", g.scalar(1), share), g.emit("Neg", slope)),
         _end(g, g.emit("Add", low, g.scalar(1)), size, share, slope),
@@ -247,6 +249,6 @@ def _end(g: Graph, place: str, size: int, weight: str, slope: str) -> _End:
     return _End(index, g.emit("Mul", weight, there), g.emit("Mul", slope, there) if slope else "")
 
 
-def _both(g: Graph, one: str, other: str) -> str:
+def _both(g: Graph, first: str, second: str) -> str:
     """1 where both hold, else 0."""
-    return g.emit("Cast", g.emit("And", one, other), attrs={"to": 1})
+    return g.emit("Cast", g.emit("And", first, second), attrs={"to": 1})

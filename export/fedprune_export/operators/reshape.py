@@ -59,23 +59,23 @@ def _carry(
             _mixed(channels, node, grids)
         channels.fix([g.reshape(-1) for g in grids])
         return
-    kept = []
+    carried_rows = []
     for grid, span, to in zip(grids, run.of_old, option, strict=True):
         if to is None:
             channels.atoms.fix(grid.reshape(-1))
             continue
         target = run.of_new[run.news.index(to)]
-        lost = tuple(place for place, f in enumerate(span) if f not in target)
-        held = grid
-        for place in lost:
-            held = held.take([0], axis=place)
-        channels.atoms.tie(grid, held)
+        dropped = tuple(axis for axis, f in enumerate(span) if f not in target)
+        reduced = grid
+        for axis in dropped:
+            reduced = reduced.take([0], axis=axis)
+        channels.atoms.tie(grid, reduced)
         view = [grid.shape[f - span.start] if f in span else 1 for f in target]
-        row = np.broadcast_to(held.reshape(view), [sizes[f] for f in target]).reshape(-1)
+        row = np.broadcast_to(reduced.reshape(view), [sizes[f] for f in target]).reshape(-1)
         out[to] = row
-        kept.append(row)
+        carried_rows.append(row)
     if len(options) > 1:
-        channels.choices.watch(key, option, kept)
+        channels.choices.watch(key, option, carried_rows)
 
 
 def _mixed(channels: Channels, node: Node, rows: Sequence[AtomRow]) -> None:
@@ -100,16 +100,16 @@ def target_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
         return
     old = node.inputs[place]
     # An expansion's target may be shorter than its output: it is aligned at the end.
-    known = graph.initializers.get(old)
-    lead = len(after) - (known.size if known is not None else sizes.before(old)[0] or 0)
+    constant = graph.initializers.get(old)
+    lead = len(after) - (constant.size if constant is not None else sizes.before(old)[0] or 0)
     if not free:
         node.inputs[place] = graph.ints(*(n or 0 for n in after[lead:]))
         return
-    parts = [
+    entries = [
         graph.ints(n) if n is not None else graph.emit("Gather", old, graph.ints(i), attrs={"axis": 0})
         for i, n in enumerate(after[lead:])
     ]
-    node.inputs[place] = graph.emit("Concat", *parts, attrs={"axis": 0})
+    node.inputs[place] = graph.emit("Concat", *entries, attrs={"axis": 0})
 
 
 @gradient_rule("Flatten")
@@ -129,9 +129,9 @@ def reshape(tape: Tape, node: Node) -> Pull:
     """Any reshape; sizes that vary are computed at run time where 0 and -1 can't express them."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    known = tape.known(node.outputs[0])
-    if known is not None:
-        out = _filled(tape, node, known, shape)
+    analysed = tape.known(node.outputs[0])
+    if analysed is not None:
+        out = _filled(tape, node, analysed, shape)
     else:
         target = tape.target_shape(node, 1)
         if target is None:
@@ -145,20 +145,20 @@ def reshape(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add(name, tape.reshape(dy, out, shape))
 
 
-def _filled(tape: Tape, node: Node, known: Sequence[Dim | None], shape: Shape) -> Shape:
+def _filled(tape: Tape, node: Node, analysed: Sequence[Dim | None], shape: Shape) -> Shape:
     """The analysed shape of a reshape's output with the axes that follow the batch filled in."""
-    free = [i for i, d in enumerate(known) if d is None]
+    free = [i for i, d in enumerate(analysed) if d is None]
     if not free:
-        return tuple(d for d in known if d is not None)
+        return tuple(d for d in analysed if d is not None)
     if len(free) == 1:
-        rest = tape.quotient(tape.product(shape), tape.product([d for d in known if d is not None]))
+        rest = tape.quotient(tape.product(shape), tape.product([d for d in analysed if d is not None]))
         if rest is None:
             raise ModelError(
-                f"{describe(node)} splits a dimension whose size varies", got=f"{list(shape)} to {list(known)}"
+                f"{describe(node)} splits a dimension whose size varies", got=f"{list(shape)} to {list(analysed)}"
             )
-        return tuple(rest if d is None else d for d in known)
+        return tuple(rest if d is None else d for d in analysed)
     traced = tape.traced_shape(node.outputs[0])
-    return tuple(t if d is None else d for d, t in zip(known, traced, strict=True))
+    return tuple(t if d is None else d for d, t in zip(analysed, traced, strict=True))
 
 
 def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Shape:
@@ -167,26 +167,30 @@ def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Sha
     Raises `ModelError` if a channel or batch dimension would be split.
     """
     sizes = [tape.extent(d) for d in shape]
-    wanted = list(target)
+    target_sizes = list(target)
     if int(node.attrs.get("allowzero", 0)) == 0:
-        wanted = [sizes[i] if t == 0 else t for i, t in enumerate(target)]
-    rest = math.prod(w for w in wanted if w != -1)
-    wanted = [math.prod(sizes) // rest if w == -1 else w for w in wanted]
-    if math.prod(wanted) != math.prod(sizes):
+        target_sizes = [sizes[i] if t == 0 else t for i, t in enumerate(target)]
+    rest = math.prod(w for w in target_sizes if w != -1)
+    target_sizes = [math.prod(sizes) // rest if w == -1 else w for w in target_sizes]
+    if math.prod(target_sizes) != math.prod(sizes):
         raise ModelError(f"{describe(node)}: shapes don't fit", expected=list(shape), got=list(target))
     out: list[Dim] = []
-    for olds, news in runs(sizes, wanted):
-        block, parts, given = [shape[i] for i in olds], [wanted[j] for j in news], [target[j] for j in news]
+    for olds, news in runs(sizes, target_sizes):
+        block, new_sizes, requested = (
+            [shape[i] for i in olds],
+            [target_sizes[j] for j in news],
+            [target[j] for j in news],
+        )
         large = [d for d in block if d != 1]
         if len(news) == 1:
             out.append(tape.product(block))
         elif all(isinstance(d, int) for d in block):
-            out.extend(parts)
-        elif (rest_of_block := _rest(tape, block, given)) is not None:
-            out.extend(rest_of_block if t == -1 else w for t, w in zip(given, parts, strict=True))
-        elif len(large) == 1 and [w for w in parts if w != 1] == [tape.extent(large[0])]:
+            out.extend(new_sizes)
+        elif (rest_of_block := _rest(tape, block, requested)) is not None:
+            out.extend(rest_of_block if t == -1 else w for t, w in zip(requested, new_sizes, strict=True))
+        elif len(large) == 1 and [w for w in new_sizes if w != 1] == [tape.extent(large[0])]:
             # Ones around a whole dimension (C -> 1, C, 1) leave it whole.
-            out.extend(large[0] if w != 1 else 1 for w in parts)
+            out.extend(large[0] if w != 1 else 1 for w in new_sizes)
         else:
             raise ModelError(
                 f"{describe(node)} splits a dimension whose size varies",
@@ -198,10 +202,10 @@ def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Sha
 
 def _rest(tape: Tape, block: Sequence[Dim], target: Sequence[int]) -> Dim | None:
     """The value of -1 if the other sizes divide a block at every width, else None."""
-    others = [t for t in target if t != -1]
-    if len(others) != len(target) - 1 or 0 in others:
+    other_sizes = [t for t in target if t != -1]
+    if len(other_sizes) != len(target) - 1 or 0 in other_sizes:
         return None
-    return tape.quotient(tape.product(block), tape.product(others))
+    return tape.quotient(tape.product(block), tape.product(other_sizes))
 
 
 def _axes(tape: Tape, node: Node) -> list[int]:

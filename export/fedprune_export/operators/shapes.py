@@ -15,15 +15,15 @@ from fedprune_export.pruning.rewrites import Sizes, rewrite
 @channel_rule("Concat")
 def concat_channels(channels: Channels, node: Node) -> None:
     """Rows one after the other along the axis; the other axes are tied."""
-    parts = [channels.rows[name] for name in node.inputs]
-    axis = int(node.attrs["axis"]) % len(parts[0])
-    out = list(parts[0])
-    for other in parts[1:]:
-        for i, row in enumerate(other):
+    inputs = [channels.rows[name] for name in node.inputs]
+    axis = int(node.attrs["axis"]) % len(inputs[0])
+    out = list(inputs[0])
+    for rows in inputs[1:]:
+        for i, row in enumerate(rows):
             if i != axis:
                 channels.atoms.tie(out[i], row)
                 out[i] = np.minimum(out[i], row)
-    out[axis] = np.concatenate([p[axis] for p in parts])
+    out[axis] = np.concatenate([p[axis] for p in inputs])
     channels.out(node, out)
 
 
@@ -38,8 +38,8 @@ def split_channels(channels: Channels, node: Node) -> None:
         for i, n in enumerate(sizes):
             channels.out(node, [*x[:axis], still(n), *x[axis + 1 :]], i)
         return
-    for i, taken in enumerate(np.split(np.arange(x[axis].size), np.cumsum(sizes)[:-1])):
-        channels.out(node, [*x[:axis], channels.pick(x[axis], taken), *x[axis + 1 :]], i)
+    for i, indices in enumerate(np.split(np.arange(x[axis].size), np.cumsum(sizes)[:-1])):
+        channels.out(node, [*x[:axis], channels.pick(x[axis], indices), *x[axis + 1 :]], i)
 
 
 @channel_rule("Transpose")
@@ -102,10 +102,10 @@ def split_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     """The parts are as long as what is left of each."""
     axis = int(node.attrs.get("axis", 0))
     if sizes.changed(node.inputs[0], axis):
-        parts = [sizes.after(name)[axis] if name else None for name in node.outputs]
-        if None in parts:
+        lengths = [sizes.after(name)[axis] if name else None for name in node.outputs]
+        if None in lengths:
             raise ModelError(f"Split {node.name} has a part without a name")
-        node.inputs[1:] = [graph.ints(*(n or 0 for n in parts))]
+        node.inputs[1:] = [graph.ints(*(n or 0 for n in lengths))]
         node.attrs.pop("num_outputs", None)
 
 
@@ -136,21 +136,21 @@ def expand(tape: Tape, node: Node) -> Pull:
 
 def _expanded(tape: Tape, node: Node, shape: Shape) -> Shape:
     """The shape that an Expand gives."""
-    known = tape.known(node.outputs[0])
-    if known is None:
+    analysed = tape.known(node.outputs[0])
+    if analysed is None:
         target = tape.target_shape(node, 1)
         if target is None:
             raise ModelError(f"{describe(node)}: no target shape")
-        wanted: list[Dim | None] = [multiple_of_batch(tape, int(t)) for t in target.reshape(-1)]
+        target_sizes: list[Dim | None] = [multiple_of_batch(tape, int(t)) for t in target.reshape(-1)]
     else:
-        wanted = list(known)
-    rank = max(len(wanted), len(shape))
-    wanted[:0] = [1] * (rank - len(wanted))
+        target_sizes = list(analysed)
+    rank = max(len(target_sizes), len(shape))
+    target_sizes[:0] = [1] * (rank - len(target_sizes))
     padded = (1,) * (rank - len(shape)) + shape
     out: list[Dim] = []
-    for i, (before, after) in enumerate(zip(padded, wanted, strict=True)):
+    for i, (before, after) in enumerate(zip(padded, target_sizes, strict=True)):
         if before != 1:
-            if known is None and isinstance(before, str) and after == tape.extent(before):
+            if analysed is None and isinstance(before, str) and after == tape.extent(before):
                 after = before
             if after not in (None, 1, before):
                 raise ModelError(f"{describe(node)}: sizes don't fit each other", expected=before, got=after)
@@ -169,13 +169,13 @@ def multiple_of_batch(tape: Tape, size: int) -> Dim:
 @gradient_rule("ConstantOfShape")
 def constant_of_shape(tape: Tape, node: Node) -> None:
     """Equal numbers, as many as there are channels: no gradient passes."""
-    known = tape.known(node.outputs[0])
+    analysed = tape.known(node.outputs[0])
     out: list[Dim] = []
-    if known is None:
+    if analysed is None:
         target = tape.target_shape(node, 0)
         out += [multiple_of_batch(tape, int(t)) for t in target.reshape(-1)] if target is not None else []
     else:
-        for i, d in enumerate(known):
+        for i, d in enumerate(analysed):
             out.append(tape.traced_shape(node.outputs[0])[i] if d is None else d)
     y = tape.graph.emit("ConstantOfShape", tape.sizes(out), attrs=node.attrs)
     tape.enter(node.outputs[0], y, tuple(out))
@@ -186,10 +186,10 @@ def tile(tape: Tape, node: Node) -> Pull:
     """Repeated whole along axes; the gradient is summed over the repetitions."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    given = tape.target_shape(node, 1)
-    if given is None:
+    repeat_counts = tape.target_shape(node, 1)
+    if repeat_counts is None:
         raise ModelError(f"{describe(node)}: no repetitions")
-    repeats = [multiple_of_batch(tape, int(r)) for r in given.reshape(-1)]
+    repeats = [multiple_of_batch(tape, int(r)) for r in repeat_counts.reshape(-1)]
     out = tuple(tape.product([r, d]) for r, d in zip(repeats, shape, strict=True))
     g = tape.graph
     tape.enter(node.outputs[0], g.emit("Tile", x, tape.sizes(repeats)), out)
@@ -205,8 +205,8 @@ def tile(tape: Tape, node: Node) -> Pull:
         if not axes:
             tape.add(name, dy)
             return
-        parts = tape.reshape(dy, out, tuple(apart))
-        tape.add(name, g.emit("ReduceSum", parts, g.ints(*axes), attrs={"keepdims": 0}))
+        by_repeat = tape.reshape(dy, out, tuple(apart))
+        tape.add(name, g.emit("ReduceSum", by_repeat, g.ints(*axes), attrs={"keepdims": 0}))
 
     return pull
 
@@ -228,10 +228,10 @@ def concat(tape: Tape, node: Node) -> Pull:
 
     def pull(dy: str) -> None:
         lengths = tape.sizes([s[axis] for s in shapes])
-        parts = g.emit_many("Split", dy, lengths, outputs=len(values), attrs={"axis": axis})
-        for name, part in zip(node.inputs, parts, strict=True):
+        gradients = g.emit_many("Split", dy, lengths, outputs=len(values), attrs={"axis": axis})
+        for name, gradient in zip(node.inputs, gradients, strict=True):
             if tape.wants(name):
-                tape.add(name, part)
+                tape.add(name, gradient)
 
     return pull
 
@@ -252,33 +252,33 @@ def split(tape: Tape, node: Node) -> Pull:
             tape.enter(output, value, (*shape[:axis], length, *shape[axis + 1 :]))
 
     def pull(*gradients: str | None) -> None:
-        parts = [
+        pieces = [
             dy or g.emit("ConstantOfShape", tape.shape_of(value)) for dy, value in zip(gradients, values, strict=True)
         ]
-        tape.add(name, g.emit("Concat", *parts, attrs={"axis": axis}))
+        tape.add(name, g.emit("Concat", *pieces, attrs={"axis": axis}))
 
     return pull
 
 
-def _lengths(tape: Tape, node: Node, whole: Dim, axis: int) -> list[Dim]:
+def _lengths(tape: Tape, node: Node, total: Dim, axis: int) -> list[Dim]:
     """How long the pieces of a split are."""
     count = len(node.outputs)
-    given = tape.number(node, 1)
-    if isinstance(whole, int):
-        each = -(-whole // count)
-        even = [each] * (count - 1) + [whole - each * (count - 1)]
-        return [int(n) for n in (even if given is None else given)]
+    requested = tape.number(node, 1)
+    if isinstance(total, int):
+        each = -(-total // count)
+        even = [each] * (count - 1) + [total - each * (count - 1)]
+        return [int(n) for n in (even if requested is None else requested)]
     on_axis = tape.axis(node.inputs[0], axis)
-    full = tape.extent(whole)
-    if given is None:
-        given = np.full(count, -(-full // count))
-        given[-1] = full - given[:-1].sum()
-    ends = [tape.prefix(on_axis, int(n)) if on_axis is not None else None for n in np.cumsum(given)]
+    full = tape.extent(total)
+    if requested is None:
+        requested = np.full(count, -(-full // count))
+        requested[-1] = full - requested[:-1].sum()
+    ends = [tape.prefix(on_axis, int(n)) if on_axis is not None else None for n in np.cumsum(requested)]
     out: list[Dim] = []
     before: Dim = 0
     for end in ends:
         if end is None:
-            raise ModelError(f"{describe(node)} cuts a run of channels", got=f"{given.tolist()} of {whole}")
+            raise ModelError(f"{describe(node)} cuts a run of channels", got=f"{requested.tolist()} of {total}")
         out.append(tape.difference(end, before))
         before = end
     return out

@@ -23,13 +23,13 @@ Array = npt.NDArray[Any]
 def pad_channels(channels: Channels, node: Node) -> None:
     """Added indices stay; reflecting or repeating padding of a channel axis fixes it."""
     x = channels.of(node, 0)
-    given = channels.number(node, 1)
+    pads = channels.number(node, 1)
     channels.fix_inputs(node, 1)
-    if given is None:
+    if pads is None:
         channels.fix(x)
         channels.still_outputs(node)
         return
-    amounts = given.tolist()
+    amounts = pads.tolist()
     out = []
     for i, row in enumerate(x):
         before, after = int(amounts[i]), int(amounts[i + len(x)])
@@ -65,67 +65,67 @@ def slice_channels(channels: Channels, node: Node) -> None:
     """Indices that are taken pass; where each of a few neighbours is taken, the neighbours are kept or cut together."""
     x = channels.of(node, 0)
     shape, dims = channels.shape(node.outputs[0]), channels.seen.dims(node.inputs[0])
-    taken = sliced(channels.graph, node, len(x))
+    slices = sliced(channels.graph, node, len(x))
     out = list(x)
-    if taken is None:
+    if slices is None:
         axes = list(range(channels.shape(node.inputs[1])[0]))
         if channels.has(node, 3):
-            given = channels.number(node, 3)
-            axes = list(range(len(x))) if given is None else [int(a) % len(x) for a in given]
+            axis_numbers = channels.number(node, 3)
+            axes = list(range(len(x))) if axis_numbers is None else [int(a) % len(x) for a in axis_numbers]
         channels.fix([x[a] for a in axes])
         for axis in axes:
             out[axis] = still(shape[axis])
     else:
-        for axis, part in taken.items():
-            row, step = x[axis], part.step
-            if dims[axis] is None or row[part].size != shape[axis]:
+        for axis, indices in slices.items():
+            row, step = x[axis], indices.step
+            if dims[axis] is None or row[indices].size != shape[axis]:
                 channels.atoms.fix(row)
                 out[axis] = still(shape[axis])
                 continue
             if row.any() and step > 1 and row.size % step == 0:
                 blocks = row.reshape(-1, step)
                 channels.atoms.tie(blocks, blocks[:, :1])
-            out[axis] = channels.pick(row, np.arange(row.size)[part])
+            out[axis] = channels.pick(row, np.arange(row.size)[indices])
     channels.out(node, out)
 
 
 def indices_after_cut(
-    sizes: Sizes, node: Node, taken: npt.NDArray[np.int64], axis: int, out_axis: int
+    sizes: Sizes, node: Node, indices: npt.NDArray[np.int64], axis: int, out_axis: int
 ) -> npt.NDArray[np.int64]:
     """Indices of an axis after the cut for what is left of those taken before it."""
-    kept = sizes.kept(node.inputs[0], axis)
-    place = np.full(int(max(kept.max(), taken.max())) + 1, -1, np.int64)
-    place[kept] = np.arange(kept.size)
-    moved = place[taken[sizes.kept(node.outputs[0], out_axis)]]
-    if np.any(moved < 0):
+    kept_indices = sizes.kept(node.inputs[0], axis)
+    new_positions = np.full(int(max(kept_indices.max(), indices.max())) + 1, -1, np.int64)
+    new_positions[kept_indices] = np.arange(kept_indices.size)
+    new_indices = new_positions[indices[sizes.kept(node.outputs[0], out_axis)]]
+    if np.any(new_indices < 0):
         raise ModelError(f"{node.op} {node.name} takes channels that are cut")
-    return moved
+    return new_indices
 
 
 @rewrite("Slice")
 def slice_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     """Along an axis that is cut, what is left of the indices: as a slice where they follow each other."""
     rank = len(sizes.before(node.inputs[0]))
-    taken = sliced(graph, node, rank) or {}
-    cut = [axis for axis in taken if sizes.changed(node.inputs[0], axis)]
+    slices = sliced(graph, node, rank) or {}
+    cut = [axis for axis in slices if sizes.changed(node.inputs[0], axis)]
     if not cut:
         return
-    parts = dict(taken)
+    remaining = dict(slices)
     for axis in cut:
         full = np.arange(sizes.before(node.inputs[0])[axis] or 0)
-        moved = indices_after_cut(sizes, node, full[taken[axis]], axis, axis)
-        if np.all(np.diff(moved) == 1):
-            parts[axis] = slice(int(moved[0]), int(moved[-1]) + 1, 1)
+        indices = indices_after_cut(sizes, node, full[slices[axis]], axis, axis)
+        if np.all(np.diff(indices) == 1):
+            remaining[axis] = slice(int(indices[0]), int(indices[-1]) + 1, 1)
         else:
-            node.inputs[0] = graph.emit("Gather", node.inputs[0], graph.ints(*moved.tolist()), attrs={"axis": axis})
-            del parts[axis]
-    if not parts:
+            node.inputs[0] = graph.emit("Gather", node.inputs[0], graph.ints(*indices.tolist()), attrs={"axis": axis})
+            del remaining[axis]
+    if not remaining:
         node.op, node.inputs = "Identity", node.inputs[:1]
         return
-    starts = [p.start for p in parts.values()]
-    stops = [-(2**62) if p.stop is None else p.stop for p in parts.values()]
-    steps = [p.step for p in parts.values()]
-    node.inputs[1:] = [graph.ints(*starts), graph.ints(*stops), graph.ints(*parts), graph.ints(*steps)]
+    starts = [p.start for p in remaining.values()]
+    stops = [-(2**62) if p.stop is None else p.stop for p in remaining.values()]
+    steps = [p.step for p in remaining.values()]
+    node.inputs[1:] = [graph.ints(*starts), graph.ints(*stops), graph.ints(*remaining), graph.ints(*steps)]
 
 
 _FEW = 4  # up to this many picks of one element its gradient is a sum of gathers; beyond, a product with a 0/1 matrix
@@ -175,17 +175,17 @@ def cut_out(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], y, tuple(out))
 
     def pull(dy: str) -> None:
-        now = list(out)
+        sizes = list(out)
         for a, picked in regular:
             apart = g.emit("Unsqueeze", dy, g.ints(a + 1))
             pads = [0] * (2 * len(shape) + 2)
             pads[a + 1], pads[a + len(shape) + 2] = picked.start, picked.step - picked.start - 1
-            between = (*now[: a + 1], picked.step, *now[a + 1 :])
-            now[a] = shape[a]
-            dy = tape.reshape(g.emit("Pad", apart, g.ints(*pads)), between, tuple(now))
+            between = (*sizes[: a + 1], picked.step, *sizes[a + 1 :])
+            sizes[a] = shape[a]
+            dy = tape.reshape(g.emit("Pad", apart, g.ints(*pads)), between, tuple(sizes))
         for a, picked in picks:
-            dy = scattered(tape, dy, tuple(now), a, np.array(picked), tape.extent(shape[a]))
-            now[a] = shape[a]
+            dy = scattered(tape, dy, tuple(sizes), a, np.array(picked), tape.extent(shape[a]))
+            sizes[a] = shape[a]
         if runs:
             dy = put_back(tape, dy, shape, runs)
         tape.add(name, dy)
@@ -205,10 +205,12 @@ def put_back(tape: Tape, dy: str, shape: Shape, runs: Sequence[tuple[int, Dim, D
 def _every(tape: Tape, node: Node, axis: int, picked: range) -> Dim:
     """How many elements a step along channels takes, where each channel has as many indices as several steps."""
     name = node.inputs[0]
-    whole, found = tape.shape(name)[axis], tape.axis(name, axis)
-    size, step = tape.extent(whole), picked.step
-    count = tape.quotient(whole, step) if step > 0 else None
-    even = found is not None and all((s.length if s.group == FIXED else s.inner) % step == 0 for s in found.segments)
+    dim, segments = tape.shape(name)[axis], tape.axis(name, axis)
+    size, step = tape.extent(dim), picked.step
+    count = tape.quotient(dim, step) if step > 0 else None
+    even = segments is not None and all(
+        (s.length if s.group == FIXED else s.inner) % step == 0 for s in segments.segments
+    )
     if count is None or not even or picked.start >= step or len(picked) != size // step:
         raise ModelError(
             f"{describe(node)}: a step that is not within each channel", expected="a run of channels", got=picked
@@ -221,8 +223,8 @@ def taken_run(tape: Tape, node: Node, axis: int, picked: range) -> tuple[Dim, Di
     name = node.inputs[0]
     if isinstance(tape.shape(name)[axis], int):
         return picked.start, picked.stop
-    found = tape.axis(name, axis)
-    ends = [tape.prefix(found, n) if found is not None else None for n in (picked.start, picked.stop)]
+    segments = tape.axis(name, axis)
+    ends = [tape.prefix(segments, n) if segments is not None else None for n in (picked.start, picked.stop)]
     if ends[0] is None or ends[1] is None:
         raise ModelError(
             f"{describe(node)} cuts a run of channels, or the batch",
@@ -248,22 +250,22 @@ def scattered(tape: Tape, dy: str, shape: Shape, axis: int, picked: Array, size:
     if uses.max() > _FEW:
         last = len(shape) - 1
         order = [*(i for i in range(len(shape)) if i != axis), axis]
-        moved = g.emit("Transpose", dy, attrs={"perm": order}) if axis != last else dy
+        transposed = g.emit("Transpose", dy, attrs={"perm": order}) if axis != last else dy
         matrix = (picked[:, None] == np.arange(size)).astype(np.float32)
-        spread = g.emit("MatMul", moved, g.constant(matrix, np.float32))
+        spread = g.emit("MatMul", transposed, g.constant(matrix, np.float32))
         return g.emit("Transpose", spread, attrs={"perm": np.argsort(order).tolist()}) if axis != last else spread
-    whole = dy
+    padded = dy
     if uses.min() < uses.max():
         pads = [0] * (2 * len(shape))
         pads[len(shape) + axis] = 1  # an index of a zero, for elements that were picked less often
-        whole = g.emit("Pad", dy, g.ints(*pads))
+        padded = g.emit("Pad", dy, g.ints(*pads))
     total = ""
-    places = np.argsort(picked, kind="stable")
+    order_of_picks = np.argsort(picked, kind="stable")
     first = np.concatenate([[0], np.cumsum(uses)])[:-1]
     for turn in range(int(uses.max())):
-        at = np.where(uses > turn, places[np.minimum(first + turn, count - 1)], count)
-        part = g.emit("Gather", whole, g.constant(at, np.int64), attrs={"axis": axis})
-        total = g.emit("Add", total, part) if total else part
+        sources = np.where(uses > turn, order_of_picks[np.minimum(first + turn, count - 1)], count)
+        gathered = g.emit("Gather", padded, g.constant(sources, np.int64), attrs={"axis": axis})
+        total = g.emit("Add", total, gathered) if total else gathered
     return total
 
 
@@ -273,14 +275,14 @@ def pad(tape: Tape, node: Node) -> Pull:
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     mode = str(node.attrs.get("mode", "constant"))
-    given, value, chosen = (tape.number(node, i) for i in (1, 2, 3))
-    if given is None:
+    pad_counts, value, chosen = (tape.number(node, i) for i in (1, 2, 3))
+    if pad_counts is None:
         raise ModelError(f"{describe(node)}: no pads")
     axes = [int(a) % len(shape) for a in chosen] if chosen is not None else list(range(len(shape)))
-    half = len(given) // 2
+    half = len(pad_counts) // 2
     pads = np.zeros((2, len(shape)), np.int64)
     for k, a in enumerate(axes):
-        pads[0, a], pads[1, a] = given[k], given[half + k]
+        pads[0, a], pads[1, a] = pad_counts[k], pad_counts[half + k]
     if mode != "constant":
         return _mirrored(tape, node, pads, mode)
     for a in range(len(shape)):
@@ -311,12 +313,12 @@ def _mirrored(tape: Tape, node: Node, pads: Array, mode: str) -> Pull:
         picks[a] = _indices(node, np.arange(size), int(pads[0, a]), int(pads[1, a]), how)
     g = tape.graph
     steps: list[tuple[int, Shape]] = []
-    now, y = list(shape), x
+    sizes, y = list(shape), x
     for a in padded:
         y = g.emit("Gather", y, g.constant(picks[a], np.int64), attrs={"axis": a})
-        now[a] = len(picks[a])
-        steps.append((a, tuple(now)))
-    tape.enter(node.outputs[0], y, tuple(now))
+        sizes[a] = len(picks[a])
+        steps.append((a, tuple(sizes)))
+    tape.enter(node.outputs[0], y, tuple(sizes))
 
     def pull(dy: str) -> None:
         for a, after in reversed(steps):
@@ -326,11 +328,11 @@ def _mirrored(tape: Tape, node: Node, pads: Array, mode: str) -> Pull:
     return pull
 
 
-def _indices(node: Node, own: Array, before: int, after: int, mode: Literal["reflect", "edge", "wrap"]) -> Array:
-    kept = own[max(0, -before) : len(own) - max(0, -after)]
+def _indices(node: Node, indices: Array, before: int, after: int, mode: Literal["reflect", "edge", "wrap"]) -> Array:
+    cropped = indices[max(0, -before) : len(indices) - max(0, -after)]
     before, after = max(0, before), max(0, after)
-    if mode == "reflect" and max(before, after) >= len(kept):
+    if mode == "reflect" and max(before, after) >= len(cropped):
         wrong = max(before, after)
-        raise ModelError(f"{describe(node)} reflects more than there is", expected=f"under {len(kept)}", got=wrong)
-    picked: Array = np.pad(kept, (before, after), mode=mode)
+        raise ModelError(f"{describe(node)} reflects more than there is", expected=f"under {len(cropped)}", got=wrong)
+    picked: Array = np.pad(cropped, (before, after), mode=mode)
     return picked
