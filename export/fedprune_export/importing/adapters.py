@@ -24,6 +24,7 @@ from fedprune_export.pruning.model import Model
 
 _A, _B = "lora_A", "lora_B"
 
+# A limit against typing errors: adapters are used with ranks of 1 to 256.
 _MOST_RANKS = 4096
 
 
@@ -117,9 +118,11 @@ def _layers(model: Model) -> dict[str, dict[str, bool]]:
             name = turned.get(value, value)
             if name not in weights:
                 continue
+            # Only as the second factor of a product does a weight follow the equation above.
             if not straight or i != 1:
                 read_elsewhere.add(name)
                 continue
+            # A weight that is transposed by a node and by `transB` is stored as it is used.
             flips = (value in turned) + bool(node.attrs.get("transB", 0))
             layers.setdefault(name, {})[node.outputs[0]] = flips % 2 == 0
     return {n: uses for n, uses in layers.items() if n not in read_elsewhere and len(set(uses.values())) == 1}
@@ -129,6 +132,7 @@ def _chosen(layers: list[str], patterns: Sequence[str]) -> list[str]:
     if not layers:
         raise ModelError("lora", expected="a model with linear layers whose weights nothing else reads")
     if not patterns:
+        # The last layer gives the logits; PEFT's "all-linear" leaves it out, too.
         return layers[:-1] or layers
     for pattern in patterns:
         if not any(fnmatchcase(n, pattern) for n in layers):
@@ -144,6 +148,7 @@ def _tensors(name: str, uses: Mapping[str, bool], shape: Sequence[int], lora: Lo
     inputs, outputs = shape if next(iter(uses.values())) else tuple(reversed(shape))
     if lora.rank > min(inputs, outputs):
         raise ModelError(f"lora: the rank of {name}", expected=f"at most {min(inputs, outputs)}", got=lora.rank)
+    # Seeded by the name, so that a layer starts from the same values whichever others have adapters.
     rng = np.random.default_rng([lora.seed, *name.encode()])
     first = rng.standard_normal((lora.rank, inputs), np.float32) / np.float32(math.sqrt(inputs))
     return {_named(name, _A): first, _named(name, _B): np.zeros((outputs, lora.rank), np.float32)}

@@ -21,6 +21,7 @@ from fedprune_export.importing.refusals import quantisation_error, quantising_no
 from fedprune_export.ir.graph import Graph, Node, Port
 from fedprune_export.ir.trace import Trace, inferred, sample_feeds
 
+# ONNX declares these as integers and reads them as truths.
 _FLAGS = frozenset({"keepdims", "is_causal", "linear_before_reset", "layout", "count_include_pad", "ceil_mode"})
 _LONGEST = 20_000
 _INDEXED = frozenset({"Gather", "GatherElements", "ScatterElements"})
@@ -103,6 +104,7 @@ def compare(original: Original, graph: Graph, softmax: str) -> None:
         probe.emit("Shape", value, out=_SHAPE + value)
         probe.outputs.append(Port(_SHAPE + value, np.dtype(np.int64), (len(inference.shapes[value]),)))
     after = Session(probe.to_bytes())
+    # Sizes of values grow with the batch, and so does the time of a run.
     large = sum(math.prod(inference.shapes[v]) for v in values) > _BATCHES[0] * _LARGE
     for batch in _BATCHES[:2] if large else _BATCHES:
         x = sample_feeds(graph, batch, seed=batch)[X]
@@ -112,6 +114,8 @@ def compare(original: Original, graph: Graph, softmax: str) -> None:
         try:
             _check_close(old, outputs[LOGITS], softmax, batch)
         except ModelError as error:
+            # Rounding to 8 bits turns the last digit of a float into a jump, so a quantised model differs after any
+            # rewriting.
             rounding = quantising_node(graph)
             raise error if rounding is None else quantisation_error(rounding) from error
         for value in values if len(output_names) > 1 else ():
@@ -127,10 +131,13 @@ def _check_close(old: npt.NDArray[np.float32], new: npt.NDArray[np.float32], sof
             expected="finite numbers",
             hint="Look for a division by 0, a logarithm or root of what isn't above 0, and scores that are all masked.",
         )
+    # The softmax was removed from the new graph only, so it is applied here. Less the largest number, no exponential
+    # is infinite.
     if softmax and new.shape == old.shape:
         new = new - new.max(1, keepdims=True)
         new = new - np.log(np.exp(new).sum(1, keepdims=True))
         new = np.exp(new) if softmax == "Softmax" else new
+    # Rounding errors grow with the largest number; the bound of 1e-6 is for outputs that are all 0.
     scale = max(float(np.abs(old).max(initial=0)), 1e-6)
     worst = float(np.abs(old - new).max(initial=0)) / scale if old.shape == new.shape else float("inf")
     if not worst <= _TOLERANCE:

@@ -75,6 +75,7 @@ def _split(raw: bytes) -> tuple[bytes, dict[str, npt.NDArray[Any]], dict[str, st
     for tensor in proto.graph.initializer:
         tensors[tensor.name] = onnx.numpy_helper.to_array(tensor)
         shape, kind, name = list(tensor.dims), tensor.data_type, tensor.name
+        # What is left of the file must be equal bytes where only values differ.
         tensor.CopyFrom(onnx.TensorProto(name=name, dims=shape, data_type=kind))
     graph: bytes = proto.SerializeToString(deterministic=True)
     return graph, tensors, user_graphs

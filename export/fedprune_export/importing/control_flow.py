@@ -25,6 +25,7 @@ def without_control_flow(model: onnx.ModelProto, opset: int, max_nodes: int) -> 
 
     Raises `ModelError` if there would be more than `most` operators, or control flow is nested too deeply.
     """
+    # Each pass removes one level; what is nested in it is seen by the next pass.
     for _ in range(_DEEPEST):
         writer = _ControlFlow(model, opset, max_nodes)
         writer.write()
@@ -89,6 +90,7 @@ class _ControlFlow(GraphWriter):
 
     def _scan(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
         body, count = _body(node, attrs), int(attrs.get("num_scan_inputs", 0))
+        # Before opset 9 a Scan had a batch axis and lengths of sequences.
         if self._opset < 9:
             return None
         state_count = len(node.input) - count
@@ -117,6 +119,7 @@ class _ControlFlow(GraphWriter):
         axes = lists["scan_input_axes"]
         lengths = {self._size(name, axis) for name, axis in zip(scanned, axes, strict=True)}
         times = lengths.pop()
+        # Inputs of different lengths are left to the checks that name the operator.
         if lengths or times is None:
             return None
         self._check_turns(node, body, times)
@@ -157,6 +160,7 @@ class _ControlFlow(GraphWriter):
         self._check_turns(node, body, times)
         self._left -= times * max(1, len(body.node))
         state_count, stacked_count = len(states), len(body.output) - skipped - len(states)
+        # A stacked output of no iterations would be an empty tensor of unknown shape.
         if not times and stacked_count:
             return None
         stem = f"{node.output[0]}."
@@ -191,6 +195,7 @@ class _ControlFlow(GraphWriter):
 
     def _adopted(self, body: onnx.GraphProto, prefix: str) -> dict[str, str]:
         """The new names of a body's tensors, which join the graph's once."""
+        # Copied once: all iterations of a body read the same tensors.
         names = {t.name: self._names.fresh(prefix + t.name) for t in body.initializer}
         for tensor in body.initializer:
             self._graph.initializer.add().CopyFrom(tensor)
@@ -266,6 +271,7 @@ def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
     node.input[:] = [names.get(i, i) for i in node.input]
     node.output[:] = [names.get(o, o) for o in node.output]
     for attribute in node.attribute:
+        # A branch may read values of the graph around it without declaring them.
         for graph in [attribute.g] if attribute.HasField("g") else attribute.graphs:
             for inner in graph.node:
                 _rename(inner, names)

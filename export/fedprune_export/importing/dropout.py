@@ -25,6 +25,8 @@ def read_dropouts(graph: Graph, notes: list[str]) -> None:
         ratio = ratio_of(graph, node)
         mask = node.outputs[1] if len(node.outputs) > 1 else ""
         if mask and (mask in readers or mask in outputs):
+            # Comparing the input with itself gives all true in the right shape at any batch size. NaN would be an
+            # exception.
             nodes.append(Node("Equal", [node.inputs[0], node.inputs[0]], [mask], {}, mask))
             notes.append(f"The mask of Dropout {node.name} is read by other operators: it is all true.")
         if ratio is None:

@@ -168,6 +168,7 @@ class GraphWriter:
 
 def inferred(model: onnx.ModelProto) -> dict[str, list[int | None]]:
     """Shapes as far as they are known without running anything."""
+    # Inference serialises the model, which takes long with its weights, and fails from 2 GiB on.
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     for tensor in bare.graph.initializer:
@@ -175,6 +176,7 @@ def inferred(model: onnx.ModelProto) -> dict[str, list[int | None]]:
             tensor.ClearField("raw_data")
     try:
         graph = onnx.shape_inference.infer_shapes(bare).graph
+    # onnx can fail on files that run; then only the shapes that the file states are known.
     except (RuntimeError, ValueError, onnx.shape_inference.InferenceError):
         graph = model.graph
     out: dict[str, list[int | None]] = {}

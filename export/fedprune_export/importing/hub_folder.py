@@ -22,6 +22,7 @@ FILES = (GRAPH, WEIGHTS, CONFIG, CARD)
 # The counter of torch's batch norms, next to their statistics; a graph has no such tensor.
 COUNTER = "num_batches_tracked"
 
+# Room for the names of some 20,000 classes in `id2label`.
 _MOST_CONFIG = 2**20
 _LONGEST_NAME = 100
 
@@ -98,6 +99,7 @@ def _fill(proto: onnx.ModelProto, tensors: dict[str, Any], where: Path) -> None:
     texts = metadata.read(proto)
     initializers = {t.name: t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
     listed = metadata.names(texts, metadata.PARAMETERS_KEY, set(initializers))
+    # A state dict has tied tensors under each name, and parameters that the forward pass does not use.
     further_names = {name for names in metadata.tied(texts).values() for name in names} | set(metadata.unused(texts))
     for name, value in tensors.items():
         if name not in initializers:

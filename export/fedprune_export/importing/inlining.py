@@ -49,6 +49,7 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
         operators = {n.op_type for n in model.graph.node if n.domain in ("", "ai.onnx")}
     has_old_group_norm = 18 <= opset < 21 and "GroupNormalization" in operators
     unsupported = operators & (CONTROL_FLOW | SEQUENCE_OPERATORS)
+    # onnx's checker refuses the withdrawn GroupNormalization; then only the result is checked.
     if not has_old_group_norm and (model.functions or unsupported):
         check(model)
     if not has_old_group_norm and not unsupported:
@@ -82,6 +83,7 @@ def _check_calls(model: onnx.ModelProto) -> None:
             sizes[key] = sum(n * size(k, depth + 1) for k, n in calls[key].items())
         return sizes[key]
 
+    # Functions that call others several times grow exponentially, so the size is computed before anything is inlined.
     total = sum(size((n.domain, n.op_type), 0) for n in model.graph.node)
     if total > MOST_NODES:
         raise ModelError("number of operators with functions written out", expected=f"at most {MOST_NODES}", got=total)

@@ -78,12 +78,14 @@ def bind(proto: onnx.ModelProto, shape: Shape) -> None:
         )
     if not fits([d if isinstance(d, int) else int(sizes[a] or 0) for a, d in enumerate(_dims(free[0])[1:])], sizes):
         raise ModelError("the shape of one sample", expected=shape_text(*_dims(free[0])[1:]), got=shape_text(*shape))
+    # A symbol is one size wherever it stands, and a mask is as long as the samples even under another symbol.
     symbol, max_length = free[0].type.tensor_type.shape.dim[axis + 1].dim_param, int(sizes[axis] or 0)
     for value in inputs:
         for position, dim in enumerate(value.type.tensor_type.shape.dim[1:], 1):
             is_free = value is free[0] and position == axis + 1
             if is_free or (dim.dim_param and dim.dim_param == symbol) or (value.name == MASK and position == 1):
                 dim.dim_value = max_length
+    # Shapes of inner values may contain the axis, too; they are inferred again.
     del proto.graph.value_info[:]
     bounds = shape[axis]
     min_length = bounds.least if isinstance(bounds, Lengths) else 1
@@ -124,6 +126,7 @@ def compute_lengths(graph: Graph, notes: list[str]) -> None:
     if len(graph.inputs) > 1:
         got = metadata.shown_names([p.name for p in graph.inputs])
         raise ModelError("inputs next to one whose length varies", expected=f"{MASK} or {LENGTHS} alone", got=got)
+    # What was added last computes what all other nodes read, so it goes first.
     graph.nodes[:] = [*graph.nodes[first:], *graph.nodes[:first]]
     graph.metadata[LENGTH] = json.dumps([axis, min_length])
     computed = " and ".join(p.name for p in computed_ports)
@@ -137,6 +140,7 @@ def _cleaned(graph: Graph, port: Port, axis: int) -> str:
     Returns which places are a sample's [N, length].
     """
     zero = graph.constant(0, port.dtype)
+    # Samples are padded with a number larger than any that they hold (`model.lengths.mark`).
     real = graph.emit("Less", port.name, graph.constant(mark(port.dtype), port.dtype))
     cleaned = graph.emit("Where", real, port.name, zero)
     for node in graph.nodes[:-2]:

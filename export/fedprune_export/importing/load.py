@@ -123,6 +123,7 @@ def load(source: str | Path | object, *, name: str | None = None, **choices: Any
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
     check_input(text, model, chosen.input_shape)
+    # Only folders of the hub list names of classes.
     if _is_folder(source):
         return replace(model, class_names=class_names(Path(source), model.architecture.classes))
     return model
@@ -134,6 +135,7 @@ def check_input(source: str, model: Model, input_shape: Sequence[int | str] | No
     Raises `ModelError` if it takes another.
     """
     model_shape = model.architecture.input_shape
+    # Several inputs are packed into one row, whose shape means nothing to a user.
     if input_shape is None or INPUTS_KEY in model.graph.metadata:
         return
     if at_most(read_shape(input_shape)) != model_shape:
@@ -263,6 +265,8 @@ def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
 def _as_model_errors() -> Iterator[None]:
     """Say which model can't be understood, where reading it fails in a way that nobody has foreseen."""
     try:
+        # A ModelError passes as it is. These are what onnx, numpy and protobuf raise for files that break their
+        # assumptions.
         yield
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
@@ -274,6 +278,7 @@ def _as_model_errors() -> Iterator[None]:
 def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     file_model = parse(raw, whole=False)
     proto = prepared(file_model)
+    # onnx's checker takes long on large files, so it sees each model once: the file, or what was made of it.
     if proto is file_model:
         check(raw)
     else:
@@ -286,6 +291,7 @@ def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     normal = normalise(proto, parameter_names, raw, own_loss=own_loss or LOSS_KEY in texts)
     frozen_names = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     precision = texts.get(metadata.BASE_KEY)
+    # With adapters, or a frozen base in another precision, frozen weights keep all channels.
     uncut = kept(normal.parameters, frozen_names) if precision is None else frozenset(frozen_names)
     analysis = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=prefer, kept=uncut)
     tied = metadata.tied(texts)
@@ -294,6 +300,7 @@ def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     import_notes = [*metadata.note_of_tied(tied), *metadata.note_of_unused(unused), *training_notes]
     notes = tuple(dict.fromkeys([*import_notes, *normal.notes, *analysis.notes]))
     author_names = metadata.original_names(texts)
+    # A file that was imported before lists the author's names, which win over those that it has now.
     names = {new: author_names.get(old, old) for old, new in normal.names.items() if new in normal.parameters}
     names |= {
         name: author_name
@@ -315,6 +322,7 @@ def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     ranks = metadata.ranks(texts, analysis.architecture)
     if ranks is not None:
         normal.graph.metadata[RANKS_KEY] = texts[RANKS_KEY]
+    # Ranks hold for the groups that they were trained with; another version may group channels in another way.
     elif RANKS_KEY in texts:
         notes += ("The recorded ranks are of other groups of channels, and don't count.",)
     architecture, base = analysis.architecture, None
@@ -377,6 +385,7 @@ def _choose_output(proto: onnx.ModelProto, output: str) -> None:
     inner = {name for node in proto.graph.node for name in node.output if name}
     if output not in listed and output not in inner:
         raise ModelError("the model has no such output", expected=metadata.shown_names(list(listed)), got=shown(output))
+    # A value within the model has no declared type; its shape must be inferred.
     value = listed.get(output)
     if value is None:
         dims = inferred(proto).get(output)

@@ -70,6 +70,7 @@ def original_names(texts: Mapping[str, str]) -> dict[str, str]:
 
     Raises `ModelError` if it is something else, or a name can't be printed.
     """
+    # Names are printed by commands and reports, so control characters are refused.
     names: dict[str, str] = _decoded(
         texts, NAMES_KEY, {}, "names by name", lambda v: isinstance(v, dict) and _is_texts([*v.values()])
     )
@@ -132,6 +133,7 @@ def ranks(texts: Mapping[str, str], architecture: Architecture) -> Ranks | None:
     Raises `ModelError` if they are something else.
     """
     recorded = _decoded(texts, RANKS_KEY, {}, "each group's channels", lambda v: isinstance(v, dict))
+    # The digest covers the groups alone, so ranks stay valid when weights change.
     if not recorded or recorded.get("groups") != _groups_digest(architecture):
         return None
     rows, sizes = recorded.get("ranks"), architecture.sizes

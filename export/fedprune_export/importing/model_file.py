@@ -27,6 +27,7 @@ def read_model_file(path: Path) -> bytes:
     except OSError as error:
         if isinstance(error, PermissionError):
             raise ModelError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+        # A bare name such as resnet18 is most likely meant for timm.
         hint = "Give an ONNX file, a torch factory as package.module:factory, or timm:NAME."
         if _BARE.fullmatch(str(path)):
             hint += (
@@ -96,8 +97,10 @@ def _fill(tensors: list[onnx.TensorProto], folder: Path) -> None:
         try:
             offset, length = (int(entry.get(k) or 0) for k in ("offset", "length"))
             needed = _bytes(tensor)
+            # Files may leave the length out, which reads as 0.
             if offset < 0 or length not in (0, needed):
                 raise ValueError(f"{length} bytes of {shown(tensor.name)}, which has {needed}")
+            # Several tensors may refer to the same bytes, so the sizes of the files do not limit the memory.
             total += needed
             if total > MOST_BYTES:
                 raise ValueError(f"more than {MOST_BYTES} bytes in all")
@@ -128,6 +131,7 @@ def _range(folder: Path, location: str, offset: int, length: int) -> bytes:
         raise ValueError(f"{shown(location)} is not a file in the folder of the model")
     inside = folder.resolve()
     path = inside.joinpath(*path_parts)
+    # A link could lead anywhere on this machine, and a model may come from anyone.
     if path.resolve() != path:
         raise ValueError(f"{shown(location)} is a link")
     with open_file(path) as file:

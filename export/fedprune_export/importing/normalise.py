@@ -111,6 +111,7 @@ def normalise(
     _check_ports(graph)
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     _name_nodes(graph)
+    # At this point the graph begins with the packing of inputs: `Original` takes the file's inputs from it.
     row_graph = graph.copy()
     graph.prune()
     read_dropouts(graph, notes)
@@ -129,6 +130,7 @@ def normalise(
         refuse_fixed_batch(graph)
     check_output(graph, graph_trace, {new: old for old, new in names.items()})
     softmax = "" if own_loss else _drop_output_softmax(graph, graph_trace, notes)
+    # onnxruntime allocates whatever a file asks for, so it loads the file only after the trace has bounded all sizes.
     original = Original(raw, file_inputs, file_outputs, row_graph)
     composites = _simplified(graph, graph_trace, constants, notes, LOGITS)
     if composites:
@@ -141,6 +143,8 @@ def normalise(
     guard_lengths(graph, constants)
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     if parameters is None:
+        # A list of parameters says that shared tensors are truly tied; without one, exporters may have merged equal
+        # values.
         untie(graph, constants, notes)
     part_fills(graph, constants)
     narrow_constants(graph, graph_trace, constants)
@@ -191,6 +195,7 @@ def _plain_numbers(graph: Graph) -> set[str]:
 
     def is_plain(name: str) -> bool:
         uses = [n for n, _ in readers.get(name, [])]
+        # Anything but arithmetic, such as a PRelu, may train a single number.
         return all(n.op in _ARITHMETIC and not n.domain for n in uses) and not any(
             is_sole_bias(graph, producers, n, name) for n in uses
         )
@@ -282,10 +287,12 @@ def _drop_output_softmax(graph: Graph, trace: Trace, notes: list[str]) -> str:
         last = makers.get(name) if len(readers[name]) == 1 else None
     if last is None or last.domain or last.op not in ("Softmax", "LogSoftmax") or LOGITS in readers:
         return ""
+    # Without a node before the softmax the input itself would be the logits.
     if last.inputs[0] not in makers or not trace.shapes[name]:
         return ""
     axis: int | None = int(last.attrs.get("axis", -1)) % len(trace.shapes[name])
     clips = [node for node in followers if node.op == "Clip"]
+    # A clip that cuts more than the margin of a logarithm changes predictions.
     if any(not _is_wide(graph, clip) for clip in clips) or (clips and last.op == "LogSoftmax"):
         return ""
     for node in reversed(followers):
@@ -330,6 +337,7 @@ def _fold(graph: Graph, trace: Trace, constants: set[str], output: str) -> None:
     for node in graph.nodes:
         reads = [i for i in node.inputs if i]
         if (
+            # Folding would freeze one draw of random numbers, or remove a dropout.
             node.op not in RANDOM
             and not is_dropout(node)
             and all(i in constant_values or i in static for i in reads)

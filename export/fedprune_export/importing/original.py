@@ -31,6 +31,7 @@ class Original:
         self._inputs, self._outputs, self._row = inputs, outputs, row.inputs[0].name
         self._session = raw_session(raw, outputs)
         feeder = row.copy()
+        # The row may be an input of the file itself, when it has only one.
         feeder.outputs = [Port(name, np.dtype(np.float32), ()) for name in inputs if name != self._row]
         self._feeder: Session | None = None
         if feeder.outputs:

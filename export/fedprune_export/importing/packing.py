@@ -53,6 +53,7 @@ def pack_inputs(graph: Graph, notes: list[str]) -> None:
         return
     ports = sorted(graph.inputs, key=lambda port: port.name)
     pieces = [Piece(port.name, _sizes(port)) for port in ports]
+    # float32 would round identifiers from 2^24 on, so integers alone stay integers.
     are_integers = all(port.dtype in (np.dtype(np.int64), np.dtype(np.int32)) for port in ports)
     kind = np.dtype(np.int64 if are_integers else np.float32)
     row = graph.fresh(X)
@@ -62,6 +63,7 @@ def pack_inputs(graph: Graph, notes: list[str]) -> None:
         before += piece.size
         columns = graph.emit("Slice", row, *ends, graph.ints(1))
         cast = port.dtype != kind
+        # 0 copies the batch; one number per sample has no other axis, hence −1.
         shape = graph.ints(*((0, *piece.shape) if piece.shape else (-1,)))
         value = graph.emit("Reshape", columns, shape, out=None if cast else port.name)
         if cast:

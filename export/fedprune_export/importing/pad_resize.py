@@ -51,6 +51,7 @@ def _wrap(graph: Graph, node: Node, x: str, pads: str, trace: Trace) -> None:
         if trace.batched(x)[axis] if x in trace.shapes else axis == 0:
             raise ModelError(f"operator Pad ({node.name}) wraps the batch")
         size = trace.shapes[node.inputs[0]][axis]
+        # A pad longer than the axis would need the value several times.
         if not (0 <= before <= size and 0 <= after <= size):
             raise ModelError(f"operator Pad ({node.name}) wraps more than once", expected=f"pads up to {size}")
         segments = [x]
@@ -110,6 +111,7 @@ def emit_resize(graph: Graph, node: Node, trace: Trace) -> None:
         first = len(before) - len(axes)
         if [a % len(before) for a in axes] != list(range(first, len(before))):
             raise _no_form(node, "sizes of some axes", "those of the last axes")
+        # Opset 17 takes sizes of all axes, also of those that keep theirs.
         leading = graph.emit("Shape", node.inputs[0], attrs={"start": 0, "end": first})
         node.inputs[3] = graph.emit("Concat", leading, node.inputs[3], attrs={"axis": 0})
     graph.nodes.append(node)
@@ -174,6 +176,7 @@ def _scales(
     """
     out = np.ones(len(before), np.float32)
     for i, (old, new) in enumerate(zip(before, after, strict=True)):
+        # The batch keeps its size. Any other axis that depends on the batch has no constant scale.
         if old is None or new is None:
             if i:
                 return None

@@ -61,6 +61,7 @@ def constants_of(model: onnx.ModelProto, graph: Graph, notes: list[str]) -> set[
         for i, name in enumerate(node.inputs)
         if _ROLES[node.op].get(i) == "weight" and name in graph.initializers
     }
+    # A file whose weights are all Constant nodes says nothing about what its author made constant.
     if weights and not weights - constants:
         return set()
     doubtful = [n for n in sorted(weights & constants) if graph.initializers[n].dtype == np.float32]
@@ -123,6 +124,7 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
         if value is None:
             continue
         is_parameter = name not in constants if listed is None else name in listed
+        # Batch statistics are buffers in PyTorch, so a list of parameters may leave them out.
         if not is_parameter and norms.get(name) not in _STATISTICS:
             continue
         if value.dtype != np.float32:
@@ -134,6 +136,8 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
             kinds[name] = norms.get(name) or (uses[0][0] if uses else "weight")
         else:
             uses = _uses(consumers, data_values, name)
+            # A single number is a weight as a slope or as the bias of one output. One that scales or shifts is more
+            # often the author's constant.
             if value.size == 1:
                 uses = [u for u in uses if u[1].op not in _ARITHMETIC or is_sole_bias(graph, producers, u[1], name)]
                 if not uses:
@@ -243,6 +247,7 @@ def name_constants(graph: Graph, kinds: Mapping[str, str]) -> None:
             names[name] = name if name.startswith(CONSTANT_PREFIX) else graph.constant(value, value.dtype)
     for node in graph.nodes:
         node.inputs = [names.get(i, i) for i in node.inputs]
+    # Parameters first, in the order of first use, so that a second import lists the same order.
     order = {**dict.fromkeys(kinds), **dict.fromkeys(names.values())}
     graph.initializers = {n: graph.initializers[n] for n in order}
     graph.prune()

@@ -99,6 +99,7 @@ def find_activations(graph: Graph, trace: Trace, constants: Container[str]) -> i
         values, number = expressions.factors(node.outputs[0])
         match = _gelu(expressions, values, number) or _mish(expressions, values, number)
         if match and trace.shapes.get(match[1]) == trace.shapes[node.outputs[0]]:
+            # The inner nodes stay until nothing reads them; `prune` removes them.
             node.op, x, node.attrs = match
             node.inputs = [x]
             count += 1
@@ -193,6 +194,7 @@ def find_norms(graph: Graph, trace: Trace, constants: Container[str]) -> int:
     """Replace norms in primitives by the operators; returns how many."""
     count = 0
     while True:
+        # One match at a time: each replacement changes the nodes that the next one has to read.
         expressions = Expressions.of(graph, trace, constants)
         match = next(filter(None, (_norm(expressions, n) for n in graph.nodes)), None)
         if match is None:
@@ -273,6 +275,7 @@ def _mean_axes(expressions: Expressions, value: str) -> tuple[int, ...] | None:
         return None
     rank = len(expressions.seen.shapes[node.inputs[0]])
     axes = tuple(sorted(a % rank for a in node.attrs["axes"]))
+    # A mean over the batch belongs to a batch norm.
     return axes if axes and axes[0] > 0 else None
 
 
@@ -362,6 +365,7 @@ def _vector(
         return None
     operand = next(i for i in readers[0].inputs if i != value)
     trace, rank = expressions.seen, len(expressions.seen.shapes[norm.x])
+    # What scales a norm's output by data is no vector of the norm.
     if operand in expressions.from_data or operand not in trace.shapes or trace.dtypes[operand] != np.float32:
         return None
     full = (1,) * (rank - len(trace.shapes[operand])) + trace.shapes[operand]

@@ -50,6 +50,7 @@ def check_output(graph: Graph, trace: Trace, names: Mapping[str, str]) -> None:
     if kind is None:
         return
     maker = makers[name]
+    # Back to the last value that still consists of floats: there the model has to end.
     while trace.dtypes[maker.inputs[0]].kind in _NOT_FLOATS and maker.inputs[0] in makers:
         maker = makers[maker.inputs[0]]
     before = names.get(maker.inputs[0], maker.inputs[0])
@@ -76,6 +77,7 @@ def check_trainable(graph: Graph, kinds: Mapping[str, str]) -> None:
 def check_stored(graph: Graph) -> None:
     """Raises `ModelError` if weights are stored in few bits, of which nothing could be trained."""
     for node in graph.nodes:
+        # A model may quantise weights that it stores as float32; it is refused only if its outputs jump.
         stored = [graph.initializers[i] for i in node.inputs if i in graph.initializers]
         if node.op in _QUANTISING and not node.domain and any(v.size > 1 and v.dtype.itemsize == 1 for v in stored):
             raise ModelError(f"the model is quantised: {_label(node)} reads weights of 8 bits", hint=_UNQUANTISED)

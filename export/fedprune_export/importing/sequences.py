@@ -23,6 +23,7 @@ SEQUENCE_OPERATORS = frozenset(
 # Those that become an operator on tensors; the others are removed.
 SPLIT_AND_CONCAT = {"SplitToSequence": "Split", "ConcatFromSequence": "Concat"}
 
+# Every element becomes a value of its own. A split into more is most likely a damaged file.
 _MOST_PARTS = 4096
 
 

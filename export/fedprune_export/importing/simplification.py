@@ -61,6 +61,7 @@ def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], trace: Trace) -
     """Examine the nodes between this reshape and the one before it."""
     after = _extents(trace, node.outputs[0])
     name, perm = node.inputs[0], list(range(len(_extents(trace, node.inputs[0]) or [])))
+    # Backwards to the reshape before this one; the transpositions between are composed into one.
     while True:
         maker = makers.get(name)
         if maker is None or maker.op not in ("Reshape", "Transpose"):
@@ -84,6 +85,7 @@ def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], trace: Trace) -
     frees_batch = _merges_batch(before, between) and not _merges_batch(factors, after)
     if not exact and not (frees_batch and _merges(transposed, after)):
         return
+    # The target of a reshape has one −1, so only one factor can depend on the batch.
     if sum(f % BATCH_EXTENT == 0 for f in factors) > 1:
         return
     source = maker.inputs[0]
@@ -123,6 +125,7 @@ _MOST_COPIES = 64  # a value with more readers is hardly a layer's first state
 
 def part_fills(graph: Graph, constants: Collection[str]) -> None:
     """Give every reader of a filled value a copy of the nodes that make it."""
+    # `sizes` are values that shapes are computed from; `filled` are numbers repeated to such a shape.
     constant_names, sizes = set(constants), set[str]()
     filled: set[str] = set()
     outputs = {p.name for p in graph.outputs}
@@ -137,6 +140,7 @@ def part_fills(graph: Graph, constants: Collection[str]) -> None:
             filled.update(o for o in node.outputs if o)
     nodes: list[Node] = []
     readers: dict[str, list[Node]] = {}
+    # Readers come before what they read, so that the inputs of a copy are copied in turn.
     for node in reversed(graph.nodes):
         copies = [node]
         output_names = [o for o in node.outputs if o]
@@ -188,6 +192,7 @@ def narrow_constants(graph: Graph, trace: Trace, constants: set[str]) -> None:
             for axis, size in enumerate(value.shape):
                 from_end = value.ndim - axis
                 is_given = any(len(shape) >= from_end and shape[-from_end] == size for shape in operand_shapes)
+                # Without another operand of this size the result itself would become shorter.
                 if size > 1 and is_given and (value == value.take([0], axis)).all():
                     shortened = shortened.take([0], axis)
             if shortened.size < value.size:
@@ -204,6 +209,7 @@ def _copied(graph: Graph, node: Node, reader: Node) -> Node:
 
 
 _KEEPING = frozenset({"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
+# Ends from here on mean the end of the axis: exporters write 2^31 − 1 or 2^63 − 1.
 _ENDLESS = 2**31 - 1  # where slices end that go to the end of any axis
 
 # The neutral second operand of an operator; also the first, if the operator is commutative.
@@ -229,6 +235,7 @@ def bypass(graph: Graph, node: Node, outputs: set[str]) -> None:
     """Remove a node whose first output is its first input."""
     source, target = node.inputs[0], node.outputs[0]
     if target in outputs:
+        # The name of an output must stay, so its producer takes it over.
         producer = graph.producers().get(source)
         if producer is None or source in outputs:
             return  # an output that is an input or initialiser keeps its Identity
@@ -249,6 +256,8 @@ def simplify(graph: Graph, trace: Trace, constants: Container[str]) -> None:
             continue
         traced = {i for i in [*node.inputs, *node.outputs] if i} <= trace.shapes.keys()
         if node.op == "Conv" and len(node.inputs) > 2 and node.inputs[2] in constants:
+            # Exporters give a convolution without a bias one of zeros. A constant with a number per channel keeps all
+            # channels.
             if not np.any(graph.initializers[node.inputs[2]]):
                 node.inputs = node.inputs[:2]
         elif node.op == "Reshape" and traced:
@@ -299,6 +308,7 @@ def _merge_reshapes(graph: Graph) -> None:
     """A reshape of a reshape reads what that read."""
     makers = graph.producers()
     for node in graph.nodes:
+        # A 0 in the target copies a size of the input, which would be another one after the merge.
         if node.domain or node.op != "Reshape" or 0 in graph.initializers.get(node.inputs[1], np.zeros(1)):
             continue
         before = makers.get(node.inputs[0])
@@ -326,6 +336,7 @@ def _keep_axes(graph: Graph, trace: Trace) -> None:
             continue
         source = trace.dims(before.inputs[0])
         reduced_axes = {a % len(source) for a in axes}
+        # Only where the reshape puts a 1 in the place of each reduced axis is it what keepdims gives.
         same = trace.dims(node.outputs[0]) == tuple(1 if i in reduced_axes else d for i, d in enumerate(source))
         if same and all(source[a] is not None for a in reduced_axes):
             before.attrs["keepdims"], before.outputs = 1, list(node.outputs)

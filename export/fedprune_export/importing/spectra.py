@@ -38,6 +38,7 @@ def emit_dft(graph: Graph, node: Node, trace: Trace) -> None:
     else:
         length = before if length is None else length
         matrix = _matrix(node, before, length, shape[-1], inverse=inverse, onesided=onesided)
+    # The product works on rows: the transformed axis goes next to the parts and is flattened with them.
     last = len(shape) - 2
     order = [*(i for i in range(last + 1) if i != axis), axis, last + 1]
     transposed = x if axis == last else graph.emit("Transpose", x, attrs={"perm": order})
@@ -108,6 +109,7 @@ def _back_from_one_side(node: Node, frequencies: int, length: int, components: i
             got=frequencies,
         )
     cos, sin = _waves(node, frequencies, length, length, 2 * components)
+    # The first frequency, and the middle one of even lengths, are their own mirror images.
     times = np.full((frequencies, 1), 2.0)
     times[0] = 1
     if length % 2 == 0:
@@ -162,6 +164,7 @@ def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
     channels = trace.shapes[node.inputs[0]][1] // size
     kernel = np.eye(size, dtype=np.float32).reshape(size, 1, *block)
     maps = graph.emit("Reshape", node.inputs[0], graph.ints(-1, size, *counts))
+    # What no block reaches at the end of the image is 0.
     attrs = {"strides": strides, "dilations": dilations, "pads": pads, "output_padding": output_padding}
     sums = graph.emit("ConvTranspose", maps, graph.constant(kernel, np.float32), attrs=attrs)
     graph.emit("Reshape", sums, graph.ints(-1, channels, *image), out=node.outputs[0])

@@ -120,6 +120,7 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
     try:
         torch, timm = torch_package(), _timm()
     except MissingExtraError as error:
+        # Both may be missing; one message then names both.
         if "timm" in error.what or importlib.util.find_spec("timm") is not None:
             raise
         raise error.named(f"{error.what}, and neither is timm (pip install timm)") from error
@@ -139,9 +140,11 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
         options["in_chans"] = shape[0]
     weights = _cached(settings)
     if weights is not None:
+        # A file instead of a name keeps timm from asking the hub for a newer version.
         options.update(pretrained=True, pretrained_cfg_overlay={"file": weights})
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
+            # Untrained weights must be the same at every call: a restarted job compares its model with the stored one.
             torch.manual_seed(0)
             sized = {"img_size": shape[1:]} if shape[1:] != usual[1:] else {}
             try:

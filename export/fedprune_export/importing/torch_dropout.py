@@ -58,6 +58,8 @@ def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> Tra
         if b is not None
     ]
     try:
+        # A run in training mode draws random numbers and moves buffers; the author's module and generator must not
+        # notice.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             module.eval()
             evaluation = _record_calls(torch, module, samples)
@@ -104,6 +106,7 @@ def _changed_buffers(torch: Any, module: Any, buffers: Sequence[tuple[Any, str, 
         now = submodule._buffers.get(name)
         if isinstance(submodule, torch.nn.modules.batchnorm._BatchNorm) or now is None:
             continue
+        # A buffer may be replaced by one of another shape.
         if now.shape != before.shape or not torch.equal(now, before):
             changed.setdefault(module_labels[id(submodule)], []).append(name)
     return changed
@@ -125,6 +128,7 @@ def _place_name(name: str, submodule: Any) -> str:
 def export_dropouts(torch: Any, module: Any, mode: TrainingMode) -> Iterator[None]:
     """Let dropouts be an operator of our own (`onnx_translations`) while a module is exported."""
     dropouts = _ExportedCalls(torch, mode.calls)
+    # torch.export may run the forward several times, and every run begins with the first call.
     hook = module.register_forward_pre_hook(lambda *_: dropouts.restart())
     try:
         with dropouts.answer_calls(module):

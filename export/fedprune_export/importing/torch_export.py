@@ -65,6 +65,7 @@ def export_torch(
     module, example = source if isinstance(source, tuple) and len(source) == 2 else (source, None)
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{name} made no model", expected="a torch module", got=type(module).__name__)
+    # The module is handed back as it came: PyTorch keeps the mode in every submodule, and they may differ.
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     samples, varying_input = _samples(module, example, input_shape, token_ids, name)
     training_mode = record_training_mode(torch, module, samples)
@@ -98,6 +99,8 @@ def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
     """A torch module as an ONNX model with a free batch; without traces of the machine that exported it."""
     torch = torch_package()
     batch = torch.export.Dim("N", min=1)
+    # torch.export gives the children of the module to a torch.fx.GraphModule as attributes, which fails where that
+    # class has an attribute of the same name.
     clash = any(hasattr(torch.fx.GraphModule, name) for name, _ in module.named_children())
     if clash:
         module = _held(module)
@@ -117,6 +120,7 @@ def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
             program.model.graph.initializers[old].name = old.removeprefix(_HELD + ".")
     _separate_names(program.model.graph)
     proto = onnx.load_model_from_string(program.model_proto.SerializeToString())
+    # Versions, stack traces and paths would give one model another digest on every machine.
     proto.producer_version = ""
     del proto.graph.metadata_props[:]
     for node in proto.graph.node:  # stack traces and paths
@@ -168,9 +172,9 @@ def _samples(
     if varying_input is not None:
         shapes, dtypes = _with_computed(module, shapes, dtypes, varying_input, dtype_names, name)
     device = next((p.device for p in module.parameters()), "cpu")
-    return tuple(
-        torch.zeros((2, *at_most(s)), device=device, dtype=dtypes[n]) for n, s in shapes.items()
-    ), varying_input
+    # Two samples each, because torch.export takes an axis of size 1 for one that never varies.
+    samples = (torch.zeros((2, *at_most(s)), device=device, dtype=dtypes[n]) for n, s in shapes.items())
+    return tuple(samples), varying_input
 
 
 def _with_computed(
@@ -222,6 +226,7 @@ def _separate_names(graph: Any) -> None:
 
 def _list_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx.ModelProto, name: str) -> None:
     """Give tensors their first name, and list what can be trained, what is frozen and what has several names."""
+    # A tied parameter is one tensor under several names; they all get the first one.
     by_id: dict[int, str] = {}
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     first_names = {n: by_id.setdefault(id(tensor), n) for n, tensor in tensors}
@@ -229,6 +234,8 @@ def _list_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx
     parameters = dict(module.named_parameters())
     initializer_names = {t.name for t in proto.graph.initializer}
     unused = [n for n in parameters if n not in initializer_names]
+    # A file may lack a parameter that the outputs do not depend on. Any other was fused or folded by the exporter, and
+    # the import would train another model.
     lost = _reached(torch, module, samples, {n: parameters[n] for n in unused})
     if lost:
         raise ModelError(
@@ -238,6 +245,7 @@ def _list_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx
             hint="Please report this with the module.",
         )
     trainable = [n for n in parameters if n in initializer_names]
+    # Running statistics are buffers for PyTorch; here they are cut and averaged with the parameters.
     statistics = [
         f"{prefix}.{field}" if prefix else field
         for prefix, submodule in module.named_modules()
@@ -266,6 +274,7 @@ def _reached(torch: Any, module: Any, samples: tuple[Any, ...], parameters: dict
         return []
     required_gradients = {n: p.requires_grad for n, p in parameters.items()}
     try:
+        # Frozen parameters count, too: a gradient only shows that an output depends on one.
         for value in parameters.values():
             value.requires_grad_(True)
         with torch.enable_grad():
@@ -383,6 +392,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     def expm1(self: Any) -> Any:
         half, one = ops.CastLike(0.5, self), ops.CastLike(1.0, self)
         power = ops.Exp(self)
+        # e^x − 1 = tanh(x/2) · (e^x + 1), which loses no digits near 0.
         near = ops.Mul(ops.Tanh(ops.Mul(half, self)), ops.Add(power, one))
         return ops.Where(ops.Less(ops.Abs(self), half), near, ops.Sub(power, one))
 
@@ -392,6 +402,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
             scale = ops.CastLike(math.log(base), self)
             distance = ops.Mul(scale, ops.Abs(ops.Sub(self, other)))
             apart = ops.Add(ops.Max(self, other), ops.Div(ops.Softplus(ops.Neg(distance)), scale))
+            # The distance of two equal infinities is NaN, so equal numbers have a formula of their own.
             mean = ops.Mul(ops.CastLike(0.5, self), ops.Add(self, other))
             equal = ops.Add(mean, ops.CastLike(math.log(2, base), self))
             return ops.Where(ops.Equal(self, other), equal, apart)
@@ -438,6 +449,7 @@ def factory_product(text: str) -> Any:
     torch = torch_package()
     factory = named(text)
     try:
+        # A module is callable, too, but calling it would run its forward.
         is_product = isinstance(factory, torch.nn.Module) or not callable(factory)
         return factory if is_product else factory()
     except Exception as error:
@@ -508,6 +520,7 @@ class _OtherThreads:
 
 def innermost(error: BaseException) -> BaseException:
     """The root cause of an error: the exporter's own errors only name its steps."""
+    # An error can be among its own causes, for example where it is raised again from what it has caused.
     visited = {id(error)}
     while error.__cause__ is not None and id(error.__cause__) not in visited:
         error = error.__cause__

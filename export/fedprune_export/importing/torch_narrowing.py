@@ -56,6 +56,7 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
         _fit(torch, prefix, layer, old, new, change=True)
         for name, value in [*layer._parameters.items()]:
             if value is not None:
+                # Layers that share a parameter share the new one, too.
                 if id(value) not in replacements:
                     array = tensors[names["parameter", id(value)]]
                     data = torch.tensor(array, dtype=value.dtype, device=value.device)
@@ -145,11 +146,13 @@ def _sizes(torch: Any, where: str, layer: Any, old: dict[str, Shape], new: dict[
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         if layer.groups == 1:
             return {"out_channels": shape[0], "in_channels": shape[1]}
+        # Depthwise: the weight has one row per channel, so its length gives the groups.
         if layer.groups == layer.in_channels == layer.out_channels:
             return {"out_channels": shape[0], "in_channels": shape[0], "groups": shape[0]}
     elif isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         if layer.groups == 1:
             return {"in_channels": shape[0], "out_channels": shape[1]}
+    # Exactly this class: torch's attention has a subclass whose size its own attributes repeat.
     elif type(layer) is nn.Linear:
         return {"out_features": shape[0], "in_features": shape[1]}
     elif isinstance(layer, (nn.modules.batchnorm._NormBase)):

@@ -144,6 +144,7 @@ def _lp_pool(state: Translation, node: Node) -> None:
     if power == 2:
         graph.emit("Sqrt", total, out=node.outputs[0])
         return
+    # A root has an infinite slope at 0; the chosen branch has none.
     empty = graph.emit("Equal", total, graph.scalar(0))
     root = graph.emit("Pow", graph.emit("Where", empty, graph.scalar(1), total), graph.scalar(1 / power))
     graph.emit("Where", empty, graph.scalar(0), root, out=node.outputs[0])
@@ -167,6 +168,7 @@ def _mean_variance(state: Translation, node: Node) -> None:
     graph, x = state.graph, node.inputs[0]
     over = {"axes": [int(a) for a in node.attrs.get("axes", [0, 2, 3])], "keepdims": 1}
     centred = graph.emit("Sub", x, graph.emit("ReduceMean", x, attrs=over))
+    # The standard's definition adds 1e-9 to the deviation, not to the variance.
     deviation = graph.emit("Sqrt", graph.emit("ReduceMean", graph.emit("Mul", centred, centred), attrs=over))
     graph.emit("Div", centred, graph.emit("Add", deviation, graph.scalar(1e-9)), out=node.outputs[0])
 
@@ -191,6 +193,7 @@ def _batch_norm(state: Translation, node: Node) -> None:
     if not 0 <= keep <= 1:
         raise ModelError(f"momentum of batch normalisation {node.name}", expected="from 0 to 1", got=keep)
     node.attrs["momentum"] = keep
+    # Further outputs are statistics of training mode.
     node.outputs = node.outputs[:1]
     state.keep(node)
 
@@ -219,6 +222,7 @@ def _split(state: Translation, node: Node) -> None:
         if any(state.seen.batched(o)[axis] for o in node.outputs if o):
             raise ModelError(f"operator Split ({node.name}) splits the batch", hint="Split another axis.")
         total, count = state.seen.shapes[node.inputs[0]][axis], len(node.outputs)
+        # All parts are equally long but the last, as opset 18 defines num_outputs.
         chunk_size = -(-total // count)
         sizes = [chunk_size] * (count - 1) + [total - chunk_size * (count - 1)]
         node.inputs = [node.inputs[0], state.graph.ints(*sizes)]

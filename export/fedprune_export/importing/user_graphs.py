@@ -29,6 +29,7 @@ from fedprune_export.pruning.model import Model
 # Keys of a model's metadata that hold its loss and its metric: ONNX files in base64.
 LOSS_KEY, METRIC_KEY = "fedprune.loss", METRIC
 
+# float32 rounds by about 1e-7 in every operation; an import that computes something else differs by far more.
 _TOLERANCE = 1e-4
 _TYPES = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
 
@@ -131,6 +132,7 @@ def _exported(module: Any, function: Any, name: str, outputs: Sequence[int], kin
     torch = torch_package()
     labels = _Labels.of(function, outputs, name)
     if isinstance(function, torch.nn.Module):
+        # As a submodule its parameters and buffers are exported with it.
         module.user_function = function
     samples = torch.zeros((2, *outputs)), torch.zeros((2, *labels.shape), dtype=getattr(torch, labels.dtype))
     try:
@@ -178,6 +180,7 @@ def import_metric(raw: bytes, outputs: Sequence[int]) -> Graph:
     sums, value = graph_trace.dims(SUMS), graph_trace.dims(VALUE)
     if len(sums) != 1 or sums[0] is None or value != ():
         raise ModelError("what a metric returns", expected=returns, got=f"{shape_text(*sums)} and {shape_text(*value)}")
+    # The sums of several batches are added before the value is computed, so it must not see a batch.
     if _reads_samples(graph):
         raise ModelError(
             "what a metric returns",
@@ -212,6 +215,7 @@ def _compare(raw: bytes, graph: Graph, outputs: Sequence[int], kind: str) -> Non
     inputs, names = [i.name for i in proto.input if i.name not in initializer_names], [o.name for o in proto.output]
     labels = graph.inputs[1]
     shape = (count, *(d for d in labels.shape[1:] if isinstance(d, int)))
+    # Labels of type int64 are taken for classes, and outputs have one channel per class on their first axis.
     classes = max(1, outputs[0]) if outputs else 1
     y: Any = (
         rng.integers(0, classes, shape) if labels.dtype == np.int64 else rng.uniform(0, 1, shape).astype(np.float32)

@@ -22,6 +22,8 @@ def axis_matrix(
     """The matrix [new size, size] that a Resize with these attributes applies along one axis. The new size follows from
     `scale`, or is `new_size` if that is None.
     """
+    # Axis 1 is resized; along axis 2 lie the unit vectors, which a scale of 1 leaves alone. Four axes, because
+    # onnxruntime resizes by cubic curves only maps.
     graph = Graph(nodes=[Node("Resize", ["x", ""], ["y"], dict(attrs))], opset=opset)
     graph.inputs, graph.outputs = (
         [Port("x", np.dtype(np.float32), (1, size, size, 1))],

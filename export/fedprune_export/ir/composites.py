@@ -60,10 +60,12 @@ def _group_norm(out: Draft, node: Node) -> None:
     """An instance norm of [batch, groups, rest], then scale and bias on [batch, channels, rest]."""
     x, scale, bias = node.inputs
     groups = int(node.attrs["num_groups"])
+    # The node's vectors are per channel; an instance norm of groups takes one number per group.
     one, zero = (out.constant([v] * groups, "float32") for v in (1.0, 0.0))
     grouped = out.emit("Reshape", x, out.ints(0, groups, -1))
     attrs = {"epsilon": float(node.attrs.get("epsilon", 1e-5))}
     normal = out.emit("InstanceNormalization", grouped, one, zero, attrs=attrs)
+    # The number of channels is read from the scale, because a cut graph has another one.
     rows = out.emit("Concat", out.ints(0), out.emit("Shape", scale), out.ints(-1), attrs={"axis": 0})
     value = out.emit("Mul", out.emit("Reshape", normal, rows), out.emit("Unsqueeze", scale, out.ints(1)))
     value = out.emit("Add", value, out.emit("Unsqueeze", bias, out.ints(1)))

@@ -24,6 +24,7 @@ Dim = int | str | None
 # The opset of normalised graphs and of graphs that train; every onnxruntime that fedprune supports loads it.
 NORMAL_OPSET = 17
 
+# The IR version that was released with each opset: an onnxruntime refuses files with a later one than its own.
 _IR_VERSIONS = {13: 7, 14: 7, 15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 
 _Draft = TypeVar("_Draft", bound="Draft")
@@ -130,6 +131,7 @@ class Draft:
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike) -> str:
         """The name of a constant with this value; equal constants share one."""
         array = np.array(value, dtype=dtype, order="C")
+        # Equal bytes, not equal numbers: 0.0 and −0.0 are two constants.
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             name = self.fresh("const")
@@ -181,6 +183,7 @@ class Draft:
         needed_nodes: list[Node] = []
         for node in reversed(self.nodes):
             if not needed.isdisjoint(node.outputs):
+                # A loop's body reads values of this graph without listing them as inputs.
                 needed.update(node.inputs, node.read_inside())
                 needed.discard("")
                 needed_nodes.append(node)
@@ -225,6 +228,7 @@ class Draft:
             ir_version=_IR_VERSIONS.get(self.opset, 8),
             producer_name="fedprune",
         )
+        # make_graph would copy every node once more.
         for node in self.nodes:
             node.write(model.graph.node.add())
         helper.set_model_props(model, dict(sorted(self.metadata.items())))

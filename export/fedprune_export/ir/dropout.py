@@ -45,6 +45,7 @@ def read_axes(texts: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """The axes of masks by the name of the dropout. Raises `ModelError` if the text is something else."""
     try:
         axes_by_name = json.loads(texts.get(AXES_KEY, "{}"))
+    # Deeply nested JSON ends in a RecursionError.
     except (ValueError, RecursionError):
         axes_by_name = None
     if not isinstance(axes_by_name, dict) or not all(
@@ -59,6 +60,7 @@ def without_dropout(graph: Graph) -> None:
     outputs = {p.name for p in graph.outputs}
     sources: dict[str, str] = {}
     for node in [n for n in graph.nodes if is_dropout(n)]:
+        # A dropout may read another one's output.
         source = sources.get(node.inputs[0], node.inputs[0])
         if node.outputs[0] in outputs:
             node.op, node.inputs = "Identity", [source]  # an output keeps its name

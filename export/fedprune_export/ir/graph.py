@@ -52,6 +52,7 @@ class Graph(Draft):
 
         Raises `ModelError` if the model has local functions, sub-graphs or sparse tensors.
         """
+        # The importer inlines functions and branches first, so what is left here can't be handled.
         if model.functions:
             raise ModelError("the model has local functions", hint="Export it without them (inline functions).")
         proto = model.graph
@@ -148,6 +149,7 @@ def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> Any:
 
 
 def _constant_value(attrs: Mapping[str, Any]) -> Array:
+    # A Constant may have its numbers in one of several attributes.
     for key, dtype in (
         ("value_int", np.int64),
         ("value_ints", np.int64),

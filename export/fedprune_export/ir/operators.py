@@ -23,6 +23,7 @@ REARRANGEMENTS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Fla
 # Operators whose output is the input's memory.
 VIEWS = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity"})
 
+# Arrays that a step keeps until their gradient is computed; in most networks they take more memory than the weights.
 INPUT, OUTPUT, BOTH = "input", "output", "both"
 # Per operator which of its arrays its gradient reads, so that a step keeps them; none where it isn't listed.
 GRADIENT_READS: dict[str, str] = {}
@@ -53,6 +54,7 @@ def registrar(rules: dict[str, _Rule], kind: str) -> Callable[..., Callable[[_Ru
     def rule(*operators: str) -> Callable[[_Rule], _Rule]:
         def register(function: _Rule) -> _Rule:
             for operator in operators:
+                # Two rules of one operator would make the order of imports decide.
                 before = rules.setdefault(operator, function)
                 if before is not function:
                     both = [f"{f.__module__}.{f.__qualname__}" for f in (before, function)]

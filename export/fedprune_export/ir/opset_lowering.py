@@ -68,6 +68,7 @@ def check_form(node: Node, opset: int) -> None:
             hint=hint,
         ) from error
     extra = sorted(set(node.attrs) - set(schema.attributes))
+    # Inputs that are left out at the end don't count.
     used = len(node.inputs)
     while used and not node.inputs[used - 1]:
         used -= 1
@@ -104,12 +105,14 @@ def _shape(out: Draft, node: Node) -> None:
     start, end = node.attrs.pop("start", 0), node.attrs.pop("end", None)
     if start or end is not None:
         full_shape = out.emit("Shape", node.inputs[0])
+        # An end beyond the last axis means all of them.
         out.emit("Slice", full_shape, out.ints(start), out.ints(2**62 if end is None else end), out=node.outputs[0])
     else:
         out.nodes.append(node)
 
 
 def _hard_swish(out: Draft, node: Node) -> None:
+    # HardSwish came with opset 14; it is x · HardSigmoid(x; 1/6, 1/2).
     gate = out.emit("HardSigmoid", node.inputs[0], attrs={"alpha": 1 / 6, "beta": 0.5})
     out.emit("Mul", node.inputs[0], gate, out=node.outputs[0])
 

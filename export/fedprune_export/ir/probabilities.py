@@ -31,6 +31,7 @@ def maker_of_probabilities(graph: Graph, output: str, weights: Container[str]) -
     makers = graph.producers()
     constants = {name: value for name, value in graph.initializers.items() if name not in weights}
     maker: Node | None = None
+    # Back from the output: every path has to end in an operator that makes probabilities.
     pending, visited = [output], {output}
     while pending:
         node = makers.get(pending.pop())
@@ -74,6 +75,7 @@ def _is_written_out(node: Node, makers: Mapping[str, Node], constants: Mapping[s
 def _can_enlarge(node: Node, constants: Mapping[str, Array]) -> bool:
     """Whether constants of a node make more than probabilities of probabilities."""
     values = [constants[i] for i in node.inputs if i in constants]
+    # Dividing probabilities by numbers of at least 1 leaves shares of them.
     if node.op == "Div":
         return node.inputs[1] not in constants or not bool((constants[node.inputs[1]] >= 1).all())
     return (node.op in ("Add", "Sum") and bool(values)) or not all(((v >= 0) & (v <= 1)).all() for v in values)

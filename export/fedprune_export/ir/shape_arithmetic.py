@@ -79,10 +79,12 @@ def _passed(graph: Graph, trace: Trace, node: Node, output: str, marks_by_name: 
             passed = first[slice(*(int(b.item()) for b in bounds if b is not None))]
     elif node.op == "Concat":
         passed = np.concatenate(marks, axis=int(node.attrs["axis"]))
+    # A target that follows the marked axes moves elements in a way that differs from run to run.
     elif node.op in _RESHAPED and not any(m.any() for m in marks[1:]):
         passed = first
     elif node.op in _ALIKE and not any(trace.batched(output)):
         passed = np.logical_or.reduce([np.broadcast_to(m, shape) for m in marks])
+    # Any other operator, or one whose marks don't fit its output: all elements may depend on each of its inputs.
     if passed is None or passed.size != int(np.prod(shape, dtype=np.int64)):
         return np.full(shape, any(m.any() for m in marks))
     return passed.reshape(shape)

@@ -88,6 +88,7 @@ def hold(out: Inferred, name: str, value: Array) -> None:
 def follow(graph: Graph, out: Inferred, node: Node, outputs: Sequence[str]) -> None:
     """Add the shapes of a node's outputs, and their numbers where these are few."""
     reads = [i for i in node.inputs if i]
+    # onnx knows a composite only from the opset that introduced it; all of them keep the shape of their input.
     if node.op in NATIVE and not node.domain and node.inputs[0] in out.shapes:
         inferred = {outputs[0]: (out.shapes[node.inputs[0]], out.dtypes[node.inputs[0]])}
         if node.op == "LayerNormalization" and len(outputs) > 1:
@@ -111,6 +112,7 @@ def follow(graph: Graph, out: Inferred, node: Node, outputs: Sequence[str]) -> N
                 f"{node.op} {shown(node.name)} makes a value of {out.shapes[name]}"[:300],
                 expected=f"at most {MOST_NUMBERS} numbers",
             )
+    # Sizes of a Shape or Size follow from its input's shape even where its numbers are unknown.
     few = all(name in inferred and math.prod(inferred[name][0]) <= _FEW for name in outputs)
     if (few and all(i in out.numbers for i in reads)) or (node.op in ("Shape", "Size") and few and not node.domain):
         for name, value in _compute(graph, out, node).items():
@@ -132,6 +134,7 @@ def _by_onnx(graph: Graph, out: Inferred, node: Node) -> _Kinds:
     types = {
         i: helper.make_tensor_type_proto(helper.np_dtype_to_tensor_dtype(out.dtypes[i]), out.shapes[i]) for i in reads
     }
+    # Shape inference needs the numbers of targets, axes and repeats.
     data = {i: numpy_helper.from_array(out.numbers[i], i) for i in reads if i in out.numbers}
     try:
         inferred = onnx.shape_inference.infer_node_outputs(
@@ -164,6 +167,7 @@ def _check_memory(graph: Graph, out: Inferred) -> None:
                 expected=f"at most {MOST_NUMBERS}",
                 hint="Export the model for a smaller input.",
             )
+        # Weights are in memory already with the file, so only what nodes make is counted.
         done = {i for i in [*node.inputs, *node.outputs] if i and last.get(i, index) == index}
         alive -= sum(math.prod(out.shapes.get(i, ())) for i in done if i not in graph.initializers)
 
@@ -176,6 +180,7 @@ def _work(node: Node, out: Inferred) -> int:
         return output_size * shapes[0][0 if node.attrs.get("transA") else -1]
     if node.op == "Conv" and len(shapes) > 1:
         return output_size * math.prod(shapes[1][1:])
+    # Each input number is multiplied by the whole kernel of its channel.
     if node.op == "ConvTranspose" and len(shapes) > 1:
         return math.prod(shapes[0]) * math.prod(shapes[1][1:])
     if node.op in ("LSTM", "GRU", "RNN") and len(shapes) > 2:
@@ -185,6 +190,7 @@ def _work(node: Node, out: Inferred) -> int:
     if "kernel_shape" in node.attrs:
         return output_size * math.prod(int(k) for k in node.attrs["kernel_shape"])
     if node.op == "Attention" and len(shapes) > 2:
+        # Scores and their product with the values, each over all keys.
         return 2 * math.prod(shapes[0]) * math.prod(shapes[1][-2:-1])
     return output_size
 
@@ -197,6 +203,7 @@ def _einsum_work(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
         letters = term.replace(".", "")
         named = dict(zip(letters, shape[: len(letters)] if "." not in term else shape[-len(letters) :], strict=False))
         sizes.update(named)
+        # The axes of an ellipsis have no letter; their product is what the letters leave of the shape.
         rest = max(rest, math.prod(shape) // max(1, math.prod(named.values())))
     return rest * math.prod(sizes.values())
 

@@ -31,6 +31,7 @@ _FURTHER = (1, 8)
 
 _MAX_NUMBERS = 2**24  # numbers of one sample, of which several batches are made: four times what a camera's picture has
 
+# Shape arithmetic has one number per axis, and rarely a few for each.
 _SMALL = 64
 
 # Operators that hand identifiers on.
@@ -123,6 +124,7 @@ def vocabulary(graph: Graph) -> int:
             sizes += [shape[axis]] if -len(shape) <= axis < len(shape) else []
         elif node.op == "OneHot" and node.inputs[0] in names and node.inputs[1] in graph.initializers:
             sizes.append(int(graph.initializers[node.inputs[1]].reshape(-1)[0]))
+    # Identifiers must be valid in every table that they index, so the smallest one counts.
     return max(1, min(sizes, default=2))
 
 
@@ -140,6 +142,7 @@ def trace(graph: Graph) -> Trace:
         raise
     first, second, *further = runs
     for name, shape in first.shapes.items():
+        # A Squeeze without axes removes the batch where it is 1.
         if any(len(run.shapes[name]) != len(shape) for run in runs):
             raise ModelError(
                 f"value {name} has another number of axes for one sample than for several",
@@ -187,12 +190,14 @@ def _fixes_batch(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]
         return False
     before = shapes[node.inputs[0]]
     target: list[int] = graph.initializers[node.inputs[1]].reshape(-1).tolist()
+    # A target such as [8, -1] or [16, 64] contains the batch as a number, perhaps times another axis.
     fixed = bool(target) and target[0] > 0 and (target[0] % batch == 0 or -1 not in target)
     return fixed and bool(before) and before[0] == batch and node.inputs[0] not in graph.initializers
 
 
 def inferred(graph: Graph, batch: int) -> Inferred:
     """All known shapes and types of a graph's values at one batch size."""
+    # What onnx can't infer is run, which may let it infer what follows; each turn must make progress.
     facts = infer(graph, batch)
     measured: dict[str, Array] = {}
     while facts.missing:
@@ -215,5 +220,6 @@ def _measured(graph: Graph, names: Sequence[str], batch: int) -> dict[str, Array
     probe.prune()
     proto = probe.to_proto()
     for value in proto.graph.output:
+        # The type is unknown before the run, and onnxruntime accepts an output without one.
         value.ClearField("type")
     return Session(proto.SerializeToString()).run(sample_feeds(probe, batch))

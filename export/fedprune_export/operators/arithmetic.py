@@ -108,6 +108,7 @@ def extremes(tape: Tape, node: Node) -> Pull:
         shape = tape.broadcast(node, shape, operand_shape)
         y = g.emit(node.op, left, b)
         chain.append((name, left, b, before, shape))
+    # PyTorch's clamp is exported as a maximum and a minimum with a number.
     bounded = len(names) == 2 and any(map(tape.is_number, names))
     if not chain:
         y = g.emit("Identity", y)
@@ -121,10 +122,12 @@ def extremes(tape: Tape, node: Node) -> Pull:
             tape.add(name, g.emit("Where", inside, dy, g.scalar(0)))
             return
         for name, left, b, before, step_shape in reversed(chain):
+            # PyTorch splits the gradient of equal numbers evenly.
             half = g.emit("Where", g.emit("Equal", left, b), g.emit("Mul", dy, g.scalar(0.5)), g.scalar(0))
             if tape.wants(name):
                 share = g.emit("Where", g.emit(wins, b, left), dy, half)
                 tape.add(name, tape.reduced(share, step_shape, tape.shape(name)))
+            # What is left goes on to the operands before, from the last to the first.
             dy = tape.reduced(g.emit("Where", g.emit(wins, left, b), dy, half), step_shape, before)
         tape.add(names[0], dy)
 
@@ -138,6 +141,7 @@ def power(tape: Tape, node: Node) -> Pull:
     g, x = tape.graph, tape.value(left)
     constant = tape.constant(node, 1)
     if constant is not None and constant.dtype.kind != "f":
+        # ONNX allows powers of whole numbers; the gradient multiplies by them.
         p = g.constant(constant, np.float32)
         exponent: tuple[int | str, ...] = constant.shape
     else:
@@ -157,6 +161,7 @@ def power(tape: Tape, node: Node) -> Pull:
                     slope = g.emit("Where", g.emit("Equal", p, g.scalar(0)), g.scalar(0), slope)
             tape.add(left, tape.reduced(g.emit("Mul", dy, slope), shape, tape.shape(left)))
         if tape.wants(right):
+            # 0^p is 0 for every p > 0, so that it doesn't depend on p; log 0 would make it NaN.
             still = g.emit("And", g.emit("Equal", x, g.scalar(0)), g.emit("GreaterOrEqual", p, g.scalar(0)))
             growth = g.emit("Where", still, g.scalar(0), g.emit("Mul", y, g.emit("Log", x)))
             tape.add(right, tape.reduced(g.emit("Mul", dy, growth), shape, tape.shape(right)))

@@ -33,6 +33,7 @@ def tie_vectors(channels: Channels, node: Node, indices: Sequence[int], rows: Se
     it)."""
     has_fixed = False
     for i in indices:
+        # A constant of equal numbers is shortened by the cut, so it ties nothing.
         if not channels.has(node, i) or channels.uniform(node.inputs[i]):
             continue
         vector_rows = channels.of(node, i)
@@ -80,6 +81,7 @@ def group_norm_channels(channels: Channels, node: Node) -> None:
     blocks = row.reshape(groups, -1)
     options = ([GROUPS] if groups > 1 else []) + ([POSITIONS] if blocks.shape[1] > 1 else [])
     if row.any():
+        # Whole groups and positions within groups exclude each other: statistics need groups of equal size.
         option = channels.choices.pick(node.outputs[0], options) if len(options) > 1 else options[0]
         if option == GROUPS:
             channels.atoms.tie(blocks, blocks[:, :1])
@@ -123,6 +125,7 @@ def group_norm_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
         channels = sizes.before(node.inputs[0])[1] or 0
         kept_groups = sizes.kept(node.inputs[0], 1) * int(node.attrs["num_groups"]) // channels
         groups_left, counts = np.unique(kept_groups, return_counts=True)
+        # The analysis cuts whole groups or the same positions of each, so this is a cut that it has not made.
         if np.any(counts != counts[0]):
             raise ModelError(f"{node.op} {node.name}: norm groups of unequal size are left", got=counts.tolist())
         node.attrs["num_groups"] = int(groups_left.size)
@@ -189,6 +192,7 @@ def mask_group_norm(masks: Masks, node: Node) -> bool:
     tail = [1] * (rank > 2)
     mask = graph.constant(inside.reshape(1, *inside.shape, *tail), np.float32)
     positions = math.prod(masks.length(x, a) for a in range(2, rank))
+    # A group without channels has a count of 0, and 0 / 0 is NaN also under a mask.
     count = graph.constant(np.maximum(inside.sum(1), 1).reshape(1, -1, 1, *tail) * positions, np.float32)
     axes = graph.ints(*[2, 3][: 1 + len(tail)])
 
@@ -235,7 +239,9 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     count = count_of(tape, [shape[0], *shape[2:]])
     normal = Normal(g, x, scale, shift, eps, len(shape))
     tape.enter(node.outputs[0], normal.y, shape)
+    # Not 0 where a channel has a single element.
     degrees = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
+    # PyTorch normalises by the variance over n, but its running variance is over n − 1.
     unbiased = g.emit("Mul", normal.variance, g.emit("Div", count, degrees))
     for statistic, value in ((mean_name, normal.mean), (var_name, unbiased)):
         following = step_contract.following(statistic)
@@ -378,6 +384,7 @@ def _still(tape: Tape, node: Node) -> Pull:
             dot = g.emit("Mul", channels.summed(g.emit("Mul", dy, centred)), inverse)
             tape.add(gamma, dot)
             if tape.wants(var_name):
+                # d s / d var = −s³ / 2.
                 half = g.emit("Mul", g.emit("Mul", steepness, inverse), g.scalar(-0.5))
                 tape.add(var_name, g.emit("Mul", half, dot))
         if tape.wants(beta) or tape.wants(mean_name):
@@ -400,6 +407,7 @@ def _vector(tape: Tape, node: Node, index: int, statistic: str) -> str:
     if tape.is_tensor(name) or tape.producer(name) is not None:
         return tape.value(name)
     g, constant, like = tape.graph, np.asarray(tape.number(node, index), np.float32), tape.value(statistic)
+    # `like − like` gives zeros of the cut width.
     same = np.all(constant == constant[0])
     return g.emit("Add", g.emit("Sub", like, like), g.constant(constant[0] if same else constant, np.float32))
 

@@ -57,6 +57,7 @@ def _produce(channels: Channels, node: Node, produced: AtomRow) -> None:
         channels.atoms.tie(channels.of(node, 2)[0], produced)
     if any(row.any() for row in x[2:]):
         channels.notes.append(f"{node.op} {node.name} takes channels for places: they stay.")
+    # Spatial axes keep their sizes, so channels that lie on them stay.
     channels.fix([*x[2:], *channels.of(node, 1)[2:]])
     channels.out(node, [x[0], produced, *(still(n) for n in channels.shape(node.outputs[0])[2:])])
 
@@ -74,7 +75,9 @@ def _grouped(
         The output's channels.
     """
     blocks = read_row.reshape(groups, -1)
+    # Without an axis of all outputs (ConvTranspose) each group has the same ones.
     outputs = written_row.reshape(groups, -1) if written_row is not None else np.tile(inside, (groups, 1))
+    # Depthwise: groups of one channel have no positions to choose from.
     options = [GROUPS] if blocks.shape[1] == outputs.shape[1] == 1 else [GROUPS, POSITIONS]
     # Positions of a group of one channel read would keep all channels that are read.
     option = channels.choices.pick(node.outputs[0], options, ranked=blocks.shape[1] == 1)
@@ -143,6 +146,7 @@ def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[D
     if int(node.attrs.get("group", 1)) == 1:
         if tape.graph.unit == CUDA:
             return Dense(tape.graph, w, kernel, ON_CUDA)
+        # On small maps one product of columns is faster than a convolution.
         if math.prod(w.output) > conv_geometry.SMALL_MAP:
             return Dense(tape.graph, w, kernel, formulation(w, tape.extent(shape[1])))
     elif lengths == (1, 1):
@@ -225,6 +229,7 @@ def transposed_window(tape: Tape, node: Node) -> Window:
         pads = []
         for size, target in zip(full_sizes, target_sizes, strict=True):
             total = max(size - target, 0)
+            # ONNX puts the odd one at the end for SAME_UPPER, at the start for SAME_LOWER.
             small, large = total // 2, total - total // 2
             pads.append((small, large) if mode == "SAME_UPPER" else (large, small))
     else:

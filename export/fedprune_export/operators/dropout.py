@@ -26,6 +26,7 @@ def dropout(tape: Tape, node: Node) -> Pull:
         raise ModelError(f"{describe(node)}: its size depends on the samples", got=strange[0])
     mask = dropout_mask(node.name or node.outputs[0])
     graph.add_input(mask, dims)
+    # The board draws the masks; it finds their names and ratios here.
     graph.metadata[DROPOUT] = json.dumps({**json.loads(graph.metadata.get(DROPOUT, "{}")), mask: ratio})
     tape.written[mask] = dims
     tape.enter(node.outputs[0], graph.emit("Mul", x, mask), shape)

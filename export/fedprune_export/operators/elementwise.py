@@ -72,6 +72,7 @@ def _smooth(operator: str, text: str, slope: Slope) -> None:
 
 
 def _number(node: Node, name: str, default: float) -> float:
+    # onnxruntime reads the attribute as float32, and the derivative must be of the same function.
     return float(np.float32(node.attrs.get(name, default)))
 
 
@@ -188,6 +189,7 @@ def shrink(tape: Tape, node: Node) -> Pull | None:
 @_unary("Elu", "Selu", "Celu")
 def _exponential_units(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
     """Gamma · x above 0 and gamma · alpha · (e^(x/c) − 1) below; dx = dy · gamma, or dy · gamma · alpha/c · e^(x/c)."""
+    # ONNX's own defaults, with which Selu keeps mean 0 and variance 1.
     alpha = _number(node, "alpha", 1.67326319217681884765625 if node.op == "Selu" else 1.0)
     gamma = _number(node, "gamma", 1.05070102214813232421875) if node.op == "Selu" else 1.0
     scale = alpha if node.op == "Celu" else 1.0
@@ -222,6 +224,7 @@ def identity(tape: Tape, node: Node) -> Pull:
     return lambda dy, *_: tape.add(name, dy)
 
 
+# TensorProto's numbers of float32, float16, float64 and bfloat16.
 _FLOATS, _FLOAT32 = {1, 10, 11, 16}, 1
 
 
@@ -233,6 +236,7 @@ def cast(tape: Tape, node: Node) -> Pull | None:
     if to not in _FLOATS:
         tape.enter(node.outputs[0], tape.graph.emit("Cast", x, attrs={"to": to}), tape.shape(name))
         return None
+    # Data that doesn't train may come in another float type.
     y = tape.graph.emit("Cast", x, attrs={"to": _FLOAT32}) if not tape.wants(name) else x
     tape.enter(node.outputs[0], y, tape.shape(name))
     return lambda dy: tape.add(name, dy)

@@ -115,6 +115,7 @@ def scatter(tape: Tape, node: Node) -> Pull:
         raise ModelError(f"{describe(node)}: how it scatters", expected=["none", "add"], got=reduction)
     if node.op == "ScatterElements":
         axis = int(node.attrs.get("axis", 0)) % len(tape.shape(data))
+        # Indices are absolute, so the axis must have one size at every width.
         tape.static(node, [tape.shape(data)[axis]])
         where = {"axis": axis}
     else:
@@ -127,6 +128,7 @@ def scatter(tape: Tape, node: Node) -> Pull:
 
     def pull(dy: str) -> None:
         if tape.wants(data):
+            # Data that was overwritten has no influence on the output.
             zeros = g.emit("ConstantOfShape", tape.shape_of(new))
             tape.add(data, dy if reduction == "add" else g.emit(node.op, dy, indices, zeros, attrs=where))
         if tape.wants(updates):
@@ -167,6 +169,7 @@ def gather(tape: Tape, node: Node) -> Pull:
     constant = tape.constant(node, 1)
     if constant is None:
         tape.static(node, [shape[axis]])
+        # The indices are data: which rows are read is known only at run time.
         return _embedding(tape, node, axis)
     size = tape.extent(shape[axis])
     if not isinstance(shape[axis], int):
@@ -223,6 +226,7 @@ def _runs(tape: Tape, node: Node, axis: int, picked: list[int]) -> list[tuple[Di
             length += 1
         begin = tape.prefix(segments, picked[start]) if segments is not None else None
         stop = None
+        # A run may end within a channel group; it is shortened until it ends between two.
         while segments is not None and length and stop is None:
             stop = tape.prefix(segments, picked[start] + length)
             length -= stop is None

@@ -53,6 +53,7 @@ rewrite("LayerNormalization", "RMSNormalization")(shorten_vectors)
 def mask_layer_norm(masks: Masks, node: Node) -> bool:
     rank = masks.rank(node.inputs[0])
     first = int(node.attrs.get("axis", -1)) % rank
+    # Cut indices must not count in mean and variance, so the norm is written out.
     axes = range(first, rank)
     return mask_norm(masks, node, axes, {a: m for a in axes if (m := masks.of(node.inputs[0], a)) is not None})
 
@@ -163,6 +164,7 @@ def lp_norm(tape: Tape, node: Node) -> Pull:
     x, shape = tape.value(name), tape.shape(name)
     axis, order = int(node.attrs.get("axis", -1)) % len(shape), int(node.attrs.get("p", 2))
     size = g.emit(f"ReduceL{order}", x, attrs={"axes": [axis], "keepdims": 1})
+    # As in PyTorch, a vector of zeros stays one; 0 / 0 would be NaN.
     length = g.emit("Where", g.emit("Equal", size, g.scalar(0)), g.scalar(1), size)
     y = g.emit("Div", x, length)
     tape.enter(node.outputs[0], y, shape)

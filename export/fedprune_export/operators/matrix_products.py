@@ -46,6 +46,7 @@ def gemm_channels(channels: Channels, node: Node) -> None:
         addend = channels.of(node, 2)
         if addend and addend[-1].size == b[1].size:
             channels.atoms.tie(addend[-1], b[1])
+        # Rows of the addend belong to samples, which are never cut.
         channels.fix(addend[:-1])
     channels.out(node, [a[0], b[1]])
 
@@ -165,6 +166,7 @@ def matmul(tape: Tape, node: Node) -> Pull:
                 # One product over all leading axes: far less work than one per position, summed.
                 db = g.emit("Gemm", flatten_lead(matrix_a), flatten_lead(dy), attrs={"transA": 1})
             else:
+                # Batch axes that were broadcast are summed away below.
                 db = g.emit("MatMul", transpose_last(matrix_a, len(fa)), dy)
                 db = tape.reduced(db, (*shape[:-2], *fb[-2:]), fb)
             tape.add(right, g.emit("Squeeze", db, g.ints(1)) if column else db)
@@ -195,6 +197,7 @@ def einsum(tape: Tape, node: Node) -> Pull:
             if not tape.wants(name):
                 continue
             other_factors = [(terms[j], values[j]) for j in range(len(names)) if j != i]
+            # Letters that no other factor and no output has are summed over this factor alone.
             covered = set(out).union(*[t for t, _ in other_factors])
             letters = "".join(c for c in terms[i] if c in covered)
             factors = [(out, dy), *other_factors]

@@ -62,6 +62,7 @@ def max_pool(tape: Tape, node: Node) -> Pull:
     if not tape.wants(name):
         tape.enter(node.outputs[0], g.emit("MaxPool", x, attrs=attrs), out)
         return lambda dy: None
+    # Windows side by side on at most two axes: a Resize repeats each result over its window.
     if w.tiles and len(w.sizes) < 3:
         y = g.emit("MaxPool", x, attrs=attrs)
         tape.enter(node.outputs[0], y, out)
@@ -115,6 +116,7 @@ def global_max_pool(tape: Tape, node: Node) -> Pull:
 
     def pull(dy: str) -> None:
         flat = g.emit("Reshape", x, g.ints(0, 0, -1))
+        # ArgMax takes the first of equal numbers.
         place = g.emit("ArgMax", flat, attrs={"axis": 2, "keepdims": 1})
         here = g.emit("Equal", place, g.constant(np.arange(area)[None, None], np.int64))
         spread = g.emit("Where", here, g.emit("Reshape", dy, g.ints(0, 0, 1)), g.scalar(0))
@@ -144,6 +146,7 @@ def average_pool(tape: Tape, node: Node) -> Pull:
         "count_include_pad": int(counted or beyond),
     }
     y = g.emit("AveragePool", x, attrs=attrs)
+    # onnxruntime divides by the whole window, PyTorch by what lies within the map and its padding.
     if beyond:
         y = g.emit("Mul", y, g.constant(math.prod(w.kernel) / counts[None, None], np.float32))
     tape.enter(node.outputs[0], y, (*shape[:2], *w.output))

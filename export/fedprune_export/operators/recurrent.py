@@ -24,6 +24,7 @@ from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 gradient_reads(INPUT, "LSTM", "GRU", "RNN")
 
+# Gates per cell, and so blocks of rows in each weight.
 _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
@@ -87,6 +88,7 @@ def scan(
     Returns:
         The last states, and the slices that went out, stacked.
     """
+    # Names continue those of the outer graph, because a body sees its values.
     body = Graph(name="step", _counter=g._counter)
     states_in, slices_in = (
         [body.fresh(stem) for _ in values] for stem, values in (("state", states), ("slice", sliced))
@@ -184,6 +186,7 @@ def _lstm_forward(d: Direction, x: str) -> tuple[str, list[str]]:
     def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
         gates = b.emit("Add", b.emit("MatMul", states[0], across), read[0])
         preactivations = b.emit_many("Split", gates, outputs=4, attrs={"axis": 1})
+        # n is the candidate. The letters name the values that the way back reads.
         i, o, f, n = (b.emit("Tanh" if k == 3 else "Sigmoid", value) for k, value in enumerate(preactivations))
         c = b.emit("Add", b.emit("Mul", f, states[1]), b.emit("Mul", i, n))
         t = b.emit("Tanh", c)
@@ -388,6 +391,7 @@ class _Recurrent:
         _check(node, self.inputs, self.count)
         self.steps, self.batch, _ = tape.shape(self.inputs[0])
         self.hidden = tape.shape(self.inputs[2])[2]
+        # ONNX's default; PyTorch exports linear_before_reset = 1.
         early = node.op == "GRU" and not int(node.attrs.get("linear_before_reset", 0))
         self.forward, self.backward = CELLS["early GRU" if early else node.op]
         self.initial = self.inputs[5:7] if node.op == "LSTM" else self.inputs[5:6]
@@ -476,6 +480,7 @@ def _check(node: Node, inputs: Sequence[str], count: int) -> None:
     """Raise ModelError for what has no rule."""
     usual = list(_ACTIVATIONS[node.op]) * count
     activations = [str(a).title() for a in node.attrs.get("activations", usual)]
+    # Other activations would need slopes of their own in the loops back.
     fits = set(activations) <= {"Tanh", "Relu"} if node.op == "RNN" else activations == usual
     missing = {
         "lengths per sample": bool(inputs[4]),

@@ -166,6 +166,7 @@ class Reduction:
 def divided(tape: Tape, value: str, dims: Sequence[Dim]) -> str:
     """A float value divided by the product of these dimensions, at run time where it varies."""
     g, count = tape.graph, tape.product(dims)
+    # A product is cheaper than a quotient, and the constant is known.
     if isinstance(count, int):
         return g.emit("Mul", value, g.scalar(1 / count))
     return g.emit("Div", value, count_of(tape, dims))
@@ -252,6 +253,7 @@ def _product(r: Reduction, y: str, dy: str) -> str:
     factors = g.emit("Where", nothing, g.scalar(1), r.x)
     full_product = r.reduced("ReduceProd", factors)
     zeros = r.reduced("ReduceSum", g.emit("Cast", nothing, attrs={"to": 1}))
+    # With one zero only that element has a gradient; with two nobody has.
     none, one = (g.emit("Equal", zeros, g.scalar(n)) for n in (0, 1))
     at_zero = g.emit("Where", g.emit("And", nothing, one), full_product, g.scalar(0))
     slope = g.emit("Where", none, g.emit("Div", full_product, factors), at_zero)
@@ -290,6 +292,7 @@ def log_sum_exp(tape: Tape, node: Node) -> Pull:
     """The logarithm of a sum of exponentials, less the largest first; dx = dy · e^(x − y)."""
     r = Reduction(tape, node)
     g = tape.graph
+    # Less the largest number, no exponential is infinite.
     top = r.reduced("ReduceMax", r.x)
     rest = g.emit("Log", r.reduced("ReduceSum", g.emit("Exp", g.emit("Sub", r.x, top))))
     y = g.emit("Add", top, rest)
@@ -335,6 +338,7 @@ def largest(tape: Tape, node: Node) -> Pull:
     count = tape.number(node, 1)
     if count is None:
         raise ModelError(f"{describe(node)}: no count")
+    # How many are the largest is a fixed number, so their axis has to be fixed, too.
     tape.static(node, [shape[axis]])
     g, k = tape.graph, int(count.reshape(-1)[0])
     values, indices = g.emit_many("TopK", x, g.ints(k), outputs=2, attrs=node.attrs)

@@ -39,6 +39,7 @@ def depth_to_space_channels(channels: Channels, node: Node) -> None:
     x = channels.of(node, 0)
     times = int(node.attrs["blocksize"]) ** 2
     channels.fix(x[2:])
+    # CRD: the blocks of a channel lie side by side; DCR: all channels once per position.
     crd = node.attrs.get("mode", "DCR") == "CRD"
     blocks = x[1].reshape(-1, times) if crd else x[1].reshape(times, -1).T
     channels.atoms.tie(blocks, blocks[:, :1])
@@ -74,6 +75,7 @@ def resize(tape: Tape, node: Node) -> Pull:
     for axis in range(len(shape)):
         factor = float(scales[axis]) if scales is not None else None
         target_size = int(sizes[axis]) if sizes is not None else 0
+        # Axes that keep their size need no matrix, also those of a width that varies.
         if factor == 1 or (factor is None and target_size in (0, tape.extent(shape[axis]))):
             continue
         (size,) = tape.static(node, shape[axis : axis + 1])
@@ -97,6 +99,7 @@ def _gathered(tape: Tape, dy: str, out: Shape, shape: Shape, matrices: dict[int,
         window = {"kernel_shape": repeats, "strides": repeats}
         return g.emit("Mul", g.emit("AveragePool", dy, attrs=window), g.scalar(float(np.prod(repeats))))
     value, sizes = dy, list(out)
+    # Axes that the gradient shrinks most come first, so that later products are smaller.
     for axis, matrix in sorted(matrices.items(), key=lambda item: item[1].shape[1] / item[1].shape[0]):
         before, after = tape.product(sizes[:axis]), tape.product(sizes[axis + 1 :])
         tall: Shape = (before, sizes[axis], after)
@@ -245,6 +248,7 @@ def _ends(g: Graph, coordinate: str, size: int, mode: str, padding: str, aligned
 
 def _end(g: Graph, place: str, size: int, weight: str, slope: str) -> _End:
     there = _both(g, g.emit("Greater", place, g.scalar(-0.5)), g.emit("Less", place, g.scalar(size - 0.5)))
+    # 7 is int64. A neighbour outside the map is moved into it and has weight 0.
     index = g.emit("Cast", g.emit("Clip", place, g.scalar(0), g.scalar(size - 1)), attrs={"to": 7})
     return _End(index, g.emit("Mul", weight, there), g.emit("Mul", slope, there) if slope else "")
 

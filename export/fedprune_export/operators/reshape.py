@@ -46,6 +46,7 @@ def _carry(
     grids = [x[i].reshape([sizes[f] for f in span]) for i, span in zip(run.olds, run.of_old, strict=True)]
     options = assignments(run, grids, free)
     if len(options) > 1:
+        # Several options: only channels that can still be cut decide between them.
         unit = channels.atoms.units()
         grids = [unit[g] for g in grids]
         options = assignments(run, grids, free)
@@ -65,6 +66,7 @@ def _carry(
             channels.atoms.fix(grid.reshape(-1))
             continue
         target = run.of_new[run.news.index(to)]
+        # Channels go to one new axis. Along the other factors of the old axis they must be equal, so these are tied.
         dropped = tuple(axis for axis, f in enumerate(span) if f not in target)
         reduced = grid
         for axis in dropped:
@@ -94,6 +96,7 @@ def target_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     before, after = sizes.before(node.outputs[0]), sizes.after(node.outputs[0])
     if before == after:
         return
+    # One entry of a reshape can be −1; further ones are read from the target as it was.
     free = [i for i, n in enumerate(after) if n is None]
     if len(free) <= 1 and node.op == "Reshape":
         node.inputs[place] = graph.ints(*(-1 if n is None else n for n in after))

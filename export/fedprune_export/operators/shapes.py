@@ -90,6 +90,7 @@ def constant_of_shape_channels(channels: Channels, node: Node) -> None:
 
 def fresh_axes(channels: Channels, name: str, rows: list[AtomRow | None]) -> list[AtomRow]:
     """Rows of a value: new atoms for an axis without a row, unless it follows the batch."""
+    # An axis along which numbers are repeated ties nothing yet: its readers decide which channels it has.
     shape, dims = channels.shape(name), channels.seen.dims(name)
     return [
         row if row is not None else (channels.atoms.fresh(n) if dim is not None else still(n))
@@ -103,6 +104,7 @@ def split_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
     axis = int(node.attrs.get("axis", 0))
     if sizes.changed(node.inputs[0], axis):
         lengths = [sizes.after(name)[axis] if name else None for name in node.outputs]
+        # Without a name the length of a part after the cut is unknown.
         if None in lengths:
             raise ModelError(f"Split {node.name} has a part without a name")
         node.inputs[1:] = [graph.ints(*(n or 0 for n in lengths))]
@@ -162,6 +164,7 @@ def _expanded(tape: Tape, node: Node, shape: Shape) -> Shape:
 
 def multiple_of_batch(tape: Tape, size: int) -> Dim:
     """A size in which the batch is replaced by its extent."""
+    # A size that is a multiple of the traced batch follows the batch: no model has such a size by chance.
     times, rest = divmod(size, tape.extent(BATCH))
     return tape.product([BATCH, times]) if times and not rest else size
 
@@ -272,6 +275,7 @@ def _lengths(tape: Tape, node: Node, total: Dim, axis: int) -> list[Dim]:
     full = tape.extent(total)
     if requested is None:
         requested = np.full(count, -(-full // count))
+        # The last piece takes what is left, as in ONNX.
         requested[-1] = full - requested[:-1].sum()
     ends = [tape.prefix(on_axis, int(n)) if on_axis is not None else None for n in np.cumsum(requested)]
     out: list[Dim] = []

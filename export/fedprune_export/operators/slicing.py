@@ -82,6 +82,7 @@ def slice_channels(channels: Channels, node: Node) -> None:
                 channels.atoms.fix(row)
                 out[axis] = still(shape[axis])
                 continue
+            # A step within each block takes one of `step` neighbours, so they can only be cut together.
             if row.any() and step > 1 and row.size % step == 0:
                 blocks = row.reshape(-1, step)
                 channels.atoms.tie(blocks, blocks[:, :1])
@@ -168,6 +169,7 @@ def cut_out(tape: Tape, node: Node) -> Pull:
         where = g.ints(*[r[0] for r in runs])
         y = g.emit("Slice", y, tape.sizes([r[1] for r in runs]), tape.sizes([r[2] for r in runs]), where)
     for a, picked in picks:
+        # A stop of −1 would mean the last index, so a range that ends before index 0 gets a very low one.
         last = picked.stop if picked.stop >= 0 else -(2**31)
         y = g.emit("Slice", y, g.ints(picked.start), g.ints(last), g.ints(a), g.ints(picked.step))
     for a, picked in regular:
@@ -179,6 +181,7 @@ def cut_out(tape: Tape, node: Node) -> Pull:
         for a, picked in regular:
             apart = g.emit("Unsqueeze", dy, g.ints(a + 1))
             pads = [0] * (2 * len(shape) + 2)
+            # Each picked element gets its neighbours that were skipped, as zeros, on an axis of its own.
             pads[a + 1], pads[a + len(shape) + 2] = picked.start, picked.step - picked.start - 1
             between = (*sizes[: a + 1], picked.step, *sizes[a + 1 :])
             sizes[a] = shape[a]
@@ -259,6 +262,7 @@ def scattered(tape: Tape, dy: str, shape: Shape, axis: int, picked: Array, size:
         pads = [0] * (2 * len(shape))
         pads[len(shape) + axis] = 1  # an index of a zero, for elements that were picked less often
         padded = g.emit("Pad", dy, g.ints(*pads))
+    # In turn k every element adds the k-th gradient that was taken from it, or the added zero.
     total = ""
     order_of_picks = np.argsort(picked, kind="stable")
     first = np.concatenate([[0], np.cumsum(uses)])[:-1]
@@ -329,6 +333,7 @@ def _mirrored(tape: Tape, node: Node, pads: Array, mode: str) -> Pull:
 
 
 def _indices(node: Node, indices: Array, before: int, after: int, mode: Literal["reflect", "edge", "wrap"]) -> Array:
+    # Negative pads cut before positive ones copy.
     cropped = indices[max(0, -before) : len(indices) - max(0, -after)]
     before, after = max(0, before), max(0, after)
     if mode == "reflect" and max(before, after) >= len(cropped):
