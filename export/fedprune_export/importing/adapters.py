@@ -34,9 +34,9 @@ class Lora:
 
     Attributes:
         rank: Ranks of the global model; boards hold some of them.
-        patterns: Names of the weights of linear layers, with `*` for any letters; by default those of all but the last.
+        patterns: Names of weights of linear layers, with `*` for any letters; by default all layers but the last.
         alpha: The adapter's output is scaled by `alpha / rank`, also on boards with fewer ranks; None for `rank`.
-        seed: Of the first values of A; B begins at 0, so that the first model computes what the base does.
+        seed: Seed of the initial values of A. B starts at 0, so that the first model computes what the base does.
     """
 
     rank: int
@@ -63,7 +63,7 @@ class Lora:
 
 
 def kept(parameters: Iterable[str], frozen: Sequence[str]) -> frozenset[str]:
-    """Tensors whose channels all stay: the frozen ones of a model with adapters, also of PEFT's."""
+    """The frozen tensors of a model with adapters, fedprune's or PEFT's, of which no channel is cut."""
     adapted = any(f".{_A}." in f".{name}." for name in parameters)
     return frozenset(frozen) if adapted else frozenset()
 
@@ -99,9 +99,9 @@ def with_adapters(model: Model, lora: Lora) -> bytes:
 
 
 def _layers(model: Model) -> dict[str, dict[str, bool]]:
-    """Weights of linear layers, with the outputs of those that read them and whether they are stored [inputs, outputs].
+    """Weights of linear layers: for each the outputs of its layers, and whether it is stored as [inputs, outputs].
 
-    A weight that is read by anything else, such as an embedding that is tied to the last layer, is none.
+    A weight that anything else reads is left out, such as an embedding that is tied to the last layer.
     """
     weights = {t.name for t in model.architecture.tensors if len(t.shape) == 2}
     turned: dict[str, str] = {}
@@ -159,7 +159,7 @@ def _named(weight: str, matrix: str) -> str:
 
 
 def _adapter(graph: Graph, node: Node, weight: str, scale: float) -> list[Node]:
-    """The nodes that add an adapter to a layer's output, which takes another name."""
+    """The nodes that add an adapter to a layer's output. The layer's own output gets another name."""
     start, output = len(graph.nodes), node.outputs[0]
     node.outputs[0] = graph.fresh(output)
     value = node.inputs[0]

@@ -89,12 +89,12 @@ _SHAPE = "shape~of~"
 
 
 def compare(original: Original, graph: Graph, softmax: str) -> None:
-    """Compare outputs before and after on random numbers, and shapes with what was inferred.
+    """Compare the outputs of file and graph on random numbers, and the graph's shapes with the inferred ones.
 
     Raises `ModelError` if they differ, or the output is not finite.
 
     Args:
-        original: The model as it came.
+        original: The user's file.
         softmax: The operator that was removed from the end, if any.
     """
     inference = inferred(graph, _BATCHES[0])

@@ -1,4 +1,4 @@
-"""Whether a model's source still gives the model that a job began with."""
+"""Comparison of a model's source with the model that a job started with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ModelChanges:
     Attributes:
         graph: Operators, shapes, names or choices.
         tensors: Names of tensors with other values.
-        loss: The loss of the user's own; one that is left out in the later read is no difference.
+        loss: The user's own loss; if the later read has none, that is no difference.
         metric: As `loss`.
     """
 
@@ -35,7 +35,7 @@ class ModelChanges:
 
 
 def compare_models(before: bytes, after: bytes) -> ModelChanges:
-    """The differences of a model's file from an earlier one, as `read_source` gives them."""
+    """The differences between two files of a model, each as `read_source` returns it."""
     (old, old_tensors, old_user_graphs), (new, new_tensors, new_user_graphs) = _split(before), _split(after)
     tensors = {
         n for n in old_tensors.keys() & new_tensors.keys() if old_tensors[n].tobytes() != new_tensors[n].tobytes()
@@ -45,13 +45,13 @@ def compare_models(before: bytes, after: bytes) -> ModelChanges:
 
 
 def drawn_tensors(source: str, raw: bytes, names: frozenset[str], read: Callable[[], bytes]) -> frozenset[str]:
-    """Which tensors a factory draws anew at every call, as untrained weights are: their values say nothing.
+    """Tensors whose values a factory draws at random in every call, such as untrained weights.
 
     Args:
         source: The factory.
         raw: The model's file after one call of it.
         names: The tensors in question.
-        read: Makes that file again, which takes longer than a call alone.
+        read: Makes that file again, which takes longer than one more call of the factory.
     """
     state, tensors = torch_module(source).state_dict(), _split(raw)[1]
     drawn = frozenset(n for n in names & state.keys() if not np.array_equal(_numbers(state[n]), tensors[n]))

@@ -1,4 +1,4 @@
-"""Unrolls loops and inlines branches whose length or condition doesn't depend on data."""
+"""Removal of control flow: branches on constants are inlined, and loops of a fixed length are unrolled."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _ControlFlow(GraphWriter):
         self.taken = 0
 
     def take(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
-        """The nodes that replace a node: itself if its condition or length is unknown."""
+        """The nodes that replace a node; the node itself if its condition or length depends on data."""
         rule = {"If": self._if, "Loop": self._loop, "Scan": self._scan}.get(node.op_type)
         if rule is None or node.domain not in ("", "ai.onnx"):
             return [node]
@@ -194,7 +194,7 @@ class _ControlFlow(GraphWriter):
     # -- graphs within graphs -----------------------------------------------------------------------------------------
 
     def _adopted(self, body: onnx.GraphProto, prefix: str) -> dict[str, str]:
-        """The new names of a body's tensors, which join the graph's once."""
+        """Add a body's tensors to the graph, once for all iterations. Returns their new names."""
         # Copied once: all iterations of a body read the same tensors.
         names = {t.name: self._names.fresh(prefix + t.name) for t in body.initializer}
         for tensor in body.initializer:
@@ -210,7 +210,7 @@ class _ControlFlow(GraphWriter):
         prefix: str,
         targets: Sequence[str],
     ) -> list[onnx.NodeProto]:
-        """A body's nodes under names of their own.
+        """A copy of a body's nodes, with new names for their values.
 
         Args:
             tensor_names: The new names of its tensors.
@@ -252,7 +252,7 @@ class _ControlFlow(GraphWriter):
 
 
 def _check_one(what: str, node: onnx.NodeProto, value: Array | None) -> None:
-    """Raises `ModelError` if what decides on branches and turns isn't one number."""
+    """Make sure that a condition or a number of iterations is one number. Raises `ModelError` if it isn't."""
     if value is not None and (value.size != 1 or value.dtype.kind not in "biu"):
         got = f"{value.size} of type {value.dtype}"
         raise ModelError(f"the {what} of {node.op_type} {shown(node.name)}", expected="one truth or number", got=got)
@@ -267,7 +267,7 @@ def _body(node: onnx.NodeProto, attrs: Mapping[str, Any]) -> onnx.GraphProto:
 
 
 def _rename(node: onnx.NodeProto, names: Mapping[str, str]) -> None:
-    """Give a node's values other names, also where graphs within read them."""
+    """Rename a node's values, also in its sub-graphs."""
     node.input[:] = [names.get(i, i) for i in node.input]
     node.output[:] = [names.get(o, o) for o in node.output]
     for attribute in node.attribute:

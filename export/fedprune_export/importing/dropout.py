@@ -1,4 +1,4 @@
-"""Dropouts of an imported model, in the one form that the compiler has of them (`ir.dropout`)."""
+"""Dropouts of an imported model are written in the compiler's form of them (`ir.dropout`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from fedprune_export.ir.graph import Graph, Node
 
 
 def read_dropouts(graph: Graph, notes: list[str]) -> None:
-    """Bring dropouts into their form, without those that drop nothing.
+    """Write dropouts in the compiler's form, and remove those that drop nothing.
 
-    A mask that other operators read is all true.
+    If other operators read a dropout's mask, they get one that is all true.
     """
     ratios: list[float] = []
     outputs = {p.name for p in graph.outputs}

@@ -1,4 +1,4 @@
-"""Replacing nodes of an ONNX file by others: fresh names, pieces of tensors, and values that don't depend on data."""
+"""Replacement of nodes of an ONNX file: new names, stacked and split values, and values that don't depend on data."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Names:
         self._next = dict[str, int]()
 
     def fresh(self, name: str) -> str:
-        """This name, with a number appended if it is taken; it is taken from then on."""
+        """Reserve a name: this one, or with a number appended if it is in use."""
         unique, number = name, self._next.get(name, 0)
         while unique in self._taken:
             number += 1
@@ -54,7 +54,7 @@ def _names(graph: onnx.GraphProto) -> Iterator[str]:
 
 
 class GraphWriter:
-    """Replaces nodes of a model's graph. A kind of writer says in `take` what becomes of each."""
+    """Replaces nodes of a model's graph; a subclass says what replaces each."""
 
     def __init__(self, model: onnx.ModelProto, opset: int) -> None:
         self._model, self._graph, self._opset = model, model.graph, opset
@@ -73,7 +73,7 @@ class GraphWriter:
         del self._graph.node[:]
         self._graph.node.extend(nodes)
 
-    # -- pieces of tensors --------------------------------------------------------------------------------------------
+    # -- slices and stacks -------------------------------------------------------------------------------------------
 
     def _constant(self, value: Array, name: str) -> onnx.NodeProto:
         name = self._names.fresh(name)
@@ -118,7 +118,7 @@ class GraphWriter:
         return self._shapes.get(name)
 
     def _known(self, name: str) -> Array | None:
-        """A value that doesn't depend on data, computed from constants and known sizes; None for any other."""
+        """A value that is computed from constants and sizes alone; None if it depends on data or on a free size."""
         try:
             trials = [self._computed(name, size) for size in _SIZES]
         except ModelError:  # operators that make no sense, or a value that would be huge
@@ -127,7 +127,7 @@ class GraphWriter:
         return trials[0] if same else None
 
     def _computed(self, name: str, free: int) -> Array | None:
-        """The value with `free` for every size that a file leaves open; None if it depends on something else."""
+        """The value if every free size of the file is `free`; None if it depends on data."""
         nodes = self._steps(name)
         if nodes is None:
             return None
@@ -149,7 +149,7 @@ class GraphWriter:
         return values.numbers.get(name)
 
     def _steps(self, name: str) -> list[onnx.NodeProto] | None:
-        """The nodes that compute a value from sizes and constants, in order; None if it depends on data, or on many."""
+        """The nodes that compute a value of sizes and constants, in order; None if data is among them, or too many."""
         nodes: dict[int, onnx.NodeProto] = {}
         pending = [name]
         while pending:
@@ -167,7 +167,7 @@ class GraphWriter:
 
 
 def inferred(model: onnx.ModelProto) -> dict[str, list[int | None]]:
-    """Shapes as far as they are known without running anything."""
+    """The shapes that onnx infers; None for sizes that are free."""
     # Inference serialises the model, which takes long with its weights, and fails from 2 GiB on.
     bare = onnx.ModelProto()
     bare.CopyFrom(model)

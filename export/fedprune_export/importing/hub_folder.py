@@ -1,4 +1,4 @@
-"""Reading a folder in the layout of the Hugging Face hub: a graph, and the weights that take the place of its own."""
+"""Models in the layout of the Hugging Face hub: a graph, and weights that replace its own."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _fill(proto: onnx.ModelProto, tensors: dict[str, Any], where: Path) -> None:
-    """Put weights at their places in a graph. Raises `ModelError` if they are not the graph's."""
+    """Set the weights of a graph by name. Raises `ModelError` if names or shapes don't fit it."""
     texts = metadata.read(proto)
     initializers = {t.name: t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
     listed = metadata.names(texts, metadata.PARAMETERS_KEY, set(initializers))

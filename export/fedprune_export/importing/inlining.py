@@ -69,7 +69,7 @@ def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _check_calls(model: onnx.ModelProto) -> None:
-    """Make sure that writing functions out comes to an end, and soon."""
+    """Refuse functions that call each other without end, or become too many operators, with a `ModelError`."""
     functions = {(f.domain, f.name): f for f in model.functions}
     calls = {k: Counter((n.domain, n.op_type) for n in f.node) for k, f in functions.items()}
     sizes: dict[tuple[str, str], int] = {}
@@ -101,7 +101,7 @@ def _inlined(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _defined(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Replace operators by their definitions, which follow from the types of what they read."""
+    """Replace operators by the standard's definitions, which depend on the types of their inputs."""
     check(model)
     names = [("", name) for name in BY_DEFINITION]
     try:
@@ -126,7 +126,7 @@ def _defined(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _per_group(graph: onnx.GraphProto) -> None:
-    """GroupNormalization of opsets 18 to 20, which scales by group, as an instance norm: it was withdrawn since."""
+    """Write GroupNormalization of opsets 18 to 20 as an instance norm: it scales by group, and was withdrawn later."""
     nodes, names = list[onnx.NodeProto](), Names(graph)
     for node in graph.node:
         attrs = {a.name: helper.get_attribute_value(a) for a in node.attribute}

@@ -1,4 +1,4 @@
-"""Inputs of any length between bounds: a model's graph computes their mask and lengths from how samples are padded."""
+"""Inputs whose length varies between bounds: the graph computes their mask and lengths from the padding."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def read_shape(sizes: object, where: str = "input_shape") -> Shape:
 
 
 def free_input(shapes: Mapping[str, Shape]) -> tuple[str, int, int] | None:
-    """Which input's length varies: its name, the axis of one sample, and the least length.
+    """The input whose length varies: its name, the axis of one sample, and the least length; None if all are fixed.
 
     Raises `ModelError` if several do.
     """
@@ -57,7 +57,7 @@ def free_input(shapes: Mapping[str, Shape]) -> tuple[str, int, int] | None:
 
 
 def bind(proto: onnx.ModelProto, shape: Shape) -> None:
-    """Give an ONNX model's free axis the upper bound of a length as its size.
+    """Set a free axis of an ONNX model to the upper bound of its length, and note its bounds in the metadata.
 
     Raises `ModelError` if the model has no such axis, or another shape.
     """
@@ -93,8 +93,10 @@ def bind(proto: onnx.ModelProto, shape: Shape) -> None:
 
 
 def compute_lengths(graph: Graph, notes: list[str]) -> None:
-    """Replace the inputs `mask` and `lengths` by what padded samples say, and padded places by zeros. Raises
-    `ModelError` if the metadata, or an input, isn't as expected."""
+    """Compute the inputs `mask` and `lengths` from the padding of samples, and replace the padding by zeros.
+
+    Raises `ModelError` if the metadata, or an input, isn't as expected.
+    """
     text = graph.metadata.pop(INPUT_KEY, None)
     if text is None:
         return
@@ -135,9 +137,9 @@ def compute_lengths(graph: Graph, notes: list[str]) -> None:
 
 
 def _cleaned(graph: Graph, port: Port, axis: int) -> str:
-    """Write the input with zeros in padded places, which every node then reads.
+    """Let all nodes read the input with zeros in place of the padding.
 
-    Returns which places are a sample's [N, length].
+    Returns the name of a mask [N, length], true where a sample has data.
     """
     zero = graph.constant(0, port.dtype)
     # Samples are padded with a number larger than any that they hold (`model.lengths.mark`).

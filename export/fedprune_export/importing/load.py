@@ -61,7 +61,7 @@ Prefer = Literal["coarse", "fine"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImportChoices:
-    """What a user may choose when a model is imported; all of it that shapes the graph travels in the model's file.
+    """A user's choices for an import. Those that shape the graph are stored in the model's file.
 
     Attributes:
         input_shape: One sample's shape, where a torch module doesn't say it in `input_shape`; of an ONNX file it must
@@ -130,7 +130,7 @@ def load(source: str | Path | object, *, name: str | None = None, **choices: Any
 
 
 def check_input(source: str, model: Model, input_shape: Sequence[int | str] | None) -> None:
-    """Make sure that a model takes the samples that were asked for: an ONNX file has a shape of its own.
+    """Make sure that a model takes samples of the requested shape, since an ONNX file has its own.
 
     Raises `ModelError` if it takes another.
     """
@@ -212,7 +212,7 @@ def with_choices(raw: bytes, choices: ImportChoices) -> bytes:
 
 @contextmanager
 def _naming(setting: str) -> Iterator[None]:
-    """Let errors about a function of the user's name its setting: the model's own file may be fine."""
+    """Let errors name the setting of a user's function, because the model's file may be correct."""
     try:
         yield
     except ModelError as error:
@@ -228,7 +228,7 @@ def _edited(raw: bytes, edit: Callable[[onnx.ModelProto], None]) -> bytes:
 
 
 def is_called(source: str) -> bool:
-    """Whether a model's source is a factory, which makes another instance at every call, and not a file."""
+    """Whether a model's source is a factory or a network of timm, which make a new module at every call."""
     return _is_factory(source) or source.startswith(PREFIX) or bool(timm_name(source))
 
 
@@ -263,7 +263,7 @@ def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
 
 @contextmanager
 def _as_model_errors() -> Iterator[None]:
-    """Say which model can't be understood, where reading it fails in a way that nobody has foreseen."""
+    """Turn unforeseen errors of reading a model into a `ModelError`."""
     try:
         # A ModelError passes as it is. These are what onnx, numpy and protobuf raise for files that break their
         # assumptions.
@@ -367,7 +367,7 @@ def _preferred(text: str) -> Prefer:
 
 
 def _choose(proto: onnx.ModelProto, choices: ImportChoices) -> None:
-    """Write into a model which output, parameters and channels were chosen."""
+    """Write the chosen output, parameters and preference into a model."""
     if choices.output is not None:
         _choose_output(proto, choices.output)
     if choices.parameters is not None:
@@ -380,7 +380,7 @@ def _choose(proto: onnx.ModelProto, choices: ImportChoices) -> None:
 
 
 def _choose_output(proto: onnx.ModelProto, output: str) -> None:
-    """Make one value the only output: one of several, or a value that only nodes read so far."""
+    """Make one value the only output: one of several outputs, or an inner value."""
     listed = {o.name: o for o in proto.graph.output}
     inner = {name for node in proto.graph.node for name in node.output if name}
     if output not in listed and output not in inner:

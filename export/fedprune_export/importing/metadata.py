@@ -1,4 +1,4 @@
-"""Facts of a model that ONNX has no field for, as texts in the file's metadata."""
+"""Facts of a model for which ONNX has no field: texts in the file's metadata."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def write(model: onnx.ModelProto, texts: Mapping[str, str]) -> None:
 
 
 def names(texts: Mapping[str, str], key: str, tensor_names: AbstractSet[str]) -> tuple[str, ...] | None:
-    """A list of tensor names, or None. Raises `ModelError` if it is no list of names, or a tensor isn't held."""
+    """The tensor names under a key; None without it. Raises `ModelError` if it is no list, or a tensor is missing."""
     listed = _decoded(texts, key, None, "a list of tensor names", _is_texts)
     return None if listed is None else checked(listed, tensor_names, f"metadata {key}")
 
@@ -66,7 +66,7 @@ def unused(texts: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def original_names(texts: Mapping[str, str]) -> dict[str, str]:
-    """The author's names of tensors that have others here, by the names here.
+    """The author's names of tensors that were renamed, by their present names.
 
     Raises `ModelError` if it is something else, or a name can't be printed.
     """
@@ -79,7 +79,7 @@ def original_names(texts: Mapping[str, str]) -> dict[str, str]:
 
 
 def training_notes(texts: Mapping[str, str]) -> tuple[str, ...]:
-    """Notes on what of a torch module's training mode has no part in training.
+    """Notes on what a torch module does in training mode only, and boards don't do.
 
     Raises `ModelError` if it is no list of texts, or one can't be printed.
     """
@@ -93,7 +93,7 @@ def note_of_unused(names: Sequence[str]) -> list[str]:
 
 
 def checked(listed: Sequence[str], tensor_names: AbstractSet[str], where: str) -> tuple[str, ...]:
-    """The list, if a model holds all these tensors. Raises `ModelError` if it doesn't."""
+    """Make sure that a model has all these tensors. Returns their names. Raises `ModelError` if one is missing."""
     missing = [n for n in listed if n not in tensor_names]
     if missing:
         raise ModelError(f"{where} names a tensor that isn't there", got=shown(missing[0]))
@@ -106,7 +106,7 @@ def shown_names(listed: Sequence[str]) -> str:
 
 
 def tied(texts: Mapping[str, str]) -> dict[str, list[str]]:
-    """Further names of tensors that have several, by the name that is theirs here.
+    """Further names of tied tensors, by the name that the file has.
 
     Raises `ModelError` if it is something else, or a name can't be printed.
     """
@@ -128,7 +128,7 @@ def ranks_text(architecture: Architecture, ranks: Ranks) -> str:
 
 
 def ranks(texts: Mapping[str, str], architecture: Architecture) -> Ranks | None:
-    """The recorded ranks; None where none are, or they are of other groups of channels.
+    """The recorded ranks; None without them, or if they belong to other groups of channels.
 
     Raises `ModelError` if they are something else.
     """
@@ -152,7 +152,7 @@ def _groups_digest(architecture: Architecture) -> str:
 
 
 def _decoded(texts: Mapping[str, str], key: str, default: object, expected: str, fits: Callable[[Any], bool]) -> Any:
-    """What a text holds as JSON, if it fits; raises `ModelError` if it doesn't."""
+    """Decode a text as JSON, or return the default without it. Raises `ModelError` if the value doesn't fit."""
     if key not in texts:
         return default
     try:

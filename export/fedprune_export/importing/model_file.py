@@ -1,4 +1,4 @@
-"""Reading ONNX files with their external data, and refusing what is damaged or refers to other places."""
+"""ONNX files with their external data. Damaged files, and data outside the model's folder, are refused."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def parse(raw: bytes, *, whole: bool = True) -> onnx.ModelProto:
 
 
 def check(model: onnx.ModelProto | bytes) -> None:
-    """Make sure that a model, or the bytes of one, is what ONNX allows. Raises `ModelError` if it isn't."""
+    """Make sure that a model, or the bytes of one, is valid ONNX. Raises `ModelError` if it isn't."""
     try:
         onnx.checker.check_model(model)
     except Exception as error:
@@ -89,7 +89,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def _fill(tensors: list[onnx.TensorProto], folder: Path) -> None:
-    """Read what tensors refer to; each range must be within a plain file of the folder and fit the tensor."""
+    """Read the external data of tensors. Each range must fit its tensor and lie in a plain file of the folder."""
     total = 0
     for tensor in tensors:
         entry = {e.key: e.value for e in tensor.external_data}

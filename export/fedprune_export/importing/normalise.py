@@ -1,7 +1,7 @@
 """Any ONNX model as a graph of few operators: one input `x`, one output `logits`, opset 17, constants folded.
 
-What the rest of the compiler need not know is taken out here: names that clash with ours, shape arithmetic, operators
-that do nothing at inference, forms of an operator that differ between opsets. Weights keep their names and values.
+The rest of the compiler then needn't handle names that clash with reserved ones, shape arithmetic, operators that do
+nothing at inference, and forms of an operator that differ between opsets. Weights keep their names and values.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def simplified(graph: Graph, constants: set[str], notes: list[str], *, output: s
 
 
 def _simplified(graph: Graph, trace: Trace, constants: set[str], notes: list[str], output: str) -> int:
-    """Fold constants and write operators in one form each; returns how many composites were found."""
+    """Fold constants and write each operator in one form. Returns the number of composites that were recognised."""
     _drop_casts(graph, trace)
     _fold(graph, trace, constants, output)
     translate(graph, trace, notes)
@@ -189,8 +189,10 @@ def _simplified(graph: Graph, trace: Trace, constants: set[str], notes: list[str
 
 
 def _plain_numbers(graph: Graph) -> set[str]:
-    """Initialisers that no author means to train: integers, and single numbers that scale, shift or bound, other than
-    the bias of a product with one output."""
+    """Initialisers that are constants by their kind: integers, and single numbers that scale, shift or bound.
+
+    The bias of a product with one output is a single number, too, but it trains.
+    """
     readers, producers = graph.consumers(), graph.producers()
 
     def is_plain(name: str) -> bool:
@@ -227,7 +229,7 @@ def _check_ports(graph: Graph) -> None:
 
 
 def _drop_casts(graph: Graph, trace: Trace) -> None:
-    """Take out casts to the type that a value already has; what a CastLike takes its type from doesn't matter."""
+    """Remove casts to the type that a value has already, and write each CastLike as a Cast."""
     outputs = {p.name for p in graph.outputs}
     for node in list(graph.nodes):
         if node.domain or node.op not in ("Cast", "CastLike"):
@@ -271,8 +273,9 @@ def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, st
 
 
 def _drop_output_softmax(graph: Graph, trace: Trace, notes: list[str]) -> str:
-    """A softmax over classes at the end belongs to the loss; it doesn't change which class wins. Operators that only
-    pass its numbers on may follow it.
+    """Remove a softmax over classes at the end, which the loss contains; the order of the classes stays the same.
+
+    Operators that only rearrange or clip its numbers may follow it.
 
     Returns the operator that was removed, empty if none.
     """
@@ -306,7 +309,7 @@ def _drop_output_softmax(graph: Graph, trace: Trace, notes: list[str]) -> str:
 
 
 def _is_wide(graph: Graph, clip: Node) -> bool:
-    """Whether bounds cut off next to nothing of the numbers from 0 to 1."""
+    """Whether a clip leaves probabilities as they are, but for a margin that protects a logarithm."""
     low, high = ([*clip.inputs, "", ""][i] for i in (1, 2))
     are_constant = all(name in graph.initializers for name in (low, high) if name)
     bottom, top = graph.initializers.get(low, np.zeros(1)), graph.initializers.get(high, np.ones(1))
@@ -314,7 +317,7 @@ def _is_wide(graph: Graph, clip: Node) -> bool:
 
 
 def _axis_after(node: Node, axis: int, trace: Trace) -> int | None:
-    """Where an axis is after a node that passes values on; None if the node merges or splits it."""
+    """The index of an axis after a node that rearranges values; None if the node merges or splits it."""
     if node.op == "Transpose":
         rank = len(trace.shapes[node.inputs[0]])
         return list(node.attrs.get("perm", range(rank)[::-1])).index(axis)
@@ -325,9 +328,9 @@ def _axis_after(node: Node, axis: int, trace: Trace) -> int | None:
 
 
 def _fold(graph: Graph, trace: Trace, constants: set[str], output: str) -> None:
-    """Turn what depends neither on the data nor on weights into constants.
+    """Compute values that depend neither on data nor on weights, and store them as constants.
 
-    Shape arithmetic that doesn't follow the batch is one; it then has full widths, also in a cut graph.
+    That includes shape arithmetic that doesn't depend on the batch; it has full widths, also in a cut graph.
     """
     constant_values = {n: graph.initializers[n] for n in constants if n in graph.initializers}
     for name, marks in follow(graph, trace, constant_values, trace.batched).items():
@@ -387,7 +390,7 @@ def _check_types(graph: Graph, trace: Trace) -> None:
 
 
 def _check_finite(graph: Graph, kinds: Mapping[str, str]) -> None:
-    """No tensor holds NaN, no weight an infinite number; a constant may, such as a bound or the mask of a softmax."""
+    """Refuse NaN in any tensor, and infinite weights, with a `ModelError`. Bounds and masks may be infinite."""
     for name, value in graph.initializers.items():
         if value.dtype.kind == "f" and (np.isnan(value).any() or (name in kinds and np.isinf(value).any())):
             raise ModelError(

@@ -15,8 +15,7 @@ Array = npt.NDArray[Any]
 
 
 class Original:
-    """A file's own session. It reads nothing of what the import has made of the file: not the functions that were
-    inlined, not the loops that were unrolled, not another opset.
+    """A session of the user's file as it is: no function is inlined, no loop is unrolled, and the opset is its own.
 
     Raises `ModelError` if onnxruntime doesn't load the file.
 
@@ -42,7 +41,7 @@ class Original:
             self._feeder = Session(proto.SerializeToString())
 
     def run(self, x: Array) -> Array:
-        """The outputs for samples of the import's input; several lie side by side, as `pack_outputs` puts them."""
+        """The outputs for samples of the import's input; several are concatenated, as by `pack_outputs`."""
         inputs = self._feeder.run({self._row: x}) if self._feeder is not None else {}
         values = self._session.run({name: inputs.get(name, x) for name in self._inputs}, self._outputs)
         if len(self._outputs) == 1:
@@ -51,8 +50,11 @@ class Original:
 
 
 def raw_session(raw: bytes, outputs: list[str]) -> Session:
-    """A session of a file without what no output depends on, whose sizes nobody has bounded, and without names of nodes
-    and written shapes, which may be double or wrong and compute nothing. Raises `ModelError` if onnxruntime refuses."""
+    """A session of a file, reduced to what its outputs depend on. Raises `ModelError` if onnxruntime refuses it.
+
+    Dead nodes could ask for any amount of memory, because the import bounds only sizes of live values. Names of nodes
+    and declared shapes are removed: they compute nothing, but may be duplicate or wrong.
+    """
     model = onnx.load_model_from_string(raw)
     unused = [o for o in model.graph.output if o.name not in outputs]
     for value in unused:
@@ -63,8 +65,10 @@ def raw_session(raw: bytes, outputs: list[str]) -> Session:
 
 
 def _drop_dead(scope: Any) -> set[str]:
-    """Keep the nodes of a graph or function, and of graphs within, that its outputs depend on. Returns what is read
-    from around it."""
+    """Keep the nodes of a graph or function that its outputs depend on, also in sub-graphs.
+
+    Returns the names that it reads from the graph around it.
+    """
     needed = {o if isinstance(o, str) else o.name for o in scope.output}
     live_nodes = []
     for node in reversed(scope.node):

@@ -1,7 +1,7 @@
-"""Several inputs or outputs of a model as one: what a graph computes is laid out side by side.
+"""Several inputs or outputs of a model are packed into one row per sample.
 
-Boards, planners and strategies know models of one input and one output. A model's inputs become parts of one row per
-sample, in the alphabetical order of their names, and so do its outputs, in the model's own order.
+Boards, planners and strategies handle models of one input and one output. Inputs are concatenated in the alphabetical
+order of their names, and outputs in the model's own order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TYPES = {np.dtype(t): int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(t))) fo
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a row: its name, and one sample's shape."""
+    """An input or output in a packed row: its name, and one sample's shape."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,8 +47,10 @@ def pieces(metadata: dict[str, str], key: str) -> tuple[Piece, ...]:
 
 
 def pack_inputs(graph: Graph, notes: list[str]) -> None:
-    """Make several inputs parts of one: float32, or int64 where all are whole numbers. Raises `ModelError` if one of
-    them has no free batch, another free axis, or is of a type that isn't read."""
+    """Pack several inputs into one: int64 if all are integers, else float32.
+
+    Raises `ModelError` if one of them has no free batch, another free axis, or a type that isn't supported.
+    """
     if len(graph.inputs) < 2:
         return
     ports = sorted(graph.inputs, key=lambda port: port.name)
@@ -75,8 +77,10 @@ def pack_inputs(graph: Graph, notes: list[str]) -> None:
 
 
 def pack_outputs(graph: Graph, notes: list[str]) -> None:
-    """Make several outputs parts of one row per sample. Raises `ModelError` if one of them isn't float32 with a free
-    batch alone."""
+    """Pack several outputs into one row per sample.
+
+    Raises `ModelError` if one of them has no free batch, or another free axis.
+    """
     if len(graph.outputs) < 2:
         return
     graph_trace, pieces = trace(graph), []
@@ -98,7 +102,7 @@ def pack_outputs(graph: Graph, notes: list[str]) -> None:
 
 
 def unpacked(pieces: Sequence[Piece]) -> Callable[[Any], list[Any]]:
-    """A function that splits rows [n, k] of torch into their parts [n, ...]."""
+    """A function that splits torch tensors of packed rows [n, k] into their pieces [n, ...]."""
 
     def split(rows: Any) -> list[Any]:
         chunks = rows.split([piece.size for piece in pieces], 1)

@@ -13,15 +13,18 @@ from fedprune_export.ir.axis_matrix import axis_matrix
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
 from fedprune_export.ir.trace import Trace
 
-RESIZE_MODES = 11  # the first opset in which a Resize says how it computes places
+RESIZE_MODES = 11  # the first opset in which a Resize says how it computes positions
 
 _EARLY_NEAREST = "simple"  # onnxruntime's name for the rounding of earlier opsets, which no file can ask for
 
-_NEAR = 1e-4  # how near to a whole or half place a place counts as being there
+_NEAR = 1e-4  # a position this near to a whole or half one may round either way
 
 
 def emit_pad(graph: Graph, node: Node, trace: Trace) -> None:
-    """Pads of every axis; wrapping round as a concatenation. Raises `ModelError` if pads of some axes are computed."""
+    """Write a Pad with pads of all axes; mode "wrap" becomes a concatenation.
+
+    Raises `ModelError` if pads of some axes, or of "wrap", are computed.
+    """
     x, pads, value, axes = [*node.inputs, "", "", ""][:4]
     rank = len(trace.shapes[x])
     if axes and pads not in graph.initializers:
@@ -64,7 +67,7 @@ def _wrap(graph: Graph, node: Node, x: str, pads: str, trace: Trace) -> None:
 
 
 def mark_early_resizes(graph: onnx.GraphProto) -> None:
-    """Say of resizes from before opset 11 how they compute places, as onnx's converter leaves to later defaults."""
+    """Set the modes of resizes from before opset 11 explicitly: onnx's converter gives them the later defaults."""
     for node in graph.node:
         if node.op_type != "Resize" or node.domain not in ("", "ai.onnx"):
             continue
@@ -80,7 +83,7 @@ def mark_early_resizes(graph: onnx.GraphProto) -> None:
 
 
 def emit_resize(graph: Graph, node: Node, trace: Trace) -> None:
-    """One scale per axis where these give the same sizes, else what the node has.
+    """Write a Resize with one scale per axis if scales give the same values, else with its own sizes.
 
     Raises `ModelError` if it uses what opset 17 doesn't have.
     """
@@ -124,7 +127,7 @@ def _shrink_early(
     after: tuple[int | None, ...],
     scales: np.ndarray[Any, Any] | None,
 ) -> np.ndarray[Any, Any]:
-    """Write the rounding of opsets before 11: up along axes that shrink, and down along those that grow.
+    """Write nearest resizing of opsets before 11, which rounds up along axes that shrink and down along others.
 
     Returns the scales that are left for the node. Raises `ModelError` if scales are computed.
     """
@@ -169,10 +172,10 @@ def _emit_products(graph: Graph, node: Node, trace: Trace) -> None:
 def _scales(
     before: tuple[int | None, ...], after: tuple[int | None, ...], *, jumps: bool
 ) -> np.ndarray[Any, Any] | None:
-    """Scales that give these sizes; None if there are none that give the same values.
+    """The scales that give these sizes; None if no scales give the same values.
 
-    A scale that rounding makes too small is taken a step larger, unless places jump from one value to the next and one
-    of them lies where such a step could move it.
+    A scale that rounding makes too small is taken a step larger, unless values jump between positions and one of
+    them lies so near to a jump that the step could cross it.
     """
     out = np.ones(len(before), np.float32)
     for i, (old, new) in enumerate(zip(before, after, strict=True)):

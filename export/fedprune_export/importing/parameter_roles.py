@@ -46,12 +46,12 @@ _STATISTICS = ("stat_mean", "stat_var")
 
 
 def constants_of(model: onnx.ModelProto, graph: Graph, notes: list[str]) -> set[str]:
-    """What a file says to be constant: the values of its Constant nodes, unless all its weights are some.
+    """The values of a file's Constant nodes; none if all its weights are such nodes.
 
     Several exporters write weights as such nodes; others write only what the author has written as a number.
 
     Args:
-        notes: Gets a sentence on what could be weights and is taken for constant.
+        notes: Gets a sentence on tensors that may be weights and are taken for constants.
     """
     constants = {o for n in model.graph.node if n.op_type == "Constant" for o in n.output}
     weights = {
@@ -96,7 +96,7 @@ def untie(graph: Graph, constants: set[str], notes: list[str]) -> None:
 
 
 def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes: list[str]) -> dict[str, str]:
-    """The role of every weight, by its use; the rest are constants.
+    """The role of every parameter, by its use; all other initialisers are constants.
 
     Statistics of batch norms always count. Vectors that scale a norm's output do unless they are known constants. What
     is added to the model's input or multiplied by it normalises data: it is a constant. Raises `ModelError` if a
@@ -169,7 +169,7 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
 
 
 def _is_mask(value: Array, readers: AbstractSet[str]) -> bool:
-    """Whether numbers say what counts: 0 and one very low number, which are added, or 1 and 0 of a table of factors."""
+    """Whether a tensor is a mask: of 0 and one very low number, which are added to scores, or of factors 1 and 0."""
     low, high = value.min(initial=np.inf), value.max(initial=-np.inf)
     if not ((value == low) | (value == high)).all():
         return False
@@ -178,7 +178,7 @@ def _is_mask(value: Array, readers: AbstractSet[str]) -> bool:
 
 
 def is_sole_bias(graph: Graph, producers: Mapping[str, Node], node: Node, name: str) -> bool:
-    """Whether a node adds a single number of one axis or more to a product with one output, as its bias."""
+    """Whether a single number is the bias of a product with one output. A number without axes is none."""
     if node.op != "Add" or node.domain or name not in node.inputs or not graph.initializers[name].ndim:
         return False
     product = producers.get(node.inputs[1 - node.inputs.index(name)])
@@ -209,7 +209,7 @@ def note_scalars(graph: Graph, scalars: set[str], notes: list[str]) -> None:
 
 
 def _still_input(graph: Graph, data_values: set[str]) -> set[str]:
-    """The model's input, also in another order, and shifted and scaled by what isn't computed from it."""
+    """The model's input and what is computed from it by rearrangement, shifts and scales only."""
     out = {p.name for p in graph.inputs}
     for node in graph.nodes:
         data = data_values.intersection(node.inputs)
@@ -221,7 +221,10 @@ def _still_input(graph: Graph, data_values: set[str]) -> set[str]:
 def _uses(
     consumers: Mapping[str, list[tuple[Node, int]]], data_values: set[str], start: str
 ) -> list[tuple[str, Node, int]]:
-    """Roles of an initialiser where it, or what is computed from it and weights, meets data; node and input too."""
+    """The roles in which an initialiser, or a value computed from it and other weights, is combined with data.
+
+    Each comes with the node and the index of its input.
+    """
     out: list[tuple[str, Node, int]] = []
     visited, pending = {start}, [start]
     while pending:
@@ -239,7 +242,7 @@ def _uses(
 
 
 def name_constants(graph: Graph, kinds: Mapping[str, str]) -> None:
-    """Name constants as ours, so that importing this graph again finds the same parameters."""
+    """Give constants the compiler's prefix, so that a second import finds the same parameters."""
     names: dict[str, str] = {}
     for name in _in_order(graph):
         if name in graph.initializers and name not in kinds:

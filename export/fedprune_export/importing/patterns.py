@@ -1,4 +1,4 @@
-"""Norms and activations that are written out in primitives, found and put together.
+"""Norms and activations that are written in primitives are replaced by single operators.
 
 LayerNorm and RMSNorm come from means of squares, over the last axes or (between two transposes) over others; GroupNorm
 from an instance norm of a reshaped value. A match replaces only the last node of a pattern: the others stay where
@@ -28,7 +28,7 @@ _LINEAR = 17.0  # from here on softplus(x) and x are the same number in float32
 class Expressions:
     """A graph as expressions over its values.
 
-    `makers`: the node of the main domain that makes each value as its first output.
+    `makers`: the standard operator that makes each value as its first output.
     """
 
     graph: Graph
@@ -54,7 +54,7 @@ class Expressions:
         return float(array.reshape(-1)[0])
 
     def is_number(self, value: str, expected: float) -> bool:
-        """Whether a value is this constant."""
+        """Whether a value is a constant of this number, up to rounding."""
         number = self.number(value)
         return number is not None and math.isclose(number, expected, rel_tol=_EXACT)
 
@@ -77,7 +77,7 @@ class Expressions:
         return Counter([value]), 1.0
 
     def plus(self, value: str, expected: float) -> str | None:
-        """The value that a constant is added to."""
+        """The other operand of a sum with this constant; None if a value is no such sum."""
         node = self.made_by(value, "Add")
         for a, b in (node.inputs, node.inputs[::-1]) if node is not None else ():
             if self.is_number(b, expected):
@@ -109,7 +109,7 @@ def find_activations(graph: Graph, trace: Trace, constants: Container[str]) -> i
 
 
 def _softplus(expressions: Expressions, node: Node) -> str | None:
-    """The x of torch's form, which is x itself from 20 on: there float32 makes no difference."""
+    """The input of PyTorch's softplus, which returns x itself from a bound on; in float32 that is the same number."""
     condition, x, soft = node.inputs
     greater, inner = expressions.made_by(condition, "Greater"), expressions.made_by(soft, "Softplus")
     if greater is None or inner is None or greater.inputs[0] != x or inner.inputs[0] != x:
@@ -175,11 +175,11 @@ _SHAPING = ("Reshape", "Unsqueeze", "Squeeze")
 
 @dataclass(frozen=True)
 class _Found:
-    """A norm without its vectors.
+    """A norm that was recognised in primitives, before scale and bias.
 
     Attributes:
         axes: Axes that are normalised together, ascending; of a GroupNormalization the channels.
-        scale: Constant scale and bias of channels that are a part of it, if any.
+        scale: The constant scale and bias of its channels, if it has them.
     """
 
     op: str
@@ -240,7 +240,7 @@ def _by_squares(expressions: Expressions, node: Node) -> _Found | None:
 
 
 def _root(expressions: Expressions, value: str) -> tuple[str, float] | None:
-    """A mean and epsilon, from sqrt(mean + epsilon)."""
+    """The mean and epsilon of sqrt(mean + epsilon)."""
     node = expressions.made_by(value, "Sqrt", "Pow")
     if node is None or (node.op == "Pow" and not expressions.is_number(node.inputs[1], 0.5)):
         return None
@@ -248,7 +248,7 @@ def _root(expressions: Expressions, value: str) -> tuple[str, float] | None:
 
 
 def _inverse_root(expressions: Expressions, value: str) -> tuple[str, float] | None:
-    """A mean and epsilon, from 1 / sqrt(mean + epsilon)."""
+    """The mean and epsilon of 1 / sqrt(mean + epsilon)."""
     node = expressions.made_by(value, "Reciprocal", "Div", "Pow")
     if node is None:
         return None
@@ -269,7 +269,7 @@ def _with_epsilon(expressions: Expressions, value: str) -> tuple[str, float] | N
 
 
 def _mean_axes(expressions: Expressions, value: str) -> tuple[int, ...] | None:
-    """The axes of a mean that keeps them, none of which is the batch."""
+    """The axes of a mean with keepdims; None if a value is no such mean, or the batch is among the axes."""
     node = expressions.made_by(value, "ReduceMean")
     if node is None or not node.attrs.get("keepdims", 1) or "axes" not in node.attrs:
         return None
@@ -280,7 +280,7 @@ def _mean_axes(expressions: Expressions, value: str) -> tuple[int, ...] | None:
 
 
 def _centre(expressions: Expressions, value: str) -> tuple[str, tuple[int, ...]] | None:
-    """A value and the axes over which its mean is taken away."""
+    """The x and the axes of x − mean(x); None if a value is no such difference."""
     node = expressions.made_by(value, "Sub")
     if node is None:
         return None
@@ -294,7 +294,7 @@ def _centre(expressions: Expressions, value: str) -> tuple[str, tuple[int, ...]]
 
 
 def _grouped(expressions: Expressions, node: Node) -> _Found | None:
-    """An instance norm of [batch, groups, rest] between two reshapes, the second of which goes back."""
+    """A group norm: an instance norm of [batch, groups, rest] between a reshape and its reverse."""
     trace, normal = expressions.seen, expressions.made_by(node.inputs[0], "InstanceNormalization")
     first = expressions.made_by(normal.inputs[0], "Reshape") if normal else None
     if normal is None or first is None:
@@ -318,7 +318,7 @@ def _grouped(expressions: Expressions, node: Node) -> _Found | None:
 
 
 def _replace(expressions: Expressions, norm: _Found) -> None:
-    """Put the operator where the pattern ends, with the scale and bias that follow, or ones and zeros."""
+    """Replace the last node of a pattern by the operator, with the scale and bias that follow, or ones and zeros."""
     graph = expressions.graph
     shape = tuple(expressions.seen.shapes[norm.x][a] for a in norm.axes)
     value, last = norm.value, expressions.makers[norm.value]

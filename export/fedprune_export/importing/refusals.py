@@ -1,4 +1,4 @@
-"""What of a user's model can't be trained, with the reason as the user would say it and the way out."""
+"""Models that can't be trained are refused, with the reason and what to do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _NOT_FLOATS = {"b": "truths", "i": "whole numbers", "u": "whole numbers"}
 
 
 def check_random(graph: Graph) -> None:
-    """Raises `ModelError` if an output depends on random numbers."""
+    """Refuse graphs that draw random numbers, with a `ModelError`."""
     node = next((n for n in graph.nodes if n.op in RANDOM and not n.domain), None)
     if node is not None:
         raise ModelError(
@@ -40,10 +40,10 @@ def check_random(graph: Graph) -> None:
 
 
 def check_output(graph: Graph, trace: Trace, names: Mapping[str, str]) -> None:
-    """Make sure that the output consists of numbers that a loss can follow. Raises `ModelError` otherwise.
+    """Make sure that the output consists of floats, which have a gradient. Raises `ModelError` otherwise.
 
     Args:
-        names: What values are called in the file, where it is something else.
+        names: The names that renamed values have in the file.
     """
     name, makers = graph.outputs[0].name, graph.producers()
     kind = _NOT_FLOATS.get(trace.dtypes[name].kind)
@@ -62,7 +62,7 @@ def check_output(graph: Graph, trace: Trace, names: Mapping[str, str]) -> None:
 
 
 def check_trainable(graph: Graph, kinds: Mapping[str, str]) -> None:
-    """Raises `ModelError` if no tensor trains."""
+    """Make sure that some tensor can be trained. Raises `ModelError` if none can."""
     if any(TensorKind(kind).trainable for kind in kinds.values()):
         return
     stored = [f"{n} ({v.dtype})" for n, v in graph.initializers.items() if v.size > 1]
@@ -75,7 +75,7 @@ def check_trainable(graph: Graph, kinds: Mapping[str, str]) -> None:
 
 
 def check_stored(graph: Graph) -> None:
-    """Raises `ModelError` if weights are stored in few bits, of which nothing could be trained."""
+    """Refuse weights that are stored in 8 bits, which can't be trained, with a `ModelError`."""
     for node in graph.nodes:
         # A model may quantise weights that it stores as float32; it is refused only if its outputs jump.
         stored = [graph.initializers[i] for i in node.inputs if i in graph.initializers]
@@ -84,12 +84,12 @@ def check_stored(graph: Graph) -> None:
 
 
 def quantising_node(graph: Graph) -> Node | None:
-    """The first node that rounds to few bits, or reads what was."""
+    """The first node that quantises numbers, or reads quantised ones."""
     return next((n for n in graph.nodes if n.op in _QUANTISING and not n.domain), None)
 
 
 def quantisation_error(node: Node) -> ModelError:
-    """The error of a quantised model, whose outputs are not quite its own after any rewriting."""
+    """The error for a quantised model, whose outputs change with any rewriting."""
     return ModelError(
         f"the model is quantised: {_label(node)} rounds, so that its outputs jump",
         hint=_UNQUANTISED,

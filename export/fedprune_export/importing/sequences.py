@@ -1,4 +1,4 @@
-"""Rewrites sequence operators, which exporters emit for chunk, split, unbind and stack, as Split and Concat."""
+"""Sequence operators, which exporters emit for chunk, split, unbind and stack, become Split and Concat."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class _Sequences(GraphWriter):
         return self._listing("Split", x, "split", sizes, elements, axis=axis)
 
     def _position(self, node: onnx.NodeProto, index: int, elements: Sequence[str]) -> int:
-        """The position among these elements that a node takes, by default the last."""
+        """The position of the element that a node reads or writes, by default the last."""
         numbers = self._numbers(node, index)
         position = -1 if numbers is None else int(numbers.reshape(-1)[0]) if numbers.size == 1 else len(elements)
         if not -len(elements) <= position < len(elements):
@@ -110,7 +110,7 @@ class _Sequences(GraphWriter):
         return position % len(elements)
 
     def _numbers(self, node: onnx.NodeProto, index: int) -> Array | None:
-        """The whole numbers at an input; None where it is left out."""
+        """The constant integers at an input; None where it is left out."""
         if len(node.input) <= index or not node.input[index]:
             return None
         numbers = self._known(node.input[index])

@@ -1,14 +1,14 @@
-"""Rewrites of an imported graph: one form for operators that can be written in several ways, and none that do nothing.
+"""Rewrites of an imported graph: each operator gets one form, and operators that do nothing are removed.
 
 Each function changes the graph in place; its outputs stay the same. The module `normalise` calls them in this order:
 
-- `drop_idle` removes operators that do nothing.
+- `drop_idle` removes Identity nodes.
 - `simplify` brings reshapes, squeezes and reductions into one form each, and removes products with one, sums with zero
   and other operators that return their input.
 - `merge_transpositions` finds transpositions in disguise: axes that a reshape merges, that are transposed, and that a
-  reshape splits again. torch writes the keys of an attention in this way: it merges (batch, heads, places, dims) to
-  (batch × heads, places, dims), transposes that, and splits it. In one transposition no axis of heads is merged with
-  the batch, so that heads can be cut.
+  reshape splits again. PyTorch writes the keys of an attention in this way: it merges (batch, heads, positions, dims)
+  to (batch × heads, positions, dims), transposes that, and splits it. In one transposition no axis of heads is
+  merged with the batch, so that heads can be cut.
 - `guard_lengths` divides by 1 where the length of a direction (weight norm) is 0, which would give NaN.
 - `part_fills` gives each reader of a filled value a copy of its own. A filled value is a number that is repeated to a
   computed size, such as the zeros with which a recurrent layer begins. Exporters make one value for several layers,
@@ -47,7 +47,7 @@ def store_as_float32(graph: Graph) -> None:
 
 
 def merge_transpositions(graph: Graph, trace: Trace) -> None:
-    """Write a reshape, transpositions and a reshape as one transposition of all factors, where they are one."""
+    """Write a reshape, transpositions and a reshape as one transposition of all factors, where that is the same."""
     makers = {name: node for name, node in graph.producers().items() if not node.domain}
     nodes, graph.nodes = graph.nodes, []
     for node in nodes:
@@ -58,7 +58,7 @@ def merge_transpositions(graph: Graph, trace: Trace) -> None:
 
 
 def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], trace: Trace) -> None:
-    """Examine the nodes between this reshape and the one before it."""
+    """Merge this reshape with the transpositions and the reshape before it, where they are one transposition."""
     after = _extents(trace, node.outputs[0])
     name, perm = node.inputs[0], list(range(len(_extents(trace, node.inputs[0]) or [])))
     # Backwards to the reshape before this one; the transpositions between are composed into one.
@@ -104,18 +104,18 @@ def _merges_batch(before: Sequence[int], between: Sequence[int]) -> bool:
 
 
 def _merges(fine: Sequence[int], coarse: Sequence[int]) -> bool:
-    """Whether every coarse axis is made of whole fine ones."""
+    """Whether every coarse axis is a product of consecutive fine axes."""
     common = common_factors(fine, coarse)
     return common is not None and common[0] == list(fine)
 
 
 def _target(graph: Graph, sizes: Sequence[int]) -> str:
-    """A target of a reshape with the batch free."""
+    """The target of a reshape to these sizes, with −1 for the one that depends on the batch."""
     return graph.ints(*(-1 if n % BATCH_EXTENT == 0 else n for n in sizes))
 
 
 def _extents(trace: Trace, name: str) -> list[int] | None:
-    """Sizes of a value, to compare shapes by; None where it wasn't traced."""
+    """The sizes of a value as `channels.factors` compares them; None if it wasn't traced."""
     return extents(trace, name) if name in trace.shapes else None
 
 
@@ -155,9 +155,9 @@ def part_fills(graph: Graph, constants: Collection[str]) -> None:
 
 
 def guard_lengths(graph: Graph, constants: Container[str]) -> None:
-    """Divide by 1 where a parameter's length is 0, as the length of a direction (weight norm) under a mask can be.
+    """Divide by 1 where the L2 norm of a parameter is 0, as that of a direction (weight norm) under a mask may be.
 
-    0 / 0 is NaN, also in torch. Value and gradient stay what they are wherever a length is not 0.
+    0 / 0 is NaN, also in PyTorch. Where the norm is not 0, value and gradient stay the same.
     """
     makers = graph.producers()
     nodes: list[Node] = []
@@ -175,7 +175,7 @@ def guard_lengths(graph: Graph, constants: Container[str]) -> None:
 
 
 def narrow_constants(graph: Graph, trace: Trace, constants: set[str]) -> None:
-    """Shorten constants along axes on which they are all equal, where another operand gives the length of the axis.
+    """Shorten constants along axes on which all their numbers are equal, if another operand gives the axis its size.
 
     Args:
         constants: Names of initialisers that are constants; gets those that are new.
@@ -201,7 +201,7 @@ def narrow_constants(graph: Graph, trace: Trace, constants: set[str]) -> None:
 
 
 def _copied(graph: Graph, node: Node, reader: Node) -> Node:
-    """A copy of a node whose outputs one reader reads instead."""
+    """Copy a node, and let one of its readers read the copy."""
     names = {name: graph.fresh(node.op) for name in node.outputs if name}
     reader.inputs = [names.get(i, i) for i in reader.inputs]
     outputs = [names.get(o, "") for o in node.outputs]
@@ -277,7 +277,7 @@ def simplify(graph: Graph, trace: Trace, constants: Container[str]) -> None:
 
 
 def _reshape(graph: Graph, node: Node, trace: Trace) -> None:
-    """Write a flatten as Flatten, and at most one batch-dependent entry of a target as -1."""
+    """Write a reshape that flattens samples as Flatten; in others write the entry that depends on the batch as −1."""
     source, target = trace.dims(node.inputs[0]), trace.dims(node.outputs[0])
     flat = len(target) == 2 and len(source) >= 2 and source[0] is None and None not in source[1:]
     if flat and target[0] is None and target[1] == math.prod(d or 1 for d in source[1:]):
@@ -289,7 +289,10 @@ def _reshape(graph: Graph, node: Node, trace: Trace) -> None:
 
 
 def _sum(graph: Graph, node: Node) -> None:
-    """ReduceSum, the one reduction whose axes are an input in opset 17: they must be known; none means all axes."""
+    """Make the axes of a ReduceSum constant; without any it reduces all.
+
+    It is the only reduction whose axes are an input at opset 17. Raises `ModelError` if they are computed.
+    """
     axes: list[int] = []
     if len(node.inputs) > 1 and node.inputs[1]:
         if node.inputs[1] not in graph.initializers:
@@ -305,7 +308,7 @@ def _sum(graph: Graph, node: Node) -> None:
 
 
 def _merge_reshapes(graph: Graph) -> None:
-    """A reshape of a reshape reads what that read."""
+    """Let a reshape of a reshape read the input of the first."""
     makers = graph.producers()
     for node in graph.nodes:
         # A 0 in the target copies a size of the input, which would be another one after the merge.
@@ -319,7 +322,7 @@ def _merge_reshapes(graph: Graph) -> None:
 
 
 def _keep_axes(graph: Graph, trace: Trace) -> None:
-    """A reduction whose axes a reshape puts back keeps them instead."""
+    """Let a reduction keep its axes, where a reshape inserts them again."""
     makers, readers = graph.producers(), graph.consumers()
     outputs = {p.name for p in graph.outputs}
     for node in graph.nodes:
@@ -345,7 +348,7 @@ def _keep_axes(graph: Graph, trace: Trace) -> None:
 
 
 def _drop_neutral(graph: Graph, trace: Trace, constants: Container[str]) -> None:
-    """Take out products with one, sums with zero, expansions to the shape that a value has, and whole slices."""
+    """Remove products with one, sums with zero, expansions to a value's own shape, and slices of everything."""
     outputs = {p.name for p in graph.outputs}
     for node in list(graph.nodes):
         value = None if node.domain else _returned(graph, trace, constants, node)
@@ -355,7 +358,7 @@ def _drop_neutral(graph: Graph, trace: Trace, constants: Container[str]) -> None
 
 
 def _returned(graph: Graph, trace: Trace, constants: Container[str], node: Node) -> str | None:
-    """The input that a node returns as it is; None if it does something."""
+    """The input that a node returns unchanged; None if it computes something."""
     if (node.op == "Slice" and _is_whole(graph, trace, node)) or (node.op == "Concat" and len(node.inputs) == 1):
         return node.inputs[0]
     if (node.op == "Where" and _takes_second(graph, trace, node)) or (
@@ -393,7 +396,7 @@ def _is_whole(graph: Graph, trace: Trace, node: Node) -> bool:
 
 
 def _takes_second(graph: Graph, trace: Trace, node: Node) -> bool:
-    """Whether the condition of a choice is constant, and holds nowhere."""
+    """Whether a Where takes its second value everywhere, because its condition is constant and false."""
     condition, _, second = node.inputs
     never = condition in graph.initializers and not graph.initializers[condition].any()
     alike = {second, node.outputs[0]} <= trace.shapes.keys() and trace.dims(second) == trace.dims(node.outputs[0])
@@ -401,7 +404,7 @@ def _takes_second(graph: Graph, trace: Trace, node: Node) -> bool:
 
 
 def _overwrites(trace: Trace, node: Node) -> bool:
-    """Whether a scatter puts every row of its updates in its own place: torch's `x[:] = y`."""
+    """Whether a scatter replaces every row of its data in order, as PyTorch's `x[:] = y` does."""
     data, indices, updates = node.inputs
     if node.attrs.get("reduction", "none") != "none" or not {data, updates} <= trace.shapes.keys():
         return False

@@ -1,5 +1,7 @@
-"""Fourier transforms of a fixed length as products with constant matrices, and folds as convolutions with constant
-kernels: they can be cut and differentiated."""
+"""Fourier transforms and folds of a fixed size are written as products and convolutions with constants.
+
+In that form they can be cut and differentiated.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,7 @@ def emit_stft(graph: Graph, node: Node, trace: Trace) -> None:
 def _matrix(node: Node, samples: int, length: int, components: int, *, inverse: bool, onesided: bool) -> Array:
     """The factors from each part of each sample to each part of each frequency [samples, parts, frequencies, 2].
 
-    Samples beyond `length` count for nothing.
+    Samples beyond `length` have factors of 0.
     """
     frequencies = length // 2 + 1 if onesided else length
     cos, sin = _waves(node, samples, length, frequencies, 2 * components)
@@ -120,7 +122,7 @@ def _back_from_one_side(node: Node, frequencies: int, length: int, components: i
 
 
 def _waves(node: Node, rows: int, length: int, columns: int, components: int) -> tuple[Array, Array]:
-    """Cosines and sines of 2π/length times the product of row and column.
+    """Cosines and sines of 2π/length times row times column.
 
     Raises `ModelError` if the matrix would be too large.
     """
@@ -145,8 +147,8 @@ def _number(graph: Graph, node: Node, index: int, what: str) -> int | None:
 
 
 def emit_fold(graph: Graph, node: Node, trace: Trace) -> None:
-    """Write a Col2Im [batch, channels * block, blocks] as a transposed convolution with a kernel that puts each element
-    of a block in its place: what overlaps is added up.
+    """Write a Col2Im [batch, channels * block, blocks] as a transposed convolution: its kernel puts each element of a
+    block at its position, and overlapping elements are summed.
 
     Raises `ModelError` if the shape of the image or of a block is computed.
     """

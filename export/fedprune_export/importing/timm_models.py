@@ -1,6 +1,6 @@
 """Networks of timm by name: `timm:resnet18`.
 
-timm imports torchvision for image transforms and operators that its networks don't need; a placeholder takes its place
+timm imports torchvision for image transforms and operators that its networks don't need, so a placeholder replaces it
 where it is not installed.
 """
 
@@ -27,7 +27,7 @@ TORCHVISION = "torchvision"
 
 @contextmanager
 def torchvision_or_placeholder() -> Iterator[None]:
-    """While timm is imported, let a placeholder take torchvision's place where that is missing or can't be imported.
+    """Replace torchvision by a placeholder while timm is imported, if it is missing or can't be imported.
 
     The placeholder's modules are removed from `sys.modules` afterwards, so that other packages see no torchvision.
     """
@@ -95,9 +95,9 @@ _NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)?")
 
 
 def timm_name(source: str) -> str:
-    """The network that a source names, empty if none.
+    """The network of timm that a source names; empty if it names none.
 
-    A bare name counts where no file has it and timm, if it is installed, knows it.
+    A name without the prefix counts if no such file exists, and timm is installed and has the network.
     """
     if source.startswith(PREFIX):
         return source.removeprefix(PREFIX)
@@ -157,7 +157,7 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
 
 
 def _cached(settings: Any) -> str | None:
-    """The file of pretrained weights on this machine."""
+    """The cached file of pretrained weights; None without one."""
     source = getattr(settings, "hf_hub_id", None)
     if not source:
         return None

@@ -1,4 +1,4 @@
-"""Dropout of torch modules, and what else of training mode their export loses.
+"""Dropout of torch modules, and notes on everything else that their export loses of training mode.
 
 A module is exported in evaluation mode, in which a dropout is nothing. Meanwhile every call of a dropout is answered by
 an operator of our own, with the ratio that the same call has in training mode: `nn.Dropout` and its kinds for channels,
@@ -49,7 +49,7 @@ class TrainingMode:
 
 
 def record_training_mode(torch: Any, module: Any, samples: Sequence[Any]) -> TrainingMode:
-    """Run a module in both modes; it, its buffers and torch's generator stay as they were."""
+    """Run a module in both modes and record what differs; module, buffers and random generator stay unchanged."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     buffers = [
         (submodule, n, b, b.clone())
@@ -113,7 +113,7 @@ def _changed_buffers(torch: Any, module: Any, buffers: Sequence[tuple[Any, str, 
 
 
 def _group_places(names: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    """Names, and the places that have the same ones."""
+    """Group modules that have the same names; returns these names and the modules, as text."""
     modules_by_names: dict[str, list[str]] = {}
     for module, place_names in names.items():
         modules_by_names.setdefault(", ".join(place_names), []).append(module)
@@ -126,7 +126,7 @@ def _place_name(name: str, submodule: Any) -> str:
 
 @contextmanager
 def export_dropouts(torch: Any, module: Any, mode: TrainingMode) -> Iterator[None]:
-    """Let dropouts be an operator of our own (`onnx_translations`) while a module is exported."""
+    """Export dropouts as a custom operator (`onnx_translations`) while a module is exported."""
     dropouts = _ExportedCalls(torch, mode.calls)
     # torch.export may run the forward several times, and every run begins with the first call.
     hook = module.register_forward_pre_hook(lambda *_: dropouts.restart())
@@ -138,7 +138,7 @@ def export_dropouts(torch: Any, module: Any, mode: TrainingMode) -> Iterator[Non
 
 
 class _DropoutCalls:
-    """Answers calls of dropouts with an operator of our own, by their own arguments."""
+    """Replaces calls of dropouts by the custom operator; the ratio is that of the call's arguments."""
 
     def __init__(self, torch: Any) -> None:
         self.torch = torch
@@ -151,12 +151,12 @@ class _DropoutCalls:
         }
 
     def ratio(self, name: str, ratio: float, *, on: bool) -> float:
-        """The ratio of a call whose arguments say that it drops numbers by `ratio`, and whether it does so now."""
+        """The ratio to export for a call with this ratio; `on` is whether its arguments switch it on."""
         return ratio if on else 0.0
 
     @contextmanager
     def answer_calls(self, module: Any) -> Iterator[None]:
-        """Answer all calls, also those of modules for stochastic depth, which do nothing in evaluation."""
+        """Replace all calls, also those of modules for stochastic depth, which call no dropout in evaluation mode."""
         submodules = [
             (submodule, vars(submodule).get("forward")) for submodule in module.modules() if _depth_ratio(submodule)
         ]
@@ -172,7 +172,7 @@ class _DropoutCalls:
                     submodule.forward = own_forward
 
     def mode(self) -> Any:
-        """The mode of torch in which functions are answered."""
+        """A torch function mode that replaces the calls."""
         answers = self._answers
 
         class Mode(self.torch.overrides.TorchFunctionMode):  # type: ignore[misc, name-defined]
@@ -197,7 +197,7 @@ class _DropoutCalls:
         return self._drop(x, self.ratio("depth", _depth_ratio(submodule), on=submodule.training), axes)
 
     def _multi_head_attention(self, func: Any, *args: Any, **kwargs: Any) -> Any:
-        """`nn.MultiheadAttention` drops weights in a function of its own, by the functions that are answered, too."""
+        """`nn.MultiheadAttention` calls a function of its own, which in turn calls functions that are replaced."""
         arguments = _bind_arguments(func, args, kwargs)
         ratio = self.ratio("heads", arguments["dropout_p"], on=arguments["training"])
         inner_calls = _DropoutCalls(self.torch)  # by their own arguments: this call's ratio is given to them
@@ -263,7 +263,7 @@ class _ExportedCalls(_DropoutCalls):
         self._calls, self._next = calls, 0
 
     def restart(self) -> None:
-        """The module is run again: torch may trace it several times."""
+        """Start again from the first call, since torch may trace the module several times."""
         self._next = 0
 
     def ratio(self, name: str, ratio: float, *, on: bool) -> float:

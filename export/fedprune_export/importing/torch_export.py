@@ -1,7 +1,7 @@
-"""torch modules as ONNX files with all their weights.
+"""Export of torch modules as ONNX files with all their weights.
 
-They are exported unoptimised, because optimised exports fuse batch norms into convolutions and merge equal weights of
-different layers; what then remains to be simplified is simplified on import, without touching weights.
+The exporter's optimisations are off, because they fuse batch norms into convolutions and merge equal weights of
+different layers. The import simplifies graphs without changing weights.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def export_torch(
 
 
 def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
-    """A torch module as an ONNX model with a free batch; without traces of the machine that exported it."""
+    """Export a torch module as an ONNX model with a free batch, without traces of the exporting machine."""
     torch = torch_package()
     batch = torch.export.Dim("N", min=1)
     # torch.export gives the children of the module to a torch.fx.GraphModule as attributes, which fails where that
@@ -136,9 +136,7 @@ _HELD = "wrapped"
 
 
 def _held(module: Any) -> Any:
-    """A module around a module: torch can't export layers `code` or `graph` of the outermost one, whose graph has these
-    names."""
-
+    """Wrap a module in another one, whose only child it is, so that the names of its layers can't clash."""
     holder = torch_package().nn.Module()
     setattr(holder, _HELD, module)
     holder.forward = functools.wraps(module.forward)(lambda *arguments: module(*arguments))
@@ -148,7 +146,7 @@ def _held(module: Any) -> Any:
 def _samples(
     module: Any, example: Any, input_shape: Sequence[Any] | None, token_ids: bool, name: str
 ) -> tuple[tuple[Any, ...], tuple[str, int, int] | None]:
-    """Two samples of zeros, for the exporter to look at: a tensor for each argument, and which one's length varies."""
+    """Sample inputs for the exporter, a tensor of zeros for each argument, and the input whose length varies."""
     torch = torch_package()
     sizes: Any = input_shape or (tuple(example.shape[1:]) if example is not None else None)
     sizes = sizes or getattr(module, "input_shape", None)
@@ -185,7 +183,7 @@ def _with_computed(
     dtype_names: Any,
     name: str,
 ) -> tuple[dict[str, Shape], dict[str, Any]]:
-    """Shapes and types of a module's arguments, in their order, with those that are computed from padded samples."""
+    """Shapes and types of a module's arguments, in their order, including the computed ones (mask and lengths)."""
     torch = torch_package()
     max_length = at_most(shapes[varying_input[0]])[varying_input[1]]
     arguments = list(inspect.signature(module.forward).parameters)
@@ -203,7 +201,7 @@ _INPUTS = ("float32", "int64", "float16", "int32", "bool", "uint8")
 
 
 def _dtype(dtype: Any, allowed: Sequence[str], name: str) -> Any:
-    """A type of torch, from its name or itself."""
+    """A dtype of torch, given by itself or its name. Raises `ModelError` if it isn't allowed."""
     text = str(dtype).rpartition(".")[2]
     if text not in allowed:
         raise ModelError(f"{name}: type of the input", expected=" or ".join(allowed), got=dtype)
@@ -211,7 +209,7 @@ def _dtype(dtype: Any, allowed: Sequence[str], name: str) -> Any:
 
 
 def _separate_names(graph: Any) -> None:
-    """Rename values that the exporter calls as it calls a tensor or an earlier value, such as a buffer `index`."""
+    """Rename values whose name a tensor or an earlier value has, too, as the exporter does for a buffer `index`."""
     used_names = set(graph.initializers)
     for value in graph.inputs:
         while value.name in used_names:
@@ -225,7 +223,7 @@ def _separate_names(graph: Any) -> None:
 
 
 def _list_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx.ModelProto, name: str) -> None:
-    """Give tensors their first name, and list what can be trained, what is frozen and what has several names."""
+    """Give tensors their first name, and record which are trainable, unused, frozen and tied."""
     # A tied parameter is one tensor under several names; they all get the first one.
     by_id: dict[int, str] = {}
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -269,7 +267,7 @@ def _list_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx
 
 
 def _reached(torch: Any, module: Any, samples: tuple[Any, ...], parameters: dict[str, Any]) -> list[str]:
-    """Names of those parameters on which the module's outputs depend."""
+    """The names of the parameters on which the module's outputs depend."""
     if not parameters:
         return []
     required_gradients = {n: p.requires_grad for n, p in parameters.items()}
@@ -316,20 +314,20 @@ def _rename(proto: onnx.ModelProto, names: dict[str, str]) -> None:
 def _translations() -> dict[Any, Callable[..., Any]]:
     """Translations in place of the exporter's own.
 
-    Views of memory become reshapes: the exporter gathers by computed places, which no analysis sees through. Pooling
-    channels-last data to one place ends in such a view. A view that is contiguous in its own order reads what it views
-    in order, so a reshape is the same.
+    Views of memory become reshapes: the exporter gathers by computed indices, which no analysis can follow. Pooling
+    channels-last data to one position ends in such a view. A contiguous view reads its data in order, so a reshape is
+    the same.
 
     A 3-D convolution without a bias gets one zero per channel: the exporter's zeros are a matrix.
 
-    Distances of all pairs (`cdist`, which the exporter lacks) are lengths of differences, for p = 1 and 2. So does it
-    lack means of a volume's parts: where parts are not equally large, they are products with a matrix along each axis.
+    The exporter lacks distances of all pairs (`cdist`), which are norms of differences for p = 1 and 2. It also lacks
+    adaptive means of volumes; where windows are not equally large, they are products with a matrix along each axis.
 
     A clamp is a maximum and a minimum: a Clip would look like a hardtanh, whose gradient at a bound is 0.
     The logarithm of a sigmoid is a softplus, which stays finite where the sigmoid is 0, and so is that of a sum of two
     exponentials next to the larger one. `log1p` and `expm1` are right near 0, where 1 + x rounds x away.
 
-    `detach` is a Shrink by nothing, whose values are its input's and whose gradient is 0: the exporter would drop it.
+    `detach` becomes a Shrink by 0, which returns its input and has a gradient of 0; the exporter would drop it.
     """
     torch = torch_package()
     ops: Any = importlib.import_module("onnxscript").opset18
@@ -432,7 +430,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
 
 def _in_order(size: Sequence[Any], stride: Sequence[Any]) -> bool:
-    """Whether steps through memory are those of an array in order; the first size may be computed."""
+    """Whether strides are those of a contiguous array; the first size may be computed."""
     step = 1
     for d, s in reversed(list(zip(size, stride, strict=True))[1:]):
         if not isinstance(d, int) or (d != 1 and s != step):
@@ -493,7 +491,7 @@ def torch_package() -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress lines, logs and deprecation warnings of others to themselves."""
+    """Suppress the progress lines, logs and deprecation warnings of other libraries."""
     level = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # torch logs the graphs of a failed export as errors
     try:
@@ -506,7 +504,7 @@ def quiet() -> Iterator[None]:
 
 
 class _OtherThreads:
-    """A stream that drops what one thread writes: a progress line is drawn by another."""
+    """A stream that drops what one thread writes; another one may draw a progress line."""
 
     def __init__(self, stream: Any, thread: int) -> None:
         self._stream, self._thread = stream, thread

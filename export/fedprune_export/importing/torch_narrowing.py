@@ -1,4 +1,4 @@
-"""A torch module made as narrow as the weights that it is to hold: the same layers, with fewer channels."""
+"""Torch modules are narrowed to the weights of a submodel: the same layers, with fewer channels."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
 
 
 def _author_name(name: str, author_names: AbstractSet[str]) -> str:
-    """The module's name of a tensor, which the import has changed where it is reserved: `lr_` is `lr`."""
+    """The module's own name of a tensor: the import appends `_` to reserved names, such as `lr`."""
     stripped = name.rstrip("_")
     return stripped if name not in author_names and stripped in author_names & RESERVED else name
 
@@ -88,7 +88,7 @@ def _names(module: Any) -> dict[tuple[str, int], str]:
 def _shapes(
     layer: Any, names: Mapping[tuple[str, int], str], tensors: Mapping[str, npt.NDArray[np.float32]]
 ) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """Shapes of a layer's own tensors before and after, of those that there are tensors for."""
+    """The shapes of a layer's own tensors before and after, where the submodel has them."""
     old: dict[str, Shape] = {}
     new: dict[str, Shape] = {}
     for kind, name, value in _own(layer):
@@ -106,7 +106,7 @@ def _own(layer: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def _fit(torch: Any, where: str, layer: Any, old: dict[str, Shape], new: dict[str, Shape], *, change: bool) -> None:
-    """Check, or set, a layer's attributes for its sizes."""
+    """Check that a layer can be narrowed to the new shapes, or set its attributes to them (`change`)."""
     if old == new:
         return
     for name, shape in new.items():
@@ -119,7 +119,7 @@ def _fit(torch: Any, where: str, layer: Any, old: dict[str, Shape], new: dict[st
 
 
 def _check_forward(where: str, layer: Any) -> None:
-    """Make sure that a layer computes what torch's of its kind does: only then do attributes tell its sizes.
+    """Make sure that a layer computes what torch's layer does, because only then do its attributes give its sizes.
 
     Raises `ModelError` if it, or a class of it that isn't torch's, computes in a way of its own.
     """

@@ -1,4 +1,4 @@
-"""Every opset as opset 17 with composites: what later opsets write differently is rewritten, earlier ones are raised.
+"""Translation of every opset to opset 17 with composites: later forms are rewritten, earlier opsets are raised.
 
 To support a later operator or form, add a rule to `_RULES`: a function that emits what a node becomes.
 """
@@ -29,9 +29,9 @@ _OLDEST = 13  # from here on a node means at opset 17 what it meant
 
 @dataclass
 class Translation:
-    """A graph in the making.
+    """The translated graph while it is written, and what the rules read.
 
-    `seen`: shapes of the values that were there before; `used`: values that some node reads, and the outputs.
+    `seen`: the trace before the translation; `used`: values that some node reads, and the outputs.
     """
 
     graph: Graph
@@ -99,7 +99,7 @@ def translate(graph: Graph, trace: Trace, notes: list[str]) -> None:
 
 
 def _reduction(state: Translation, node: Node) -> None:
-    """Axes as an attribute; empty axes with noop set mean that nothing is reduced."""
+    """Write axes as an attribute. Without axes, and with `noop_with_empty_axes` set, nothing is reduced."""
     nothing = node.attrs.pop("noop_with_empty_axes", 0)
     axes: list[int] = []
     if len(node.inputs) > 1 and node.inputs[1]:
@@ -113,7 +113,7 @@ def _reduction(state: Translation, node: Node) -> None:
 
 
 def _default(name: str, *values: object) -> _Rule:
-    """Leave out an attribute that opset 17 doesn't have, where its value is what opset 17 does."""
+    """Remove an attribute that opset 17 lacks, if its value is opset 17's behaviour."""
 
     def rule(state: Translation, node: Node) -> None:
         if name in node.attrs and node.attrs[name] in values:
@@ -124,14 +124,14 @@ def _default(name: str, *values: object) -> _Rule:
 
 
 def _average_pool(state: Translation, node: Node) -> None:
-    """Dilations of 1 are the only ones that it knows in opset 17."""
+    """Remove dilations of 1; opset 17 has no others."""
     if all(d == 1 for d in node.attrs.get("dilations", [])):
         node.attrs.pop("dilations", None)
     state.keep(node)
 
 
 def _lp_pool(state: Translation, node: Node) -> None:
-    """The root of a sum of powers, over windows or the whole map, which has a gradient of 0 where it is 0."""
+    """The root of a sum of powers over windows or the whole map. Its gradient is 0 where the sum is."""
     graph, x, power = state.graph, node.inputs[0], int(node.attrs.pop("p", 2))
     raised = graph.emit("Mul", x, x) if power == 2 else graph.emit("Pow", graph.emit("Abs", x), graph.scalar(power))
     if node.op == "GlobalLpPool":
@@ -151,7 +151,7 @@ def _lp_pool(state: Translation, node: Node) -> None:
 
 
 def _local_response(state: Translation, node: Node) -> None:
-    """x / (bias + alpha · mean of neighbouring channels' squares)^beta: channels are places of an average pool."""
+    """x / (bias + alpha · mean of neighbouring channels' squares)^beta: channels become an axis of an average pool."""
     graph, x, size = state.graph, node.inputs[0], int(node.attrs["size"])
     alpha, beta, bias = (float(node.attrs.get(k, d)) for k, d in (("alpha", 1e-4), ("beta", 0.75), ("bias", 1.0)))
     channels = state.seen.shapes[x][1]
@@ -174,7 +174,7 @@ def _mean_variance(state: Translation, node: Node) -> None:
 
 
 def _cast(state: Translation, node: Node) -> None:
-    """The newer attributes of casts concern types below 16 bits only."""
+    """Remove attributes of later opsets, which concern only types below 16 bits."""
     node.attrs.pop("saturate", None)
     node.attrs.pop("round_mode", None)
     state.keep(node)
@@ -199,7 +199,7 @@ def _batch_norm(state: Translation, node: Node) -> None:
 
 
 def _norm(state: Translation, node: Node) -> None:
-    """Axes counted from the end, float32 inside, and no unread output."""
+    """Count the axis from the end, compute in float32, and remove unread outputs."""
     rank = len(state.seen.shapes[node.inputs[0]])
     axis = int(node.attrs.get("axis", -1))
     node.attrs["axis"] = axis - rank if axis >= 0 else axis
@@ -210,7 +210,7 @@ def _norm(state: Translation, node: Node) -> None:
 
 
 def _group_norm(state: Translation, node: Node) -> None:
-    """Float32 inside. (Those of opsets 18 to 20, which scale by group, are instance norms by now.)"""
+    """Compute in float32. (`inlining` has replaced those of opsets 18 to 20, which scale by group.)"""
     node.attrs.pop("stash_type", None)
     state.keep(node)
 

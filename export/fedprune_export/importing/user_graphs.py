@@ -1,4 +1,4 @@
-"""A loss or metric of a user's own, of outputs and labels: a torch function or module, or an ONNX file."""
+"""A user's own loss or metric of outputs and labels: a torch function or module, or an ONNX file."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class _Labels:
 
     @classmethod
     def of(cls, function: Any, outputs: Sequence[int], name: str) -> _Labels:
-        """By default labels are like outputs. Raises `ModelError` if the attributes are of another kind."""
+        """Read a function's attributes; by default labels are shaped as outputs. Raises `ModelError` if invalid."""
         shape = getattr(function, "target_shape", tuple(outputs))
         dtype = str(getattr(function, "target_dtype", "float32")).rpartition(".")[2]
         if dtype not in _TYPES or not isinstance(shape, (tuple, list)) or not all(isinstance(d, int) for d in shape):
@@ -128,7 +128,7 @@ def _callable(source: object) -> tuple[Any, str]:
 
 
 def _exported(module: Any, function: Any, name: str, outputs: Sequence[int], kind: str, returns: str) -> bytes:
-    """A user's function, wrapped in a module, as the bytes of an ONNX file."""
+    """Export a user's function, wrapped in a module, as the bytes of an ONNX file."""
     torch = torch_package()
     labels = _Labels.of(function, outputs, name)
     if isinstance(function, torch.nn.Module):
@@ -194,7 +194,7 @@ def import_metric(raw: bytes, outputs: Sequence[int]) -> Graph:
 
 
 def check_labels(loss: Model | None, metric: Graph | None) -> None:
-    """Make sure that a model's own loss and metric compare with the same labels. Raises `ModelError` if they don't."""
+    """Make sure that a model's own loss and metric take the same labels. Raises `ModelError` if they don't."""
     if loss is None or metric is None:
         return
     loss_labels, metric_labels = ((p.dtype, tuple(p.shape[1:])) for p in (loss.graph.inputs[1], metric.inputs[1]))
@@ -209,7 +209,7 @@ def check_labels(loss: Model | None, metric: Graph | None) -> None:
 
 
 def _compare(raw: bytes, graph: Graph, outputs: Sequence[int], kind: str) -> None:
-    """Raises `ModelError` if a loss or metric computes something else than its file, on random outputs and labels."""
+    """Compare an imported loss or metric with its file on random data. Raises `ModelError` if they differ."""
     proto, rng, count = parse(raw, whole=False).graph, np.random.default_rng(0), 4
     initializer_names = {t.name for t in proto.initializer}
     inputs, names = [i.name for i in proto.input if i.name not in initializer_names], [o.name for o in proto.output]
@@ -231,7 +231,7 @@ def _compare(raw: bytes, graph: Graph, outputs: Sequence[int], kind: str) -> Non
 
 
 def _reads_samples(graph: Graph) -> bool:
-    """Whether the value needs outputs or labels by another way than the sums."""
+    """Whether the value depends on outputs or labels other than through the sums."""
     makers = {o: n for n in graph.nodes for o in n.outputs}
     pending, visited = [VALUE], {SUMS}
     while pending:
@@ -264,7 +264,7 @@ def embedded(key: str, text: str) -> bytes:
 
 
 def _read(raw: bytes, outputs: Sequence[int], kind: str, names: tuple[str, ...], returns: str) -> Graph:
-    """A graph of outputs and labels, under the contract's names."""
+    """Read a graph of outputs and labels, and give its values the contract's names."""
     file_model = parse(raw, whole=False)
     proto = prepared(file_model)
     check(raw if proto is file_model else proto)
@@ -284,7 +284,7 @@ def _read(raw: bytes, outputs: Sequence[int], kind: str, names: tuple[str, ...],
 
 
 def _rename(graph: Graph, outputs: tuple[str, ...]) -> None:
-    """Give inputs and outputs the contract's names, and nothing else one of these."""
+    """Give inputs and outputs the contract's names, and rename inner values that have one of these."""
     ports = dict(zip((p.name for p in (*graph.inputs, *graph.outputs)), (LOGITS, Y, *outputs), strict=True))
     inner = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs)} - set(ports)
     used_names = inner | set(ports.values())

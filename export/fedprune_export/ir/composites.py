@@ -1,8 +1,8 @@
-"""Operators that the normalised graph has beyond opset 17, and how they are written where the target lacks them.
+"""Operators of later opsets in the normalised graph, and how they are written where the target lacks them.
 
-They have the name and the meaning of a later opset's operator. As one node they can be cut and differentiated as what
-they are; in primitives, a norm is a dozen operators that mean nothing by themselves. Nothing here reads a shape: a
-training graph has no number of channels.
+They have the name and the meaning of the later opset's operator. A norm in primitives is a dozen operators; as one
+node it can be cut and differentiated by one rule. The rules here read no shape, because a training graph has no fixed
+number of channels.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _Draft = TypeVar("_Draft", bound=Draft)
 
 GELU_CUBE = 0.044715  # the factor of the cube in the tanh form of Gelu
 
-# From which opset on an operator is written as it is.
+# The opset that introduced each operator; it is written in primitives for targets before.
 NATIVE = {"LayerNormalization": 17, "Mish": 18, "Gelu": 20, "GroupNormalization": 21, "RMSNormalization": 23}
 
 COMPOSITES = frozenset(NATIVE) - {"LayerNormalization"}  # those that opset 17 lacks
 
 
 def expanded(graph: _Draft, opset: int) -> _Draft:
-    """The graph without operators that `opset` lacks; names of values stay. The same object if nothing changes."""
+    """Write composites that `opset` lacks in primitives. Returns the same graph if there are none."""
     lacking = {op for op, since in NATIVE.items() if opset < since}
     if not any(n.op in lacking and not n.domain for n in graph.nodes):
         return graph

@@ -1,8 +1,8 @@
-"""Nodes, inputs, outputs and constants: what a graph is made of, and how it is added to.
+"""Nodes, inputs, outputs and constants of a graph, and methods that add to them.
 
-Values are known by name. Weights are *initialisers*; constants are initialisers too, and which of them are weights is
-the importer's knowledge (`pruning.model.Model`), not the graph's. The rules that write a graph at an opset work on
-drafts, and the graph, which writes itself by them, is one.
+Values are identified by name. Weights and constants are both *initialisers*; the importer records which of them are
+weights (`pruning.model.Model`). Drafts are a base class of their own because the rules that write a graph at an opset
+work on them, and `Graph` imports these rules.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Node:
         return proto
 
     def write(self, proto: onnx.NodeProto) -> None:
-        """Fill in an empty node of an ONNX graph: most of a graph's time is spent where nodes are copied into it."""
+        """Fill in an empty node of an ONNX graph. Copying finished nodes into it would take most of the time."""
         proto.op_type, proto.domain = self.op, self.domain
         proto.input.extend(self.inputs)
         proto.output.extend(self.outputs)
@@ -85,7 +85,7 @@ class Port:
 class Draft:
     """Nodes in topological order with their inputs, outputs and constants; `metadata` is text by keys `fedprune.*`.
 
-    `unit`: whose kernels it is written for, one of `UNITS`.
+    `unit`: the processor whose kernels the graph is written for, one of `UNITS`.
     """
 
     inputs: list[Port] = field(default_factory=list)
@@ -108,7 +108,7 @@ class Draft:
         self.outputs.append(Port(name, np.dtype(dtype), shape))
 
     def fresh(self, stem: str) -> str:
-        """A value name that nothing else in this graph has."""
+        """A new name for a value, which nothing else in this graph has."""
         self._counter += 1
         return f"{stem}~{self._counter}"
 
@@ -198,7 +198,7 @@ class Draft:
         return copied
 
     def bare(self: _Draft) -> _Draft:
-        """A copy with all but the nodes; what is emitted to it has names that the nodes don't."""
+        """A copy without the nodes. Names that it gives to new values differ from those of the nodes."""
         return type(self)(
             [Port(p.name, p.dtype, p.shape) for p in self.inputs],
             [Port(p.name, p.dtype, p.shape) for p in self.outputs],
@@ -213,7 +213,7 @@ class Draft:
         )
 
     def as_held(self) -> onnx.ModelProto:
-        """As an ONNX model with the operators that it holds, whether its opset has them or not."""
+        """As an ONNX model with its operators unchanged, whether its opset has them or not."""
         domains = sorted({n.domain for n in self.nodes if n.domain})
         graph = helper.make_graph(
             [],

@@ -1,4 +1,4 @@
-"""Dropout in imported graphs: nodes that return their input, and that training steps write as a product with a mask.
+"""Dropout in imported graphs: a node that returns its input, which a training step replaces by a product with a mask.
 
 A node has two inputs, the value and the ratio, as ONNX has it; it is never in ONNX's training mode. ONNX has no field
 for numbers that are dropped together, such as whole channels: the graph's metadata says on which axes a mask differs.
@@ -14,8 +14,8 @@ import numpy as np
 from fedprune.core.errors import ModelError, shown
 from fedprune_export.ir.graph import Graph, Node
 
-# Key of a graph's metadata: by the node's name, the axes on which the mask of a dropout has its own numbers, where
-# these are not all.
+# The key of a graph's metadata for the axes on which the mask of a dropout varies, by the node's name. Dropouts whose
+# mask varies on all axes are not listed.
 AXES_KEY = "fedprune.dropout_axes"
 
 
@@ -37,7 +37,7 @@ def ratio_of(graph: Graph, node: Node) -> float | None:
 
 
 def mask_axes(graph: Graph, node: Node) -> tuple[int, ...] | None:
-    """The axes on which a dropout's mask differs; None for all."""
+    """The axes on which a dropout's mask varies; None for all."""
     return read_axes(graph.metadata).get(node.name)
 
 
@@ -56,7 +56,7 @@ def read_axes(texts: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
 
 
 def without_dropout(graph: Graph) -> None:
-    """Take out all dropouts, as inference does."""
+    """Remove all dropouts, which do nothing at inference."""
     outputs = {p.name for p in graph.outputs}
     sources: dict[str, str] = {}
     for node in [n for n in graph.nodes if is_dropout(n)]:

@@ -22,7 +22,8 @@ __all__ = ["NORMAL_OPSET", "Array", "Dim", "Graph", "Node", "Port", "check_name"
 
 _TYPES = frozenset(helper.get_all_tensor_dtypes())
 
-# Kinds of characters that names don't hold: controls, marks of direction, halves of characters, line ends.
+# Unicode categories that names must not have, because they would steer a terminal or break a line: control and
+# format characters, surrogates, line and paragraph separators.
 _UNPRINTED = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
@@ -90,7 +91,7 @@ class Graph(Draft):
 
 
 def _check_text(graph: onnx.GraphProto) -> None:
-    """Make sure that all names are text that can be printed; protobuf hands on what isn't text as bytes."""
+    """Make sure that all names can be printed. protobuf returns names that aren't UTF-8 as bytes."""
     texts: list[object] = [graph.name, *(t.name for t in graph.initializer)]
     for n in graph.node:
         texts += [n.name, n.op_type, n.domain, *n.input, *n.output, *(a.name for a in n.attribute)]

@@ -25,7 +25,7 @@ VIEWS = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity"})
 
 # Arrays that a step keeps until their gradient is computed; in most networks they take more memory than the weights.
 INPUT, OUTPUT, BOTH = "input", "output", "both"
-# Per operator which of its arrays its gradient reads, so that a step keeps them; none where it isn't listed.
+# The arrays that the gradient of each operator reads, which a step has to keep; operators that aren't listed read none.
 GRADIENT_READS: dict[str, str] = {}
 
 
@@ -39,8 +39,10 @@ _Table = TypeVar("_Table", bound=Mapping[str, Any])
 
 
 def with_rules(table: _Table) -> _Table:
-    """A table of rules by operator, once all files of `fedprune_export.operators` have registered theirs: those read
-    models and graphs of rooms above this one, so they are imported when a table is first read."""
+    """Import all files of `fedprune_export.operators`, which register their rules, and return a table of rules.
+
+    These files use rooms above this one, so they can't be imported before a table is first read.
+    """
     import_module("fedprune_export.operators")
     return table
 

@@ -88,7 +88,7 @@ def _reduction(out: Draft, node: Node) -> None:
 
 
 def _split(out: Draft, node: Node) -> None:
-    """Equal parts need their number."""
+    """Set the number of parts, which opset 18 requires for equal parts."""
     if len(node.inputs) < 2 or not node.inputs[1]:
         node.attrs["num_outputs"] = len(node.outputs)
     out.nodes.append(node)
@@ -101,7 +101,7 @@ def _grid_sample(out: Draft, node: Node) -> None:
 
 
 def _shape(out: Draft, node: Node) -> None:
-    """A part of a shape is sliced out of the whole."""
+    """Slice a part of a shape from the full shape; `start` and `end` came with opset 15."""
     start, end = node.attrs.pop("start", 0), node.attrs.pop("end", None)
     if start or end is not None:
         full_shape = out.emit("Shape", node.inputs[0])
@@ -118,7 +118,7 @@ def _hard_swish(out: Draft, node: Node) -> None:
 
 
 def _without(*defaults: tuple[str, object]) -> _Rule:
-    """Leave out attributes with the behaviour that an earlier opset has anyway."""
+    """Remove attributes whose value is the only behaviour of an earlier opset."""
 
     def rule(out: Draft, node: Node) -> None:
         for name, value in defaults:

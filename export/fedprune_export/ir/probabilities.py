@@ -11,22 +11,22 @@ from fedprune_export.ir.operators import REARRANGEMENTS
 
 MAKERS = frozenset({"Softmax", "Sigmoid", "HardSigmoid"})
 
-# Operators of whose first input the outputs are probabilities where that holds some.
+# Operators whose outputs are probabilities if their first input is.
 _PASSING = REARRANGEMENTS | {
     *("Cast", "Clip", "Dropout", "Expand", "Gather", "GatherND", "GatherElements", "Pad", "Resize", "Slice", "Split"),
     *("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "ReduceMax", "ReduceMean", "ReduceMin"),
     *("Tile", "TopK"),
 }
 
-# Operators that make probabilities, or shares of them, of probabilities and constants.
+# Operators that may join several probabilities into others, such as averages or products of them.
 _JOINING = frozenset({"Add", "Concat", "Div", "Max", "Mean", "Min", "Mul", "Sum"})
 
 
 def maker_of_probabilities(graph: Graph, output: str, weights: Container[str]) -> Node | None:
-    """The node that makes the probabilities that an output consists of; None where any of it is something else.
+    """The node that makes an output's probabilities; None if any of its numbers is something else.
 
     Args:
-        weights: Initialisers that aren't constants: what is scaled by them is no probability.
+        weights: Initialisers that aren't constants: a product with them is no probability.
     """
     makers = graph.producers()
     constants = {name: value for name, value in graph.initializers.items() if name not in weights}
@@ -73,7 +73,7 @@ def _is_written_out(node: Node, makers: Mapping[str, Node], constants: Mapping[s
 
 
 def _can_enlarge(node: Node, constants: Mapping[str, Array]) -> bool:
-    """Whether constants of a node make more than probabilities of probabilities."""
+    """Whether a node's constants can make numbers above 1, or below 0, of probabilities."""
     values = [constants[i] for i in node.inputs if i in constants]
     # Dividing probabilities by numbers of at least 1 leaves shares of them.
     if node.op == "Div":

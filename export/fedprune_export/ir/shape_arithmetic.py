@@ -1,7 +1,8 @@
-"""Shape arithmetic: what a graph computes from sizes alone, and which elements of it follow certain axes.
+"""Shape arithmetic: values that a graph computes from sizes alone, and which of their elements depend on certain axes.
 
-Sizes may follow the batch, which varies between runs, or channels, which vary between submodels. A number that follows
-neither is a constant. That is told from how it is computed: numbers that came out equal in a few runs need not be.
+Sizes may depend on the batch, which varies between runs, or on channels, which vary between submodels. A number that
+depends on neither is a constant. That follows from how it is computed, since numbers may be equal in a few runs by
+chance.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ _RESHAPED = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 def follow(
     graph: Graph, trace: Trace, constants: Container[str], marked: Callable[[str], Sequence[bool]]
 ) -> dict[str, Marks]:
-    """All values that are computed from shapes and constants alone.
+    """Mark the elements that depend on certain axes, for all values computed from shapes and constants alone.
 
-    `marked`: which axes of a value to follow. Returns per value which of its elements depend on the size of a marked
-    axis; for operators other than those that shape arithmetic is made of, all or none.
+    `marked`: returns for each axis of a value whether it is one of these. Outputs of operators that are unusual in
+    shape arithmetic have all elements marked, or none.
     """
     out: dict[str, Marks] = {}
     for node in graph.nodes:
@@ -53,7 +54,7 @@ def follow(
 
 
 def origins(graph: Graph, values: Iterable[str]) -> list[Node]:
-    """The sources from which these values are computed, in the graph's order."""
+    """The Shape and Size nodes from which values are computed, in the graph's order."""
     needed = set(values)
     sources = []
     for node in reversed(graph.nodes):

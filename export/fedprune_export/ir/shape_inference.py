@@ -1,7 +1,7 @@
 """Shapes of all values of a graph at one batch size, without running it.
 
-Every operator's shape comes from onnx; numbers that shapes are computed from are computed as well, as long as they are
-few. Nothing is allocated that a file merely claims: a shape is known before anything of that shape is made.
+onnx infers the shapes of each operator; small values from which shapes are computed are computed as well. A file
+can't make the process allocate what it claims, because each shape is checked before a value of that shape is made.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _GROWING = frozenset({"ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Re
 
 @dataclass
 class Inferred:
-    """Known facts about a graph's values at one batch size.
+    """The shapes, types and small numbers of a graph's values at one batch size.
 
     Attributes:
         shapes: Shapes by name; values of which onnx can't tell the shape are missing.
@@ -79,7 +79,7 @@ def infer(graph: Graph, batch: int, measured: Mapping[str, Array] | None = None)
 
 
 def hold(out: Inferred, name: str, value: Array) -> None:
-    """Make a value known whose numbers are known."""
+    """Record a value: its shape and type, and its numbers if they are few."""
     out.shapes[name], out.dtypes[name] = value.shape, value.dtype
     if value.size <= _FEW:
         out.numbers[name] = value
@@ -154,7 +154,7 @@ def _by_onnx(graph: Graph, out: Inferred, node: Node) -> _Kinds:
 
 
 def _check_memory(graph: Graph, out: Inferred) -> None:
-    """No more numbers at the same time than fit."""
+    """Refuse graphs that need too many numbers at the same time, with a `ModelError`."""
     last: dict[str, int] = {}
     for index, node in enumerate(graph.nodes):
         last.update(dict.fromkeys((i for i in node.inputs if i), index))
@@ -173,7 +173,7 @@ def _check_memory(graph: Graph, out: Inferred) -> None:
 
 
 def _work(node: Node, out: Inferred) -> int:
-    """MACs of an operator that does more than one or a few for each number."""
+    """The MACs of an operator; one per output for operators without sums of products."""
     shapes = [out.shapes.get(i, ()) for i in node.inputs]
     output_size = math.prod(out.shapes.get(node.outputs[0], ()))
     if node.op in ("MatMul", "Gemm") and len(shapes) > 1 and shapes[0]:
@@ -244,7 +244,7 @@ def _reference(operator: str, opset: int) -> Any:
 
 
 def _compute(graph: Graph, out: Inferred, node: Node) -> dict[str, Array]:
-    """The outputs of an operator on few numbers; empty if it isn't known here."""
+    """Compute the outputs of an operator on few numbers; empty if it isn't in `_COMPUTED`."""
     first = node.outputs[0]
     if node.op == "Shape":
         shape = out.shapes[node.inputs[0]]

@@ -34,7 +34,7 @@ _MAX_NUMBERS = 2**24  # numbers of one sample, of which several batches are made
 # Shape arithmetic has one number per axis, and rarely a few for each.
 _SMALL = 64
 
-# Operators that hand identifiers on.
+# Operators whose output still consists of identifiers.
 _IDENTIFIERS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "Slice"})
 
 
@@ -110,7 +110,7 @@ def sample_feeds(graph: Graph, batch: int, seed: int = 0) -> dict[str, Array]:
 
 
 def vocabulary(graph: Graph) -> int:
-    """How many identifiers the embeddings hold that read a graph's input; 2 where none does."""
+    """The number of identifiers that a graph's embeddings have rows for; 2 without an embedding."""
     names = {p.name for p in graph.inputs if p.dtype == np.int64}
     sizes = []
     for node in graph.nodes:
@@ -129,7 +129,7 @@ def vocabulary(graph: Graph) -> int:
 
 
 def trace(graph: Graph) -> Trace:
-    """Look at every value of a graph at all batch sizes.
+    """Infer every value of a graph at all batch sizes.
 
     Raises `ModelError` if the batch can't vary, a value would be huge, or an operator makes no sense.
     """
@@ -162,10 +162,10 @@ _FIXED = (1, 2, 4, 16, 32, 64, 128)  # sizes that batches of exported models are
 
 
 def refuse_fixed_batch(graph: Graph, consequence: str = "") -> None:
-    """Raises `ModelError` if a graph makes sense for batches of one size only.
+    """Refuse a graph that is valid for batches of one size only, with a `ModelError`.
 
     Args:
-        consequence: What goes wrong for others; empty if only a node that is to blame counts.
+        consequence: The error for other sizes; without one, only a node with a fixed batch is reported.
     """
     for batch in _FIXED:
         try:
@@ -185,7 +185,7 @@ def refuse_fixed_batch(graph: Graph, consequence: str = "") -> None:
 
 
 def _fixes_batch(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]], batch: int) -> bool:
-    """Whether a node gives a value with a batch another shape, in which the batch's size is a number."""
+    """Whether a node reshapes a value with a batch to a shape in which the batch is a number."""
     if node.domain or node.op not in ("Reshape", "Expand") or node.inputs[1] not in graph.initializers:
         return False
     before = shapes[node.inputs[0]]
@@ -196,7 +196,7 @@ def _fixes_batch(graph: Graph, node: Node, shapes: Mapping[str, tuple[int, ...]]
 
 
 def inferred(graph: Graph, batch: int) -> Inferred:
-    """All known shapes and types of a graph's values at one batch size."""
+    """The shapes and types of all values of a graph at one batch size, by inference and, where that fails, by a run."""
     # What onnx can't infer is run, which may let it infer what follows; each turn must make progress.
     facts = infer(graph, batch)
     measured: dict[str, Array] = {}
@@ -214,7 +214,7 @@ def _integers(facts: Inferred) -> dict[str, Array]:
 
 
 def _measured(graph: Graph, names: Sequence[str], batch: int) -> dict[str, Array]:
-    """These values, from a run."""
+    """Compute these values by running the graph."""
     probe = graph.copy()
     probe.outputs = [Port(n, np.dtype(np.float32), ()) for n in names]
     probe.prune()

@@ -21,7 +21,7 @@ _TOGETHER = (
 
 @channel_rule(*dict.fromkeys([*MANY_TO_ONE, *_TOGETHER]))
 def broadcast_channels(channels: Channels, node: Node) -> None:
-    """Axes of equal length are tied; an axis of length 1 that is repeated is not."""
+    """Tie axes of equal length. An axis of length 1 is broadcast and stays free."""
     shape = channels.shape(node.outputs[0])
     out: list[AtomRow] = []
     has_fixed = False
@@ -79,7 +79,7 @@ def arithmetic(tape: Tape, node: Node) -> Pull:
 
 @gradient_rule("Sum", "Mean")
 def sums(tape: Tape, node: Node) -> Pull:
-    """The sum or mean of any number of values; each gets dy, or its share of it."""
+    """The sum or mean of several values. Each gets dy; of a mean, dy divided by their number."""
     g, names = tape.graph, node.inputs
     shape = tape.broadcast(node, *[tape.shape(n) for n in names])
     tape.enter(node.outputs[0], g.emit(node.op, *[tape.value(n) for n in names]), shape)
@@ -95,9 +95,9 @@ def sums(tape: Tape, node: Node) -> Pull:
 
 @gradient_rule("Max", "Min")
 def extremes(tape: Tape, node: Node) -> Pull:
-    """The larger or smaller of two or more values, which gets dy; equals share it, as in torch.
+    """The largest or smallest of several values, which gets dy. Equal ones share it, as in PyTorch.
 
-    A single number with a value is a bound of torch's clamp: the value gets all of dy at the bound, too.
+    A value and a single number are PyTorch's clamp: at the bound the value gets all of dy.
     """
     g, names = tape.graph, node.inputs
     shapes = [tape.shape(n) for n in names]
@@ -136,7 +136,7 @@ def extremes(tape: Tape, node: Node) -> Pull:
 
 @gradient_rule("Pow")
 def power(tape: Tape, node: Node) -> Pull:
-    """dx = dy · p · x^(p − 1), dp = dy · y · log x; both 0 where the power is constant there."""
+    """dx = dy · p · x^(p − 1), dp = dy · y · log x. Both are 0 where the result doesn't change."""
     left, right = node.inputs
     g, x = tape.graph, tape.value(left)
     constant = tape.constant(node, 1)
@@ -162,8 +162,8 @@ def power(tape: Tape, node: Node) -> Pull:
             tape.add(left, tape.reduced(g.emit("Mul", dy, slope), shape, tape.shape(left)))
         if tape.wants(right):
             # 0^p is 0 for every p > 0, so that it doesn't depend on p; log 0 would make it NaN.
-            still = g.emit("And", g.emit("Equal", x, g.scalar(0)), g.emit("GreaterOrEqual", p, g.scalar(0)))
-            growth = g.emit("Where", still, g.scalar(0), g.emit("Mul", y, g.emit("Log", x)))
+            is_flat = g.emit("And", g.emit("Equal", x, g.scalar(0)), g.emit("GreaterOrEqual", p, g.scalar(0)))
+            growth = g.emit("Where", is_flat, g.scalar(0), g.emit("Mul", y, g.emit("Log", x)))
             tape.add(right, tape.reduced(g.emit("Mul", dy, growth), shape, tape.shape(right)))
 
     return pull
@@ -183,7 +183,7 @@ def remainder(tape: Tape, node: Node) -> Pull:
 
 @gradient_rule("Where")
 def choice(tape: Tape, node: Node) -> Pull:
-    """The first value where the condition holds, else the second; each gets dy where it was taken."""
+    """The first value where the condition holds, else the second. Each gets dy where it was chosen."""
     condition, left, right = node.inputs
     shape = tape.broadcast(node, *[tape.shape(i) for i in node.inputs])
     g, chosen = tape.graph, tape.value(condition)

@@ -29,8 +29,10 @@ gradient_reads(INPUT, "BatchNormalization", "GroupNormalization", "InstanceNorma
 
 
 def tie_vectors(channels: Channels, node: Node, indices: Sequence[int], rows: Sequence[AtomRow]) -> None:
-    """Tie a norm's vectors to the axes of its input; a constant with equal entries fits any width (`rewrites` shortens
-    it)."""
+    """Tie a norm's vectors to the axes of its input.
+
+    A constant with equal entries fits any width, because `shorten_vectors` shortens it.
+    """
     has_fixed = False
     for i in indices:
         # A constant of equal numbers is shortened by the cut, so it ties nothing.
@@ -71,10 +73,10 @@ def instance_norm_channels(channels: Channels, node: Node) -> None:
 
 @channel_rule("GroupNormalization")
 def group_norm_channels(channels: Channels, node: Node) -> None:
-    """Whole norm groups are cut, or the same positions of every group; places, over which it averages, too, stay."""
+    """Whole norm groups are cut, or the same positions of every group. Spatial axes stay."""
     x = channels.of(node, 0)
     if any(r.any() for r in x[2:]):
-        channels.notes.append(f"{node.op} {node.name} takes channels for places: they stay.")
+        channels.notes.append(f"{node.op} {node.name} has channels on spatial axes: they stay.")
     channels.fix(x[2:])
     row = x[1]
     groups = int(node.attrs["num_groups"])
@@ -100,7 +102,7 @@ def group_norm_channels(channels: Channels, node: Node) -> None:
 
 @rewrite("BatchNormalization", "InstanceNormalization")
 def shorten_vectors(graph: Graph, node: Node, sizes: Sizes) -> None:
-    """A constant that scales or shifts all channels alike is as long as there are channels left."""
+    """Shorten constants that scale or shift all channels alike to the number of channels left."""
     over_last = node.op in ("LayerNormalization", "RMSNormalization")
     for i in (1, 2):
         constant = graph.initializers.get(node.inputs[i]) if len(node.inputs) > i else None
@@ -119,7 +121,7 @@ def shorten_vectors(graph: Graph, node: Node, sizes: Sizes) -> None:
 
 @rewrite("GroupNormalization")
 def group_norm_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
-    """As many norm groups as something is left of; what is left of each is equally much."""
+    """Set the number of norm groups to those of which channels are left, equally many of each."""
     shorten_vectors(graph, node, sizes)
     if sizes.changed(node.inputs[0], 1):
         channels = sizes.before(node.inputs[0])[1] or 0
@@ -139,9 +141,9 @@ def mask_instance_norm(masks: Masks, node: Node) -> bool:
 
 
 def mask_norm(masks: Masks, node: Node, axes: Sequence[int], axis_masks: dict[int, Mask]) -> bool:
-    """A norm over axes some of whose indices are lost, written out.
+    """Write a norm in primitives that averages over the kept indices of its axes only.
 
-    Returns whether it was: False where nothing is lost.
+    Returns False, and writes nothing, where no axis has a mask.
     """
     if not axis_masks:
         return False
@@ -167,12 +169,12 @@ def mask_norm(masks: Masks, node: Node, axes: Sequence[int], axis_masks: dict[in
 
 
 def _column(graph: Graph, vector: str, rank: int) -> str:
-    """A vector along the second of `rank` axes."""
+    """A vector that broadcasts along the second of `rank` axes."""
     return graph.emit("Reshape", vector, graph.ints(1, -1, *[1] * (rank - 2)))
 
 
 def _write_affine(graph: Graph, node: Node, y: str, vectors: Sequence[str]) -> None:
-    """Scale and shift, under the node's own name."""
+    """Scale and shift a normalised value; the result has the name of the node's output."""
     for op, vector in zip(("Mul", "Add"), vectors, strict=False):
         y = graph.emit(op, y, vector)
     graph.emit("Identity", y, out=node.outputs[0])
@@ -180,7 +182,7 @@ def _write_affine(graph: Graph, node: Node, y: str, vectors: Sequence[str]) -> N
 
 @mask_rule("GroupNormalization")
 def mask_group_norm(masks: Masks, node: Node) -> bool:
-    """Statistics of every norm group over its kept channels; those of a group that is lost as a whole don't matter."""
+    """Statistics of every norm group over its kept channels. Those of a group without any are not read."""
     graph, x = masks.graph, node.inputs[0]
     kept_counts = masks.of(x, 1)
     if kept_counts is None:
@@ -268,11 +270,15 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
 
 
 class Normal:
-    """Values [N, C, ...] normalised by their batch, and the pull-back.
+    """Values [N, C, ...] normalised by the statistics of their batch, and their gradients.
 
-    A mean out of float32 sums is off by a little, most where much of the input is flat. Values that it has centred give
-    exact statistics; `_rest` is what it was off by. `scale`: one number per channel, [C]. `mean`: the batch's mean,
-    [C]; `variance`: its variance (over n, not n − 1), [C].
+    A mean that is computed by float32 sums has a small error, which is largest where much of the input is constant.
+    Values that are centred by it give exact statistics, and the error of the first mean.
+
+    Attributes:
+        y: The normalised values.
+        mean: The batch's mean, [C].
+        variance: The batch's variance over n, not n − 1, [C].
     """
 
     def __init__(self, g: Graph, x: str, scale: str, shift: str, epsilon: float, rank: int) -> None:
@@ -352,7 +358,7 @@ class _Channels:
         self.others = [0, *range(2, rank)]
 
     def column(self, vector: str) -> str:
-        """One number per channel as it fits the values."""
+        """A vector of one number per channel that broadcasts over the values."""
         inner = len(self.others) - 1
         return self._graph.emit("Unsqueeze", vector, self._graph.ints(*range(1, 1 + inner))) if inner else vector
 
@@ -362,7 +368,7 @@ class _Channels:
 
 
 def _still(tape: Tape, node: Node) -> Pull:
-    """Normalise by statistics that never change, as at inference, or that the graph computes (of weights, mostly).
+    """Normalise by frozen statistics, as at inference, or by statistics that the graph computes, mostly of weights.
 
     With c = (x − mean) · s and s = 1/√(var + ε): dγ = Σ dy·c, dβ = Σ dy, dx = γ · s · dy; and of computed statistics
     dmean = −γ · s · Σ dy, dvar = −γ · s² · Σ dy·c / 2.
@@ -399,9 +405,9 @@ def _still(tape: Tape, node: Node) -> Pull:
 
 
 def _vector(tape: Tape, node: Node, index: int, statistic: str) -> str:
-    """A vector that scales or shifts; a constant one is as long as the statistic, because it may go with a cut.
+    """The scale or shift of a norm. A constant with equal entries is built at the length of the statistic.
 
-    The analysis lets only constants with equal entries be cut.
+    The channels of such a constant may be cut, so its stored length doesn't hold at every width.
     """
     name = node.inputs[index]
     if tape.is_tensor(name) or tape.producer(name) is not None:
@@ -414,7 +420,7 @@ def _vector(tape: Tape, node: Node, index: int, statistic: str) -> str:
 
 @gradient_rule("GroupNormalization", "InstanceNormalization")
 def group_norm(tape: Tape, node: Node) -> Pull:
-    """Normalised over positions and the channels of a group, whether groups or channels in them are cut.
+    """Normalise over positions and the channels of a group, whether whole groups or channels within them are cut.
 
     With z the normalised values, s = 1/√(var + ε), and means over a group of one sample:
     dγ = Σ dy·z, dβ = Σ dy, dx = s · (γ·dy − mean(γ·dy) − z · mean(γ·dy·z)).
@@ -432,7 +438,8 @@ def group_norm(tape: Tape, node: Node) -> Pull:
     flat = tape.reshape(x, shape, rows.of_groups)
     rough = g.emit("ReduceMean", flat, attrs={"axes": [2], "keepdims": 1})
     centred = g.emit("Sub", flat, rough)
-    # Scratch arrays for the operator (see `norms.Normal`), made of what no other norm has: equal ones are merged.
+    # Scratch arrays for the operator, as for batch norms. They are made of
+    # values that no other norm has, because onnxruntime merges equal nodes.
     group_means = g.emit("Reshape", rough, g.ints(-1))
     twice = g.emit("Add", group_means, group_means)
     scratch = g.emit("Sub", group_means, group_means), g.emit("Sub", twice, twice)

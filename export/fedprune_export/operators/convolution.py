@@ -1,6 +1,6 @@
 """Convolutions and transposed convolutions.
 
-One is the other's pull-back, so both need the same three maps, in other roles.
+Each is the gradient of the other with respect to its input, so both use the same three maps in different roles.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ gradient_reads(INPUT, "Conv", "ConvTranspose")
 
 @channel_rule("Conv")
 def conv_channels(channels: Channels, node: Node) -> None:
-    """Plain, depthwise (channels tied one to one, or one to several), or grouped."""
+    """Tie inputs to the weight. Depthwise: channels are tied one to one, or one to several; grouped: by groups."""
     x, weight = channels.of(node, 0)[1], channels.of(node, 1)
     groups = int(node.attrs.get("group", 1))
     if groups == 1:
@@ -51,12 +51,12 @@ def conv_transpose_channels(channels: Channels, node: Node) -> None:
 
 
 def _produce(channels: Channels, node: Node, produced: AtomRow) -> None:
-    """Tie the bias, fix the kernel's places and those that it moves over, set the output."""
+    """Tie the bias, fix the spatial axes of input and kernel, and set the output's channels."""
     x = channels.of(node, 0)
     if channels.has(node, 2):
         channels.atoms.tie(channels.of(node, 2)[0], produced)
     if any(row.any() for row in x[2:]):
-        channels.notes.append(f"{node.op} {node.name} takes channels for places: they stay.")
+        channels.notes.append(f"{node.op} {node.name} has channels on spatial axes: they stay.")
     # Spatial axes keep their sizes, so channels that lie on them stay.
     channels.fix([*x[2:], *channels.of(node, 1)[2:]])
     channels.out(node, [x[0], produced, *(still(n) for n in channels.shape(node.outputs[0])[2:])])
@@ -65,7 +65,7 @@ def _produce(channels: Channels, node: Node, produced: AtomRow) -> None:
 def _grouped(
     channels: Channels, node: Node, read_row: AtomRow, written_row: AtomRow | None, inside: AtomRow, groups: int
 ) -> AtomRow:
-    """Tie what a grouped convolution can only lose together.
+    """Tie the channels that a grouped convolution can lose only together.
 
     Args:
         written_row: Output channels of all groups, where the weight has an axis of them (Conv).
@@ -106,14 +106,14 @@ def _grouped(
 
 @rewrite("Conv")
 def conv_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
-    """As many groups as the channels that are read fill."""
+    """Set the number of groups to the channels that are read divided by those that one group reads."""
     if int(node.attrs.get("group", 1)) > 1:
         node.attrs["group"] = (sizes.after(node.inputs[0])[1] or 0) // (sizes.after(node.inputs[1])[1] or 1)
 
 
 @rewrite("ConvTranspose")
 def conv_transpose_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
-    """As many groups as make the channels that come out."""
+    """Set the number of groups to the output's channels divided by those of one group."""
     if int(node.attrs.get("group", 1)) > 1:
         node.attrs["group"] = (sizes.after(node.outputs[0])[1] or 0) // (sizes.after(node.inputs[1])[1] or 1)
 
@@ -141,7 +141,7 @@ class Convolution(Protocol):
 
 
 def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[Dim, Dim]) -> Convolution:
-    """How a layer is computed."""
+    """The fastest formulation of a layer on its unit, by the size of its map and its groups."""
     kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
     if int(node.attrs.get("group", 1)) == 1:
         if tape.graph.unit == CUDA:
@@ -181,7 +181,7 @@ def conv(tape: Tape, node: Node) -> Pull:
 
 @gradient_rule("ConvTranspose")
 def conv_transpose(tape: Tape, node: Node) -> Pull:
-    """The pull-back of a convolution as a layer: its own pull-back is that convolution.
+    """The gradient of a convolution as a layer; the gradient of this layer is that convolution.
 
     Raises `ModelError` if groups don't keep equally many channels, or the size of the map varies.
     """
@@ -205,7 +205,7 @@ def conv_transpose(tape: Tape, node: Node) -> Pull:
 
 
 def transposed_window(tape: Tape, node: Node) -> Window:
-    """The window of the convolution whose pull-back a node is: it slides over the node's output.
+    """The window of the convolution that a transposed one reverses: it slides over the node's output.
 
     Raises `ModelError` if the input's spatial sizes vary, or nothing would be left of them.
     """

@@ -25,7 +25,7 @@ _ALONE = (
 
 @channel_rule(*dict.fromkeys([*ONE_TO_ONE, *_ALONE]))
 def elementwise_channels(channels: Channels, node: Node) -> None:
-    """One value in, one of the same shape out; bounds and the like stay."""
+    """The output has the channels of the first input; bounds and other inputs stay."""
     channels.fix_inputs(node, 1)
     for i in range(len(node.outputs)):
         channels.out(node, channels.of(node, 0), i)
@@ -39,7 +39,7 @@ Slope = Callable[[Graph, str, str], str]  # writes the derivative at every numbe
 
 
 def _emit_unary(tape: Tape, node: Node) -> tuple[str, str]:
-    """Write a one-input operator as it is; its input and output in the training graph."""
+    """Write an operator of one input as it is. Returns its input and output in the training graph."""
     x = tape.value(node.inputs[0])
     y = tape.graph.emit(node.op, x, attrs=node.attrs)
     tape.enter(node.outputs[0], y, tape.shape(node.inputs[0]))
@@ -230,7 +230,7 @@ _FLOATS, _FLOAT32 = {1, 10, 11, 16}, 1
 
 @gradient_rule("Cast")
 def cast(tape: Tape, node: Node) -> Pull | None:
-    """Between floats nothing, because all of them train as float32; whole numbers and truths have no gradient."""
+    """Casts between floats do nothing, because all of them train as float32. Integers and booleans have no gradient."""
     name = node.inputs[0]
     x, to = tape.value(name), int(node.attrs["to"])
     if to not in _FLOATS:
@@ -255,8 +255,8 @@ STEEP = 2.0**126  # the slope of a line that is a step from 0 to 1 for all but t
 def where_positive(tape: Tape, dy: str, y: str) -> str:
     """Dy where y is above 0, else 0.
 
-    Where dy is finite its product with a mask is the same, and faster than a choice: the mask is a line so steep that
-    it is 1 from the least normal number on.
+    If dy is finite, its product with a mask is the same and faster than a Where. The mask is a line so steep that it
+    reaches 1 at the smallest normal number.
     """
     g = tape.graph
     if tape.finite_slopes:
@@ -335,9 +335,9 @@ def mish(tape: Tape, node: Node) -> Pull:
 
 @gradient_rule("Clip")
 def clip(tape: Tape, node: Node) -> Pull:
-    """dx = dy where low < x < high, torch's hardtanh (ReLU6); one bound alone is torch's clamp, dy at the bound, too.
+    """dx = dy where low < x < high, PyTorch's hardtanh (ReLU6); with one bound also at the bound, PyTorch's clamp.
 
-    With two bounds ONNX doesn't record which of torch's operators it was. Only at exactly a bound do the two differ.
+    With two bounds ONNX doesn't record which of PyTorch's operators it was. The two differ only exactly at a bound.
     """
     name = node.inputs[0]
     x = tape.value(name)

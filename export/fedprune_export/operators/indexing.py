@@ -18,7 +18,7 @@ from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 @channel_rule("Gather")
 def gather_channels(channels: Channels, node: Node) -> None:
-    """Constant indices take channels; a table that is looked up by data, or indices that repeat, keep theirs."""
+    """Constant indices select channels. A table that data indexes, and indices that repeat, keep all channels."""
     x, indices = channels.of(node, 0), channels.of(node, 1)
     axis = int(node.attrs.get("axis", 0)) % len(x)
     row = x[axis]
@@ -37,7 +37,7 @@ def gather_channels(channels: Channels, node: Node) -> None:
 
 @channel_rule("GatherND")
 def gather_nd_channels(channels: Channels, node: Node) -> None:
-    """Axes that are looked up stay, those behind them pass."""
+    """Indexed axes stay; the axes behind them pass."""
     x, indices = channels.of(node, 0), channels.of(node, 1)
     indexed = int(node.attrs.get("batch_dims", 0)) + channels.shape(node.inputs[1])[-1]
     channels.fix([*x[:indexed], *indices])
@@ -46,7 +46,7 @@ def gather_nd_channels(channels: Channels, node: Node) -> None:
 
 @channel_rule("ScatterND")
 def scatter_nd_channels(channels: Channels, node: Node) -> None:
-    """Axes that are looked up stay, those behind them are tied to what is put there."""
+    """Indexed axes stay; the axes behind them are tied to those of the updates."""
     x, indices, updates = (channels.of(node, i) for i in range(3))
     indexed = channels.shape(node.inputs[1])[-1]
     passed = x[indexed:]
@@ -58,14 +58,14 @@ def scatter_nd_channels(channels: Channels, node: Node) -> None:
 
 @channel_rule("NonMaxSuppression")
 def suppression_channels(channels: Channels, node: Node) -> None:
-    """Boxes, classes and their scores stay; the places of what is kept are plain numbers."""
+    """Boxes, classes and scores stay; the indices of the selected boxes are plain numbers."""
     channels.fix_inputs(node)
     channels.still_outputs(node)
 
 
 @channel_rule("ScatterElements", "GatherElements")
 def elements_channels(channels: Channels, node: Node) -> None:
-    """The axis that is looked up stays; along others of equal length values and indices are tied."""
+    """The indexed axis stays; values and indices are tied along the other axes, where these are equally long."""
     axis = int(node.attrs.get("axis", 0)) % len(channels.of(node, 0))
     out: list[AtomRow] = []
     for i, column in enumerate(zip(*(channels.of(node, k) for k in range(len(node.inputs))), strict=True)):
@@ -89,7 +89,7 @@ def triangle_channels(channels: Channels, node: Node) -> None:
 
 @rewrite("Gather")
 def gather_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
-    """Along an axis that is cut, the places that are left of those taken."""
+    """Along an axis that is cut, replace the indices by the new ones of what is left."""
     axis = int(node.attrs.get("axis", 0)) % len(sizes.before(node.inputs[0]))
     constant = graph.initializers.get(node.inputs[1])
     if constant is None or not sizes.changed(node.inputs[0], axis):
@@ -107,7 +107,7 @@ Array = npt.NDArray[Any]
 
 @gradient_rule("ScatterND", "ScatterElements")
 def scatter(tape: Tape, node: Node) -> Pull:
-    """Updates written or added at places; they get dy from there, the data gets it elsewhere, or everywhere."""
+    """Updates replace or are added to elements. They get dy of these; the data gets the rest of dy, or all if added."""
     data, index, updates = node.inputs
     x, indices, new = (tape.value(n) for n in node.inputs)
     reduction = str(node.attrs.get("reduction", "none"))
@@ -149,7 +149,7 @@ def triangle(tape: Tape, node: Node) -> Pull:
 
 @gradient_rule("OneHot")
 def one_hot(tape: Tape, node: Node) -> None:
-    """A vector per place: no gradient passes."""
+    """A vector per index: no gradient passes."""
     name = node.inputs[0]
     depth = tape.number(node, 1)
     if depth is None:
@@ -189,7 +189,7 @@ def gather(tape: Tape, node: Node) -> Pull:
 
 
 def _channels(tape: Tape, node: Node, axis: int, picked: Array) -> Pull:
-    """Runs of channels in another order, or fixed indices among channels: as slices side by side."""
+    """Reordered runs of channels, and fixed indices among channels: concatenated slices."""
     name, g = node.inputs[0], tape.graph
     x, shape = tape.value(name), tape.shape(name)
     runs = _runs(tape, node, axis, picked.reshape(-1).tolist())
@@ -216,7 +216,7 @@ def _channels(tape: Tape, node: Node, axis: int, picked: Array) -> Pull:
 
 
 def _runs(tape: Tape, node: Node, axis: int, picked: list[int]) -> list[tuple[Dim, Dim]]:
-    """Indices as runs that begin and stop between channel groups."""
+    """Indices as runs whose bounds lie between channel groups, so that they hold at every width."""
     segments = tape.axis(node.inputs[0], axis)
     out: list[tuple[Dim, Dim]] = []
     start = 0
@@ -240,7 +240,7 @@ def _runs(tape: Tape, node: Node, axis: int, picked: list[int]) -> list[tuple[Di
 
 
 def _embedding(tape: Tape, node: Node, axis: int) -> Pull:
-    """Rows by indices that are data."""
+    """Rows of a table by indices that are data."""
     name, index = node.inputs
     x, shape, indices = tape.value(name), tape.shape(name), tape.value(index)
     where = tape.shape(index)
@@ -276,7 +276,7 @@ def gather_elements(tape: Tape, node: Node) -> Pull:
 
 
 def added_at(tape: Tape, x: str, indices: str, dy: str, axis: int) -> str:
-    """Zeros like a value, with gradients added where they came from along an axis."""
+    """The gradient of a value whose elements were gathered along an axis; gradients of equal indices add up."""
     g = tape.graph
     zeros = g.emit("ConstantOfShape", tape.shape_of(x))
     return g.emit("ScatterElements", zeros, indices, dy, attrs={"axis": axis, "reduction": "add"})
@@ -327,7 +327,7 @@ _KEPT = 100_003  # stands for how many boxes are kept: a prime, which no other s
 
 @gradient_rule("NonMaxSuppression")
 def suppression(tape: Tape, node: Node) -> None:
-    """Places of the boxes that are kept: no gradient passes."""
+    """The indices of the selected boxes: no gradient passes."""
     inputs = [tape.value(i) if i else "" for i in node.inputs]
     box_count = tape.symbol(node.outputs[0], _KEPT)
     tape.enter(node.outputs[0], tape.graph.emit("NonMaxSuppression", *inputs, attrs=node.attrs), (box_count, 3))

@@ -24,7 +24,7 @@ gradient_reads(OUTPUT, "Softmax", "LogSoftmax")
 
 @channel_rule("LayerNormalization", "RMSNormalization")
 def layer_norm_channels(channels: Channels, node: Node) -> None:
-    """Scale and shift along the last axes, over which it averages."""
+    """Tie scale and shift to the last axes, over which the norm averages."""
     x = channels.of(node, 0)
     axis = int(node.attrs.get("axis", -1)) % len(x)
     tie_vectors(channels, node, (1, 2), x[axis:])
@@ -36,7 +36,7 @@ def layer_norm_channels(channels: Channels, node: Node) -> None:
 
 @channel_rule("LpNormalization", "Softmax", "LogSoftmax", "Hardmax")
 def softmax_channels(channels: Channels, node: Node) -> None:
-    """The axis over which numbers are compared or added up stays; the others pass."""
+    """The axis along which numbers are compared or summed stays; the others pass."""
     x = list(channels.of(node, 0))
     axis = int(node.attrs.get("axis", -1)) % len(x)
     if x[axis].any():
@@ -86,7 +86,7 @@ def log_softmax(tape: Tape, node: Node) -> Pull:
 
 
 def _along(tape: Tape, node: Node) -> tuple[str, int, str]:
-    """Write an operator that acts along one axis; its input, the axis, its output."""
+    """Write an operator that acts along one axis. Returns its input, the axis and its output."""
     name = node.inputs[0]
     shape = tape.shape(name)
     axis = int(node.attrs.get("axis", -1)) % len(shape)
@@ -97,8 +97,9 @@ def _along(tape: Tape, node: Node) -> tuple[str, int, str]:
 
 @gradient_rule("LayerNormalization")
 def layer_norm(tape: Tape, node: Node) -> Pull:
-    """Normalised over the last axes (element count at run time if channels are among them), with a scale and bias per
-    element.
+    """Normalise over the last axes, and scale and shift each element.
+
+    If channels are among the axes, the number of elements is computed at run time.
     """
     name, gamma, beta = node.inputs[0], node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else ""
     if any(node.outputs[1:]):

@@ -17,7 +17,7 @@ gradient_reads(INPUT, "Gemm", "MatMul", "Einsum")
 
 @channel_rule("MatMul")
 def matmul_channels(channels: Channels, node: Node) -> None:
-    """The contracted axes are tied, the others carried; leading axes broadcast."""
+    """Tie the contracted axes and carry the others; leading axes broadcast."""
     a, b = channels.of(node, 0), channels.of(node, 1)
     channels.atoms.tie(a[-1], b[-2] if len(b) > 1 else b[0])
     rank = max(len(a), len(b)) - 2
@@ -35,7 +35,7 @@ def matmul_channels(channels: Channels, node: Node) -> None:
 
 @channel_rule("Gemm")
 def gemm_channels(channels: Channels, node: Node) -> None:
-    """A matrix product with optional transposition and an addend that may broadcast."""
+    """Tie the contracted axes, after transposition, and the addend to the output where it doesn't broadcast."""
     a, b = channels.of(node, 0), channels.of(node, 1)
     if node.attrs.get("transA"):
         a = a[::-1]
@@ -63,7 +63,7 @@ def einsum_terms(equation: str, inputs: int) -> tuple[list[str], str] | None:
 
 @channel_rule("Einsum")
 def einsum_channels(channels: Channels, node: Node) -> None:
-    """Axes of the same letter are tied; a letter that is repeated from length 1 is not."""
+    """Tie axes of the same letter, except those of length 1 that broadcast."""
     equation = einsum_terms(str(node.attrs["equation"]), len(node.inputs))
     if equation is None:
         channels.fix_inputs(node)

@@ -21,7 +21,7 @@ gradient_reads(BOTH, "MaxPool")
 
 @channel_rule("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 def pooling_channels(channels: Channels, node: Node) -> None:
-    """Channels pass, places stay; so do channels that a maximum's index counts."""
+    """Channels pass and spatial axes stay. If indices of maxima are an output, channels stay: these count them."""
     x = channels.of(node, 0)
     pools_channels = any(row.any() for row in x[2:])
     if pools_channels or (len(node.outputs) > 1 and node.outputs[1]):
@@ -37,7 +37,7 @@ def _kernel(node: Node) -> tuple[int, ...]:
 
 
 def _upsampled(g: Graph, value: str, factors: tuple[int, ...]) -> str:
-    """Every element repeated to a block."""
+    """Repeat every element to a block."""
     attrs = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     scales = g.constant([1.0, 1.0, *map(float, factors)], np.float32)
     return g.emit("Resize", value, "", scales, attrs=attrs)
@@ -45,7 +45,7 @@ def _upsampled(g: Graph, value: str, factors: tuple[int, ...]) -> str:
 
 @gradient_rule("MaxPool")
 def max_pool(tape: Tape, node: Node) -> Pull:
-    """The gradient goes to the first maximum of each window, as torch does it, in flat regions, too."""
+    """The gradient goes to the first maximum of each window, as in PyTorch, also where several are equal."""
     if len(node.outputs) > 1 and node.outputs[1]:
         raise ModelError(f"{describe(node)}: the indices of a pooling are used")
     name = node.inputs[0]
@@ -92,7 +92,7 @@ def max_pool(tape: Tape, node: Node) -> Pull:
 
 
 def tiled_gradient(g: Graph, w: Window, x: str, y: str, dy: str) -> str:
-    """The gradient of adjacent windows, without the slow indices.
+    """The gradient of windows side by side, without the slow indices of MaxPool.
 
     Candidates (equal to their window's maximum) get distinct marks, highest for the first; the highest mark in each
     window wins. Exact, and much faster than pooling with indices.
@@ -159,7 +159,7 @@ def average_pool(tape: Tape, node: Node) -> Pull:
 
 
 def _spread(tape: Tape, w: Window, x: str, share: str) -> str:
-    """For every place of x the sum of what the windows that it is in have."""
+    """For every position of x the sum over the windows that contain it."""
     g = tape.graph
     if w.tiles and len(w.sizes) < 3:
         return _upsampled(g, share, w.kernel)

@@ -30,7 +30,7 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 @channel_rule(*_GATES)
 def recurrent_channels(channels: Channels, node: Node) -> None:
-    """Both directions of a layer have the same number of hidden units, so that they lose the same ones."""
+    """Tie the gates' rows to the hidden units. Both directions lose the same units: they share one hidden size."""
     if node.attrs.get("layout", 0):
         channels.fix_inputs(node)
         channels.still_outputs(node)
@@ -57,7 +57,7 @@ def recurrent_channels(channels: Channels, node: Node) -> None:
 
 @rewrite("LSTM", "GRU", "RNN")
 def recurrent_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
-    """As many hidden units as the recurrence has columns."""
+    """Set the hidden size to the columns that the recurrence has left."""
     node.attrs["hidden_size"] = sizes.after(node.inputs[2])[2]
 
 
@@ -157,7 +157,7 @@ class Direction:
     kept: dict[str, str] = field(default_factory=dict)
 
     def projected(self, x: str, *, both: bool = True) -> str:
-        """The gates' part that depends on the input, with its bias, and the other one too where it may join."""
+        """The gates' part that depends on the input, with its bias; `both` adds the recurrence's bias as well."""
         g = self.g
         out = g.emit("MatMul", x, turned(g, self.weight))
         if not self.bias:
@@ -247,7 +247,7 @@ def _gru_forward(d: Direction, x: str) -> tuple[str, list[str]]:
 
 
 def _gru_backward(d: Direction, dy: str, last: list[str]) -> Backward:
-    """Every gate's gradient is dh times something that is known beforehand."""
+    """Every gate's gradient is dh times a factor that is computed before the loop."""
     g, k = d.g, d.kept
     before = d.before(k["h"], d.states[0])
     update = g.emit("Mul", g.emit("Sub", before, k["n"]), _sigmoid_slope(g, k["z"]))
@@ -463,13 +463,13 @@ class _Recurrent:
         return self.g.emit("ConstantOfShape", self.tape.sizes((self.batch, self.hidden)))
 
     def apart(self, value: str, axis: int) -> list[str]:
-        """The directions of a value that has them on an axis."""
+        """Split a value into its directions, which lie on an axis."""
         g = self.g
         pieces = g.emit_many("Split", value, outputs=2, attrs={"axis": axis}) if self.count > 1 else [value]
         return [g.emit("Squeeze", p, g.ints(axis)) for p in pieces]
 
     def together(self, values: Sequence[str], axis: int) -> str:
-        """The reverse."""
+        """Stack the directions of a value on an axis."""
         return self.joined([self.g.emit("Unsqueeze", v, self.g.ints(axis)) for v in values], axis)
 
     def joined(self, values: Sequence[str], axis: int) -> str:
@@ -477,7 +477,7 @@ class _Recurrent:
 
 
 def _check(node: Node, inputs: Sequence[str], count: int) -> None:
-    """Raise ModelError for what has no rule."""
+    """Refuse options of a layer that have no gradient rule, with a `ModelError`."""
     usual = list(_ACTIVATIONS[node.op]) * count
     activations = [str(a).title() for a in node.attrs.get("activations", usual)]
     # Other activations would need slopes of their own in the loops back.

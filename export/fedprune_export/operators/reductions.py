@@ -28,10 +28,10 @@ ADDING = ("ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2")
     *("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", "ArgMax", "ArgMin"),
 )
 def reduction_channels(channels: Channels, node: Node) -> None:
-    """The axes that are left pass. Of those reduced away channels stay, because cutting them would change the result,
+    """The axes that remain pass. Channels on reduced axes stay, because cutting them would change the result.
 
-    unless the result is a sum (the channels that are lost are those that add nothing to it) or normalises weights: a
-    weight's mean or length is taken over what is kept of it, as a layer norm's is.
+    There are two exceptions. A sum loses only channels that add nothing to it. And a mean that normalises weights is
+    taken over what is kept of them, as a layer norm's is.
     """
     x = channels.of(node, 0)
     axes = reduced_axes(channels, node)
@@ -46,7 +46,7 @@ def reduction_channels(channels: Channels, node: Node) -> None:
 
 
 def reduced_axes(channels: Channels, node: Node) -> set[int]:
-    """Which axes a reduction takes away."""
+    """The axes that a node reduces."""
     rank = len(channels.of(node, 0))
     if node.op in ("ArgMax", "ArgMin"):
         return {int(node.attrs.get("axis", 0)) % rank}
@@ -59,7 +59,7 @@ def reduced_axes(channels: Channels, node: Node) -> set[int]:
 
 @channel_rule("CumSum", "TopK")
 def along_one_axis_channels(channels: Channels, node: Node) -> None:
-    """Channels that are added up one after the other, or sorted, stay; other axes pass."""
+    """Channels along the axis that is accumulated or sorted stay; other axes pass."""
     x = list(channels.of(node, 0))
     if node.op == "TopK":
         axis: int | None = int(node.attrs.get("axis", -1))
@@ -126,14 +126,14 @@ class Reduction:
         self.out = self.kept if self.keep else tuple(d for i, d in enumerate(self.shape) if i not in axes)
 
     def write(self, *, keep: bool | None = None) -> str:
-        """The reduction as it is; entered as the output, unless its axes are to be kept."""
+        """Write the reduction. It is entered as the output where `keep` is what the node has."""
         y = self.reduced(self.node.op, self.x, keep=self.keep if keep is None else keep)
         if keep is None or keep == self.keep:
             self.tape.enter(self.node.outputs[0], y, self.out)
         return y
 
     def write_kept(self) -> str:
-        """The reduction with its axes kept, for the pull-back; the output is made from it."""
+        """Write the reduction with its axes kept, as the gradient needs it, and make the output of that."""
         y = self.write(keep=True)
         if not self.keep:
             out = self.g.emit("Squeeze", y, self.g.ints(*self.axes)) if self.axes else y
@@ -141,7 +141,7 @@ class Reduction:
         return y
 
     def reduced(self, op: str, value: str, *, keep: bool = True) -> str:
-        """A value of the input's shape, reduced over the same axes."""
+        """Reduce a value of the input's shape over the same axes."""
         if not self.axes:
             return self.g.emit("Identity", value)
         if op in _AXES_BY_INPUT:
@@ -316,7 +316,7 @@ def running_sum(tape: Tape, node: Node) -> Pull:
 
 @gradient_rule("ArgMax", "ArgMin")
 def place_of_extreme(tape: Tape, node: Node) -> None:
-    """The place of the largest or smallest number: no gradient passes."""
+    """The index of the largest or smallest number: no gradient passes."""
     name = node.inputs[0]
     shape = tape.shape(name)
     axis = int(node.attrs.get("axis", 0)) % len(shape)
@@ -331,7 +331,7 @@ def summed(g: Graph, value: str, axes: list[int], *, keep: bool = True) -> str:
 
 @gradient_rule("TopK")
 def largest(tape: Tape, node: Node) -> Pull:
-    """The largest or smallest elements along a fixed axis; each one's gradient goes back to its place."""
+    """The largest or smallest elements along a fixed axis; each gradient goes back to the element's index."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     axis = int(node.attrs.get("axis", -1)) % len(shape)

@@ -1,4 +1,4 @@
-"""Resizing of maps, sampling at computed places, and exchange of space and channels.
+"""Resizing of maps, sampling at computed positions, and exchange of space and channels.
 
 Every way of resizing is linear along each axis on its own, so its gradient is a product with the transposed matrix of
 each axis. The matrices are measured by running the operator on unit vectors, so they are right for every mode.
@@ -23,7 +23,7 @@ from fedprune_export.operators.indexing import counted
 
 @channel_rule("Resize", "Upsample", "GridSample")
 def resample_channels(channels: Channels, node: Node) -> None:
-    """Batch and channels pass, places stay."""
+    """Batch and channels pass; spatial axes stay."""
     x = channels.of(node, 0)
     channels.fix_inputs(node, 1)
     shape = channels.shape(node.outputs[0])
@@ -35,7 +35,7 @@ def resample_channels(channels: Channels, node: Node) -> None:
 
 @channel_rule("DepthToSpace")
 def depth_to_space_channels(channels: Channels, node: Node) -> None:
-    """A channel is a block of neighbours, or the same place of every part, by mode."""
+    """Tie the input channels of which an output channel is made: neighbours (CRD), or one of each part (DCR)."""
     x = channels.of(node, 0)
     times = int(node.attrs["blocksize"]) ** 2
     channels.fix(x[2:])
@@ -48,7 +48,7 @@ def depth_to_space_channels(channels: Channels, node: Node) -> None:
 
 @channel_rule("SpaceToDepth")
 def space_to_depth_channels(channels: Channels, node: Node) -> None:
-    """All channels once for every place of a block."""
+    """The output has all channels once for every position of a block."""
     x = channels.of(node, 0)
     channels.fix(x[2:])
     _spatial(channels, node, np.tile(x[1], int(node.attrs["blocksize"]) ** 2))
@@ -153,9 +153,9 @@ def space_and_depth(tape: Tape, node: Node) -> Pull:
 
 @gradient_rule("GridSample")
 def grid_sample(tape: Tape, node: Node) -> Pull:
-    """Bilinear or nearest samples of maps; dy goes back to where they were taken, and moves the grid if bilinear.
+    """Bilinear or nearest samples of maps. dy goes back to the sampled pixels, and to the grid if bilinear.
 
-    Raises `ModelError` if samples are cubic or of volumes, or places outside of a map are reflected into it.
+    Raises `ModelError` if samples are cubic or of volumes, or positions outside of a map are reflected into it.
     """
     name, grid = node.inputs
     x, positions, shape, where, g = tape.value(name), tape.value(grid), tape.shape(name), tape.shape(grid), tape.graph

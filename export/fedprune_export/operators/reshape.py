@@ -1,4 +1,4 @@
-"""Reshape, Flatten, Squeeze and Unsqueeze: axes that are split into factors and put together from others."""
+"""Reshape, Flatten, Squeeze and Unsqueeze: axes are split into factors, and factors are merged into axes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 @channel_rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def reshape_channels(channels: Channels, node: Node) -> None:
-    """Atoms go along with the factors of their axes."""
+    """Carry the atoms of each old axis along with its factors."""
     x, target = channels.of(node, 0), channels.shape(node.outputs[0])
     out: list[AtomRow] = [still(n) for n in target]
     if any(row.any() for row in x):
@@ -89,7 +89,10 @@ def _mixed(channels: Channels, node: Node, rows: Sequence[AtomRow]) -> None:
 
 @rewrite(*TARGETS)
 def target_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
-    """A target shape: known sizes as numbers, one batch-dependent entry as -1, several as computed before."""
+    """Write a target shape for the new widths: fixed sizes as numbers, one entry that depends on the batch as −1.
+
+    Further entries that depend on the batch are read from the target as it was.
+    """
     place = TARGETS[node.op]
     if len(node.inputs) <= place or not node.inputs[place]:
         return
@@ -117,7 +120,7 @@ def target_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
 
 @gradient_rule("Flatten")
 def flatten(tape: Tape, node: Node) -> Pull:
-    """Two axes out of many."""
+    """Merge the axes before `axis` into one, and those from it on into another."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     axis = int(node.attrs.get("axis", 1))
@@ -204,7 +207,7 @@ def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Sha
 
 
 def _rest(tape: Tape, block: Sequence[Dim], target: Sequence[int]) -> Dim | None:
-    """The value of -1 if the other sizes divide a block at every width, else None."""
+    """The size that −1 stands for, if the other sizes divide a block at every width; else None."""
     other_sizes = [t for t in target if t != -1]
     if len(other_sizes) != len(target) - 1 or 0 in other_sizes:
         return None
@@ -220,7 +223,7 @@ def _axes(tape: Tape, node: Node) -> list[int]:
 
 @gradient_rule("Squeeze")
 def squeeze(tape: Tape, node: Node) -> Pull:
-    """Axes of size 1 out."""
+    """Remove axes of size 1."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     axes = [a % len(shape) for a in _axes(tape, node)] or [i for i, d in enumerate(shape) if d == 1]
@@ -233,7 +236,7 @@ def squeeze(tape: Tape, node: Node) -> Pull:
 
 @gradient_rule("Unsqueeze")
 def unsqueeze(tape: Tape, node: Node) -> Pull:
-    """Axes of size 1 in."""
+    """Insert axes of size 1."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     axes = _axes(tape, node)

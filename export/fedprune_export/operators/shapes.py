@@ -14,7 +14,7 @@ from fedprune_export.pruning.rewrites import Sizes, rewrite
 
 @channel_rule("Concat")
 def concat_channels(channels: Channels, node: Node) -> None:
-    """Rows one after the other along the axis; the other axes are tied."""
+    """Concatenate the atoms along the axis, and tie the other axes."""
     inputs = [channels.rows[name] for name in node.inputs]
     axis = int(node.attrs["axis"]) % len(inputs[0])
     out = list(inputs[0])
@@ -29,7 +29,7 @@ def concat_channels(channels: Channels, node: Node) -> None:
 
 @channel_rule("Split")
 def split_channels(channels: Channels, node: Node) -> None:
-    """Rows in parts along the axis."""
+    """Split the atoms along the axis."""
     x = list(channels.of(node, 0))
     axis = int(node.attrs.get("axis", 0)) % len(x)
     sizes = [channels.shape(name)[axis] if name else 0 for name in node.outputs]
@@ -44,7 +44,7 @@ def split_channels(channels: Channels, node: Node) -> None:
 
 @channel_rule("Transpose")
 def transpose_channels(channels: Channels, node: Node) -> None:
-    """Axes change places."""
+    """Permute the axes."""
     x = channels.of(node, 0)
     order = node.attrs.get("perm") or list(range(len(x)))[::-1]
     channels.out(node, [x[i] for i in order])
@@ -52,7 +52,7 @@ def transpose_channels(channels: Channels, node: Node) -> None:
 
 @channel_rule("Expand")
 def expand_channels(channels: Channels, node: Node) -> None:
-    """Axes pass; those that are made of one index get as many as are needed."""
+    """Axes pass; those that are repeated from one index get channels of their own."""
     x = channels.of(node, 0)
     shape = channels.shape(node.outputs[0])
     lead = len(shape) - len(x)
@@ -62,7 +62,7 @@ def expand_channels(channels: Channels, node: Node) -> None:
 
 @channel_rule("Tile")
 def tile_channels(channels: Channels, node: Node) -> None:
-    """Rows one after the other as often as is said."""
+    """Repeat the atoms along each axis; they stay where the repetitions are unknown."""
     x, shape = channels.of(node, 0), channels.shape(node.outputs[0])
     repeats = channels.number(node, 1)
     out = []
@@ -83,7 +83,7 @@ def size_channels(channels: Channels, node: Node) -> None:
 
 @channel_rule("ConstantOfShape")
 def constant_of_shape_channels(channels: Channels, node: Node) -> None:
-    """Every index holds the same number: as many are made as are needed."""
+    """Every index holds the same number, so the axes get channels of their own."""
     name = node.outputs[0]
     channels.out(node, fresh_axes(channels, name, [None] * len(channels.shape(name))))
 
@@ -100,7 +100,7 @@ def fresh_axes(channels: Channels, name: str, rows: list[AtomRow | None]) -> lis
 
 @rewrite("Split")
 def split_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
-    """The parts are as long as what is left of each."""
+    """Set the lengths of the parts to what is left of each."""
     axis = int(node.attrs.get("axis", 0))
     if sizes.changed(node.inputs[0], axis):
         lengths = [sizes.after(name)[axis] if name else None for name in node.outputs]
@@ -125,7 +125,7 @@ def transpose(tape: Tape, node: Node) -> Pull:
 
 @gradient_rule("Expand")
 def expand(tape: Tape, node: Node) -> Pull:
-    """Repeated along axes of 1; the gradient is summed over them."""
+    """Repeat a value along axes of 1; the gradient is summed over them."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     out = _expanded(tape, node, shape)
@@ -171,7 +171,7 @@ def multiple_of_batch(tape: Tape, size: int) -> Dim:
 
 @gradient_rule("ConstantOfShape")
 def constant_of_shape(tape: Tape, node: Node) -> None:
-    """Equal numbers, as many as there are channels: no gradient passes."""
+    """Equal numbers in a computed shape: no gradient passes."""
     analysed = tape.known(node.outputs[0])
     out: list[Dim] = []
     if analysed is None:
@@ -186,7 +186,7 @@ def constant_of_shape(tape: Tape, node: Node) -> None:
 
 @gradient_rule("Tile")
 def tile(tape: Tape, node: Node) -> Pull:
-    """Repeated whole along axes; the gradient is summed over the repetitions."""
+    """Repeat a value along axes; the gradient is summed over the repetitions."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     repeat_counts = tape.target_shape(node, 1)
@@ -216,7 +216,7 @@ def tile(tape: Tape, node: Node) -> Pull:
 
 @gradient_rule("Concat")
 def concat(tape: Tape, node: Node) -> Pull:
-    """Pieces side by side; the gradient is cut where they meet, at run time where widths vary."""
+    """Concatenate pieces. The gradient is split where they meet, at run time where widths vary."""
     shapes = [tape.shape(i) for i in node.inputs]
     values = [tape.value(i) for i in node.inputs]
     axis = int(node.attrs["axis"]) % len(shapes[0])
@@ -241,7 +241,7 @@ def concat(tape: Tape, node: Node) -> Pull:
 
 @gradient_rule("Split")
 def split(tape: Tape, node: Node) -> Pull:
-    """Pieces apart, along channels, too; the gradient joins theirs, with zeros for pieces that nothing reads."""
+    """Split a value, also along channels. The gradient joins those of the pieces, with zeros for unread ones."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     axis = int(node.attrs.get("axis", 0)) % len(shape)
@@ -264,7 +264,7 @@ def split(tape: Tape, node: Node) -> Pull:
 
 
 def _lengths(tape: Tape, node: Node, total: Dim, axis: int) -> list[Dim]:
-    """How long the pieces of a split are."""
+    """The lengths of the pieces of a split."""
     count = len(node.outputs)
     requested = tape.number(node, 1)
     if isinstance(total, int):

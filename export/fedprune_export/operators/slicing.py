@@ -62,7 +62,7 @@ def sliced(graph: Graph, node: Node, rank: int) -> dict[int, slice] | None:
 
 @channel_rule("Slice")
 def slice_channels(channels: Channels, node: Node) -> None:
-    """Indices that are taken pass; where each of a few neighbours is taken, the neighbours are kept or cut together."""
+    """The selected indices pass. With a step, the neighbours among which it selects are kept or cut together."""
     x = channels.of(node, 0)
     shape, dims = channels.shape(node.outputs[0]), channels.seen.dims(node.inputs[0])
     slices = sliced(channels.graph, node, len(x))
@@ -93,7 +93,7 @@ def slice_channels(channels: Channels, node: Node) -> None:
 def indices_after_cut(
     sizes: Sizes, node: Node, indices: npt.NDArray[np.int64], axis: int, out_axis: int
 ) -> npt.NDArray[np.int64]:
-    """Indices of an axis after the cut for what is left of those taken before it."""
+    """The new indices of an axis for those selected indices that the cut has left."""
     kept_indices = sizes.kept(node.inputs[0], axis)
     new_positions = np.full(int(max(kept_indices.max(), indices.max())) + 1, -1, np.int64)
     new_positions[kept_indices] = np.arange(kept_indices.size)
@@ -105,7 +105,7 @@ def indices_after_cut(
 
 @rewrite("Slice")
 def slice_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
-    """Along an axis that is cut, what is left of the indices: as a slice where they follow each other."""
+    """Along an axis that is cut, select the indices that are left, by a slice if they are consecutive."""
     rank = len(sizes.before(node.inputs[0]))
     slices = sliced(graph, node, rank) or {}
     cut = [axis for axis in slices if sizes.changed(node.inputs[0], axis)]
@@ -134,7 +134,7 @@ _FEW = 4  # up to this many picks of one element its gradient is a sum of gather
 
 @gradient_rule("Slice")
 def cut_out(tape: Tape, node: Node) -> Pull:
-    """Ranges with any step along fixed axes, and whole runs of channels; the gradient is put back among zeros."""
+    """Ranges with any step along fixed axes, and whole runs of channels. The gradient is padded with zeros."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     starts, ends, chosen, strides = (tape.number(node, i) for i in (1, 2, 3, 4))
@@ -197,7 +197,7 @@ def cut_out(tape: Tape, node: Node) -> Pull:
 
 
 def put_back(tape: Tape, dy: str, shape: Shape, runs: Sequence[tuple[int, Dim, Dim]]) -> str:
-    """The gradient of runs along some axes, among zeros."""
+    """Pad the gradient of runs along some axes with zeros to the shape of the whole."""
     before: list[Dim] = [0] * len(shape)
     after: list[Dim] = [0] * len(shape)
     for a, begin, stop in runs:
@@ -206,7 +206,7 @@ def put_back(tape: Tape, dy: str, shape: Shape, runs: Sequence[tuple[int, Dim, D
 
 
 def _every(tape: Tape, node: Node, axis: int, picked: range) -> Dim:
-    """How many elements a step along channels takes, where each channel has as many indices as several steps."""
+    """The number of elements that a step selects along channels. Each channel must have a multiple of the step."""
     name = node.inputs[0]
     dim, segments = tape.shape(name)[axis], tape.axis(name, axis)
     size, step = tape.extent(dim), picked.step
@@ -222,7 +222,7 @@ def _every(tape: Tape, node: Node, axis: int, picked: range) -> Dim:
 
 
 def taken_run(tape: Tape, node: Node, axis: int, picked: range) -> tuple[Dim, Dim]:
-    """Where a run of indices begins and stops at every width."""
+    """The bounds of a run of indices, as they are at every width."""
     name = node.inputs[0]
     if isinstance(tape.shape(name)[axis], int):
         return picked.start, picked.stop
@@ -238,7 +238,7 @@ def taken_run(tape: Tape, node: Node, axis: int, picked: range) -> tuple[Dim, Di
 
 
 def scattered(tape: Tape, dy: str, shape: Shape, axis: int, picked: Array, size: int) -> str:
-    """The gradient of a value of which elements were picked along an axis.
+    """The gradient of a value whose elements were gathered along an axis by constant indices.
 
     Args:
         picked: Which indices were picked, in order; some maybe several times or never.
