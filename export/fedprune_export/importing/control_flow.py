@@ -68,7 +68,7 @@ class _ControlFlow(GraphWriter):
         count, condition, *states = [*node.input, "", ""][: max(2, len(node.input))]
         body, trips = _body(node, attrs), self._known(count) if count else None
         starts = self._known(condition) if condition else np.array(True)
-        _check_one("number of turns", node, trips)
+        _check_one("number of iterations", node, trips)
         _check_one("condition", node, starts)
         counts = 2 + len(states), 1 + len(node.output)
         if (len(body.input), len(body.output)) != counts:
@@ -79,14 +79,16 @@ class _ControlFlow(GraphWriter):
             )
         if trips is None or starts is None or not self._goes_on(body):
             return None
-        times = max(0, int(trips.reshape(-1)[0])) if starts.reshape(-1)[0] else 0
+        iteration_count = max(0, int(trips.reshape(-1)[0])) if starts.reshape(-1)[0] else 0
 
-        def turn_inputs(turn: int) -> tuple[list[onnx.NodeProto], list[str]]:
-            nodes = [self._constant(np.array(turn, np.int64), f"{node.output[0]}.{turn}.turn")]
-            nodes.append(self._constant(np.array(True), f"{node.output[0]}.{turn}.on"))
+        def iteration_inputs(iteration: int) -> tuple[list[onnx.NodeProto], list[str]]:
+            nodes = [self._constant(np.array(iteration, np.int64), f"{node.output[0]}.{iteration}.turn")]
+            nodes.append(self._constant(np.array(True), f"{node.output[0]}.{iteration}.on"))
             return nodes, [n.output[0] for n in nodes]
 
-        return self._turns(node, body, times, states, turn_inputs, skipped=1, axes=[0] * len(body.output))
+        return self._turns(
+            node, body, iteration_count, states, iteration_inputs, skipped=1, axes=[0] * len(body.output)
+        )
 
     def _scan(self, node: onnx.NodeProto, attrs: Mapping[str, Any]) -> list[onnx.NodeProto] | None:
         body, count = _body(node, attrs), int(attrs.get("num_scan_inputs", 0))
@@ -118,33 +120,35 @@ class _ControlFlow(GraphWriter):
         states, scanned = list(node.input)[:state_count], list(node.input)[state_count:]
         axes = lists["scan_input_axes"]
         lengths = {self._size(name, axis) for name, axis in zip(scanned, axes, strict=True)}
-        times = lengths.pop()
+        iteration_count = lengths.pop()
         # Inputs of different lengths are left to the checks that name the operator.
-        if lengths or times is None:
+        if lengths or iteration_count is None:
             return None
-        self._check_turns(node, body, times)
+        self._check_turns(node, body, iteration_count)
         backward = lists["scan_input_directions"]
         stem = node.output[0]
-        elements = [[self._names.fresh(f"{stem}.{k}.part{t}") for t in range(times)] for k in range(count)]
+        elements = [[self._names.fresh(f"{stem}.{k}.part{t}") for t in range(iteration_count)] for k in range(count)]
         before: list[onnx.NodeProto] = []
         for name, axis, names in zip(scanned, axes, elements, strict=True):
             before += self._apart(name, axis, names)
 
-        def turn_inputs(turn: int) -> tuple[list[onnx.NodeProto], list[str]]:
-            return [], [p[-1 - turn if b else turn] for p, b in zip(elements, backward, strict=True)]
+        def iteration_inputs(iteration: int) -> tuple[list[onnx.NodeProto], list[str]]:
+            return [], [p[-1 - iteration if b else iteration] for p, b in zip(elements, backward, strict=True)]
 
         out_axes = [0] * state_count + lists["scan_output_axes"]
         out_backward = [0] * state_count + lists["scan_output_directions"]
-        turns = self._turns(node, body, times, states, turn_inputs, skipped=0, axes=out_axes, backward=out_backward)
-        return None if turns is None else before + turns
+        unrolled = self._turns(
+            node, body, iteration_count, states, iteration_inputs, skipped=0, axes=out_axes, backward=out_backward
+        )
+        return None if unrolled is None else before + unrolled
 
     def _turns(
         self,
         node: onnx.NodeProto,
         body: onnx.GraphProto,
-        times: int,
+        iteration_count: int,
         states: Sequence[str],
-        turn_inputs: Any,
+        iteration_inputs: Any,
         *,
         skipped: int,
         axes: Sequence[int],
@@ -153,24 +157,24 @@ class _ControlFlow(GraphWriter):
         """Unroll a body: states pass from one iteration to the next, the other outputs are stacked.
 
         Args:
-            turn_inputs: Returns what one iteration reads besides the states: nodes, and the names of their outputs.
+            iteration_inputs: Returns what one iteration reads besides the states: nodes, and their outputs' names.
             skipped: How many outputs of the body come before the states.
             axes: The axis along which each output is stacked.
         """
-        self._check_turns(node, body, times)
-        self._left -= times * max(1, len(body.node))
+        self._check_turns(node, body, iteration_count)
+        self._left -= iteration_count * max(1, len(body.node))
         state_count, stacked_count = len(states), len(body.output) - skipped - len(states)
         # A stacked output of no iterations would be an empty tensor of unknown shape.
-        if not times and stacked_count:
+        if not iteration_count and stacked_count:
             return None
         stem = f"{node.output[0]}."
         tensor_names, out, current_states = self._adopted(body, stem), list[onnx.NodeProto](), list(states)
         rows: list[list[str]] = [[] for _ in range(stacked_count)]
-        for turn in range(times):
-            prefix = f"{stem}{turn}."
-            nodes, turn_names = turn_inputs(turn)
-            # A loop's turn comes before its states, a scan's parts behind them.
-            read = [*turn_names, *current_states] if skipped else [*current_states, *turn_names]
+        for iteration in range(iteration_count):
+            prefix = f"{stem}{iteration}."
+            nodes, iteration_names = iteration_inputs(iteration)
+            # A loop has the iteration before its states, a scan its elements behind them.
+            read = [*iteration_names, *current_states] if skipped else [*current_states, *iteration_names]
             inputs = {port.name: name for port, name in zip(body.input, read, strict=True)}
             results = [self._names.fresh(f"{prefix}out{i}") for i in range(len(body.output))]
             out += nodes + self._written(body, tensor_names, inputs, prefix, results)
@@ -187,8 +191,8 @@ class _ControlFlow(GraphWriter):
                 out += self._together(row[::-1] if backward and backward[i] else row, axes[i], target)
         return out
 
-    def _check_turns(self, node: onnx.NodeProto, body: onnx.GraphProto, times: int) -> None:
-        if times * max(1, len(body.node)) > self._left:
+    def _check_turns(self, node: onnx.NodeProto, body: onnx.GraphProto, iteration_count: int) -> None:
+        if iteration_count * max(1, len(body.node)) > self._left:
             raise ModelError(f"{node.op_type} {shown(node.name)}, unrolled", expected=f"at most {self._most} operators")
 
     # -- graphs within graphs -----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from fedprune_export.importing.inlining import prepared
 from fedprune_export.importing.lengths import bind, read_shape
 from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.model_file import check, parse, read_model_file
-from fedprune_export.importing.normalise import normalise
+from fedprune_export.importing.normalise import Normalised, normalise
 from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY, pieces
 from fedprune_export.importing.timm_models import PREFIX, timm_model, timm_name
 from fedprune_export.importing.torch_export import export_torch, factory_product
@@ -41,6 +41,7 @@ from fedprune_export.importing.user_graphs import (
     read_metric,
 )
 from fedprune_export.ir.dropout import AXES_KEY
+from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.frozen_base import check_precision
 from fedprune_export.pruning.frozen_base import chosen as chosen_base
 from fedprune_export.pruning.model import RANKS_KEY, Model
@@ -265,9 +266,8 @@ def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
 def _as_model_errors() -> Iterator[None]:
     """Turn unforeseen errors of reading a model into a `ModelError`."""
     try:
-        # A ModelError passes as it is. These are what onnx, numpy and protobuf raise for files that break their
-        # assumptions.
         yield
+    # onnx, numpy and protobuf raise these for files that break their assumptions. A ModelError passes as it is.
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
             f"the model can't be understood ({type(error).__name__}: {reason(error)})",
@@ -294,29 +294,15 @@ def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     # With adapters, or a frozen base in another precision, frozen weights keep all channels.
     uncut = kept(normal.parameters, frozen_names) if precision is None else frozenset(frozen_names)
     analysis = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=prefer, kept=uncut)
-    tied = metadata.tied(texts)
-    unused = metadata.unused(texts)
-    training_notes = metadata.training_notes(texts)
-    import_notes = [*metadata.note_of_tied(tied), *metadata.note_of_unused(unused), *training_notes]
-    notes = tuple(dict.fromkeys([*import_notes, *normal.notes, *analysis.notes]))
-    author_names = metadata.original_names(texts)
-    # A file that was imported before lists the author's names, which win over those that it has now.
-    names = {new: author_names.get(old, old) for old, new in normal.names.items() if new in normal.parameters}
-    names |= {
-        name: author_name
-        for name, author_name in author_names.items()
-        if name in normal.parameters and name not in names
-    }
-    facts = {
-        metadata.PARAMETERS_KEY: list(normal.parameters),
-        metadata.FROZEN_KEY: frozen_names,
-        metadata.TIED_KEY: {normal.names.get(k, k): v for k, v in tied.items()},
-        metadata.UNUSED_KEY: unused,
-        metadata.NAMES_KEY: names,
-        metadata.TRAINING_NOTES_KEY: training_notes,
-    }
-    packing = {k: v for k, v in normal.graph.metadata.items() if k in (INPUTS_KEY, OUTPUTS_KEY, LENGTH, AXES_KEY)}
-    normal.graph.metadata = packing | {key: json.dumps(fact) for key, fact in facts.items() if fact}
+    all_notes = (
+        *metadata.note_of_tied(metadata.tied(texts)),
+        *metadata.note_of_unused(metadata.unused(texts)),
+        *metadata.training_notes(texts),
+        *normal.notes,
+        *analysis.notes,
+    )
+    notes = tuple(dict.fromkeys(all_notes))
+    normal.graph.metadata = _model_metadata(texts, normal, frozen_names)
     if prefer != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = prefer
     ranks = metadata.ranks(texts, analysis.architecture)
@@ -329,17 +315,43 @@ def _built(raw: bytes, name: str, own_loss: bool) -> Model:
     if precision is not None:
         base, architecture = chosen_base(normal.graph, architecture, frozen_names, precision)
         normal.graph.metadata[metadata.BASE_KEY] = precision
-    user_graphs = {key: embedded(key, texts[key]) for key in (LOSS_KEY, METRIC_KEY) if key in texts}
-    normal.graph.metadata |= {key: texts[key] for key in user_graphs}
-    outputs = analysis.architecture.output_shape
-    with _naming("loss"):
-        loss = import_loss(user_graphs[LOSS_KEY], outputs) if LOSS_KEY in user_graphs else None
-    with _naming("metric"):
-        metric = import_metric(user_graphs[METRIC_KEY], outputs) if METRIC_KEY in user_graphs else None
-        check_labels(loss, metric)
+    loss, metric = _import_user_graphs(texts, analysis.architecture.output_shape)
     model = Model(normal.graph, architecture, notes, analysis.values, frozen_names, base, loss, metric, ranks=ranks)
     vars(model)["trace"] = normal.trace  # the cached property: nothing is traced twice
     return model
+
+
+def _model_metadata(texts: Mapping[str, str], normal: Normalised, frozen_names: Sequence[str]) -> dict[str, str]:
+    """The metadata of an imported model: facts of the file, under the names that its tensors have now."""
+    author_names = metadata.original_names(texts)
+    # A file that was imported before lists the author's names, which win over those that it has now.
+    names = {new: author_names.get(old, old) for old, new in normal.names.items() if new in normal.parameters}
+    names |= {new: author for new, author in author_names.items() if new in normal.parameters and new not in names}
+    facts = {
+        metadata.PARAMETERS_KEY: list(normal.parameters),
+        metadata.FROZEN_KEY: frozen_names,
+        metadata.TIED_KEY: {normal.names.get(k, k): v for k, v in metadata.tied(texts).items()},
+        metadata.UNUSED_KEY: metadata.unused(texts),
+        metadata.NAMES_KEY: names,
+        metadata.TRAINING_NOTES_KEY: metadata.training_notes(texts),
+    }
+    graph_keys = (INPUTS_KEY, OUTPUTS_KEY, LENGTH, AXES_KEY)
+    return {
+        **{key: text for key, text in normal.graph.metadata.items() if key in graph_keys},
+        **{key: json.dumps(fact) for key, fact in facts.items() if fact},
+        **{key: texts[key] for key in (LOSS_KEY, METRIC_KEY) if key in texts},
+    }
+
+
+def _import_user_graphs(texts: Mapping[str, str], outputs: Sequence[int]) -> tuple[Model | None, Graph | None]:
+    """The loss and metric in a file's metadata. Raises `ModelError` if one is damaged or they don't fit each other."""
+    graphs = {key: embedded(key, texts[key]) for key in (LOSS_KEY, METRIC_KEY) if key in texts}
+    with _naming("loss"):
+        loss = import_loss(graphs[LOSS_KEY], outputs) if LOSS_KEY in graphs else None
+    with _naming("metric"):
+        metric = import_metric(graphs[METRIC_KEY], outputs) if METRIC_KEY in graphs else None
+        check_labels(loss, metric)
+    return loss, metric
 
 
 def _check_prepared(proto: onnx.ModelProto) -> None:

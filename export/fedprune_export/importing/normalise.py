@@ -61,10 +61,12 @@ _NEAR = 1e-5  # bounds of probabilities this near to 0 and 1 guard a logarithm; 
 
 @dataclass
 class Normalised:
-    """A graph that the compiler understands.
+    """A graph in the compiler's form.
 
-    `parameters`: kind of every weight and statistic (a `TensorKind` value), in the order of first use; `notes`: what
-    was changed that a user may want to know.
+    Attributes:
+        parameters: The kind of every weight and statistic (a `TensorKind` value), in the order of first use.
+        notes: Changes that a user may want to know.
+        names: The new names of values and tensors that were renamed, by the old ones.
     """
 
     graph: Graph
@@ -83,19 +85,20 @@ def normalise(
 ) -> Normalised:
     """Bring a model into the compiler's form and check that it still computes the same.
 
-    Several inputs become parts of one; the mask and lengths of padded samples are computed. Raises `ModelError` if the
+    Several inputs are packed into one; the mask and lengths of padded samples are computed. Raises `ModelError` if the
     model has several outputs, a fixed batch, control flow, numbers in other types than float32, or operators that opset
     17 has no form of.
 
     Args:
         parameters: Names of the trainable initialisers where the source knows them; then initialisers shared by several
             nodes are truly tied. Otherwise parameters are recognised by their use.
-        raw: The file that the model was read from: what onnxruntime makes of it is what the graph has to compute.
-        own_loss: Whether the model has a loss of its own, which takes outputs as they are: several become parts of one,
+        raw: The file that the model was read from. The graph has to compute what onnxruntime computes by it.
+        own_loss: Whether the model has a loss of its own, which takes outputs as they are: several are packed into one
             instead of being refused, and a softmax at the end stays.
     """
     if not model.graph.node:
         raise ModelError("the model has no operators")
+    # Read one input and one output, and the constants that the file declares.
     model = upgraded(model)
     graph = Graph.from_proto(model)
     notes: list[str] = []
@@ -124,7 +127,8 @@ def normalise(
     names = _rename(graph, constants, notes)
     listed = set(graph.initializers) - constants if parameters is not None else None
     graph.prune()
-    graph_trace = trace(graph)  # before anything is run: sizes in a file are bounded here
+    # Check sizes before anything is run: the trace refuses values that would fill the memory.
+    graph_trace = trace(graph)
     check_indices(graph, graph_trace)
     if graph_trace.dims(LOGITS)[:1] != (None,):
         refuse_fixed_batch(graph)
@@ -132,6 +136,7 @@ def normalise(
     softmax = "" if own_loss else _drop_output_softmax(graph, graph_trace, notes)
     # onnxruntime allocates whatever a file asks for, so it loads the file only after the trace has bounded all sizes.
     original = Original(raw, file_inputs, file_outputs, row_graph)
+    # After this each operator has one form, and constants are folded.
     composites = _simplified(graph, graph_trace, constants, notes, LOGITS)
     if composites:
         notes.append(
@@ -148,6 +153,7 @@ def normalise(
         untie(graph, constants, notes)
     part_fills(graph, constants)
     narrow_constants(graph, graph_trace, constants)
+    # Only now is every use of a tensor in the form by which roles are recognised.
     kinds = find_kinds(graph, constants, listed, notes)
     note_scalars(graph, {names.get(s, s) for s in scalars}, notes)
     check_trainable(graph, kinds)

@@ -131,32 +131,30 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
             if listed is not None:
                 raise ModelError(f"parameter {name}", expected="float32", got=value.dtype)
             continue
+        uses = _uses(consumers, data_values, name)
         if listed is not None or name in norms:
-            uses = _uses(consumers, data_values, name)
             kinds[name] = norms.get(name) or (uses[0][0] if uses else "weight")
+            continue
+        # A single number is a weight as a slope or as the bias of one output. One that scales or shifts is more often
+        # the author's constant.
+        if value.size == 1:
+            uses = [u for u in uses if u[1].op not in _ARITHMETIC or is_sole_bias(graph, producers, u[1], name)]
+            if not uses:
+                continue
+        other_operands = [n.inputs[1 - i] if n.op in _ARITHMETIC else "" for _, n, i in uses]
+        if _is_mask(value, {n.op for n, _ in consumers[name]}):
+            notes.append(f"Tensor {name} is a mask, of two numbers: a constant, and not trained.")
+        elif not uses:
+            notes.append(f"Tensor {name} is taken for a constant and not trained: its use doesn't make it a weight.")
+        elif all(o in rescaled_inputs for o in other_operands):
+            applied_to_input.append(name)
         else:
-            uses = _uses(consumers, data_values, name)
-            # A single number is a weight as a slope or as the bias of one output. One that scales or shifts is more
-            # often the author's constant.
-            if value.size == 1:
-                uses = [u for u in uses if u[1].op not in _ARITHMETIC or is_sole_bias(graph, producers, u[1], name)]
-                if not uses:
-                    continue
-            other_operands = [n.inputs[1 - i] if n.op in _ARITHMETIC else "" for _, n, i in uses]
-            if _is_mask(value, {n.op for n, _ in consumers[name]}):
-                notes.append(f"Tensor {name} is a mask, of two numbers: a constant, and not trained.")
-            elif not uses:
-                notes.append(
-                    f"Tensor {name} is taken for a constant and not trained: its use doesn't make it a weight."
-                )
-            elif all(o in rescaled_inputs for o in other_operands):
-                applied_to_input.append(name)
-            else:
-                kinds[name] = uses[0][0]
-                other_makers = [producers[o].op if o in producers else "" for o in other_operands]
-                vector = max(value.shape, default=1) == value.size
-                if all(other_operands) and not (vector and uses[0][1].op == "Add" and other_makers[0] in _PRODUCTS):
-                    guessed.append(name)
+            kinds[name] = uses[0][0]
+            other_makers = [producers[o].op if o in producers else "" for o in other_operands]
+            # A vector that is added to a product is its bias; anything else may be a table or a normalisation.
+            is_vector = max(value.shape, default=1) == value.size
+            if all(other_operands) and not (is_vector and uses[0][1].op == "Add" and other_makers[0] in _PRODUCTS):
+                guessed.append(name)
     if applied_to_input:
         notes.append(
             f"Taken for constants, as they apply straight to the input: {some(applied_to_input, most=3)}. {_LISTED}"

@@ -2,7 +2,7 @@
 
 Each function changes the graph in place; its outputs stay the same. The module `normalise` calls them in this order:
 
-- `drop_idle` removes Identity nodes.
+- `drop_identities` removes Identity nodes.
 - `simplify` brings reshapes, squeezes and reductions into one form each, and removes products with one, sums with zero
   and other operators that return their input.
 - `merge_transpositions` finds transpositions in disguise: axes that a reshape merges, that are transposed, and that a
@@ -10,7 +10,7 @@ Each function changes the graph in place; its outputs stay the same. The module 
   to (batch × heads, positions, dims), transposes that, and splits it. In one transposition no axis of heads is
   merged with the batch, so that heads can be cut.
 - `guard_lengths` divides by 1 where the length of a direction (weight norm) is 0, which would give NaN.
-- `part_fills` gives each reader of a filled value a copy of its own. A filled value is a number that is repeated to a
+- `copy_fills` gives each reader of a filled value a copy of its own. A filled value is a number that is repeated to a
   computed size, such as the zeros with which a recurrent layer begins. Exporters make one value for several layers,
   whose hidden units could then only be cut together.
 - `narrow_constants` stores a constant with equal numbers for all channels as one number, which fits any number of

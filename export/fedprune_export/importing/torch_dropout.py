@@ -333,7 +333,7 @@ def _dropout_operator(torch: Any) -> Any:
 
 
 def onnx_translations(torch: Any, operators: Any) -> dict[Any, Any]:
-    """How the operator is written in ONNX: a Dropout with its axes as bits of the seed, for `read_axes`."""
+    """Write the operator as a Dropout with its axes as bits of the seed, which `extract_mask_axes` reads."""
     _dropout_operator(torch)
 
     def dropout(x: Any, ratio: float, axes: Sequence[int]) -> Any:

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
 import io
 import json
 import logging
-import math
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -31,12 +29,10 @@ from fedprune_export.importing.lengths import INPUT_KEY, LENGTHS, MASK, free_inp
 from fedprune_export.importing.torch_dropout import (
     export_dropouts,
     extract_mask_axes,
-    onnx_translations,
     record_training_mode,
 )
+from fedprune_export.importing.torch_translations import TorchTranslations
 from fedprune_export.ir.dropout import AXES_KEY
-
-_TINY = 2.0**-126  # the smallest normal number of float32
 
 _TORCH_HINT = (
     "In a clone, first pip install -c constraints.txt torch --index-url https://download.pytorch.org/whl/cpu (a small "
@@ -111,7 +107,7 @@ def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
             dynamo=True,
             optimize=False,
             dynamic_shapes=(*({0: batch} for _ in samples),),
-            custom_translation_table=_translations(),
+            custom_translation_table=TorchTranslations(torch).table(),
             external_data=False,
             verbose=False,
         )
@@ -309,134 +305,6 @@ def _rename(proto: onnx.ModelProto, names: dict[str, str]) -> None:
     for info in list(proto.graph.value_info):
         if names.get(info.name, info.name) != info.name:
             proto.graph.value_info.remove(info)
-
-
-def _translations() -> dict[Any, Callable[..., Any]]:
-    """Translations in place of the exporter's own.
-
-    Views of memory become reshapes: the exporter gathers by computed indices, which no analysis can follow. Pooling
-    channels-last data to one position ends in such a view. A contiguous view reads its data in order, so a reshape is
-    the same.
-
-    A 3-D convolution without a bias gets one zero per channel: the exporter's zeros are a matrix.
-
-    The exporter lacks distances of all pairs (`cdist`), which are norms of differences for p = 1 and 2. It also lacks
-    adaptive means of volumes; where windows are not equally large, they are products with a matrix along each axis.
-
-    A clamp is a maximum and a minimum: a Clip would look like a hardtanh, whose gradient at a bound is 0.
-    The logarithm of a sigmoid is a softplus, which stays finite where the sigmoid is 0, and so is that of a sum of two
-    exponentials next to the larger one. `log1p` and `expm1` are right near 0, where 1 + x rounds x away.
-
-    `detach` becomes a Shrink by 0, which returns its input and has a gradient of 0; the exporter would drop it.
-    """
-    torch = torch_package()
-    ops: Any = importlib.import_module("onnxscript").opset18
-    library: Any = importlib.import_module("onnxscript.function_libs.torch_lib.ops.core")
-    general = library.aten_as_strided
-
-    def as_strided(self: Any, size: Any, stride: Any, storage_offset: int = 0) -> Any:
-        if storage_offset or not _in_order(size, stride):
-            return general(self, size, stride, storage_offset)
-        if all(isinstance(d, int) for d in size):
-            return ops.Reshape(self, ops.Constant(value_ints=list(size)))
-        one = ops.Constant(value_ints=[1])
-        sizes = [ops.Constant(value_ints=[d]) if isinstance(d, int) else ops.Reshape(d, one) for d in size]
-        return ops.Reshape(self, ops.Concat(*sizes, axis=0))
-
-    def conv3d(self: Any, weight: Any, bias: Any = None, *how: Any, **named: Any) -> Any:
-        if bias is None:
-            bias = ops.Expand(ops.CastLike(0.0, self), ops.Shape(weight, start=0, end=1))
-        return library.aten_conv3d(self, weight, bias, *how, **named)
-
-    def clamp(self: Any, low: Any = None, high: Any = None, **named: Any) -> Any:
-        for extreme, bound in ((ops.Max, named.get("min", low)), (ops.Min, named.get("max", high))):
-            self = self if bound is None else extreme(self, ops.CastLike(bound, self))
-        return self
-
-    def cdist(a: Any, b: Any, p: float = 2.0, *_: Any) -> Any:
-        if p not in (1.0, 2.0):
-            raise NotImplementedError(f"cdist with p = {p}")
-        apart = ops.Sub(
-            ops.Unsqueeze(a, ops.Constant(value_ints=[-2])), ops.Unsqueeze(b, ops.Constant(value_ints=[-3]))
-        )
-        length = ops.ReduceL1 if p == 1.0 else ops.ReduceL2
-        return length(apart, ops.Constant(value_ints=[-1]), keepdims=0)
-
-    def adaptive_avg_pool3d(self: Any, output_size: Any) -> Any:
-        pairs = list(zip([int(n) for n in self.shape[2:]], output_size, strict=True))
-        if not any(n % m for n, m in pairs):
-            windows = [n // m for n, m in pairs]
-            return ops.AveragePool(self, kernel_shape=windows, strides=windows)
-        for n, m in pairs:  # each turn brings the next axis to the end; three are a full circle
-            share = torch.zeros(n, m)
-            for i in range(m):
-                low, high = i * n // m, -(-(i + 1) * n // m)
-                share[low:high, i] = 1 / (high - low)
-            self = ops.MatMul(
-                ops.Transpose(self, perm=[0, 1, 3, 4, 2]),
-                ops.Constant(value=onnx.numpy_helper.from_array(share.numpy())),
-            )
-        return self
-
-    def log_sigmoid(self: Any) -> Any:
-        return ops.Neg(ops.Softplus(ops.Neg(self)))
-
-    def log1p(self: Any) -> Any:
-        one = ops.CastLike(1.0, self)
-        shifted = ops.Add(one, self)
-        rounded = ops.Sub(self, ops.Sub(shifted, one))  # what 1 + x lacks, by which log(1 + x) grows to first order
-        return ops.Add(ops.Log(shifted), ops.Div(rounded, ops.Max(shifted, ops.CastLike(_TINY, self))))
-
-    def expm1(self: Any) -> Any:
-        half, one = ops.CastLike(0.5, self), ops.CastLike(1.0, self)
-        power = ops.Exp(self)
-        # e^x − 1 = tanh(x/2) · (e^x + 1), which loses no digits near 0.
-        near = ops.Mul(ops.Tanh(ops.Mul(half, self)), ops.Add(power, one))
-        return ops.Where(ops.Less(ops.Abs(self), half), near, ops.Sub(power, one))
-
-    def log_add(base: float) -> Callable[[Any, Any], Any]:
-        def log_add_exp(self: Any, other: Any) -> Any:
-            """The larger number and log(1 + e^-distance); of equal numbers, also infinite ones, mean and log 2."""
-            scale = ops.CastLike(math.log(base), self)
-            distance = ops.Mul(scale, ops.Abs(ops.Sub(self, other)))
-            apart = ops.Add(ops.Max(self, other), ops.Div(ops.Softplus(ops.Neg(distance)), scale))
-            # The distance of two equal infinities is NaN, so equal numbers have a formula of their own.
-            mean = ops.Mul(ops.CastLike(0.5, self), ops.Add(self, other))
-            equal = ops.Add(mean, ops.CastLike(math.log(2, base), self))
-            return ops.Where(ops.Equal(self, other), equal, apart)
-
-        return log_add_exp
-
-    def detach(self: Any) -> Any:
-        return ops.Shrink(self, bias=0.0, lambd=0.0) if self.dtype.is_floating_point() else ops.Identity(self)
-
-    aten = torch.ops.aten
-    return {
-        **onnx_translations(torch, ops),
-        aten.as_strided.default: as_strided,
-        aten.conv3d.default: conv3d,
-        aten.clamp.default: clamp,
-        aten.clamp_min.default: lambda self, low: clamp(self, low),
-        aten.clamp_max.default: lambda self, high: clamp(self, None, high),
-        aten.detach.default: detach,
-        aten.log_sigmoid.default: log_sigmoid,
-        aten.log1p.default: log1p,
-        aten.expm1.default: expm1,
-        aten.logaddexp.default: log_add(math.e),
-        aten.logaddexp2.default: log_add(2),
-        aten._cdist_forward.default: cdist,
-        aten._adaptive_avg_pool3d.default: adaptive_avg_pool3d,
-    }
-
-
-def _in_order(size: Sequence[Any], stride: Sequence[Any]) -> bool:
-    """Whether strides are those of a contiguous array; the first size may be computed."""
-    step = 1
-    for d, s in reversed(list(zip(size, stride, strict=True))[1:]):
-        if not isinstance(d, int) or (d != 1 and s != step):
-            return False
-        step *= d
-    return bool(stride) and isinstance(stride[0], int) and stride[0] == step
 
 
 def factory_product(text: str) -> Any:

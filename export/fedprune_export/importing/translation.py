@@ -29,14 +29,11 @@ _OLDEST = 13  # from here on a node means at opset 17 what it meant
 
 @dataclass
 class Translation:
-    """The translated graph while it is written, and what the rules read.
-
-    `seen`: the trace before the translation; `used`: values that some node reads, and the outputs.
-    """
+    """The translated graph while it is written, and what the rules read."""
 
     graph: Graph
-    seen: Trace
-    used: set[str]
+    seen: Trace  # of the graph before the translation
+    used: set[str]  # values that some node reads, and the outputs
 
     def keep(self, node: Node) -> None:
         self.graph.nodes.append(node)

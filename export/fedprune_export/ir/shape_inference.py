@@ -244,7 +244,7 @@ def _reference(operator: str, opset: int) -> Any:
 
 
 def _compute(graph: Graph, out: Inferred, node: Node) -> dict[str, Array]:
-    """Compute the outputs of an operator on few numbers; empty if it isn't in `_COMPUTED`."""
+    """Compute the outputs of an operator on few numbers; empty if the operator isn't listed above."""
     first = node.outputs[0]
     if node.op == "Shape":
         shape = out.shapes[node.inputs[0]]

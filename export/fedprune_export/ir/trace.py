@@ -93,7 +93,7 @@ def sample_input(port: Port, batch: int, seed: int = 0, *, below: int = 2) -> Ar
     Raises `ModelError` as `sample_sizes` does, or if a size is invalid or the array would be huge.
 
     Args:
-        below: How many identifiers there are; see `vocabulary`.
+        below: The number of identifiers, which embeddings limit.
     """
     sizes = sample_sizes(port)
     if any(d < 1 for d in sizes) or math.prod(sizes) > _MAX_NUMBERS:

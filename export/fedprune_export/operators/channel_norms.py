@@ -35,7 +35,6 @@ def tie_vectors(channels: Channels, node: Node, indices: Sequence[int], rows: Se
     """
     has_fixed = False
     for i in indices:
-        # A constant of equal numbers is shortened by the cut, so it ties nothing.
         if not channels.has(node, i) or channels.uniform(node.inputs[i]):
             continue
         vector_rows = channels.of(node, i)

@@ -1,9 +1,9 @@
 """Recurrent layers: LSTM, GRU and plain ones, in one direction or both, of any width.
 
-The operators have the number of hidden units as an attribute, and give none of the gates that the gradient needs: what
-the training graph holds of a layer is written out. Products with the input are one matrix product over the whole
-sequence, and a loop (one Scan node) does the rest. Back through time a second loop does only what must go step by step;
-the gradients of all parameters are then one product each.
+ONNX's operators have the number of hidden units as an attribute, and don't return the gates that the gradient needs. So
+a training graph has a layer in primitives: one matrix product with the input over the whole sequence, and a loop (a
+Scan node) for the recurrence. Backwards a second loop does only what depends on the next step; the gradient of each
+parameter is then one product over the whole sequence.
 """
 
 from __future__ import annotations
@@ -68,9 +68,8 @@ def mask_recurrent(masks: Masks, node: Node) -> None:
     masks.apply(node, 2, [2])
 
 
-# Writes one step into the graph it is given: from states and slices to the next states and the slices that go out.
-#
-# It may read values of the graph around it.
+# Writes one step of a loop into its body: takes the names of states and of slices of the inputs, and returns those of
+# the next states and of slices of the outputs. It may read values of the graph around the body.
 Step = Callable[[Graph, list[str], list[str]], tuple[list[str], list[str]]]
 
 
@@ -123,9 +122,10 @@ class Backward:
     """The result of a direction's backpropagation through time.
 
     Attributes:
-        inputs: Gradient of the gates' part that comes of the input: [T, N, gates · H].
-        recurrent: Pairs of the gradient of the gates' part that comes of the recurrence, and what that read, in the
-            order of the gates.
+        inputs: Gradient of the gates' part that depends on the input: [T, N, gates · H].
+        recurrent: Pairs of the gradient of the gates' part that depends on the recurrence, and the states that it
+            reads, in the order of the gates.
+        states: Gradients of the initial states.
     """
 
     inputs: str
@@ -138,13 +138,13 @@ class Direction:
     """One direction of a layer.
 
     Attributes:
-        turned: Whether it goes from the last step to the first.
+        turned: Whether it runs from the last step to the first.
         weight: [gates · H, I].
         recurrence: [gates · H, H].
         bias: Biases of the input's and of the recurrence's part, [gates · H] each, or none.
         states: Initial states, [N, H] each.
         activation: The activation of a plain layer.
-        kept: Values of the way forward that the way back needs.
+        kept: Values of the forward pass that the backward pass reads.
     """
 
     g: Graph
@@ -179,134 +179,149 @@ def turned(g: Graph, matrix: str) -> str:
     return g.emit("Transpose", matrix, attrs={"perm": [1, 0]})
 
 
-def _lstm_forward(d: Direction, x: str) -> tuple[str, list[str]]:
+def _lstm_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
     """i, o, f = σ, g = tanh of the gates; c' = f · c + i · g; h' = o · tanh(c')."""
-    across = turned(d.g, d.recurrence)
+    recurrence = turned(direction.g, direction.recurrence)
 
-    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
-        gates = b.emit("Add", b.emit("MatMul", states[0], across), read[0])
-        preactivations = b.emit_many("Split", gates, outputs=4, attrs={"axis": 1})
+    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
+        gates = body.emit("Add", body.emit("MatMul", states[0], recurrence), slices[0])
+        preactivations = body.emit_many("Split", gates, outputs=4, attrs={"axis": 1})
         # n is the candidate. The letters name the values that the way back reads.
-        i, o, f, n = (b.emit("Tanh" if k == 3 else "Sigmoid", value) for k, value in enumerate(preactivations))
-        c = b.emit("Add", b.emit("Mul", f, states[1]), b.emit("Mul", i, n))
-        t = b.emit("Tanh", c)
-        h = b.emit("Mul", o, t)
+        i, o, f, n = (body.emit("Tanh" if k == 3 else "Sigmoid", value) for k, value in enumerate(preactivations))
+        c = body.emit("Add", body.emit("Mul", f, states[1]), body.emit("Mul", i, n))
+        t = body.emit("Tanh", c)
+        h = body.emit("Mul", o, t)
         return [h, c], [h, c, i, o, f, n, t]
 
-    last, written = scan(d.g, d.states, [d.projected(x)], step, backwards=d.turned)
-    d.kept = dict(zip("hciofnt", written, strict=True))
-    return written[0], last
+    last, sequences = scan(direction.g, direction.states, [direction.projected(x)], step, backwards=direction.turned)
+    direction.kept = dict(zip("hciofnt", sequences, strict=True))
+    return sequences[0], last
 
 
-def _lstm_backward(d: Direction, dy: str, last: list[str]) -> Backward:
+def _lstm_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
     """With dh = dy + (what comes back): dc = dh · o · (1 − t²) + (what comes back); all gates' gradients follow."""
-    g, k = d.g, d.kept
-    before_h, before_c = d.before(k["h"], d.states[0]), d.before(k["c"], d.states[1])
-    through = g.emit("Mul", k["o"], _tanh_slope(g, k["t"]))
+    g, values = direction.g, direction.kept
+    previous_h, previous_c = (
+        direction.before(values["h"], direction.states[0]),
+        direction.before(values["c"], direction.states[1]),
+    )
+    h_to_c = g.emit("Mul", values["o"], _tanh_slope(g, values["t"]))
     # What the gradients of c, h, c, c are multiplied by for the four gates.
     slopes = g.emit(
         "Concat",
-        g.emit("Mul", k["n"], _sigmoid_slope(g, k["i"])),
-        g.emit("Mul", k["t"], _sigmoid_slope(g, k["o"])),
-        g.emit("Mul", before_c, _sigmoid_slope(g, k["f"])),
-        g.emit("Mul", k["i"], _tanh_slope(g, k["n"])),
+        g.emit("Mul", values["n"], _sigmoid_slope(g, values["i"])),
+        g.emit("Mul", values["t"], _sigmoid_slope(g, values["o"])),
+        g.emit("Mul", previous_c, _sigmoid_slope(g, values["f"])),
+        g.emit("Mul", values["i"], _tanh_slope(g, values["n"])),
         attrs={"axis": 2},
     )
 
-    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
-        to_c, slope, forget = read[:3]
-        dh = b.emit("Add", states[0], read[3]) if dy else states[0]
-        dc = b.emit("Add", b.emit("Mul", dh, to_c), states[1])
-        gates = b.emit("Mul", b.emit("Concat", dc, dh, dc, dc, attrs={"axis": 1}), slope)
-        return [b.emit("MatMul", gates, d.recurrence), b.emit("Mul", dc, forget)], [gates]
+    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
+        to_c, slope, forget = slices[:3]
+        dh = body.emit("Add", states[0], slices[3]) if dy else states[0]
+        dc = body.emit("Add", body.emit("Mul", dh, to_c), states[1])
+        gates = body.emit("Mul", body.emit("Concat", dc, dh, dc, dc, attrs={"axis": 1}), slope)
+        return [body.emit("MatMul", gates, direction.recurrence), body.emit("Mul", dc, forget)], [gates]
 
-    sliced = [through, slopes, k["f"], *([dy] if dy else [])]
-    states, (gates,) = scan(g, last, sliced, step, backwards=not d.turned)
-    return Backward(gates, [(gates, before_h)], states)
+    sliced = [h_to_c, slopes, values["f"], *([dy] if dy else [])]
+    states, (gates,) = scan(g, last, sliced, step, backwards=not direction.turned)
+    return Backward(gates, [(gates, previous_h)], states)
 
 
-def _gru_forward(d: Direction, x: str) -> tuple[str, list[str]]:
+def _gru_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
     """z, r = σ, n = tanh(input part + r · recurrent part); h' = n + z · (h − n)."""
-    across = turned(d.g, d.recurrence)
+    recurrence = turned(direction.g, direction.recurrence)
 
-    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
+    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
         (h,) = states
-        product = b.emit("MatMul", h, across)
-        if d.bias:
-            product = b.emit("Add", product, d.bias[1])
-        mine = b.emit_many("Split", product, outputs=3, attrs={"axis": 1})
-        theirs = b.emit_many("Split", read[0], outputs=3, attrs={"axis": 1})
-        z, r = (b.emit("Sigmoid", b.emit("Add", p, q)) for p, q in zip(theirs[:2], mine[:2], strict=True))
-        n = b.emit("Tanh", b.emit("Add", theirs[2], b.emit("Mul", r, mine[2])))
-        after = b.emit("Add", n, b.emit("Mul", z, b.emit("Sub", h, n)))
-        return [after], [after, z, r, n, mine[2]]
+        product = body.emit("MatMul", h, recurrence)
+        if direction.bias:
+            product = body.emit("Add", product, direction.bias[1])
+        recurrent_gates = body.emit_many("Split", product, outputs=3, attrs={"axis": 1})
+        input_gates = body.emit_many("Split", slices[0], outputs=3, attrs={"axis": 1})
+        z, r = (
+            body.emit("Sigmoid", body.emit("Add", p, q))
+            for p, q in zip(input_gates[:2], recurrent_gates[:2], strict=True)
+        )
+        n = body.emit("Tanh", body.emit("Add", input_gates[2], body.emit("Mul", r, recurrent_gates[2])))
+        after = body.emit("Add", n, body.emit("Mul", z, body.emit("Sub", h, n)))
+        return [after], [after, z, r, n, recurrent_gates[2]]
 
-    last, written = scan(d.g, d.states, [d.projected(x, both=False)], step, backwards=d.turned)
-    d.kept = dict(zip("hzrnq", written, strict=True))
-    return written[0], last
+    last, sequences = scan(
+        direction.g, direction.states, [direction.projected(x, both=False)], step, backwards=direction.turned
+    )
+    direction.kept = dict(zip("hzrnq", sequences, strict=True))
+    return sequences[0], last
 
 
-def _gru_backward(d: Direction, dy: str, last: list[str]) -> Backward:
+def _gru_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
     """Every gate's gradient is dh times a factor that is computed before the loop."""
-    g, k = d.g, d.kept
-    before = d.before(k["h"], d.states[0])
-    update = g.emit("Mul", g.emit("Sub", before, k["n"]), _sigmoid_slope(g, k["z"]))
-    hidden = g.emit("Mul", g.emit("Sub", g.scalar(1), k["z"]), _tanh_slope(g, k["n"]))
-    reset = g.emit("Mul", g.emit("Mul", hidden, k["q"]), _sigmoid_slope(g, k["r"]))
-    slopes = g.emit("Concat", update, reset, g.emit("Mul", hidden, k["r"]), attrs={"axis": 2})
+    g, values = direction.g, direction.kept
+    previous = direction.before(values["h"], direction.states[0])
+    update = g.emit("Mul", g.emit("Sub", previous, values["n"]), _sigmoid_slope(g, values["z"]))
+    hidden = g.emit("Mul", g.emit("Sub", g.scalar(1), values["z"]), _tanh_slope(g, values["n"]))
+    reset = g.emit("Mul", g.emit("Mul", hidden, values["q"]), _sigmoid_slope(g, values["r"]))
+    slopes = g.emit("Concat", update, reset, g.emit("Mul", hidden, values["r"]), attrs={"axis": 2})
 
-    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
-        slope, z = read[:2]
-        dh = b.emit("Add", states[0], read[2]) if dy else states[0]
-        gates = b.emit("Mul", b.emit("Concat", dh, dh, dh, attrs={"axis": 1}), slope)
-        return [b.emit("Add", b.emit("MatMul", gates, d.recurrence), b.emit("Mul", dh, z))], [dh, gates]
+    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
+        slope, z = slices[:2]
+        dh = body.emit("Add", states[0], slices[2]) if dy else states[0]
+        gates = body.emit("Mul", body.emit("Concat", dh, dh, dh, attrs={"axis": 1}), slope)
+        to_previous = body.emit("Add", body.emit("MatMul", gates, direction.recurrence), body.emit("Mul", dh, z))
+        return [to_previous], [dh, gates]
 
-    states, (dh, gates) = scan(g, last, [slopes, k["z"], *([dy] if dy else [])], step, backwards=not d.turned)
+    states, (dh, gates) = scan(
+        g, last, [slopes, values["z"], *([dy] if dy else [])], step, backwards=not direction.turned
+    )
     inputs = g.emit("Concat", *[g.emit("Mul", dh, s) for s in (update, reset, hidden)], attrs={"axis": 2})
-    return Backward(inputs, [(gates, before)], states)
+    return Backward(inputs, [(gates, previous)], states)
 
 
-def _gru_early_forward(d: Direction, x: str) -> tuple[str, list[str]]:
+def _gru_early_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
     """The same with n = tanh(input part + (r · h) through the recurrence): the reset comes before the product."""
-    across = turned(d.g, d.recurrence)
-    gating, hidden = _two_and_one(d.g, across, axis=1)
+    recurrence = turned(direction.g, direction.recurrence)
+    gating, hidden = _two_and_one(direction.g, recurrence, axis=1)
 
-    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
+    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
         (h,) = states
-        mine = b.emit_many("Split", b.emit("MatMul", h, gating), outputs=2, attrs={"axis": 1})
-        theirs = b.emit_many("Split", read[0], outputs=3, attrs={"axis": 1})
-        z, r = (b.emit("Sigmoid", b.emit("Add", p, q)) for p, q in zip(theirs[:2], mine, strict=True))
-        n = b.emit("Tanh", b.emit("Add", theirs[2], b.emit("MatMul", b.emit("Mul", r, h), hidden)))
-        after = b.emit("Add", n, b.emit("Mul", z, b.emit("Sub", h, n)))
+        recurrent_gates = body.emit_many("Split", body.emit("MatMul", h, gating), outputs=2, attrs={"axis": 1})
+        input_gates = body.emit_many("Split", slices[0], outputs=3, attrs={"axis": 1})
+        z, r = (
+            body.emit("Sigmoid", body.emit("Add", p, q)) for p, q in zip(input_gates[:2], recurrent_gates, strict=True)
+        )
+        n = body.emit("Tanh", body.emit("Add", input_gates[2], body.emit("MatMul", body.emit("Mul", r, h), hidden)))
+        after = body.emit("Add", n, body.emit("Mul", z, body.emit("Sub", h, n)))
         return [after], [after, z, r, n]
 
-    last, written = scan(d.g, d.states, [d.projected(x)], step, backwards=d.turned)
-    d.kept = dict(zip("hzrn", written, strict=True))
-    return written[0], last
+    last, sequences = scan(direction.g, direction.states, [direction.projected(x)], step, backwards=direction.turned)
+    direction.kept = dict(zip("hzrn", sequences, strict=True))
+    return sequences[0], last
 
 
-def _gru_early_backward(d: Direction, dy: str, last: list[str]) -> Backward:
+def _gru_early_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
     """The hidden gate's gradient goes through its own product before it reaches the reset."""
-    g, k = d.g, d.kept
-    before = d.before(k["h"], d.states[0])
-    gating, across = _two_and_one(g, d.recurrence, axis=0)
-    update = g.emit("Mul", g.emit("Sub", before, k["n"]), _sigmoid_slope(g, k["z"]))
-    hidden = g.emit("Mul", g.emit("Sub", g.scalar(1), k["z"]), _tanh_slope(g, k["n"]))
-    reset = g.emit("Mul", before, _sigmoid_slope(g, k["r"]))
+    g, values = direction.g, direction.kept
+    previous = direction.before(values["h"], direction.states[0])
+    gating, across = _two_and_one(g, direction.recurrence, axis=0)
+    update = g.emit("Mul", g.emit("Sub", previous, values["n"]), _sigmoid_slope(g, values["z"]))
+    hidden = g.emit("Mul", g.emit("Sub", g.scalar(1), values["z"]), _tanh_slope(g, values["n"]))
+    reset = g.emit("Mul", previous, _sigmoid_slope(g, values["r"]))
 
-    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
-        to_update, to_hidden, to_reset, z, r = read[:5]
-        dh = b.emit("Add", states[0], read[5]) if dy else states[0]
-        n = b.emit("Mul", dh, to_hidden)
-        dgated = b.emit("MatMul", n, across)
-        gates = b.emit("Concat", b.emit("Mul", dh, to_update), b.emit("Mul", dgated, to_reset), attrs={"axis": 1})
-        back = b.emit("Add", b.emit("Mul", dh, z), b.emit("Mul", dgated, r))
-        return [b.emit("Add", back, b.emit("MatMul", gates, gating))], [gates, n]
+    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
+        to_update, to_hidden, to_reset, z, r = slices[:5]
+        dh = body.emit("Add", states[0], slices[5]) if dy else states[0]
+        n = body.emit("Mul", dh, to_hidden)
+        dgated = body.emit("MatMul", n, across)
+        gates = body.emit(
+            "Concat", body.emit("Mul", dh, to_update), body.emit("Mul", dgated, to_reset), attrs={"axis": 1}
+        )
+        back = body.emit("Add", body.emit("Mul", dh, z), body.emit("Mul", dgated, r))
+        return [body.emit("Add", back, body.emit("MatMul", gates, gating))], [gates, n]
 
-    sliced = [update, hidden, reset, k["z"], k["r"], *([dy] if dy else [])]
-    states, (gates, n) = scan(g, last, sliced, step, backwards=not d.turned)
+    sliced = [update, hidden, reset, values["z"], values["r"], *([dy] if dy else [])]
+    states, (gates, n) = scan(g, last, sliced, step, backwards=not direction.turned)
     both = g.emit("Concat", gates, n, attrs={"axis": 2})
-    return Backward(both, [(gates, before), (n, g.emit("Mul", k["r"], before))], states)
+    return Backward(both, [(gates, previous), (n, g.emit("Mul", values["r"], previous))], states)
 
 
 def _two_and_one(g: Graph, value: str, axis: int) -> tuple[str, str]:
@@ -315,24 +330,24 @@ def _two_and_one(g: Graph, value: str, axis: int) -> tuple[str, str]:
     return g.emit("Concat", first, second, attrs={"axis": axis}), third
 
 
-def _plain_forward(d: Direction, x: str) -> tuple[str, list[str]]:
+def _plain_forward(direction: Direction, x: str) -> tuple[str, list[str]]:
     """h' = tanh or ReLU of the sum of both parts."""
-    across = turned(d.g, d.recurrence)
+    recurrence = turned(direction.g, direction.recurrence)
 
-    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
-        total = b.emit("Add", b.emit("MatMul", states[0], across), read[0])
-        h = b.emit(d.activation, total)
+    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
+        total = body.emit("Add", body.emit("MatMul", states[0], recurrence), slices[0])
+        h = body.emit(direction.activation, total)
         return [h], [h, total]
 
-    last, (h, total) = scan(d.g, d.states, [d.projected(x)], step, backwards=d.turned)
-    d.kept = {"h": h, "total": total}
+    last, (h, total) = scan(direction.g, direction.states, [direction.projected(x)], step, backwards=direction.turned)
+    direction.kept = {"h": h, "total": total}
     return h, last
 
 
-def _plain_backward(d: Direction, dy: str, last: list[str]) -> Backward:
+def _plain_backward(direction: Direction, dy: str, last: list[str]) -> Backward:
     """The gate's gradient is dh · tanh'(total), or dh where the total is positive."""
-    g, h, total = d.g, d.kept["h"], d.kept["total"]
-    if d.activation == "Tanh":
+    g, h, total = direction.g, direction.kept["h"], direction.kept["total"]
+    if direction.activation == "Tanh":
         # 4s / (1 + s)² with s = exp(−2 · |total|), because 1 − h² has few digits where h is nearly 1.
         s = g.emit("Exp", g.emit("Mul", g.emit("Abs", total), g.scalar(-2)))
         denominator = g.emit("Add", s, g.scalar(1))
@@ -340,12 +355,12 @@ def _plain_backward(d: Direction, dy: str, last: list[str]) -> Backward:
     else:
         slope = g.emit("Cast", g.emit("Greater", total, g.scalar(0)), attrs={"to": 1})
 
-    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
-        gate = b.emit("Mul", b.emit("Add", states[0], read[1]) if dy else states[0], read[0])
-        return [b.emit("MatMul", gate, d.recurrence)], [gate]
+    def step(body: Graph, states: list[str], slices: list[str]) -> tuple[list[str], list[str]]:
+        gate = body.emit("Mul", body.emit("Add", states[0], slices[1]) if dy else states[0], slices[0])
+        return [body.emit("MatMul", gate, direction.recurrence)], [gate]
 
-    states, (gate,) = scan(g, last, [slope, *([dy] if dy else [])], step, backwards=not d.turned)
-    return Backward(gate, [(gate, d.before(h, d.states[0]))], states)
+    states, (gate,) = scan(g, last, [slope, *([dy] if dy else [])], step, backwards=not direction.turned)
+    return Backward(gate, [(gate, direction.before(h, direction.states[0]))], states)
 
 
 def _sigmoid_slope(g: Graph, y: str) -> str:
@@ -428,10 +443,12 @@ class _Recurrent:
     def pull(self, dy: str | None, *dlast: str | None) -> None:
         g, tape = self.g, self.tape
         x = tape.value(self.inputs[0])
-        dys = self.apart(dy, 1) if dy else [""] * self.count
+        direction_gradients = self.apart(dy, 1) if dy else [""] * self.count
         dlasts = [*dlast, *[None] * (len(self.initial) - len(dlast))][: len(self.initial)]
         lasts = [self.apart(v, 0) if v else [self.zeros()] * self.count for v in dlasts]
-        backs = [self.backward(d, dys[i], [last[i] for last in lasts]) for i, d in enumerate(self.directions)]
+        backs = [
+            self.backward(d, direction_gradients[i], [last[i] for last in lasts]) for i, d in enumerate(self.directions)
+        ]
         if tape.wants(self.inputs[0]):
             input_gradients = [
                 g.emit("MatMul", b.inputs, d.weight) for b, d in zip(backs, self.directions, strict=True)

@@ -213,15 +213,11 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
 
 @dataclass(frozen=True)
 class _End:
-    """One of the neighbours of samples along an axis.
+    """One of the neighbours of samples along an axis."""
 
-    `place`: its index, within the map; `weight`: its share of the sample, 0 outside; `slope`: the derivative of that
-    by the grid.
-    """
-
-    place: str
-    weight: str
-    slope: str
+    place: str  # its index, moved into the map if it lies outside
+    weight: str  # its share of the sample, 0 outside of the map
+    slope: str  # the derivative of the weight with respect to the grid
 
 
 def _ends(g: Graph, coordinate: str, size: int, mode: str, padding: str, aligned: bool) -> list[_End]:

@@ -137,58 +137,58 @@ def cut_out(tape: Tape, node: Node) -> Pull:
     """Ranges with any step along fixed axes, and whole runs of channels. The gradient is padded with zeros."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    starts, ends, chosen, strides = (tape.number(node, i) for i in (1, 2, 3, 4))
+    starts, ends, axis_numbers, step_sizes = (tape.number(node, i) for i in (1, 2, 3, 4))
     if starts is None or ends is None:
         raise ModelError(f"{describe(node)}: no range")
-    axes = [int(a) % len(shape) for a in chosen] if chosen is not None else list(range(len(starts)))
-    steps = [int(s) for s in strides] if strides is not None else [1] * len(axes)
+    axes = [int(axis) % len(shape) for axis in axis_numbers] if axis_numbers is not None else list(range(len(starts)))
+    steps = [int(s) for s in step_sizes] if step_sizes is not None else [1] * len(axes)
     g = tape.graph
     out = list(shape)
     runs: list[tuple[int, Dim, Dim]] = []
-    picks: list[tuple[int, range]] = []
-    regular: list[tuple[int, range]] = []
-    for a, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        size = tape.extent(shape[a])
+    picked_ranges: list[tuple[int, range]] = []
+    stepped: list[tuple[int, range]] = []
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        size = tape.extent(shape[axis])
         picked = range(size)[int(start) : int(end) : step]
         if not picked:
-            raise ModelError(f"{describe(node)} cuts out nothing", got=f"{start}:{end}:{step} of {shape[a]}")
+            raise ModelError(f"{describe(node)} cuts out nothing", got=f"{start}:{end}:{step} of {shape[axis]}")
         if picked == range(size):
             continue
         if step == 1:
-            begin, stop = taken_run(tape, node, a, picked)
-            runs.append((a, begin, stop))
-            out[a] = tape.difference(stop, begin)
-        elif isinstance(shape[a], int):
-            picks.append((a, picked))
-            out[a] = len(picked)
+            begin, stop = taken_run(tape, node, axis, picked)
+            runs.append((axis, begin, stop))
+            out[axis] = tape.difference(stop, begin)
+        elif isinstance(shape[axis], int):
+            picked_ranges.append((axis, picked))
+            out[axis] = len(picked)
         else:
-            regular.append((a, picked))
-            out[a] = _every(tape, node, a, picked)
+            stepped.append((axis, picked))
+            out[axis] = _every(tape, node, axis, picked)
     y = x
     if runs:
-        where = g.ints(*[r[0] for r in runs])
-        y = g.emit("Slice", y, tape.sizes([r[1] for r in runs]), tape.sizes([r[2] for r in runs]), where)
-    for a, picked in picks:
+        run_axes = g.ints(*[r[0] for r in runs])
+        y = g.emit("Slice", y, tape.sizes([r[1] for r in runs]), tape.sizes([r[2] for r in runs]), run_axes)
+    for axis, picked in picked_ranges:
         # A stop of −1 would mean the last index, so a range that ends before index 0 gets a very low one.
         last = picked.stop if picked.stop >= 0 else -(2**31)
-        y = g.emit("Slice", y, g.ints(picked.start), g.ints(last), g.ints(a), g.ints(picked.step))
-    for a, picked in regular:
-        y = g.emit("Slice", y, g.ints(picked.start), g.ints(2**62), g.ints(a), g.ints(picked.step))
+        y = g.emit("Slice", y, g.ints(picked.start), g.ints(last), g.ints(axis), g.ints(picked.step))
+    for axis, picked in stepped:
+        y = g.emit("Slice", y, g.ints(picked.start), g.ints(2**62), g.ints(axis), g.ints(picked.step))
     tape.enter(node.outputs[0], y, tuple(out))
 
     def pull(dy: str) -> None:
         sizes = list(out)
-        for a, picked in regular:
-            apart = g.emit("Unsqueeze", dy, g.ints(a + 1))
+        for axis, picked in stepped:
+            spaced = g.emit("Unsqueeze", dy, g.ints(axis + 1))
             pads = [0] * (2 * len(shape) + 2)
             # Each picked element gets its neighbours that were skipped, as zeros, on an axis of its own.
-            pads[a + 1], pads[a + len(shape) + 2] = picked.start, picked.step - picked.start - 1
-            between = (*sizes[: a + 1], picked.step, *sizes[a + 1 :])
-            sizes[a] = shape[a]
-            dy = tape.reshape(g.emit("Pad", apart, g.ints(*pads)), between, tuple(sizes))
-        for a, picked in picks:
-            dy = scattered(tape, dy, tuple(sizes), a, np.array(picked), tape.extent(shape[a]))
-            sizes[a] = shape[a]
+            pads[axis + 1], pads[axis + len(shape) + 2] = picked.start, picked.step - picked.start - 1
+            between = (*sizes[: axis + 1], picked.step, *sizes[axis + 1 :])
+            sizes[axis] = shape[axis]
+            dy = tape.reshape(g.emit("Pad", spaced, g.ints(*pads)), between, tuple(sizes))
+        for axis, picked in picked_ranges:
+            dy = scattered(tape, dy, tuple(sizes), axis, np.array(picked), tape.extent(shape[axis]))
+            sizes[axis] = shape[axis]
         if runs:
             dy = put_back(tape, dy, shape, runs)
         tape.add(name, dy)
@@ -200,8 +200,8 @@ def put_back(tape: Tape, dy: str, shape: Shape, runs: Sequence[tuple[int, Dim, D
     """Pad the gradient of runs along some axes with zeros to the shape of the whole."""
     before: list[Dim] = [0] * len(shape)
     after: list[Dim] = [0] * len(shape)
-    for a, begin, stop in runs:
-        before[a], after[a] = begin, tape.difference(shape[a], stop)
+    for axis, begin, stop in runs:
+        before[axis], after[axis] = begin, tape.difference(shape[axis], stop)
     return tape.graph.emit("Pad", dy, tape.sizes(before + after))
 
 
@@ -279,20 +279,20 @@ def pad(tape: Tape, node: Node) -> Pull:
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     mode = str(node.attrs.get("mode", "constant"))
-    pad_counts, value, chosen = (tape.number(node, i) for i in (1, 2, 3))
+    pad_counts, value, axis_numbers = (tape.number(node, i) for i in (1, 2, 3))
     if pad_counts is None:
         raise ModelError(f"{describe(node)}: no pads")
-    axes = [int(a) % len(shape) for a in chosen] if chosen is not None else list(range(len(shape)))
+    axes = [int(axis) % len(shape) for axis in axis_numbers] if axis_numbers is not None else list(range(len(shape)))
     half = len(pad_counts) // 2
     pads = np.zeros((2, len(shape)), np.int64)
-    for k, a in enumerate(axes):
-        pads[0, a], pads[1, a] = pad_counts[k], pad_counts[half + k]
+    for position, axis in enumerate(axes):
+        pads[0, axis], pads[1, axis] = pad_counts[position], pad_counts[half + position]
     if mode != "constant":
         return _mirrored(tape, node, pads, mode)
-    for a in range(len(shape)):
-        if (pads[:, a] < 0).any():
-            tape.static(node, [shape[a]])
-    out = tuple(tape.total([d, int(pads[:, a].sum())]) for a, d in enumerate(shape))
+    for axis in range(len(shape)):
+        if (pads[:, axis] < 0).any():
+            tape.static(node, [shape[axis]])
+    out = tuple(tape.total([d, int(pads[:, axis].sum())]) for axis, d in enumerate(shape))
     g = tape.graph
     fill = [g.scalar(float(value.reshape(-1)[0]))] if value is not None and value.size else []
     y = g.emit("Pad", x, g.ints(*pads.reshape(-1).tolist()), *fill)
@@ -307,26 +307,26 @@ def _mirrored(tape: Tape, node: Node, pads: Array, mode: str) -> Pull:
     """Padding with elements of the value itself: axis by axis they are picked."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
-    how = next((m for m in _MIRRORS if m == mode), None)
-    if how is None:
+    copy_mode = next((m for m in _MIRRORS if m == mode), None)
+    if copy_mode is None:
         raise ModelError(f"{describe(node)}: padding mode", expected=["constant", *_MIRRORS], got=mode)
-    padded = [a for a in range(len(shape)) if pads[:, a].any()]
+    padded = [axis for axis in range(len(shape)) if pads[:, axis].any()]
     picks = {}
-    for a in padded:
-        (size,) = tape.static(node, [shape[a]])
-        picks[a] = _indices(node, np.arange(size), int(pads[0, a]), int(pads[1, a]), how)
+    for axis in padded:
+        (size,) = tape.static(node, [shape[axis]])
+        picks[axis] = _indices(node, np.arange(size), int(pads[0, axis]), int(pads[1, axis]), copy_mode)
     g = tape.graph
     steps: list[tuple[int, Shape]] = []
     sizes, y = list(shape), x
-    for a in padded:
-        y = g.emit("Gather", y, g.constant(picks[a], np.int64), attrs={"axis": a})
-        sizes[a] = len(picks[a])
-        steps.append((a, tuple(sizes)))
+    for axis in padded:
+        y = g.emit("Gather", y, g.constant(picks[axis], np.int64), attrs={"axis": axis})
+        sizes[axis] = len(picks[axis])
+        steps.append((axis, tuple(sizes)))
     tape.enter(node.outputs[0], y, tuple(sizes))
 
     def pull(dy: str) -> None:
-        for a, after in reversed(steps):
-            dy = scattered(tape, dy, after, a, picks[a], tape.extent(shape[a]))
+        for axis, after in reversed(steps):
+            dy = scattered(tape, dy, after, axis, picks[axis], tape.extent(shape[axis]))
         tape.add(name, dy)
 
     return pull
