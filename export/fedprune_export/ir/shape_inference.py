@@ -112,8 +112,8 @@ def follow(graph: Graph, out: Inferred, node: Node, outputs: Sequence[str]) -> N
                 f"{node.op} {shown(node.name)} makes a value of {out.shapes[name]}"[:300],
                 expected=f"at most {MOST_NUMBERS} numbers",
             )
-    # Sizes of a Shape or Size follow from its input's shape even where its numbers are unknown.
     few = all(name in inferred and math.prod(inferred[name][0]) <= _FEW for name in outputs)
+    # The numbers of a Shape or Size follow from the shape of its input.
     if (few and all(i in out.numbers for i in reads)) or (node.op in ("Shape", "Size") and few and not node.domain):
         for name, value in _compute(graph, out, node).items():
             if value.shape == out.shapes.get(name):
@@ -213,24 +213,11 @@ def _einsum_work(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
 # Operators whose few numbers are computed: none needs more room than its inputs and its output.
 _COMPUTED = frozenset(
     {
-        *(
-            "Abs",
-            "Add",
-            "And",
-            "Cast",
-            "CastLike",
-            "Ceil",
-            "Concat",
-            "ConstantOfShape",
-            "Div",
-            "Equal",
-            "Exp",
-            "Expand",
-        ),
-        *("Flatten", "Floor", "Gather", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual", "Log", "Max"),
-        *("Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow", "Range", "Reciprocal", "ReduceMax", "ReduceMin"),
-        *("ReduceProd", "ReduceSum", "Reshape", "Sign", "Slice", "Sqrt", "Squeeze", "Sub", "Sum", "Tile", "Transpose"),
-        *("Unsqueeze", "Where"),
+        *("Abs", "Add", "And", "Cast", "CastLike", "Ceil", "Concat", "ConstantOfShape", "Div", "Equal", "Exp"),
+        *("Expand", "Flatten", "Floor", "Gather", "Greater", "GreaterOrEqual", "Identity", "Less", "LessOrEqual"),
+        *("Log", "Max", "Min", "Mod", "Mul", "Neg", "Not", "Or", "Pow", "Range", "Reciprocal", "ReduceMax"),
+        *("ReduceMin", "ReduceProd", "ReduceSum", "Reshape", "Sign", "Slice", "Sqrt", "Squeeze", "Sub", "Sum"),
+        *("Tile", "Transpose", "Unsqueeze", "Where"),
     }
 )
 

@@ -117,12 +117,12 @@ def scatter(tape: Tape, node: Node) -> Pull:
         axis = int(node.attrs.get("axis", 0)) % len(tape.shape(data))
         # Indices are absolute, so the axis must have one size at every width.
         tape.static(node, [tape.shape(data)[axis]])
-        where = {"axis": axis}
+        attrs = {"axis": axis}
     else:
         depth = tape.shape(index)[-1]
         indexed = tape.shape(data)[: depth if isinstance(depth, int) else 0]
         tape.static(node, [depth, *(d for d in indexed if d != BATCH)])
-        where = {}
+        attrs = {}
     g = tape.graph
     tape.enter(node.outputs[0], g.emit(node.op, x, indices, new, attrs=node.attrs), tape.shape(data))
 
@@ -130,10 +130,10 @@ def scatter(tape: Tape, node: Node) -> Pull:
         if tape.wants(data):
             # Data that was overwritten has no influence on the output.
             zeros = g.emit("ConstantOfShape", tape.shape_of(new))
-            tape.add(data, dy if reduction == "add" else g.emit(node.op, dy, indices, zeros, attrs=where))
+            tape.add(data, dy if reduction == "add" else g.emit(node.op, dy, indices, zeros, attrs=attrs))
         if tape.wants(updates):
             read = "GatherElements" if node.op == "ScatterElements" else "GatherND"
-            tape.add(updates, g.emit(read, dy, indices, attrs=where))
+            tape.add(updates, g.emit(read, dy, indices, attrs=attrs))
 
     return pull
 
@@ -193,19 +193,19 @@ def _channels(tape: Tape, node: Node, axis: int, picked: Array) -> Pull:
     name, g = node.inputs[0], tape.graph
     x, shape = tape.value(name), tape.shape(name)
     runs = _runs(tape, node, axis, picked.reshape(-1).tolist())
-    where = g.ints(axis)
-    slices = [g.emit("Slice", x, tape.size(begin), tape.size(stop), where) for begin, stop in runs]
+    axis_name = g.ints(axis)
+    slices = [g.emit("Slice", x, tape.size(begin), tape.size(stop), axis_name) for begin, stop in runs]
     lengths = [tape.difference(stop, begin) for begin, stop in runs]
     y = g.emit("Concat", *slices, attrs={"axis": axis}) if len(slices) > 1 else slices[0]
     out: Shape = (*shape[:axis], tape.total(lengths), *shape[axis + 1 :])
     if picked.ndim == 0:
-        y, out = g.emit("Squeeze", y, where), (*shape[:axis], *shape[axis + 1 :])
+        y, out = g.emit("Squeeze", y, axis_name), (*shape[:axis], *shape[axis + 1 :])
     elif picked.ndim > 1:
         raise ModelError(f"{describe(node)}: indices into channels", expected="a vector", got=picked.shape)
     tape.enter(node.outputs[0], y, out)
 
     def pull(dy: str) -> None:
-        dy = g.emit("Unsqueeze", dy, where) if picked.ndim == 0 else dy
+        dy = g.emit("Unsqueeze", dy, axis_name) if picked.ndim == 0 else dy
         slice_gradients = [dy]
         if len(runs) > 1:
             slice_gradients = g.emit_many("Split", dy, tape.sizes(lengths), outputs=len(runs), attrs={"axis": axis})
@@ -243,14 +243,14 @@ def _embedding(tape: Tape, node: Node, axis: int) -> Pull:
     """Rows of a table by indices that are data."""
     name, index = node.inputs
     x, shape, indices = tape.value(name), tape.shape(name), tape.value(index)
-    where = tape.shape(index)
+    index_shape = tape.shape(index)
     g = tape.graph
-    out = (*shape[:axis], *where, *shape[axis + 1 :])
+    out = (*shape[:axis], *index_shape, *shape[axis + 1 :])
     tape.enter(node.outputs[0], g.emit("Gather", x, indices, attrs={"axis": axis}), out)
 
     def pull(dy: str) -> None:
         # With the indexed axis first, rows are added to zeros where they came from.
-        inner = list(range(axis, axis + len(where)))
+        inner = list(range(axis, axis + len(index_shape)))
         order = inner + [i for i in range(len(out)) if i not in inner]
         rows = g.emit("Transpose", dy, attrs={"perm": order}) if axis else dy
         first = [axis, *(i for i in range(len(shape)) if i != axis)]
@@ -287,14 +287,14 @@ def gather_nd(tape: Tape, node: Node) -> Pull:
     """Slices by tuples of indices into the leading axes; the gradients of equal tuples add up."""
     name, index = node.inputs
     x, shape, indices = tape.value(name), tape.shape(name), tape.value(index)
-    where = tape.shape(index)
+    index_shape = tape.shape(index)
     batches = int(node.attrs.get("batch_dims", 0))
-    depth = where[-1]
+    depth = index_shape[-1]
     if not isinstance(depth, int):
         raise ModelError(f"{describe(node)}: length of an index", expected="a number", got=depth)
     tape.static(node, [d for d in shape[batches : batches + depth] if d != BATCH])
     g = tape.graph
-    out = (*where[:-1], *shape[batches + depth :])
+    out = (*index_shape[:-1], *shape[batches + depth :])
     tape.enter(node.outputs[0], g.emit("GatherND", x, indices, attrs={"batch_dims": batches}), out)
 
     def pull(dy: str) -> None:
@@ -302,10 +302,10 @@ def gather_nd(tape: Tape, node: Node) -> Pull:
         for axis in reversed(range(batches)):
             # Scattering has no batch axes: an index includes its place in them, too.
             numbers = counted(tape, shape[axis])
-            ones = [1] * len(where)
+            ones = [1] * len(index_shape)
             ones[axis] = -1
             column = g.emit("Reshape", numbers, g.ints(*ones))
-            head = tape.sizes([*where[:-1], 1])
+            head = tape.sizes([*index_shape[:-1], 1])
             full_indices = g.emit("Concat", g.emit("Expand", column, head), full_indices, attrs={"axis": -1})
         zeros = g.emit("ConstantOfShape", tape.shape_of(x))
         tape.add(name, g.emit("ScatterND", zeros, full_indices, dy, attrs={"reduction": "add"}))

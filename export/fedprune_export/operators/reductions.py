@@ -308,10 +308,10 @@ def running_sum(tape: Tape, node: Node) -> Pull:
     axis = tape.number(node, 1)
     if axis is None:
         raise ModelError(f"{describe(node)}: no axis")
-    where = g.constant(int(axis.reshape(-1)[0]), "int64")
-    tape.enter(node.outputs[0], g.emit("CumSum", tape.value(name), where, attrs=node.attrs), tape.shape(name))
+    axis_name = g.constant(int(axis.reshape(-1)[0]), "int64")
+    tape.enter(node.outputs[0], g.emit("CumSum", tape.value(name), axis_name, attrs=node.attrs), tape.shape(name))
     back = {**node.attrs, "reverse": 1 - int(node.attrs.get("reverse", 0))}
-    return lambda dy: tape.add(name, g.emit("CumSum", dy, where, attrs=back))
+    return lambda dy: tape.add(name, g.emit("CumSum", dy, axis_name, attrs=back))
 
 
 @gradient_rule("ArgMax", "ArgMin")

@@ -158,7 +158,13 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
     Raises `ModelError` if samples are cubic or of volumes, or positions outside of a map are reflected into it.
     """
     name, grid = node.inputs
-    x, positions, shape, where, g = tape.value(name), tape.value(grid), tape.shape(name), tape.shape(grid), tape.graph
+    x, positions, shape, grid_shape, g = (
+        tape.value(name),
+        tape.value(grid),
+        tape.shape(name),
+        tape.shape(grid),
+        tape.graph,
+    )
     mode, padding = str(node.attrs.get("mode", "bilinear")), str(node.attrs.get("padding_mode", "zeros"))
     for what, value, supported in (("mode", mode, ["bilinear", "nearest"]), ("padding", padding, ["zeros", "border"])):
         if value not in supported:
@@ -166,10 +172,10 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
     if len(shape) != 4:
         raise ModelError(f"{describe(node)}: what it samples", expected="maps [N, C, H, W]", got=list(shape))
     height, width = tape.static(node, shape[2:])
-    tape.static(node, where[1:])
-    out = (*shape[:2], *where[1:3])
+    tape.static(node, grid_shape[1:])
+    out = (*shape[:2], *grid_shape[1:3])
     tape.enter(node.outputs[0], g.emit("GridSample", x, positions, attrs=node.attrs), out)
-    rows, maps = tape.product(where[:3]), tape.product([shape[0], height * width])
+    rows, maps = tape.product(grid_shape[:3]), tape.product([shape[0], height * width])
 
     def by_row(value: str, dims: tuple[int | str, ...]) -> str:
         """Maps [N, C, H, W] as rows [N·H·W, C]."""
@@ -177,14 +183,14 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
         return tape.reshape(last, (dims[0], dims[2], dims[3], dims[1]), (tape.product([dims[0], *dims[2:]]), dims[1]))
 
     def pull(dy: str) -> None:
-        flat = tape.reshape(positions, where, (rows, 2))
+        flat = tape.reshape(positions, grid_shape, (rows, 2))
         across, down = g.emit_many("Split", flat, g.ints(1, 1), outputs=2, attrs={"axis": 1})
         aligned = bool(node.attrs.get("align_corners", 0))
-        along = [_ends(g, c, n, mode, padding, aligned) for c, n in ((down, height), (across, width))]
+        axis_ends = [_ends(g, c, n, mode, padding, aligned) for c, n in ((down, height), (across, width))]
         number = g.emit("Mul", counted(tape, shape[0]), g.ints(height * width))
-        first = g.emit("Expand", g.emit("Unsqueeze", number, g.ints(1)), tape.sizes([1, tape.product(where[1:3])]))
-        first = tape.reshape(first, (shape[0], tape.product(where[1:3])), (rows, 1))
-        corners = list(product(*along))
+        first = g.emit("Expand", g.emit("Unsqueeze", number, g.ints(1)), tape.sizes([1, tape.product(grid_shape[1:3])]))
+        first = tape.reshape(first, (shape[0], tape.product(grid_shape[1:3])), (rows, 1))
+        corners = list(product(*axis_ends))
         corner_indices = [
             g.emit("Add", first, g.emit("Add", g.emit("Mul", j.place, g.ints(width)), i.place)) for j, i in corners
         ]
@@ -206,7 +212,7 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
                 for k, factor in enumerate((g.emit("Mul", j.weight, i.slope), g.emit("Mul", j.slope, i.weight))):
                     change = g.emit("Mul", each, factor)
                     dgrid[k] = g.emit("Add", dgrid[k], change) if dgrid[k] else change
-            tape.add(grid, tape.reshape(g.emit("Concat", *dgrid, attrs={"axis": 1}), (rows, 2), where))
+            tape.add(grid, tape.reshape(g.emit("Concat", *dgrid, attrs={"axis": 1}), (rows, 2), grid_shape))
 
     return pull
 
@@ -229,8 +235,8 @@ def _ends(g: Graph, coordinate: str, size: int, mode: str, padding: str, aligned
         position = g.emit("Sub", position, g.scalar(0.5))
     slope = g.scalar(scale)
     if padding == "border":
-        within = _both(g, g.emit("Greater", position, g.scalar(0)), g.emit("Less", position, g.scalar(size - 1)))
-        slope = g.emit("Mul", within, slope)
+        is_within = _both(g, g.emit("Greater", position, g.scalar(0)), g.emit("Less", position, g.scalar(size - 1)))
+        slope = g.emit("Mul", is_within, slope)
         position = g.emit("Clip", position, g.scalar(0), g.scalar(size - 1))
     if mode == "nearest":
         return [_end(g, g.emit("Round", position), size, g.scalar(1), "")]
@@ -242,11 +248,11 @@ def _ends(g: Graph, coordinate: str, size: int, mode: str, padding: str, aligned
     ]
 
 
-def _end(g: Graph, place: str, size: int, weight: str, slope: str) -> _End:
-    there = _both(g, g.emit("Greater", place, g.scalar(-0.5)), g.emit("Less", place, g.scalar(size - 0.5)))
+def _end(g: Graph, position: str, size: int, weight: str, slope: str) -> _End:
+    is_inside = _both(g, g.emit("Greater", position, g.scalar(-0.5)), g.emit("Less", position, g.scalar(size - 0.5)))
     # 7 is int64. A neighbour outside the map is moved into it and has weight 0.
-    index = g.emit("Cast", g.emit("Clip", place, g.scalar(0), g.scalar(size - 1)), attrs={"to": 7})
-    return _End(index, g.emit("Mul", weight, there), g.emit("Mul", slope, there) if slope else "")
+    index = g.emit("Cast", g.emit("Clip", position, g.scalar(0), g.scalar(size - 1)), attrs={"to": 7})
+    return _End(index, g.emit("Mul", weight, is_inside), g.emit("Mul", slope, is_inside) if slope else "")
 
 
 def _both(g: Graph, first: str, second: str) -> str:

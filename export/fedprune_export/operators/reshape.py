@@ -93,29 +93,29 @@ def target_rewrite(graph: Graph, node: Node, sizes: Sizes) -> None:
 
     Further entries that depend on the batch are read from the target as it was.
     """
-    place = TARGETS[node.op]
-    if len(node.inputs) <= place or not node.inputs[place]:
+    index = TARGETS[node.op]
+    if len(node.inputs) <= index or not node.inputs[index]:
         return
     before, after = sizes.before(node.outputs[0]), sizes.after(node.outputs[0])
     if before == after:
         return
     # One entry of a reshape can be −1; further ones are read from the target as it was.
-    free = [i for i, n in enumerate(after) if n is None]
-    if len(free) <= 1 and node.op == "Reshape":
-        node.inputs[place] = graph.ints(*(-1 if n is None else n for n in after))
+    batch_axes = [i for i, n in enumerate(after) if n is None]
+    if len(batch_axes) <= 1 and node.op == "Reshape":
+        node.inputs[index] = graph.ints(*(-1 if n is None else n for n in after))
         return
-    old = node.inputs[place]
+    old_target = node.inputs[index]
     # An expansion's target may be shorter than its output: it is aligned at the end.
-    constant = graph.initializers.get(old)
-    lead = len(after) - (constant.size if constant is not None else sizes.before(old)[0] or 0)
-    if not free:
-        node.inputs[place] = graph.ints(*(n or 0 for n in after[lead:]))
+    constant = graph.initializers.get(old_target)
+    lead = len(after) - (constant.size if constant is not None else sizes.before(old_target)[0] or 0)
+    if not batch_axes:
+        node.inputs[index] = graph.ints(*(n or 0 for n in after[lead:]))
         return
     entries = [
-        graph.ints(n) if n is not None else graph.emit("Gather", old, graph.ints(i), attrs={"axis": 0})
+        graph.ints(n) if n is not None else graph.emit("Gather", old_target, graph.ints(i), attrs={"axis": 0})
         for i, n in enumerate(after[lead:])
     ]
-    node.inputs[place] = graph.emit("Concat", *entries, attrs={"axis": 0})
+    node.inputs[index] = graph.emit("Concat", *entries, attrs={"axis": 0})
 
 
 @gradient_rule("Flatten")
@@ -153,18 +153,18 @@ def reshape(tape: Tape, node: Node) -> Pull:
 
 def _filled(tape: Tape, node: Node, analysed: Sequence[Dim | None], shape: Shape) -> Shape:
     """The analysed shape of a reshape's output with the axes that follow the batch filled in."""
-    free = [i for i, d in enumerate(analysed) if d is None]
-    if not free:
+    batch_axes = [i for i, d in enumerate(analysed) if d is None]
+    if not batch_axes:
         return tuple(d for d in analysed if d is not None)
-    if len(free) == 1:
+    if len(batch_axes) == 1:
         rest = tape.quotient(tape.product(shape), tape.product([d for d in analysed if d is not None]))
         if rest is None:
             raise ModelError(
                 f"{describe(node)} splits a dimension whose size varies", got=f"{list(shape)} to {list(analysed)}"
             )
         return tuple(rest if d is None else d for d in analysed)
-    traced = tape.traced_shape(node.outputs[0])
-    return tuple(t if d is None else d for d, t in zip(analysed, traced, strict=True))
+    traced_shape = tape.traced_shape(node.outputs[0])
+    return tuple(t if d is None else d for d, t in zip(analysed, traced_shape, strict=True))
 
 
 def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Shape:
