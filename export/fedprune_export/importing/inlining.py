@@ -20,7 +20,7 @@ _DEEPEST = 20  # functions that call functions
 
 # Operators that are replaced by the standard's own definition of them, and what it consists of.
 BY_DEFINITION = {
-    "AffineGrid": "products with a grid of places",
+    "AffineGrid": "products with a grid of positions",
     "Attention": "products, Softmax and reshapes",
     "CenterCropPad": "Slice and Pad",
     "NegativeLogLikelihoodLoss": "GatherElements",

@@ -18,7 +18,7 @@ from fedprune_export.ir.graph import Graph, Port
 # Key of a file's metadata that holds [name, axis of one sample, least length] of the input whose length varies.
 INPUT_KEY = "fedprune.free_input"
 
-# Inputs that the graph computes: 1 at places of a sample and 0 at padded ones [N, length], and lengths [N].
+# Inputs that the graph computes: 1 at positions of a sample and 0 in its padding [N, length], and lengths [N].
 MASK, LENGTHS = "mask", "lengths"
 
 

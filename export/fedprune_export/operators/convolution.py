@@ -126,7 +126,7 @@ def mask_contracted(masks: Masks, node: Node) -> None:
 class Convolution(Protocol):
     """A convolution with its window and kernel: three maps, each linear in what it is given.
 
-    x is what a window slides over, [N, inputs, ...]; y has one place per position of the window, [N, outputs, ...].
+    x is what a window slides over, [N, inputs, ...]; y has one element per position of the window, [N, outputs, ...].
     A bias is a list of one vector, or empty.
     """
 

@@ -300,7 +300,7 @@ def gather_nd(tape: Tape, node: Node) -> Pull:
     def pull(dy: str) -> None:
         full_indices = indices
         for axis in reversed(range(batches)):
-            # Scattering has no batch axes: an index includes its place in them, too.
+            # Scattering has no batch axes: an index includes its position on them, too.
             numbers = counted(tape, shape[axis])
             ones = [1] * len(index_shape)
             ones[axis] = -1

@@ -117,9 +117,9 @@ def global_max_pool(tape: Tape, node: Node) -> Pull:
     def pull(dy: str) -> None:
         flat = g.emit("Reshape", x, g.ints(0, 0, -1))
         # ArgMax takes the first of equal numbers.
-        place = g.emit("ArgMax", flat, attrs={"axis": 2, "keepdims": 1})
-        here = g.emit("Equal", place, g.constant(np.arange(area)[None, None], np.int64))
-        spread = g.emit("Where", here, g.emit("Reshape", dy, g.ints(0, 0, 1)), g.scalar(0))
+        index = g.emit("ArgMax", flat, attrs={"axis": 2, "keepdims": 1})
+        is_maximum = g.emit("Equal", index, g.constant(np.arange(area)[None, None], np.int64))
+        spread = g.emit("Where", is_maximum, g.emit("Reshape", dy, g.ints(0, 0, 1)), g.scalar(0))
         tape.add(name, g.emit("Reshape", spread, tape.shape_of(x)))
 
     return pull

@@ -1,4 +1,4 @@
-"""Operators that reduce axes, accumulate along them, or find the place of an extreme."""
+"""Operators that reduce axes, accumulate along them, or find the index of an extreme."""
 
 from __future__ import annotations
 

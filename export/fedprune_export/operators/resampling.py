@@ -158,13 +158,8 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
     Raises `ModelError` if samples are cubic or of volumes, or positions outside of a map are reflected into it.
     """
     name, grid = node.inputs
-    x, positions, shape, grid_shape, g = (
-        tape.value(name),
-        tape.value(grid),
-        tape.shape(name),
-        tape.shape(grid),
-        tape.graph,
-    )
+    x, positions, g = tape.value(name), tape.value(grid), tape.graph
+    shape, grid_shape = tape.shape(name), tape.shape(grid)
     mode, padding = str(node.attrs.get("mode", "bilinear")), str(node.attrs.get("padding_mode", "zeros"))
     for what, value, supported in (("mode", mode, ["bilinear", "nearest"]), ("padding", padding, ["zeros", "border"])):
         if value not in supported:
@@ -187,16 +182,20 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
         across, down = g.emit_many("Split", flat, g.ints(1, 1), outputs=2, attrs={"axis": 1})
         aligned = bool(node.attrs.get("align_corners", 0))
         axis_ends = [_ends(g, c, n, mode, padding, aligned) for c, n in ((down, height), (across, width))]
-        number = g.emit("Mul", counted(tape, shape[0]), g.ints(height * width))
-        first = g.emit("Expand", g.emit("Unsqueeze", number, g.ints(1)), tape.sizes([1, tape.product(grid_shape[1:3])]))
-        first = tape.reshape(first, (shape[0], tape.product(grid_shape[1:3])), (rows, 1))
+        # Maps are flattened to one row per pixel: a sample's pixels begin at the row where its map does.
+        offsets = g.emit("Mul", counted(tape, shape[0]), g.ints(height * width))
+        sample_offsets = g.emit(
+            "Expand", g.emit("Unsqueeze", offsets, g.ints(1)), tape.sizes([1, tape.product(grid_shape[1:3])])
+        )
+        sample_offsets = tape.reshape(sample_offsets, (shape[0], tape.product(grid_shape[1:3])), (rows, 1))
         corners = list(product(*axis_ends))
         corner_indices = [
-            g.emit("Add", first, g.emit("Add", g.emit("Mul", j.place, g.ints(width)), i.place)) for j, i in corners
+            g.emit("Add", sample_offsets, g.emit("Add", g.emit("Mul", row.place, g.ints(width)), column.place))
+            for row, column in corners
         ]
         slopes = by_row(dy, out)
         if tape.wants(name):
-            shares = [g.emit("Mul", slopes, g.emit("Mul", j.weight, i.weight)) for j, i in corners]
+            shares = [g.emit("Mul", slopes, g.emit("Mul", row.weight, column.weight)) for row, column in corners]
             indices, added = (
                 g.emit("Concat", *v, attrs={"axis": 0}) if len(v) > 1 else v[0] for v in (corner_indices, shares)
             )
@@ -206,12 +205,14 @@ def grid_sample(tape: Tape, node: Node) -> Pull:
             tape.add(name, g.emit("Transpose", total, attrs={"perm": [0, 3, 1, 2]}))
         if tape.wants(grid) and mode == "bilinear":
             values, dgrid = by_row(x, shape), ["", ""]
-            for (j, i), indices in zip(corners, corner_indices, strict=True):
+            for (row, column), indices in zip(corners, corner_indices, strict=True):
                 value = g.emit("Gather", values, g.emit("Squeeze", indices, g.ints(1)), attrs={"axis": 0})
-                each = g.emit("ReduceSum", g.emit("Mul", slopes, value), g.ints(1), attrs={"keepdims": 1})
-                for k, factor in enumerate((g.emit("Mul", j.weight, i.slope), g.emit("Mul", j.slope, i.weight))):
-                    change = g.emit("Mul", each, factor)
-                    dgrid[k] = g.emit("Add", dgrid[k], change) if dgrid[k] else change
+                product_sum = g.emit("ReduceSum", g.emit("Mul", slopes, value), g.ints(1), attrs={"keepdims": 1})
+                for direction, factor in enumerate(
+                    (g.emit("Mul", row.weight, column.slope), g.emit("Mul", row.slope, column.weight))
+                ):
+                    change = g.emit("Mul", product_sum, factor)
+                    dgrid[direction] = g.emit("Add", dgrid[direction], change) if dgrid[direction] else change
             tape.add(grid, tape.reshape(g.emit("Concat", *dgrid, attrs={"axis": 1}), (rows, 2), grid_shape))
 
     return pull
@@ -227,9 +228,9 @@ class _End:
 
 
 def _ends(g: Graph, coordinate: str, size: int, mode: str, padding: str, aligned: bool) -> list[_End]:
-    """The neighbours of samples along an axis whose ends are -1 and 1: middles of places if `aligned`, else borders."""
+    """The neighbours of samples along an axis with ends at −1 and 1: centres of pixels if `aligned`, else edges."""
     scale = (size - 1) / 2 if aligned else size / 2
-    # In the order of onnxruntime and torch, so that a sample near a place is on the same side of it.
+    # In the order of onnxruntime and torch, so that a sample near a pixel's centre is on the same side of it.
     position = g.emit("Mul", g.emit("Add", coordinate, g.scalar(1)), g.scalar(scale))
     if not aligned:
         position = g.emit("Sub", position, g.scalar(0.5))
