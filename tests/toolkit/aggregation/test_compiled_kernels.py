@@ -78,19 +78,19 @@ def test_sums_have_the_same_bits(seed: int, shape: tuple[int, ...], weights: lis
     dice = np.random.default_rng(seed)
     rows = [(dice.standard_normal(shape) * 2 ** dice.uniform(-30, 0)).clip(-8, 8).astype(np.float32) for _ in weights]
     rows = [laid(row, how if row.ndim else "plain") for row in rows]
-    whole = (*(n + 2 for n in shape[:2]), *shape[2:]) if cut else shape
+    padded_shape = (*(n + 2 for n in shape[:2]), *shape[2:]) if cut else shape
     at = tuple(slice(1, n + 1) for n in shape[:2]) if cut else (...,)
-    found = []
+    limbs = []
     for _ in range(2):
-        total = FixedSum(whole, SPAN)
-        total.add(np.ones(whole, np.float32), 7)
-        if found:
+        total = FixedSum(padded_shape, SPAN)
+        total.add(np.ones(padded_shape, np.float32), 7)
+        if limbs:
             with Numpy():
                 total.add_all(rows, weights, at)
         else:
             total.add_all(rows, weights, at)
-        found.append(total.limbs[0].tobytes())
-    assert found[0] == found[1]
+        limbs.append(total.limbs[0].tobytes())
+    assert limbs[0] == limbs[1]
 
 
 def test_loops_are_what_adds() -> None:
@@ -129,18 +129,18 @@ def test_a_fold_ends_in_the_same_bits(given_: Given, rule: Rule, how: str, heavy
 
     def model_of() -> tuple[Tensors, Tensors | None]:
         fold = Fold(architecture, base, rule=rule)
-        for selection, part, weight, steps in updates:
-            sent = {name: laid(value, how) if value.size and value.ndim else value for name, value in part.items()}
+        for selection, tensors, weight, steps in updates:
+            sent = {name: laid(value, how) if value.size and value.ndim else value for name, value in tensors.items()}
             fold.add(selection, sent, weight * (100 if heavy else 1), steps)
         return fold.close(momentum)
 
     quick = model_of()
     with Numpy():
         slow = model_of()
-    for mine, other in zip(quick, slow, strict=True):
-        assert (mine is None) == (other is None)
-        for name in other or {}:
-            assert (mine or {})[name].tobytes() == (other or {})[name].tobytes(), name
+    for mine, theirs in zip(quick, slow, strict=True):
+        assert (mine is None) == (theirs is None)
+        for name in theirs or {}:
+            assert (mine or {})[name].tobytes() == (theirs or {})[name].tobytes(), name
 
 
 @given(
@@ -193,9 +193,9 @@ def test_tensors_of_no_numbers_are_folded_like_others(quick: bool) -> None:
         for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
             selection = Selection.of(architecture, (3,), [np.array(order)])
             fold.add(selection, {n: v + 1 for n, v in selection.gather(base).items()}, 3)
-        found, _ = fold.close()
-    assert {name: value.shape for name, value in found.items()} == shapes
-    assert found["e"][1, 1] == 1
+        averages, _ = fold.close()
+    assert {name: value.shape for name, value in averages.items()} == shapes
+    assert averages["e"][1, 1] == 1
 
 
 def test_numpy_does_the_work_where_numba_fails(

@@ -41,23 +41,23 @@ Masked = tuple[Selection, Tensors, int, int, Active]
 
 def folded(architecture: Architecture, base: Tensors, updates: Sequence[Update | Masked], **options: Any) -> Fold:
     fold = Fold(architecture, base, **options)
-    for selection, part, weight, steps, *mask in updates:
-        fold.add(selection, part, weight, steps, mask=mask[0] if mask else {})
+    for selection, tensors, weight, steps, *mask in updates:
+        fold.add(selection, tensors, weight, steps, mask=mask[0] if mask else {})
     return fold
 
 
-def identical(one: Tensors, other: Tensors) -> bool:
-    return list(one) == list(other) and all(
-        one[n].tobytes() == other[n].tobytes() and one[n].shape == other[n].shape for n in one
+def identical(first: Tensors, second: Tensors) -> bool:
+    return list(first) == list(second) and all(
+        first[n].tobytes() == second[n].tobytes() and first[n].shape == second[n].shape for n in first
     )
 
 
 def sums(spec: TensorSpec, updates: list[Update]) -> tuple[Any, Any, int]:
     """Σ n·w, Σ n where held, and Σ n, in float64 and by plain loops."""
     total, mass = np.zeros(spec.shape), np.zeros(spec.shape)
-    for selection, part, weight, _ in updates:
+    for selection, tensors, weight, _ in updates:
         at = np.ix_(*selection.maps(spec.name)) if spec.axes else ...
-        total[at] += weight * part[spec.name].astype(np.float64)
+        total[at] += weight * tensors[spec.name].astype(np.float64)
         mass[at] += weight
     return total, mass, sum(u[2] for u in updates)
 
@@ -101,11 +101,11 @@ def test_server_momentum_follows_fedavgm(case: tuple[Architecture, Tensors, list
             assert spec.name not in velocity
             assert got[spec.name].tobytes() == plain[spec.name].tobytes()
             continue
-        held = sums(spec, updates)[1] > 0
+        covered = sums(spec, updates)[1] > 0
         speed = momentum * before[spec.name].astype(np.float64) + (plain[spec.name] - base[spec.name])
-        assert np.allclose(velocity[spec.name], np.where(held, speed, before[spec.name]), rtol=1e-5, atol=ATOL)
+        assert np.allclose(velocity[spec.name], np.where(covered, speed, before[spec.name]), rtol=1e-5, atol=ATOL)
         assert np.allclose(
-            got[spec.name], np.where(held, base[spec.name] + speed, base[spec.name]), rtol=1e-5, atol=ATOL
+            got[spec.name], np.where(covered, base[spec.name] + speed, base[spec.name]), rtol=1e-5, atol=ATOL
         )
 
 
@@ -117,14 +117,14 @@ def test_movement_is_what_those_that_trained_a_coordinate_did_per_step(
     fold = folded(architecture, base, updates, evidence=True, momentum=momentum)
     for spec in architecture.trainable:
         first, second, mass = np.zeros(spec.shape), np.zeros(spec.shape), sums(spec, updates)[1]
-        for selection, part, weight, steps in updates:
+        for selection, tensors, weight, steps in updates:
             at = np.ix_(*selection.maps(spec.name)) if spec.axes else ...
             free = sum(1 - momentum**j for j in range(1, steps + 1))
-            step = (part[spec.name].astype(np.float64) - base[spec.name][at]) / free
+            step = (tensors[spec.name].astype(np.float64) - base[spec.name][at]) / free
             first[at] += weight * np.clip(step, -0.25, 0.25)
             second[at] += weight * np.clip(step * math.sqrt(steps), -0.25, 0.25) ** 2
-        mean, square, held = fold.movement(spec.name)
-        assert np.array_equal(held, mass > 0)
+        mean, square, covered = fold.movement(spec.name)
+        assert np.array_equal(covered, mass > 0)
         assert np.allclose(mean, first / np.maximum(mass, 1), rtol=1e-9, atol=1e-11)
         assert np.allclose(square, second / np.maximum(mass, 1), rtol=1e-9, atol=1e-12)
 
@@ -133,24 +133,24 @@ def test_movement_is_what_those_that_trained_a_coordinate_did_per_step(
 def test_the_base_and_the_updates_are_left_alone(case: tuple[Architecture, Tensors, list[Update]]) -> None:
     architecture, base, updates = case
     before = {n: v.copy() for n, v in base.items()}
-    parts = [{n: v.copy() for n, v in u[1].items()} for u in updates]
+    copies = [{n: v.copy() for n, v in u[1].items()} for u in updates]
     got, _ = folded(architecture, base, updates, evidence=True).close(0.5)
     for value in got.values():
         value[...] = 7
     assert identical(base, before)
-    assert all(identical(u[1], p) for u, p in zip(updates, parts, strict=True))
+    assert all(identical(u[1], p) for u, p in zip(updates, copies, strict=True))
 
 
 def test_small_variances_keep_their_digits() -> None:
     base = model(NORM, 0)
-    part = {**base, "stat_var": np.full(4, 1.2345e-7, np.float32)}
+    tensors = {**base, "stat_var": np.full(4, 1.2345e-7, np.float32)}
     fold = Fold(NORM, base)
-    fold.add(Selection.full(NORM), part, 3)
-    assert fold.close()[0]["stat_var"].tobytes() == part["stat_var"].tobytes()
+    fold.add(Selection.full(NORM), tensors, 3)
+    assert fold.close()[0]["stat_var"].tobytes() == tensors["stat_var"].tobytes()
 
 
-def _without(part: Tensors) -> Tensors:
-    return {n: v for n, v in part.items() if n != "weight"}
+def _without(tensors: Tensors) -> Tensors:
+    return {n: v for n, v in tensors.items() if n != "weight"}
 
 
 @pytest.mark.parametrize(
@@ -182,16 +182,16 @@ def test_the_total_weight_is_bounded() -> None:
     fold.add(Selection.full(NORM), model(NORM, 1), MAX_WEIGHT)
     with pytest.raises(ProtocolError, match="weight of an update"):
         fold.add(Selection.full(NORM), model(NORM, 1), 1)
-    other = Fold(NORM, model(NORM, 0))
-    other.add(Selection.full(NORM), model(NORM, 1), 1)
+    heavy = Fold(NORM, model(NORM, 0))
+    heavy.add(Selection.full(NORM), model(NORM, 1), 1)
     with pytest.raises(ProtocolError, match="total weight"):
-        fold.take([other.partial()])
+        fold.take([heavy.partial()])
 
 
 def test_an_update_of_another_architecture_is_refused() -> None:
-    other = Architecture("other", NORM.groups, NORM.tensors, (), (), (3,), (2,))
+    foreign = Architecture("other", NORM.groups, NORM.tensors, (), (), (3,), (2,))
     with pytest.raises(BundleError, match="another architecture"):
-        Fold(NORM, model(NORM, 0)).add(Selection.full(other), model(other, 1), 1)
+        Fold(NORM, model(NORM, 0)).add(Selection.full(foreign), model(foreign, 1), 1)
 
 
 @pytest.mark.parametrize(
@@ -249,16 +249,16 @@ def test_a_mean_is_within_a_bit_of_that_in_float64(
 def test_filling_is_folding_what_was_reconstructed(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     base = model(architecture, seed)
-    fill, whole = Fold(architecture, base, rule="fill"), Fold(architecture, base)
+    fill, averaging = Fold(architecture, base, rule="fill"), Fold(architecture, base)
     for k in range(data.draw(st.integers(1, 4))):
         selection = data.draw(selections(architecture))
-        part, weight = trained(selection, base, seed + k + 1), data.draw(st.integers(1, 20_000))
-        fill.add(selection, part, weight)
-        whole.add(Selection.full(architecture), selection.scatter(part, base), weight)
-    got, expected = fill.close()[0], whole.close()[0]
+        trained_tensors, weight = trained(selection, base, seed + k + 1), data.draw(st.integers(1, 20_000))
+        fill.add(selection, trained_tensors, weight)
+        averaging.add(Selection.full(architecture), selection.scatter(trained_tensors, base), weight)
+    got, expected = fill.close()[0], averaging.close()[0]
     for spec in architecture.trainable:
-        held = fill.mass(spec.name) > 0
-        assert got[spec.name][held].tobytes() == expected[spec.name][held].tobytes()
+        covered = fill.mass(spec.name) > 0
+        assert got[spec.name][covered].tobytes() == expected[spec.name][covered].tobytes()
 
 
 def random_mask(selection: Selection, seed: int) -> Active:
@@ -289,10 +289,10 @@ def plain_sums(name: str, architecture: Architecture, updates: list[Masked]) -> 
     """Σ n·m·w and Σ n·m, in float64 and by plain loops."""
     spec = architecture.by_name[name]
     total, mass = np.zeros(spec.shape), np.zeros(spec.shape)
-    for selection, part, weight, _, mask in updates:
+    for selection, tensors, weight, _, mask in updates:
         at = np.ix_(*selection.maps(name)) if spec.axes else ...
-        active = np.ones(part[name].shape) if name not in mask else mask[name]
-        total[at] += weight * active * part[name].astype(np.float64)
+        active = np.ones(tensors[name].shape) if name not in mask else mask[name]
+        total[at] += weight * active * tensors[name].astype(np.float64)
         mass[at] += weight * active
     return total, mass
 
@@ -324,7 +324,7 @@ def test_a_mask_of_whole_channels_is_a_narrower_submodel(data: st.DataObject, se
     architecture = data.draw(architectures())
     base = model(architecture, seed)
     narrow = data.draw(selections(architecture))
-    other = data.draw(selections(architecture))
+    second_selection = data.draw(selections(architecture))
     full = trained(Selection.full(architecture), base, seed + 1)
     mask = {t.name: narrow.covered(t.name) for t in architecture.trainable}
     for rule in ("coverage", "fill"):
@@ -332,7 +332,7 @@ def test_a_mask_of_whole_channels_is_a_narrower_submodel(data: st.DataObject, se
         one.add(Selection.full(architecture), full, 3, 2, mask=mask)
         two.add(narrow, narrow.gather(full), 3, 2)
         for fold in (one, two):
-            fold.add(other, trained(other, base, seed + 2), 5, 4)
+            fold.add(second_selection, trained(second_selection, base, seed + 2), 5, 4)
         got, expected = one.close()[0], two.close()[0]
         for spec in architecture.trainable:
             assert got[spec.name].tobytes() == expected[spec.name].tobytes()
@@ -349,14 +349,14 @@ def test_order_does_not_change_a_bit(
     shuffled = list(updates)
     dice.shuffle(shuffled)
     options: dict[str, Any] = {"rule": rule, "evidence": True}
-    whole = folded(architecture, base, updates, **options)
-    parts = folded(architecture, base, shuffled, **options)
+    in_order = folded(architecture, base, updates, **options)
+    reordered = folded(architecture, base, shuffled, **options)
     steps: dict[str, Any] = {"rate": 0.3, "damped": True}
-    assert identical(parts.close(0.5, **steps)[0], whole.close(0.5, **steps)[0])
+    assert identical(reordered.close(0.5, **steps)[0], in_order.close(0.5, **steps)[0])
     for spec in architecture.trainable:
         assert all(
             a.tobytes() == b.tobytes()
-            for a, b in zip(parts.movement(spec.name), whole.movement(spec.name), strict=True)
+            for a, b in zip(reordered.movement(spec.name), in_order.movement(spec.name), strict=True)
         )
 
 
@@ -369,9 +369,9 @@ def test_updates_of_earlier_models_move_the_model_of_now(
     fold, moves = Fold(architecture, base), []
     for k, (selection, _, weight, steps, mask) in enumerate(updates):
         sent = selection.gather(earlier)
-        part = trained(selection, earlier, seed + k)
-        fold.add(selection, part, weight, steps, mask=mask, sent=sent)
-        moves.append((selection, {n: part[n] - sent[n] for n in part}, weight, steps, mask))
+        trained_tensors = trained(selection, earlier, seed + k)
+        fold.add(selection, trained_tensors, weight, steps, mask=mask, sent=sent)
+        moves.append((selection, {n: trained_tensors[n] - sent[n] for n in trained_tensors}, weight, steps, mask))
     got, _ = fold.close()
     for spec in architecture.trainable:
         total, mass = plain_sums(spec.name, architecture, moves)
@@ -404,11 +404,11 @@ def test_damped_momentum_is_a_moving_average(
     got, velocity = folded(*case).close(beta, before, rate=rate, damped=True)
     assert velocity is not None
     for spec in architecture.trainable:
-        held = plain_sums(spec.name, architecture, updates)[1] > 0
-        way = mean[spec.name].astype(np.float64) - base[spec.name]
-        speed = np.where(held, beta * before[spec.name] + (1 - beta) * rate * way, before[spec.name])
+        covered = plain_sums(spec.name, architecture, updates)[1] > 0
+        direction = mean[spec.name].astype(np.float64) - base[spec.name]
+        speed = np.where(covered, beta * before[spec.name] + (1 - beta) * rate * direction, before[spec.name])
         assert np.allclose(velocity[spec.name], speed, rtol=1e-5, atol=1e-5)
-        expected = base[spec.name] + np.where(held, speed, 0)
+        expected = base[spec.name] + np.where(covered, speed, 0)
         assert np.allclose(got[spec.name], expected, rtol=1e-5, atol=1e-5)
 
 

@@ -22,13 +22,13 @@ def test_rows_are_those_of_the_scattered_submodel(
     architecture = data.draw(architectures())
     layout = Selection.of(architecture, architecture.sizes, data.draw(st.none() | ranks(architecture)))
     selection = data.draw(selections(architecture))
-    part = selection.gather(model(architecture, seed))
+    submodel = selection.gather(model(architecture, seed))
     for spec in architecture.tensors:
         if not spec.axes:
             continue
         expected = np.full(spec.shape, absent, np.float32)
-        expected[np.ix_(*selection.maps(spec.name))] = part[spec.name]
-        expansion = Expansion(layout, spec, selection, part[spec.name], absent)
+        expected[np.ix_(*selection.maps(spec.name))] = submodel[spec.name]
+        expansion = Expansion(layout, spec, selection, submodel[spec.name], absent)
         got = np.empty(spec.shape, np.float32)
         for start in range(0, spec.shape[0], step):
             stop = min(spec.shape[0], start + step)
@@ -48,5 +48,5 @@ def test_mass_is_the_weight_of_those_that_hold_a_coordinate(data: st.DataObject,
         for selection, n in shares:
             expected[np.ix_(*selection.maps(spec.name)) if spec.axes else ...] += n
         mass = mass_in(layout, spec, shares)
-        whole = np.full(spec.shape, sum(weights)) if mass is None else np.array(np.broadcast_to(mass, spec.shape))
-        assert np.array_equal(to_global(whole, spec, layout), expected)
+        full_mass = np.full(spec.shape, sum(weights)) if mass is None else np.array(np.broadcast_to(mass, spec.shape))
+        assert np.array_equal(to_global(full_mass, spec, layout), expected)

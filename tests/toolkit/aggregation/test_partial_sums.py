@@ -27,32 +27,32 @@ pytestmark = pytest.mark.board
 @given(rounds(), st.integers(1, 4), st.integers(0, 5), st.booleans())
 @settings(max_examples=40)
 def test_any_split_gives_the_bits_of_one_fold(
-    case: tuple[Architecture, Tensors, list[Update]], most: int, cut: int, evidence: bool
+    case: tuple[Architecture, Tensors, list[Update]], block_size: int, cut: int, evidence: bool
 ) -> None:
     architecture, base, updates = case
-    whole = Fold(architecture, base, evidence=evidence)
+    single_fold = Fold(architecture, base, evidence=evidence)
     for update in updates:
-        whole.add(*update)
+        single_fold.add(*update)
     joined = Fold(architecture, base, evidence=evidence)
     for some in (updates[:cut], updates[cut:]):
         if some:
-            parts = []
-            for names in blocks(joined.shared, most, 1):
-                part = joined.narrowed(names)
+            partial_sums = []
+            for names in blocks(joined.shared, block_size, 1):
+                block_fold = joined.narrowed(names)
                 for selection, tensors, weight, steps in some:
-                    part.add(selection, {n: v for n, v in tensors.items() if n in names}, weight, steps)
-                parts.append(part.partial())
-            joined.take(parts)
-    assert joined.weight == whole.weight
-    assert joined.updates == whole.updates
-    one, other = whole.close(0.5), joined.close(0.5)
-    for mine, theirs in zip(one, other, strict=True):
+                    block_fold.add(selection, {n: v for n, v in tensors.items() if n in names}, weight, steps)
+                partial_sums.append(block_fold.partial())
+            joined.take(partial_sums)
+    assert joined.weight == single_fold.weight
+    assert joined.updates == single_fold.updates
+    expected, got = single_fold.close(0.5), joined.close(0.5)
+    for mine, theirs in zip(expected, got, strict=True):
         assert mine is not None
         assert theirs is not None
         assert {n: v.tobytes() for n, v in mine.items()} == {n: v.tobytes() for n, v in theirs.items()}
     if evidence:
         for spec in architecture.trainable:
-            for a, b in zip(whole.movement(spec.name), joined.movement(spec.name), strict=True):
+            for a, b in zip(single_fold.movement(spec.name), joined.movement(spec.name), strict=True):
                 assert a.tobytes() == b.tobytes()
 
 
@@ -67,24 +67,27 @@ def _case() -> tuple[Fold, Selection, Tensors]:
 
 def test_sums_that_do_not_make_up_a_round_are_refused() -> None:
     fold, selection, base = _case()
-    parts = []
+    partial_sums = []
     for names in blocks(fold.shared, 3, 1):
-        part = fold.narrowed(names)
-        part.add(selection, base, 3)
-        parts.append(part.partial())
-    heavier = fold.narrowed(parts[0].names)
+        block_fold = fold.narrowed(names)
+        block_fold.add(selection, base, 3)
+        partial_sums.append(block_fold.partial())
+    heavier = fold.narrowed(partial_sums[0].names)
     heavier.add(selection, base, 4)
     for wrong in (
-        parts[:2],
-        [*parts, parts[0]],
-        [heavier.partial(), *parts[1:]],
-        [replace(parts[0], arrays={}), *parts[1:]],
-        [replace(parts[0], arrays={k: v.astype(np.float64) for k, v in parts[0].arrays.items()}), *parts[1:]],
+        partial_sums[:2],
+        [*partial_sums, partial_sums[0]],
+        [heavier.partial(), *partial_sums[1:]],
+        [replace(partial_sums[0], arrays={}), *partial_sums[1:]],
+        [
+            replace(partial_sums[0], arrays={k: v.astype(np.float64) for k, v in partial_sums[0].arrays.items()}),
+            *partial_sums[1:],
+        ],
     ):
         with pytest.raises(BundleError):
             fold.take(wrong)
         assert fold.weight == fold.updates == 0
-    fold.take(parts)
+    fold.take(partial_sums)
     assert fold.weight == 3
 
 
@@ -106,9 +109,9 @@ def test_of_a_large_file_only_what_is_asked_for_is_checked(tmp_path: Path) -> No
     raw = bytearray(store.path(ref.sha256).read_bytes())
     raw[-1] ^= 1
     store.path(ref.sha256).write_bytes(raw)
-    found = read_tensors(store, ref, {"t1", "nobody"})
-    assert list(found) == ["t1"]
-    assert found["t1"].tobytes() == tensors["t1"].tobytes()
+    loaded = read_tensors(store, ref, {"t1", "nobody"})
+    assert list(loaded) == ["t1"]
+    assert loaded["t1"].tobytes() == tensors["t1"].tobytes()
     with pytest.raises(StorageError, match="leaf"):
         read_tensors(store, ref, {"t3"})
 

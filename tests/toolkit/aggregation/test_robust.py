@@ -26,39 +26,39 @@ pytestmark = pytest.mark.board
 CENTRES = ["median", "trimmed"]
 
 
-def identical(one: Tensors, other: Tensors) -> bool:
-    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
+def identical(first: Tensors, second: Tensors) -> bool:
+    return list(first) == list(second) and all(first[n].tobytes() == second[n].tobytes() for n in first)
 
 
 @st.composite
-def rounds(draw: st.DrawFn, least: int = 1) -> tuple[Scene, list[Report]]:
+def rounds(draw: st.DrawFn, min_reports: int = 1) -> tuple[Scene, list[Report]]:
     architecture = draw(architectures())
     base = model(architecture, draw(seeds))
     at = scene(architecture, base)
     order = draw(st.none() | ranks(architecture))
     reports = []
-    for k in range(draw(st.integers(least, 5))):
+    for k in range(draw(st.integers(min_reports, 5))):
         selection = Selection.of(architecture, draw(widths(architecture)), order)
         mask = {}
         if draw(st.booleans()):
             dice, shapes = np.random.default_rng(k), selection.shapes()
             mask = {t.name: np.asarray(dice.random(shapes[t.name]) < 0.6) for t in architecture.trainable}
-        part = trained(selection, base, draw(seeds))
+        tensors = trained(selection, base, draw(seeds))
         weight = draw(st.integers(1, 100))
-        reports.append(report(at, selection, part, weight, mask=mask, device=f"d{k}", steps=k + 1))
+        reports.append(report(at, selection, tensors, weight, mask=mask, device=f"d{k}", steps=k + 1))
     return at, reports
 
 
 def stacks(name: str, at: Scene, reports: list[Report]) -> tuple[Any, Any]:
     """Values [device, ...] and who holds what, by plain loops."""
     spec = at.architecture.by_name[name]
-    values, held = np.zeros((len(reports), *spec.shape)), np.zeros((len(reports), *spec.shape), bool)
+    values, coverage = np.zeros((len(reports), *spec.shape)), np.zeros((len(reports), *spec.shape), bool)
     for k, each in enumerate(reports):
         index = np.ix_(*each.trained.selection.maps(name)) if spec.axes else ...
         values[k, ...][index] = each.trained.tensors[name]
         mask = each.trained.mask
-        held[k, ...][index] = mask.get(name, True)
-    return values, held
+        coverage[k, ...][index] = mask.get(name, True)
+    return values, coverage
 
 
 @settings(max_examples=40)
@@ -69,31 +69,31 @@ def test_a_coordinate_s_centre_is_taken_over_those_that_hold_it(
     at, reports = case
     got = close(Robust(Mean(), Robustness(centre=kind, trim=trim)), at, reports).model
     for name, base in at.model.items():
-        values, held = stacks(name, at, reports)
+        values, coverage = stacks(name, at, reports)
         expected = base.astype(np.float64).copy()
         for index in np.ndindex(*base.shape):
-            mine = np.sort(values[(slice(None), *index)][held[(slice(None), *index)]])
+            mine = np.sort(values[(slice(None), *index)][coverage[(slice(None), *index)]])
             cut = int(trim * len(mine) + 1e-9)
             if len(mine):
                 expected[index] = np.median(mine) if kind == "median" else mine[cut : len(mine) - cut].mean()
         assert np.allclose(got[name], expected, rtol=1e-5, atol=1e-6)
-        nobody = ~held.any(axis=0)
+        nobody = ~coverage.any(axis=0)
         assert got[name][nobody].tobytes() == base[nobody].tobytes()
 
 
 @settings(max_examples=30)
-@given(rounds(least=2), st.sampled_from(CENTRES))
+@given(rounds(min_reports=2), st.sampled_from(CENTRES))
 def test_with_filling_devices_without_a_coordinate_vote_for_no_change(
     case: tuple[Scene, list[Report]], kind: str
 ) -> None:
     at, reports = case
     got = close(Robust(Mean(rule="fill"), Robustness(centre=kind, trim=0.2)), at, reports).model
     for spec in at.architecture.trainable:
-        values, held = stacks(spec.name, at, reports)
-        ordered = np.sort(np.where(held, values, at.model[spec.name]), axis=0)
+        values, coverage = stacks(spec.name, at, reports)
+        ordered = np.sort(np.where(coverage, values, at.model[spec.name]), axis=0)
         cut = int(0.2 * len(reports) + 1e-9)
         middle = np.median(ordered, axis=0) if kind == "median" else ordered[cut : len(ordered) - cut].mean(axis=0)
-        expected = np.where(held.any(axis=0), middle, at.model[spec.name])
+        expected = np.where(coverage.any(axis=0), middle, at.model[spec.name])
         assert np.allclose(got[spec.name], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -115,12 +115,13 @@ def test_memory_does_not_grow_with_the_fleet() -> None:
     architecture = Architecture("big", (ChannelGroup("c", 64),), (kind,), (), (), (3,), (1,))
     base = model(architecture, 0)
     at, budget = scene(architecture, base), 2 * base["w"].nbytes
-    parts = [trained(selection, base, 1) for selection in (Selection.of(architecture, (n,)) for n in (64, 32))]
+    submodels = [trained(selection, base, 1) for selection in (Selection.of(architecture, (n,)) for n in (64, 32))]
     peaks = []
     for fleet in (8, 64):
         widths_ = [(64, 32)[k % 2] for k in range(fleet)]
         reports = [
-            report(at, Selection.of(architecture, (n,)), parts[k % 2], device=f"d{k}") for k, n in enumerate(widths_)
+            report(at, Selection.of(architecture, (n,)), submodels[k % 2], device=f"d{k}")
+            for k, n in enumerate(widths_)
         ]
         close(Robust(Mean(), Robustness(), budget), at, reports[:2])  # numpy's and our own scratch memory
         tracemalloc.start()
@@ -140,11 +141,11 @@ def test_less_than_half_can_t_move_a_median_out_of_what_the_others_say(
 ) -> None:
     architecture = data.draw(architectures())
     base = model(architecture, seed)
-    at, whole = scene(architecture, base), Selection.full(architecture)
-    honest = [trained(whole, base, seed + k) for k in range(4)]
+    at, full_selection = scene(architecture, base), Selection.full(architecture)
+    honest = [trained(full_selection, base, seed + k) for k in range(4)]
     worst = {n: np.full_like(v, 7.9) for n, v in base.items()}
-    reports = [report(at, whole, p, 1, device=f"h{k}") for k, p in enumerate(honest)]
-    reports += [report(at, whole, worst, 1000, device=f"bad{k}") for k in range(3)]
+    reports = [report(at, full_selection, p, 1, device=f"h{k}") for k, p in enumerate(honest)]
+    reports += [report(at, full_selection, worst, 1000, device=f"bad{k}") for k in range(3)]
     for how in (Robustness(centre="median"), Robustness(centre="trimmed", trim=0.43)):
         got = close(Robust(Mean(rule=rule), how), at, reports).model
         for name, value in got.items():
@@ -168,10 +169,10 @@ def _net() -> Architecture:
 def test_moves_of_earlier_models_are_what_is_compared() -> None:
     architecture = _net()
     now, earlier = model(architecture, 0), model(architecture, 1)
-    at, then, whole = scene(architecture, now), scene(architecture, earlier), Selection.full(architecture)
+    at, then, full_selection = scene(architecture, now), scene(architecture, earlier), Selection.full(architecture)
     move = {n: np.full_like(v, 0.02) for n, v in now.items()}
-    part = {n: earlier[n] + move[n] for n in earlier}
-    reports = [report(then, whole, part, 1, device=f"d{k}", sent=earlier) for k in range(3)]
+    trained_tensors = {n: earlier[n] + move[n] for n in earlier}
+    reports = [report(then, full_selection, trained_tensors, 1, device=f"d{k}", sent=earlier) for k in range(3)]
     got = close(Robust(DeltaMean(), Robustness()), at, reports).model
     assert all(np.allclose(got[n], now[n] + 0.02, atol=1e-6) for n in now)
 

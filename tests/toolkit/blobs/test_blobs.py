@@ -93,14 +93,14 @@ def test_a_partial_blob_resumes_with_exactly_what_has_arrived(size: int, chosen:
         assert first.set_table(leaf_table(blob))
         assert all(first.write(i, leaf(blob, i)) for i in order)
 
-        again = BlobStore(Path(folder)).partial(ref)  # as another process would
+        reopened = BlobStore(Path(folder)).partial(ref)  # as another process would
 
-        assert [i for i, here in enumerate(again.present) if here] == sorted(order)
-        assert again.count == len(order)
+        assert [i for i, here in enumerate(reopened.present) if here] == sorted(order)
+        assert reopened.count == len(order)
         for i in range(ref.leaf_count):
-            assert again.write(i, leaf(blob, i))
-        again.finish()
-        assert again.store.read(ref.sha256) == blob
+            assert reopened.write(i, leaf(blob, i))
+        reopened.finish()
+        assert reopened.store.read(ref.sha256) == blob
         assert files(Path(folder) / "partial") == []
 
 
@@ -247,7 +247,7 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_fills_up_leaves_the_store_as_it_was(tiny_disk: Path) -> None:
     store = BlobStore(tiny_disk, reserve=-(2**30))  # let the preflight pass
-    kept = store.put(noise(300_000))
+    stored_ref = store.put(noise(300_000))
     large = noise(30 * LEAF)
     before = files(tiny_disk)
 
@@ -255,8 +255,8 @@ def test_a_disk_that_fills_up_leaves_the_store_as_it_was(tiny_disk: Path) -> Non
         store.put(large)
 
     assert files(tiny_disk) == before
-    assert store.names() == [kept.sha256]
-    assert store.read(kept.sha256) == noise(300_000)
+    assert store.names() == [stored_ref.sha256]
+    assert store.read(stored_ref.sha256) == noise(300_000)
 
 
 def test_a_pull_onto_a_full_disk_keeps_what_has_arrived_and_goes_on_when_there_is_room(tiny_disk: Path) -> None:
@@ -270,13 +270,13 @@ def test_a_pull_onto_a_full_disk_keeps_what_has_arrived_and_goes_on_when_there_i
         all(partial.write(i, leaf(data, i)) for i in range(28))
     arrived = partial.count
     store.delete(ballast.sha256)
-    again = BlobStore(tiny_disk, reserve=0).partial(BlobRef.of(data))
+    reopened = BlobStore(tiny_disk, reserve=0).partial(BlobRef.of(data))
 
-    assert 0 < arrived <= again.count < 28
+    assert 0 < arrived <= reopened.count < 28
     for i in range(28):
-        assert again.write(i, leaf(data, i))
-    again.finish()
-    assert store.read(again.ref.sha256) == data
+        assert reopened.write(i, leaf(data, i))
+    reopened.finish()
+    assert store.read(reopened.ref.sha256) == data
 
 
 def test_temporary_files_of_the_dead_are_swept(tmp_path: Path) -> None:
@@ -352,11 +352,11 @@ def test_a_table_that_a_power_cut_tore_is_not_believed(cut: int, zeros: bool) ->
         store = BlobStore(Path(folder), durable=False)
         ref = received(store, data)
         path = store.path(ref.sha256).with_name(ref.sha256 + ".leaves")
-        whole = path.read_bytes()
-        path.write_bytes(whole[:cut].ljust(len(whole) if zeros else cut, b"\0"))
+        intact_table = path.read_bytes()
+        path.write_bytes(intact_table[:cut].ljust(len(intact_table) if zeros else cut, b"\0"))
 
         assert store.table(ref.sha256) == leaf_table(data)
-        assert path.read_bytes() == whole
+        assert path.read_bytes() == intact_table
 
 
 def test_blobs_are_their_owners_alone(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def turn(state: State, name: str) -> float:
 @given(st.lists(STEPS, max_size=60), st.booleans())
 def test_indexes_say_what_the_state_says(steps: list[Any], drawn: bool) -> None:
     state = State(model="m")
-    found = Availability(state, lambda name: name != "d7", (lambda name: turn(state, name)) if drawn else None)
+    availability = Availability(state, lambda name: name != "d7", (lambda name: turn(state, name)) if drawn else None)
     for step in steps:
         match step:
             case "device", name, online, excluded, last:
@@ -46,11 +46,11 @@ def test_indexes_say_what_the_state_says(steps: list[Any], drawn: bool) -> None:
             case ("over",):
                 state.tasks = TrackedDict()
             case ("ask",):
-                check(found, state, drawn)
-    check(found, state, drawn)
+                check(availability, state, drawn)
+    check(availability, state, drawn)
 
 
-def check(found: Availability, state: State, drawn: bool) -> None:
+def check(availability: Availability, state: State, drawn: bool) -> None:
     tasks = state.tasks
     rest = {n for n, d in state.devices.items() if not d.excluded and (n not in tasks or failed(tasks[n]))}
     away = {n for n in rest if not state.devices[n].online}
@@ -59,16 +59,16 @@ def check(found: Availability, state: State, drawn: bool) -> None:
     done = sorted((t.arrived_at or 0.0, n) for n, t in tasks.items() if t.progress is Progress.FOLDED)
     due = {n: t.deadline for n, t in tasks.items() if t.deadline is not None}
     stored = sorted(n for n, t in tasks.items() if t.progress is Progress.STORED)
-    assert found.idle == len(idle)
-    assert [found.first(most) for most in range(4)] == [sorted(order[:most]) for most in range(4)]
-    assert found.arrivals == [at for at, _ in done]
-    assert found.done() == [(n, tasks[n]) for _, n in done]
-    assert found.next_deadline == min(due.values(), default=None)
-    assert found.late(2.0) == sorted(n for n, at in due.items() if at <= 2.0)
-    assert found.stored() == [(n, tasks[n]) for n in stored]
-    assert found.refused() == {n for n, t in tasks.items() if failed(t)}
-    assert found.absent == bool(away)
-    assert found.at_work == (bool(stored) or bool(idle) or any(t.progress in WORKING for t in tasks.values()))
+    assert availability.idle == len(idle)
+    assert [availability.first(limit) for limit in range(4)] == [sorted(order[:limit]) for limit in range(4)]
+    assert availability.arrivals == [at for at, _ in done]
+    assert availability.done() == [(n, tasks[n]) for _, n in done]
+    assert availability.next_deadline == min(due.values(), default=None)
+    assert availability.late(2.0) == sorted(n for n, at in due.items() if at <= 2.0)
+    assert availability.stored() == [(n, tasks[n]) for n in stored]
+    assert availability.refused() == {n for n, t in tasks.items() if failed(t)}
+    assert availability.absent == bool(away)
+    assert availability.at_work == (bool(stored) or bool(idle) or any(t.progress in WORKING for t in tasks.values()))
 
 
 def failed(task: Task) -> bool:

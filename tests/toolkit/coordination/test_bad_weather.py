@@ -96,8 +96,8 @@ class Weather(RuleBasedStateMachine):
                     self.acknowledged.add((command.device, command.round, command.attempt, command.weights))
                     self.updates.pop(command.device, None)
                 case do.Cancel():
-                    held = self.updates.get(command.device)
-                    if held is not None and (held.round, held.attempt) == (command.round, command.attempt):
+                    update = self.updates.get(command.device)
+                    if update is not None and (update.round, update.attempt) == (command.round, command.attempt):
                         del self.updates[command.device]
                 case _ if answer is not None:
                     self.work.append(answer)
@@ -106,18 +106,18 @@ class Weather(RuleBasedStateMachine):
 
     # Weather.
 
-    @rule(places=PLACES, how=st.sampled_from(["once", "once", "twice", "lost"]))
+    @rule(positions=PLACES, how=st.sampled_from(["once", "once", "twice", "lost"]))
     @precondition(lambda self: self.air)
-    def say(self, places: list[int], how: str) -> None:
-        for at in places[: len(self.air)]:
+    def say(self, positions: list[int], how: str) -> None:
+        for at in positions[: len(self.air)]:
             event = self.air.pop(at % len(self.air))
             for _ in range({"lost": 0, "once": 1, "twice": 2}[how]):
                 self.feed(event)
 
-    @rule(places=PLACES, twice=st.booleans())
+    @rule(positions=PLACES, twice=st.booleans())
     @precondition(lambda self: self.work)
-    def answer(self, places: list[int], twice: bool) -> None:
-        for at in places:
+    def answer(self, positions: list[int], twice: bool) -> None:
+        for at in positions:
             if not self.work:
                 return
             event = self.work.pop(at % len(self.work))
@@ -197,13 +197,18 @@ class Weather(RuleBasedStateMachine):
 
     @invariant()
     def nothing_counts_twice(self) -> None:
-        for number, parts in getattr(self, "closed", {}).items():
-            names = [p.part.device for p in parts]
+        for number, contributions in getattr(self, "closed", {}).items():
+            names = [p.part.device for p in contributions]
             assert names == sorted(set(names))
-            for part in parts:
-                assert part.basis.round == number
-                assert (part.part.device, number, part.part.attempt, part.weights) in self.acknowledged
-                assert (part.part.device, number, part.part.attempt) in self.folded
+            for contribution in contributions:
+                assert contribution.basis.round == number
+                assert (
+                    contribution.part.device,
+                    number,
+                    contribution.part.attempt,
+                    contribution.weights,
+                ) in self.acknowledged
+                assert (contribution.part.device, number, contribution.part.attempt) in self.folded
 
     @invariant()
     def what_is_folded_and_acknowledged_counts(self) -> None:
@@ -259,8 +264,10 @@ class Weather(RuleBasedStateMachine):
     def unheard(self) -> list[on.Event]:
         """Updates that a device still holds, and says again."""
         awaited = (Progress.OFFERED, Progress.PULLING)
-        parts = {n: (self.state.round, t.attempt) for n, t in self.state.tasks.items() if t.progress in awaited}
-        return [u for n, u in self.updates.items() if parts.get(n) == (u.round, u.attempt)]
+        awaited_attempts = {
+            n: (self.state.round, t.attempt) for n, t in self.state.tasks.items() if t.progress in awaited
+        }
+        return [u for n, u in self.updates.items() if awaited_attempts.get(n) == (u.round, u.attempt)]
 
 
 Weather.TestCase.settings = settings(max_examples=50, stateful_step_count=60, deadline=None)

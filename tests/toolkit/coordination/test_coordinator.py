@@ -90,17 +90,17 @@ def test_a_round_that_all_refuse_starts_again_long_before_its_deadline() -> None
 def test_an_update_on_the_disk_counts_though_the_deadline_passes_before_it_is_folded() -> None:
     shell = Shell()
     shell.arrive()
-    held = []
+    delayed_events = []
     while shell.inbox:
         event = shell.inbox.pop(0)
         if isinstance(event, on.Folded):
-            held.append(event)
+            delayed_events.append(event)
         elif not (isinstance(event, on.UpdateAnnounced) and event.device == "c"):
             shell.feed(event)
     shell.now = shell.wakes[-1]
     shell.feed(on.Ticked())
     assert not shell.closes
-    for event in held:
+    for event in delayed_events:
         shell.feed(event)
 
     assert [p.part.device for p in shell.closes[1][0].contributions] == ["a", "b"]

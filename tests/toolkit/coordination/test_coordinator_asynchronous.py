@@ -156,7 +156,7 @@ def test_a_job_ends_whatever_the_weather_was(job: Job, data: st.DataObject) -> N
     assert history(shell)[-1][1] == model
     if not schedule.max_staleness:
         # Of the last rounds some may have come too late.
-        safe = {part for part, number in shell.acknowledged.items() if number < shell.job.rounds - len(NAMES)}
+        safe = {sender for sender, number in shell.acknowledged.items() if number < shell.job.rounds - len(NAMES)}
         assert safe <= counted | shell.rejected, "whoever was told that its update is safe was told the truth"
 
 
@@ -175,22 +175,22 @@ def test_the_same_events_give_the_same_commands_and_states(job: Job, seed: int) 
                 shell.tick()
         elif shell.inbox:
             shell.feed(shell.inbox.pop(chance.randrange(len(shell.inbox))))
-    again = coordinate(shell.job, ARCHITECTURE, State(model="m0"))
+    replay = coordinate(shell.job, ARCHITECTURE, State(model="m0"))
     for event, now, commands in shell.log:
-        assert again.handle(event, now) == commands
-        again = coordinate(shell.job, ARCHITECTURE, State.from_json(again.state.to_json()))
-    assert again.state == shell.state
+        assert replay.handle(event, now) == commands
+        replay = coordinate(shell.job, ARCHITECTURE, State.from_json(replay.state.to_json()))
+    assert replay.state == shell.state
 
 
 def test_whoever_is_idle_is_offered_the_current_model_at_once() -> None:
     shell = Shell(ONE)
     shell.come()
-    held = [shell.until(on.UpdateAnnounced, n) for n in ("c", "b")]
+    delayed_updates = [shell.until(on.UpdateAnnounced, n) for n in ("c", "b")]
     shell.feed(shell.until(on.UpdateAnnounced, "a"))
-    again = shell.until(on.UpdateAnnounced, "a")
-    assert isinstance(again, on.UpdateAnnounced)
-    assert (again.round, shell.state.round, shell.state.phase) == (2, 2, Phase.TRAINING)
-    shell.feed(held[0])
+    second_update = shell.until(on.UpdateAnnounced, "a")
+    assert isinstance(second_update, on.UpdateAnnounced)
+    assert (second_update.round, shell.state.round, shell.state.phase) == (2, 2, Phase.TRAINING)
+    shell.feed(delayed_updates[0])
     shell.until(on.Evaluated)
     close = shell.closes[-1]
     assert [(c.part.device, c.basis.round, c.basis.model) for c in close.contributions] == [("c", 1, "m0")]
@@ -239,8 +239,13 @@ def test_kept_updates_keep_their_blobs() -> None:
     shell.run()
     for device in shell.state.devices.values():
         assert device.buffer is not None
-        kept = convert(device.buffer["contribution"], do.Contribution)
-        assert shell.state.references() >= {kept.weights, kept.sent, kept.basis.model, kept.basis.ranking}
+        contribution = convert(device.buffer["contribution"], do.Contribution)
+        assert shell.state.references() >= {
+            contribution.weights,
+            contribution.sent,
+            contribution.basis.model,
+            contribution.basis.ranking,
+        }
     assert len(shell.closes[-1].contributions) == 3
 
 

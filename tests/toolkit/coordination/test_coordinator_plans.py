@@ -76,7 +76,7 @@ LARGE = replace(
 
 
 def taught(
-    times: float, more: float, room: float, rounds: int = 12, accumulate: int = 1
+    times: float, extra_share: float, room: float, rounds: int = 12, accumulate: int = 1
 ) -> tuple[list[Device], list[float]]:
     """A board's plans and peaks when the memory that depends on the width is `times` what is predicted.
 
@@ -88,8 +88,8 @@ def taught(
         accumulate: Parts of a batch that the job asks for.
     """
     job = replace(JOB, density=0.0, recipe=replace(JOB.recipe, accumulate=accumulate))
-    whole = predict(LARGE, LARGE.sizes, PI, job.recipe, 10).memory
-    memory = replace(PI.memory, total_bytes=round(room * whole.total), reserve_bytes=0, training_share=1.0)
+    full_memory = predict(LARGE, LARGE.sizes, PI, job.recipe, 10).memory
+    memory = replace(PI.memory, total_bytes=round(room * full_memory.total), reserve_bytes=0, training_share=1.0)
     planner = WidthPlanner(job, compose(job), LARGE)
     device = Device(1, True, replace(PI, memory=memory).to_dict(), None, 10)
     planner.plan("a", device)
@@ -97,7 +97,7 @@ def taught(
     for _ in range(rounds):
         plan = Plan.from_dict(device.plan)
         use = plan.prediction.memory
-        peak = use.process + use.samples + more * whole.of_width + times * use.of_width
+        peak = use.process + use.samples + extra_share * full_memory.of_width + times * use.of_width
         devices.append(replace(device))
         shares.append(peak / plan.limit(MEMORY).limit)
         task = Task(1, device.widths, accumulate=device.accumulate, metrics={"peak_memory_bytes": peak})
@@ -105,12 +105,12 @@ def taught(
     return devices, shares
 
 
-@pytest.mark.parametrize(("times", "more"), [(2.0, 0.0), (1.3, 0.1), (0.8, 0.55)])
+@pytest.mark.parametrize(("times", "extra_share"), [(2.0, 0.0), (1.3, 0.1), (0.8, 0.55)])
 @pytest.mark.parametrize("accumulate", [1, JOB.recipe.batch_size])
 def test_plans_settle_within_the_memory_whatever_the_prediction_misses(
-    times: float, more: float, accumulate: int
+    times: float, extra_share: float, accumulate: int
 ) -> None:
-    devices, shares = taught(times, more, 1.02, accumulate=accumulate)
+    devices, shares = taught(times, extra_share, 1.02, accumulate=accumulate)
     assert shares[0] > 1
     assert sum(share > 1 for share in shares) <= 3, shares
     assert all(share <= 1 for share in shares[-4:]), shares
@@ -139,8 +139,8 @@ def test_what_was_learnt_of_a_guess_is_forgotten_once_the_board_has_measured() -
     coordinator = planned_fleet()
     coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10, probe.to_dict()), 0.0)
     play(coordinator, 3.0)
-    other = replace(probe, memory_available=6 * 10**9)
-    coordinator.handle(on.DeviceBorn("a", 3, PI.to_dict(), 10, other.to_dict()), 0.0)
+    second_probe = replace(probe, memory_available=6 * 10**9)
+    coordinator.handle(on.DeviceBorn("a", 3, PI.to_dict(), 10, second_probe.to_dict()), 0.0)
     assert coordinator.state.devices["a"].correction["step"] == pytest.approx(3.0)
 
 

@@ -45,14 +45,14 @@ def play(jobs: list[Job], devices: list[str], seconds: int) -> list[tuple[int, s
         while True:
             busy = [d for j in jobs for d in j.ends]
             assert len(busy) == len(set(busy))
-            found = lending.assign(
+            assignment = lending.assign(
                 [j.borrower() for j in jobs], [d for d in devices if d not in busy], devices, everybody
             )
-            if not found:
+            if not assignment:
                 break
             for job in jobs:
-                if job.name in found:
-                    got = found[job.name]
+                if job.name in assignment:
+                    got = assignment[job.name]
                     assert set(got) <= set(devices) - set(busy)
                     assert job.steady or len(got) >= job.least
                     busy += got

@@ -139,10 +139,10 @@ def test_what_boards_train_stays_as_it_was_when_the_job_began() -> None:
     assert (cored(even), cored(skewed)) == (True, False)
     assert (even.model, skewed.model) == ("imported", "nested")
     for state, classes in ((even, 1), (skewed, 3)):
-        again = State.from_json(state.to_json())
-        for device in again.devices.values():
+        restored = State.from_json(state.to_json())
+        for device in restored.devices.values():
             device.effective_classes = classes
-        assert cored(again, 2) == (state is even)
+        assert cored(restored, 2) == (state is even)
     assert not cored(labelled(EVEN), 2), "a job that began otherwise goes on so"
 
 

@@ -32,34 +32,34 @@ DICE = np.random.default_rng(0)
 BASE: Tensors = {t.name: np.abs(DICE.standard_normal(t.shape)).astype(np.float32) for t in NET.tensors}
 
 
-def report(moved: float = 0.0, density: float = 1.0, mask: Active = ALL, **changes: Any) -> Report:
+def report(shift: float = 0.0, density: float = 1.0, mask: Active = ALL, **changes: Any) -> Report:
     """An update whose every element moved so far; `changes` are further moves of single tensors."""
     selection = Selection.full(NET).narrowed(widths_at(NET, density))
     sent = Submodel(selection, selection.gather(BASE), mask)
-    tensors: Tensors = {n: (v + np.float32(changes.get(n, moved))).astype(np.float32) for n, v in sent.tensors.items()}
+    tensors: Tensors = {n: (v + np.float32(changes.get(n, shift))).astype(np.float32) for n, v in sent.tensors.items()}
     cut = Cut(Scene(NET, 0, 1, BASE), Turn(0, 1, "a", selection.widths), selection)
     return Report(cut, Submodel(selection, tensors, mask), 10, 1, lambda: sent)
 
 
-def bounded(found: dict[str, Any], remembered: Any, times: float) -> Any:
-    return bounds(found, remembered, NET, BASE, times)
+def bounded(device_lengths: dict[str, Any], remembered: Any, times: float) -> Any:
+    return bounds(device_lengths, remembered, NET, BASE, times)
 
 
 def limits(moves: dict[str, float], remembered: Any = None, times: float = 3.0) -> Any:
-    return bounded({device: lengths(report(moved)) for device, moved in moves.items()}, remembered or {}, times)
+    return bounded({device: lengths(report(shift)) for device, shift in moves.items()}, remembered or {}, times)
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5])
 def test_a_length_is_how_far_the_update_alone_would_move_the_whole_model(density: float) -> None:
     one = report(0.25, density)
     still: Tensors = {n: np.zeros_like(v) for n, v in BASE.items()}
-    moved = {n: v - one.sent.tensors[n] for n, v in one.trained.tensors.items()}
-    changes = one.trained.selection.scatter(moved, still)
-    found = lengths(one)
+    difference = {n: v - one.sent.tensors[n] for n, v in one.trained.tensors.items()}
+    changes = one.trained.selection.scatter(difference, still)
+    update_lengths = lengths(one)
     for name, change in changes.items():
-        assert found[name] == pytest.approx(float(np.sqrt(np.mean(change**2))), rel=1e-4)
-    whole = np.concatenate([changes[n].reshape(-1) for n in TRAINED])
-    assert found[WHOLE] == pytest.approx(float(np.sqrt(np.mean(whole**2))), rel=1e-4)
+        assert update_lengths[name] == pytest.approx(float(np.sqrt(np.mean(change**2))), rel=1e-4)
+    full_change = np.concatenate([changes[n].reshape(-1) for n in TRAINED])
+    assert update_lengths[WHOLE] == pytest.approx(float(np.sqrt(np.mean(full_change**2))), rel=1e-4)
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5])
@@ -72,23 +72,23 @@ def test_a_mask_leaves_elements_out_of_the_mean(density: float) -> None:
 
 
 def test_a_long_update_is_shortened_to_a_multiple_of_the_median_and_named() -> None:
-    found = limits({"a": 0.1, "b": 0.1, "c": 0.1, "far": 2.0})
-    assert set(found.reasons) == {"far"}
-    assert "20 times" in found.reasons["far"]
-    after = lengths(shortened(report(2.0), found.shares["far"]))
+    influence = limits({"a": 0.1, "b": 0.1, "c": 0.1, "far": 2.0})
+    assert set(influence.reasons) == {"far"}
+    assert "20 times" in influence.reasons["far"]
+    after = lengths(shortened(report(2.0), influence.shares["far"]))
     assert all(after[n] == pytest.approx(0.3, rel=1e-3) for n in TRAINED)
 
 
 def test_an_update_far_beyond_the_limit_does_not_count_at_all() -> None:
-    found = limits({"a": 0.1, "b": 0.1, "c": 0.1, "far": 0.1 * 3 * REJECT_FACTOR * 1.1})
-    assert set(found.rejected) == {"far"}
-    assert found.shares.keys() == {"a", "b", "c"}
+    influence = limits({"a": 0.1, "b": 0.1, "c": 0.1, "far": 0.1 * 3 * REJECT_FACTOR * 1.1})
+    assert set(influence.rejected) == {"far"}
+    assert influence.shares.keys() == {"a", "b", "c"}
 
 
 def test_boards_without_anything_new_silence_nobody() -> None:
-    found = limits({"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.2})
-    assert not any(found.shares.values())
-    assert not found.rejected
+    influence = limits({"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.2})
+    assert not any(influence.shares.values())
+    assert not influence.rejected
 
 
 @pytest.mark.parametrize("boards", [1, 2, 5])
@@ -98,14 +98,14 @@ def test_hostile_rounds_do_not_raise_the_limit_exponentially(boards: int) -> Non
     remembered, length = honest.reference, 0.1
     for _ in range(30):
         length *= 8
-        found = limits({f"d{i}": length for i in range(boards)}, remembered)
-        remembered = found.reference
+        influence = limits({f"d{i}": length for i in range(boards)}, remembered)
+        remembered = influence.reference
     scale = max(1.0, max(float(np.sqrt(np.mean(BASE[n].astype(np.float64) ** 2))) for n in TRAINED))
     assert all(float(v[0]) <= scale * 1.001 for n, v in remembered.items() if n in TRAINED)
-    for device, shares in found.shares.items():
-        assert device in found.reasons
-        moved = lengths(shortened(report(length), shares))
-        assert all(moved[n] <= 3 * 2 * scale * 1.01 for n in TRAINED)
+    for device, shares in influence.shares.items():
+        assert device in influence.reasons
+        shortened_lengths = lengths(shortened(report(length), shares))
+        assert all(shortened_lengths[n] <= 3 * 2 * scale * 1.01 for n in TRAINED)
 
 
 def played(rounds: list[dict[str, float]], times: float = 1.5) -> list[Any]:
@@ -113,17 +113,17 @@ def played(rounds: list[dict[str, float]], times: float = 1.5) -> list[Any]:
     remembered: Any = {}
     out = []
     for moves in rounds:
-        found = {d: dict.fromkeys([*BASE, WHOLE], moved) for d, moved in moves.items()}
-        out.append(bounded(found, remembered, times))
+        device_lengths = {d: dict.fromkeys([*BASE, WHOLE], length) for d, length in moves.items()}
+        out.append(bounded(device_lengths, remembered, times))
         remembered = out[-1].reference
     return out
 
 
 def test_one_of_two_boards_can_not_have_those_that_join_later_rejected() -> None:
     alone = {"honest": 0.1, "hostile": 1e-9}
-    found = played([*[alone] * 9, *[alone | dict.fromkeys("abc", 0.1)] * 10])
-    assert not any(f.rejected for f in found)
-    assert not any(found[-1].shares.values())
+    influences = played([*[alone] * 9, *[alone | dict.fromkeys("abc", 0.1)] * 10])
+    assert not any(f.rejected for f in influences)
+    assert not any(influences[-1].shares.values())
 
 
 LENGTHS = st.floats(-12, 12).map(lambda exponent: 10.0**exponent) | st.just(0.0)
@@ -131,10 +131,10 @@ LENGTHS = st.floats(-12, 12).map(lambda exponent: 10.0**exponent) | st.just(0.0)
 
 @given(st.lists(st.lists(LENGTHS, min_size=1, max_size=7), min_size=1, max_size=6), st.sampled_from([1.0, 1.5, 3.0]))
 def test_fewer_than_half_of_any_round_are_rejected(rounds: list[list[float]], times: float) -> None:
-    for moves, found in zip(
+    for moves, influence in zip(
         rounds, played([dict(zip("abcdefg", m, strict=False)) for m in rounds], times), strict=True
     ):
-        assert 2 * len(found.rejected) < len(moves)
+        assert 2 * len(influence.rejected) < len(moves)
 
 
 @given(
@@ -147,17 +147,21 @@ def test_boards_count_in_full_ten_rounds_after_their_moves_are_usual_again(
 ) -> None:
     rounds = [{f"d{i}": 10.0**m for i, m in enumerate(moves)} for moves in quiet]
     rounds += [{f"d{i}": scale * m for i, m in enumerate(usual)}] * 11
-    found = played(rounds)[-1]
-    assert not found.rejected
-    assert not any(found.shares.values())
+    influence = played(rounds)[-1]
+    assert not influence.rejected
+    assert not any(influence.shares.values())
 
 
 @given(st.lists(st.integers(0, 40), min_size=3), st.floats(1, 5), st.integers(0, 100))
-def test_the_median_of_samples_limits_weights(samples: list[int], times: float, most: int) -> None:
+def test_the_median_of_samples_limits_weights(samples: list[int], times: float, max_weight: int) -> None:
     limit = math.ceil(times * max(1, statistics.median_low(samples)))
-    assert weight_limit(samples, times, most) == limit_of(Counter(samples), times, most) == min(limit, most or limit)
+    assert (
+        weight_limit(samples, times, max_weight)
+        == limit_of(Counter(samples), times, max_weight)
+        == min(limit, max_weight or limit)
+    )
     names = dict(enumerate(samples))
-    assert capped(names, times, most) == {name: min(n, limit, most or limit) for name, n in names.items()}
+    assert capped(names, times, max_weight) == {name: min(n, limit, max_weight or limit) for name, n in names.items()}
     assert capped(names, 0.0) == names
 
 
@@ -167,7 +171,7 @@ def learning(rounds: int, last: float = 0.1) -> list[dict[str, float]]:
 
 
 def test_a_board_that_moves_as_far_as_all_did_at_first_is_not_limited_when_others_have_learnt() -> None:
-    assert not any(found.reasons or found.rejected for found in played(learning(20)))
+    assert not any(influence.reasons or influence.rejected for influence in played(learning(20)))
 
 
 def test_such_a_board_moves_no_further_than_all_did_at_first() -> None:

@@ -80,11 +80,11 @@ def test_shared_noise_counts_for_who_delivered_at_the_noise_that_was_there() -> 
     fleet = Fleet(replace(toy.JOB, privacy=SHARED), silent=("b",))
     fleet.run()
     # Two of three delivered, one of which may be curious: one board's part of the noise remains.
-    part = {repr(2 * math.sqrt(1 / 2)): 3}
-    assert fleet.releases == {"a": part, "b": {}, "c": part}
-    whole = Fleet(replace(toy.JOB, privacy=SHARED))
-    whole.run()
-    assert whole.releases == {n: {"2.0": 3} for n in toy.NAMES}
+    remaining_noise = {repr(2 * math.sqrt(1 / 2)): 3}
+    assert fleet.releases == {"a": remaining_noise, "b": {}, "c": remaining_noise}
+    complete_fleet = Fleet(replace(toy.JOB, privacy=SHARED))
+    complete_fleet.run()
+    assert complete_fleet.releases == {n: {"2.0": 3} for n in toy.NAMES}
 
 
 class Cohorts(MaskingShell, Fleet):
@@ -129,9 +129,11 @@ def test_a_budget_ends_the_job_before_it_is_overdrawn() -> None:
     fleet.run()
     assert [c.round for c in fleet.said] == [1, 2, 3]
     assert fleet.state.phase is Phase.FINISHED
-    more = coordinate(replace(fleet.job, privacy=replace(LOCAL, epsilon_budget=1e4)), toy.ARCHITECTURE, fleet.state)
-    more.resume(fleet.now)
-    assert more.state.phase is Phase.WAITING  # with more to spend it continues
+    richer_job = coordinate(
+        replace(fleet.job, privacy=replace(LOCAL, epsilon_budget=1e4)), toy.ARCHITECTURE, fleet.state
+    )
+    richer_job.resume(fleet.now)
+    assert richer_job.state.phase is Phase.WAITING  # with more to spend it continues
 
 
 class Accounted(Fleet):
@@ -159,24 +161,26 @@ def test_sums_of_too_few_are_shown_to_nobody_where_that_would_overdraw_the_budge
         assert [h["model"] for h in fleet.state.history] == [f"m{r + 1}" for r in range(rounds)]
         assert (fleet.state.model, fleet.state.round) == (f"m{rounds}", rounds)
         assert fleet.releases == {n: {"2.0": rounds} for n in toy.NAMES}
-        kept = fleet.state.to_json()
+        saved_state = fleet.state.to_json()
         for settings in (job, replace(job, rounds=20)):  # nobody trains for nothing after a restart
-            again = coordinate(settings, toy.ARCHITECTURE, State.from_json(kept))
-            (end,) = again.resume(fleet.now)
+            restarted = coordinate(settings, toy.ARCHITECTURE, State.from_json(saved_state))
+            (end,) = restarted.resume(fleet.now)
             assert isinstance(end, do.Finish)
             assert end.model == f"m{rounds}"
             assert end.reason.startswith(f"ended after round {rounds} of ")
-            assert again.state.phase is Phase.FINISHED
-        more = coordinate(replace(job, privacy=replace(SHARED, epsilon_budget=9.0)), toy.ARCHITECTURE, again.state)
-        more.resume(fleet.now)
-        assert more.state.phase is Phase.WAITING
+            assert restarted.state.phase is Phase.FINISHED
+        richer_job = coordinate(
+            replace(job, privacy=replace(SHARED, epsilon_budget=9.0)), toy.ARCHITECTURE, restarted.state
+        )
+        richer_job.resume(fleet.now)
+        assert richer_job.state.phase is Phase.WAITING
 
 
 @pytest.mark.parametrize("privacy", [LOCAL, SHARED])
 def test_a_crash_counts_nothing_twice_and_forgets_nothing(privacy: Privacy) -> None:
     job = replace(toy.JOB, rounds=2, privacy=privacy)
-    whole = Fleet(job)
-    whole.run()
+    uninterrupted = Fleet(job)
+    uninterrupted.run()
     length = 40
     for at in range(1, length):
         fleet = Fleet(job)
@@ -189,7 +193,7 @@ def test_a_crash_counts_nothing_twice_and_forgets_nothing(privacy: Privacy) -> N
             if fleet.inbox:
                 fleet.feed(fleet.inbox.pop(0))
         assert fleet.state.phase is Phase.FINISHED
-        assert fleet.releases == whole.releases, at
+        assert fleet.releases == uninterrupted.releases, at
 
 
 @pytest.mark.parametrize(("before", "after"), [(LOCAL, Privacy()), (Privacy(), LOCAL), (Privacy(clip=1.0), LOCAL)])
@@ -214,21 +218,25 @@ def test_no_coordinate_of_a_board_has_less_noise_than_it_is_credited(
     orders = [
         tuple(np.array(data.draw(st.permutations(range(n)), "rank")) for n in ARCHITECTURE.sizes) for _ in range(2)
     ]
-    whole = [Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, order) for order in orders]
-    own = {str(i): whole[kind].narrowed(w) for i, (kind, w) in enumerate(zip(kinds, widths, strict=True))}
+    full_selections = [Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, order) for order in orders]
+    board_selections = {
+        str(i): full_selections[kind].narrowed(w) for i, (kind, w) in enumerate(zip(kinds, widths, strict=True))
+    }
     tasks = {
         name: Task(1, w, offer={"ranking": str(kind), "widths": list(w)})
-        for (name, w, kind) in zip(own, widths, kinds, strict=True)
+        for (name, w, kind) in zip(board_selections, widths, kinds, strict=True)
     }
-    held = {}
-    for name, selection in own.items():
+    coverage = {}
+    for name, selection in board_selections.items():
         marks = {}
         for tensor in TRAINED:
             marks[tensor] = np.zeros(ARCHITECTURE.by_name[tensor].shape, int)
             marks[tensor][np.ix_(*selection.maps(tensor))] = 1
-        held[name] = marks
+        coverage[name] = marks
     for name, credited in holding(tasks).items():
-        fewest = min(int(sum(other[t] for other in held.values())[held[name][t] == 1].min()) for t in TRAINED)
+        fewest = min(
+            int(sum(board_marks[t] for board_marks in coverage.values())[coverage[name][t] == 1].min()) for t in TRAINED
+        )
         assert 1 <= credited <= fewest
 
 

@@ -42,8 +42,8 @@ def test_a_board_that_refuses_is_left_alone_until_its_time_is_over() -> None:
     assert shell.now > 100
     assert [b - a >= 49 for a, b in zip(shell.refusals, shell.refusals[1:], strict=False)] == [True, True]
     assert "no room" in shell.state.devices["c"].excluded
-    told = [h["round"] for h in shell.state.history if "c" in h["devices"]]
-    assert len(told) == 3, "every refusal stands in one round's summary"
+    refused_rounds = [h["round"] for h in shell.state.history if "c" in h["devices"]]
+    assert len(refused_rounds) == 3, "every refusal stands in one round's summary"
     assert "c" not in shell.state.tasks, "the last refusal's time is over"
 
 

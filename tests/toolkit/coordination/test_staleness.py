@@ -20,10 +20,10 @@ def basis(number: int) -> dict[str, Any]:
     return {"round": number, "model": "m", "ranking": "r", "order": None, "memory": {}}
 
 
-def fleet(rounds: list[int], kept: list[int], samples: list[int], number: int = 9) -> State:
+def fleet(rounds: list[int], kept_rounds: list[int], samples: list[int], number: int = 9) -> State:
     """Devices with checked updates of these rounds, and further ones whose last updates are kept."""
     state = State(model="m", round=number)
-    for i, n in enumerate(samples[: len(rounds) + len(kept)]):
+    for i, n in enumerate(samples[: len(rounds) + len(kept_rounds)]):
         name = f"d{i}"
         state.devices[name] = Device(1, True, {}, None, n, widths=(1,))
         if i < len(rounds):
@@ -31,7 +31,7 @@ def fleet(rounds: list[int], kept: list[int], samples: list[int], number: int = 
                 1, (1,), samples=n, basis=basis(rounds[i]), progress=Progress.FOLDED, seconds=7.0 + i
             )
         else:
-            round_ = kept[i - len(rounds)]
+            round_ = kept_rounds[i - len(rounds)]
             state.devices[name].buffer = {"round": round_, "samples": n, "seconds": 3.0, "share": 0.5**i}
     return state
 
@@ -56,12 +56,12 @@ def test_where_all_that_is_there_enters_the_guess_is_what_counts(
     keep: bool,
     uniform: bool,
     rounds: list[int],
-    kept: list[int],
+    kept_rounds: list[int],
     samples: list[int],
 ) -> None:
     staleness = Staleness(decay, 0.6, frozen=frozen)
     schedule = Schedule("asynchronous", window_s=2.0, keep=keep, mixing=mixing, staleness=staleness)
-    state = fleet(rounds, kept, samples)
+    state = fleet(rounds, kept_rounds, samples)
     shares = UpdateWeights(state, schedule, Job(), uniform=uniform)
     weights = shares.entering(dict(state.tasks))["weights"]
     assert {n: shares.weight(n) for n in state.tasks} == {n: weights[n] for n in state.tasks}

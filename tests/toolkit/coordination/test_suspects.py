@@ -25,18 +25,18 @@ def names(count: int) -> list[str]:
     return [f"b{i:02}" for i in range(count)]
 
 
-def attempts(boards: list[str], hostile: set[str], seed: int, most: int) -> tuple[int, int, set[str]]:
+def attempts(boards: list[str], hostile: set[str], seed: int, max_attempts: int) -> tuple[int, int, set[str]]:
     """Divide and sum until a board is named: attempts, false sums of the first hostile board, and those named."""
     suspects: list[list[str]] = []
     false_sums, culprit = 0, min(hostile)
-    for attempt in range(1, most + 1):
+    for attempt in range(1, max_attempts + 1):
         cohorts, _ = divide_into_cohorts(boards, suspects, np.random.default_rng([seed, attempt]))
         false = [cohort for cohort in cohorts if hostile & set(cohort)]
         false_sums += any(culprit in cohort for cohort in false)
         suspects, at_fault = narrow_suspects(suspects, [c for c in cohorts if c not in false], false)
         if at_fault:
             return attempt, false_sums, at_fault
-    return most, false_sums, set()
+    return max_attempts, false_sums, set()
 
 
 @given(st.integers(6, 60), st.data())

@@ -79,7 +79,7 @@ def by(error: BaseException, cause: BaseException) -> BaseException:
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (KeyboardInterrupt(), "interrupted\n"),
         (KeyboardInterrupt("go on"), "interrupted: go on\n"),
@@ -90,9 +90,9 @@ def by(error: BaseException, cause: BaseException) -> BaseException:
         ),
     ],
 )
-def test_an_interruption_is_no_error(error: BaseException, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interruption_is_no_error(error: BaseException, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command(failing(error)) == ExitCode.INTERRUPTED
-    assert capsys.readouterr().err == said
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

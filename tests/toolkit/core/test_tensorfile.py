@@ -48,31 +48,31 @@ def row(start: Any, end: Any, shape: Any = (1,), code: Any = "F32") -> dict[str,
     return {"dtype": code, "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": [start, end]}
 
 
-def same(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+def same(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> bool:
+    return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
 
 
 @given(named())
 def test_the_safetensors_library_reads_what_we_write(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
-    again = safetensors.numpy.load(tensorfile.encode(tensors, {"note": "x"}))
-    assert sorted(again) == sorted(tensors)
-    assert all(same(again[n], tensors[n]) for n in tensors)
+    decoded = safetensors.numpy.load(tensorfile.encode(tensors, {"note": "x"}))
+    assert sorted(decoded) == sorted(tensors)
+    assert all(same(decoded[n], tensors[n]) for n in tensors)
 
 
 @given(named())
 def test_we_read_what_the_safetensors_library_writes(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
-    again = tensorfile.decode(safetensors.numpy.save(tensors, {"note": "x"}))
-    assert sorted(again) == sorted(tensors)
-    assert all(same(again[n], tensors[n]) for n in tensors)
+    decoded = tensorfile.decode(safetensors.numpy.save(tensors, {"note": "x"}))
+    assert sorted(decoded) == sorted(tensors)
+    assert all(same(decoded[n], tensors[n]) for n in tensors)
 
 
 @given(named())
 def test_tensors_lie_in_the_given_order_without_gaps(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     raw = tensorfile.encode(tensors)
     at = 8 + int.from_bytes(raw[:8], "little")
-    places = tensorfile.offsets(raw)
+    extents = tensorfile.offsets(raw)
     for name, value in tensors.items():
-        assert places[name][2:] == (at, at + value.nbytes)
+        assert extents[name][2:] == (at, at + value.nbytes)
         at += value.nbytes
 
 
@@ -98,11 +98,11 @@ def test_a_flipped_header_byte_is_refused_or_seen(at: int, flip: int) -> None:
     raw = bytearray(GOOD)
     raw[at] ^= flip
     try:
-        places = tensorfile.offsets(bytes(raw))
+        extents = tensorfile.offsets(bytes(raw))
     except BundleError:
         return
     assert tensorfile.digest(bytes(raw)) != tensorfile.digest(GOOD)
-    assert all(0 <= start <= end <= len(raw) for _, _, start, end in places.values())
+    assert all(0 <= start <= end <= len(raw) for _, _, start, end in extents.values())
 
 
 @given(st.binary(max_size=200))

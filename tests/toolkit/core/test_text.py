@@ -26,9 +26,9 @@ def test_a_text_may_hold_lines_tabs_and_any_script(value: str) -> None:
 
 @given(st.text(max_size=50) | st.text(st.characters(max_codepoint=0xFF), max_size=50))
 def test_a_strangers_text_becomes_one_printable_line(value: str) -> None:
-    shown = one_line(value, 20)
-    assert shown.isprintable() or not shown
-    assert len(shown) <= 23
+    line = one_line(value, 20)
+    assert line.isprintable() or not line
+    assert len(line) <= 23
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "ascii"])

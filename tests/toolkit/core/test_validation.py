@@ -17,9 +17,9 @@ def test_numbers_pass_where_they_are_in_range(value: float, above: bool, below: 
     low, high = -3, 4.5
     fits = low <= value <= high and not (above and value == low) and not (below and value == high)
     if fits:
-        found = validation.number("a", value, low, high, above=above, below=below)
-        assert found == value
-        assert type(found) is float
+        number = validation.number("a", value, low, high, above=above, below=below)
+        assert number == value
+        assert type(number) is float
     else:
         with pytest.raises(ConfigError, match=r"^a: expected a number "):
             validation.number("a", value, low, high, above=above, below=below)

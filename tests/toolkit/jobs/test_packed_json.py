@@ -21,14 +21,14 @@ BODIES = st.dictionaries(st.text(max_size=5), VALUES, max_size=5)
 
 
 @given(BODIES, BODIES)
-def test_it_is_what_was_packed(body: dict[str, Any], other: dict[str, Any]) -> None:
+def test_it_is_what_was_packed(body: dict[str, Any], second_body: dict[str, Any]) -> None:
     packed = PackedJson(body)
     assert dict(packed) == body
     assert packed == body
     assert body == packed
     assert len(packed) == len(body)
-    same = json.dumps(body, sort_keys=True) == json.dumps(other, sort_keys=True)  # 0 and 0.0 differ
-    assert (packed == PackedJson(other)) == same
+    same = json.dumps(body, sort_keys=True) == json.dumps(second_body, sort_keys=True)  # 0 and 0.0 differ
+    assert (packed == PackedJson(second_body)) == same
     assert {packed: 1}[PackedJson(dict(reversed(body.items())))] == 1
-    for again in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):  # noqa: S301
-        assert again == packed
+    for duplicate in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):  # noqa: S301
+        assert duplicate == packed

@@ -65,9 +65,9 @@ def test_all_that_is_normalised_goes_the_whole_way() -> None:
 
 def test_frozen_staleness_is_that_of_the_arrival() -> None:
     schedule = replace(WINDOW, staleness=Staleness("polynomial", a=1))
-    kept = Arrival(5, 10, share=0.5)
-    assert schedule.share(kept) == pytest.approx(1 / 6)
-    assert replace(schedule, staleness=Staleness("polynomial", a=1, frozen=True)).share(kept) == 0.5
+    arrival = Arrival(5, 10, share=0.5)
+    assert schedule.share(arrival) == pytest.approx(1 / 6)
+    assert replace(schedule, staleness=Staleness("polynomial", a=1, frozen=True)).share(arrival) == 0.5
 
 
 @given(
@@ -77,17 +77,24 @@ def test_frozen_staleness_is_that_of_the_arrival() -> None:
     st.booleans(),
 )
 def test_weights_fit_the_sums_and_keep_the_shares(
-    parts: list[tuple[int, int]], others: list[int], staleness: Staleness, uniform: bool
+    arrival_pairs: list[tuple[int, int]], buffered_samples: list[int], staleness: Staleness, uniform: bool
 ) -> None:
     schedule = replace(BUFFER, staleness=staleness)
-    arrivals = [Arrival(k, n) for k, n in parts]
-    total = len(parts) + len(others) if uniform else sum(n for _, n in parts) + sum(others)
+    arrivals = [Arrival(k, n) for k, n in arrival_pairs]
+    total = (
+        len(arrival_pairs) + len(buffered_samples)
+        if uniform
+        else sum(n for _, n in arrival_pairs) + sum(buffered_samples)
+    )
     weights = schedule.weights(arrivals, total, uniform=uniform)
     assert min(weights) >= 1
     assert sum(weights) <= MAX_WEIGHT
-    if len({k for k, _ in parts}) == 1 and uniform:
+    if len({k for k, _ in arrival_pairs}) == 1 and uniform:
         assert len(set(weights)) == 1
-    order = sorted(range(len(parts)), key=lambda i: staleness(parts[i][0]) * (1 if uniform else parts[i][1]))
+    order = sorted(
+        range(len(arrival_pairs)),
+        key=lambda i: staleness(arrival_pairs[i][0]) * (1 if uniform else arrival_pairs[i][1]),
+    )
     assert [weights[i] for i in order] == sorted(weights)
 
 
@@ -99,14 +106,16 @@ def test_a_round_closes_with_the_last_update_that_it_waits_for() -> None:
 
 
 @given(st.lists(st.floats(0, 50), max_size=6), st.integers(0, 3), st.floats(0, 60), st.integers(1, 4))
-def test_more_arrivals_never_close_a_window_later(times: list[float], working: int, now: float, least: int) -> None:
+def test_more_arrivals_never_close_a_window_later(
+    times: list[float], working: int, now: float, min_arrivals: int
+) -> None:
     times = sorted(times)
-    schedule = replace(WINDOW, least=least)
+    schedule = replace(WINDOW, least=min_arrivals)
     before = [schedule.closes_at(0, times[:i], working + 1, now) for i in range(len(times) + 1)]
-    known = [t for t in before if t is not None]
-    assert before[len(before) - len(known) :] == known, "once it is known when, it stays known"
-    assert len(set(known)) <= 1
-    assert all(t >= schedule.window_s for t in known)
+    closing_times = [t for t in before if t is not None]
+    assert before[len(before) - len(closing_times) :] == closing_times, "once it is known when, it stays known"
+    assert len(set(closing_times)) <= 1
+    assert all(t >= schedule.window_s for t in closing_times)
 
 
 @pytest.mark.parametrize(
@@ -143,9 +152,9 @@ def test_a_rate_that_never_moves_the_model_is_refused_at_the_start(strategy: str
 @example("damped", "polynomial", 1100.0, 1.0, [Arrival(1, 1)], [])
 @example("share", "polynomial", 1e6, 1e3, [Arrival(1, 1)], [Arrival(9, 9)])
 def test_every_step_of_a_schedule_is_one_that_the_server_takes(
-    mixing: Mixing, decay: Decay, a: float, rate: float, arrivals: list[Arrival], others: list[Arrival]
+    mixing: Mixing, decay: Decay, a: float, rate: float, arrivals: list[Arrival], buffered_arrivals: list[Arrival]
 ) -> None:
     schedule = Schedule("asynchronous", window_s=0.1, staleness=Staleness(decay, a), mixing=mixing, rate=rate)
     for uniform in (False, True):
-        ServerStep(schedule.step(arrivals, others, uniform=uniform))
+        ServerStep(schedule.step(arrivals, buffered_arrivals, uniform=uniform))
         assert all(w >= 1 for w in schedule.weights(arrivals, 1, uniform=uniform))

@@ -51,18 +51,18 @@ def with_axis(*segments: Segment) -> Architecture:
 @given(st.data())
 def test_json_round_trip(data: st.DataObject) -> None:
     architecture = data.draw(architectures())
-    again = Architecture.from_json(architecture.to_json())
-    assert again == architecture
-    assert again.digest == architecture.digest
+    decoded = Architecture.from_json(architecture.to_json())
+    assert decoded == architecture
+    assert decoded.digest == architecture.digest
 
 
 @given(st.data())
 def test_sizes_follow_from_widths_as_selections_cut(data: st.DataObject) -> None:
     architecture = data.draw(architectures())
-    kept = data.draw(widths(architecture))
-    selection = Selection.of(architecture, kept)
+    chosen_widths = data.draw(widths(architecture))
+    selection = Selection.of(architecture, chosen_widths)
     for spec in architecture.tensors:
-        assert architecture.shape(spec.name, kept) == tuple(m.size for m in selection.maps(spec.name))
+        assert architecture.shape(spec.name, chosen_widths) == tuple(m.size for m in selection.maps(spec.name))
 
 
 @given(st.data(), st.floats(0.001, 1.0))
@@ -81,7 +81,7 @@ def test_a_density_that_gives_whole_channels_gives_those(density: float, kept: i
 
 
 @pytest.mark.parametrize(
-    "other",
+    "variant",
     [
         replace(PLAIN, groups=(ChannelGroup("h", 4),)),
         replace(PLAIN, tensors=PLAIN.tensors[::-1]),
@@ -89,8 +89,8 @@ def test_a_density_that_gives_whole_channels_gives_those(density: float, kept: i
         replace(PLAIN, input_shape=(3, 1)),
     ],
 )
-def test_the_digest_sees_every_part(other: Architecture) -> None:
-    assert other.digest != PLAIN.digest
+def test_the_digest_sees_every_part(variant: Architecture) -> None:
+    assert variant.digest != PLAIN.digest
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,10 @@ def test_a_changed_byte_is_refused_or_gives_another_digest(at: int, byte: int) -
     changed = raw[at] != byte
     raw[at] = byte
     try:
-        again = Architecture.from_json(bytes(raw))
+        decoded = Architecture.from_json(bytes(raw))
     except BundleError:
         return
-    assert (again.digest != PLAIN.digest) == changed
+    assert (decoded.digest != PLAIN.digest) == changed
 
 
 def test_a_layer_weight_counts_on_its_output_axis_and_others_on_all() -> None:

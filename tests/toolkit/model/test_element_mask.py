@@ -35,47 +35,49 @@ def count(mask: Active) -> int:
     return sum(int(np.count_nonzero(bits)) for bits in mask.values())
 
 
-def same(one: Active, other: Active) -> bool:
-    return one.keys() == other.keys() and all(np.array_equal(m, other[n]) for n, m in one.items())
+def same(first: Active, second: Active) -> bool:
+    return first.keys() == second.keys() and all(np.array_equal(m, second[n]) for n, m in first.items())
 
 
-def within(one: Active, other: Active) -> bool:
-    return all(not (bits & ~other[n]).any() for n, bits in one.items())
+def within(inner: Active, outer: Active) -> bool:
+    return all(not (bits & ~outer[n]).any() for n, bits in inner.items())
 
 
 @given(architectures(), seeds, densities, densities)
 def test_masks_are_nested_and_as_large_as_asked_for(
-    architecture: Architecture, seed: int, one: float, other: float
+    architecture: Architecture, seed: int, first_density: float, second_density: float
 ) -> None:
     order = coarse(architecture, seed)
     size = sum(v.size for v in order.values())
-    sparse, dense = (top(order, d) for d in sorted((one, other)))
+    sparse, dense = (top(order, d) for d in sorted((first_density, second_density)))
     assert within(sparse, dense)
-    for mask, density in ((sparse, min(one, other)), (dense, max(one, other))):
+    for mask, density in ((sparse, min(first_density, second_density)), (dense, max(first_density, second_density))):
         assert count(mask) == max(1, int(density * size + 1e-6))
-        kept = np.concatenate([order[n][m] for n, m in mask.items()])
+        kept_ranks = np.concatenate([order[n][m] for n, m in mask.items()])
         lost = np.concatenate([order[n][~m] for n, m in mask.items()])
-        assert not lost.size or kept.min() >= lost.max()
+        assert not lost.size or kept_ranks.min() >= lost.max()
 
 
 @given(architectures(), seeds, st.floats(0, 1), densities, densities)
 def test_floors_hold_in_every_tensor_and_masks_stay_nested(
-    architecture: Architecture, seed: int, share: float, one: float, other: float
+    architecture: Architecture, seed: int, share: float, first_density: float, second_density: float
 ) -> None:
     weights = model(architecture, seed)
     order = coarse(architecture, seed + 1)
     floored = with_floors(order, weights, share)
-    sparse, dense = (top(floored, d) for d in sorted((one, other)))
+    sparse, dense = (top(floored, d) for d in sorted((first_density, second_density)))
     assert within(sparse, dense)
     for name, mask in sparse.items():
         if not share or not mask.size:
             continue
-        least = max(1, int(share * mask.size + 1e-6))
-        assert np.count_nonzero(mask) >= least
-        largest = np.sort(np.abs(weights[name]).reshape(-1))[::-1][least - 1]
+        floor_count = max(1, int(share * mask.size + 1e-6))
+        assert np.count_nonzero(mask) >= floor_count
+        largest = np.sort(np.abs(weights[name]).reshape(-1))[::-1][floor_count - 1]
         assert mask[np.abs(weights[name]) > largest].all()
-    least = sum(int(np.count_nonzero(np.isinf(v))) for v in floored.values())
-    assert count(sparse) == max(least, max(1, int(min(one, other) * sum(m.size for m in sparse.values()) + 1e-6)))
+    floor_count = sum(int(np.count_nonzero(np.isinf(v))) for v in floored.values())
+    assert count(sparse) == max(
+        floor_count, max(1, int(min(first_density, second_density) * sum(m.size for m in sparse.values()) + 1e-6))
+    )
     for name, value in order.items():
         np.testing.assert_array_equal(value[np.isfinite(floored[name])], floored[name][np.isfinite(floored[name])])
 
@@ -116,8 +118,8 @@ def test_packing_loses_nothing_but_what_is_masked(architecture: Architecture, se
     assert sum(packed[n].size for n in mask) == count(mask)
     for name, value in unpack(mask, packed).items():
         np.testing.assert_array_equal(value, applied(mask, weights)[name])
-    again = from_bits(to_bits(mask), {t.name: t.shape for t in architecture.tensors})
-    assert same(again, mask)
+    unpacked = from_bits(to_bits(mask), {t.name: t.shape for t in architecture.tensors})
+    assert same(unpacked, mask)
     assert sum(b.size for b in to_bits(mask).values()) == sum(-(-m.size // 8) for m in mask.values())
 
 
@@ -155,13 +157,13 @@ def test_masks_that_do_not_fit_are_refused() -> None:
 @given(seeds, st.lists(st.integers(0, 9), min_size=1, max_size=4), st.floats(0, 1))
 def test_quantiles_are_numpys(seed: int, sizes: list[int], q: float) -> None:
     random = np.random.default_rng(seed)
-    parts = [random.standard_normal(n).astype(np.float32) for n in sizes]
+    arrays = [random.standard_normal(n).astype(np.float32) for n in sizes]
     if not sum(sizes):
         with pytest.raises(BundleError, match="nothing"):
-            quantile(parts, q)
+            quantile(arrays, q)
         return
-    want = np.quantile(np.concatenate(parts).astype(np.float64), q)
-    assert quantile(parts, q) == pytest.approx(want, rel=1e-12, abs=1e-300)
+    want = np.quantile(np.concatenate(arrays).astype(np.float64), q)
+    assert quantile(arrays, q) == pytest.approx(want, rel=1e-12, abs=1e-300)
 
 
 @pytest.mark.once

@@ -25,9 +25,9 @@ ADAM = {step_contract.LR, step_contract.WEIGHT_DECAY, step_contract.BETA1, step_
     ],
 )
 def test_a_recipes_numbers_are_those_that_its_graph_reads(recipe: Recipe, names: set[str]) -> None:
-    found = numbers(recipe)
-    assert set(found) == names
-    for name, value in found.items():
+    feed_values = numbers(recipe)
+    assert set(feed_values) == names
+    for name, value in feed_values.items():
         assert value.shape == ()
         assert value.dtype == (np.float64 if name in (step_contract.BETA1, step_contract.BETA2) else np.float32), name
         assert value == value.dtype.type(getattr(recipe, name))
@@ -38,7 +38,7 @@ def test_samples_are_whole_until_a_step_mixes_them() -> None:
     assert numbers(Recipe(mixup=0.3))[step_contract.Y_SHARE] == np.float32(1)
     assert set(numbers(Recipe(mixup=0.3, loss="mse"))) == SGD  # whose targets are mixed before they are fed
     y = np.arange(9)
-    found = first_step(Recipe(), {}, {step_contract.Y_SHARE, step_contract.Y_PARTNER}, y, 4)
-    assert found.keys() == {step_contract.Y_SHARE, step_contract.Y_PARTNER}
-    assert found[step_contract.Y_SHARE] == 1
-    assert found[step_contract.Y_PARTNER] is y  # each is its own partner
+    feed_values = first_step(Recipe(), {}, {step_contract.Y_SHARE, step_contract.Y_PARTNER}, y, 4)
+    assert feed_values.keys() == {step_contract.Y_SHARE, step_contract.Y_PARTNER}
+    assert feed_values[step_contract.Y_SHARE] == 1
+    assert feed_values[step_contract.Y_PARTNER] is y  # each is its own partner

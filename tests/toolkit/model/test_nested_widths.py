@@ -64,11 +64,11 @@ def test_a_narrower_step_trains_the_narrower_submodel(data: st.DataObject, seed:
     chosen = data.draw(selections(architecture))
     densities = data.draw(st.lists(st.floats(0.05, 1), max_size=3))
     axes, full = axes_of(architecture), model(architecture, seed)
-    held = chosen.gather(full)
-    axes.check(held, chosen.widths)
+    submodel = chosen.gather(full)
+    axes.check(submodel, chosen.widths)
     for plan in axes.plans(chosen.widths, densities):
         narrow = chosen.narrowed(plan).gather(full)
-        got = axes.narrowed(held, chosen.widths, plan)
+        got = axes.narrowed(submodel, chosen.widths, plan)
         assert {n: v.shape for n, v in got.items()} == {n: v.shape for n, v in narrow.items()}
         assert all(np.array_equal(got[n], narrow[n]) for n in narrow)
 
@@ -77,16 +77,16 @@ def test_a_narrower_step_trains_the_narrower_submodel(data: st.DataObject, seed:
 def test_what_is_written_back_lands_where_it_was_taken(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures() | st.just(CONCAT))
     chosen = data.draw(selections(architecture))
-    axes, held = axes_of(architecture), chosen.gather(model(architecture, seed))
+    axes, submodel = axes_of(architecture), chosen.gather(model(architecture, seed))
     plan = axes.plans(chosen.widths, [0.5])[-1]
     assume(plan != chosen.widths)
-    moved = {n: v + 1 for n, v in axes.narrowed(held, chosen.widths, plan).items()}
-    after = {n: v.copy() for n, v in held.items()}
-    axes.write_back(after, moved, chosen.widths, plan)
-    again = axes.narrowed(after, chosen.widths, plan)
-    for name, value in moved.items():
-        assert np.array_equal(again[name], value)
-        assert np.count_nonzero(after[name] != held[name]) == value.size
+    trained_tensors = {n: v + 1 for n, v in axes.narrowed(submodel, chosen.widths, plan).items()}
+    after = {n: v.copy() for n, v in submodel.items()}
+    axes.write_back(after, trained_tensors, chosen.widths, plan)
+    reread = axes.narrowed(after, chosen.widths, plan)
+    for name, value in trained_tensors.items():
+        assert np.array_equal(reread[name], value)
+        assert np.count_nonzero(after[name] != submodel[name]) == value.size
 
 
 def test_plans_begin_with_the_devices_own_and_are_never_wider() -> None:

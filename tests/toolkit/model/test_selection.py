@@ -31,39 +31,39 @@ PAIR = Architecture(
 def test_what_was_extracted_goes_back_to_its_place(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     selection, full = data.draw(selections(architecture)), model(architecture, seed)
-    again = selection.scatter(selection.gather(full), full)
-    assert all(again[n].tobytes() == full[n].tobytes() for n in full)
+    restored = selection.scatter(selection.gather(full), full)
+    assert all(restored[n].tobytes() == full[n].tobytes() for n in full)
 
 
 @given(st.data(), seeds)
 def test_what_was_scattered_can_be_extracted(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     selection, full = data.draw(selections(architecture)), model(architecture, seed)
-    part = trained(selection, full, seed + 1)
-    again = selection.gather(selection.scatter(part, full))
-    assert all(again[n].tobytes() == part[n].tobytes() for n in part)
+    submodel = trained(selection, full, seed + 1)
+    regathered = selection.gather(selection.scatter(submodel, full))
+    assert all(regathered[n].tobytes() == submodel[n].tobytes() for n in submodel)
 
 
 @given(st.data(), seeds)
 def test_scattering_changes_covered_coordinates_only(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     selection, full = data.draw(selections(architecture)), model(architecture, seed)
-    moved = selection.scatter({n: v + np.float32(1) for n, v in selection.gather(full).items()}, full)
+    changed_model = selection.scatter({n: v + np.float32(1) for n, v in selection.gather(full).items()}, full)
     for name, value in full.items():
-        assert np.array_equal(moved[name] != value, selection.covered(name))
+        assert np.array_equal(changed_model[name] != value, selection.covered(name))
 
 
 @given(st.data(), seeds)
 def test_extraction_is_the_outer_product_of_its_maps(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     selection, full = data.draw(selections(architecture)), model(architecture, seed)
-    for name, part in selection.gather(full).items():
+    for name, submodel_tensor in selection.gather(full).items():
         expected = full[name]
         for axis, row in enumerate(selection.maps(name)):
             expected = np.stack([np.take(expected, i, axis=axis) for i in row], axis=axis)
-        assert np.array_equal(part, expected)
-        assert part.flags.c_contiguous
-        assert not np.may_share_memory(part, full[name])
+        assert np.array_equal(submodel_tensor, expected)
+        assert submodel_tensor.flags.c_contiguous
+        assert not np.may_share_memory(submodel_tensor, full[name])
 
 
 @given(st.data())
@@ -85,13 +85,13 @@ def test_tied_axes_keep_the_same_channels(data: st.DataObject) -> None:
     selection = data.draw(selections(architecture))
     for spec in architecture.tensors:
         for axis in spec.axes:
-            held, offset = set(selection.indices(axis).tolist()), 0
+            selected_indices, offset = set(selection.indices(axis).tolist()), 0
             for s in axis.segments:
                 if s.group >= 0:
-                    kept = set(selection.ranks[s.group][: selection.widths[s.group]].tolist())
+                    kept_channels = set(selection.ranks[s.group][: selection.widths[s.group]].tolist())
                     for c in range(s.count):
-                        places = range(offset + c * s.inner, offset + (c + 1) * s.inner)
-                        assert {p in held for p in places} == {s.start + c in kept}
+                        positions = range(offset + c * s.inner, offset + (c + 1) * s.inner)
+                        assert {p in selected_indices for p in positions} == {s.start + c in kept_channels}
                 offset += s.length
 
 
@@ -99,18 +99,20 @@ def test_tied_axes_keep_the_same_channels(data: st.DataObject) -> None:
 def test_json_round_trip(data: st.DataObject) -> None:
     architecture = data.draw(architectures())
     selection = data.draw(selections(architecture))
-    again = Selection.from_json(selection.to_json(), architecture)
-    assert again.digest == selection.digest
-    assert again.widths == selection.widths
-    assert all(np.array_equal(a, b) for a, b in zip(again.ranks, selection.ranks, strict=True))
+    decoded = Selection.from_json(selection.to_json(), architecture)
+    assert decoded.digest == selection.digest
+    assert decoded.widths == selection.widths
+    assert all(np.array_equal(a, b) for a, b in zip(decoded.ranks, selection.ranks, strict=True))
 
 
 @given(st.data())
 def test_the_digest_sees_widths_and_ranks(data: st.DataObject) -> None:
     architecture = data.draw(architectures())
-    one, other = data.draw(selections(architecture)), data.draw(selections(architecture))
-    same = one.widths == other.widths and all(np.array_equal(a, b) for a, b in zip(one.ranks, other.ranks, strict=True))
-    assert (one.digest == other.digest) == same
+    first, second = data.draw(selections(architecture)), data.draw(selections(architecture))
+    same = first.widths == second.widths and all(
+        np.array_equal(a, b) for a, b in zip(first.ranks, second.ranks, strict=True)
+    )
+    assert (first.digest == second.digest) == same
 
 
 def test_ranks_cannot_be_changed_afterwards() -> None:
@@ -133,9 +135,9 @@ def test_a_tensor_of_another_shape_is_refused_by_name() -> None:
 
 
 def test_a_selection_of_another_architecture_is_refused() -> None:
-    other = Architecture("other", PAIR.groups, PAIR.tensors, (), (), (3,), (2,))
+    foreign = Architecture("other", PAIR.groups, PAIR.tensors, (), (), (3,), (2,))
     with pytest.raises(BundleError, match="another architecture"):
-        Selection.from_json(Selection.full(PAIR).to_json(), other)
+        Selection.from_json(Selection.full(PAIR).to_json(), foreign)
 
 
 @given(st.lists(st.lists(st.integers(0, 5), unique=True, max_size=6), min_size=1, max_size=3))

@@ -20,16 +20,16 @@ VALUES = st.lists(st.none() | st.floats(allow_nan=True, allow_infinity=True), mi
 def test_every_point_lies_in_the_plot_and_axes_hold_all_values(
     values: list[float | None], first: int, from_zero: bool
 ) -> None:
-    places = [float(first + i) for i in range(len(values))]
-    drawn = chart("k", "A title", places, {"a": values}, "{:.6g}".format, from_zero=from_zero)
-    known = [v for v in values if v is not None and abs(v) < 1e30]
-    if not known:
+    x_values = [float(first + i) for i in range(len(values))]
+    drawn = chart("k", "A title", x_values, {"a": values}, "{:.6g}".format, from_zero=from_zero)
+    plottable = [v for v in values if v is not None and abs(v) < 1e30]
+    if not plottable:
         assert drawn is None
         return
     assert drawn is not None
     (curve,) = drawn.curves
     points = [p for path in curve.paths for p in path.split()] + [d[1:-2] for d in curve.dots]
-    assert len(points) == len(known) == sum(map(bool, curve.values))
+    assert len(points) == len(plottable) == sum(map(bool, curve.values))
     for point in points:
         x, y = map(float, point.split(","))
         assert 0 <= x <= WIDTH
@@ -48,9 +48,9 @@ def test_a_long_curve_is_thinned_and_keeps_its_end() -> None:
 
 @patient
 @given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 1)), max_size=12), st.integers(0, 40))
-def test_a_strip_holds_its_channels_once(held: list[tuple[int, float]], channels: int) -> None:
-    drawn = strip("g", channels, [{"channels": n, "share": s} for n, s in held])
-    shares = [s for n, s in held for _ in range(n)][:channels]
+def test_a_strip_holds_its_channels_once(channel_shares: list[tuple[int, float]], channels: int) -> None:
+    drawn = strip("g", channels, [{"channels": n, "share": s} for n, s in channel_shares])
+    shares = [s for n, s in channel_shares for _ in range(n)][:channels]
     levels = [run.level for run in drawn.runs for _ in range(run.width)]
     assert levels == [math.ceil(s * 10 - 1e-9) if s > 1e-9 else int(s > 0) for s in shares]
     assert drawn.least == min(shares, default=0.0)

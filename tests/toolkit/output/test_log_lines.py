@@ -45,10 +45,10 @@ def test_a_traceback_cannot_pass_for_a_record(form: str) -> None:
             raise ValueError('no\n12:00:00 all is well\n{"level": "info"}')
         except ValueError:
             log.exception("failed")
-    first, *others = stream.getvalue().splitlines()
+    first, *continuation_lines = stream.getvalue().splitlines()
     assert "failed" in first
-    assert all(line.startswith("    ") for line in others)
-    assert (form == JSON) == (not others)
+    assert all(line.startswith("    ") for line in continuation_lines)
+    assert (form == JSON) == (not continuation_lines)
 
 
 def test_a_record_says_what_it_is_about_and_threads_do_not_mix() -> None:

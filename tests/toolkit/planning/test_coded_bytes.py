@@ -60,8 +60,8 @@ def test_a_codec_widens_the_model_of_a_board_with_a_tight_link() -> None:
     tight = replace(
         PI, link=replace(PI.link, bytes_per_round=predict(WIDE, WIDE.sizes, PI, RECIPE, 10).round_bytes // 2)
     )
-    made = {c: PlanSearch(WIDE, tight, RECIPE, 10, codecs=c).plan() for c in [(None, None), ("int8", "int8")]}
-    plain, coded = made[None, None], made["int8", "int8"]
+    plans = {c: PlanSearch(WIDE, tight, RECIPE, 10, codecs=c).plan() for c in [(None, None), ("int8", "int8")]}
+    plain, coded = plans[None, None], plans["int8", "int8"]
     assert plain.bound == LINK
     assert coded.prediction.parameters > plain.prediction.parameters
     assert coded.prediction.round_bytes <= tight.link.bytes_per_round

@@ -46,13 +46,13 @@ def convnet(channels: Sequence[int], side: int = 16, inputs: int = 3, classes: i
         axis = Axis((Segment(i, 0, count),))
         square = side * side
         tensors.append(TensorSpec(f"conv{i}.weight", TensorKind.WEIGHT, (axis, before, Axis.fixed(3), Axis.fixed(3))))
-        for part, kind in (
+        for suffix, kind in (
             ("scale", TensorKind.NORM_SCALE),
             ("bias", TensorKind.NORM_BIAS),
             ("mean", TensorKind.STAT_MEAN),
             ("var", TensorKind.STAT_VAR),
         ):
-            tensors.append(TensorSpec(f"bn{i}.{part}", kind, (axis,)))
+            tensors.append(TensorSpec(f"bn{i}.{suffix}", kind, (axis,)))
         layers.append(Layer(f"conv{i}", "Conv", f"conv{i}.weight", square))
         values += [
             Activation(f"conv{i}", axis, square, True),
@@ -111,10 +111,10 @@ def test_no_cost_shrinks_when_a_width_grows(
     case: tuple[Architecture, tuple[int, ...], tuple[int, ...]], batch: int
 ) -> None:
     net, narrow, wide = case
-    less, more = costs_at(net, narrow), costs_at(net, wide)
-    assert all(getattr(less, name) <= getattr(more, name) for name in vars(less))
-    assert less.training_memory(batch, PLAIN, 100).total <= more.training_memory(batch, PLAIN, 100).total
-    assert less.inference_bytes(batch) <= more.inference_bytes(batch)
+    narrow_costs, wide_costs = costs_at(net, narrow), costs_at(net, wide)
+    assert all(getattr(narrow_costs, name) <= getattr(wide_costs, name) for name in vars(narrow_costs))
+    assert narrow_costs.training_memory(batch, PLAIN, 100).total <= wide_costs.training_memory(batch, PLAIN, 100).total
+    assert narrow_costs.inference_bytes(batch) <= wide_costs.inference_bytes(batch)
     assert memory_seconds(net, narrow, batch, 1e9) <= memory_seconds(net, wide, batch, 1e9)
 
 
@@ -139,13 +139,13 @@ def test_multiplications_are_what_torch_counts(density: float) -> None:
 
     net = convnet((8, 12, 20))
     widths = widths_at(net, density)
-    parts: list[nn.Module] = []
+    modules: list[nn.Module] = []
     before = 3
     for width in widths:
-        parts += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        parts.append(nn.MaxPool2d(2))
+        modules += [nn.Conv2d(before, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        modules.append(nn.MaxPool2d(2))
         before = width
-    model = nn.Sequential(*parts, nn.Flatten(), nn.Linear(before * 4, 10))
+    model = nn.Sequential(*modules, nn.Flatten(), nn.Linear(before * 4, 10))
     with FlopCounterMode(display=False) as forward:
         loss = model(torch.zeros(1, 3, 16, 16) + 0.5).sum()
     with FlopCounterMode(display=False) as backward:
@@ -153,8 +153,8 @@ def test_multiplications_are_what_torch_counts(density: float) -> None:
     costs = costs_at(net, widths)
     assert 2 * costs.forward_macs == forward.get_total_flops()
     assert 2 * (costs.training_macs - costs.forward_macs) == backward.get_total_flops()
-    held = sum(t.numel() for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked"))
-    assert costs.parameters == held
+    parameter_count = sum(t.numel() for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked"))
+    assert costs.parameters == parameter_count
 
 
 @BRIEF
@@ -163,10 +163,10 @@ def test_masking_all_weights_of_some_channels_leaves_the_macs_of_the_narrower_mo
     net: Architecture, data: st.DataObject
 ) -> None:
     widths = [data.draw(st.integers(1, n)) for n in net.sizes]
-    held = Selection.of(net, widths)
-    mask = {layer.weight: held.covered(layer.weight) for layer in net.layers}
-    whole, narrow = costs_at(net, net.sizes).training_macs, costs_at(net, widths).training_macs
-    assert active_macs_share(net, net.sizes, mask) == pytest.approx(narrow / whole)
+    selection = Selection.of(net, widths)
+    mask = {layer.weight: selection.covered(layer.weight) for layer in net.layers}
+    full_macs, narrow_macs = costs_at(net, net.sizes).training_macs, costs_at(net, widths).training_macs
+    assert active_macs_share(net, net.sizes, mask) == pytest.approx(narrow_macs / full_macs)
     assert active_macs_share(net, net.sizes, {}) == 1
     with pytest.raises(BundleError):
         active_macs_share(net, net.sizes, {"fc.weight": np.ones((1, 1), np.bool_)})

@@ -37,20 +37,20 @@ RECIPE = Recipe(epochs=1, batch_size=16)
 PROBE = ProbeReport(cores=6, memory_total=7_600_000_000, memory_available=6_000_000_000, seconds=1.0)
 
 
-def net(channels: int, places: int) -> Architecture:
+def net(channels: int, map_size: int) -> Architecture:
     """Two convolutions of 3×3 on maps of that many places, and a linear layer."""
     first, second = Axis((Segment(0, 0, channels),)), Axis((Segment(1, 0, channels),))
-    three, side = Axis.fixed(3), math.isqrt(places)
+    three, side = Axis.fixed(3), math.isqrt(map_size)
     return Architecture(
-        f"net-{channels}-{places}",
+        f"net-{channels}-{map_size}",
         (ChannelGroup("first", channels), ChannelGroup("second", channels)),
         (
             TensorSpec("a", TensorKind.WEIGHT, (first, three, three, three)),
             TensorSpec("b", TensorKind.WEIGHT, (second, first, three, three)),
             TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(10), second)),
         ),
-        (Layer("a", "Conv", "a", places), Layer("b", "Conv", "b", places), Layer("head", "Gemm", "head", 1)),
-        (Activation("a", first, places, True), Activation("b", second, places, True)),
+        (Layer("a", "Conv", "a", map_size), Layer("b", "Conv", "b", map_size), Layer("head", "Gemm", "head", 1)),
+        (Activation("a", first, map_size, True), Activation("b", second, map_size, True)),
         (3, side, side),
         (10,),
     )
@@ -69,19 +69,21 @@ def step(architecture: Architecture, profile: HardwareProfile, probe: ProbeRepor
 
 @given(st.integers(1, 256), st.sampled_from([16, 196, 3136]), st.sampled_from(ORINS))
 @settings(max_examples=30, deadline=None)
-def test_no_step_is_predicted_below_the_gpus_roofline(channels: int, places: int, profile: HardwareProfile) -> None:
-    architecture, unit = net(channels, places), profile.gpu
-    found = predict(architecture, architecture.sizes, profile, RECIPE, 160)
-    assert found.step_s >= 2 * found.training_macs * RECIPE.batch_size / unit.peak_flops
-    assert found.step_s >= memory_seconds(architecture, architecture.sizes, RECIPE.batch_size, unit.bandwidth_bytes_s)
-    assert found.step_s >= GPU_LAUNCH * len(architecture.layers)
+def test_no_step_is_predicted_below_the_gpus_roofline(channels: int, map_size: int, profile: HardwareProfile) -> None:
+    architecture, unit = net(channels, map_size), profile.gpu
+    prediction = predict(architecture, architecture.sizes, profile, RECIPE, 160)
+    assert prediction.step_s >= 2 * prediction.training_macs * RECIPE.batch_size / unit.peak_flops
+    assert prediction.step_s >= memory_seconds(
+        architecture, architecture.sizes, RECIPE.batch_size, unit.bandwidth_bytes_s
+    )
+    assert prediction.step_s >= GPU_LAUNCH * len(architecture.layers)
 
 
 @pytest.mark.parametrize("probe", [None, replace(PROBE, unit="cuda", latency=typical_gpu_table(), train_rate=1e12)])
 def test_an_energy_too_small_for_the_gpu_names_the_processor_if_that_fits(probe: ProbeReport | None) -> None:
-    whole = predict(TINY, TINY.sizes, on_processor(NANO), RECIPE, 160)
+    full_prediction = predict(TINY, TINY.sizes, on_processor(NANO), RECIPE, 160)
     with pytest.raises(PlanError, match="energy") as refused:
-        PlanSearch(TINY, NANO, RECIPE, 160, probe=probe, energy_budget=2 * whole.train_j).plan()
+        PlanSearch(TINY, NANO, RECIPE, 160, probe=probe, energy_budget=2 * full_prediction.train_j).plan()
     assert f'software.tier = "{TIERS[0]}"' in str(refused.value)
     with pytest.raises(PlanError) as refused:
         PlanSearch(TINY, NANO, RECIPE, 160, probe=probe, energy_budget=1e-9).plan()

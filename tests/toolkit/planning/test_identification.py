@@ -36,10 +36,10 @@ def own(folder: Path, name: str, like: str, *changes: tuple[str, str]) -> None:
     ],
 )
 def test_a_board_is_known_by_its_name(model: str, name: str) -> None:
-    found = identify(aarch64(model))
+    identified = identify(aarch64(model))
 
-    assert found.profile.name == name
-    assert found.certain
+    assert identified.profile.name == name
+    assert identified.certain
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,11 @@ def test_a_board_is_known_by_its_name(model: str, name: str) -> None:
     [(7_600_000_000, "jetson-orin-nano"), (65_800_000_000, "jetson-agx-orin")],
 )
 def test_memory_tells_modules_of_one_processor_apart(memory: int, name: str) -> None:
-    found = identify(aarch64("ACME Box", "acme,box", "nvidia,tegra234", memory_total=memory))
+    identified = identify(aarch64("ACME Box", "acme,box", "nvidia,tegra234", memory_total=memory))
 
-    assert found.profile.name == name
-    assert not found.certain
-    assert found.evidence == ("processor: tegra234", f"memory: {memory / 1e9:.1f} GB")
+    assert identified.profile.name == name
+    assert not identified.certain
+    assert identified.evidence == ("processor: tegra234", f"memory: {memory / 1e9:.1f} GB")
 
 
 def test_editions_of_one_name_are_told_apart_by_memory_and_then_by_clock(tmp_path: Path) -> None:
@@ -68,11 +68,11 @@ def test_editions_of_one_name_are_told_apart_by_memory_and_then_by_clock(tmp_pat
 
 @pytest.mark.parametrize(("machine", "name"), [("aarch64", "generic-aarch64"), ("x86_64", "generic-x86-64")])
 def test_an_unknown_board_gets_the_generic_profile(machine: str, name: str) -> None:
-    found = identify(Facts("Raspberry Pi 5 emulated" if machine == "x86_64" else "Banana Pi", machine=machine))
+    identified = identify(Facts("Raspberry Pi 5 emulated" if machine == "x86_64" else "Banana Pi", machine=machine))
 
-    assert found.profile.name == name
-    assert not found.certain
-    assert found.differences == ()
+    assert identified.profile.name == name
+    assert not identified.certain
+    assert identified.differences == ()
 
 
 def test_an_unknown_machine_has_no_profile() -> None:
@@ -81,8 +81,8 @@ def test_an_unknown_machine_has_no_profile() -> None:
 
 
 def test_a_jetpack_that_is_too_old_for_a_first_tier_board_is_said() -> None:
-    found = identify(aarch64("NVIDIA Jetson AGX Orin Developer Kit", l4t="35.4.1"))
-    assert any("Python 3.8" in d and "flash a newer one" in d for d in found.differences)
+    identified = identify(aarch64("NVIDIA Jetson AGX Orin Developer Kit", l4t="35.4.1"))
+    assert any("Python 3.8" in d and "flash a newer one" in d for d in identified.differences)
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,8 @@ def made_up(block: int = 16) -> LatencyTable:
     random = np.random.default_rng(3)
     typical = typical_table(2e10)
 
-    def rows(given: Any) -> dict[str, tuple[float, ...]]:
-        return {k: tuple(v * float(random.uniform(0.5, 2)) for v in row) for k, row in given.items()}
+    def rows(measured_rows: Any) -> dict[str, tuple[float, ...]]:
+        return {k: tuple(v * float(random.uniform(0.5, 2)) for v in row) for k, row in measured_rows.items()}
 
     return LatencyTable(block, rows(typical.training), rows(typical.inference))
 
@@ -132,13 +132,13 @@ def measured(table: LatencyTable, nets: list[Architecture], count: int = 30) -> 
 
 def test_a_fit_foretells_a_net_that_it_has_not_seen() -> None:
     board = made_up()
-    found = fitted(measured(board, [net(32, 64, 16), net(64, 160, 8), net(48, 96, 4)]))
-    other = net(40, 120, 12)
+    fit = fitted(measured(board, [net(32, 64, 16), net(64, 160, 8), net(48, 96, 4)]))
+    unseen_net = net(40, 120, 12)
     widths = [(7, 40), (40, 120), (24, 96), (13, 119)]
-    assert found.error < 0.02
-    assert found.points == 180
-    assert found.step_seconds(other, widths, 8) == pytest.approx(board.step_seconds(other, widths, 8), rel=0.15)
-    assert found.latency_seconds(other, widths) == pytest.approx(board.latency_seconds(other, widths), rel=0.15)
+    assert fit.error < 0.02
+    assert fit.points == 180
+    assert fit.step_seconds(unseen_net, widths, 8) == pytest.approx(board.step_seconds(unseen_net, widths, 8), rel=0.15)
+    assert fit.latency_seconds(unseen_net, widths) == pytest.approx(board.latency_seconds(unseen_net, widths), rel=0.15)
 
 
 def test_a_fit_finds_the_block() -> None:

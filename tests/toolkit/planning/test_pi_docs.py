@@ -18,8 +18,8 @@ PAGE = (ROOT / "docs" / "pi.md").read_text()
 
 
 def commands(prog: str) -> list[list[str]]:
-    found = re.findall(rf"(?:^    |ExecStart=\S+/)(?:sudo )?(?:\.venv/bin/)?{prog} (.*)$", PAGE, re.MULTILINE)
-    return [shlex.split(line) for line in found]
+    command_lines = re.findall(rf"(?:^    |ExecStart=\S+/)(?:sudo )?(?:\.venv/bin/)?{prog} (.*)$", PAGE, re.MULTILINE)
+    return [shlex.split(line) for line in command_lines]
 
 
 def test_the_server_makes_the_broker_s_files_where_the_page_has_them(

@@ -58,8 +58,8 @@ BRIEF = settings(max_examples=30, deadline=None)
 
 
 def board(**changes: Mapping[str, float]) -> HardwareProfile:
-    parts: dict[str, Any] = {name: replace(getattr(BOARD, name), **change) for name, change in changes.items()}
-    return replace(BOARD, **parts)
+    sections: dict[str, Any] = {name: replace(getattr(BOARD, name), **change) for name, change in changes.items()}
+    return replace(BOARD, **sections)
 
 
 def memory_of(training: float) -> HardwareProfile:
@@ -68,10 +68,10 @@ def memory_of(training: float) -> HardwareProfile:
 
 def test_a_plan_keeps_the_least_number_of_channels_that_is_asked_for() -> None:
     narrow = PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.1,)).plan().widths
-    least = max(narrow) + 1
-    assert PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.1,), least_channels=least).plan().widths == (least,) * len(
-        narrow
-    )
+    min_channels = max(narrow) + 1
+    assert PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.1,), least_channels=min_channels).plan().widths == (
+        min_channels,
+    ) * len(narrow)
     assert PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.1,), least_channels=10**6).plan().widths == NET.sizes
 
 
@@ -87,9 +87,9 @@ def test_a_plan_keeps_the_least_number_of_channels_that_is_asked_for() -> None:
     ],
 )
 def test_each_limit_binds(bound: str, limits: dict[str, Any]) -> None:
-    made = PlanSearch(NET, **{"profile": BOARD, "recipe": RECIPE, "samples": 500, **limits}).plan()
-    assert made.bound == bound
-    assert made.widths < NET.sizes
+    plan = PlanSearch(NET, **{"profile": BOARD, "recipe": RECIPE, "samples": 500, **limits}).plan()
+    assert plan.bound == bound
+    assert plan.widths < NET.sizes
 
 
 @st.composite
@@ -131,14 +131,14 @@ def in_parts(widths: tuple[int, ...], profile: HardwareProfile) -> Recipe:
 @given(situations())
 @BRIEF
 def test_a_plan_fits_and_the_next_wider_breaks_what_bounds_it(situation: dict[str, Any]) -> None:
-    made = made_or_none(situation)
-    assume(made is not None)
-    assert made is not None
-    assert all(limit.fits for limit in made.limits)
+    plan = made_or_none(situation)
+    assume(plan is not None)
+    assert plan is not None
+    assert all(limit.fits for limit in plan.limits)
     table, memory = latency_table(situation["profile"], None), bandwidth(situation["profile"], None)
-    wider = [r.widths for r in rungs(NET, table, RECIPE.batch_size, DENSITIES, memory) if r.widths > made.widths]
+    wider = [r.widths for r in rungs(NET, table, RECIPE.batch_size, DENSITIES, memory) if r.widths > plan.widths]
     if not wider:
-        assert made.bound == NOTHING
+        assert plan.bound == NOTHING
         return
     need = predict(NET, wider[-1], situation["profile"], in_parts(wider[-1], situation["profile"]), 500)
     needs = {
@@ -149,39 +149,39 @@ def test_a_plan_fits_and_the_next_wider_breaks_what_bounds_it(situation: dict[st
         "energy": need.train_j,
         "storage": need.storage_bytes,
     }
-    limits = {m.name: m.limit for m in made.limits}
+    limits = {m.name: m.limit for m in plan.limits}
     overshoot = {name: needs[name] / limits[name] for name in limits}
-    assert overshoot[made.bound] > 1
-    assert overshoot[made.bound] == pytest.approx(max(overshoot.values()))
+    assert overshoot[plan.bound] > 1
+    assert overshoot[plan.bound] == pytest.approx(max(overshoot.values()))
 
 
 @given(situations(), st.sampled_from(["memory", "link", "byte_budget", "deadline_s", "energy_budget"]), st.floats(1, 3))
 @BRIEF
-def test_a_looser_limit_never_gives_a_narrower_plan(situation: dict[str, Any], which: str, more: float) -> None:
-    made = made_or_none(situation)
-    assume(made is not None)
+def test_a_looser_limit_never_gives_a_narrower_plan(situation: dict[str, Any], which: str, factor: float) -> None:
+    plan = made_or_none(situation)
+    assume(plan is not None)
     looser = dict(situation)
     profile = situation["profile"]
     if which == "memory":
-        memory = replace(profile.memory, total_bytes=int(profile.memory.total_bytes * more) + 1)
+        memory = replace(profile.memory, total_bytes=int(profile.memory.total_bytes * factor) + 1)
         looser["profile"] = replace(profile, memory=memory)
     elif which == "link":
-        link = replace(profile.link, bytes_per_round=int(profile.link.bytes_per_round * more) + 1)
+        link = replace(profile.link, bytes_per_round=int(profile.link.bytes_per_round * factor) + 1)
         looser["profile"] = replace(profile, link=link)
     elif situation[which] is not None:
-        looser[which] = situation[which] * more
+        looser[which] = situation[which] * factor
     after = PlanSearch(NET, **looser).plan()
-    assert made is not None
-    assert all(a >= b for a, b in zip(after.widths, made.widths, strict=True))
+    assert plan is not None
+    assert all(a >= b for a, b in zip(after.widths, plan.widths, strict=True))
 
 
 @given(situations())
 @BRIEF
 def test_a_plan_survives_json(situation: dict[str, Any]) -> None:
-    made = made_or_none(situation)
-    assume(made is not None)
-    assert made is not None
-    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    plan = made_or_none(situation)
+    assume(plan is not None)
+    assert plan is not None
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
 WIDE = replace(
@@ -199,14 +199,14 @@ def need(net: Architecture, accumulate: int, **changes: Any) -> int:
 
 
 def test_a_batch_is_divided_before_the_model_is() -> None:
-    made = PlanSearch(WIDE, memory_of(need(WIDE, 4)), RECIPE, 500).plan()
-    assert (made.widths, made.accumulate, made.bound) == (WIDE.sizes, 4, NOTHING)
-    assert made.prediction.memory_bytes == need(WIDE, 4)
+    plan = PlanSearch(WIDE, memory_of(need(WIDE, 4)), RECIPE, 500).plan()
+    assert (plan.widths, plan.accumulate, plan.bound) == (WIDE.sizes, 4, NOTHING)
+    assert plan.prediction.memory_bytes == need(WIDE, 4)
 
 
 def test_parts_that_the_recipe_asks_for_are_the_least() -> None:
-    made = PlanSearch(WIDE, memory_of(need(WIDE, 1)), replace(RECIPE, accumulate=3), 500).plan()
-    assert (made.accumulate, made.notes) == (3, ())
+    plan = PlanSearch(WIDE, memory_of(need(WIDE, 1)), replace(RECIPE, accumulate=3), 500).plan()
+    assert (plan.accumulate, plan.notes) == (3, ())
     assert PlanSearch(WIDE, memory_of(need(WIDE, 5)), replace(RECIPE, accumulate=3), 500).plan().accumulate == 6
 
 
@@ -219,16 +219,16 @@ def test_parts_that_the_recipe_asks_for_are_the_least() -> None:
 )
 @BRIEF
 def test_more_memory_never_gives_a_narrower_model_nor_more_parts(
-    net: Architecture, batch: int, share: float, more: float, time: float | None
+    net: Architecture, batch: int, share: float, factor: float, time: float | None
 ) -> None:
     recipe = replace(RECIPE, batch_size=batch)
-    whole = predict(net, net.sizes, BOARD, recipe, 500)
-    room, deadline = whole.memory_bytes * share, None if time is None else whole.round_s * time
+    full_prediction = predict(net, net.sizes, BOARD, recipe, 500)
+    room, deadline = full_prediction.memory_bytes * share, None if time is None else full_prediction.round_s * time
     try:
         tight = PlanSearch(net, memory_of(room), recipe, 500, deadline_s=deadline).plan()
     except PlanError:
         return
-    loose = PlanSearch(net, memory_of(room * more), recipe, 500, deadline_s=deadline).plan()
+    loose = PlanSearch(net, memory_of(room * factor), recipe, 500, deadline_s=deadline).plan()
     assert all(a >= b for a, b in zip(loose.widths, tight.widths, strict=True))
     assert loose.widths != tight.widths or loose.accumulate <= tight.accumulate
 
@@ -242,9 +242,9 @@ def test_batch_norm_counts_the_parts_of_a_board_with_few_samples() -> None:
     """Twenty samples in parts of at most eight would be parts of seven and six."""
     recipe = replace(RECIPE, batch_size=32)
     room = predict(NORMALISED, NORMALISED.sizes, BOARD, replace(recipe, accumulate=4), 20).memory_bytes
-    made = PlanSearch(NORMALISED, memory_of(room), recipe, 20).plan()
-    assert made.accumulate == 2
-    assert made.widths < NORMALISED.sizes
+    plan = PlanSearch(NORMALISED, memory_of(room), recipe, 20).plan()
+    assert plan.accumulate == 2
+    assert plan.widths < NORMALISED.sizes
 
 
 NET_WEIGHTS = round(0.92 * FULL.memory.weights)
@@ -257,21 +257,21 @@ def board_of(**memory: float) -> HardwareProfile:
 
 def test_a_model_that_nearly_vanishes_comes_with_a_warning_and_what_keeps_it() -> None:
     room = need(NET, 16) - NET_WEIGHTS
-    made = PlanSearch(NET, board_of(total_bytes=10**9 + 2 * room, training_share=0.5), RECIPE, 500).plan()
-    assert made.prediction.parameters < 0.25 * FULL.parameters
-    assert f"only {made.prediction.parameters / FULL.parameters:.1%} of the weights are kept" in made.warning
-    assert "The whole model exceeds the limit of memory: " in made.warning
-    share = float(made.warning.partition("memory.training_share = ")[2].partition(" ")[0])
+    plan = PlanSearch(NET, board_of(total_bytes=10**9 + 2 * room, training_share=0.5), RECIPE, 500).plan()
+    assert plan.prediction.parameters < 0.25 * FULL.parameters
+    assert f"only {plan.prediction.parameters / FULL.parameters:.1%} of the weights are kept" in plan.warning
+    assert "The whole model exceeds the limit of memory: " in plan.warning
+    share = float(plan.warning.partition("memory.training_share = ")[2].partition(" ")[0])
     assert (
         PlanSearch(NET, board_of(total_bytes=10**9 + 2 * room, training_share=share), RECIPE, 500).plan().widths
         == NET.sizes
     )
-    assert Plan.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
 def test_own_densities_are_kept_to() -> None:
-    made = PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.25, 0.5), byte_budget=FULL.round_bytes).plan()
-    assert (made.density, made.bound, made.widths) == (0.5, NOTHING, widths_at(NET, 0.5))
+    plan = PlanSearch(NET, BOARD, RECIPE, 500, densities=(0.25, 0.5), byte_budget=FULL.round_bytes).plan()
+    assert (plan.density, plan.bound, plan.widths) == (0.5, NOTHING, widths_at(NET, 0.5))
 
 
 def test_what_a_board_measured_beats_the_promise() -> None:
@@ -280,8 +280,8 @@ def test_what_a_board_measured_beats_the_promise() -> None:
     assert train_rate(BOARD, half) == pytest.approx(BOARD.train_rate / 4)
     larger = replace(PROBE, memory_total=8 * 10**9, memory_available=7 * 10**9)
     assert training_memory(BOARD, larger) == pytest.approx(7e9 * BOARD.memory.training_share)
-    taken = replace(PROBE, memory_available=10**8)
-    assert training_memory(BOARD, taken) == pytest.approx(1e8 * BOARD.memory.training_share)
+    low_memory_probe = replace(PROBE, memory_available=10**8)
+    assert training_memory(BOARD, low_memory_probe) == pytest.approx(1e8 * BOARD.memory.training_share)
 
 
 def test_a_board_with_less_memory_than_its_reserve_gets_an_error() -> None:
@@ -337,8 +337,8 @@ def test_a_correction_is_learnt_from_what_was_measured() -> None:
     assert learnt.step == pytest.approx(1.5)
     assert learnt.latency == 1
     corrected = predict(NET, NET.sizes, BOARD, RECIPE, 500, correction=learnt)
-    again = learnt.after(corrected, learnt, {"step_seconds": 1.5 * FULL.step_s})
-    assert again.step == pytest.approx(1.5)
+    corrected_twice = learnt.after(corrected, learnt, {"step_seconds": 1.5 * FULL.step_s})
+    assert corrected_twice.step == pytest.approx(1.5)
 
 
 def test_a_correction_has_bounds() -> None:
@@ -348,12 +348,12 @@ def test_a_correction_has_bounds() -> None:
 
 @pytest.mark.parametrize(("peak", "learnt"), [(1.2, 0.2), (1e3, 1.0), (0.1, -0.25)])
 def test_measured_memory_corrects_predictions_within_bounds(peak: float, learnt: float) -> None:
-    whole = FULL.memory_bytes
-    first = Correction().after(FULL, Correction(), {"peak_memory_bytes": peak * whole})
-    assert first.memory == pytest.approx(learnt * whole)
+    full_memory = FULL.memory_bytes
+    first = Correction().after(FULL, Correction(), {"peak_memory_bytes": peak * full_memory})
+    assert first.memory == pytest.approx(learnt * full_memory)
     corrected = predict(NET, NET.sizes, BOARD, RECIPE, 500, correction=first)
-    assert corrected.memory_bytes == pytest.approx((1 + learnt) * whole, abs=1)
-    assert first.after(corrected, first, {"peak_memory_bytes": peak * whole}).memory == pytest.approx(
+    assert corrected.memory_bytes == pytest.approx((1 + learnt) * full_memory, abs=1)
+    assert first.after(corrected, first, {"peak_memory_bytes": peak * full_memory}).memory == pytest.approx(
         first.memory, abs=1
     )
 
@@ -362,9 +362,9 @@ def test_a_board_that_measured_more_memory_gets_a_narrower_model() -> None:
     board = memory_of(FULL.memory_bytes * 1.01)
     assert PlanSearch(NET, board, RECIPE, 500).plan().widths == NET.sizes
     learnt = Correction(memory=0.05 * FULL.memory_bytes)
-    made = PlanSearch(NET, board, RECIPE, 500, correction=learnt).plan()
-    assert made.widths < NET.sizes or made.accumulate > 1
-    assert made.prediction.memory_bytes <= board.training_bytes
+    plan = PlanSearch(NET, board, RECIPE, 500, correction=learnt).plan()
+    assert plan.widths < NET.sizes or plan.accumulate > 1
+    assert plan.prediction.memory_bytes <= board.training_bytes
 
 
 def test_energy_limits_only_boards_whose_power_is_known() -> None:
@@ -372,8 +372,8 @@ def test_energy_limits_only_boards_whose_power_is_known() -> None:
         (None, "power.idle_w and power.load_w"),
         (replace(BOARD.power, idle_w=None), "power.idle_w"),
     ):
-        made = PlanSearch(NET, replace(BOARD, power=power), RECIPE, 500, energy_budget=1e-3).plan()
-        assert made.density == 1
-        assert "energy" not in {limit.name for limit in made.limits}
-        assert made.warning == f"energy isn't limited: {BOARD.name} has no {missing}."
+        plan = PlanSearch(NET, replace(BOARD, power=power), RECIPE, 500, energy_budget=1e-3).plan()
+        assert plan.density == 1
+        assert "energy" not in {limit.name for limit in plan.limits}
+        assert plan.warning == f"energy isn't limited: {BOARD.name} has no {missing}."
         assert PlanSearch(NET, replace(BOARD, power=power), RECIPE, 500).plan().warning == ""

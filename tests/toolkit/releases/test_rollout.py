@@ -102,11 +102,11 @@ def test_boards_that_leave_count_neither_way() -> None:
 def test_a_board_that_left_and_is_let_in_again_is_a_new_one() -> None:
     rollout = Rollout.of(plan(Stage(0.5), Stage(1)), ["a", "b"])
     first = given_by(rollout.tick(0))[0]
-    other = given_by(rollout.without([first], 1))[0]
-    assert {first, other} == {"a", "b"}
+    second = given_by(rollout.without([first], 1))[0]
+    assert {first, second} == {"a", "b"}
     rollout.join(first, 2)
     assert (rollout.boards[first].fate, rollout.boards[first].stage) == (Fate.WAITING, 1)
-    assert given_by(rollout.well(other, 3)) == [first]
+    assert given_by(rollout.well(second, 3)) == [first]
 
 
 def test_somebody_can_stop_it() -> None:
