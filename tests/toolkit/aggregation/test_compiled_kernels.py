@@ -24,11 +24,11 @@ from fedprune.model.selection import Selection, Tensors
 from support.nets.drawn_models import Update, rounds
 
 SPAN = Range(3)
-Given = tuple[Architecture, Tensors, list[Update]]
+FoldCase = tuple[Architecture, Tensors, list[Update]]
 
 
 @cache
-def compiled() -> dict[str, compiled_kernels.Kernel]:
+def kernel_library() -> dict[str, compiled_kernels.Kernel]:
     return compiled_kernels._compile()
 
 
@@ -36,7 +36,7 @@ def compiled() -> dict[str, compiled_kernels.Kernel]:
 def kernels() -> Iterator[None]:
     pytest.importorskip("numba", reason="the extra fast is not installed")
     before = compiled_kernels.kernels()
-    compiled_kernels.use(compiled())
+    compiled_kernels.use(kernel_library())
     yield
     compiled_kernels.use(before)
 
@@ -52,7 +52,7 @@ class Numpy:
         compiled_kernels.use(self._kernels)
 
 
-def laid(values: npt.NDArray[Any], how: str) -> npt.NDArray[Any]:
+def relocate(values: npt.NDArray[Any], how: str) -> npt.NDArray[Any]:
     """The same values, elsewhere in memory."""
     if how == "sent":  # a part of a message: nobody may write to it, and it begins anywhere
         return np.frombuffer(b"x" + values.tobytes(), np.uint8, offset=1).view(values.dtype).reshape(values.shape)
@@ -77,7 +77,7 @@ def laid(values: npt.NDArray[Any], how: str) -> npt.NDArray[Any]:
 def test_sums_have_the_same_bits(seed: int, shape: tuple[int, ...], weights: list[int], cut: bool, how: str) -> None:
     dice = np.random.default_rng(seed)
     rows = [(dice.standard_normal(shape) * 2 ** dice.uniform(-30, 0)).clip(-8, 8).astype(np.float32) for _ in weights]
-    rows = [laid(row, how if row.ndim else "plain") for row in rows]
+    rows = [relocate(row, how if row.ndim else "plain") for row in rows]
     padded_shape = (*(n + 2 for n in shape[:2]), *shape[2:]) if cut else shape
     at = tuple(slice(1, n + 1) for n in shape[:2]) if cut else (...,)
     limbs = []
@@ -99,7 +99,7 @@ def test_loops_are_what_adds() -> None:
     assert compiled_kernels.add(total[:, :5], rows, [1, 2, 3], 35, VALUE_BITS)
     assert (total[:, :5] == 6 * 2.0**35).all()
     assert (total[:, 5] == 0).all()
-    assert not compiled_kernels.add(total[:, :5], [laid(row, "apart") for row in rows], [1, 2, 3], 35, VALUE_BITS)
+    assert not compiled_kernels.add(total[:, :5], [relocate(row, "apart") for row in rows], [1, 2, 3], 35, VALUE_BITS)
     one = compiled_kernels.Scattered(np.array([3, 0]), np.array([2]), np.array([[1.0], [2.0]], np.float32), 5)
     assert compiled_kernels.scatter(total[..., None], [one], 0)
     assert (total[3, 2], total[0, 2]) == (6 * 2.0**35 + 5, 6 * 2.0**35 + 10)
@@ -124,13 +124,15 @@ def test_loops_are_what_adds() -> None:
     st.booleans(),
     st.sampled_from([0.0, 0.9]),
 )
-def test_a_fold_ends_in_the_same_bits(given_: Given, rule: Rule, how: str, heavy: bool, momentum: float) -> None:
-    architecture, base, updates = given_
+def test_a_fold_ends_in_the_same_bits(fold_case: FoldCase, rule: Rule, how: str, heavy: bool, momentum: float) -> None:
+    architecture, base, updates = fold_case
 
     def model_of() -> tuple[Tensors, Tensors | None]:
         fold = Fold(architecture, base, rule=rule)
         for selection, tensors, weight, steps in updates:
-            sent = {name: laid(value, how) if value.size and value.ndim else value for name, value in tensors.items()}
+            sent = {
+                name: relocate(value, how) if value.size and value.ndim else value for name, value in tensors.items()
+            }
             fold.add(selection, sent, weight * (100 if heavy else 1), steps)
         return fold.close(momentum)
 
@@ -154,16 +156,16 @@ def test_a_fold_ends_in_the_same_bits(given_: Given, rule: Rule, how: str, heavy
 def test_what_is_refused_is_the_same(numbers: list[float], bound: float) -> None:
     values = np.array(numbers, np.float32)
 
-    def said() -> str:
+    def range_error() -> str:
         try:
             check_range("w", values, bound)
         except ProtocolError as error:
             return str(error)
         return ""
 
-    quick, largest = said(), magnitude(values)
+    quick, largest = range_error(), magnitude(values)
     with Numpy():
-        assert (quick, repr(largest)) == (said(), repr(magnitude(values)))
+        assert (quick, repr(largest)) == (range_error(), repr(magnitude(values)))
 
 
 @pytest.mark.parametrize("quick", [True, False])

@@ -19,7 +19,7 @@ floats = st.floats(-8, 8, width=32)
 terms = st.lists(st.tuples(floats, st.integers(1, 100_000)), min_size=1, max_size=12)
 
 
-def summed(pairs: list[tuple[float, int]], span: Range) -> FixedSum:
+def fixed_sum(pairs: list[tuple[float, int]], span: Range) -> FixedSum:
     out = FixedSum((1,), span)
     for value, weight in pairs:
         out.add(np.array([value], np.float32), weight)
@@ -34,13 +34,13 @@ def bits(total: FixedSum) -> list[bytes]:
 def test_order_does_not_matter(pairs: list[tuple[float, int]], limbs: int, dice: random.Random) -> None:
     shuffled = list(pairs)
     dice.shuffle(shuffled)
-    assert bits(summed(pairs, Range(3, limbs))) == bits(summed(shuffled, Range(3, limbs)))
+    assert bits(fixed_sum(pairs, Range(3, limbs))) == bits(fixed_sum(shuffled, Range(3, limbs)))
 
 
 @given(terms, st.integers(1, 3))
 def test_a_mean_is_off_by_half_a_unit_at_most(pairs: list[tuple[float, int]], limbs: int) -> None:
     span = Range(3, limbs)
-    total = summed(pairs, span)
+    total = fixed_sum(pairs, span)
     got = sum(
         Fraction(int(limb[0])) * Fraction(2) ** (span.exponent - VALUE_BITS * i)
         for i, limb in enumerate(total.limbs, start=1)

@@ -39,7 +39,7 @@ NORM = Architecture(
 Masked = tuple[Selection, Tensors, int, int, Active]
 
 
-def folded(architecture: Architecture, base: Tensors, updates: Sequence[Update | Masked], **options: Any) -> Fold:
+def fold_of(architecture: Architecture, base: Tensors, updates: Sequence[Update | Masked], **options: Any) -> Fold:
     fold = Fold(architecture, base, **options)
     for selection, tensors, weight, steps, *mask in updates:
         fold.add(selection, tensors, weight, steps, mask=mask[0] if mask else {})
@@ -67,7 +67,7 @@ def test_coverage_is_the_mean_over_those_that_hold_a_coordinate(
     case: tuple[Architecture, Tensors, list[Update]],
 ) -> None:
     architecture, base, updates = case
-    got, _ = folded(architecture, base, updates, rule="coverage").close()
+    got, _ = fold_of(architecture, base, updates, rule="coverage").close()
     for spec in architecture.tensors:
         total, mass, _ = sums(spec, updates)
         expected = np.where(mass > 0, total / np.maximum(mass, 1), base[spec.name])
@@ -80,7 +80,7 @@ def test_a_coordinate_that_nobody_holds_keeps_its_bits(
     rule: Rule, case: tuple[Architecture, Tensors, list[Update]], momentum: float
 ) -> None:
     architecture, base, updates = case
-    got, _ = folded(architecture, base, updates, rule=rule).close(momentum)
+    got, _ = fold_of(architecture, base, updates, rule=rule).close(momentum)
     for spec in architecture.tensors:
         masked = sums(spec, updates)[1] == 0
         assert got[spec.name][masked].tobytes() == base[spec.name][masked].tobytes()
@@ -89,10 +89,10 @@ def test_a_coordinate_that_nobody_holds_keeps_its_bits(
 @given(rounds(), st.floats(0, 0.9))
 def test_server_momentum_follows_fedavgm(case: tuple[Architecture, Tensors, list[Update]], momentum: float) -> None:
     architecture, base, updates = case
-    plain, none = folded(architecture, base, updates).close()
+    plain, none = fold_of(architecture, base, updates).close()
     assert none is None
     before = {t.name: model(architecture, 5)[t.name] for t in architecture.trainable}
-    got, velocity = folded(architecture, base, updates).close(momentum, before)
+    got, velocity = fold_of(architecture, base, updates).close(momentum, before)
     assert (velocity is None) == (momentum == 0)
     if velocity is None:
         return
@@ -114,7 +114,7 @@ def test_movement_is_what_those_that_trained_a_coordinate_did_per_step(
     case: tuple[Architecture, Tensors, list[Update]], momentum: float
 ) -> None:
     architecture, base, updates = case
-    fold = folded(architecture, base, updates, evidence=True, momentum=momentum)
+    fold = fold_of(architecture, base, updates, evidence=True, momentum=momentum)
     for spec in architecture.trainable:
         first, second, mass = np.zeros(spec.shape), np.zeros(spec.shape), sums(spec, updates)[1]
         for selection, tensors, weight, steps in updates:
@@ -134,7 +134,7 @@ def test_the_base_and_the_updates_are_left_alone(case: tuple[Architecture, Tenso
     architecture, base, updates = case
     before = {n: v.copy() for n, v in base.items()}
     copies = [{n: v.copy() for n, v in u[1].items()} for u in updates]
-    got, _ = folded(architecture, base, updates, evidence=True).close(0.5)
+    got, _ = fold_of(architecture, base, updates, evidence=True).close(0.5)
     for value in got.values():
         value[...] = 7
     assert identical(base, before)
@@ -217,7 +217,7 @@ def test_updates_that_wait_give_the_bits_of_updates_one_by_one(
     for update in updates:
         fold.add(*update)
         fold.close()  # whatever waits is added
-    assert identical(fold.close()[0], folded(architecture, base, updates, rule=rule).close()[0])
+    assert identical(fold.close()[0], fold_of(architecture, base, updates, rule=rule).close()[0])
 
 
 @settings(max_examples=30)
@@ -233,9 +233,9 @@ def test_a_mean_is_within_a_bit_of_that_in_float64(
         if dice.random() < 0.5:
             selection = Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture)))
         updates.append((selection, trained(selection, base, seed + k + 1), dice.choice((1, 77, 500, 20_000)), 1))
-    got, _ = folded(architecture, base, updates).close()
+    got, _ = fold_of(architecture, base, updates).close()
     dice.shuffle(updates)
-    assert identical(got, folded(architecture, base, updates).close()[0])
+    assert identical(got, fold_of(architecture, base, updates).close()[0])
     for spec in architecture.trainable:
         total, _, weight = sums(spec, updates)
         mean = total / weight
@@ -304,10 +304,10 @@ def test_masked_means_are_taken_over_those_whose_mask_holds_a_coordinate(
     architecture, base, updates = case
     n = sum(u[2] for u in updates)
     cover, fill, zero = (
-        folded(architecture, base, updates, rule=r).close()[0]  # type: ignore[arg-type]
+        fold_of(architecture, base, updates, rule=r).close()[0]  # type: ignore[arg-type]
         for r in ("coverage", "fill", "zero")
     )
-    fold = folded(*case)
+    fold = fold_of(*case)
     for spec in architecture.trainable:
         total, mass = plain_sums(spec.name, architecture, updates)
         assert np.array_equal(fold.mass(spec.name), mass)
@@ -349,8 +349,8 @@ def test_order_does_not_change_a_bit(
     shuffled = list(updates)
     dice.shuffle(shuffled)
     options: dict[str, Any] = {"rule": rule, "evidence": True}
-    in_order = folded(architecture, base, updates, **options)
-    reordered = folded(architecture, base, shuffled, **options)
+    in_order = fold_of(architecture, base, updates, **options)
+    reordered = fold_of(architecture, base, shuffled, **options)
     steps: dict[str, Any] = {"rate": 0.3, "damped": True}
     assert identical(reordered.close(0.5, **steps)[0], in_order.close(0.5, **steps)[0])
     for spec in architecture.trainable:
@@ -385,9 +385,9 @@ def test_updates_of_earlier_models_move_the_model_of_now(
 @given(masked_rounds(), st.floats(0.01, 3))
 def test_a_rate_goes_that_share_of_the_way(case: tuple[Architecture, Tensors, list[Masked]], rate: float) -> None:
     architecture, base, _ = case
-    mean = folded(*case).close()[0]
-    got = folded(*case).close(rate=rate)[0]
-    assert identical(folded(*case).close(rate=1.0)[0], mean)
+    mean = fold_of(*case).close()[0]
+    got = fold_of(*case).close(rate=rate)[0]
+    assert identical(fold_of(*case).close(rate=1.0)[0], mean)
     for spec in architecture.tensors:
         share = rate if spec.kind.trainable else min(rate, 1.0)
         before = base[spec.name].astype(np.float64)
@@ -399,9 +399,9 @@ def test_damped_momentum_is_a_moving_average(
     case: tuple[Architecture, Tensors, list[Masked]], beta: float, rate: float
 ) -> None:
     architecture, base, updates = case
-    mean = folded(*case).close()[0]
+    mean = fold_of(*case).close()[0]
     before = {t.name: model(architecture, 5)[t.name] for t in architecture.trainable}
-    got, velocity = folded(*case).close(beta, before, rate=rate, damped=True)
+    got, velocity = fold_of(*case).close(beta, before, rate=rate, damped=True)
     assert velocity is not None
     for spec in architecture.trainable:
         covered = plain_sums(spec.name, architecture, updates)[1] > 0
@@ -419,9 +419,9 @@ def test_excluded_tensors_keep_their_bits_and_need_not_come(
     architecture, base, updates = case
     out = [t.name for t in architecture.tensors][-2:]
     without = [(s, {n: v for n, v in p.items() if n not in out}, n, k, m) for s, p, n, k, m in updates]
-    fold = folded(architecture, base, without, excluded=out, evidence=True)
+    fold = fold_of(architecture, base, without, excluded=out, evidence=True)
     got, velocity = fold.close(momentum)
-    expected = folded(architecture, base, updates).close(momentum)[0]
+    expected = fold_of(architecture, base, updates).close(momentum)[0]
     assert all(got[n].tobytes() == base[n].tobytes() for n in out)
     assert not set(out) & set(velocity or {})
     for spec in architecture.trainable:

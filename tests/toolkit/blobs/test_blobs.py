@@ -307,7 +307,7 @@ def test_a_process_is_told_from_an_earlier_one_with_its_id(tmp_path: Path) -> No
     assert all(start.isdecimal() for start in began)
 
 
-def received(store: BlobStore, data: bytes) -> BlobRef:
+def receive(store: BlobStore, data: bytes) -> BlobRef:
     ref = BlobRef.of(data)
     partial = store.partial(ref)
     partial.set_table(leaf_table(data))
@@ -319,28 +319,28 @@ def received(store: BlobStore, data: bytes) -> BlobRef:
 @pytest.mark.parametrize("size", [1, 9 * LEAF + 1])
 def test_a_blob_costs_two_syncs_however_it_comes(tmp_path: Path, size: int) -> None:
     """Its data and its folder; leaf tables and what is partial cost none."""
-    for number, come in enumerate((received, lambda store, data: store.put(data))):
+    for number, deliver in enumerate((receive, lambda store, data: store.put(data))):
         store = BlobStore(tmp_path / str(number))
         with power() as supply:
-            come(store, noise(size))
+            deliver(store, noise(size))
         assert supply.names.count("fsync") == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_power_cut_at_any_moment_leaves_no_wrong_blob_and_no_wrong_table(tmp_path: Path, kind: str) -> None:
     data, table = noise(3 * LEAF + 5), leaf_table(noise(3 * LEAF + 5))
-    for come in (received, lambda store, data: store.put(data)):
+    for deliver in (receive, lambda store, data: store.put(data)):
         with power() as supply:
-            come(BlobStore(tmp_path / f"dry-{come.__name__}"), data)
+            deliver(BlobStore(tmp_path / f"dry-{deliver.__name__}"), data)
         for at in range(1, supply.count + 1):
-            root = tmp_path / f"{come.__name__}-{at}"
+            root = tmp_path / f"{deliver.__name__}-{at}"
             with power(at, kind), pytest.raises(CutError):
-                come(BlobStore(root), data)
+                deliver(BlobStore(root), data)
             store = BlobStore(root)
             for name in store.names():
                 assert store.read(name) == data
                 assert store.table(name) == table
-            come(store, data)
+            deliver(store, data)
             assert store.ref(hashlib.sha256(data).hexdigest()) == BlobRef.of(data)
 
 
@@ -350,7 +350,7 @@ def test_a_table_that_a_power_cut_tore_is_not_believed(cut: int, zeros: bool) ->
     data = noise(3 * LEAF)
     with tempfile.TemporaryDirectory() as folder:
         store = BlobStore(Path(folder), durable=False)
-        ref = received(store, data)
+        ref = receive(store, data)
         path = store.path(ref.sha256).with_name(ref.sha256 + ".leaves")
         intact_table = path.read_bytes()
         path.write_bytes(intact_table[:cut].ljust(len(intact_table) if zeros else cut, b"\0"))

@@ -25,7 +25,7 @@ NAMES = tuple("abcdef")
 MUTE = NAMES[-1]
 """A device that never answers an offer."""
 
-PLACES = st.lists(st.integers(0, 99), min_size=1, max_size=8)
+POSITION_LISTS = st.lists(st.integers(0, 99), min_size=1, max_size=8)
 JOBS = [
     replace(JOB, devices=2, rounds=4),
     replace(JOB, devices=3, rounds=4, participation=0.5, over_selection=0.5),
@@ -106,7 +106,7 @@ class Weather(RuleBasedStateMachine):
 
     # Weather.
 
-    @rule(positions=PLACES, how=st.sampled_from(["once", "once", "twice", "lost"]))
+    @rule(positions=POSITION_LISTS, how=st.sampled_from(["once", "once", "twice", "lost"]))
     @precondition(lambda self: self.air)
     def say(self, positions: list[int], how: str) -> None:
         for at in positions[: len(self.air)]:
@@ -114,7 +114,7 @@ class Weather(RuleBasedStateMachine):
             for _ in range({"lost": 0, "once": 1, "twice": 2}[how]):
                 self.feed(event)
 
-    @rule(positions=PLACES, twice=st.booleans())
+    @rule(positions=POSITION_LISTS, twice=st.booleans())
     @precondition(lambda self: self.work)
     def answer(self, positions: list[int], twice: bool) -> None:
         for at in positions:

@@ -82,7 +82,7 @@ def taught(
 
     Args:
         times: Real over predicted memory of graph, weights and activations.
-        more: Real less predicted memory of the process, as a share of the whole model's `of_width`.
+        extra_share: Real less predicted memory of the process, as a share of the whole model's `of_width`.
         room: Bytes that training may take, as a share of what the whole model is predicted to take.
         rounds: How many.
         accumulate: Parts of a batch that the job asks for.

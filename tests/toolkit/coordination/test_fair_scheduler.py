@@ -24,7 +24,7 @@ class Job:
 
     name: str
     weight: float
-    least: int
+    min_devices: int
     seconds: tuple[int, ...]
     steady: bool = False
     ends: dict[str, int] = field(default_factory=dict)
@@ -32,8 +32,10 @@ class Job:
     time: int = 0
 
     def borrower(self) -> JobDemand:
-        least = 1 if self.steady else self.least
-        return JobDemand(self.name, self.weight, least, 2**31 if self.steady or not self.ends else 0, len(self.ends))
+        min_devices = 1 if self.steady else self.min_devices
+        return JobDemand(
+            self.name, self.weight, min_devices, 2**31 if self.steady or not self.ends else 0, len(self.ends)
+        )
 
 
 def play(jobs: list[Job], devices: list[str], seconds: int) -> list[tuple[int, str, tuple[str, ...]]]:
@@ -54,7 +56,7 @@ def play(jobs: list[Job], devices: list[str], seconds: int) -> list[tuple[int, s
                 if job.name in assignment:
                     got = assignment[job.name]
                     assert set(got) <= set(devices) - set(busy)
-                    assert job.steady or len(got) >= job.least
+                    assert job.steady or len(got) >= job.min_devices
                     busy += got
                     steps = [job.seconds[(job.rounds + i) % len(job.seconds)] for i in range(len(got))]
                     job.ends |= {d: now + s for d, s in zip(got, steps, strict=True)}

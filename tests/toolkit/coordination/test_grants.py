@@ -36,14 +36,14 @@ def fleet(densities: dict[str, float], *, untrained: bool = True) -> State:
     return state
 
 
-def granted(state: State, number: int, options: dict[str, Any] | None = None, **settings: Any) -> dict[str, Grant]:
+def round_grants(state: State, number: int, options: dict[str, Any] | None = None, **settings: Any) -> dict[str, Grant]:
     """What a job of ten rounds grants in one of them."""
     job = Job(strategy="fedprune", options=options or {}, rounds=10, recipe=MSE, **settings)
-    grants = begun(job, state, number)
+    grants = begin_grants(job, state, number)
     return {name: grants.of(device) for name, device in state.devices.items()}
 
 
-def begun(job: Job, state: State, number: int = 1, architecture: Architecture = NET) -> Grants:
+def begin_grants(job: Job, state: State, number: int = 1, architecture: Architecture = NET) -> Grants:
     """The grants of a job whose round of this number has just begun."""
     grants = coordinate(job, architecture, state).grants
     state.round = number
@@ -57,10 +57,10 @@ def densities(grants: dict[str, Grant]) -> list[float]:
 
 def test_boards_train_what_three_quarters_can_hold_and_then_what_each_can() -> None:
     for number in (1, 8):
-        grants = granted(fleet(FLEET), number)
+        grants = round_grants(fleet(FLEET), number)
         assert densities(grants) == [0.5, 0.5, 0.5, 0.25]
         assert [g.widths for g in grants.values()] == [widths_at(NET, d) for d in densities(grants)]
-    assert densities(granted(fleet(FLEET), 9)) == list(FLEET.values())
+    assert densities(round_grants(fleet(FLEET), 9)) == list(FLEET.values())
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_boards_grow_when_most_of_a_total_is_spent_however_many_rounds_there_may
     state.began_at = 0.0
     for number in range(1, 11):  # each round takes a tenth of the total
         job = Job(strategy="fedprune", rounds=1000, recipe=MSE, **total)
-        shared.append(bool(begun(job, state, number).core))
+        shared.append(bool(begin_grants(job, state, number).core))
         state.spent_bytes = state.spent_macs = 100 * number
         state.history.append({"at": 360.0 * number})
     assert shared == [True] * 8 + [False] * 2
@@ -82,14 +82,14 @@ def test_boards_of_one_width_begin_with_the_model_as_it_was_imported() -> None:
     def first(densities: dict[str, float], strategy: str = "fedprune") -> tuple[str, str]:
         state = fleet(densities)
         state.plain_model = "imported"
-        begun(Job(strategy=strategy), state)
+        begin_grants(Job(strategy=strategy), state)
         return state.model, state.plain_model
 
     assert first({"a": 1.0, "b": 1.0}) == ("imported", "")
     assert first(FLEET) == first({"a": 1.0}, "heterofl") == ("m", "")
 
 
-def labelled(worth: dict[str, int | None], samples: int = 100) -> State:
+def labelled_fleet(worth: dict[str, int | None], samples: int = 100) -> State:
     """Boards of the mixed fleet, and how many of the net's three classes their labels are worth."""
     state = fleet(FLEET)
     for name, classes in worth.items():
@@ -100,8 +100,8 @@ def labelled(worth: dict[str, int | None], samples: int = 100) -> State:
 EVEN = dict.fromkeys(FLEET, 3)
 
 
-def cored(state: State, number: int = 1, job: Job | None = None) -> bool:
-    decided = begun(job or Job(strategy="fedprune", rounds=10), state, number)
+def grants_core(state: State, number: int = 1, job: Job | None = None) -> bool:
+    decided = begin_grants(job or Job(strategy="fedprune", rounds=10), state, number)
     grants = [decided.of(device) for device in state.devices.values()]
     assert len({grant.core for grant in grants}) == 1
     assert (densities(dict(zip(FLEET, grants, strict=False))) == [0.5, 0.5, 0.5, 0.25]) == grants[0].core
@@ -110,7 +110,7 @@ def cored(state: State, number: int = 1, job: Job | None = None) -> bool:
 
 def test_boards_that_tell_classes_apart_have_a_core_where_most_of_them_know_most_classes() -> None:
     def shares(*worth: int | None, samples: int = 100) -> bool:
-        return cored(labelled(dict(zip(FLEET, worth, strict=True)), samples))
+        return grants_core(labelled_fleet(dict(zip(FLEET, worth, strict=True)), samples))
 
     assert shares(3, 3, 3, 3)
     assert shares(3, 3, 3, 1)
@@ -127,23 +127,23 @@ def test_boards_that_are_nearly_as_wide_as_each_other_have_a_core_whatever_their
     narrowest: float, has_core: bool
 ) -> None:
     state = fleet({"a": 1.0, "b": narrowest, "c": narrowest})
-    grants = begun(Job(strategy="fedprune", rounds=10), state)
+    grants = begin_grants(Job(strategy="fedprune", rounds=10), state)
     assert {grants.of(device).core for device in state.devices.values()} == {has_core}
     assert grants.of(state.devices["a"]).density == (narrowest if has_core else 1.0)
 
 
 def test_what_boards_train_stays_as_it_was_when_the_job_began() -> None:
-    even, skewed = labelled(EVEN), labelled(dict.fromkeys(FLEET, 1))
+    even, skewed = labelled_fleet(EVEN), labelled_fleet(dict.fromkeys(FLEET, 1))
     for state in (even, skewed):
         state.model, state.plain_model = "nested", "imported"
-    assert (cored(even), cored(skewed)) == (True, False)
+    assert (grants_core(even), grants_core(skewed)) == (True, False)
     assert (even.model, skewed.model) == ("imported", "nested")
     for state, classes in ((even, 1), (skewed, 3)):
         restored = State.from_json(state.to_json())
         for device in restored.devices.values():
             device.effective_classes = classes
-        assert cored(restored, 2) == (state is even)
-    assert not cored(labelled(EVEN), 2), "a job that began otherwise goes on so"
+        assert grants_core(restored, 2) == (state is even)
+    assert not grants_core(labelled_fleet(EVEN), 2), "a job that began otherwise goes on so"
 
 
 def test_private_and_asynchronous_jobs_and_those_that_say_otherwise_look_at_no_labels() -> None:
@@ -156,7 +156,7 @@ def test_private_and_asynchronous_jobs_and_those_that_say_otherwise_look_at_no_l
         {"recipe": Recipe(ordered_dropout=(0.5,))},
     ]
     for settings in several:
-        assert not cored(labelled(EVEN), job=Job(strategy="fedprune", rounds=10, **settings)), settings
+        assert not grants_core(labelled_fleet(EVEN), job=Job(strategy="fedprune", rounds=10, **settings)), settings
 
 
 def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:
@@ -167,9 +167,9 @@ def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:
     def works(spare: float) -> int:
         free = PlanSearch(NET, PI, recipe, 10, densities=(0.25,)).plan()
         seconds = free.prediction.transfer_s + spare * free.prediction.train_s
-        made = PlanSearch(NET, PI, recipe, 10, densities=(0.25,), deadline_s=seconds).plan()
-        state.devices["a"].plan = PackedJson(made.to_dict())
-        return granted(state, 1)["a"].work
+        plan = PlanSearch(NET, PI, recipe, 10, densities=(0.25,), deadline_s=seconds).plan()
+        state.devices["a"].plan = PackedJson(plan.to_dict())
+        return round_grants(state, 1)["a"].work
 
     assert (works(1.01), works(2.01), works(100.0)) == (1, 2, 3)
 
@@ -177,4 +177,4 @@ def test_work_stays_within_the_time_that_a_board_is_planned_for() -> None:
 def test_a_board_without_widths_or_excluded_does_not_count_for_the_core() -> None:
     state = fleet(FLEET | {"e": 0.1, "f": 0.1})
     state.devices["e"].excluded, state.devices["f"].widths = "it spoils", ()
-    assert densities(granted(state, 1))[:4] == [0.5, 0.5, 0.5, 0.25]
+    assert densities(round_grants(state, 1))[:4] == [0.5, 0.5, 0.5, 0.25]

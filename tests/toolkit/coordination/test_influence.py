@@ -108,7 +108,7 @@ def test_hostile_rounds_do_not_raise_the_limit_exponentially(boards: int) -> Non
         assert all(shortened_lengths[n] <= 3 * 2 * scale * 1.01 for n in TRAINED)
 
 
-def played(rounds: list[dict[str, float]], times: float = 1.5) -> list[Any]:
+def round_bounds(rounds: list[dict[str, float]], times: float = 1.5) -> list[Any]:
     """The bounds of rounds in which every tensor moves as far as its board."""
     remembered: Any = {}
     out = []
@@ -121,7 +121,7 @@ def played(rounds: list[dict[str, float]], times: float = 1.5) -> list[Any]:
 
 def test_one_of_two_boards_can_not_have_those_that_join_later_rejected() -> None:
     alone = {"honest": 0.1, "hostile": 1e-9}
-    influences = played([*[alone] * 9, *[alone | dict.fromkeys("abc", 0.1)] * 10])
+    influences = round_bounds([*[alone] * 9, *[alone | dict.fromkeys("abc", 0.1)] * 10])
     assert not any(f.rejected for f in influences)
     assert not any(influences[-1].shares.values())
 
@@ -132,7 +132,7 @@ LENGTHS = st.floats(-12, 12).map(lambda exponent: 10.0**exponent) | st.just(0.0)
 @given(st.lists(st.lists(LENGTHS, min_size=1, max_size=7), min_size=1, max_size=6), st.sampled_from([1.0, 1.5, 3.0]))
 def test_fewer_than_half_of_any_round_are_rejected(rounds: list[list[float]], times: float) -> None:
     for moves, influence in zip(
-        rounds, played([dict(zip("abcdefg", m, strict=False)) for m in rounds], times), strict=True
+        rounds, round_bounds([dict(zip("abcdefg", m, strict=False)) for m in rounds], times), strict=True
     ):
         assert 2 * len(influence.rejected) < len(moves)
 
@@ -147,7 +147,7 @@ def test_boards_count_in_full_ten_rounds_after_their_moves_are_usual_again(
 ) -> None:
     rounds = [{f"d{i}": 10.0**m for i, m in enumerate(moves)} for moves in quiet]
     rounds += [{f"d{i}": scale * m for i, m in enumerate(usual)}] * 11
-    influence = played(rounds)[-1]
+    influence = round_bounds(rounds)[-1]
     assert not influence.rejected
     assert not any(influence.shares.values())
 
@@ -171,14 +171,14 @@ def learning(rounds: int, last: float = 0.1) -> list[dict[str, float]]:
 
 
 def test_a_board_that_moves_as_far_as_all_did_at_first_is_not_limited_when_others_have_learnt() -> None:
-    assert not any(influence.reasons or influence.rejected for influence in played(learning(20)))
+    assert not any(influence.reasons or influence.rejected for influence in round_bounds(learning(20)))
 
 
 def test_such_a_board_moves_no_further_than_all_did_at_first() -> None:
-    assert played(learning(20, last=0.4))[-1].reasons.keys() == {"unlike"}
-    assert played(learning(20, last=3.0))[-1].rejected.keys() == {"unlike"}
+    assert round_bounds(learning(20, last=0.4))[-1].reasons.keys() == {"unlike"}
+    assert round_bounds(learning(20, last=3.0))[-1].rejected.keys() == {"unlike"}
 
 
 def test_in_the_long_run_limits_follow_the_median() -> None:
-    shares = played(learning(60))[-1].shares["unlike"]
+    shares = round_bounds(learning(60))[-1].shares["unlike"]
     assert max(shares[n] for n in TRAINED) < 0.25

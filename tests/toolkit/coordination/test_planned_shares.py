@@ -41,7 +41,7 @@ def turn_in(job: Job, profile: HardwareProfile = PI, net: Architecture = NET) ->
     return Plan.from_dict(device.plan), Turn(job.seed, 1, "a", task.widths, task.density, task.samples)
 
 
-def limited(memory: int, storage: int) -> HardwareProfile:
+def limited_board(memory: int, storage: int) -> HardwareProfile:
     """A board whose training may take so much."""
     return replace(
         PI,
@@ -65,18 +65,22 @@ def test_what_the_strategy_asks_of_a_board_is_within_its_limits(
 ) -> None:
     job = Job(strategy=strategy, options=options, devices=1, rounds=2)
 
-    def foretold(turn: Turn) -> Prediction:
+    def predicted_footprint(turn: Turn) -> Prediction:
         asked = compose(job).recipe(job.recipe, replace(turn, round=round_))
         return predict(WIDE, turn.widths, PI, replace(asked, mask=mask), turn.samples)
 
-    whole = foretold(Turn(job.seed, 1, "a", WIDE.sizes, 1.0, 10))
+    full_footprint = predicted_footprint(Turn(job.seed, 1, "a", WIDE.sizes, 1.0, 10))
     plenty = 10**9
-    board = limited(whole.memory_bytes - 1, plenty) if limit == "memory" else limited(plenty, whole.storage_bytes - 1)
-    made, turn = turn_in(job, board, WIDE)
-    needed = foretold(turn)
+    board = (
+        limited_board(full_footprint.memory_bytes - 1, plenty)
+        if limit == "memory"
+        else limited_board(plenty, full_footprint.storage_bytes - 1)
+    )
+    plan, turn = turn_in(job, board, WIDE)
+    needed = predicted_footprint(turn)
 
-    assert made.bound == limit
-    assert (made.prediction.memory_bytes, made.prediction.storage_bytes) == (needed.memory_bytes, needed.storage_bytes)
+    assert plan.bound == limit
+    assert (plan.prediction.memory_bytes, plan.prediction.storage_bytes) == (needed.memory_bytes, needed.storage_bytes)
     assert needed.memory_bytes <= board.training_bytes
     assert needed.storage_bytes <= board.storage.budget_bytes
 

@@ -109,7 +109,7 @@ def test_a_signal_ends_a_command_like_ctrl_c(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["look", "--number", "x"], "argument --number: expected a whole number, got 'x'. See `tool look --help`.\n"),
         (
@@ -120,7 +120,7 @@ def test_a_signal_ends_a_command_like_ctrl_c(number: signal.Signals) -> None:
         ([], "the following arguments are required: COMMAND. See `tool --help`.\n"),
     ],
 )
-def test_a_usage_error_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_usage_error_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     def build() -> CommandParser:
         parser = CommandParser(prog="tool")
         commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -132,7 +132,7 @@ def test_a_usage_error_is_one_line(words: list[str], said: str, capsys: pytest.C
     with pytest.raises(SystemExit) as caught:
         run_command("tool", build, words)
     assert caught.value.code == ExitCode.USAGE
-    assert capsys.readouterr().err == f"error: {said}"
+    assert capsys.readouterr().err == f"error: {message}"
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,7 +87,7 @@ CASES = [(kind, f.name) for kind in PLAIN for f in fields(kind) if [*wrong(kind,
 OF_PRESETS = [(name, f.name) for name, kind in OPTIONS.items() for f in fields(kind) if [*wrong(kind, f.name)]]
 
 
-def given(kind: type[Any], name: str) -> list[Any]:
+def wrong_entries(kind: type[Any], name: str) -> list[Any]:
     """The wrong values, as the only entry of a list where the field is one; elsewhere a list is wrong, too."""
     listed = "tuple" in str(_declared(kind)[name].kind)
     return [(value,) for value in wrong(kind, name)] if listed else [*wrong(kind, name), (1,)]
@@ -96,13 +96,13 @@ def given(kind: type[Any], name: str) -> list[Any]:
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_wrong_value_is_refused_by_the_name_of_its_field(kind: type[Any], name: str) -> None:
     error: type[FedpruneError] = ProfileError if kind is ProbeReport else ConfigError
-    for value in given(kind, name):
+    for value in wrong_entries(kind, name):
         with pytest.raises(error, match=name):
             PLAIN[kind](**{name: value})
 
 
 @pytest.mark.parametrize(("strategy", "name"), OF_PRESETS)
 def test_a_wrong_option_is_refused_by_its_name(strategy: str, name: str) -> None:
-    for value in given(OPTIONS[strategy], name):
+    for value in wrong_entries(OPTIONS[strategy], name):
         with pytest.raises(ConfigError, match=rf"^job\.options\.{name}: "):
             compose(Job(strategy=strategy, options={name: value}))

@@ -29,7 +29,7 @@ GOOD = tensorfile.encode({"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b"
 
 
 @st.composite
-def named(draw: st.DrawFn) -> dict[str, np.ndarray[Any, Any]]:
+def named_tensors(draw: st.DrawFn) -> dict[str, np.ndarray[Any, Any]]:
     """A few tensors of any type and shape, scalars and empty ones among them."""
     out = {}
     for name in draw(st.lists(st.text(min_size=1, max_size=6), unique=True, max_size=4)):
@@ -52,21 +52,21 @@ def same(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> bool:
     return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
 
 
-@given(named())
+@given(named_tensors())
 def test_the_safetensors_library_reads_what_we_write(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     decoded = safetensors.numpy.load(tensorfile.encode(tensors, {"note": "x"}))
     assert sorted(decoded) == sorted(tensors)
     assert all(same(decoded[n], tensors[n]) for n in tensors)
 
 
-@given(named())
+@given(named_tensors())
 def test_we_read_what_the_safetensors_library_writes(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     decoded = tensorfile.decode(safetensors.numpy.save(tensors, {"note": "x"}))
     assert sorted(decoded) == sorted(tensors)
     assert all(same(decoded[n], tensors[n]) for n in tensors)
 
 
-@given(named())
+@given(named_tensors())
 def test_tensors_lie_in_the_given_order_without_gaps(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     raw = tensorfile.encode(tensors)
     at = 8 + int.from_bytes(raw[:8], "little")
@@ -167,7 +167,7 @@ def test_encoding_takes_no_memory_beside_the_file() -> None:
     assert peak < 1.1 * len(raw)
 
 
-def written(value: np.ndarray, **how: bool) -> bytes:
+def npy_bytes(value: np.ndarray, **how: bool) -> bytes:
     file = io.BytesIO()
     np.save(file, value, **how)
     return file.getvalue()
@@ -178,20 +178,20 @@ def written(value: np.ndarray, **how: bool) -> bytes:
     st.booleans(),
 )
 def test_what_numpy_writes_is_read(value: np.ndarray, fortran: bool) -> None:
-    raw = written(np.asfortranarray(value) if fortran and value.ndim else value)
+    raw = npy_bytes(np.asfortranarray(value) if fortran and value.ndim else value)
     got = float32_array(raw, value.shape, "x")
     assert (got.dtype, got.flags.c_contiguous) == (np.float32, True)
     np.testing.assert_array_equal(got, value)
 
 
 def test_others_are_refused() -> None:
-    raw = written(np.zeros((2, 3), np.float32))
+    raw = npy_bytes(np.zeros((2, 3), np.float32))
     with pytest.raises(ProtocolError, match="shape of x"):
         float32_array(raw, (3, 2), "x")
     with pytest.raises(ProtocolError, match="type of x"):
-        float32_array(written(np.zeros((2, 3))), (2, 3), "x")
+        float32_array(npy_bytes(np.zeros((2, 3))), (2, 3), "x")
     with pytest.raises(ProtocolError, match="type of x"):
-        float32_array(written(np.array([{}], object), allow_pickle=True), (1,), "x")
+        float32_array(npy_bytes(np.array([{}], object), allow_pickle=True), (1,), "x")
     for cut in (raw[:-1], raw + b"x"):
         with pytest.raises(ProtocolError, match="x"):
             float32_array(cut, (2, 3), "x")
@@ -199,7 +199,7 @@ def test_others_are_refused() -> None:
 
 @given(st.binary(max_size=300), st.integers(0, 140))
 def test_any_bytes_are_refused_in_one_way(noise: bytes, at: int) -> None:
-    raw = written(np.zeros((2, 3), np.float32))
+    raw = npy_bytes(np.zeros((2, 3), np.float32))
     for spoilt in (noise, raw[:at] + noise, raw[:at] + noise + raw[at + len(noise) :]):
         with contextlib.suppress(ProtocolError):
             assert float32_array(spoilt, (2, 3), "x").shape == (2, 3)

@@ -74,10 +74,10 @@ def test_a_density_keeps_its_ceiling(data: st.DataObject, density: float) -> Non
         assert width >= density * size - 1e-6
 
 
-@pytest.mark.parametrize(("density", "kept"), [(0.7, 7), (0.1, 1), (0.25, 3), (0.01, 1), (1.0, 10)])
-def test_a_density_that_gives_whole_channels_gives_those(density: float, kept: int) -> None:
+@pytest.mark.parametrize(("density", "expected_width"), [(0.7, 7), (0.1, 1), (0.25, 3), (0.01, 1), (1.0, 10)])
+def test_a_density_that_gives_whole_channels_gives_those(density: float, expected_width: int) -> None:
     ten = replace(PLAIN, groups=(ChannelGroup("hidden", 10),), tensors=(), layers=())
-    assert widths_at(ten, density) == (kept,)
+    assert widths_at(ten, density) == (expected_width,)
 
 
 @pytest.mark.parametrize(

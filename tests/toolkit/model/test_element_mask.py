@@ -125,16 +125,16 @@ def test_packing_loses_nothing_but_what_is_masked(architecture: Architecture, se
 
 @given(architectures(), seeds)
 def test_an_intersection_is_that_of_active_elements(architecture: Architecture, seed: int) -> None:
-    one, other = random_mask(architecture, seed), random_mask(architecture, seed + 1)
-    other = dict(list(other.items())[1:])  # a tensor that is active as a whole
+    first, second = random_mask(architecture, seed), random_mask(architecture, seed + 1)
+    second = dict(list(second.items())[1:])  # a tensor that is active as a whole
     shapes = {t.name: t.shape for t in architecture.tensors}
 
     def whole(mask: Active, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         return mask.get(name, np.ones(shapes[name], np.bool_))
 
-    both = intersection(one, other)
+    both = intersection(first, second)
     for name in shapes:
-        np.testing.assert_array_equal(whole(both, name), whole(one, name) & whole(other, name))
+        np.testing.assert_array_equal(whole(both, name), whole(first, name) & whole(second, name))
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:

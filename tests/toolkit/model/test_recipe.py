@@ -53,7 +53,7 @@ recipes = st.builds(
 )
 
 FLAGS = [f.name for f in fields(Features) if f.default is False]
-OTHERS = {
+NON_FLAGS = {
     "loss": "bce",
     "metric": "miou",
     "ignore_label": 7,
@@ -83,9 +83,9 @@ def test_numbers_do_not_name_another_graph(recipe: Recipe, lr: float, epochs: in
 
 def test_every_feature_has_a_key_of_its_own() -> None:
     asked: list[dict[str, Any]] = [{}, *({n: True} for n in FLAGS), dict.fromkeys(FLAGS, True)]
-    asked += [{k: v} for k, v in OTHERS.items()]
+    asked += [{k: v} for k, v in NON_FLAGS.items()]
     keys = {Features(**chosen).key for chosen in asked}
-    assert set(FLAGS) | set(OTHERS) == {f.name for f in fields(Features)}
+    assert set(FLAGS) | set(NON_FLAGS) == {f.name for f in fields(Features)}
     assert len(keys) == len(asked)
 
 

@@ -16,7 +16,7 @@ from fedprune.output.log_lines import JSON, TEXT, log_context, logged_to_stdout
 log = logging.getLogger("fedprune.server")
 
 
-def written(form: str, *messages: str, verbose: bool = False) -> str:
+def log_output(form: str, *messages: str, verbose: bool = False) -> str:
     stream = io.StringIO()
     with logged_to_stdout(verbose=verbose, form=form, stream=stream):
         for message in messages:
@@ -27,11 +27,11 @@ def written(form: str, *messages: str, verbose: bool = False) -> str:
 @given(st.text(max_size=80))
 @settings(max_examples=100, deadline=None)
 def test_no_message_begins_a_line_of_its_own(text: str) -> None:
-    plain = written(TEXT, text)
+    plain = log_output(TEXT, text)
     assert plain.count("\n") == 1
     assert plain[:-1].isprintable()
     assert len(plain.splitlines()) == 1
-    raw = written(JSON, text)
+    raw = log_output(JSON, text)
     assert raw.isascii()
     assert len(raw.splitlines()) == 1
     assert json.loads(raw)["message"] == text
@@ -68,8 +68,8 @@ def test_a_record_says_what_it_is_about_and_threads_do_not_mix() -> None:
             log.info("after")
         log.info("outside")
     rows = {r["message"]: r for r in map(json.loads, stream.getvalue().splitlines())}
-    known = {m: {k: r[k] for k in ("job", "round", "device", "trace_id") if k in r} for m, r in rows.items()}
-    assert known == {
+    contexts = {m: {k: r[k] for k in ("job", "round", "device", "trace_id") if k in r} for m, r in rows.items()}
+    assert contexts == {
         "within": {"job": "leaves", "round": 3, "device": "pi"},
         "there": {"device": "other"},
         "after": {"job": "leaves", "round": 3},

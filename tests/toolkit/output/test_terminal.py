@@ -27,7 +27,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def printed(width: int, monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+def print_sample(width: int, monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
     monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setenv("TERM", "xterm-256color")
     for name, value in environment.items():
@@ -44,7 +44,7 @@ def plain(text: str) -> list[str]:
 
 @pytest.mark.parametrize("width", [32, 56, 120])
 def test_a_cell_is_whole_or_its_column_is_left_out_and_named(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = plain(printed(width, monkeypatch))
+    lines = plain(print_sample(width, monkeypatch))
 
     text = "\n".join(lines)
     head = lines[0].split()

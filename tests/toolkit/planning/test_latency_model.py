@@ -68,25 +68,25 @@ def net(first: int = 32, second: int = 64, side: int = 16) -> Architecture:
 NET = net()
 
 
-def counted(row: np.ndarray, kind: str, feature: str) -> float:
+def feature_of(row: np.ndarray, kind: str, feature: str) -> float:
     return float(row.reshape(len(KINDS), len(FEATURES))[KINDS.index(kind), FEATURES.index(feature)])
 
 
 def test_the_work_of_a_step_by_hand() -> None:
     row = workload(NET).training([8, 20], 4)[0]
-    assert counted(row, "conv", "mac") == pytest.approx(4 * 8 * 27 * 256 * 2 / 3)  # no gradient of the input
-    assert counted(row, "conv", "weight") == 8 * 27
-    assert counted(row, "depthwise", "mac") == 4 * 8 * 9 * 256
-    assert counted(row, "conv1x1", "mac") == 4 * 8 * 20 * 256
-    assert counted(row, "product", "mac") == 4 * 20 * 64 * 256
-    assert counted(row, "linear", "move") == 4 * (20 + 10)
-    assert counted(row, "cheap", "move") == 4 * 2 * 8 * 256
-    assert [counted(row, k, "call") for k in ("conv", "depthwise", "conv1x1", "linear", "run")] == [1] * 5
+    assert feature_of(row, "conv", "mac") == pytest.approx(4 * 8 * 27 * 256 * 2 / 3)  # no gradient of the input
+    assert feature_of(row, "conv", "weight") == 8 * 27
+    assert feature_of(row, "depthwise", "mac") == 4 * 8 * 9 * 256
+    assert feature_of(row, "conv1x1", "mac") == 4 * 8 * 20 * 256
+    assert feature_of(row, "product", "mac") == 4 * 20 * 64 * 256
+    assert feature_of(row, "linear", "move") == 4 * (20 + 10)
+    assert feature_of(row, "cheap", "move") == 4 * 2 * 8 * 256
+    assert [feature_of(row, k, "call") for k in ("conv", "depthwise", "conv1x1", "linear", "run")] == [1] * 5
 
 
 def test_an_activation_after_a_convolution_is_no_kernel_of_its_own() -> None:
-    assert counted(workload(NET).inference([NET.sizes], 1, 16)[0], "cheap", "call") == 0
-    assert counted(workload(NET).training([NET.sizes], 1)[0], "cheap", "call") == 1
+    assert feature_of(workload(NET).inference([NET.sizes], 1, 16)[0], "cheap", "call") == 0
+    assert feature_of(workload(NET).training([NET.sizes], 1)[0], "cheap", "call") == 1
 
 
 @given(st.tuples(st.integers(1, 32), st.integers(1, 64)))
@@ -114,7 +114,7 @@ def made_up(block: int = 16) -> LatencyTable:
     return LatencyTable(block, rows(typical.training), rows(typical.inference))
 
 
-def measured(table: LatencyTable, nets: list[Architecture], count: int = 30) -> list[Measurement]:
+def measurements(table: LatencyTable, nets: list[Architecture], count: int = 30) -> list[Measurement]:
     random = np.random.default_rng(5)
     out = []
     for architecture in nets:
@@ -132,7 +132,7 @@ def measured(table: LatencyTable, nets: list[Architecture], count: int = 30) -> 
 
 def test_a_fit_foretells_a_net_that_it_has_not_seen() -> None:
     board = made_up()
-    fit = fitted(measured(board, [net(32, 64, 16), net(64, 160, 8), net(48, 96, 4)]))
+    fit = fitted(measurements(board, [net(32, 64, 16), net(64, 160, 8), net(48, 96, 4)]))
     unseen_net = net(40, 120, 12)
     widths = [(7, 40), (40, 120), (24, 96), (13, 119)]
     assert fit.error < 0.02
@@ -142,17 +142,17 @@ def test_a_fit_foretells_a_net_that_it_has_not_seen() -> None:
 
 
 def test_a_fit_finds_the_block() -> None:
-    assert fitted(measured(made_up(8), [net(32, 64, 16), net(64, 160, 8)])).block == 8
+    assert fitted(measurements(made_up(8), [net(32, 64, 16), net(64, 160, 8)])).block == 8
 
 
 def test_kinds_that_were_not_seen_are_typical_for_the_board() -> None:
     typical = typical_table(5e10)
-    slow = fitted([replace(m, seconds=10 * m.seconds) for m in measured(typical, [NET])], typical)
+    slow = fitted([replace(m, seconds=10 * m.seconds) for m in measurements(typical, [NET])], typical)
     assert slow.training["recurrent"] == pytest.approx(typical_table(5e9).training["recurrent"], rel=0.05)
 
 
 def test_a_table_survives_json() -> None:
-    table = fitted(measured(made_up(), [NET], 5))
+    table = fitted(measurements(made_up(), [NET], 5))
     assert LatencyTable.from_dict(json.loads(table.to_json())) == table
 
 
@@ -177,8 +177,10 @@ def test_rungs_lie_on_one_another_and_are_not_slower_than_uniform_width(seed: in
     architecture = net(*(int(n) for n in random.integers(3, 200, 2)))
     table = made_up(int(random.choice([1, 8, 16])))
     # In half of all cases main memory bounds the steps of wide models or of all.
-    whole = table.step_seconds(architecture, architecture.sizes, 16)[0]
-    bandwidth = math.inf if seed < 4 else float(memory_seconds(architecture, architecture.sizes, 16, whole)[0] / 1.2)
+    full_step_s = table.step_seconds(architecture, architecture.sizes, 16)[0]
+    bandwidth = (
+        math.inf if seed < 4 else float(memory_seconds(architecture, architecture.sizes, 16, full_step_s)[0] / 1.2)
+    )
 
     def times(widths: tuple[int, ...]) -> tuple[float, float]:
         step = table.step_seconds(architecture, widths, 16)[0]

@@ -52,11 +52,11 @@ def write(folder: Path) -> Path:
     return folder
 
 
-def with_plan(folder: Path, plan: bytes, **more: bytes) -> Path:
+def with_plan(folder: Path, plan: bytes, **extra_files: bytes) -> Path:
     """A bundle that says how an engine is built."""
     write(folder)
     body = json.loads((folder / MANIFEST).read_text())
-    for name, raw in {"engine.json": plan, **more}.items():
+    for name, raw in {"engine.json": plan, **extra_files}.items():
         (folder / name).write_bytes(raw)
         body["files"][name] = {"size": len(raw), "sha256": tensorfile.digest(raw)}
     (folder / MANIFEST).write_text(json.dumps(body))
@@ -72,10 +72,10 @@ def test_a_bundle_may_say_how_an_engine_is_built(tmp_path: Path) -> None:
 def test_a_plan_of_an_engine_is_checked(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="level"):
         open_bundle(with_plan(tmp_path / "a", b'{"format": "fedprune.engine/1", "level": 9}'))
-    other = EnginePlan(graph="inference-float16.onnx").to_json().encode()
+    plan = EnginePlan(graph="inference-float16.onnx").to_json().encode()
     with pytest.raises(BundleError, match=r"inference-float16\.onnx"):
-        open_bundle(with_plan(tmp_path / "b", other))
-    open_bundle(with_plan(tmp_path / "c", other, **{"inference-float16.onnx": b"graph"}))
+        open_bundle(with_plan(tmp_path / "b", plan))
+    open_bundle(with_plan(tmp_path / "c", plan, **{"inference-float16.onnx": b"graph"}))
     changed = with_plan(tmp_path / "d", EnginePlan().to_json().encode())
     (changed / "engine.json").write_bytes(EnginePlan(level=1).to_json().encode())
     with pytest.raises(BundleError, match=r"engine\.json has changed"):
@@ -117,11 +117,11 @@ def test_a_missing_file_names_itself(tmp_path: Path, name: str) -> None:
 def test_a_manifest_that_says_another_width_than_its_files_is_refused(tmp_path: Path, key: str, value: object) -> None:
     folder = write(tmp_path / "b")
     body = json.loads((folder / MANIFEST).read_text())
-    said = body[key]
+    expected = body[key]
     body[key] = value
     (folder / MANIFEST).write_text(json.dumps(body))
 
-    with pytest.raises(BundleError, match=re.escape(f"{key} differs from that of the files: expected {said}, got")):
+    with pytest.raises(BundleError, match=re.escape(f"{key} differs from that of the files: expected {expected}, got")):
         open_bundle(folder)
 
 

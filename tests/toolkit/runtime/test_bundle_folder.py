@@ -49,7 +49,7 @@ def export(folder: Path, rate: float, target: str = TARGET) -> None:
     write_bundle(folder, files, SELECTION, Recipe(lr=rate), target)
 
 
-def found(folder: Path) -> float | None:
+def bundle_in(folder: Path) -> float | None:
     """Which bundle is in a folder, all of whose files belong together; None for none."""
     if not is_bundle(folder):
         return None
@@ -59,11 +59,11 @@ def found(folder: Path) -> float | None:
     return bundle.recipe.lr
 
 
-def listed(folder: Path) -> list[str]:
+def file_names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-WHOLE = sorted([*FILES, MANIFEST])
+ALL_FILES = sorted([*FILES, MANIFEST])
 
 
 def begin(folder: Path, old: bool) -> list[str]:
@@ -80,7 +80,7 @@ def begin(folder: Path, old: bool) -> list[str]:
 def test_a_cut_at_any_operation_leaves_the_old_or_the_new_and_the_next_export_succeeds(
     tmp_path: Path, kind: str, old: bool
 ) -> None:
-    seen = set()
+    states = set()
     before = OLD if old else None
     begin(tmp_path / "0", old)
     with power() as supply:
@@ -89,16 +89,16 @@ def test_a_cut_at_any_operation_leaves_the_old_or_the_new_and_the_next_export_su
 
     for at, how in cuts(kind, supply.names):
         folder = tmp_path / str(at)
-        own = begin(folder, old)
+        user_files = begin(folder, old)
         with power(at, how), pytest.raises(CutError):
             export(folder, NEW)
-        seen.add(found(folder))
+        states.add(bundle_in(folder))
         with power():
             export(folder, NEW)
-        assert found(folder) == NEW
-        assert listed(folder) == sorted([*WHOLE, *own])
+        assert bundle_in(folder) == NEW
+        assert file_names(folder) == sorted([*ALL_FILES, *user_files])
         assert not old or (folder / NOTES).read_text() == "mine"
-    assert seen == {before, NEW}
+    assert states == {before, NEW}
 
 
 @pytest.mark.parametrize("kind", EACH_KIND)
@@ -110,7 +110,7 @@ def test_cuts_of_the_export_that_finishes_another(tmp_path: Path, kind: str) -> 
     begin(tmp_path / "old", True)
     with power(first_rename + 4, "torn" if kind == TURNS else kind), pytest.raises(CutError):
         export(tmp_path / "old", NEW)
-    assert found(tmp_path / "old") in (OLD, NEW)
+    assert bundle_in(tmp_path / "old") in (OLD, NEW)
     shutil.copytree(tmp_path / "old", tmp_path / "0")
     with power() as supply:
         export(tmp_path / "0", 1.0)
@@ -119,11 +119,11 @@ def test_cuts_of_the_export_that_finishes_another(tmp_path: Path, kind: str) -> 
         folder = Path(shutil.copytree(tmp_path / "old", tmp_path / str(at)))
         with power(at, how), pytest.raises(CutError):
             export(folder, 1.0)
-        assert found(folder) in (OLD, NEW, 1.0)
+        assert bundle_in(folder) in (OLD, NEW, 1.0)
         with power():
             export(folder, 1.0)
-        assert found(folder) == 1.0
-        assert listed(folder) == sorted([*WHOLE, NOTES])
+        assert bundle_in(folder) == 1.0
+        assert file_names(folder) == sorted([*ALL_FILES, NOTES])
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -137,23 +137,23 @@ def test_a_disk_that_fails_at_any_operation(tmp_path: Path, old: bool, number: i
     for at in range(1, count[0] + 1):
         folder = tmp_path / str(at)
         begin(folder, old)
-        before = listed(folder) if old else None
+        before = file_names(folder) if old else None
         with fault(at, OSError(number, os.strerror(number))):
             try:
                 export(folder, NEW)
             except StorageFullError:
                 failed += 1
-                assert (listed(folder) if folder.exists() else None) == before
-                assert found(folder) == (OLD if old else None)
+                assert (file_names(folder) if folder.exists() else None) == before
+                assert bundle_in(folder) == (OLD if old else None)
             except StorageError:
                 failed += 1
-                assert found(folder) in (OLD if old else None, NEW)
+                assert bundle_in(folder) in (OLD if old else None, NEW)
             else:
-                assert found(folder) == NEW
+                assert bundle_in(folder) == NEW
         with power():
             export(folder, NEW)
-        assert found(folder) == NEW
-        assert listed(folder) == sorted([*WHOLE, *([NOTES] if old else [])])
+        assert bundle_in(folder) == NEW
+        assert file_names(folder) == sorted([*ALL_FILES, *([NOTES] if old else [])])
     assert failed > 20
 
 
@@ -164,8 +164,8 @@ def test_a_disk_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     begin(tmp_path / "b", True)
     monkeypatch.setattr(os, "link", none)
     export(tmp_path / "b", NEW)
-    assert found(tmp_path / "b") == NEW
-    assert listed(tmp_path / "b") == sorted([*WHOLE, NOTES])
+    assert bundle_in(tmp_path / "b") == NEW
+    assert file_names(tmp_path / "b") == sorted([*ALL_FILES, NOTES])
 
 
 def test_a_second_export_at_once_is_refused(tmp_path: Path) -> None:
@@ -173,9 +173,9 @@ def test_a_second_export_at_once_is_refused(tmp_path: Path) -> None:
     begin(folder, True)
     with locked(folder / ".bundle.lock", "", ""), pytest.raises(BusyError, match="another export writes to"):
         export(folder, NEW)
-    assert found(folder) == OLD
+    assert bundle_in(folder) == OLD
     export(folder, NEW)
-    assert listed(folder) == sorted([*WHOLE, NOTES])
+    assert file_names(folder) == sorted([*ALL_FILES, NOTES])
 
 
 def test_a_symbolic_link_in_the_place_of_a_file_is_replaced_and_not_followed(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_a_symbolic_link_in_the_place_of_a_file_is_replaced_and_not_followed(tmp
     (tmp_path / "b" / "training.onnx").unlink()
     (tmp_path / "b" / "training.onnx").symlink_to(tmp_path / "own")
     export(tmp_path / "b", NEW)
-    assert found(tmp_path / "b") == NEW
+    assert bundle_in(tmp_path / "b") == NEW
     assert (tmp_path / "own").read_text() == "mine"
 
 
@@ -192,10 +192,10 @@ def test_a_folder_with_a_file_s_name_is_left_alone(tmp_path: Path) -> None:
     begin(tmp_path / "b", True)
     (tmp_path / "b" / "training.onnx").unlink()
     (tmp_path / "b" / "training.onnx").mkdir()
-    before = listed(tmp_path / "b")
+    before = file_names(tmp_path / "b")
     with pytest.raises(BundleError, match=r"training\.onnx is a folder"):
         export(tmp_path / "b", NEW)
-    assert listed(tmp_path / "b") == before
+    assert file_names(tmp_path / "b") == before
 
 
 def test_another_board_s_bundle_that_is_not_in_its_place_yet_is_not_replaced(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_another_board_s_bundle_that_is_not_in_its_place_yet_is_not_replaced(tmp
     assert (tmp_path / "b" / COMPLETE).exists()
     with pytest.raises(BundleError, match="jetson"):
         export(tmp_path / "b", NEW, "jetson-orin-nano")
-    assert found(tmp_path / "b") == OLD
+    assert bundle_in(tmp_path / "b") == OLD
 
 
 @pytest.mark.parametrize("name", [NOTES, FILES[0]])

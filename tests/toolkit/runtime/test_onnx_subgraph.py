@@ -52,11 +52,11 @@ def feeds_for(name: str) -> tuple[bytes, Session, dict[str, Any]]:
 def test_statistics_need_the_forward_pass_alone(name: str) -> None:
     raw, session, _ = feeds_for(name)
     statistics = [o for o in session.outputs if o in (step_contract.following("mean"), step_contract.following("var"))]
-    part = Session(part_for(raw, statistics), training=True)
-    assert set(part.outputs) == set(statistics)
-    assert {"y", "lr", "w2", "b2", "w1::momentum"}.isdisjoint(part.inputs)
-    assert {"x", "w1", "mean", "var"} <= set(part.inputs)
-    assert part.metadata == session.metadata
+    subgraph = Session(part_for(raw, statistics), training=True)
+    assert set(subgraph.outputs) == set(statistics)
+    assert {"y", "lr", "w2", "b2", "w1::momentum"}.isdisjoint(subgraph.inputs)
+    assert {"x", "w1", "mean", "var"} <= set(subgraph.inputs)
+    assert subgraph.metadata == session.metadata
     assert len(part_for(raw, statistics)) < len(raw) / 2
 
 
@@ -67,11 +67,11 @@ def test_with_all_outputs_it_is_the_same_file() -> None:
 
 def test_a_part_that_the_next_round_needs_again_is_not_cut_again() -> None:
     raw, _, _ = feeds_for("plain")
-    parts, read = GraphParts(), Mock(return_value=raw)
-    first, again = (parts.part_for(read, ["loss"]) for _ in range(2))
-    assert first == again == part_for(raw, ["loss"])
+    subgraphs, read = GraphParts(), Mock(return_value=raw)
+    first, second = (subgraphs.part_for(read, ["loss"]) for _ in range(2))
+    assert first == second == part_for(raw, ["loss"])
     read.assert_called_once()
-    assert parts.part_for(read, ["loss"], given=["logits"]) == part_for(raw, ["loss"], given=["logits"])
+    assert subgraphs.part_for(read, ["loss"], given=["logits"]) == part_for(raw, ["loss"], given=["logits"])
 
 
 def test_an_output_that_is_not_there_is_named() -> None:

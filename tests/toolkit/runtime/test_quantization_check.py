@@ -18,14 +18,14 @@ def classes(decided: list[int], of: int = 4) -> np.ndarray:
 
 @given(st.integers(1, 400), st.data())
 def test_the_share_of_other_decisions_decides(n: int, data: st.DataObject) -> None:
-    other = data.draw(st.integers(0, n))
+    changed_count = data.draw(st.integers(0, n))
     reference = classes([0] * n)
-    outputs = classes([1] * other + [0] * (n - other))
+    outputs = classes([1] * changed_count + [0] * (n - changed_count))
 
-    found = agreement("cross_entropy", reference, outputs)
+    verdict = agreement("cross_entropy", reference, outputs)
 
-    assert found.same == pytest.approx(1 - other / n)
-    assert (found.refusal == "") == (other <= max(1, (1 - LEAST_SAME) * n + 1e-6))
+    assert verdict.same == pytest.approx(1 - changed_count / n)
+    assert (verdict.refusal == "") == (changed_count <= max(1, (1 - LEAST_SAME) * n + 1e-6))
 
 
 @given(st.integers(100, 1000), st.integers(0, 30))
@@ -33,10 +33,10 @@ def test_lost_answers_decide(n: int, lost: int) -> None:
     y = np.zeros(n, np.int64)
     outputs = classes([1] * lost + [0] * (n - lost))
 
-    found = agreement("cross_entropy", classes([0] * n), outputs, y)
+    verdict = agreement("cross_entropy", classes([0] * n), outputs, y)
 
-    assert found.right == pytest.approx((1.0, 1 - lost / n))
-    assert (found.refusal == "") == (lost <= max(1, MOST_LOST * n + 1e-6))
+    assert verdict.right == pytest.approx((1.0, 1 - lost / n))
+    assert (verdict.refusal == "") == (lost <= max(1, MOST_LOST * n + 1e-6))
 
 
 @pytest.mark.parametrize("loss", ["mse", "huber"])
@@ -44,11 +44,11 @@ def test_lost_answers_decide(n: int, lost: int) -> None:
 def test_numbers_may_be_off_by_a_share_of_their_spread(loss: str, share: float) -> None:
     reference = np.array([[-1.0], [1.0]] * 10) + 40
 
-    found = agreement(loss, reference, reference + share * MOST_ERROR, None)
+    verdict = agreement(loss, reference, reference + share * MOST_ERROR, None)
 
-    assert found.error == pytest.approx(share * MOST_ERROR)
-    assert (found.refusal == "") == (share < 1)
-    assert found.same is None
+    assert verdict.error == pytest.approx(share * MOST_ERROR)
+    assert (verdict.refusal == "") == (share < 1)
+    assert verdict.same is None
 
 
 @pytest.mark.parametrize("n", [1, 20])
@@ -56,10 +56,10 @@ def test_numbers_may_be_off_by_a_share_of_their_spread(loss: str, share: float) 
 def test_numbers_that_do_not_spread_are_compared_with_their_size(n: int, share: float) -> None:
     reference = np.full((n, 1), -40.0)
 
-    found = agreement("mse", reference, reference + share * MOST_ERROR * 40 / 100)
+    verdict = agreement("mse", reference, reference + share * MOST_ERROR * 40 / 100)
 
-    assert found.error == pytest.approx(share * MOST_ERROR)
-    assert (found.refusal == "") == (share < 1)
+    assert verdict.error == pytest.approx(share * MOST_ERROR)
+    assert (verdict.refusal == "") == (share < 1)
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce", "mse"])
@@ -67,9 +67,9 @@ def test_what_is_not_finite_never_serves(loss: str) -> None:
     outputs = classes([0, 1])
     outputs[0, 3] = np.nan
 
-    found = agreement(loss, classes([0, 1]), outputs)
+    verdict = agreement(loss, classes([0, 1]), outputs)
 
-    assert "not finite" in found.refusal
+    assert "not finite" in verdict.refusal
 
 
 @pytest.mark.parametrize("labels", [False, True])
@@ -78,7 +78,7 @@ def test_what_was_compared_on_nothing_never_serves(loss: str, labels: bool) -> N
     none = np.zeros((0, 4), np.float32)
     y = np.zeros(0, np.int64) if loss == "cross_entropy" else none
 
-    found = agreement(loss, none, none, y if labels else None)
+    verdict = agreement(loss, none, none, y if labels else None)
 
-    assert "no samples" in found.refusal
-    assert found.samples == 0
+    assert "no samples" in verdict.refusal
+    assert verdict.samples == 0

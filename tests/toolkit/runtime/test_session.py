@@ -25,10 +25,10 @@ GRAPH = ROOT / "device_runtime" / "fedprune_device" / "assets" / "probe_training
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> CudaRuntime:
-    return installed(monkeypatch, CudaRuntime())
+    return install_runtime(monkeypatch, CudaRuntime())
 
 
-def installed(monkeypatch: pytest.MonkeyPatch, double: CudaRuntime) -> CudaRuntime:
+def install_runtime(monkeypatch: pytest.MonkeyPatch, double: CudaRuntime) -> CudaRuntime:
     """The onnxruntime that every session imports from now on."""
     monkeypatch.setitem(sys.modules, "onnxruntime", cast("ModuleType", double))
     return double
@@ -68,13 +68,13 @@ def test_outputs_are_written_into_given_arrays(small: Path, rows: int) -> None:
     feeds = {n: np.asfortranarray(v) if n == "x" else v for n, v in feeds_of(session, rows).items()}
     expected = session.run(feeds)
     name = session.outputs[0]
-    given = np.empty_like(expected[name])
+    buffer = np.empty_like(expected[name])
 
-    found = session.run(feeds, into={name: given})
+    outputs = session.run(feeds, into={name: buffer})
 
-    assert found[name] is given
-    assert given.tobytes() == expected[name].tobytes()
-    assert {n: v.tobytes() for n, v in found.items()} == {n: v.tobytes() for n, v in expected.items()}
+    assert outputs[name] is buffer
+    assert buffer.tobytes() == expected[name].tobytes()
+    assert {n: v.tobytes() for n, v in outputs.items()} == {n: v.tobytes() for n, v in expected.items()}
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -83,7 +83,7 @@ def test_an_array_that_an_output_does_not_fit_is_one_clear_error(small: Path, ro
     session = Session(small)
     feeds, name = feeds_of(session, rows), session.outputs[0]
     right = session.run(feeds)[name]
-    given = {
+    buffer = {
         "shape": lambda: np.empty((*right.shape, 1), right.dtype),
         "type": lambda: np.empty(right.shape, np.float64),
         "order": lambda: np.empty((*right.shape[:-1], 2 * right.shape[-1]), right.dtype)[..., ::2],
@@ -91,13 +91,13 @@ def test_an_array_that_an_output_does_not_fit_is_one_clear_error(small: Path, ro
         "name": lambda: np.empty_like(right),
     }[change]()
     with pytest.raises(ModelError, match="output"):
-        session.run(feeds, into={"another" if change == "name" else name: given})
+        session.run(feeds, into={"another" if change == "name" else name: buffer})
 
 
 def test_onnxruntime_leaves_no_trace_of_telemetry(tmp_path: Path) -> None:
     code = f"from pathlib import Path; from fedprune.runtime.session import Session; Session(Path({str(GRAPH)!r}))"
-    kept = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
-    subprocess.run([sys.executable, "-c", code], env={**kept, "HOME": str(tmp_path)}, check=True)
+    environment = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}
+    subprocess.run([sys.executable, "-c", code], env={**environment, "HOME": str(tmp_path)}, check=True)
 
     assert list(tmp_path.rglob("*")) == []
 
@@ -130,7 +130,7 @@ def small(tmp_path: Path) -> Path:
 def test_the_cpu_computes_where_cuda_doesnt_work(
     small: Path, monkeypatch: pytest.MonkeyPatch, lacks: str, reason: str
 ) -> None:
-    double = installed(monkeypatch, CudaRuntime(**{lacks: False}))
+    double = install_runtime(monkeypatch, CudaRuntime(**{lacks: False}))
     session = Session(small, cuda=True)
     assert session.provider == "cpu"
     assert reason in session.reason
@@ -158,13 +158,13 @@ def test_a_run_that_fails_on_cuda_is_done_on_the_cpu(small: Path, runtime: CudaR
 def test_what_was_placed_goes_on_on_the_cpu_when_cuda_fails(small: Path, runtime: CudaRuntime) -> None:
     session = Session(small, cuda=True)
     feeds = session.place(feeds_of(session), "feeds")
-    wanted = session.run(feeds)
+    expected = session.run(feeds)
     name = session.outputs[0]
-    into = session.place({name: np.zeros_like(wanted[name])}, "outputs")
+    into = session.place({name: np.zeros_like(expected[name])}, "outputs")
     runtime.fails = True
     for provider in ("cuda", "cpu"):
         assert session.provider == provider
-        np.testing.assert_array_equal(session.run(feeds, into=into)[name], wanted[name])
+        np.testing.assert_array_equal(session.run(feeds, into=into)[name], expected[name])
 
 
 def test_what_is_lost_with_the_gpu_is_said(small: Path, runtime: CudaRuntime) -> None:
@@ -186,11 +186,11 @@ def placed_runs(small: Path, runs: int) -> None:
     for number in range(runs):
         feeds = feeds_of(session)
         samples = {n: rng.standard_normal(v.shape).astype(v.dtype) for n, v in feeds.items()}
-        wanted = plain.run(samples)[name]
-        place = session.place({name: np.zeros_like(wanted)}, f"outputs {number % 2}")
+        expected = plain.run(samples)[name]
+        place = session.place({name: np.zeros_like(expected)}, f"outputs {number % 2}")
         assert session.run(samples, into=place)[name] is place[name]
-        np.testing.assert_array_equal(np.asarray(place[name]), wanted)
-        np.testing.assert_array_equal(session.run(samples)[name], wanted)
+        np.testing.assert_array_equal(np.asarray(place[name]), expected)
+        np.testing.assert_array_equal(session.run(samples)[name], expected)
 
 
 def test_runs_alike_are_recorded_and_replayed_on_new_samples(small: Path, runtime: CudaRuntime) -> None:

@@ -27,7 +27,7 @@ GRAPH = ROOT / "device_runtime" / "fedprune_device" / "assets" / "probe_training
 
 
 @pytest.fixture(name="process")
-def started() -> Iterator[SessionProcess]:
+def run_child_process() -> Iterator[SessionProcess]:
     with run_by_child_process():
         process = sessions._process
         assert process is not None
@@ -37,11 +37,11 @@ def started() -> Iterator[SessionProcess]:
 
 def feeds(session: Session) -> dict[str, np.ndarray]:
     chance = np.random.default_rng(0)
-    found = {}
+    arrays = {}
     for name, (kind, shape) in session.inputs.items():
         values = chance.standard_normal([d if isinstance(d, int) else 2 for d in shape])
-        found[name] = values.astype(np.int64 if "int64" in kind else np.float32)
-    return found
+        arrays[name] = values.astype(np.int64 if "int64" in kind else np.float32)
+    return arrays
 
 
 def pid(process: SessionProcess) -> int:
@@ -51,16 +51,16 @@ def pid(process: SessionProcess) -> int:
 
 def test_it_computes_the_same_bits_and_describes_a_graph_as_here() -> None:
     here = Session(GRAPH)
-    wanted = here.run(feeds(here))
+    expected = here.run(feeds(here))
     with run_by_child_process():
         there = Session(GRAPH)
-        found = there.run(feeds(here))
+        outputs = there.run(feeds(here))
         assert (there.inputs, there.outputs, there.metadata) == (here.inputs, here.outputs, here.metadata)
         assert (there.provider, here.provider) == ("cpu", "cpu")
-        into = {name: np.empty_like(value) for name, value in wanted.items()}
+        into = {name: np.empty_like(value) for name, value in expected.items()}
         there.run(feeds(here), into=into)
-    for name, value in wanted.items():
-        assert value.tobytes() == found[name].tobytes() == into[name].tobytes()
+    for name, value in expected.items():
+        assert value.tobytes() == outputs[name].tobytes() == into[name].tobytes()
 
 
 def test_errors_are_those_of_a_session_here(process: SessionProcess) -> None:
@@ -144,15 +144,15 @@ def test_closing_ends_a_request_of_another_thread_at_once(tmp_path: Path) -> Non
 
 def test_feeds_that_are_kept_outlast_the_process(process: SessionProcess) -> None:
     session = Session(GRAPH)
-    whole = feeds(session)
-    wanted = session.run(whole)
-    (first, value), *others = whole.items()
-    kept = session.keep(dict(others))
-    found = [session.run({first: value}, kept=kept) for _ in range(2)]
+    all_feeds = feeds(session)
+    expected = session.run(all_feeds)
+    (first, value), *remaining_feeds = all_feeds.items()
+    kept_feeds = session.keep(dict(remaining_feeds))
+    runs = [session.run({first: value}, kept=kept_feeds) for _ in range(2)]
     os.kill(pid(process), signal.SIGKILL)
-    found.append(session.run({first: value}, kept=kept))
-    for outputs in found:
-        assert {n: v.tobytes() for n, v in outputs.items()} == {n: v.tobytes() for n, v in wanted.items()}
+    runs.append(session.run({first: value}, kept=kept_feeds))
+    for outputs in runs:
+        assert {n: v.tobytes() for n, v in outputs.items()} == {n: v.tobytes() for n, v in expected.items()}
 
 
 def test_it_imports_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

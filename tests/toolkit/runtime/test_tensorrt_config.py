@@ -30,8 +30,8 @@ def test_a_plan_reads_back(plan: EnginePlan) -> None:
 
 
 @given(PLANS, PLANS)
-def test_plans_that_differ_have_other_digests(one: EnginePlan, other: EnginePlan) -> None:
-    assert (one.digest == other.digest) == (one == other)
+def test_plans_that_differ_have_other_digests(first: EnginePlan, second: EnginePlan) -> None:
+    assert (first.digest == second.digest) == (first == second)
 
 
 @pytest.mark.parametrize(

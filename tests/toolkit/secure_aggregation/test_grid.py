@@ -32,9 +32,9 @@ def total(grid: Grid, vectors: list[Vector]) -> Vector:
     return summed(vectors, Session(b"x", 2, 2, grid.narrow, grid.wide))
 
 
-def alike(one: Fold, other: Fold) -> None:
-    assert (one.weight, one.updates) == (other.weight, other.updates)
-    for first, second in zip(one.close(0.5), other.close(0.5), strict=True):
+def alike(plain: Fold, masked: Fold) -> None:
+    assert (plain.weight, plain.updates) == (masked.weight, masked.updates)
+    for first, second in zip(plain.close(0.5), masked.close(0.5), strict=True):
         assert first is not None
         assert second is not None
         assert {n: v.tobytes() for n, v in first.items()} == {n: v.tobytes() for n, v in second.items()}
@@ -76,15 +76,15 @@ def test_boards_that_mask_give_the_bits_of_a_plain_fold() -> None:
     cohort, names = MaskedCohort(session, NAMES[:8]), NAMES[:8]
     updates = {name: trained(selection, base, i) for i, name in enumerate(names)}
     vectors = {name: grid.form.encode(tensors, sent)[0] for name, tensors in updates.items()}
-    found = cohort.carry_out(vectors, {"mask": {names[1]}, "unmask": {names[4]}})
-    masked.take([grid.sums(found, len(cohort.collector.boards), sent)])
+    board_sum = cohort.carry_out(vectors, {"mask": {names[1]}, "unmask": {names[4]}})
+    masked.take([grid.sums(board_sum, len(cohort.collector.boards), sent)])
     for name in cohort.collector.boards:
         plain.add(selection, updates[name], 1)
     assert plain.updates == 7
     alike(plain, masked)
 
 
-def coded(base: Tensors, steps: dict[str, int], boards: int) -> tuple[Fold, Grid]:
+def coded_grid(base: Tensors, steps: dict[str, int], boards: int) -> tuple[Fold, Grid]:
     fold = Fold(ARCHITECTURE, base)
     tensors = {t.name: TensorGrid(fold.span(t.name), steps.get(t.name)) for t in fold.shared}
     return fold, Grid(Selection.full(ARCHITECTURE), tensors, boards)
@@ -94,7 +94,7 @@ def coded(base: Tensors, steps: dict[str, int], boards: int) -> tuple[Fold, Grid
 @settings(deadline=None, max_examples=40)
 def test_codes_give_the_bits_of_a_plain_fold_of_coded_differences(seed: int, boards: int, step: int) -> None:
     base = model(ARCHITECTURE, seed)
-    masked, grid = coded(base, dict.fromkeys(TRAINED, step), boards)
+    masked, grid = coded_grid(base, dict.fromkeys(TRAINED, step), boards)
     assert grid.narrow == sum(base[n].size for n in TRAINED)
     plain = {n: FixedSum(base[n].shape, masked.span(n)) for n in TRAINED}
     vectors = []
@@ -103,9 +103,9 @@ def test_codes_give_the_bits_of_a_plain_fold_of_coded_differences(seed: int, boa
         vector, left = grid.form.encode(new, base)
         vectors.append(vector)
         for name in TRAINED:
-            moved = new[name].astype(np.float64) - base[name]
-            codes = np.clip(np.rint(moved / 2.0**step), -CODES, CODES)
-            assert np.allclose(left[name], moved - codes * 2.0**step, atol=1e-7 * 2.0**step)
+            difference = new[name].astype(np.float64) - base[name]
+            codes = np.clip(np.rint(difference / 2.0**step), -CODES, CODES)
+            assert np.allclose(left[name], difference - codes * 2.0**step, atol=1e-7 * 2.0**step)
             plain[name].add(base[name].astype(np.float64) + codes * 2.0**step, 1)
     sums = grid.sums(total(grid, vectors), boards, base)
     for name in TRAINED:
@@ -116,7 +116,7 @@ def test_codes_give_the_bits_of_a_plain_fold_of_coded_differences(seed: int, boa
 
 def test_what_codes_leave_out_is_made_up_for_later() -> None:
     base = model(ARCHITECTURE, 5)
-    _, grid = coded(base, dict.fromkeys(TRAINED, -6), 1)
+    _, grid = coded_grid(base, dict.fromkeys(TRAINED, -6), 1)
     new = trained(Selection.full(ARCHITECTURE), base, 6, scale=0.004)  # half a step is 0.008
     reached, left = {n: np.zeros(base[n].shape) for n in TRAINED}, None
     for _ in range(50):
@@ -135,7 +135,7 @@ def test_the_largest_codes_of_the_most_boards_fit() -> None:
     base = {n: np.zeros(v.shape, np.float32) for n, v in model(ARCHITECTURE, 1).items()}
     far = {n: np.full(v.shape, 8.0 if n in TRAINED else 2.0**24, np.float32) for n, v in base.items()}
     for sign, steps in ((1, {}), (-1, {}), (1, dict.fromkeys(TRAINED, -5)), (-1, dict.fromkeys(TRAINED, -5))):
-        fold, grid = coded(base, steps, MAX_WEIGHT)
+        fold, grid = coded_grid(base, steps, MAX_WEIGHT)
         new = {n: v if n == "a.var" else np.float32(sign) * v for n, v in far.items()}
         vector, _ = grid.form.encode(new, base)
         boards = Vector(vector.narrow * np.uint32(MAX_WEIGHT), vector.wide * np.uint64(MAX_WEIGHT))
@@ -149,7 +149,7 @@ def test_the_largest_codes_of_the_most_boards_fit() -> None:
 
 def test_updates_that_do_not_fit_are_refused_before_they_are_masked() -> None:
     base = model(ARCHITECTURE, 1)
-    _, grid = coded(base, dict.fromkeys(TRAINED, -8), 2)
+    _, grid = coded_grid(base, dict.fromkeys(TRAINED, -8), 2)
     for wrong, problem in (
         ({**base, "a": base["a"] * np.float32(np.nan)}, "not finite"),
         ({**base, "a": np.full_like(base["a"], 1e9)}, "values of a"),
@@ -163,10 +163,10 @@ def test_updates_that_do_not_fit_are_refused_before_they_are_masked() -> None:
 
 def test_a_form_that_was_sent_to_a_board_gives_the_same_vector() -> None:
     base = model(ARCHITECTURE, 1)
-    _, grid = coded(base, {"a": -8}, 2)
+    _, grid = coded_grid(base, {"a": -8}, 2)
     new = trained(Selection.full(ARCHITECTURE), base, 6, scale=0.1)
-    known = VectorForm.from_json(json.loads(json.dumps(grid.form.to_json())))
-    assert known.encode(new, base)[0].to_bytes() == grid.form.encode(new, base)[0].to_bytes()
+    received_form = VectorForm.from_json(json.loads(json.dumps(grid.form.to_json())))
+    assert received_form.encode(new, base)[0].to_bytes() == grid.form.encode(new, base)[0].to_bytes()
     for wrong in (
         [],
         [["a", 3, 1]],
@@ -209,7 +209,7 @@ def test_tensors_that_stay_on_boards_enter_the_sum_as_they_were_sent() -> None:
 
 def test_sums_that_can_be_no_cohort_s_are_refused() -> None:
     base = model(ARCHITECTURE, 1)
-    _, grid = coded(base, {"a": -8}, 2)
+    _, grid = coded_grid(base, {"a": -8}, 2)
     good = total(grid, [grid.form.encode(base, base)[0]] * 2)
     assert grid.sums(good, 2, base).weight == 2
     heavy, coarse, wide = good.copy(), good.copy(), good.copy()

@@ -36,8 +36,8 @@ SMALL = Session(b"job 1, round 2", 4, 3, 5, 3)
 SIX = NAMES[:6]
 
 
-def same(one: Vector, other: Vector) -> bool:
-    return one.to_bytes() == other.to_bytes()
+def same(first: Vector, second: Vector) -> bool:
+    return first.to_bytes() == second.to_bytes()
 
 
 def vectors(session: Session, names: Iterable[str], seed: int = 0) -> dict[str, Vector]:
@@ -68,16 +68,16 @@ def cases(draw: st.DrawFn) -> Case:
 
 def enough(view: ServerView, case: Case, arrived: set[str], answered: set[str]) -> bool:
     """Whether by the rules of the protocol a sum can be made: worked out from who was there alone."""
-    least, graph = case.session.threshold, view.graph
+    threshold, graph = case.session.threshold, view.graph
 
-    def left(board: str, some: set[str]) -> bool:
-        return sum(n in some for n in graph[board]) >= least
+    def has_enough(board: str, some: set[str]) -> bool:
+        return sum(n in some for n in graph[board]) >= threshold
 
     needed = {b for b in view.shared if b in arrived or set(graph[b]) & arrived}
     return (
         bool(arrived)
-        and all(left(b, view.shared) for b in view.shared)
-        and all(left(b, arrived) and left(b, answered) for b in needed)
+        and all(has_enough(b, view.shared) for b in view.shared)
+        and all(has_enough(b, arrived) and has_enough(b, answered) for b in needed)
     )
 
 
@@ -125,37 +125,40 @@ def test_every_other_input_with_the_same_sum_explains_the_transcript(seed: int, 
     inputs = vectors(SMALL, SIX, seed)
     total = cohort.carry_out(inputs, {step: gone})
     view, boards = ServerView(SMALL, cohort.transcript), cohort.collector.boards
-    others = vectors(SMALL, boards, seed + 5000)
-    rest = summed([others[n] for n in boards[:-1]], SMALL)
-    others[boards[-1]] = Vector(total.narrow - rest.narrow, total.wide - rest.wide)
+    alternative_inputs = vectors(SMALL, boards, seed + 5000)
+    rest = summed([alternative_inputs[n] for n in boards[:-1]], SMALL)
+    alternative_inputs[boards[-1]] = Vector(total.narrow - rest.narrow, total.wide - rest.wide)
     # What is left of each vector once the known masks are taken off: the input and masks of pairs of survivors.
     hidden = {name: view.unmasked(name) for name in boards}
     assert all(not same(hidden[name], inputs[name]) for name in boards)
-    masks = _explaining(hidden, others, view)
+    masks = _explaining(hidden, alternative_inputs, view)
     for name in boards:
-        made = others[name].copy()
+        remasked = alternative_inputs[name].copy()
         for (first, second), mask in masks.items():
             if name == first:
-                made.add(mask)
+                remasked.add(mask)
             elif name == second:
-                made.narrow -= mask.narrow
-                made.wide -= mask.wide
-        assert same(made, hidden[name])
+                remasked.narrow -= mask.narrow
+                remasked.wide -= mask.wide
+        assert same(remasked, hidden[name])
 
 
 def _explaining(
-    hidden: dict[str, Vector], others: dict[str, Vector], view: ServerView
+    hidden: dict[str, Vector], alternative_inputs: dict[str, Vector], view: ServerView
 ) -> dict[tuple[str, str], Vector]:
     """Masks of pairs that the server doesn't know, along a tree: each board's makes up for what its input changes."""
     root = min(hidden)
     above, order = {root: root}, [root]
     for board in order:
-        for other in view.links(board):
-            if other in hidden and other not in above:
-                above[other] = board
-                order.append(other)
+        for neighbour in view.links(board):
+            if neighbour in hidden and neighbour not in above:
+                above[neighbour] = board
+                order.append(neighbour)
     assert set(above) == set(hidden)
-    owed = {n: Vector(hidden[n].narrow - others[n].narrow, hidden[n].wide - others[n].wide) for n in hidden}
+    owed = {
+        n: Vector(hidden[n].narrow - alternative_inputs[n].narrow, hidden[n].wide - alternative_inputs[n].wide)
+        for n in hidden
+    }
     masks = {}
     for board in reversed(order[1:]):
         masks[board, above[board]] = owed[board]
@@ -172,8 +175,10 @@ def test_masked_vectors_look_uniform_and_independent_of_what_is_masked() -> None
     for cohort in (first, second):
         assert same(cohort.carry_out(nothing), Vector.zeros(session))
     for name in SIX:
-        one, other = (np.frombuffer(cohort.transcript.answers["mask"][name], np.uint8) for cohort in (first, second))
-        for sent in (one, other, one - other):
+        first_vector, second_vector = (
+            np.frombuffer(cohort.transcript.answers["mask"][name], np.uint8) for cohort in (first, second)
+        )
+        for sent in (first_vector, second_vector, first_vector - second_vector):
             counts = np.bincount(sent, minlength=256)
             expected = sent.size / 256
             # χ² of 255 degrees of freedom exceeds 435, eight deviations, with a probability below 10^-10.
@@ -195,8 +200,10 @@ def test_an_own_mask_stays_when_a_vector_comes_too_late() -> None:
     assert late not in view.seeds
     vector = Vector.from_bytes(sent, SMALL).copy()
     secret = restored_mask_key(view.mask_keys[late], view.keys[late].mask)
-    for other in view.graph[late]:
-        vector.add_mask(pair_mask_key(SMALL, secret, late, other, view.keys[other].mask), negative=other > late)
+    for neighbour in view.graph[late]:
+        vector.add_mask(
+            pair_mask_key(SMALL, secret, late, neighbour, view.keys[neighbour].mask), negative=neighbour > late
+        )
     assert not same(vector, inputs[late])
 
 
@@ -218,7 +225,7 @@ def test_no_board_hands_out_both_shares_of_another() -> None:
 # What boards refuse
 
 
-def joined() -> tuple[MaskedCohort, dict[str, bytes], dict[str, bytes]]:
+def join_cohort() -> tuple[MaskedCohort, dict[str, bytes], dict[str, bytes]]:
     """A cohort after the step of keys: rosters, and what boards answered."""
     cohort = MaskedCohort(SMALL, SIX)
     for name, board in cohort.boards.items():
@@ -228,16 +235,16 @@ def joined() -> tuple[MaskedCohort, dict[str, bytes], dict[str, bytes]]:
 
 
 def test_keys_of_another_board_or_another_sum_are_refused() -> None:
-    cohort, other = MaskedCohort(SMALL, SIX), Session(b"job 1, round 3", 4, 3, 5, 3)
+    cohort, foreign_session = MaskedCohort(SMALL, SIX), Session(b"job 1, round 3", 4, 3, 5, 3)
     advertised = {name: board.advertise() for name, board in cohort.boards.items()}
     with pytest.raises(SignatureError):
         cohort.collector.add_advertisement(SIX[0], advertised[SIX[1]])
-    stale = Participant(other, SIX[0], IDENTITIES[SIX[0]], DIRECTORY).advertise()
+    stale = Participant(foreign_session, SIX[0], IDENTITIES[SIX[0]], DIRECTORY).advertise()
     with pytest.raises(SignatureError):
         cohort.collector.add_advertisement(SIX[0], stale)
     with pytest.raises(ProtocolError, match="takes part"):
         cohort.collector.add_advertisement("stranger", advertised[SIX[0]])
-    _, rosters, _ = joined()
+    _, rosters, _ = join_cohort()
     board = Participant(SMALL, SIX[0], IDENTITIES[SIX[0]], DIRECTORY)
     roster = rosters[SIX[0]]
     first = 1 + len(SIX[1])
@@ -276,7 +283,7 @@ def test_the_server_refuses_a_key_of_small_order_that_its_owner_signed(point: in
 
 
 def test_a_roster_below_the_threshold_or_out_of_order_is_refused() -> None:
-    _, rosters, _ = joined()
+    _, rosters, _ = join_cohort()
     entry = 1 + len(SIX[0]) + ADVERTISEMENT
     roster = rosters[SIX[0]]
     entries = [roster[at : at + entry] for at in range(0, len(roster), entry)]
@@ -296,11 +303,11 @@ def test_a_roster_below_the_threshold_or_out_of_order_is_refused() -> None:
 
 
 def test_another_roster_a_second_vector_and_steps_out_of_order_are_refused() -> None:
-    cohort, rosters, shares = joined()
+    cohort, rosters, shares = join_cohort()
     name = SIX[0]
     board = cohort.boards[name]
-    for other, message in shares.items():
-        cohort.collector.add_shares(other, message)
+    for sender, message in shares.items():
+        cohort.collector.add_shares(sender, message)
     deliveries = cohort.collector.deliveries()
     assert board.share(rosters[name]) == shares[name]  # the same answer to the same message
     with pytest.raises(ProtocolError, match="the same as before"):
@@ -318,7 +325,7 @@ def test_another_roster_a_second_vector_and_steps_out_of_order_are_refused() -> 
 
 
 def test_damaged_shares_and_too_few_of_them_are_refused_before_anything_is_sent() -> None:
-    cohort, _, shares = joined()
+    cohort, _, shares = join_cohort()
     for name, message in shares.items():
         cohort.collector.add_shares(name, message)
     name = SIX[0]
@@ -341,13 +348,13 @@ def test_damaged_shares_and_too_few_of_them_are_refused_before_anything_is_sent(
 
 
 def test_a_sum_of_too_few_survivors_or_of_boards_that_never_shared_is_refused() -> None:
-    cohort, rosters, shares = joined()
+    cohort, rosters, shares = join_cohort()
     name = SIX[0]
-    view = [other for other in SIX if other.encode() in rosters[name]]
+    view = [peer for peer in SIX if peer.encode() in rosters[name]]
     absent = view[1]
-    for other, message in shares.items():
-        if other != absent:
-            cohort.collector.add_shares(other, message)
+    for peer, message in shares.items():
+        if peer != absent:
+            cohort.collector.add_shares(peer, message)
     board = cohort.boards[name]
     board.mask(cohort.collector.deliveries()[name], Vector.zeros(SMALL))
     with pytest.raises(ProtocolError, match="expected 3 or more, got 2"):
@@ -361,7 +368,7 @@ def test_a_sum_of_too_few_survivors_or_of_boards_that_never_shared_is_refused() 
 
 
 def test_messages_of_other_steps_and_other_boards_are_refused_and_repeated_ones_ignored() -> None:
-    cohort, _, shares = joined()
+    cohort, _, shares = join_cohort()
     collector = cohort.collector
     for name, message in shares.items():
         collector.add_shares(name, message)
@@ -402,10 +409,10 @@ def test_false_shares_are_noticed(survives: bool) -> None:
     owner = SMALL.neighbours(SIX, Random(0))[liar][0]
     add = cohort.collector.add_unmasking
 
-    def changed(board: str, raw: bytes) -> None:
+    def add_altered_share(board: str, raw: bytes) -> None:
         add(board, raw if board != liar else raw[:16] + bytes([raw[16] ^ 1]) + raw[17:])
 
-    cohort.collector.add_unmasking = changed  # type: ignore[method-assign]
+    cohort.collector.add_unmasking = add_altered_share  # type: ignore[method-assign]
     with pytest.raises(ProtocolError, match=f"shares of a secret of {owner} are false"):
         cohort.carry_out(vectors(SMALL, SIX), {"mask": set() if survives else {owner}})
 
@@ -413,15 +420,15 @@ def test_false_shares_are_noticed(survives: bool) -> None:
 @given(st.sampled_from(["roster", "delivery", "survivors"]), st.integers(0, 10**6), st.integers(0, 255), st.booleans())
 @settings(deadline=None, max_examples=60)
 def test_a_changed_message_is_refused_by_name_or_changes_nothing(what: str, at: int, value: int, cut: bool) -> None:
-    cohort, rosters, shares = joined()
+    cohort, rosters, shares = join_cohort()
     name = SIX[0]
     board = cohort.boards[name]
     if what == "roster":
         board = Participant(SMALL, name, IDENTITIES[name], DIRECTORY)
         message, take = rosters[name], board.share
     else:
-        for other, sent in shares.items():
-            cohort.collector.add_shares(other, sent)
+        for peer, sent in shares.items():
+            cohort.collector.add_shares(peer, sent)
         deliveries = cohort.collector.deliveries()
         if what == "delivery":
             message = deliveries[name]
@@ -429,8 +436,8 @@ def test_a_changed_message_is_refused_by_name_or_changes_nothing(what: str, at: 
             def take(raw: bytes) -> bytes:
                 return board.mask(raw, Vector.zeros(SMALL))
         else:
-            for other, raw in deliveries.items():
-                cohort.collector.add_masked(other, cohort.boards[other].mask(raw, Vector.zeros(SMALL)))
+            for peer, raw in deliveries.items():
+                cohort.collector.add_masked(peer, cohort.boards[peer].mask(raw, Vector.zeros(SMALL)))
             message, take = cohort.collector.survivors()[name], board.unmask
     place = at % len(message)
     changed = message[:place] if cut else message[:place] + bytes([value]) + message[place + 1 :]

@@ -31,7 +31,7 @@ def test_neighbours_are_mutual_and_as_many_as_the_degree(count: int, half: int, 
     for name, around in graph.items():
         assert len(around) == min(2 * half, count - 1)
         assert list(around) == sorted(set(around) - {name})
-        assert all(name in graph[other] for other in around)
+        assert all(name in graph[neighbour] for neighbour in around)
 
 
 def test_the_graph_stays_connected_until_as_many_boards_as_its_degree_are_removed() -> None:
@@ -88,5 +88,5 @@ def test_settings_out_of_range_are_refused(change: dict[str, Any], problem: str)
 
 def test_any_other_setting_is_another_session() -> None:
     first = Session(b"x", 4, 3, 1, 1)
-    others = [(b"y", 4, 3, 1, 1), (b"x", 6, 4, 1, 1), (b"x", 4, 4, 1, 1), (b"x", 4, 3, 2, 1), (b"x", 4, 3, 1, 2)]
-    assert len({first.digest, *(Session(*other).digest for other in others)}) == 6
+    variants = [(b"y", 4, 3, 1, 1), (b"x", 6, 4, 1, 1), (b"x", 4, 4, 1, 1), (b"x", 4, 3, 2, 1), (b"x", 4, 3, 1, 2)]
+    assert len({first.digest, *(Session(*variant).digest for variant in variants)}) == 6

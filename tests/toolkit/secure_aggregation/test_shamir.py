@@ -21,30 +21,30 @@ def test_any_shares_at_the_threshold_give_the_secret(secret: bytes, holders: int
     threshold = data.draw(st.integers(2, holders))
     shares = dict(enumerate(split(secret, holders, threshold), start=1))
     assert all(len(share) == SHARE for share in shares.values())
-    kept = data.draw(st.permutations(sorted(shares)))[: data.draw(st.integers(threshold, holders))]
-    assert join({x: shares[x] for x in kept}, threshold) == secret
+    chosen = data.draw(st.permutations(sorted(shares)))[: data.draw(st.integers(threshold, holders))]
+    assert join({x: shares[x] for x in chosen}, threshold) == secret
     with pytest.raises(ProtocolError, match=f"expected {threshold} or more, got {threshold - 1}"):
-        join({x: shares[x] for x in kept[: threshold - 1]}, threshold)
+        join({x: shares[x] for x in chosen[: threshold - 1]}, threshold)
 
 
 @given(secrets_, secrets_)
 @settings(deadline=None)
-def test_fewer_shares_fit_every_secret(secret: bytes, other: bytes) -> None:
+def test_fewer_shares_fit_every_secret(secret: bytes, false_secret: bytes) -> None:
     """For the shares that are known and any other secret there is a share that gives that one instead."""
     shares = dict(enumerate(split(secret, 4, 3), start=1))
-    for known in combinations(shares, 2):
-        x = next(h for h in shares if h not in known)
-        # The parabola through (0, other) and both known points, at x.
-        points = {0: int.from_bytes(other, "big"), **{h: int.from_bytes(shares[h], "big") for h in known}}
+    for known_points in combinations(shares, 2):
+        x = next(h for h in shares if h not in known_points)
+        # The parabola through (0, false_secret) and both known points, at x.
+        points = {0: int.from_bytes(false_secret, "big"), **{h: int.from_bytes(shares[h], "big") for h in known_points}}
         forged = sum(_basis(points, at, x) * y for at, y in points.items()) % PRIME
-        assert join({**{h: shares[h] for h in known}, x: forged.to_bytes(SHARE, "big")}, 3) == other
+        assert join({**{h: shares[h] for h in known_points}, x: forged.to_bytes(SHARE, "big")}, 3) == false_secret
 
 
 def _basis(points: dict[int, int], at: int, x: int) -> int:
     out = 1
-    for other in points:
-        if other != at:
-            out = out * (x - other) * pow(at - other, -1, PRIME) % PRIME
+    for abscissa in points:
+        if abscissa != at:
+            out = out * (x - abscissa) * pow(at - abscissa, -1, PRIME) % PRIME
     return out
 
 

@@ -38,11 +38,11 @@ def openssl(*arguments: str | Path, ok: bool = True) -> str:
     return done.stdout + done.stderr
 
 
-def verified(authority: Authority, pem: str, *more: str, ok: bool = True) -> str:
+def openssl_verify(authority: Authority, pem: str, *options: str, ok: bool = True) -> str:
     path = authority.crl_path.parent / "leaf.pem"
     path.write_text(pem)
-    given = ("-CAfile", authority.crl_path.parent / subject.CERTIFICATE, "-x509_strict", *more)
-    return openssl("verify", *given, path, ok=ok)
+    arguments = ("-CAfile", authority.crl_path.parent / subject.CERTIFICATE, "-x509_strict", *options)
+    return openssl("verify", *arguments, path, ok=ok)
 
 
 def serial_of(pem: str) -> int:
@@ -52,8 +52,8 @@ def serial_of(pem: str) -> int:
 def test_openssl_verifies_a_device_s_certificate_as_a_client_s_and_not_as_a_server_s(authority: Authority) -> None:
     pem = authority.issue_device("lab", "pi-1", csr())
 
-    verified(authority, pem, "-purpose", "sslclient")
-    assert "unsuitable certificate purpose" in verified(authority, pem, "-purpose", "sslserver", ok=False)
+    openssl_verify(authority, pem, "-purpose", "sslclient")
+    assert "unsuitable certificate purpose" in openssl_verify(authority, pem, "-purpose", "sslserver", ok=False)
     text = openssl("x509", "-in", authority.crl_path.parent / "leaf.pem", "-noout", "-text")
     assert re.search(r"Subject: CN ?= ?pi-1\n", text)
     assert "URI:fedprune://lab/pi-1" in text
@@ -65,34 +65,34 @@ def test_openssl_verifies_a_device_s_certificate_as_a_client_s_and_not_as_a_serv
 def test_openssl_verifies_a_broker_s_certificate_for_its_hosts_alone(authority: Authority) -> None:
     pem = authority.issue_broker(["broker.example", "192.0.2.7", "::1"], csr("x"))
 
-    for given in (("-verify_hostname", "broker.example"), ("-verify_ip", "192.0.2.7"), ("-verify_ip", "::1")):
-        verified(authority, pem, "-purpose", "sslserver", *given)
-    assert "hostname mismatch" in verified(authority, pem, "-verify_hostname", "other.example", ok=False)
-    assert "unsuitable" in verified(authority, pem, "-purpose", "sslclient", ok=False)
+    for host_options in (("-verify_hostname", "broker.example"), ("-verify_ip", "192.0.2.7"), ("-verify_ip", "::1")):
+        openssl_verify(authority, pem, "-purpose", "sslserver", *host_options)
+    assert "hostname mismatch" in openssl_verify(authority, pem, "-verify_hostname", "other.example", ok=False)
+    assert "unsuitable" in openssl_verify(authority, pem, "-purpose", "sslclient", ok=False)
 
 
 def test_a_board_in_1970_and_one_in_2050_believe_the_authority(authority: Authority) -> None:
     pem = authority.issue_broker(["broker.example"], csr("x"))
 
-    verified(authority, pem, "-attime", "60")
-    assert "has expired" in verified(authority, pem, "-attime", str(BUILT + 20 * 365 * DAY), ok=False)
+    openssl_verify(authority, pem, "-attime", "60")
+    assert "has expired" in openssl_verify(authority, pem, "-attime", str(BUILT + 20 * 365 * DAY), ok=False)
 
 
 def test_openssl_believes_the_list_of_the_revoked_and_follows_it(authority: Authority) -> None:
     good, bad = (authority.issue_device("lab", name, csr(name)) for name in ("pi-1", "pi-2"))
     ca = authority.crl_path.parent / subject.CERTIFICATE
     crl = ("-crl_check", "-CRLfile", str(authority.crl_path))
-    verified(authority, bad, *crl)  # an empty list is one, too
+    openssl_verify(authority, bad, *crl)  # an empty list is one, too
 
     authority.list_revoked({serial_of(bad): BUILT})
 
     assert "verify OK" in openssl("crl", "-in", authority.crl_path, "-CAfile", ca, "-noout")
     text = openssl("crl", "-in", authority.crl_path, "-noout", "-text")
     assert f"{serial_of(bad):X}" in text.replace("Serial Number: 0", "Serial Number: ")
-    verified(authority, good, *crl)
-    assert "certificate revoked" in verified(authority, bad, *crl, ok=False)
+    openssl_verify(authority, good, *crl)
+    assert "certificate revoked" in openssl_verify(authority, bad, *crl, ok=False)
     for at in ("60", str(BUILT + 10 * 365 * DAY)):  # neither too new for a broker in 1970 nor ever out of date
-        assert "CRL" not in verified(authority, good, *crl, "-attime", at, ok=at == "60")
+        assert "CRL" not in openssl_verify(authority, good, *crl, "-attime", at, ok=at == "60")
 
 
 def test_a_server_whose_clock_says_1970_issues_no_certificate_that_is_over(tmp_path: Path) -> None:
@@ -110,8 +110,10 @@ def test_names_that_mean_something_else_are_not_given_away(authority: Authority,
 
 def test_requests_with_other_keys_or_false_signatures_are_refused(authority: Authority) -> None:
     def request(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> str:
-        made = x509.CertificateSigningRequestBuilder().subject_name(common_name("x")).sign(key, hashes.SHA256())
-        return made.public_bytes(serialization.Encoding.PEM).decode()
+        signing_request = (
+            x509.CertificateSigningRequestBuilder().subject_name(common_name("x")).sign(key, hashes.SHA256())
+        )
+        return signing_request.public_bytes(serialization.Encoding.PEM).decode()
 
     for key in (ec.generate_private_key(ec.SECP384R1()), rsa.generate_private_key(65537, 2048)):
         with pytest.raises(ProtocolError, match="ECDSA on P-256"):
@@ -137,8 +139,8 @@ def test_what_a_request_asks_for_beside_its_key_is_not_given(authority: Authorit
 def test_a_second_authority_does_not_take_the_first_one_s_place(authority: Authority, tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match="has an authority already"):
         Authority.make(tmp_path / "identity", "lab")
-    other = Authority.make(tmp_path / "other", "lab")
-    (tmp_path / "identity" / "authority.pem").write_text(other.pem)
+    second = Authority.make(tmp_path / "other", "lab")
+    (tmp_path / "identity" / "authority.pem").write_text(second.pem)
     with pytest.raises(IdentityError, match="don't belong together"):
         Authority(tmp_path / "identity")
 
@@ -171,9 +173,9 @@ def test_a_list_of_another_authority_or_of_other_certificates_is_not_taken_for_r
     revoked = {serial_of(authority.issue_device("lab", "pi-1", csr())): BUILT}
     assert authority.has_listed({})
     assert not authority.has_listed(revoked)
-    other = Authority.make(tmp_path / "other", "lab")
-    other.list_revoked(revoked)
-    authority.crl_path.write_bytes(other.crl_path.read_bytes())
+    second = Authority.make(tmp_path / "other", "lab")
+    second.list_revoked(revoked)
+    authority.crl_path.write_bytes(second.crl_path.read_bytes())
     assert not authority.has_listed(revoked)
     authority.list_revoked(revoked)
     assert authority.has_listed(revoked)

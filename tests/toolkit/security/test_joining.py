@@ -45,13 +45,15 @@ def claim(authority: Authority) -> Claim:
     return Claim.make(authority.pin)
 
 
-def answered(authority: Authority, request: JoinRequest, status: str = APPROVED, **other: str | None) -> JoinAnswer:
-    """A genuine answer; `other` replaces fields before it is signed."""
+def genuine_answer(
+    authority: Authority, request: JoinRequest, status: str = APPROVED, **replaced_fields: str | None
+) -> JoinAnswer:
+    """A genuine answer; `replaced_fields` replaces fields before it is signed."""
     certificate = authority.issue_device("lab", request.device, request.csr) if status == APPROVED else None
     key = SERVER.verifying.hex if status == APPROVED else None
     body = {
         "request": digest_of(request), "status": status, "reason": "", "time": authority.now(),
-        "authority": authority.pem, "certificate": certificate, "server_key": key, **other,
+        "authority": authority.pem, "certificate": certificate, "server_key": key, **replaced_fields,
     }  # fmt: skip
     return JoinAnswer(**body, signature=authority.sign(answer_text(**body)).hex())  # type: ignore[arg-type]
 
@@ -63,7 +65,7 @@ def test_with_nothing_but_a_claim_device_and_server_know_each_other(authority: A
     assert check_request(request) == KEY.verifying
     assert holds_claim(request, claim.key)
     assert claim.secret.hex() not in request.to_bytes().decode()
-    answer = parse(answered(authority, request).to_bytes())
+    answer = parse(genuine_answer(authority, request).to_bytes())
     assert isinstance(answer, JoinAnswer)
     admission = check_answer(answer, request, claim.pin)
     assert admission is not None
@@ -98,14 +100,14 @@ def test_a_claim_can_t_be_used_for_another_s_key_though_that_one_signs_well(clai
 
 def test_a_claim_comes_with_its_proof(claim: Claim) -> None:
     request = make_request("lab", "pi-1", KEY, CSR, claim)
-    for part in ("claim", "mac"):
+    for field_name in ("claim", "mac"):
         with pytest.raises(ProtocolError, match="both or neither"):
-            check_request(replace(request, **{part: None}))
+            check_request(replace(request, **{field_name: None}))
 
 
 def test_no_part_of_an_answer_can_be_changed(authority: Authority, claim: Claim) -> None:
     request = make_request("lab", "pi-1", KEY, CSR, claim)
-    answer = answered(authority, request)
+    answer = genuine_answer(authority, request)
     for change in (
         {"request": "ab" * 32}, {"status": WAITING}, {"status": REFUSED}, {"reason": "x"}, {"time": answer.time + 1},
         {"certificate": None}, {"certificate": authority.pem}, {"server_key": KEY.verifying.hex},
@@ -119,21 +121,21 @@ def test_another_server_can_t_answer(authority: Authority, claim: Claim, tmp_pat
     request = make_request("lab", "pi-1", KEY, CSR, claim)
     foreign = Authority.make(tmp_path / "foreign", "lab")
     with pytest.raises(SignatureError, match="comes from another server"):
-        check_answer(answered(foreign, request), request, claim.pin)
-    posing = replace(answered(foreign, request), authority=authority.pem)
+        check_answer(genuine_answer(foreign, request), request, claim.pin)
+    posing = replace(genuine_answer(foreign, request), authority=authority.pem)
     with pytest.raises(SignatureError, match="authority"):
         check_answer(posing, request, claim.pin)
 
 
 def test_what_an_authority_signs_must_make_sense(authority: Authority, claim: Claim, tmp_path: Path) -> None:
     request = make_request("lab", "pi-1", KEY, CSR, claim)
-    other = authority.issue_device("lab", "pi-9", make_csr(make_tls_key(), "pi-9"))
+    foreign_certificate = authority.issue_device("lab", "pi-9", make_csr(make_tls_key(), "pi-9"))
     foreign = Authority.make(tmp_path / "foreign", "lab").issue_device("lab", "pi-1", CSR)
     named = authority.issue_device("lab", "pi-3", (csr := make_csr(make_tls_key(), "x")))
     cases: list[tuple[JoinRequest, dict[str, str | None], str]] = [
         (request, {"certificate": None}, "expected a certificate"),
         (request, {"server_key": None}, "expected a certificate"),
-        (request, {"certificate": other}, "for another key"),
+        (request, {"certificate": foreign_certificate}, "for another key"),
         (request, {"certificate": foreign}, "not by the server's authority"),
         (request, {"certificate": "nonsense"}, "a certificate in PEM"),
         (make_request("lab", "pi-1", KEY, csr, claim), {"certificate": named}, "expected pi-1"),
@@ -141,7 +143,7 @@ def test_what_an_authority_signs_must_make_sense(authority: Authority, claim: Cl
     for asked, change, match in cases:
         body = {
             "request": digest_of(asked), "status": APPROVED, "reason": "", "time": 1, "authority": authority.pem,
-            "certificate": other, "server_key": SERVER.verifying.hex, **change,
+            "certificate": foreign_certificate, "server_key": SERVER.verifying.hex, **change,
         }  # fmt: skip
         answer = JoinAnswer(**body, signature=authority.sign(answer_text(**body)).hex())  # type: ignore[arg-type]
         with pytest.raises(FedpruneError, match=match):
@@ -169,8 +171,8 @@ def test_a_claim_is_read_back_however_it_is_typed(claim: Claim) -> None:
 def test_one_wrong_character_or_two_that_are_swapped_are_noticed(claim: Claim, data: st.DataObject) -> None:
     text = claim.text
     at = data.draw(st.sampled_from([i for i in range(4, len(text)) if text[i] != "-"]))
-    other = data.draw(st.sampled_from(ALPHABET.replace(text[at], "")))
-    for wrong in (text[:at] + other + text[at + 1 :], text[:at] + text[at + 1 :], text + other):
+    replacement = data.draw(st.sampled_from(ALPHABET.replace(text[at], "")))
+    for wrong in (text[:at] + replacement + text[at + 1 :], text[:at] + text[at + 1 :], text + replacement):
         with pytest.raises(JoinError, match="the claim is mistyped"):
             Claim.parse(wrong)
 
@@ -190,10 +192,10 @@ def test_a_claim_keeps_its_secret_where_it_is_logged_and_its_key_is_another_thin
     assert not same(mac(one.key, b"x"), mac(two.key, b"x"))
 
 
-parts = st.lists(st.none() | st.integers() | st.text(max_size=5) | st.binary(max_size=5), max_size=4)
+field_lists = st.lists(st.none() | st.integers() | st.text(max_size=5) | st.binary(max_size=5), max_size=4)
 
 
-@given(parts, parts)
+@given(field_lists, field_lists)
 def test_two_lists_never_make_the_same_transcript(one: list[object], two: list[object]) -> None:
     exact = [(type(v), v) for v in one] == [(type(v), v) for v in two]
     assert (transcript("a", *one) == transcript("a", *two)) == exact  # type: ignore[arg-type]

@@ -89,18 +89,18 @@ def test_a_file_that_is_no_key_is_one_clear_error(tmp_path: Path, content: bytes
 
 
 def test_a_key_of_another_kind_a_link_a_folder_and_nothing_are_refused(tmp_path: Path) -> None:
-    other, link, path = tmp_path / "other.key", tmp_path / "link.key", tmp_path / "device.key"
+    ec_key_path, link, path = tmp_path / "other.key", tmp_path / "link.key", tmp_path / "device.key"
     subprocess.run(
-        ["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", other],
+        ["openssl", "genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", ec_key_path],
         check=True,
         capture_output=True,
     )
-    other.chmod(0o600)
+    ec_key_path.chmod(0o600)
     KEY.save(path)
     link.symlink_to(path)
 
     with pytest.raises(IdentityError, match="expected an Ed25519 key"):
-        SigningKey.load(other)
+        SigningKey.load(ec_key_path)
     with pytest.raises(Exception, match="symbolic links"):
         SigningKey.load(link)
     with pytest.raises(IdentityError, match="plain file"):

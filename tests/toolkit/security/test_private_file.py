@@ -14,31 +14,35 @@ from fedprune.security.private_file import give_to_owner_of
 
 
 @pytest.fixture
-def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+def chown_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """What root gave away; no user is needed for that."""
-    found: list[tuple[int, int]] = []
+    owners: list[tuple[int, int]] = []
     fstat = os.fstat
 
     def as_roots(descriptor: int) -> SimpleNamespace:
         state = fstat(descriptor)
         return SimpleNamespace(st_mode=state.st_mode, st_nlink=state.st_nlink, st_uid=0)
 
-    own = {"geteuid": lambda: 0, "fstat": as_roots, "fchown": lambda _, user, group: found.append((user, group))}
-    monkeypatch.setattr(private_file, "os", SimpleNamespace(**(vars(os) | own)))
-    return found
+    fake_calls = {
+        "geteuid": lambda: 0,
+        "fstat": as_roots,
+        "fchown": lambda _, user, group: owners.append((user, group)),
+    }
+    monkeypatch.setattr(private_file, "os", SimpleNamespace(**(vars(os) | fake_calls)))
+    return owners
 
 
-def test_a_file_of_roots_gets_the_owner_of_the_other(tmp_path: Path, given: list[tuple[int, int]]) -> None:
+def test_a_file_of_roots_gets_the_owner_of_the_other(tmp_path: Path, chown_calls: list[tuple[int, int]]) -> None:
     new, old = tmp_path / "new", tmp_path / "old"
     new.write_bytes(b"secret")
     old.touch()
     give_to_owner_of(new, old)
-    assert given == [(old.stat().st_uid, old.stat().st_gid)]
+    assert chown_calls == [(old.stat().st_uid, old.stat().st_gid)]
 
 
 @pytest.mark.parametrize("kind", ["link", "second name", "folder"])
 def test_what_the_folders_user_put_in_its_place_is_not_given_away(
-    kind: str, tmp_path: Path, given: list[tuple[int, int]]
+    kind: str, tmp_path: Path, chown_calls: list[tuple[int, int]]
 ) -> None:
     new, old, target = tmp_path / "new", tmp_path / "old", tmp_path / "target"
     old.touch()
@@ -51,4 +55,4 @@ def test_what_the_folders_user_put_in_its_place_is_not_given_away(
         new.mkdir()
     with pytest.raises(StorageError):
         give_to_owner_of(new, old)
-    assert given == []
+    assert chown_calls == []

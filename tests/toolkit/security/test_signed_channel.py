@@ -82,8 +82,8 @@ class Conversation(RuleBasedStateMachine):
 
     @invariant()
     def nothing_counted_twice(self) -> None:
-        taken = getattr(self, "taken", [])
-        assert len(taken) == len(set(taken))
+        accepted_numbers = getattr(self, "taken", [])
+        assert len(accepted_numbers) == len(set(accepted_numbers))
 
 
 TestConversation = Conversation.TestCase
@@ -116,14 +116,14 @@ def test_epochs_only_grow_whatever_the_clock_says_and_are_on_the_disk_first(time
 
 
 def test_epochs_cost_a_write_per_block_and_none_is_given_twice(tmp_path: Path) -> None:
-    path, given, written = tmp_path / "epoch", set[int](), set[bytes]()
+    path, epoch_numbers, written = tmp_path / "epoch", set[int](), set[bytes]()
     epochs = EpochFile(path, lambda: 0.0)
     for i in range(1000):
         if i % 300 == 299:
             epochs = EpochFile(path, lambda: 0.0)  # a restart in the middle of a block
-        given.add(epochs.next())
+        epoch_numbers.add(epochs.next())
         written.add(path.read_bytes())
-    assert len(given) == 1000
+    assert len(epoch_numbers) == 1000
     assert len(written) < 10
 
 
@@ -152,11 +152,11 @@ def test_streams_are_counted_apart_and_epochs_are_written_down_before_a_message_
     with pytest.raises(ReplayError, match="before"):
         opener.open(mine, offers[2])
 
-    again = Opener(KEY.verifying, written, written.__setitem__)
+    restarted = Opener(KEY.verifying, written, written.__setitem__)
     with pytest.raises(StaleEpochError):
-        again.open(mine, offers[1])
+        restarted.open(mine, offers[1])
     sealer.renew(mine)
-    assert again.open(mine, sealer.seal(mine, b"new")) == b"new"
+    assert restarted.open(mine, sealer.seal(mine, b"new")) == b"new"
     assert written[stream_of(mine)] == 4
 
 
@@ -164,11 +164,11 @@ def test_an_epoch_that_can_t_be_written_down_has_not_begun(tmp_path: Path) -> No
     sealer = Sealer(KEY, EpochFile(tmp_path / "epoch"))
     full = [True]
 
-    def begun(_stream: str, _epoch: int) -> None:
+    def fail_when_full(_stream: str, _epoch: int) -> None:
         if full[0]:
             raise StorageError("full")
 
-    opener = Opener(KEY.verifying, {}, begun)
+    opener = Opener(KEY.verifying, {}, fail_when_full)
     raw = sealer.seal("a/b/c/d/e", b"x")
     with pytest.raises(StorageError, match="full"):
         opener.open("a/b/c/d/e", raw)
@@ -223,22 +223,22 @@ def test_nothing_of_it_can_be_left_out_or_added(end: int) -> None:
 @given(topics, topics, st.binary(max_size=30), st.integers(0, 30))
 @settings(deadline=None)
 def test_it_means_nothing_on_another_topic_wherever_the_border_is(
-    topic: str, other: str, body: bytes, cut: int
+    topic: str, second_topic: str, body: bytes, cut: int
 ) -> None:
     raw = seal(KEY, topic, 1, 1, body)
-    if other != topic:
+    if second_topic != topic:
         with pytest.raises(SignatureError):
-            unseal(KEY.verifying, other, raw)
+            unseal(KEY.verifying, second_topic, raw)
     head, rest = raw[:HEADER], raw[HEADER:]
-    moved = topic + rest[:cut].decode("latin-1")
+    shifted_topic = topic + rest[:cut].decode("latin-1")
     if cut and rest:
         with pytest.raises(SignatureError):
-            unseal(KEY.verifying, moved, head + rest[cut:])
+            unseal(KEY.verifying, shifted_topic, head + rest[cut:])
 
 
 def test_another_s_key_is_not_taken_even_where_it_names_the_right_one() -> None:
-    other = SigningKey.make()
-    raw = seal(other, "a", 1, 1, b"{}")
+    foreign_key = SigningKey.make()
+    raw = seal(foreign_key, "a", 1, 1, b"{}")
     with pytest.raises(SignatureError, match="signed by another key"):
         unseal(KEY.verifying, "a", raw)
 

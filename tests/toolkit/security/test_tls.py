@@ -79,7 +79,7 @@ def serve(authority: Authority, tmp_path: Path) -> Iterator[Callable[[str], int]
         yield start
 
 
-def greeted(context: ssl.SSLContext, port: int, host: str = "127.0.0.1") -> bytes:
+def greeting(context: ssl.SSLContext, port: int, host: str = "127.0.0.1") -> bytes:
     with (
         socket.create_connection(("127.0.0.1", port), timeout=5) as connection,
         context.wrap_socket(connection, server_hostname=host) as secured,
@@ -94,14 +94,14 @@ def test_the_machine_s_clock_is_not_asked_and_the_time_floor_is(
     ca = authority.crl_path.parent / "authority.pem"
     port, now = serve("broker"), [BUILT]
     with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
-        greeted(ssl.create_default_context(cafile=str(ca)), port)
+        greeting(ssl.create_default_context(cafile=str(ca)), port)
     context = pinned_context(ca, None, None, lambda: now[0])
 
-    assert greeted(context, port) == b"hello"
-    assert greeted(context, port, "localhost") == b"hello"
+    assert greeting(context, port) == b"hello"
+    assert greeting(context, port, "localhost") == b"hello"
     now[0] += 2 * DAY
     with pytest.raises(ssl.SSLCertVerificationError, match="its certificate ended on 2026-11-02") as caught:
-        greeted(context, port)
+        greeting(context, port)
     assert failure(caught.value) == "TLS failed (its certificate ended on 2026-11-02)"
 
 
@@ -110,21 +110,21 @@ def test_all_else_is_checked(authority: Authority, serve: Callable[[str], int], 
     port = serve("broker")
     context = pinned_context(ca, None, None, lambda: BUILT)
     with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)hostname mismatch") as caught:
-        greeted(context, port, "other.example")
+        greeting(context, port, "other.example")
     assert "--ca" not in failure(caught.value), "another authority can't help"
     assert "another address" in failure(caught.value)
-    other = Authority.make(tmp_path / "other", "lab").crl_path.parent / "authority.pem"
+    foreign_authority = Authority.make(tmp_path / "other", "lab").crl_path.parent / "authority.pem"
     with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)verify failed") as caught:
-        greeted(pinned_context(other, None, None, lambda: BUILT), port)
+        greeting(pinned_context(foreign_authority, None, None, lambda: BUILT), port)
     assert "--ca" in failure(caught.value)
-    assert greeted(unpinned_context(), port) == b"hello"  # for joining alone: the answer proves itself
+    assert greeting(unpinned_context(), port) == b"hello"  # for joining alone: the answer proves itself
 
 
 def test_a_device_can_t_pose_as_the_broker(authority: Authority, serve: Callable[[str], int]) -> None:
     context = pinned_context(authority.crl_path.parent / "authority.pem", None, None, lambda: BUILT)
     context.check_hostname = False  # so that its purpose alone is what is wrong
     with pytest.raises(ssl.SSLCertVerificationError, match=r"(?i)unsuitable certificate purpose|unsupported"):
-        greeted(context, serve("device"))
+        greeting(context, serve("device"))
 
 
 def test_a_peer_without_a_certificate_is_refused() -> None:
@@ -153,11 +153,11 @@ def test_a_board_says_that_its_broker_is_another_server_s(serve: Callable[[str],
     """Authorities of one name, as of a server for which `init` was run again."""
     port = serve("broker")
     board = DeviceIdentity(tmp_path / "board", "lab", "attic")
-    own = Authority.make(tmp_path / "own", "lab").crl_path.parent / "authority.pem"
-    shutil.copy(own, board.folder / "authority.pem")
+    board_authority = Authority.make(tmp_path / "own", "lab").crl_path.parent / "authority.pem"
+    shutil.copy(board_authority, board.folder / "authority.pem")
     with pytest.raises(ssl.SSLCertVerificationError) as caught:
-        greeted(board.context(certificate=False), port)
+        greeting(board.context(certificate=False), port)
     assert "another server's" in failure(caught.value)
     with pytest.raises(ssl.SSLCertVerificationError) as caught:
-        greeted(board.context(own, certificate=False), port)
+        greeting(board.context(board_authority, certificate=False), port)
     assert "another server's" not in failure(caught.value), "with --ca the authority may be the wrong one"

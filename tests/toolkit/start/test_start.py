@@ -23,10 +23,10 @@ ENTRIES = [fedprune_start.device, fedprune_start.server, fedprune_start.simulate
 def test_an_interruption_while_a_command_is_imported_is_no_traceback(
     entry: Callable[[], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(_module: str) -> None:
+    def interrupt_import(_module: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(fedprune_start.importlib, "import_module", interrupted)
+    monkeypatch.setattr(fedprune_start.importlib, "import_module", interrupt_import)
     assert entry() == ExitCode.INTERRUPTED
     assert capsys.readouterr().err == "interrupted\n"
 

@@ -64,20 +64,20 @@ def test_equal_times_are_the_fixed_point(density: float, ratio: float) -> None:
 
 
 @given(st.lists(st.tuples(DENSITIES, SECONDS), min_size=2, max_size=6), st.floats(0.05, 0.5))
-def test_times_move_densities_within_their_bounds(parts: list[tuple[float, float]], floor: float) -> None:
-    names = [f"d{i}" for i in range(len(parts))]
-    start = Tiers(tuple(max(floor, d) for d, _ in parts))
+def test_times_move_densities_within_their_bounds(density_times: list[tuple[float, float]], floor: float) -> None:
+    names = [f"d{i}" for i in range(len(density_times))]
+    start = Tiers(tuple(max(floor, d) for d, _ in density_times))
     allocator = TimeDriven(start, None, interval=1, floor=floor)
     fleet = fleet_of(allocator, *names)
     before = densities(fleet)
-    for name, (_, seconds) in zip(names, parts, strict=True):
+    for name, (_, seconds) in zip(names, density_times, strict=True):
         deliver(allocator, fleet, name, seconds)
     changed = allocator.review(fleet, {})
-    whole = min(s / d for d, (_, s) in zip(before, parts, strict=True))
-    for old, new, (_, seconds) in zip(before, densities(fleet), parts, strict=True):
+    fastest_s = min(s / d for d, (_, s) in zip(before, density_times, strict=True))
+    for old, new, (_, seconds) in zip(before, densities(fleet), density_times, strict=True):
         # The paper's formula, of times as they would be without pruning.
-        expected = min(1.0, max(floor, whole / (seconds / old)))
-        assert new == pytest.approx(old if abs(1 - whole / seconds) <= 0.05 else expected)
+        expected = min(1.0, max(floor, fastest_s / (seconds / old)))
+        assert new == pytest.approx(old if abs(1 - fastest_s / seconds) <= 0.05 else expected)
     assert changed == (densities(fleet) != before)
 
 
@@ -146,11 +146,11 @@ def test_whoever_returns_has_what_it_had() -> None:
     deliver(allocator, fleet, "b", 20.0)
     allocator.review(fleet, {})
     assert densities(fleet) == [1.0, 0.5]
-    known = fleet.state.devices["b"]
-    fleet.state.devices["b"] = Device(2, True, {}, None, 10, allocation=known.allocation)
-    allocator.admit(fleet, "b", known)
+    earlier_device = fleet.state.devices["b"]
+    fleet.state.devices["b"] = Device(2, True, {}, None, 10, allocation=earlier_device.allocation)
+    allocator.admit(fleet, "b", earlier_device)
     assert densities(fleet) == [1.0, 0.5]
-    assert fleet.state.devices["b"].widths == known.widths
+    assert fleet.state.devices["b"].widths == earlier_device.widths
 
 
 @given(st.data())
@@ -164,12 +164,12 @@ def test_what_allocators_remember_survives_json_and_is_replaced_not_changed(data
             if data.draw(st.booleans()):
                 deliver(allocator, fleet, name, data.draw(SECONDS), accuracy_validation=data.draw(st.floats(0, 1)))
         allocator.review(fleet, {})
-        for device, kept, text in before:
-            assert json.dumps(kept) == text
+        for device, allocation, text in before:
+            assert json.dumps(allocation) == text
             if json.dumps(device.allocation) != text:
-                assert device.allocation is not kept
-        again = State.from_json(fleet.state.to_json())
-        assert again == fleet.state
+                assert device.allocation is not allocation
+        restored = State.from_json(fleet.state.to_json())
+        assert restored == fleet.state
         assert all(0.1 <= d <= 1 for d in densities(fleet))
 
 

@@ -31,14 +31,14 @@ def turn_in(number: int, last: int = 0) -> Turn:
     return Turn(0, number, "a", ARCHITECTURE.sizes, last=last)
 
 
-def asked(strategy: Strategy, offers: Iterable[int]) -> list[int]:
+def reporting_offers(strategy: Strategy, offers: Iterable[int]) -> list[int]:
     """Of a device's offers, by their rounds, those that ask for squared gradients, where every update counts."""
-    found, last = [], 0
+    numbers, last = [], 0
     for number in offers:
         if strategy.recipe(JOB.recipe, turn_in(number, last)).report_squares:
-            found.append(number)
+            numbers.append(number)
         last = number
-    return found
+    return numbers
 
 
 def test_pr_fl_by_elements_and_by_channels() -> None:
@@ -50,9 +50,9 @@ def test_pr_fl_by_elements_and_by_channels() -> None:
     assert elements.allocator.start.elements
     assert not channels.allocator.start.elements
     recipe = JOB.recipe
-    assert asked(elements, range(1, 101)) == [1, *range(46, 51), 51, *range(96, 101)]
-    assert asked(strategy_of("pr-fl", reported=1.0, interval=7), range(1, 15)) == [*range(1, 15)]
-    assert asked(strategy_of("pr-fl", reported=0.0, interval=7), range(1, 15)) == [1, 8]
+    assert reporting_offers(elements, range(1, 101)) == [1, *range(46, 51), 51, *range(96, 101)]
+    assert reporting_offers(strategy_of("pr-fl", reported=1.0, interval=7), range(1, 15)) == [*range(1, 15)]
+    assert reporting_offers(strategy_of("pr-fl", reported=0.0, interval=7), range(1, 15)) == [1, 8]
     turn = turn_in(50)
     assert not channels.recipe(recipe, turn).report_squares
 
@@ -61,10 +61,10 @@ def test_pr_fl_by_elements_and_by_channels() -> None:
 def test_every_device_reports_squares_once_an_interval_however_slow_it_is(gaps: list[int], reported: float) -> None:
     """Of every interval in which it gets an offer, one asks it; hardly more do than the interval's last ones."""
     offers = np.cumsum([1, *gaps]).tolist()
-    found = asked(strategy_of("pr-fl", reported=reported), offers)
-    early = [n for n in found if (n - 1) % 50 < 50 * (1 - reported)]
+    offer_numbers = reporting_offers(strategy_of("pr-fl", reported=reported), offers)
+    early = [n for n in offer_numbers if (n - 1) % 50 < 50 * (1 - reported)]
     intervals = [(n - 1) // 50 for n in offers]
-    assert {(n - 1) // 50 for n in found} == set(intervals)
+    assert {(n - 1) // 50 for n in offer_numbers} == set(intervals)
     assert len({(n - 1) // 50 for n in early}) == len(early), "one of them before its last rounds"
 
 

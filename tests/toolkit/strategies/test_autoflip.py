@@ -37,8 +37,8 @@ def guidance(play: Play, devices: tuple[str, ...], start: Tensors) -> dict[str, 
     """Mean squared deviations, each tensor from 0 to 1; by hand."""
     out = {}
     for name in RANKED:
-        parts = [(play.past[d].tensors[name].astype(np.float64) - start[name]) ** 2 for d in devices]
-        mean = np.mean(parts, axis=0, dtype=np.float64)
+        squares = [(play.past[d].tensors[name].astype(np.float64) - start[name]) ** 2 for d in devices]
+        mean = np.mean(squares, axis=0, dtype=np.float64)
         out[name] = (mean - mean.min()) / (mean.max() - mean.min())
     return out
 
@@ -134,28 +134,28 @@ def dead_rows(submodel: Any, device: str, round_: int) -> Tensors:
 
 def test_channels_without_weights_are_cut_by_default_and_come_back_as_they_were_sent() -> None:
     start = model(NET, 1)
-    cut, whole = (
+    cut, uncut = (
         Play(strategy, start, {"a": Device(), "b": Device()}, move=dead_rows)
         for strategy in (
             compose(Job(strategy="autoflip", options={"pruned_share": 0.5})),
             autoflip(pruned_share=0.5),
         )
     )
-    for play in (cut, whole):
+    for play in (cut, uncut):
         play.play()
         play.move = lambda submodel, device, round_: submodel.tensors  # so that both have the same model
         play.play()
-    sent, full = cut.sent["a"], whole.sent["a"]
+    sent, full = cut.sent["a"], uncut.sent["a"]
     assert sent.selection.widths[0] <= 4
     assert sent.selection.widths[1] <= 3
     assert not set(sent.selection.ranks[0][: sent.selection.widths[0]]) & {1, 4}
     assert sent.mask
-    mask = global_mask(whole.reports["a"].cut)
+    mask = global_mask(uncut.reports["a"].cut)
     assert mask
     for name, bits in gathered(mask, sent.selection).items():
         np.testing.assert_array_equal(sent.mask[name], bits)
     assert full.selection.whole
-    assert identical(cut.model, whole.model)
+    assert identical(cut.model, uncut.model)
 
 
 def test_exploring_is_long_and_the_learning_rate_decays_afterwards() -> None:

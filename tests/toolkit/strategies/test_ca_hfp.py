@@ -41,9 +41,9 @@ def a_round(at: Scene, scorer: Strategy, density: float, seed: int) -> tuple[Mem
     """One device of a density trains what the scorer ranks best; gives what the scorer remembers."""
     architecture = at.architecture
     selection = Selection.of(architecture, widths_at(architecture, density), scorer.rank(at).ranks)
-    made = report(at, selection, trained(selection, dict(at.model), seed), 5, steps=3)
-    _, fold = close_fold(strategy().aggregator, at, [made], evidence=scorer.observes)
-    return scorer.learn(at, fold, lambda: iter([made])), selection
+    update = report(at, selection, trained(selection, dict(at.model), seed), 5, steps=3)
+    _, fold = close_fold(strategy().aggregator, at, [update], evidence=scorer.observes)
+    return scorer.learn(at, fold, lambda: iter([update])), selection
 
 
 @given(st.data(), seeds)
@@ -51,14 +51,14 @@ def test_masks_are_nested_and_keep_what_the_ratio_says(data: st.DataObject, seed
     architecture = data.draw(architectures())
     score = data.draw(st.sampled_from(["curvature", "l1", "delta_w", "random"]))
     base = model(architecture, seed)
-    found = strategy(score=score).rank(scene(architecture, base, round=2)).ranks
-    kept: set[tuple[int, int]] = {(g, c) for g, n in enumerate(architecture.sizes) for c in range(n)}
+    ranking = strategy(score=score).rank(scene(architecture, base, round=2)).ranks
+    outer_channels: set[tuple[int, int]] = {(g, c) for g, n in enumerate(architecture.sizes) for c in range(n)}
     for ratio in RATIOS:
-        selection = Selection.of(architecture, widths_at(architecture, 1 - ratio), found)
+        selection = Selection.of(architecture, widths_at(architecture, 1 - ratio), ranking)
         assert selection.widths == tuple(max(1, math.ceil((1 - ratio) * n - 1e-9)) for n in architecture.sizes)
         narrower = {(g, int(c)) for g, r in enumerate(selection.ranks) for c in r[: selection.widths[g]]}
-        assert narrower <= kept
-        kept = narrower
+        assert narrower <= outer_channels
+        outer_channels = narrower
 
 
 @pytest.mark.parametrize("options", [{}, {"score": "l1"}, {"form": "signed"}])
@@ -84,13 +84,13 @@ def test_warm_up_is_random_until_every_channel_was_trained(data: st.DataObject, 
         at = scene(architecture, base, memory, round=t)
         evidence = memory.get(EVIDENCE)
         complete = evidence is not None and Evidence.from_tensors(architecture, evidence).complete
-        found = scorer.rank(at).ranks
+        ranking = scorer.rank(at).ranks
         if complete:
-            known = Evidence.from_tensors(architecture, memory[EVIDENCE])
-            expected = ranks(curvature(architecture, base, known))
+            settled = Evidence.from_tensors(architecture, memory[EVIDENCE])
+            expected = ranks(curvature(architecture, base, settled))
         else:
             expected = random_ranks(architecture, 0, t)
-        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert all(np.array_equal(a, b) for a, b in zip(ranking, expected, strict=True))
         if complete:
             return
         learnt, _ = a_round(at, scorer, 0.5, seed + t)
@@ -117,21 +117,25 @@ def test_delta_w_ranks_by_how_far_weights_moved() -> None:
     architecture = ARCHITECTURE
     base = model(architecture, 0)
     at = scene(architecture, base, recipe=Recipe(lr=0.1, momentum=0.0))
-    whole = Selection.full(architecture)
-    part = {n: v + np.float32(0.001) * np.arange(v.size, dtype=np.float32).reshape(v.shape) for n, v in base.items()}
+    full_selection = Selection.full(architecture)
+    trained_tensors = {
+        n: v + np.float32(0.001) * np.arange(v.size, dtype=np.float32).reshape(v.shape) for n, v in base.items()
+    }
     scorer = strategy(score="delta_w")
-    made = report(at, whole, part, 1)
-    _, fold = close_fold(strategy().aggregator, at, [made], evidence=True)
-    memory = scorer.learn(at, fold, lambda: iter([made]))
-    found = scorer.rank(scene(architecture, base, memory, round=2)).ranks
-    moved = channel_sums(
+    update = report(at, full_selection, trained_tensors, 1)
+    _, fold = close_fold(strategy().aggregator, at, [update], evidence=True)
+    memory = scorer.learn(at, fold, lambda: iter([update]))
+    ranking = scorer.rank(scene(architecture, base, memory, round=2)).ranks
+    channel_moves = channel_sums(
         architecture,
-        lambda n: np.abs(part[n].astype(np.float64) - base[n]),
+        lambda n: np.abs(trained_tensors[n].astype(np.float64) - base[n]),
         [t.kind for t in architecture.trainable],
     )
-    assert all(np.array_equal(a, b) for a, b in zip(found, ranks(moved), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(ranking, ranks(channel_moves), strict=True))
     evidence = Evidence.from_tensors(architecture, memory[EVIDENCE])
-    assert all(np.allclose(a, 10 * b, rtol=1e-4) for a, b in zip(movement(architecture, evidence), moved, strict=True))
+    assert all(
+        np.allclose(a, 10 * b, rtol=1e-4) for a, b in zip(movement(architecture, evidence), channel_moves, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,11 +144,11 @@ def test_delta_w_ranks_by_how_far_weights_moved() -> None:
 def test_a_gradient_is_a_step_s_move_over_the_rate_that_momentum_makes_of_lr(job: Job) -> None:
     """g = −Δ / (f·η_eff): η_eff = lr / (1 − momentum) is 0.2 / 0.25, and three steps from a standstill move f = Σ (1 −
     0.75^j) = 1.265625 times as far. h = s·g² of one device, of s = 3·16/2 samples."""
-    base, whole, scorer = model(ARCHITECTURE, 0), Selection.full(ARCHITECTURE), compose(job)
+    base, full_selection, scorer = model(ARCHITECTURE, 0), Selection.full(ARCHITECTURE), compose(job)
     at = scene(ARCHITECTURE, base, recipe=Recipe(lr=0.2, momentum=0.75, batch_size=16, epochs=2))
-    made = report(at, whole, {n: v - np.float32(0.06) for n, v in base.items()}, steps=3)
-    _, fold = close_fold(strategy().aggregator, at, [made], evidence=scorer.observes)
-    got = Evidence.from_tensors(ARCHITECTURE, scorer.learn(at, fold, lambda: iter([made]))[EVIDENCE])
+    update = report(at, full_selection, {n: v - np.float32(0.06) for n, v in base.items()}, steps=3)
+    _, fold = close_fold(strategy().aggregator, at, [update], evidence=scorer.observes)
+    got = Evidence.from_tensors(ARCHITECTURE, scorer.learn(at, fold, lambda: iter([update]))[EVIDENCE])
     slope = 0.06 / 1.265625 / 0.8
     assert all(np.allclose(v, slope, rtol=1e-4) for v in got.gradient.values())
     assert all(np.allclose(v, 24 * slope**2, rtol=1e-4) for v in got.curvature.values())

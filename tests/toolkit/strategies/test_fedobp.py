@@ -49,13 +49,13 @@ def test_own_are_the_elements_that_are_furthest_away(seed: int, q: float) -> Non
     play = Play(fedobp(q=q), model(NET, seed), DEVICES)
     before, past = play.play(2), play.past["b"].tensors
     play.play()
-    found = own(play, "b", before)
+    own_mask = own(play, "b", before)
     far = np.concatenate([np.abs(past[n].astype(np.float64) - before[n]).ravel() for n in TRAINED])
-    chosen = np.concatenate([found[n].ravel() for n in TRAINED])
+    chosen = np.concatenate([own_mask[n].ravel() for n in TRAINED])
     np.testing.assert_array_equal(chosen, far > np.quantile(far, q, method="lower"))
     assert chosen.sum() == SIZE - 1 - int(q * (SIZE - 1))
     for name in TRAINED:
-        np.testing.assert_array_equal(play.sent["b"].tensors[name][found[name]], past[name][found[name]])
+        np.testing.assert_array_equal(play.sent["b"].tensors[name][own_mask[name]], past[name][own_mask[name]])
 
 
 def test_statistics_are_always_the_global_ones() -> None:
@@ -74,10 +74,10 @@ def test_a_submodel_is_compared_where_old_and_new_one_overlap(seed: int, q: floa
     before, past = play.play(2), play.past["a"]
     device.widths = (5, 1)
     play.play()
-    found = own(play, "a", before)
+    own_mask = own(play, "a", before)
     narrow = Selection.of(NET, (3, 1))
     overlap = sum(int(np.prod(narrow.shapes()[n])) for n in TRAINED)
-    assert sum(int(found[n].sum()) for n in TRAINED) == overlap - 1 - int(q * (overlap - 1))
+    assert sum(int(own_mask[n].sum()) for n in TRAINED) == overlap - 1 - int(q * (overlap - 1))
     for name in TRAINED:
-        held = past.selection.covered(name)[np.ix_(*play.sent["a"].selection.maps(name))]
-        assert not found[name][~held].any()
+        overlap_mask = past.selection.covered(name)[np.ix_(*play.sent["a"].selection.maps(name))]
+        assert not own_mask[name][~overlap_mask].any()

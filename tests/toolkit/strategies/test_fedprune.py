@@ -62,19 +62,19 @@ def test_a_model_that_was_just_made_is_started_nested_and_a_trained_one_as_it_is
 
     silent = nest(0.25, 0.5, 0.75)
 
-    def begun(recipe: Recipe | None = None, **options: Any) -> Tensors:
+    def starting_model(recipe: Recipe | None = None, **options: Any) -> Tensors:
         return compose(job(options, recipe=recipe or Recipe())).begin(architecture, start)
 
-    assert same(begun(), start if trained else silent)
-    assert same(begun(ranking="nested"), silent)
-    assert same(begun(ranking="nested", dropout=[0.5]), nest(0.5))
-    assert same(begun(ranking="nested", dropout=[], densities=[1, 0.5]), nest(0.5))
+    assert same(starting_model(), start if trained else silent)
+    assert same(starting_model(ranking="nested"), silent)
+    assert same(starting_model(ranking="nested", dropout=[0.5]), nest(0.5))
+    assert same(starting_model(ranking="nested", dropout=[], densities=[1, 0.5]), nest(0.5))
     recipe = Recipe(ordered_dropout=(0.5,))
-    assert same(begun(recipe=recipe), start if trained else nest(0.5))
+    assert same(starting_model(recipe=recipe), start if trained else nest(0.5))
     for options in ({"ranking": "ordered"}, {"ranking": "magnitude"}, {"dropout": [], "densities": [1.0]}):
-        assert begun(**options) is start
-    assert same(begun(densities=[0.5]), start if trained else nest(0.5)), "all boards are alike"
-    assert begun(MSE) is start, "the core is known when boards are"
+        assert starting_model(**options) is start
+    assert same(starting_model(densities=[0.5]), start if trained else nest(0.5)), "all boards are alike"
+    assert starting_model(MSE) is start, "the core is known when boards are"
     chosen = compose(job()).rank(Scene(architecture, 0, 1, start)).ranks
     first = ranks(magnitude(architecture, start)) if trained else [np.arange(n) for n in architecture.sizes]
     assert all(np.array_equal(a, b) for a, b in zip(chosen, first, strict=True))
@@ -90,29 +90,31 @@ def test_what_no_board_trained_in_the_first_round_of_a_model_that_was_just_made_
     architecture, start = first_model(data, seed, trained=trained)
     core = widths_at(architecture, 0.5)
 
-    def closed(
+    def model_after_round(
         memory: Memories | None = None, scene: Scene | None = None, recipe: Recipe = MSE, **options: Any
     ) -> Tensors:
         """The model after a round in which a board of half the channels changed nothing."""
         strategy = compose(job(options, recipe=recipe))
         scene = scene or Scene(architecture, 0, 1, start, memory or {})
         fold = Fold(architecture, start, rule="fill")
-        held = Selection.of(architecture, core, strategy.rank(scene).ranks)
-        fold.add(held, held.gather(start), 1)
+        core_selection = Selection.of(architecture, core, strategy.rank(scene).ranks)
+        fold.add(core_selection, core_selection.gather(start), 1)
         model: Tensors = strategy.close(fold, scene, 1.0, lambda: iter(())).model
         return model
 
     silent = nested(architecture, start, [core])
-    assert same_but_for_sums(closed(), start if trained else silent)
-    assert same_but_for_sums(closed(ranking="nested"), silent)
+    assert same_but_for_sums(model_after_round(), start if trained else silent)
+    assert same_but_for_sums(model_after_round(ranking="nested"), silent)
     for ranking in ("ordered", "magnitude"):
-        assert same_but_for_sums(closed(ranking=ranking), start)
+        assert same_but_for_sums(model_after_round(ranking=ranking), start)
     first = Scene(architecture, 0, 1, start)
     even = replace(first, core=True)
-    assert same_but_for_sums(closed(scene=even, recipe=Recipe()), start if trained else silent)
-    assert same_but_for_sums(closed(scene=first, recipe=Recipe()), start), "without a core all channels are trained"
+    assert same_but_for_sums(model_after_round(scene=even, recipe=Recipe()), start if trained else silent)
+    assert same_but_for_sums(model_after_round(scene=first, recipe=Recipe()), start), (
+        "without a core all channels are trained"
+    )
     settled = compose(job(recipe=MSE)).learn(first, Fold(architecture, start), lambda: iter(()))
-    assert same_but_for_sums(closed(settled, ranking="nested"), start), "later rounds silence nothing"
+    assert same_but_for_sums(model_after_round(settled, ranking="nested"), start), "later rounds silence nothing"
 
 
 def first_model(data: st.DataObject, seed: int, *, trained: bool) -> tuple[Architecture, Tensors]:
@@ -161,16 +163,16 @@ def test_with_a_core_narrower_submodels_take_larger_steps() -> None:
 
 
 def test_the_server_is_asked_to_distil_at_the_widths_of_steps_or_those_of_boards() -> None:
-    def asked(recipe: Recipe | None = None, **options: Any) -> SelfDistillation | None:
+    def distillation(recipe: Recipe | None = None, **options: Any) -> SelfDistillation | None:
         return compose(job(options, recipe=recipe or Recipe())).distillation
 
-    assert asked() == SelfDistillation(40, (0.25, 0.5, 0.75), 1e-3)
-    assert asked(distill=0) is None
-    assert asked(distill=7, dropout=[0.5]) == SelfDistillation(7, (0.5,), 1e-3)
-    assert asked(Recipe(ordered_dropout=(0.3, 1.0))) == SelfDistillation(40, (0.3,), 1e-3)
-    assert asked(dropout=[], densities=[1, 0.5]) == SelfDistillation(40, (0.5,), 1e-3)
-    assert asked(dropout=[]) == asked(MSE) == asked(core=0.5) == SelfDistillation(40, (), 1e-3)
-    assert asked(Recipe(personal=("@head",))) is None  # the server's own head answers to nothing
+    assert distillation() == SelfDistillation(40, (0.25, 0.5, 0.75), 1e-3)
+    assert distillation(distill=0) is None
+    assert distillation(distill=7, dropout=[0.5]) == SelfDistillation(7, (0.5,), 1e-3)
+    assert distillation(Recipe(ordered_dropout=(0.3, 1.0))) == SelfDistillation(40, (0.3,), 1e-3)
+    assert distillation(dropout=[], densities=[1, 0.5]) == SelfDistillation(40, (0.5,), 1e-3)
+    assert distillation(dropout=[]) == distillation(MSE) == distillation(core=0.5) == SelfDistillation(40, (), 1e-3)
+    assert distillation(Recipe(personal=("@head",))) is None  # the server's own head answers to nothing
 
 
 def test_most_of_the_fleet_shares_a_core_unless_boards_tell_classes_apart() -> None:
@@ -205,25 +207,28 @@ def test_a_wrong_option_is_named(options: dict[str, Any], what: str) -> None:
 
 @given(data=st.data(), seed=seeds)
 def test_ranks_of_another_description_of_the_model_are_settled_anew(data: st.DataObject, seed: int) -> None:
-    one, other = data.draw(architectures()), data.draw(architectures())
-    assume(one.digest != other.digest)
-    strategy, start = compose(job({"ranking": "magnitude"})), model(other, seed)
-    first = Scene(one, 0, 1, model(one, seed))
-    memory = strategy.learn(first, Fold(one, first.model), lambda: iter(()))
-    upgraded = Scene(other, 0, 2, start, memory)
+    old, new = data.draw(architectures()), data.draw(architectures())
+    assume(old.digest != new.digest)
+    strategy, start = compose(job({"ranking": "magnitude"})), model(new, seed)
+    first = Scene(old, 0, 1, model(old, seed))
+    memory = strategy.learn(first, Fold(old, first.model), lambda: iter(()))
+    upgraded = Scene(new, 0, 2, start, memory)
     chosen = strategy.rank(upgraded).ranks
 
-    assert all(np.array_equal(a, b) for a, b in zip(chosen, ranks(magnitude(other, start)), strict=True))
-    again = strategy.learn(upgraded, Fold(other, start), lambda: iter(()))
-    later = Scene(other, 0, 3, model(other, seed + 1), memory | again)
+    assert all(np.array_equal(a, b) for a, b in zip(chosen, ranks(magnitude(new, start)), strict=True))
+    relearnt = strategy.learn(upgraded, Fold(new, start), lambda: iter(()))
+    later = Scene(new, 0, 3, model(new, seed + 1), memory | relearnt)
     assert all(np.array_equal(a, b) for a, b in zip(strategy.rank(later).ranks, chosen, strict=True))
 
 
 def test_a_jobs_own_recipe_comes_before_options_and_these_before_what_is_usual() -> None:
-    def made(own: Recipe, **options: Any) -> Recipe:
-        return compose(job(options, recipe=own)).recipe(own, Turn(0, 1, "a", (3,)))
+    def device_recipe(job_recipe: Recipe, **options: Any) -> Recipe:
+        return compose(job(options, recipe=job_recipe)).recipe(job_recipe, Turn(0, 1, "a", (3,)))
 
-    assert [made(*case).mixup for case in [(Recipe(),), (MSE,)]] == [0.2, 0.0]
-    assert (made(Recipe(), mixup=0.3).mixup, made(Recipe(mixup=0.4), mixup=0.3).mixup) == (0.3, 0.4)
-    assert (made(Recipe()).clip_norm, made(Recipe(clip_norm=3.0), clip_norm=0.5).clip_norm) == (1.0, 3.0)
-    assert (made(Recipe()).blend, made(Recipe(), average=0.0, blend=0.2).blend) == (0.5, 0.0)
+    assert [device_recipe(*case).mixup for case in [(Recipe(),), (MSE,)]] == [0.2, 0.0]
+    assert (device_recipe(Recipe(), mixup=0.3).mixup, device_recipe(Recipe(mixup=0.4), mixup=0.3).mixup) == (0.3, 0.4)
+    assert (device_recipe(Recipe()).clip_norm, device_recipe(Recipe(clip_norm=3.0), clip_norm=0.5).clip_norm) == (
+        1.0,
+        3.0,
+    )
+    assert (device_recipe(Recipe()).blend, device_recipe(Recipe(), average=0.0, blend=0.2).blend) == (0.5, 0.0)

@@ -71,6 +71,6 @@ def test_a_move_is_averaged_over_the_devices_that_moved() -> None:
 
 
 def test_whole_devices_give_fedavg_of_equal_weights_bit_for_bit() -> None:
-    whole = {n: Device(weight=4) for n in "abc"}
-    want = Play(compose(Job(scorer="ordered")), model(NET, 2), whole).play(3)
-    assert identical(Play(fiarse(), model(NET, 2), whole).play(3), want)
+    full_devices = {n: Device(weight=4) for n in "abc"}
+    want = Play(compose(Job(scorer="ordered")), model(NET, 2), full_devices).play(3)
+    assert identical(Play(fiarse(), model(NET, 2), full_devices).play(3), want)

@@ -25,8 +25,8 @@ NAMES = prunable(NET)
 Arrays = dict[str, np.ndarray[Any, np.dtype[np.float64]]]
 
 
-def within(one: Active, other: Active) -> bool:
-    return all(not (bits & ~other[n]).any() for n, bits in one.items())
+def within(inner: Active, outer: Active) -> bool:
+    return all(not (bits & ~outer[n]).any() for n, bits in inner.items())
 
 
 def strategy(interval: int = 2, floor: float = 0.0) -> Strategy:
@@ -46,7 +46,7 @@ def squares(submodel: Submodel, device: str, round_: int) -> Tensors:
     return out
 
 
-def by_hand(reports: list[Tensors], known: Arrays, weights: Tensors) -> tuple[Arrays, Arrays]:
+def by_hand(reports: list[Tensors], scores: Arrays, weights: Tensors) -> tuple[Arrays, Arrays]:
     """What is known after an interval, and the order that it makes, as PR-FL has it (1.4)."""
     total = {n: np.zeros(weights[n].shape) for n in NAMES}
     count = {n: np.zeros(weights[n].shape) for n in NAMES}
@@ -57,28 +57,28 @@ def by_hand(reports: list[Tensors], known: Arrays, weights: Tensors) -> tuple[Ar
             total[n] += share
             count[n] += share != 0
     mean = {n: total[n] / np.maximum(count[n], 1) for n in NAMES}
-    known = {n: np.where(mean[n] != 0, mean[n], known.get(n, np.zeros(weights[n].shape))) for n in NAMES}
+    scores = {n: np.where(mean[n] != 0, mean[n], scores.get(n, np.zeros(weights[n].shape))) for n in NAMES}
     order = {}
     for n in NAMES:
-        least = known[n][known[n] > 0].min()
-        order[n] = np.where(known[n] > 0, known[n], least * np.abs(weights[n]))
-    return known, order
+        smallest_score = scores[n][scores[n] > 0].min()
+        order[n] = np.where(scores[n] > 0, scores[n], smallest_score * np.abs(weights[n]))
+    return scores, order
 
 
 def test_squared_gradients_are_stretched_averaged_and_kept() -> None:
     devices = {"a": Device(density=0.6, weight=2), "b": Device(density=0.9, weight=9)}
     play = Play(strategy(), model(NET, 1), devices, squares=squares)
-    known: Arrays = {}
+    scores: Arrays = {}
     for _ in range(3):
-        seen = []
+        round_squares = []
         for _ in range(2):
             play.play()
-            seen += [play.reports[d].squares for d in devices]
-        known, order = by_hand(seen, known, play.model)
+            round_squares += [play.reports[d].squares for d in devices]
+        scores, order = by_hand(round_squares, scores, play.model)
         got = play.strategy.rank(replace(play.scene(), round=play.round + 1)).order
         assert got is not None
         for n in NAMES:
-            np.testing.assert_allclose(play.memory["importance"][n], known[n], rtol=1e-5, atol=1e-9)
+            np.testing.assert_allclose(play.memory["importance"][n], scores[n], rtol=1e-5, atol=1e-9)
             np.testing.assert_allclose(got[n], order[n], rtol=1e-5, atol=1e-9)
         assert "importance/sum" not in play.memory
 
@@ -86,13 +86,13 @@ def test_squared_gradients_are_stretched_averaged_and_kept() -> None:
 def test_an_update_that_comes_again_from_a_buffer_counts_once() -> None:
     play = Play(strategy(interval=3), model(NET, 1), {"a": Device(), "b": Device()}, squares=squares)
     play.play()
-    first, own, scene = play.reports["a"], play.strategy, play.scene
+    first, learner, scene = play.reports["a"], play.strategy, play.scene
     fold = play.strategy.aggregator.fold(scene(), evidence=False)
     play.play()
     total = {n: np.array(v) for n, v in play.memory["importance/sum"].items()}
-    again = own.learn(scene(), fold, lambda: iter([first, play.reports["b"]]))
+    second_memory = learner.learn(scene(), fold, lambda: iter([first, play.reports["b"]]))
     for n in NAMES:
-        np.testing.assert_array_equal((play.memory | again)["importance/sum"][n], total[n])
+        np.testing.assert_array_equal((play.memory | second_memory)["importance/sum"][n], total[n])
 
 
 def test_masks_change_when_an_interval_ends_and_with_densities() -> None:
@@ -108,8 +108,8 @@ def test_masks_change_when_an_interval_ends_and_with_densities() -> None:
     same = [within(masks[i], masks[i + 1]) and within(masks[i + 1], masks[i]) for i in (0, 1, 2, 3, 5, 6)]
     assert same == [True, True, False, True, False, True]  # the order of rounds 1 to 3, then of 4 to 6, then of 7 on
     assert within(masks[4], masks[5])
-    kept = [sum(int(bits.sum()) for bits in mask.values()) for mask in masks]
-    assert kept[5] > kept[4]
+    kept_counts = [sum(int(bits.sum()) for bits in mask.values()) for mask in masks]
+    assert kept_counts[5] > kept_counts[4]
 
 
 def test_what_devices_do_not_hold_keeps_what_was_known() -> None:

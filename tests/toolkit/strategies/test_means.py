@@ -39,8 +39,8 @@ NET = Architecture(
 ALWAYS_FEDAVG = [Mean(rule="fill"), Mean(rule="zero"), Mean(damped=True), DeltaMean()]
 
 
-def identical(one: Tensors, other: Tensors) -> bool:
-    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
+def identical(first: Tensors, second: Tensors) -> bool:
+    return list(first) == list(second) and all(first[n].tobytes() == second[n].tobytes() for n in first)
 
 
 @pytest.mark.parametrize("aggregator", ALWAYS_FEDAVG, ids=str)
@@ -48,12 +48,12 @@ def identical(one: Tensors, other: Tensors) -> bool:
 def test_whole_updates_give_the_bits_of_fedavg(aggregator: Mean, data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     base = model(architecture, seed)
-    at, whole = scene(architecture, base), Selection.full(architecture)
+    at, full_selection = scene(architecture, base), Selection.full(architecture)
     fold, reports = Fold(architecture, base), []
     for k in range(3):
-        part = trained(whole, base, seed + k)
-        fold.add(whole, part, 10 + k)
-        reports.append(report(at, whole, part, 10 + k))
+        trained_tensors = trained(full_selection, base, seed + k)
+        fold.add(full_selection, trained_tensors, 10 + k)
+        reports.append(report(at, full_selection, trained_tensors, 10 + k))
     assert identical(close(aggregator, at, reports).model, fold.close()[0])
 
 
@@ -63,26 +63,28 @@ def test_moves_are_taken_from_what_was_sent(data: st.DataObject, seed: int) -> N
     now, earlier = model(architecture, seed), model(architecture, seed + 1)
     at, then = scene(architecture, now, round=3), scene(architecture, earlier, round=2)
     selection = data.draw(selections(architecture))
-    part = trained(selection, earlier, seed + 2)
-    got = close(DeltaMean(), at, [report(then, selection, part, 3)]).model
+    trained_tensors = trained(selection, earlier, seed + 2)
+    got = close(DeltaMean(), at, [report(then, selection, trained_tensors, 3)]).model
     sent = selection.gather(earlier)
-    expected = selection.scatter({n: selection.gather(now)[n] + (part[n] - sent[n]) for n in part}, now)
+    expected = selection.scatter(
+        {n: selection.gather(now)[n] + (trained_tensors[n] - sent[n]) for n in trained_tensors}, now
+    )
     for spec in architecture.trainable:
         assert np.allclose(got[spec.name], expected[spec.name], rtol=1e-5, atol=1e-6)
-    averaged = close(Mean(), at, [report(then, selection, part, 3)]).model
-    values = selection.scatter(part, now)
+    averaged = close(Mean(), at, [report(then, selection, trained_tensors, 3)]).model
+    values = selection.scatter(trained_tensors, now)
     assert all(np.allclose(averaged[n], values[n], rtol=1e-5, atol=1e-6) for n in values)
 
 
 def test_a_reconstruction_in_other_coordinates_moves_away_from_the_model_that_was_cut() -> None:
     now, earlier = model(NET, 0), model(NET, 1)
     at, then = scene(NET, now), scene(NET, earlier)
-    narrow, whole = Selection.of(NET, (2,)), Selection.full(NET)
-    made = report(then, narrow, trained(narrow, earlier, 2))
+    narrow, full_selection = Selection.of(NET, (2,)), Selection.full(NET)
+    narrow_report = report(then, narrow, trained(narrow, earlier, 2))
     aggregator = DeltaMean()
     fold = aggregator.fold(at, evidence=False)
-    lifted = type(made.trained)(whole, trained(whole, earlier, 3))
-    aggregator.add(fold, made, lifted)
+    lifted = type(narrow_report.trained)(full_selection, trained(full_selection, earlier, 3))
+    aggregator.add(fold, narrow_report, lifted)
     got = fold.close()[0]
     for name, value in got.items():
         assert np.allclose(value, now[name] + (lifted.tensors[name] - earlier[name]), atol=1e-6)
@@ -97,8 +99,8 @@ def test_the_last_layer_is_the_one_that_makes_the_outputs() -> None:
 
 def rows_of(trained_rows: list[int], base: Tensors, seed: int, *, decay: float = 1.0) -> Tensors:
     """An update that trained everything in the body, and only some rows of the head."""
-    whole = Selection.full(NET)
-    out = trained(whole, base, seed)
+    full_selection = Selection.full(NET)
+    out = trained(full_selection, base, seed)
     for name in ("head.weight", "head.bias"):
         still = [r for r in range(5) if r not in trained_rows]
         out[name][still] = base[name][still] * np.float32(decay)
@@ -109,9 +111,9 @@ def rows_of(trained_rows: list[int], base: Tensors, seed: int, *, decay: float =
 def test_label_rows_count_only_where_they_were_trained(decay: float) -> None:
     base = model(NET, 0)
     at = scene(NET, base, recipe=Recipe(weight_decay=0.0 if decay == 1 else 5e-4))
-    whole = Selection.full(NET)
+    full_selection = Selection.full(NET)
     one, two = rows_of([0, 1], base, 1, decay=decay), rows_of([1, 2], base, 2, decay=decay)
-    reports = [report(at, whole, one, 1), report(at, whole, two, 3)]
+    reports = [report(at, full_selection, one, 1), report(at, full_selection, two, 3)]
     got = close(Mean(changed="rows"), at, reports).model
     for name in ("head.weight", "head.bias"):
         assert np.allclose(got[name][0], one[name][0], atol=1e-6)
@@ -133,7 +135,7 @@ def test_staleness_scales_what_enters_the_velocity_alone(rule: Rule, damped: boo
     beta, eta, gain = 0.9, 0.7, 0.1 if damped else 1.0
     aggregator = DeltaMean(rule=rule, server_momentum=beta, damped=damped, weighting="uniform")
     schedule = Schedule("asynchronous", arrivals=2, mixing="damped", rate=eta, staleness=Staleness("polynomial", a=0.5))
-    whole, memory, past = Selection.full(NET), {}, [model(NET, 0)]
+    full_selection, memory, past = Selection.full(NET), {}, [model(NET, 0)]
     expected = {n: v.astype(np.float64) for n, v in past[0].items()}
     velocity = {n: np.zeros(v.shape) for n, v in expected.items()}
     for t, stale in enumerate([(0, 0), (1, 0), (0, 2), (3, 3)], 1):
@@ -141,11 +143,13 @@ def test_staleness_scales_what_enters_the_velocity_alone(rule: Rule, damped: boo
         reports = []
         for i, (k, weight) in enumerate(zip(stale, schedule.weights(arrivals, 2, uniform=True), strict=True)):
             then = scene(NET, past[t - 1 - k], round=t - k)
-            part = trained(whole, then.model, 10 * t + i)
-            reports.append(report(then, whole, part, weight, device=f"d{i}"))
+            trained_tensors = trained(full_selection, then.model, 10 * t + i)
+            reports.append(report(then, full_selection, trained_tensors, weight, device=f"d{i}"))
             for n in velocity:
                 velocity[n] *= beta if i == 0 else 1
-                velocity[n] += gain * eta / 2 * (k + 1) ** -0.5 * (part[n] - then.model[n].astype(np.float64))
+                velocity[n] += (
+                    gain * eta / 2 * (k + 1) ** -0.5 * (trained_tensors[n] - then.model[n].astype(np.float64))
+                )
         at = scene(NET, past[-1], memory, round=t)
         closing = close(aggregator, at, reports, rate=schedule.step(arrivals, [], uniform=True))
         for n in expected:

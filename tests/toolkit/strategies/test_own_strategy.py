@@ -61,8 +61,8 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
-    def write(more: str) -> ModuleType:
-        (tmp_path / "mine.py").write_text(SOURCE + more)
+    def write(extra_source: str) -> ModuleType:
+        (tmp_path / "mine.py").write_text(SOURCE + extra_source)
         shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)  # which knows files by their second
         sys.modules.pop("mine", None)
         importlib.invalidate_caches()
@@ -104,7 +104,7 @@ ASKED: dict[str, Callable[[Strategy], object]] = {
 }
 
 
-def refused(mine: Any, name: str, body: str) -> StrategyError:
+def strategy_error(mine: Any, name: str, body: str) -> StrategyError:
     """What is said of a strategy in which one method has another body."""
     kind, _, method = name.partition(".")
     mine(changed(kind, method, body))
@@ -115,17 +115,17 @@ def refused(mine: Any, name: str, body: str) -> StrategyError:
 
 @pytest.mark.parametrize("name", ASKED)
 def test_a_slip_is_named_by_strategy_method_file_and_line(mine: Any, name: str) -> None:
-    error = refused(mine, name, "return ().items()")
+    error = strategy_error(mine, name, "return ().items()")
     text = str(error)
-    part = "aggregator " if name.startswith("Aggregator") else ""
-    assert f"strategy mine:made: {part}{name} failed at mine.py:{line_of('# here')} (AttributeError: " in text
+    role = "aggregator " if name.startswith("Aggregator") else ""
+    assert f"strategy mine:made: {role}{name} failed at mine.py:{line_of('# here')} (AttributeError: " in text
     assert "'tuple' object has no attribute 'items'" in text
     assert error.exit_code == ExitCode.CONFIG
 
 
 @pytest.mark.parametrize("name", ASKED)
 def test_an_answer_of_another_type_is_named_too(mine: Any, name: str) -> None:
-    text = str(refused(mine, name, "return 5"))
+    text = str(strategy_error(mine, name, "return 5"))
     assert f"{name} at mine.py:{line_of('def changed')}: answer: expected a" in text
     assert "got 5" in text
 
@@ -142,7 +142,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "answer"), WRONG)
 def test_answers_are_checked_for_their_shape(mine: Any, name: str, answer: str) -> None:
-    assert "answer" in str(refused(mine, name, f"return {answer}"))
+    assert "answer" in str(strategy_error(mine, name, f"return {answer}"))
 
 
 def test_a_slip_below_is_named_at_the_users_own_line(mine: Any) -> None:
@@ -159,7 +159,7 @@ def test_a_method_with_other_arguments_is_named_where_it_is_defined(mine: Any) -
 
 
 @pytest.mark.parametrize(
-    ("more", "what"),
+    ("extra_source", "what"),
     [
         ("PARTS['allocator'] = 3", "allocator"),
         ("PARTS['aggregator'] = Aggregator(weighting=1)", "weighting"),
@@ -167,8 +167,8 @@ def test_a_method_with_other_arguments_is_named_where_it_is_defined(mine: Any) -
         ("def made(job): return job.nothing", r"mine.py:\d+"),
     ],
 )
-def test_what_is_no_whole_strategy_is_said_at_the_start(mine: Any, more: str, what: str) -> None:
-    mine(f"\n{more}\n")
+def test_what_is_no_whole_strategy_is_said_at_the_start(mine: Any, extra_source: str, what: str) -> None:
+    mine(f"\n{extra_source}\n")
     with pytest.raises(ConfigError, match=what):
         strategy()
 
@@ -213,7 +213,7 @@ def test_a_file_that_is_not_there_or_has_another_name_says_what_to_do(mine: Any)
 
 
 def test_what_is_not_the_strategys_fault_stays_what_it_is(mine: Any) -> None:
-    def lost() -> Iterator[Any]:
+    def unreadable_updates() -> Iterator[Any]:
         raise BundleError("an update that can't be read")
         yield
 
@@ -221,7 +221,7 @@ def test_what_is_not_the_strategys_fault_stays_what_it_is(mine: Any) -> None:
     composed = strategy()
     fold = composed.aggregator.fold(scene(), evidence=False)
     with pytest.raises(BundleError, match="an update"):
-        composed.learn(scene(), fold, lost)
+        composed.learn(scene(), fold, unreadable_updates)
     mine(changed("Made", "reconstruct", "raise ProtocolError('this update is odd')"))
     with pytest.raises(ProtocolError, match="odd"):
         strategy().reconstruct(SimpleNamespace())  # type: ignore[arg-type]

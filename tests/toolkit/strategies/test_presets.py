@@ -92,15 +92,15 @@ def test_a_weighting_that_nobody_knows_is_refused_before_it_counts() -> None:
 
 @pytest.mark.parametrize("name", ["heterofl", "fedrolex"])
 def test_adam_s_weight_decay_leaves_no_rows_to_tell_apart(name: str) -> None:
-    def composed(recipe: Recipe, **options: Any) -> None:
+    def compose_preset(recipe: Recipe, **options: Any) -> None:
         compose(Job(strategy=name, options=options, recipe=recipe))
 
     decays = Recipe(optimizer="adam", weight_decay=0.01)
     with pytest.raises(ConfigError, match="label_rows"):
-        composed(decays)
-    composed(decays, label_rows=False)
+        compose_preset(decays)
+    compose_preset(decays, label_rows=False)
     for recipe in (Recipe(optimizer="adam"), Recipe(optimizer="adamw", weight_decay=0.01), Recipe(weight_decay=0.01)):
-        composed(recipe)
+        compose_preset(recipe)
 
 
 @given(st.data(), seeds, st.integers(1, 40))
@@ -109,10 +109,10 @@ def test_a_rolling_window_moves_on_and_narrow_ones_lie_in_wide_ones(
 ) -> None:
     architecture = data.draw(architectures())
     at = scene(architecture, model(architecture, seed), round=round_)
-    found = FedRolex(inputs="sum").rank(at).ranks
-    kept = {d: Selection.of(architecture, widths_at(architecture, d), found) for d in (1.0, 0.5, 0.25)}
+    ranking = FedRolex(inputs="sum").rank(at).ranks
+    windows = {d: Selection.of(architecture, widths_at(architecture, d), ranking) for d in (1.0, 0.5, 0.25)}
     for g, n in enumerate(architecture.sizes):
-        for density, selection in kept.items():
+        for density, selection in windows.items():
             width = selection.widths[g]
             assert width == max(1, math.ceil(density * n))
             assert selection.ranks[g][:width].tolist() == [(round_ - 1 + j) % n for j in range(width)]
@@ -124,15 +124,15 @@ def test_history_mixes_where_both_hold_a_coordinate(data: st.DataObject, seed: i
     now = model(architecture, seed)
     at = scene(architecture, now)
     selection, before = data.draw(selections(architecture)), data.draw(selections(architecture))
-    own = model(architecture, seed + 1)
-    past = Past(before, before.gather(own), round=1)
+    history_model = model(architecture, seed + 1)
+    past = Past(before, before.gather(history_model), round=1)
     cut = Cut(at, turn(), selection, past=past)
     offered = Submodel(selection, selection.gather(now))
     history = History(alpha=alpha, inputs="updates")
     got = history.extract(cut)
     for name, value in got.tensors.items():
         both = selection.gather({n: before.covered(n).astype(np.float32) for n in now})[name] > 0
-        mixed = alpha * offered.tensors[name] + (1 - alpha) * selection.gather(own)[name]
+        mixed = alpha * offered.tensors[name] + (1 - alpha) * selection.gather(history_model)[name]
         assert np.allclose(value[both], mixed[both], atol=1e-6)
         assert value[~both].tobytes() == offered.tensors[name][~both].tobytes()
     assert identical(history.extract(Cut(at, turn(), selection)).tensors, offered.tensors)
@@ -152,8 +152,8 @@ def test_of_masked_elements_a_history_knows_nothing(data: st.DataObject, seed: i
     subflot, history = SubFlot(inputs="updates"), History(alpha=0.0, inputs="updates")
     got = subflot.resized(past, cut) if transported else history.extract(cut).tensors
     for name, value in got.items():
-        own = mask.get(name, np.ones(value.shape, np.bool_))
-        np.testing.assert_allclose(value, np.where(own, past.tensors[name], offered.tensors[name]), atol=1e-6)
+        active = mask.get(name, np.ones(value.shape, np.bool_))
+        np.testing.assert_allclose(value, np.where(active, past.tensors[name], offered.tensors[name]), atol=1e-6)
 
 
 def test_fedprox_pulls_and_fedavg_does_not() -> None:

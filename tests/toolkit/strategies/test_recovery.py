@@ -14,12 +14,12 @@ pytestmark = pytest.mark.board
 ANYTHING = st.floats(allow_nan=True, allow_infinity=True)
 
 
-def checked(recovery: Recovery, state: State, scores: dict[str, float], samples: dict[str, int]) -> set[str]:
+def suspects_after(recovery: Recovery, state: State, scores: dict[str, float], samples: dict[str, int]) -> set[str]:
     """One check in which devices report these accuracies; returns who grows."""
-    for name, found in scores.items():
+    for name, accuracy in scores.items():
         device = state.devices.setdefault(name, Device(1, True, {}, None, samples.get(name, 10), widths=(1,)))
         device.density = 0.5
-        recovery.learn(device, {"accuracy_validation": found})
+        recovery.learn(device, {"accuracy_validation": accuracy})
     return set(recovery.review(state, 0.5))
 
 
@@ -29,7 +29,7 @@ def checked(recovery: Recovery, state: State, scores: dict[str, float], samples:
 def test_no_number_stops_a_check(accuracies: list[float], losses: list[float]) -> None:
     recovery, state = Recovery(patience=1), State("m")
     for _ in accuracies:
-        checked(recovery, state, {str(i): a for i, a in enumerate(accuracies)}, {})
+        suspects_after(recovery, state, {str(i): a for i, a in enumerate(accuracies)}, {})
         for i, loss in enumerate(losses):
             recovery.learn(state.devices.setdefault(str(i), Device(1, True, {}, None, 1)), {"loss_validation": loss})
         recovery.review(state, 0.5)
@@ -43,7 +43,7 @@ def test_one_inflated_score_makes_nobody_else_grow(boards: int) -> None:
     for number in range(12):
         scores = {n: 0.3 + 0.02 * number + 0.001 * i for i, n in enumerate(honest)}
         # Once a score that nobody can beat, by a board that says that it has all the samples in the world.
-        grows = checked(recovery, state, scores | {"zz": 1.0 if number == 0 else 0.2}, {"zz": 10**9})
+        grows = suspects_after(recovery, state, scores | {"zz": 1.0 if number == 0 else 0.2}, {"zz": 10**9})
         assert grows <= {"zz"}
     assert state.allocation["floor"] == 0.5
 

@@ -21,23 +21,27 @@ pytestmark = pytest.mark.board
 KINDS = ("semi-async", "async")
 
 
-def job_of(kind: str, strategy: str = "plain", **more: Any) -> Job:
+def job_of(kind: str, strategy: str = "plain", **schedule_options: Any) -> Job:
     settings = {"density": 0.5} if strategy == "plain" else {}
-    return Job(strategy=strategy, devices=6, deadline_s=100, schedule={"kind": kind, **more}, **settings)  # type: ignore[arg-type]
+    return Job(strategy=strategy, devices=6, deadline_s=100, schedule={"kind": kind, **schedule_options}, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("kind", [*KINDS, "sync"])
 def test_every_preset_takes_it_or_says_why_not(name: str, kind: str) -> None:
-    own = compose(Job(strategy=name))
-    moves = type(own.aggregator) is DeltaMean or (type(own.aggregator) is Mean and own.schedule is None)
-    still = kind == "sync" and own.schedule is None
-    with nullcontext() if still or (moves and not own.explores) else pytest.raises(ConfigError, match="keeps its own"):
+    strategy = compose(Job(strategy=name))
+    moves = type(strategy.aggregator) is DeltaMean or (type(strategy.aggregator) is Mean and strategy.schedule is None)
+    still = kind == "sync" and strategy.schedule is None
+    with (
+        nullcontext()
+        if still or (moves and not strategy.explores)
+        else pytest.raises(ConfigError, match="keeps its own")
+    ):
         assert (compose(job_of(kind, name)).schedule is None) == (kind == "sync")
 
 
 @pytest.mark.parametrize(
-    ("schedule", "said"),
+    ("schedule", "message"),
     [
         ({"kind": "often"}, "kind"),
         ({"window_s": 3}, r"schedule\.kind"),
@@ -50,8 +54,8 @@ def test_every_preset_takes_it_or_says_why_not(name: str, kind: str) -> None:
         ("async", "schedule"),
     ],
 )
-def test_a_wrong_schedule_is_named(schedule: Any, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_a_wrong_schedule_is_named(schedule: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         compose(Job(density=0.5, schedule=schedule))
 
 

@@ -57,10 +57,10 @@ def evidence_of(architecture: Architecture, gradient: Tensors, curve: Tensors) -
     return out
 
 
-def by_channel(architecture: Architecture, parts: dict[str, Any]) -> list[Any]:
+def by_channel(architecture: Architecture, coordinate_scores: dict[str, Any]) -> list[Any]:
     """Sums over the coordinates that make each channel, by a loop over single coordinates."""
     out = [np.zeros(n) for n in architecture.sizes]
-    for name, values in parts.items():
+    for name, values in coordinate_scores.items():
         spec = architecture.by_name[name]
         for axis in architecture.output_axes(name):
             owner = [
@@ -100,12 +100,12 @@ def test_curvature_sums_its_formula_over_the_coordinates_that_make_a_channel(
         "abs": lambda w, g, h: np.abs(g * w) + 0.5 * h * w * w,
         "signed": lambda w, g, h: g * w + h * w * w,
     }[form]
-    parts = {
+    coordinate_scores = {
         t.name: formula(*(x[t.name].astype(np.float64) for x in (full, g)), np.abs(h[t.name].astype(np.float64)))
         for t in architecture.trainable
     }
     got = curvature(architecture, full, evidence_of(architecture, g, h), form)
-    for a, b in zip(got, by_channel(architecture, parts), strict=True):
+    for a, b in zip(got, by_channel(architecture, coordinate_scores), strict=True):
         assert np.allclose(a, b)
 
 
@@ -134,21 +134,21 @@ def test_a_model_that_does_not_fit_is_refused(tensors: Tensors) -> None:
 @given(st.data(), seeds)
 def test_the_first_round_gives_the_mean_gradient(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
-    base, whole = model(architecture, seed), Selection.full(architecture)
-    parts = [(trained(whole, base, seed + k), 10 * k, k + 2) for k in (1, 2)]
+    base, full_selection = model(architecture, seed), Selection.full(architecture)
+    updates = [(trained(full_selection, base, seed + k), 10 * k, k + 2) for k in (1, 2)]
     fold, evidence = Fold(architecture, base, evidence=True, momentum=MOMENTUM), Evidence.empty(architecture)
-    for part, weight, steps in parts:
-        fold.add(whole, part, weight, steps)
+    for tensors, weight, steps in updates:
+        fold.add(full_selection, tensors, weight, steps)
     evidence.update(fold, LR, samples=8)
     for spec in architecture.trainable:
-        free = [sum(1 - MOMENTUM**j for j in range(1, s + 1)) for _, _, s in parts]
+        free = [sum(1 - MOMENTUM**j for j in range(1, s + 1)) for _, _, s in updates]
         moves = [
-            (p[spec.name].astype(np.float64) - base[spec.name]) / f for (p, _, _), f in zip(parts, free, strict=True)
+            (p[spec.name].astype(np.float64) - base[spec.name]) / f for (p, _, _), f in zip(updates, free, strict=True)
         ]
         slopes = [-np.clip(m, -0.25, 0.25) / RATE for m in moves]
-        spreads = [np.clip(m * np.sqrt(s), -0.25, 0.25) / RATE for m, (_, _, s) in zip(moves, parts, strict=True)]
-        mean = sum(n * g for g, (_, n, _) in zip(slopes, parts, strict=True)) / 30
-        square = sum(n * 8 * g * g for g, (_, n, _) in zip(spreads, parts, strict=True)) / 30
+        spreads = [np.clip(m * np.sqrt(s), -0.25, 0.25) / RATE for m, (_, _, s) in zip(moves, updates, strict=True)]
+        mean = sum(n * g for g, (_, n, _) in zip(slopes, updates, strict=True)) / 30
+        square = sum(n * 8 * g * g for g, (_, n, _) in zip(spreads, updates, strict=True)) / 30
         assert np.allclose(evidence.gradient[spec.name], mean, rtol=1e-5, atol=1e-8)
         assert np.allclose(evidence.curvature[spec.name], square, rtol=1e-5, atol=1e-8)
 
@@ -169,10 +169,10 @@ def test_evidence_survives_storage(data: st.DataObject, seed: int) -> None:
     for k in range(2):
         evidence.update(one_round(model(architecture, seed + k), Selection.full(architecture), seed), LR)
     stored = tensorfile.decode(tensorfile.encode(evidence.to_tensors()))
-    again = Evidence.from_tensors(architecture, stored)
-    again.update(one_round(model(architecture, seed + 2), Selection.full(architecture), seed), LR)
+    restored = Evidence.from_tensors(architecture, stored)
+    restored.update(one_round(model(architecture, seed + 2), Selection.full(architecture), seed), LR)
     evidence.update(one_round(model(architecture, seed + 2), Selection.full(architecture), seed), LR)
-    assert tensorfile.encode(again.to_tensors()) == tensorfile.encode(evidence.to_tensors())
+    assert tensorfile.encode(restored.to_tensors()) == tensorfile.encode(evidence.to_tensors())
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def run(
     return np.repeat(h, 2, axis=1) @ weights["head"].T
 
 
-def drawn(seed: int, share: float, *, rows: float = 0.3, columns: float = 0.3) -> Active:
+def random_rows_mask(seed: int, share: float, *, rows: float = 0.3, columns: float = 0.3) -> Active:
     """A random mask in which some whole rows and columns are masked as well."""
     random = np.random.default_rng(seed)
     active = {}
@@ -62,20 +62,20 @@ def drawn(seed: int, share: float, *, rows: float = 0.3, columns: float = 0.3) -
 @given(seeds, st.floats(0.05, 1))
 def test_the_cut_masked_net_is_the_masked_net(seed: int, share: float) -> None:
     """Without biases, all of whose weights are masked is 0; what nothing reads is nothing, biases or not."""
-    mask, weights = drawn(seed, share), model(NET, seed)
+    mask, weights = random_rows_mask(seed, share), model(NET, seed)
     weights["bias"] = np.zeros(4, np.float32)
     alive = survivors(NET, mask)
     selection = surviving(Selection.full(NET), alive)
     assert selection.widths == tuple(int(a.sum()) for a in alive)
     x = np.random.default_rng(seed).standard_normal((6, 3))
-    whole = run(applied(mask, weights), x)
+    masked_output = run(applied(mask, weights), x)
     cut = run(applied(gathered(mask, selection), selection.gather(weights)), x)
-    np.testing.assert_allclose(cut, whole, atol=1e-12)
+    np.testing.assert_allclose(cut, masked_output, atol=1e-12)
 
 
 @given(seeds, st.floats(0.05, 1))
 def test_what_nothing_reads_is_lost_without_a_trace_in_spite_of_its_bias(seed: int, share: float) -> None:
-    mask, weights = drawn(seed, share, rows=0), model(NET, seed)
+    mask, weights = random_rows_mask(seed, share, rows=0), model(NET, seed)
     for name in ("first", "branch", "second"):  # no channel is made of nothing
         mask[name][:, 0] = True
     alive = survivors(NET, mask)

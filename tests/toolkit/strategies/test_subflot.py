@@ -98,11 +98,13 @@ def test_a_device_that_hands_in_the_model_with_permuted_channels_changes_nothing
     data: st.DataObject, seed: int
 ) -> None:
     architecture = data.draw(architectures())
-    whole = model(architecture, seed)
+    global_model = model(architecture, seed)
     at = Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture)))
-    lifted = SubFlot(inputs="updates").reconstruct(report(scene(architecture, whole), at, at.gather(whole)))
+    lifted = SubFlot(inputs="updates").reconstruct(
+        report(scene(architecture, global_model), at, at.gather(global_model))
+    )
     assert lifted.selection.digest == Selection.full(architecture).digest
-    assert identical(lifted.tensors, whole)
+    assert identical(lifted.tensors, global_model)
 
 
 @given(st.data(), seeds)
@@ -110,10 +112,10 @@ def test_a_device_that_hands_in_the_model_with_permuted_channels_changes_nothing
 def test_alpha_0_is_the_history(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     at = data.draw(selections(architecture))
-    whole, own = model(architecture, seed), at.gather(model(architecture, seed + 1))
+    global_model, history = model(architecture, seed), at.gather(model(architecture, seed + 1))
     strategy = SubFlot(inputs="updates", alpha=0)
-    sent = strategy.extract(Cut(scene(architecture, whole), turn(0.5), at, past=Past(at, own)))
-    assert identical(sent.tensors, own)
+    sent = strategy.extract(Cut(scene(architecture, global_model), turn(0.5), at, past=Past(at, history)))
+    assert identical(sent.tensors, history)
 
 
 @given(st.data(), seeds)
@@ -122,15 +124,15 @@ def test_a_history_takes_the_widths_that_its_device_has_now(data: st.DataObject,
     old, new = (
         Selection.of(architecture, [data.draw(st.integers(1, n)) for n in architecture.sizes]) for _ in range(2)
     )
-    whole, own = model(architecture, seed), old.gather(model(architecture, seed + 1))
-    cut = Cut(scene(architecture, whole), turn(0.5), new, past=Past(old, own))
-    resized = SubFlot(inputs="updates").resized(Past(old, own), cut)
+    global_model, history = model(architecture, seed), old.gather(model(architecture, seed + 1))
+    cut = Cut(scene(architecture, global_model), turn(0.5), new, past=Past(old, history))
+    resized = SubFlot(inputs="updates").resized(Past(old, history), cut)
     assert {n: v.shape for n, v in resized.items()} == new.shapes()
     assert {n: v.shape for n, v in SubFlot(inputs="updates").extract(cut).tensors.items()} == new.shapes()
     # Reference: the history over the global model, cut anew; all of the history led onto that where nothing is added.
-    placed = new.gather(old.scatter(own, whole))
+    placed = new.gather(old.scatter(history, global_model))
     grown = any(b > a for a, b in zip(old.widths, new.widths, strict=True))
-    want: Tensors = placed if grown or old.widths == new.widths else align(own, old, placed, new)
+    want: Tensors = placed if grown or old.widths == new.widths else align(history, old, placed, new)
     assert identical(resized, want)
 
 
@@ -139,16 +141,16 @@ def test_a_history_that_shrinks_has_a_share_of_every_channel_and_one_that_grows_
     seed: int, a: int, b: int
 ) -> None:
     wide, narrow = Selection.full(NET), Selection.of(NET, (a, b))
-    whole, all_of_it = model(NET, seed), model(NET, seed + 1)
+    global_model, all_of_it = model(NET, seed), model(NET, seed + 1)
     vectors = [t.name for t in NET.tensors if len(t.axes) == 1 and t.axes[0].groups]
-    less = SubFlot(inputs="updates").resized(Past(wide, all_of_it), Cut(scene(NET, whole), turn(0.5), narrow))
+    shrunk = SubFlot(inputs="updates").resized(Past(wide, all_of_it), Cut(scene(NET, global_model), turn(0.5), narrow))
     for name in vectors:  # plans with uniform marginals keep the mean over channels
-        assert np.allclose(less[name].mean(), all_of_it[name].mean(), atol=1e-5), name
-    own = narrow.gather(all_of_it)
-    more = SubFlot(inputs="updates").resized(Past(narrow, own), Cut(scene(NET, whole), turn(1.0), wide))
+        assert np.allclose(shrunk[name].mean(), all_of_it[name].mean(), atol=1e-5), name
+    history = narrow.gather(all_of_it)
+    grown = SubFlot(inputs="updates").resized(Past(narrow, history), Cut(scene(NET, global_model), turn(1.0), wide))
     for name in vectors:
-        k = len(own[name])
-        assert more[name].tobytes() == np.concatenate([own[name], whole[name][k:]]).tobytes()
+        k = len(history[name])
+        assert grown[name].tobytes() == np.concatenate([history[name], global_model[name][k:]]).tobytes()
 
 
 @pytest.mark.parametrize("key", ["frozen", "trainable", "personal"])

@@ -73,9 +73,9 @@ def test_plans_are_exact_where_potentials_to_begin_with_are_poor(kind: str, shap
     elif kind != "heavy tails":
         cost *= 10 ** rng.uniform(-3, 3, (shape[0], 1) if kind == "scaled rows" else (1, shape[1]))
     cost = cost.astype(np.float32)
-    plan, again = exact_plan(cost), exact_plan(cost)
+    plan, recomputed = exact_plan(cost), exact_plan(cost)
     check_plan(cost, plan)
-    assert np.array_equal(plan.dense, again.dense)
+    assert np.array_equal(plan.dense, recomputed.dense)
 
 
 @given(st.integers(1, 12), seeds)
@@ -89,8 +89,8 @@ def test_equal_widths_give_the_permutation_that_rows_were_moved_by(n: int, seed:
 
 @given(st.integers(1, 30), st.integers(1, 30))
 def test_the_plan_in_order_is_the_best_on_a_line(n: int, m: int) -> None:
-    places = [np.arange(k) / k + 0.5 / k for k in (n, m)]
-    check_plan(np.abs(places[0][:, None] - places[1]), Coupling.in_order(n, m))
+    positions = [np.arange(k) / k + 0.5 / k for k in (n, m)]
+    check_plan(np.abs(positions[0][:, None] - positions[1]), Coupling.in_order(n, m))
     if n == m:
         assert np.array_equal(Coupling.in_order(n, n).dense, np.eye(n))
 
@@ -100,9 +100,9 @@ def test_couplings_act_as_their_matrices(n: int, m: int, before: int, after: int
     rng = np.random.default_rng(seed)
     plan = exact_plan(rng.random((n, m)))
     if averaged:
-        other = exact_plan(rng.random((n, m)))
-        mean = plan.averaged(other)
-        np.testing.assert_allclose(mean.dense, (plan.dense + other.dense) / 2, atol=1e-12)
+        second_plan = exact_plan(rng.random((n, m)))
+        mean = plan.averaged(second_plan)
+        np.testing.assert_allclose(mean.dense, (plan.dense + second_plan.dense) / 2, atol=1e-12)
         plan = mean
     x = rng.normal(size=(before, n, after)).astype(np.float32)
     y = rng.normal(size=(before, m, after)).astype(np.float32)

@@ -55,8 +55,8 @@ def dense_algorithm(source: Tensors, target: Tensors) -> dict[str, Floats]:
 @given(seeds, st.integers(2, 6), st.integers(1, 4), st.booleans())  # on a line, many plans are best
 def test_alignment_is_the_paper_s_algorithm(seed: int, a: int, b: int, back: bool) -> None:
     full, small = Selection.full(NET), Selection.of(NET, (a, b))
-    whole, part = model(NET, seed), small.gather(model(NET, seed + 1))
-    pairs = ((part, small), (whole, full)) if back else ((whole, full), (part, small))
+    global_model, submodel = model(NET, seed), small.gather(model(NET, seed + 1))
+    pairs = ((submodel, small), (global_model, full)) if back else ((global_model, full), (submodel, small))
     (source, source_at), (target, target_at) = pairs
     got = align(source, source_at, target, target_at)
     want = dense_algorithm(source, target)
@@ -70,10 +70,13 @@ def test_aligned_models_have_the_target_s_shapes_and_means_of_the_source_s_numbe
     data: st.DataObject, seed: int
 ) -> None:
     architecture = data.draw(architectures())
-    one, other = data.draw(selections(architecture)), data.draw(selections(architecture))
-    source, target = one.gather(model(architecture, seed)), other.gather(model(architecture, seed + 1))
-    got = align(source, one, target, other)
-    assert {n: v.shape for n, v in got.items()} == other.shapes()
+    source_selection, target_selection = data.draw(selections(architecture)), data.draw(selections(architecture))
+    source, target = (
+        source_selection.gather(model(architecture, seed)),
+        target_selection.gather(model(architecture, seed + 1)),
+    )
+    got = align(source, source_selection, target, target_selection)
+    assert {n: v.shape for n, v in got.items()} == target_selection.shapes()
     for name, value in got.items():
         assert value.dtype == np.float32
         assert np.isfinite(value).all()
@@ -86,27 +89,27 @@ def test_aligned_models_have_the_target_s_shapes_and_means_of_the_source_s_numbe
 def test_a_permuted_model_is_recovered_bit_for_bit_both_ways(data: st.DataObject, seed: int) -> None:
     """SubFLOT at ρ = 0: OTP gives the history, OTA the global model."""
     architecture = data.draw(architectures())
-    whole = model(architecture, seed)
+    global_model = model(architecture, seed)
     at = Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture)))
-    own = at.gather(whole)
-    there, back = prune(whole, own, at, alpha=1), aggregate(own, at, whole)
-    for name in whole:
-        assert there[name].tobytes() == own[name].tobytes(), name
-        assert back[name].tobytes() == whole[name].tobytes(), name
+    submodel = at.gather(global_model)
+    there, back = prune(global_model, submodel, at, alpha=1), aggregate(submodel, at, global_model)
+    for name in global_model:
+        assert there[name].tobytes() == submodel[name].tobytes(), name
+        assert back[name].tobytes() == global_model[name].tobytes(), name
 
 
 @given(st.data(), seeds)
 def test_alpha_mixes_the_aligned_model_and_the_history(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     at = data.draw(selections(architecture))
-    whole, own = model(architecture, seed), at.gather(model(architecture, seed + 1))
-    ends = prune(whole, own, at, alpha=0), prune(whole, own, at, alpha=1)
-    middle = prune(whole, own, at)
-    before = {n: v.tobytes() for n, v in own.items()}
-    for name in whole:
-        assert ends[0][name].tobytes() == own[name].tobytes() == before[name]
-        assert not np.shares_memory(ends[0][name], own[name])
-        np.testing.assert_allclose(middle[name], (ends[1][name] + own[name]) / 2, atol=1e-6)
+    global_model, history = model(architecture, seed), at.gather(model(architecture, seed + 1))
+    ends = prune(global_model, history, at, alpha=0), prune(global_model, history, at, alpha=1)
+    middle = prune(global_model, history, at)
+    before = {n: v.tobytes() for n, v in history.items()}
+    for name in global_model:
+        assert ends[0][name].tobytes() == history[name].tobytes() == before[name]
+        assert not np.shares_memory(ends[0][name], history[name])
+        np.testing.assert_allclose(middle[name], (ends[1][name] + history[name]) / 2, atol=1e-6)
 
 
 @given(st.data(), seeds)
@@ -116,16 +119,16 @@ def test_models_that_were_aligned_stay_as_they_are_while_others_are(data: st.Dat
     architecture = data.draw(architectures())
     at = data.draw(selections(architecture))
     first, second = model(architecture, seed), model(architecture, seed + 1)
-    given = {n: v.tobytes() for n, v in first.items()}
+    original_bytes = {n: v.tobytes() for n, v in first.items()}
     sent, lifted = prune(first, at.gather(second), at), aggregate(at.gather(second), at, first)
     before = [{n: v.tobytes() for n, v in m.items()} for m in (sent, lifted)]
     prune(second, at.gather(first), at)
     aggregate(at.gather(first), at, second)
     assert [{n: v.tobytes() for n, v in m.items()} for m in (sent, lifted)] == before
-    assert {n: v.tobytes() for n, v in first.items()} == given
+    assert {n: v.tobytes() for n, v in first.items()} == original_bytes
 
 
-def doubled() -> Architecture:
+def residual_net() -> Architecture:
     """A residual net with a flattened head: all groups have even sizes, and all segments whole groups."""
     a, b = Axis((Segment(0, 0, 6),)), Axis((Segment(1, 0, 4),))
     k = Axis.fixed(3)
@@ -145,20 +148,20 @@ def doubled() -> Architecture:
     layers = [Layer(n, "Conv", f"{n}.weight", 9) for n in weights if n != "depth"]
     depth = Layer("depth", "Conv", "depth.weight", 9, reads=Volume((b,), 9), makes=Volume((b,), 9), groups=4)
     layers.insert(2, depth)
-    found = Architecture(
+    architecture = Architecture(
         "doubled", (ChannelGroup("a", 6), ChannelGroup("b", 4)), tuple(tensors), tuple(layers), (), (2, 3, 3), (3,)
     )
-    found.validate()
-    return found
+    architecture.validate()
+    return architecture
 
 
 @given(seeds)
 def test_a_depthwise_layer_has_no_plan_of_its_own(seed: int) -> None:
-    net = doubled()
+    net = residual_net()
     at, full = Selection.of(net, (4, 3)), Selection.full(net)
-    whole, own = model(net, seed), at.gather(model(net, seed + 1))
-    other = {n: v * 5 + 1 if n.startswith("depth") else v for n, v in own.items()}
-    got, same = align(whole, full, own, at), align(whole, full, other, at)
+    global_model, submodel = model(net, seed), at.gather(model(net, seed + 1))
+    scaled_submodel = {n: v * 5 + 1 if n.startswith("depth") else v for n, v in submodel.items()}
+    got, same = align(global_model, full, submodel, at), align(global_model, full, scaled_submodel, at)
     assert all(got[n].tobytes() == same[n].tobytes() for n in got)
 
 
@@ -166,7 +169,7 @@ def rows(value: Floats) -> Floats:
     return value.reshape(len(value), -1).astype(np.float64)
 
 
-def led(value: Floats, plan: Floats) -> Floats:
+def transported_inputs(value: Floats, plan: Floats) -> Floats:
     """W·T: a convolution's input axis."""
     return np.einsum("oikl,ij->ojkl", value.astype(np.float64), plan)
 
@@ -177,26 +180,26 @@ def plan_of(a: Floats, b: Floats) -> Floats:
 
 @given(seeds)
 def test_residual_branches_go_by_their_own_plans_and_readers_by_the_average(seed: int) -> None:
-    net = doubled()
+    net = residual_net()
     at, full = Selection.of(net, (4, 3)), Selection.full(net)
-    whole, own = model(net, seed), at.gather(model(net, seed + 1))
-    got = align(whole, full, own, at)
-    stem = plan_of(whole["stem.weight"], own["stem.weight"])
-    up = led(whole["up.weight"], stem)
-    inner = plan_of(up, own["up.weight"])
-    down = led(whole["down.weight"], inner)
-    branch = plan_of(down, own["down.weight"])
+    global_model, submodel = model(net, seed), at.gather(model(net, seed + 1))
+    got = align(global_model, full, submodel, at)
+    stem = plan_of(global_model["stem.weight"], submodel["stem.weight"])
+    up = transported_inputs(global_model["up.weight"], stem)
+    inner = plan_of(up, submodel["up.weight"])
+    down = transported_inputs(global_model["down.weight"], inner)
+    branch = plan_of(down, submodel["down.weight"])
     stream = (stem + branch) / 2
     want = {
-        "stem.weight": np.einsum("oikl,oj->jikl", whole["stem.weight"], stem),
-        "stem.norm_scale": stem.T @ whole["stem.norm_scale"],
+        "stem.weight": np.einsum("oikl,oj->jikl", global_model["stem.weight"], stem),
+        "stem.norm_scale": stem.T @ global_model["stem.norm_scale"],
         "up.weight": np.einsum("oikl,oj->jikl", up, inner),
-        "depth.weight": np.einsum("oikl,oj->jikl", whole["depth.weight"], inner),
-        "depth.stat_var": inner.T @ whole["depth.stat_var"],
+        "depth.weight": np.einsum("oikl,oj->jikl", global_model["depth.weight"], inner),
+        "depth.stat_var": inner.T @ global_model["depth.stat_var"],
         "down.weight": np.einsum("oikl,oj->jikl", down, branch),
-        "down.stat_mean": branch.T @ whole["down.stat_mean"],
+        "down.stat_mean": branch.T @ global_model["down.stat_mean"],
     }
-    head = whole["head.weight"].astype(np.float64)
+    head = global_model["head.weight"].astype(np.float64)
     flat = np.einsum("cis,ij->cjs", head[:, :24].reshape(3, 6, 4), stream).reshape(3, -1)
     want["head.weight"] = np.concatenate([flat, head[:, 24:] @ inner], axis=1)
     for name, value in want.items():
@@ -219,21 +222,21 @@ def embedded() -> Architecture:
 def test_an_embedding_s_columns_are_channels_and_its_words_keep_their_order(seed: int) -> None:
     net = embedded()
     at, full = Selection.of(net, (3,)), Selection.full(net)
-    whole, own = model(net, seed), at.gather(model(net, seed + 1))
-    plan = plan_of(whole["table"].T, own["table"].T)
-    got = align(whole, full, own, at)
-    np.testing.assert_allclose(got["table"], whole["table"] @ plan, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(got["head.weight"], whole["head.weight"] @ plan, rtol=1e-4, atol=1e-5)
+    global_model, submodel = model(net, seed), at.gather(model(net, seed + 1))
+    plan = plan_of(global_model["table"].T, submodel["table"].T)
+    got = align(global_model, full, submodel, at)
+    np.testing.assert_allclose(got["table"], global_model["table"] @ plan, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got["head.weight"], global_model["head.weight"] @ plan, rtol=1e-4, atol=1e-5)
 
 
 def test_models_that_don_t_fit_are_refused() -> None:
-    whole, full = model(NET, 0), Selection.full(NET)
+    global_model, full = model(NET, 0), Selection.full(NET)
     small = Selection.of(NET, (3, 2))
     with pytest.raises(BundleError, match=r"norm\.mean"):
-        prune({n: v for n, v in whole.items() if n != "norm.mean"}, small.gather(whole), small)
+        prune({n: v for n, v in global_model.items() if n != "norm.mean"}, small.gather(global_model), small)
     with pytest.raises(BundleError, match=r"first\.weight"):
-        aggregate(whole, small, whole)
+        aggregate(global_model, small, global_model)
     with pytest.raises(BundleError, match="architectures"):
-        align(whole, full, whole, Selection.full(doubled()))
+        align(global_model, full, global_model, Selection.full(residual_net()))
     with pytest.raises(BundleError, match="finite"):
-        prune(whole | {"first.weight": np.full((6, 3), np.nan, np.float32)}, whole, full)
+        prune(global_model | {"first.weight": np.full((6, 3), np.nan, np.float32)}, global_model, full)

@@ -29,9 +29,9 @@ ALL = ("int8", "int4", "top-k:0.05", "top-k:0.4", "top-k:1.0")
 
 
 def codec(text: str) -> Codec:
-    found = Codec.parse(text)
-    assert found is not None
-    return found
+    parsed = Codec.parse(text)
+    assert parsed is not None
+    return parsed
 
 
 def tensors(seed: int, scale: float = 1.0) -> Tensors:
@@ -39,11 +39,11 @@ def tensors(seed: int, scale: float = 1.0) -> Tensors:
     return {n: (scale * rng.standard_normal(s)).astype(np.float32) for n, s in SHAPES.items()}
 
 
-def pair(seed: int, moved: float = 0.01) -> tuple[Tensors, Tensors]:
+def pair(seed: int, scale: float = 0.01) -> tuple[Tensors, Tensors]:
     """Weights that were sent, and what training made of them."""
     sent = tensors(seed)
     return sent, {
-        n: (v + d).astype(np.float32) for (n, v), d in zip(sent.items(), tensors(seed + 1, moved).values(), strict=True)
+        n: (v + d).astype(np.float32) for (n, v), d in zip(sent.items(), tensors(seed + 1, scale).values(), strict=True)
     }
 
 
@@ -87,9 +87,9 @@ def test_bytes_of_codes_are_refused_or_read_as_what_makes_them(packed: Any, size
 def test_statistics_beside_few_steps_keep_12_bits(mean: Any) -> None:
     sent, trained = pair(5)
     raw, _ = encode(codec("int4"), trained | {"mean": mean}, sent, TRAINED)
-    found = decode(codec("int4"), raw, sent, TRAINED)["mean"].astype(np.float64)
-    assert (np.abs(found - mean) <= 2.0**-11 * np.abs(mean.astype(np.float64)) + 2.0**-137).all()
-    assert (np.sign(found) * np.sign(mean) >= 0).all()  # a variance stays one
+    decoded_mean = decode(codec("int4"), raw, sent, TRAINED)["mean"].astype(np.float64)
+    assert (np.abs(decoded_mean - mean) <= 2.0**-11 * np.abs(mean.astype(np.float64)) + 2.0**-137).all()
+    assert (np.sign(decoded_mean) * np.sign(mean) >= 0).all()  # a variance stays one
 
 
 def test_long_rows_have_steps_of_their_own() -> None:
@@ -104,10 +104,10 @@ def test_long_rows_have_steps_of_their_own() -> None:
 def test_what_arrives_and_what_is_left_are_what_was_trained(seed: int, text: str) -> None:
     sent, trained = pair(seed)
     raw, left = encode(codec(text), trained, sent, TRAINED)
-    found = decode(codec(text), raw, sent, TRAINED)
-    assert {n: v.shape for n, v in found.items()} == SHAPES
+    decoded = decode(codec(text), raw, sent, TRAINED)
+    assert {n: v.shape for n, v in decoded.items()} == SHAPES
     assert len(raw) <= bound(codec(text), SHAPES, TRAINED)
-    for name, value in found.items():
+    for name, value in decoded.items():
         if name not in TRAINED and text == "int4":
             assert value == pytest.approx(trained[name], rel=2.0**-11)
         elif name not in TRAINED:
@@ -120,17 +120,17 @@ def test_what_arrives_and_what_is_left_are_what_was_trained(seed: int, text: str
 @given(st.integers(0, 20), st.sampled_from(ALL), st.integers(2, 5))
 def test_over_rounds_nothing_is_lost(seed: int, text: str, rounds: int) -> None:
     """The sum of what arrived and of what is left at last is the sum of what was trained."""
-    moved = {n: np.zeros(s, np.float64) for n, s in SHAPES.items() if n in TRAINED}
-    arrived = {n: v.copy() for n, v in moved.items()}
+    total_moves = {n: np.zeros(s, np.float64) for n, s in SHAPES.items() if n in TRAINED}
+    arrived = {n: v.copy() for n, v in total_moves.items()}
     left: Tensors = {}
     for number in range(rounds):
         sent, trained = pair(seed + 10 * number)
         raw, left = encode(codec(text), trained, sent, TRAINED, left)
-        found = decode(codec(text), raw, sent, TRAINED)
-        for name in moved:
-            moved[name] += trained[name].astype(np.float64) - sent[name]
-            arrived[name] += found[name].astype(np.float64) - sent[name]
-    for name, value in moved.items():
+        decoded = decode(codec(text), raw, sent, TRAINED)
+        for name in total_moves:
+            total_moves[name] += trained[name].astype(np.float64) - sent[name]
+            arrived[name] += decoded[name].astype(np.float64) - sent[name]
+    for name, value in total_moves.items():
         if value.size:
             assert arrived[name] + left[name] == pytest.approx(value, abs=1e-5)
 
@@ -138,23 +138,23 @@ def test_over_rounds_nothing_is_lost(seed: int, text: str, rounds: int) -> None:
 @given(nst.arrays(np.float32, st.integers(1, 300), elements=st.floats(-9, 9, width=16)), st.floats(0.01, 1))
 def test_top_k_keeps_the_largest(values: Any, share: float) -> None:
     count = max(1, int(share * values.size))
-    kept = packing.largest(values, count)
-    assert len(kept) == count
-    assert (np.diff(kept) > 0).all()
-    out = np.setdiff1d(np.arange(values.size), kept)
+    kept_indices = packing.largest(values, count)
+    assert len(kept_indices) == count
+    assert (np.diff(kept_indices) > 0).all()
+    out = np.setdiff1d(np.arange(values.size), kept_indices)
     if out.size:
-        least = np.abs(values[kept]).min()
-        assert np.abs(values[out]).max() <= least
-        level = np.flatnonzero(np.abs(values) == least)
-        chosen = np.isin(level, kept)
+        smallest_kept = np.abs(values[kept_indices]).min()
+        assert np.abs(values[out]).max() <= smallest_kept
+        level = np.flatnonzero(np.abs(values) == smallest_kept)
+        chosen = np.isin(level, kept_indices)
         assert (np.diff(chosen.astype(int)) <= 0).all()  # of equal ones the first
 
 
 @given(st.sets(st.integers(0, 5000), min_size=1).map(sorted), st.integers(1, 3000))
-def test_indices_come_back_from_either_form(indices: list[int], more: int) -> None:
-    found, size = np.array(indices, np.int64), indices[-1] + more
-    assert packing.from_gaps(packing.to_gaps(found), len(found), size, "w").tolist() == indices
-    assert packing.from_bitmap(packing.to_bitmap(found, size), len(found), size, "w").tolist() == indices
+def test_indices_come_back_from_either_form(indices: list[int], tail_length: int) -> None:
+    index_array, size = np.array(indices, np.int64), indices[-1] + tail_length
+    assert packing.from_gaps(packing.to_gaps(index_array), len(index_array), size, "w").tolist() == indices
+    assert packing.from_bitmap(packing.to_bitmap(index_array, size), len(index_array), size, "w").tolist() == indices
 
 
 def test_sorted_bytes_shrink_and_noise_stays_as_it_is() -> None:
@@ -177,11 +177,11 @@ def test_squared_gradients_travel_as_they_are() -> None:
 # -- what nobody can make a server believe -----------------------------------------------------------------------------
 
 
-def sealed(parts: Tensors, size: int | None = None, packing_: int = 1) -> bytes:
+def envelope(coded_tensors: Tensors, size: int | None = None, packing_: int = 1) -> bytes:
     """An envelope with whatever is in it."""
-    file = tensorfile.encode(parts)
+    file = tensorfile.encode(coded_tensors)
     size = len(file) if size is None else size
-    body = packing.pack(parts)[packing.HEAD :] if packing_ == 1 else file
+    body = packing.pack(coded_tensors)[packing.HEAD :] if packing_ == 1 else file
     return b"FPU\x01" + bytes([packing_, 0, 0, 0]) + size.to_bytes(8, "little") + body
 
 
@@ -210,9 +210,9 @@ HOSTILE: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_is_wrong_inside_is_one_clear_error(name: str) -> None:
     text, change, message = HOSTILE[name]
-    parts = change(honest(text))
+    coded_tensors = change(honest(text))
     with pytest.raises(ProtocolError, match=message) as caught:
-        decode(codec(text), sealed(parts), pair(1)[0], TRAINED)
+        decode(codec(text), envelope(coded_tensors), pair(1)[0], TRAINED)
     assert "\n" not in str(caught.value)
 
 
@@ -233,27 +233,27 @@ def test_damage_of_any_kind_is_an_error_of_ours() -> None:
     sent, trained = pair(1)
     raw, _ = encode(codec("top-k:0.05"), trained, sent, TRAINED)
     wrong = [raw[:8], raw[:16], raw[:-1], raw + b"x", b"", b"FPU\x02" + raw[4:], raw[:5] + b"\x01" + raw[6:]]
-    wrong += [sealed(honest("int8"), size=4), sealed({}, size=1), sealed(honest("int8"), packing_=2)]
+    wrong += [envelope(honest("int8"), size=4), envelope({}, size=1), envelope(honest("int8"), packing_=2)]
     for broken in wrong:
         with pytest.raises(ProtocolError):
             decode(codec("top-k:0.05"), broken, sent, TRAINED)
 
 
 @given(st.integers(0, 10**6), st.binary(min_size=1, max_size=8), st.sampled_from(ALL))
-def test_bytes_that_were_changed_are_refused_or_read(at: int, other: bytes, text: str) -> None:
+def test_bytes_that_were_changed_are_refused_or_read(at: int, replacement: bytes, text: str) -> None:
     sent, trained = pair(1)
     raw = bytearray(encode(codec(text), trained, sent, TRAINED)[0])
-    raw[at % len(raw) : at % len(raw) + len(other)] = other
+    raw[at % len(raw) : at % len(raw) + len(replacement)] = replacement
     try:
-        found = decode(codec(text), bytes(raw), sent, TRAINED)
+        decoded = decode(codec(text), bytes(raw), sent, TRAINED)
     except ProtocolError:
         return
-    assert all(v.shape == SHAPES[n.partition("::")[0]] and v.dtype == np.float32 for n, v in found.items())
+    assert all(v.shape == SHAPES[n.partition("::")[0]] and v.dtype == np.float32 for n, v in decoded.items())
 
 
 def test_differences_that_cannot_be_coded_are_an_error_and_no_warning() -> None:
-    most = np.finfo(np.float32).max
-    sent, trained = {"w": np.full(3, -most)}, {"w": np.full(3, most)}
+    max_float = np.finfo(np.float32).max
+    sent, trained = {"w": np.full(3, -max_float)}, {"w": np.full(3, max_float)}
     for text in ALL:
         with pytest.raises(ProtocolError, match="difference of w"):
             encode(codec(text), trained, sent, {"w"})
@@ -265,45 +265,45 @@ def test_differences_that_cannot_be_coded_are_an_error_and_no_warning() -> None:
 @given(st.integers(0, 50), st.sampled_from(DOWN), st.booleans())
 def test_weights_are_read_in_the_order_of_their_file(seed: int, text: str, based: bool) -> None:
     base, new = pair(seed)
-    held = base if based else None
-    raw = weights.encode(codec(text), new, held, TRAINED)
-    found = weights.decode(codec(text), raw, held, len(tensorfile.encode(new)))
-    assert list(found) == list(new)
+    receiver_base = base if based else None
+    raw = weights.encode(codec(text), new, receiver_base, TRAINED)
+    decoded = weights.decode(codec(text), raw, receiver_base, len(tensorfile.encode(new)))
+    assert list(decoded) == list(new)
     for name, value in new.items():
         if not based or (name not in TRAINED and text == "int8"):
             exact = value.astype(np.float16).astype(np.float32) if name in TRAINED else value
-            assert found[name].tobytes() == exact.tobytes()
-        assert found[name] == pytest.approx(value, abs=5e-3 if based else 1e-2)
+            assert decoded[name].tobytes() == exact.tobytes()
+        assert decoded[name] == pytest.approx(value, abs=5e-3 if based else 1e-2)
 
 
-@pytest.mark.parametrize(("text", "most"), [("int8", 0.5 * 0.08 / 127), ("int4", 0.5 * 0.08 / 7)])
-def test_what_a_codec_leaves_out_of_weights_never_adds_up(text: str, most: float) -> None:
+@pytest.mark.parametrize(("text", "tolerance"), [("int8", 0.5 * 0.08 / 127), ("int4", 0.5 * 0.08 / 7)])
+def test_what_a_codec_leaves_out_of_weights_never_adds_up(text: str, tolerance: float) -> None:
     """However many versions a device gets as differences, it is off by half a step of the last one."""
-    held, new = pair(0)
+    receiver_model, new = pair(0)
     for seed in range(20):
         new = {
             n: (v + d).astype(np.float32) for (n, v), d in zip(new.items(), tensors(seed, 0.01).values(), strict=True)
         }
-        raw = weights.encode(codec(text), new, held, TRAINED)
-        held = weights.decode(codec(text), raw, held, 10**5)
-        assert max(np.abs(held[n] - new[n]).max() for n in ("w", "c", "b")) < most
+        raw = weights.encode(codec(text), new, receiver_model, TRAINED)
+        receiver_model = weights.decode(codec(text), raw, receiver_model, 10**5)
+        assert max(np.abs(receiver_model[n] - new[n]).max() for n in ("w", "c", "b")) < tolerance
 
 
 @given(st.data())
 def test_a_relocation_is_what_both_selections_have(data: st.DataObject) -> None:
     architecture = data.draw(architectures())
     before, now = (data.draw(selections(architecture)) for _ in range(2))
-    whole = {
+    full_model = {
         t.name: np.arange(1, np.prod(t.shape) + 1, dtype=np.float32).reshape(t.shape) for t in architecture.tensors
     }
-    found = relocated(before.gather(whole), relocation(before, now), 10**6)
-    for name, value in now.gather(whole).items():
+    relocated_tensors = relocated(before.gather(full_model), relocation(before, now), 10**6)
+    for name, value in now.gather(full_model).items():
         there = before.covered(name)[np.ix_(*now.maps(name))] if value.ndim else np.True_
-        assert np.array_equal(found[name], np.where(there, value, 0))
+        assert np.array_equal(relocated_tensors[name], np.where(there, value, 0))
 
 
 @pytest.mark.parametrize(
-    "parts",
+    "coded_tensors",
     [
         {"w::axes": np.int32([0, -1])},
         {"w::axes": np.int64([0, 0]), "0": np.int32([0])},
@@ -313,9 +313,9 @@ def test_a_relocation_is_what_both_selections_have(data: st.DataObject) -> None:
     ],
     ids=["no list", "another type", "beyond", "before", "huge"],
 )
-def test_a_relocation_that_does_not_fit_is_refused(parts: Tensors) -> None:
+def test_a_relocation_that_does_not_fit_is_refused(coded_tensors: Tensors) -> None:
     with pytest.raises(ProtocolError, match="relocation"):
-        relocated({"w": np.zeros((20, 70), np.float32)}, packing.pack(parts), 10**6)
+        relocated({"w": np.zeros((20, 70), np.float32)}, packing.pack(coded_tensors), 10**6)
 
 
 # -- what is asked for -------------------------------------------------------------------------------------------------
@@ -323,8 +323,8 @@ def test_a_relocation_that_does_not_fit_is_refused(parts: Tensors) -> None:
 
 @pytest.mark.parametrize("text", ["none", *CODECS, *ALL])
 def test_a_setting_is_read_back_as_itself(text: str) -> None:
-    found = Codec.parse(text)
-    assert found == Codec.parse("none" if found is None else str(found))
+    parsed = Codec.parse(text)
+    assert parsed == Codec.parse("none" if parsed is None else str(parsed))
 
 
 @pytest.mark.parametrize("text", ["zlib", "int8:0.5", "top-k:nan", None])

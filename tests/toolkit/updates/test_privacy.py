@@ -27,7 +27,7 @@ def tensors(seed: int, scale: float = 0.1, widths: tuple[int, ...] = ARCHITECTUR
     return out | {"a.var": np.abs(out["a.var"])}
 
 
-def moved(update: Tensors, received: Tensors) -> float:
+def distance(update: Tensors, received: Tensors) -> float:
     return math.sqrt(sum(float(((update[n].astype(np.float64) - received[n]) ** 2).sum()) for n in TRAINED))
 
 
@@ -42,9 +42,9 @@ def test_nothing_to_clip_and_no_noise_leaves_every_bit() -> None:
 @given(st.integers(0, 2**31), st.floats(1e-3, 1e3), st.floats(1e-2, 1e2))
 def test_what_is_too_long_is_as_long_as_the_bound_and_points_the_same_way(seed: int, clip: float, scale: float) -> None:
     update, received = tensors(seed, scale), tensors(seed + 1)
-    before, after = moved(update, received), noised(update, received, TRAINED, clip, 0.0, NONE)
+    before, after = distance(update, received), noised(update, received, TRAINED, clip, 0.0, NONE)
     rounding = 1e-6 * scale * math.sqrt(sum(v.size for v in update.values()))
-    assert moved(after, received) <= clip + rounding
+    assert distance(after, received) <= clip + rounding
     for name in TRAINED:
         expected = received[name] + min(1.0, clip / before) * (update[name].astype(np.float64) - received[name])
         assert np.allclose(after[name], expected, rtol=1e-6, atol=1e-6 * (1 + scale))
@@ -54,8 +54,8 @@ def test_what_is_too_long_is_as_long_as_the_bound_and_points_the_same_way(seed: 
 def test_a_norm_is_never_said_to_be_smaller_than_it_is(values: list[float]) -> None:
     after = {"a": np.array(values, np.float32)}
     exact = math.sqrt(math.fsum(float(v) ** 2 for v in after["a"]))
-    said = norm(after, {"a": np.zeros(len(values), np.float32)}, ["a"])
-    assert exact <= said <= exact * (1 + 1e-8)
+    upper_norm = norm(after, {"a": np.zeros(len(values), np.float32)}, ["a"])
+    assert exact <= upper_norm <= exact * (1 + 1e-8)
 
 
 @settings(deadline=None)
@@ -67,14 +67,15 @@ def test_a_board_changes_a_rounds_sum_by_no_more_than_the_bound(data: st.DataObj
     rule: Rule = data.draw(st.sampled_from(["coverage", "fill"]), "rule")
     ranks = tuple(np.array(data.draw(st.permutations(range(n)), "rank")) for n in ARCHITECTURE.sizes)
     widths = data.draw(st.lists(st.tuples(*(st.integers(1, n) for n in ARCHITECTURE.sizes)), min_size=1, max_size=4))
-    whole = Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, ranks)
+    full_selection = Selection.of(ARCHITECTURE, ARCHITECTURE.sizes, ranks)
     base = tensors(seed)
     folds = [Fold(ARCHITECTURE, base, rule=rule), Fold(ARCHITECTURE, base, rule=rule)]
-    for place, own in enumerate(widths):
-        selection = whole.narrowed(own)
+    for place, board_widths in enumerate(widths):
+        selection = full_selection.narrowed(board_widths)
         received = {n: np.ascontiguousarray(v) for n, v in selection.gather(base).items()}
         trained = {
-            n: v + u for (n, v), u in zip(received.items(), tensors(seed + place + 1, 0.5, own).values(), strict=True)
+            n: v + u
+            for (n, v), u in zip(received.items(), tensors(seed + place + 1, 0.5, board_widths).values(), strict=True)
         }
         update = noised(trained, received, TRAINED, clip, 0.0, NONE)
         folds[0].add(selection, update, 1)
@@ -172,12 +173,12 @@ def test_it_is_below_the_bounds_by_moments_that_are_published() -> None:
 
 @given(st.floats(1e-6, 1e5), st.floats(1e-12, 0.5))
 def test_what_it_says_is_promised_and_grows_with_what_is_spent(cost: float, at: float) -> None:
-    said = epsilon(cost, at)
-    assert delta(cost, said) <= at
-    assert epsilon(1.01 * cost, at) >= said
+    epsilon_bound = epsilon(cost, at)
+    assert delta(cost, epsilon_bound) <= at
+    assert epsilon(1.01 * cost, at) >= epsilon_bound
 
 
 @given(st.floats(1e-3, 1e4), st.floats(1e-12, 0.1))
 def test_a_budget_is_a_cost_and_back(budget: float, at: float) -> None:
-    most = most_cost(budget, at)
-    assert epsilon(most, at) <= budget < epsilon(most * (1 + 1e-6) + 1e-12, at)
+    max_cost = most_cost(budget, at)
+    assert epsilon(max_cost, at) <= budget < epsilon(max_cost * (1 + 1e-6) + 1e-12, at)

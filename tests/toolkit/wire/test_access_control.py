@@ -30,7 +30,7 @@ def url(start_mosquitto: Callable[..., Any], tmp_path: Path) -> Iterator[str]:
     return start_mosquitto(0, settings).url.replace("//", "//{}:x@")
 
 
-def connected(url: str, user: str, topics: list[str]) -> closing[Link]:
+def connect(url: str, user: str, topics: list[str]) -> closing[Link]:
     link = Link(url.format(user), user)
     link.subscribe(topics)
     link.start()
@@ -40,9 +40,9 @@ def connected(url: str, user: str, topics: list[str]) -> closing[Link]:
 
 def test_a_device_can_t_speak_for_another_or_for_the_server_nor_listen_to_another(url: str) -> None:
     with (
-        connected(url, "fedprune-server", [*LAB.server_subscriptions(), "fedprune/1/lab/+/+/down/#"]) as server,
-        connected(url, "pi-2", LAB.device_subscriptions("pi-2")) as victim,
-        connected(url, "pi-1", [*LAB.device_subscriptions("pi-2"), *LAB.server_subscriptions()]) as rogue,
+        connect(url, "fedprune-server", [*LAB.server_subscriptions(), "fedprune/1/lab/+/+/down/#"]) as server,
+        connect(url, "pi-2", LAB.device_subscriptions("pi-2")) as victim,
+        connect(url, "pi-1", [*LAB.device_subscriptions("pi-2"), *LAB.server_subscriptions()]) as rogue,
     ):
         for topic in (
             LAB.up("pi-2"),

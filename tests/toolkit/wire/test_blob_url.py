@@ -25,9 +25,9 @@ PATH = st.lists(st.from_regex(r"[A-Za-z0-9_~-][A-Za-z0-9._~-]{0,8}", fullmatch=T
 
 @given(HOST, st.none() | st.integers(1, 65_535), PATH, st.booleans())
 def test_what_is_taken_means_what_it_says(host: str, port: int | None, path: list[str], slash: bool) -> None:
-    said = f"https://{host}" + (f":{port}" if port else "") + "".join(f"/{p}" for p in path) + "/" * slash
-    url = BlobUrl.parse(said)
-    meant = urlsplit(said)
+    url_text = f"https://{host}" + (f":{port}" if port else "") + "".join(f"/{p}" for p in path) + "/" * slash
+    url = BlobUrl.parse(url_text)
+    meant = urlsplit(url_text)
     assert (url.host, url.port, url.tls) == (meant.hostname, port or 443, True)
     assert url.path == meant.path.rstrip("/")
     assert BlobUrl.parse(str(url)) == url
@@ -41,10 +41,10 @@ def test_anything_is_taken_in_one_form_or_refused(text: str) -> None:
     except ProtocolError:
         return
     assert BlobUrl.parse(str(url)) == url
-    parts = urlsplit(str(url))
-    assert parts.username is None
-    assert not parts.query
-    assert not parts.fragment
+    split_url = urlsplit(str(url))
+    assert split_url.username is None
+    assert not split_url.query
+    assert not split_url.fragment
     assert url.tls or url.host in LOOPBACK
     assert str(url).isascii()
     assert str(url).isprintable()

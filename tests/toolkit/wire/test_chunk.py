@@ -16,8 +16,8 @@ DIGEST = "ab" * 32
 
 @given(st.from_regex(r"[0-9a-f]{64}", fullmatch=True), st.sampled_from(["data", "leaves"]), st.integers(0, 2**32 - 1),
        st.binary(min_size=1, max_size=100))  # fmt: skip
-def test_what_was_sent_is_what_is_read(sha256: str, part: str, first: int, payload: bytes) -> None:
-    chunk = Chunk(sha256, part, first, payload)
+def test_what_was_sent_is_what_is_read(sha256: str, blob_part: str, first: int, payload: bytes) -> None:
+    chunk = Chunk(sha256, blob_part, first, payload)
 
     assert Chunk.parse(chunk.to_bytes()) == chunk
     assert len(chunk.to_bytes()) == HEADER.size + len(payload) == 44 + len(payload)
@@ -48,18 +48,20 @@ def test_chunks_stay_below_a_broker_s_packet_limit(limit: int, leaves: int) -> N
     assert packet <= limit
 
 
-@given(first=st.integers(0, 50), size=st.integers(1, 6 * LEAF), wanted=st.sets(st.integers(0, 60)))
-def test_runs_are_the_wanted_leaves_with_what_is_consecutive_in_one(first: int, size: int, wanted: set[int]) -> None:
+@given(first=st.integers(0, 50), size=st.integers(1, 6 * LEAF), wanted_leaves=st.sets(st.integers(0, 60)))
+def test_runs_are_the_wanted_leaves_with_what_is_consecutive_in_one(
+    first: int, size: int, wanted_leaves: set[int]
+) -> None:
     chunk = Chunk(DIGEST, "data", first, bytes(size - 1) + b"x")
     leaves = dict(chunk.leaves())
 
-    runs = list(chunk.runs(wanted))
+    runs = list(chunk.runs(wanted_leaves))
 
-    found: dict[int, bytes] = {}
+    read_leaves: dict[int, bytes] = {}
     for start, payload in runs:
-        found |= {start + at // LEAF: bytes(payload[at : at + LEAF]) for at in range(0, len(payload), LEAF)}
-    assert found == {i: bytes(leaf) for i, leaf in leaves.items() if i in wanted}
-    assert all(start - 1 not in found for start, _ in runs)
+        read_leaves |= {start + at // LEAF: bytes(payload[at : at + LEAF]) for at in range(0, len(payload), LEAF)}
+    assert read_leaves == {i: bytes(leaf) for i, leaf in leaves.items() if i in wanted_leaves}
+    assert all(start - 1 not in read_leaves for start, _ in runs)
 
 
 @pytest.mark.parametrize(

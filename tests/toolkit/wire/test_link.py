@@ -26,7 +26,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link_module, "MAX_DELAY", 0.2)
 
 
-def connected(url: str, name: str, topics: list[str] | None = None, **options: Any) -> closing[Link]:
+def connect(url: str, name: str, topics: list[str] | None = None, **options: Any) -> closing[Link]:
     link = Link(url, name, **options)
     link.subscribe(topics or [])
     link.start()
@@ -75,7 +75,7 @@ def test_publishing_while_offline_is_declined() -> None:
 @pytest.mark.mosquitto
 class TestWithMosquitto:
     def test_a_subscription_made_while_connected_is_in_force_at_once(self, mosquitto: Any) -> None:
-        with connected(mosquitto.url, "a") as sender, connected(mosquitto.url, "b") as receiver:
+        with connect(mosquitto.url, "a") as sender, connect(mosquitto.url, "b") as receiver:
             receiver.subscribe(["late"])
             sender.publish("late", b"1")
 
@@ -84,7 +84,7 @@ class TestWithMosquitto:
     def test_after_the_broker_s_death_the_link_comes_back_with_its_subscriptions(
         self, mosquitto: Any, start_mosquitto: Start
     ) -> None:
-        with connected(mosquitto.url, "a") as sender, connected(mosquitto.url, "b", ["x"]) as receiver:
+        with connect(mosquitto.url, "a") as sender, connect(mosquitto.url, "b", ["x"]) as receiver:
             mosquitto.kill()
             assert isinstance(receiver.get(30), ConnectionDown)
             assert isinstance(sender.get(30), ConnectionDown)
@@ -103,8 +103,8 @@ class TestWithMosquitto:
         def will() -> tuple[str, bytes]:
             return "wills", str(next(sessions)).encode()
 
-        with connected(mosquitto.url, "watcher", ["wills"]) as watcher:
-            with connected(mosquitto.url, "mortal", will=will) as mortal:
+        with connect(mosquitto.url, "watcher", ["wills"]) as watcher:
+            with connect(mosquitto.url, "mortal", will=will) as mortal:
                 mortal._client.socket().shutdown(socket.SHUT_RDWR)
                 assert watcher.get(30) == ("wills", b"1")
                 assert isinstance(mortal.get(30), ConnectionDown)
@@ -118,8 +118,8 @@ class TestWithMosquitto:
     def test_who_leaves_is_away_for_that_long_without_its_will_and_comes_back(self, mosquitto: Any) -> None:
         will = ("wills", b"lost")
         with (
-            connected(mosquitto.url, "watcher", ["wills", "x"]) as watcher,
-            connected(mosquitto.url, "guest", will=will) as guest,
+            connect(mosquitto.url, "watcher", ["wills", "x"]) as watcher,
+            connect(mosquitto.url, "guest", will=will) as guest,
         ):
             guest.publish("x", b"last")
             began = time.monotonic()
@@ -138,7 +138,7 @@ class TestWithMosquitto:
             assert watcher.get(0.3) is None
 
     def test_nothing_is_sent_again_after_a_reconnection(self, mosquitto: Any, start_mosquitto: Start) -> None:
-        with connected(mosquitto.url, "a") as sender:
+        with connect(mosquitto.url, "a") as sender:
             mosquitto.process.send_signal(19)  # SIGSTOP: the connection stays, nothing is acknowledged
             for _ in range(100):
                 assert sender.publish("x", bytes(1000))
@@ -148,14 +148,14 @@ class TestWithMosquitto:
             assert sender.unsent == 0
             start_mosquitto(mosquitto.port)
             assert sender.get(30) == ConnectionUp()
-            with connected(mosquitto.url, "b", ["x"]) as receiver:
+            with connect(mosquitto.url, "b", ["x"]) as receiver:
                 assert receiver.get(0.3) is None
 
     def test_what_can_t_be_sent_is_declined_before_it_fills_the_memory(
         self, mosquitto: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(queues, "OUTBOX_BYTES", 1_000_000)
-        with connected(mosquitto.url, "a") as sender:
+        with connect(mosquitto.url, "a") as sender:
             mosquitto.process.send_signal(19)
             sent = [sender.publish("x", bytes(100_000)) for _ in range(20)]
             assert sent == [True] * 10 + [False] * 10
@@ -165,7 +165,7 @@ class TestWithMosquitto:
             assert sender.publish("x", b"1")
 
     def test_who_holds_chunks_back_is_woken_when_little_is_left_to_send(self, mosquitto: Any) -> None:
-        with connected(mosquitto.url, "a") as sender:
+        with connect(mosquitto.url, "a") as sender:
             mosquitto.process.send_signal(19)
             assert sender.publish("x", bytes(queues.LOW_WATER))
             mosquitto.process.send_signal(18)
@@ -173,7 +173,7 @@ class TestWithMosquitto:
             assert sender.unsent < queues.LOW_WATER
 
     def test_a_flood_is_dropped_and_counted(self, mosquitto: Any) -> None:
-        with connected(mosquitto.url, "a") as sender, connected(mosquitto.url, "b", ["x"]) as receiver:
+        with connect(mosquitto.url, "a") as sender, connect(mosquitto.url, "b", ["x"]) as receiver:
             receiver._inbox.limit = 30_000  # of which one sender gets half
             for _ in range(30):
                 sender.publish("x", bytes(1000))
@@ -199,7 +199,7 @@ class TestWithMosquitto:
             0, f"listener {{port}} 127.0.0.1\nallow_anonymous true\ncertfile {cert}\nkeyfile {key}\ncafile {cert}\n"
         )
         url = broker.url.replace("mqtt:", "mqtts:")
-        with connected(url, "a", ["x"], tls=lambda: tls_context(cert)) as link:
+        with connect(url, "a", ["x"], tls=lambda: tls_context(cert)) as link:
             link.publish("x", bytes(300_000))
             assert link.get(30) == ("x", bytes(300_000))
         with pytest.raises(BrokerError, match="TLS failed"):
@@ -241,10 +241,10 @@ def test_a_connection_that_is_flooded_closes_for_a_while_and_names_the_topic(sta
     broker = start_mosquitto()
     woken: list[int] = []
     with (
-        connected(
+        connect(
             broker.url, "listener", ["a/b/c/+/-/join"], inbox=Inbox(50_000), pause_s=0.3, wake=lambda: woken.append(1)
         ) as listener,
-        connected(broker.url, "stranger") as stranger,
+        connect(broker.url, "stranger") as stranger,
     ):
         for _ in range(500):
             stranger.publish("a/b/c/flood/-/join", b"x", 0)

@@ -31,14 +31,14 @@ def transfer(folder: Path, size: int, *, passes: int, from_s: float = 0.0) -> tu
     noticed: list[float] = []
     wants = pull.start(0.0)
     for now in (n / 2 for n in range(120)):
-        more: list[BlobRequest] = []
+        follow_ups: list[BlobRequest] = []
         for want in wants:
             noticed += [now] if pieces.note(want, now) else []
             answer = sender.answer(want)
             for raw in answer if not isinstance(answer, BlobRequest) else ():
                 if len(raw) <= passes or now < from_s:
-                    more += pull.on_chunk(Chunk.parse(raw), now)
-        wants = [*more, *pull.on_tick(now)]
+                    follow_ups += pull.on_chunk(Chunk.parse(raw), now)
+        wants = [*follow_ups, *pull.on_tick(now)]
     return noticed, pull.done
 
 

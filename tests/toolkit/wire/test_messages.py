@@ -25,7 +25,7 @@ pytestmark = pytest.mark.board
 OFFER = Offer("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, {})
 
 
-def altered(message: Message, **values: Any) -> bytes:
+def altered_bytes(message: Message, **values: Any) -> bytes:
     return json.dumps({**json.loads(message.to_bytes()), **values}).encode()
 
 
@@ -54,7 +54,7 @@ def test_bytes_are_canonical(message: Message) -> None:
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
 def test_unknown_keys_are_ignored(message: Message) -> None:
-    assert parse(altered(message, surprise=[1, 2])) == message
+    assert parse(altered_bytes(message, surprise=[1, 2])) == message
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.kind)
@@ -131,11 +131,11 @@ def test_damaged_messages_raise_nothing_but_protocol_errors(message: Message, da
 
 
 def test_an_address_of_blobs_comes_in_one_form() -> None:
-    told = parse(altered(OFFER, blobs_at="https://Models.example:443/lab/"))
-    assert told == replace(OFFER, blobs_at="https://models.example/lab")
+    offer = parse(altered_bytes(OFFER, blobs_at="https://Models.example:443/lab/"))
+    assert offer == replace(OFFER, blobs_at="https://models.example/lab")
     for wrong in ("http://models.example", "https://models.example?x"):
         with pytest.raises(ProtocolError, match="offer: blobs_at"):
-            parse(altered(OFFER, blobs_at=wrong))
+            parse(altered_bytes(OFFER, blobs_at=wrong))
 
 
 def test_weights_that_can_be_decoded_from_something_shorter_are_not_pulled() -> None:

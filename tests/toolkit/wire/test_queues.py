@@ -48,8 +48,8 @@ def test_there_is_always_room_for_an_event() -> None:
     while inbox.offer(SITE.up("a"), bytes(10_000)):
         pass
     inbox.tell("down")
-    found = [inbox.get(0) for _ in range(100)]
-    assert found[[i for i, f in enumerate(found) if f is not None][-1]] == "down"
+    events = [inbox.get(0) for _ in range(100)]
+    assert events[[i for i, f in enumerate(events) if f is not None][-1]] == "down"
 
 
 def test_an_inbox_is_not_empty_as_long_as_a_message_waits_behind_a_wake() -> None:

@@ -16,18 +16,18 @@ def test_each_sender_has_a_limit_of_its_own_and_strangers_share_one(caplog: pyte
     now = [0.0]
     complaints = RejectedMessageLog(logging.getLogger("test.rejected"), lambda: now[0])
 
-    def logged(sender: str, times: int = 1) -> list[str]:
+    def complaint_lines(sender: str, times: int = 1) -> list[str]:
         caplog.clear()
         for n in range(times):
             complaints.about(f"topic/{sender}/{n}", ProtocolError("nonsense"), sender)
         return [r.getMessage() for r in caplog.records]
 
-    assert len(logged("noisy", 9 * MOST)) == MOST + 1
-    assert len(logged("calm")) == 1
-    assert len(logged("", 9 * MOST)) == MOST + 1
-    assert logged("") == []
-    assert len(logged("calm")) == 1
+    assert len(complaint_lines("noisy", 9 * MOST)) == MOST + 1
+    assert len(complaint_lines("calm")) == 1
+    assert len(complaint_lines("", 9 * MOST)) == MOST + 1
+    assert complaint_lines("") == []
+    assert len(complaint_lines("calm")) == 1
     now[0] = AGAIN_S
-    (noisy, *_) = [line for line in logged("calm") if "noisy" in line]
+    (noisy, *_) = [line for line in complaint_lines("calm") if "noisy" in line]
     assert str(8 * MOST) in noisy
-    assert len(logged("noisy")) == 1
+    assert len(complaint_lines("noisy")) == 1

@@ -77,10 +77,16 @@ def test_numbers_of_requests_do_not_depend_on_a_seed_of_the_user_s_program() -> 
 
 def test_a_want_that_came_before_is_the_same_one_only_from_the_same_device_by_its_number() -> None:
     plain = BlobRequest("ab" * 32, "data", 0, 4)
-    one, other = with_request_id(plain), with_request_id(plain)
+    first, second = with_request_id(plain), with_request_id(plain)
     wants = SeenRequests()
-    assert [wants.is_duplicate("a", w) for w in (one, other, one, plain, plain)] == [False, False, True, False, False]
-    assert not wants.is_duplicate("b", one)
+    assert [wants.is_duplicate("a", w) for w in (first, second, first, plain, plain)] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert not wants.is_duplicate("b", first)
     for _ in range(5000):
         wants.is_duplicate("b", with_request_id(plain))
-    assert not wants.is_duplicate("a", one)  # long ago
+    assert not wants.is_duplicate("a", first)  # long ago

@@ -44,16 +44,16 @@ def chunks(serve: BlobSender, want: BlobRequest, max_packet: int = MAX_PACKET) -
     return [Chunk.parse(raw) for raw in answer]
 
 
-@given(limit=st.integers(1, USUAL), told=st.integers(1, USUAL))
-def test_a_limit_is_found_out_by_halving(limit: int, told: int) -> None:
+@given(limit=st.integers(1, USUAL), first_leaves=st.integers(1, USUAL))
+def test_a_limit_is_found_out_by_halving(limit: int, first_leaves: int) -> None:
     """A broker that lets through chunks of `limit` leaves; nothing of what is larger comes."""
-    known = ChunkLimit(told * LEAF + PACKET_OVERHEAD)
+    chunk_limit = ChunkLimit(first_leaves * LEAF + PACKET_OVERHEAD)
     for _ in range(10):
-        if known.leaves <= limit:
-            known.arrived(known.leaves)
+        if chunk_limit.leaves <= limit:
+            chunk_limit.arrived(chunk_limit.leaves)
         else:
-            known.silent()
-    assert min(told, max(1, limit // 2)) <= known.leaves <= min(told, limit)
+            chunk_limit.silent()
+    assert min(first_leaves, max(1, limit // 2)) <= chunk_limit.leaves <= min(first_leaves, limit)
 
 
 def test_a_blob_comes_through_where_larger_chunks_get_lost_and_the_next_one_at_once(tmp_path: Path) -> None:
@@ -143,9 +143,9 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             elif isinstance(item, tuple) and item[0].endswith("/blob"):
                 pulls.chunk(Chunk.parse(item[1]), now)
             elif isinstance(item, tuple):
-                wanted = parse(item[1])
-                assert isinstance(wanted, BlobRequest)
-                outbox.answer(wanted, update, now)
+                request = parse(item[1])
+                assert isinstance(request, BlobRequest)
+                outbox.answer(request, update, now)
             pulls.turn(now)
             outbox.send_chunks()
             if pulls.offer is None:

@@ -16,7 +16,7 @@ names = st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True).filter(lambda n: 
 @given(names, names, names | st.just("-"))
 def test_every_topic_is_heard_by_the_right_side_only_and_read_back(site: str, device: str, job: str) -> None:
     topics = Topics(site)
-    other = "y" if device == "x" else "x"
+    second_device = "y" if device == "x" else "x"
     for topic, channel in [
         (topics.up(device, job), "up"),
         (topics.up_blob(device, job), "up/blob"),
@@ -24,7 +24,7 @@ def test_every_topic_is_heard_by_the_right_side_only_and_read_back(site: str, de
         (topics.down_blob(device, job), "down/blob"),
     ]:
         assert topics.parse(topic) == Address(device, job, channel)
-        listeners = [topics.server_subscriptions(), *map(topics.device_subscriptions, (device, other))]
+        listeners = [topics.server_subscriptions(), *map(topics.device_subscriptions, (device, second_device))]
         heard = [any(topic_matches_sub(s, topic) for s in subscriptions) for subscriptions in listeners]
         assert heard == [channel.startswith("up"), channel.startswith("down"), False]
 

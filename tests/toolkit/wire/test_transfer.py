@@ -54,20 +54,20 @@ class Network:
     def run(self, pull: Pull, steps: int = 10_000) -> None:
         """Until the blob is here; counts what is asked for and not yet here, on its own."""
         rng = random.Random(self.seed)
-        way: list[bytes] = []
-        self._send(pull.start(self.now), way, rng)
+        in_flight: list[bytes] = []
+        self._send(pull.start(self.now), in_flight, rng)
         for _ in range(steps):
             if pull.done:
                 return
-            if way:
-                at = rng.randrange(len(way)) if rng.random() < self.reorder else 0
-                self._deliver(pull, way.pop(at), way, rng)
+            if in_flight:
+                at = rng.randrange(len(in_flight)) if rng.random() < self.reorder else 0
+                self._deliver(pull, in_flight.pop(at), in_flight, rng)
             else:
                 self.now += 1
-                self._send(pull.on_tick(self.now), way, rng)
+                self._send(pull.on_tick(self.now), in_flight, rng)
         pytest.fail(f"not done after {steps} steps: {pull.progress}")
 
-    def _send(self, wants: list[BlobRequest], way: list[bytes], rng: random.Random) -> None:
+    def _send(self, wants: list[BlobRequest], in_flight: list[bytes], rng: random.Random) -> None:
         self.messages += len(wants)
         for want in wants:
             rows = [(want.part, i) for i in range(want.first, want.first + want.count)]
@@ -81,12 +81,12 @@ class Network:
                 assert not isinstance(answer, BlobNotFound)
                 for raw in answer:
                     assert len(raw) <= self.max_packet
-                    way.extend([raw] * self._copies(rng))
+                    in_flight.extend([raw] * self._copies(rng))
 
     def _copies(self, rng: random.Random) -> int:
         return 0 if rng.random() < self.loss else 2 if rng.random() < self.repeat else 1
 
-    def _deliver(self, pull: Pull, raw: bytes, way: list[bytes], rng: random.Random) -> None:
+    def _deliver(self, pull: Pull, raw: bytes, in_flight: list[bytes], rng: random.Random) -> None:
         sent = Chunk.parse(raw)
         if rng.random() < self.damage:
             at = rng.randrange(len(raw))
@@ -96,9 +96,9 @@ class Network:
         except ProtocolError:
             return
         if (chunk.sha256, chunk.part, chunk.first) == (sent.sha256, sent.part, sent.first):
-            whole = zip(chunk.leaves(), sent.leaves(), strict=True)
-            self.missing -= {(chunk.part, i) for (i, payload), (_, right) in whole if payload == right}
-        self._send(pull.on_chunk(chunk, self.now), way, rng)
+            leaf_pairs = zip(chunk.leaves(), sent.leaves(), strict=True)
+            self.missing -= {(chunk.part, i) for (i, payload), (_, right) in leaf_pairs if payload == right}
+        self._send(pull.on_chunk(chunk, self.now), in_flight, rng)
 
 
 def attempt(network: Network, pull: Pull) -> str:
@@ -339,15 +339,15 @@ def test_a_blob_deleted_between_two_wants_is_gone(source: BlobStore) -> None:
     assert serve.answer(BlobRequest(ref.sha256, "data", 0, 4)) == BlobNotFound(ref.sha256)
 
 
-@pytest.mark.parametrize("part", ["data", "leaves"])
-def test_wants_beyond_the_end_get_what_there_is(source: BlobStore, part: str) -> None:
+@pytest.mark.parametrize("blob_part", ["data", "leaves"])
+def test_wants_beyond_the_end_get_what_there_is(source: BlobStore, blob_part: str) -> None:
     ref = source.put(noise(4 * LEAF + 9))
     serve = BlobSender(source)
 
-    assert sum(len(c.payload) for c in chunks(serve.answer(BlobRequest(ref.sha256, part, 0, 1000)))) == (
-        ref.size if part == "data" else 5 * 32
+    assert sum(len(c.payload) for c in chunks(serve.answer(BlobRequest(ref.sha256, blob_part, 0, 1000)))) == (
+        ref.size if blob_part == "data" else 5 * 32
     )
-    assert chunks(serve.answer(BlobRequest(ref.sha256, part, 2**31 - 1, 1024))) == []
+    assert chunks(serve.answer(BlobRequest(ref.sha256, blob_part, 2**31 - 1, 1024))) == []
 
 
 PULLING = """
@@ -374,15 +374,15 @@ def test_a_process_killed_in_the_middle_of_a_pull_resumes_where_it_was(source: B
     data = noise(200 * LEAF + 1)
     ref = source.put(data)
     arguments = [sys.executable, "-c", textwrap.dedent(PULLING), str(source.root), str(target.root), ref.sha256]
-    seen = 0
+    leaf_count = 0
     for stop_at in (40, 120):
         with subprocess.Popen(arguments, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             for line in process.stdout:
-                if int(line) < seen:
-                    pytest.fail(f"went back from {seen} to {int(line)}")
-                seen = int(line)
-                if seen >= stop_at:
+                if int(line) < leaf_count:
+                    pytest.fail(f"went back from {leaf_count} to {int(line)}")
+                leaf_count = int(line)
+                if leaf_count >= stop_at:
                     process.send_signal(signal.SIGKILL)
                     break
         assert process.returncode == -signal.SIGKILL
@@ -392,4 +392,4 @@ def test_a_process_killed_in_the_middle_of_a_pull_resumes_where_it_was(source: B
     network.run(Pull(ref, BlobStore(target.root).partial(ref)))
 
     assert target.read(ref.sha256) == data
-    assert len(network.asked) <= 201 - seen
+    assert len(network.asked) <= 201 - leaf_count

@@ -29,7 +29,7 @@ READING_S = 0.002
 MB = 1_000_000
 
 
-def connected(url: str, name: str, topics: list[str]) -> closing[Link]:
+def connect(url: str, name: str, topics: list[str]) -> closing[Link]:
     link = Link(url, name)
     link.subscribe(topics)
     link.start()
@@ -44,7 +44,7 @@ def serving(request: pytest.FixtureRequest, mosquitto: Any, tmp_path: Path) -> I
 
     def serve() -> None:
         server = BlobSender(store)
-        with connected(mosquitto.url, "server", TOPICS.server_subscriptions()) as link:
+        with connect(mosquitto.url, "server", TOPICS.server_subscriptions()) as link:
             ready.set()
             while not stop.is_set():
                 item = link.get(0.05)
@@ -75,7 +75,7 @@ def test_a_slow_reader_gets_a_blob_whole_and_the_broker_never_holds_more_than_ab
     window = 32
     pull = Pull(ref, target.partial(ref), chunk_leaves=4, window_leaves=window)
     before, count = mosquitto.memory(), 0
-    with connected(mosquitto.url, "pi", TOPICS.device_subscriptions("pi")) as link:
+    with connect(mosquitto.url, "pi", TOPICS.device_subscriptions("pi")) as link:
         wants = pull.start(time.monotonic())
         for _ in attempts("the pull", pause_s=0.0):
             if pull.done:
