@@ -18,7 +18,7 @@ pytestmark = pytest.mark.board
 BIRTH = on.DeviceBorn("a", 9, {"name": "toy"}, 10)
 
 
-class Returned:
+class BoardReturn:
     """A job in which the update of board a was being pulled when the board went away, and has come again.
 
     Attributes:
@@ -53,7 +53,7 @@ class Returned:
     def task(self) -> Task:
         return self.shell.state.tasks["a"]
 
-    def pulled(self, update: on.UpdateAnnounced) -> list[do.Command]:
+    def announce(self, update: on.UpdateAnnounced) -> list[do.Command]:
         """What follows from an announcement; what it leads to waits."""
         return self.shell.coordinator.handle(update, self.shell.now)
 
@@ -68,8 +68,8 @@ def shell(request: pytest.FixtureRequest) -> coordinator_shell.Shell:
 
 
 @pytest.fixture
-def returned(shell: coordinator_shell.Shell) -> Returned:
-    return Returned(shell)
+def board_return(shell: coordinator_shell.Shell) -> BoardReturn:
+    return BoardReturn(shell)
 
 
 def pull_of(update: on.UpdateAnnounced) -> do.PullUpdate:
@@ -80,40 +80,40 @@ def folds(commands: list[do.Command]) -> list[str | None]:
     return [c.contribution.weights for c in commands if isinstance(c, do.Fold)]
 
 
-def test_a_board_that_comes_again_is_offered_its_round_once_more(returned: Returned) -> None:
-    assert [(o.device, o.round, o.attempt, o.offer, o.again) for o in returned.offers] == [
-        ("a", returned.first.round, returned.first.attempt, returned.task.offer, True)
+def test_a_board_that_comes_again_is_offered_its_round_once_more(board_return: BoardReturn) -> None:
+    assert [(o.device, o.round, o.attempt, o.offer, o.again) for o in board_return.offers] == [
+        ("a", board_return.first.round, board_return.first.attempt, board_return.task.offer, True)
     ]
-    assert returned.task.progress is Progress.PULLING
+    assert board_return.task.progress is Progress.PULLING
 
 
 def test_a_board_that_stayed_connected_is_only_asked_for_the_update_that_it_announced(
     shell: coordinator_shell.Shell,
 ) -> None:
     """The server took it for gone, and its pull may have ended."""
-    returned = Returned(shell, reconnects=False)
-    assert pull_of(returned.first) in returned.answers
-    assert not returned.offers
-    assert folds(returned.store(returned.first)) == [returned.first.weights["sha256"]]
+    board_return = BoardReturn(shell, reconnects=False)
+    assert pull_of(board_return.first) in board_return.answers
+    assert not board_return.offers
+    assert folds(board_return.store(board_return.first)) == [board_return.first.weights["sha256"]]
 
 
-def test_what_a_board_trains_once_more_is_pulled_instead_of_what_it_has_lost(returned: Returned) -> None:
-    second = replace(returned.first, weights={"sha256": "second"}, steps=1)
-    assert pull_of(second) in returned.pulled(second)
-    assert folds(returned.store(second)) == ["second"]
-    assert returned.task.steps == 1
+def test_what_a_board_trains_once_more_is_pulled_instead_of_what_it_has_lost(board_return: BoardReturn) -> None:
+    second = replace(board_return.first, weights={"sha256": "second"}, steps=1)
+    assert pull_of(second) in board_return.announce(second)
+    assert folds(board_return.store(second)) == ["second"]
+    assert board_return.task.steps == 1
 
 
-def test_a_replaced_update_that_arrives_late_does_not_take_the_place_of_the_second(returned: Returned) -> None:
-    second = replace(returned.first, weights={"sha256": "second"}, steps=1)
-    assert pull_of(second) in returned.pulled(second)
-    assert folds(returned.store(returned.first)) == []
-    assert folds(returned.store(second)) == ["second"]
+def test_a_replaced_update_that_arrives_late_does_not_take_the_place_of_the_second(board_return: BoardReturn) -> None:
+    second = replace(board_return.first, weights={"sha256": "second"}, steps=1)
+    assert pull_of(second) in board_return.announce(second)
+    assert folds(board_return.store(board_return.first)) == []
+    assert folds(board_return.store(second)) == ["second"]
 
 
-def test_the_first_update_counts_where_it_has_arrived_all_the_same(returned: Returned) -> None:
-    second = replace(returned.first, weights={"sha256": "second"})
-    assert folds(returned.store(returned.first)) == [returned.first.weights["sha256"]]
-    assert [type(c) for c in returned.pulled(second) if getattr(c, "device", "") == "a"] == [do.Cancel]
-    assert returned.task.weights == returned.first.weights["sha256"]
-    assert any(isinstance(c, do.Acknowledge) for c in returned.pulled(returned.first))
+def test_the_first_update_counts_where_it_has_arrived_all_the_same(board_return: BoardReturn) -> None:
+    second = replace(board_return.first, weights={"sha256": "second"})
+    assert folds(board_return.store(board_return.first)) == [board_return.first.weights["sha256"]]
+    assert [type(c) for c in board_return.announce(second) if getattr(c, "device", "") == "a"] == [do.Cancel]
+    assert board_return.task.weights == board_return.first.weights["sha256"]
+    assert any(isinstance(c, do.Acknowledge) for c in board_return.announce(board_return.first))

@@ -21,7 +21,7 @@ from support.fakes.coordinator_shell import MaskingShell
 pytestmark = pytest.mark.board
 
 
-def names(count: int) -> list[str]:
+def board_names(count: int) -> list[str]:
     return [f"b{i:02}" for i in range(count)]
 
 
@@ -42,7 +42,7 @@ def attempts(boards: list[str], hostile: set[str], seed: int, max_attempts: int)
 @given(st.integers(6, 60), st.data())
 @settings(deadline=None, max_examples=60)
 def test_one_board_is_named_after_a_logarithm_of_false_sums(count: int, data: st.DataObject) -> None:
-    boards = names(count)
+    boards = board_names(count)
     hostile = data.draw(st.sampled_from(boards))
     _, false_sums, at_fault = attempts(boards, {hostile}, data.draw(st.integers(0, 99)), 100)
     assert at_fault == {hostile}
@@ -52,7 +52,7 @@ def test_one_board_is_named_after_a_logarithm_of_false_sums(count: int, data: st
 @given(st.integers(8, 40), st.data())
 @settings(deadline=None, max_examples=60)
 def test_of_several_boards_only_hostile_ones_are_named(count: int, data: st.DataObject) -> None:
-    boards = names(count)
+    boards = board_names(count)
     hostile = data.draw(st.sets(st.sampled_from(boards), min_size=2, max_size=count // 4))
     _, _, at_fault = attempts(boards, hostile, data.draw(st.integers(0, 99)), 200)
     assert at_fault
@@ -62,7 +62,7 @@ def test_of_several_boards_only_hostile_ones_are_named(count: int, data: st.Data
 @given(st.integers(3, 30), st.data())
 @settings(deadline=None, max_examples=60)
 def test_each_board_is_in_one_cohort_of_enough_boards_or_left_out(count: int, data: st.DataObject) -> None:
-    boards = names(count)
+    boards = board_names(count)
     pool, suspects = list(boards), list[list[str]]()
     for size in data.draw(st.lists(st.integers(1, 12), max_size=3)):
         suspects.append(pool[:size])
@@ -83,7 +83,7 @@ class SpoiltSums(MaskingShell):
 
     def arrive(self) -> None:
         self.session += 1
-        self.inbox += [on.DeviceBorn(name, self.session, {"name": "toy"}, 10) for name in names(8)]
+        self.inbox += [on.DeviceBorn(name, self.session, {"name": "toy"}, 10) for name in board_names(8)]
 
     def answer(self, command: do.Command) -> on.Event | None:
         if isinstance(command, do.SumMasked):
@@ -110,4 +110,4 @@ def test_a_restart_while_masked_updates_are_summed_leaves_out_no_more_boards_tha
     fleet.feed(on.Unmasked(division.round, [], {}, [], false=[[*cohort] for cohort in division.cohorts]))
     while fleet.divisions[-1] == division:
         fleet.feed(fleet.inbox.pop(0))
-    assert fleet.left_out() | {name for cohort in fleet.divisions[-1].cohorts for name in cohort} == {*names(8)}
+    assert fleet.left_out() | {name for cohort in fleet.divisions[-1].cohorts for name in cohort} == {*board_names(8)}

@@ -48,7 +48,7 @@ def row(start: Any, end: Any, shape: Any = (1,), code: Any = "F32") -> dict[str,
     return {"dtype": code, "shape": list(shape) if isinstance(shape, tuple) else shape, "data_offsets": [start, end]}
 
 
-def same(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> bool:
+def same_array(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> bool:
     return first.dtype == second.dtype and first.shape == second.shape and first.tobytes() == second.tobytes()
 
 
@@ -56,14 +56,14 @@ def same(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> bool:
 def test_the_safetensors_library_reads_what_we_write(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     decoded = safetensors.numpy.load(tensorfile.encode(tensors, {"note": "x"}))
     assert sorted(decoded) == sorted(tensors)
-    assert all(same(decoded[n], tensors[n]) for n in tensors)
+    assert all(same_array(decoded[n], tensors[n]) for n in tensors)
 
 
 @given(named_tensors())
 def test_we_read_what_the_safetensors_library_writes(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     decoded = tensorfile.decode(safetensors.numpy.save(tensors, {"note": "x"}))
     assert sorted(decoded) == sorted(tensors)
-    assert all(same(decoded[n], tensors[n]) for n in tensors)
+    assert all(same_array(decoded[n], tensors[n]) for n in tensors)
 
 
 @given(named_tensors())

@@ -35,11 +35,11 @@ def count(mask: Active) -> int:
     return sum(int(np.count_nonzero(bits)) for bits in mask.values())
 
 
-def same(first: Active, second: Active) -> bool:
+def same_mask(first: Active, second: Active) -> bool:
     return first.keys() == second.keys() and all(np.array_equal(m, second[n]) for n, m in first.items())
 
 
-def within(inner: Active, outer: Active) -> bool:
+def is_submask(inner: Active, outer: Active) -> bool:
     return all(not (bits & ~outer[n]).any() for n, bits in inner.items())
 
 
@@ -50,7 +50,7 @@ def test_masks_are_nested_and_as_large_as_asked_for(
     order = coarse(architecture, seed)
     size = sum(v.size for v in order.values())
     sparse, dense = (top(order, d) for d in sorted((first_density, second_density)))
-    assert within(sparse, dense)
+    assert is_submask(sparse, dense)
     for mask, density in ((sparse, min(first_density, second_density)), (dense, max(first_density, second_density))):
         assert count(mask) == max(1, int(density * size + 1e-6))
         kept_ranks = np.concatenate([order[n][m] for n, m in mask.items()])
@@ -66,7 +66,7 @@ def test_floors_hold_in_every_tensor_and_masks_stay_nested(
     order = coarse(architecture, seed + 1)
     floored = with_floors(order, weights, share)
     sparse, dense = (top(floored, d) for d in sorted((first_density, second_density)))
-    assert within(sparse, dense)
+    assert is_submask(sparse, dense)
     for name, mask in sparse.items():
         if not share or not mask.size:
             continue
@@ -119,7 +119,7 @@ def test_packing_loses_nothing_but_what_is_masked(architecture: Architecture, se
     for name, value in unpack(mask, packed).items():
         np.testing.assert_array_equal(value, applied(mask, weights)[name])
     unpacked = from_bits(to_bits(mask), {t.name: t.shape for t in architecture.tensors})
-    assert same(unpacked, mask)
+    assert same_mask(unpacked, mask)
     assert sum(b.size for b in to_bits(mask).values()) == sum(-(-m.size // 8) for m in mask.values())
 
 

@@ -63,7 +63,7 @@ def on_processor(profile: HardwareProfile) -> HardwareProfile:
     return replace(profile, software=replace(profile.software, tier=TIERS[0]))
 
 
-def step(architecture: Architecture, profile: HardwareProfile, probe: ProbeReport | None = None) -> float:
+def step_seconds(architecture: Architecture, profile: HardwareProfile, probe: ProbeReport | None = None) -> float:
     return predict(architecture, architecture.sizes, profile, RECIPE, 160, probe=probe).step_s
 
 
@@ -93,7 +93,7 @@ def test_an_energy_too_small_for_the_gpu_names_the_processor_if_that_fits(probe:
 @pytest.mark.parametrize("measured", [{}, {"train_rate": 2e10}, {"clock_hz": 10**9}])
 def test_a_board_whose_gpu_fell_back_is_planned_for_by_its_processor(measured: dict[str, float]) -> None:
     probe = replace(PROBE, **measured)
-    assert step(LARGE, NANO, probe) == step(LARGE, on_processor(NANO), probe)
+    assert step_seconds(LARGE, NANO, probe) == step_seconds(LARGE, on_processor(NANO), probe)
 
 
 def test_what_the_gpu_measured_replaces_the_profiles_figures() -> None:

@@ -262,7 +262,7 @@ def test_whatever_happens_nothing_is_given_while_it_is_paused(events: list[tuple
         assert waiting == []
 
 
-def step(rollout: Rollout, kind: str, name: str, now: float) -> list[RolloutCommand]:
+def apply_step(rollout: Rollout, kind: str, name: str, now: float) -> list[RolloutCommand]:
     match kind:
         case "well":
             return rollout.well(name, now)
@@ -286,7 +286,7 @@ def test_what_is_counted_along_is_what_counting_anew_gives(
     for kind, number, seconds in events:
         name, now = f"board-{number:02}", now + seconds
         anew = Rollout.from_dict(json.loads(json.dumps(rollout.to_dict())))
-        assert step(rollout, kind, name, now) == step(anew, kind, name, now)
+        assert apply_step(rollout, kind, name, now) == apply_step(anew, kind, name, now)
         assert rollout == anew
         assert (rollout.stages, rollout.given.keys()) == (anew.stages, anew.given.keys())
         # The rows of those that have changed are enough to save.

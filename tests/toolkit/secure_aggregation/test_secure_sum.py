@@ -36,7 +36,7 @@ SMALL = Session(b"job 1, round 2", 4, 3, 5, 3)
 SIX = NAMES[:6]
 
 
-def same(first: Vector, second: Vector) -> bool:
+def same_vector(first: Vector, second: Vector) -> bool:
     return first.to_bytes() == second.to_bytes()
 
 
@@ -109,7 +109,7 @@ def test_the_sum_is_the_survivors_or_there_is_none(case: Case) -> None:
         return
     assert total is not None, lost
     assert cohort.collector.boards == tuple(sorted(present["mask"]))
-    assert same(total, summed([inputs[n] for n in present["mask"]], case.session))
+    assert same_vector(total, summed([inputs[n] for n in present["mask"]], case.session))
     if len(present["advertise"] - present["mask"]) < case.session.degree:
         assert view.revealed() == [present["mask"]]
 
@@ -130,7 +130,7 @@ def test_every_other_input_with_the_same_sum_explains_the_transcript(seed: int, 
     alternative_inputs[boards[-1]] = Vector(total.narrow - rest.narrow, total.wide - rest.wide)
     # What is left of each vector once the known masks are taken off: the input and masks of pairs of survivors.
     hidden = {name: view.unmasked(name) for name in boards}
-    assert all(not same(hidden[name], inputs[name]) for name in boards)
+    assert all(not same_vector(hidden[name], inputs[name]) for name in boards)
     masks = _explaining(hidden, alternative_inputs, view)
     for name in boards:
         remasked = alternative_inputs[name].copy()
@@ -140,7 +140,7 @@ def test_every_other_input_with_the_same_sum_explains_the_transcript(seed: int, 
             elif name == second:
                 remasked.narrow -= mask.narrow
                 remasked.wide -= mask.wide
-        assert same(remasked, hidden[name])
+        assert same_vector(remasked, hidden[name])
 
 
 def _explaining(
@@ -164,7 +164,7 @@ def _explaining(
         masks[board, above[board]] = owed[board]
         owed[above[board]] = owed[above[board]].copy()
         owed[above[board]].add(owed[board])
-    assert same(owed[root], Vector.zeros(view.session))
+    assert same_vector(owed[root], Vector.zeros(view.session))
     return masks
 
 
@@ -173,7 +173,7 @@ def test_masked_vectors_look_uniform_and_independent_of_what_is_masked() -> None
     nothing = {name: Vector.zeros(session) for name in SIX}
     first, second = MaskedCohort(session, SIX), MaskedCohort(session, SIX)
     for cohort in (first, second):
-        assert same(cohort.carry_out(nothing), Vector.zeros(session))
+        assert same_vector(cohort.carry_out(nothing), Vector.zeros(session))
     for name in SIX:
         first_vector, second_vector = (
             np.frombuffer(cohort.transcript.answers["mask"][name], np.uint8) for cohort in (first, second)
@@ -194,7 +194,7 @@ def test_an_own_mask_stays_when_a_vector_comes_too_late() -> None:
     sent = cohort.boards[late].mask(delivery, inputs[late].copy())
     with pytest.raises(ProtocolError, match=f"masked vector of {late}"):
         cohort.collector.add_masked(late, sent)
-    assert same(total, summed([inputs[n] for n in SIX if n != late], SMALL))
+    assert same_vector(total, summed([inputs[n] for n in SIX if n != late], SMALL))
     view = ServerView(SMALL, cohort.transcript)
     assert late in view.mask_keys
     assert late not in view.seeds
@@ -204,7 +204,7 @@ def test_an_own_mask_stays_when_a_vector_comes_too_late() -> None:
         vector.add_mask(
             pair_mask_key(SMALL, secret, late, neighbour, view.keys[neighbour].mask), negative=neighbour > late
         )
-    assert not same(vector, inputs[late])
+    assert not same_vector(vector, inputs[late])
 
 
 def test_no_board_hands_out_both_shares_of_another() -> None:
@@ -343,7 +343,7 @@ def test_damaged_shares_and_too_few_of_them_are_refused_before_anything_is_sent(
     ):
         with pytest.raises(ProtocolError, match=problem):
             cohort.boards[name].mask(wrong, vector)
-        assert same(vector, before)
+        assert same_vector(vector, before)
     cohort.boards[name].mask(delivery, vector)
 
 
@@ -397,7 +397,7 @@ def test_messages_of_other_steps_and_other_boards_are_refused_and_repeated_ones_
         assert not collector.ready or name != min(asked)
         collector.add_unmasking(name, answer)
     assert collector.ready
-    assert same(collector.total(), summed([drawn(SMALL, i) for i in range(6)], SMALL))
+    assert same_vector(collector.total(), summed([drawn(SMALL, i) for i in range(6)], SMALL))
     with pytest.raises(ProtocolError, match="nothing more"):
         collector.add_advertisement(NAMES[7], cohort.boards[SIX[0]].advertise())
 

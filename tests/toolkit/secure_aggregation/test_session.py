@@ -14,7 +14,7 @@ from fedprune.secure_aggregation.session import Session
 pytestmark = pytest.mark.board
 
 
-def names(count: int) -> tuple[str, ...]:
+def member_names(count: int) -> tuple[str, ...]:
     return tuple(f"b{i}" for i in range(count))
 
 
@@ -24,10 +24,10 @@ def test_neighbours_are_mutual_and_as_many_as_the_degree(count: int, half: int, 
     session = Session(b"x", 2 * half, half + 1, 1, 0)
     if count <= session.threshold:
         with pytest.raises(ProtocolError, match=f"expected more than {session.threshold}, got {count}"):
-            session.neighbours(names(count), Random(seed))
+            session.neighbours(member_names(count), Random(seed))
         return
-    graph = session.neighbours(names(count), Random(seed))
-    assert set(graph) == set(names(count))
+    graph = session.neighbours(member_names(count), Random(seed))
+    assert set(graph) == set(member_names(count))
     for name, around in graph.items():
         assert len(around) == min(2 * half, count - 1)
         assert list(around) == sorted(set(around) - {name})
@@ -36,7 +36,7 @@ def test_neighbours_are_mutual_and_as_many_as_the_degree(count: int, half: int, 
 
 def test_the_graph_stays_connected_until_as_many_boards_as_its_degree_are_removed() -> None:
     """All sets of removed boards, of a circle of 9 with 4 neighbours each."""
-    graph = Session(b"x", 4, 3, 1, 0).neighbours(names(9), Random(1))
+    graph = Session(b"x", 4, 3, 1, 0).neighbours(member_names(9), Random(1))
     for removed in itertools.combinations(graph, 3):
         assert _connected(graph, set(graph) - set(removed))
     assert not all(_connected(graph, set(graph) - set(removed)) for removed in itertools.combinations(graph, 4))
@@ -57,8 +57,8 @@ def test_a_chosen_degree_grows_slowly_and_holds_what_it_promises() -> None:
     assert degrees[2] < 4 * degrees[0]
     session, random = Session.choose(b"x", 100, 1, 0), Random(3)
     for _ in range(200):
-        graph = session.neighbours(names(100), random)
-        absent = set(random.sample(names(100), 20))
+        graph = session.neighbours(member_names(100), random)
+        absent = set(random.sample(member_names(100), 20))
         assert all(len(set(around) - absent) >= session.threshold for around in graph.values())
 
 

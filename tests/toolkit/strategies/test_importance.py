@@ -25,7 +25,7 @@ NAMES = prunable(NET)
 Arrays = dict[str, np.ndarray[Any, np.dtype[np.float64]]]
 
 
-def within(inner: Active, outer: Active) -> bool:
+def is_submask(inner: Active, outer: Active) -> bool:
     return all(not (bits & ~outer[n]).any() for n, bits in inner.items())
 
 
@@ -105,9 +105,9 @@ def test_masks_change_when_an_interval_ends_and_with_densities() -> None:
         mask = play.sent["a"].mask
         assert mask
         masks.append(mask)
-    same = [within(masks[i], masks[i + 1]) and within(masks[i + 1], masks[i]) for i in (0, 1, 2, 3, 5, 6)]
+    same = [is_submask(masks[i], masks[i + 1]) and is_submask(masks[i + 1], masks[i]) for i in (0, 1, 2, 3, 5, 6)]
     assert same == [True, True, False, True, False, True]  # the order of rounds 1 to 3, then of 4 to 6, then of 7 on
-    assert within(masks[4], masks[5])
+    assert is_submask(masks[4], masks[5])
     kept_counts = [sum(int(bits.sum()) for bits in mask.values()) for mask in masks]
     assert kept_counts[5] > kept_counts[4]
 

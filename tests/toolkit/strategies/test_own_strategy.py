@@ -88,7 +88,7 @@ def line_of(text: str) -> int:
     return next(n for n, line in enumerate(Path("mine.py").read_text().splitlines(), 1) if text in line)
 
 
-def changed(kind: str, method: str, body: str, arguments: str = "*a, **k") -> str:
+def override_source(kind: str, method: str, body: str, arguments: str = "*a, **k") -> str:
     return f"\ndef changed(self, {arguments}):\n    {body}  # here\n{kind}.{method} = changed\n"
 
 
@@ -107,7 +107,7 @@ ASKED: dict[str, Callable[[Strategy], object]] = {
 def strategy_error(mine: Any, name: str, body: str) -> StrategyError:
     """What is said of a strategy in which one method has another body."""
     kind, _, method = name.partition(".")
-    mine(changed(kind, method, body))
+    mine(override_source(kind, method, body))
     with pytest.raises(StrategyError) as caught:
         ASKED[name](strategy())
     return caught.value
@@ -146,13 +146,13 @@ def test_answers_are_checked_for_their_shape(mine: Any, name: str, answer: str) 
 
 
 def test_a_slip_below_is_named_at_the_users_own_line(mine: Any) -> None:
-    mine(changed("Made", "rank", "return Ranking(ranks([np.full(3, np.nan)]))"))
+    mine(override_source("Made", "rank", "return Ranking(ranks([np.full(3, np.nan)]))"))
     with pytest.raises(StrategyError, match=r"mine.py:\d+ .*NaN"):
         ASKED["Made.rank"](strategy())
 
 
 def test_a_method_with_other_arguments_is_named_where_it_is_defined(mine: Any) -> None:
-    mine(changed("Made", "rank", "return None", arguments=""))
+    mine(override_source("Made", "rank", "return None", arguments=""))
     with pytest.raises(StrategyError) as caught:
         ASKED["Made.rank"](strategy())
     assert f"failed at mine.py:{line_of('def changed')} (TypeError" in str(caught.value)
@@ -217,15 +217,15 @@ def test_what_is_not_the_strategys_fault_stays_what_it_is(mine: Any) -> None:
         raise BundleError("an update that can't be read")
         yield
 
-    mine(changed("Made", "learn", "return {} if list(a[2]()) else {}"))
+    mine(override_source("Made", "learn", "return {} if list(a[2]()) else {}"))
     composed = strategy()
     fold = composed.aggregator.fold(scene(), evidence=False)
     with pytest.raises(BundleError, match="an update"):
         composed.learn(scene(), fold, unreadable_updates)
-    mine(changed("Made", "reconstruct", "raise ProtocolError('this update is odd')"))
+    mine(override_source("Made", "reconstruct", "raise ProtocolError('this update is odd')"))
     with pytest.raises(ProtocolError, match="odd"):
         strategy().reconstruct(SimpleNamespace())  # type: ignore[arg-type]
-    mine(changed("Made", "rank", "raise StorageError('a blob is lost')"))
+    mine(override_source("Made", "rank", "raise StorageError('a blob is lost')"))
     with pytest.raises(StorageError):
         ASKED["Made.rank"](strategy())
 
@@ -242,7 +242,7 @@ def test_a_good_strategy_does_what_it_did_without_checks(mine: Any) -> None:
 def test_what_a_method_of_ones_own_does_is_not_taken_for_the_shipped_one(mine: Any, method: str, flag: str) -> None:
     mine("")
     assert getattr(strategy(), flag) is True
-    mine(changed("Made", method, "return None"))
+    mine(override_source("Made", method, "return None"))
     assert getattr(strategy(), flag) is False
 
 
