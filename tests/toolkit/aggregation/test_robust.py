@@ -34,7 +34,7 @@ def identical(first: Tensors, second: Tensors) -> bool:
 def rounds(draw: st.DrawFn, min_reports: int = 1) -> tuple[Scene, list[Report]]:
     architecture = draw(architectures())
     base = model(architecture, draw(seeds))
-    at = scene(architecture, base)
+    current_scene = scene(architecture, base)
     order = draw(st.none() | ranks(architecture))
     reports = []
     for k in range(draw(st.integers(min_reports, 5))):
@@ -45,13 +45,13 @@ def rounds(draw: st.DrawFn, min_reports: int = 1) -> tuple[Scene, list[Report]]:
             mask = {t.name: np.asarray(dice.random(shapes[t.name]) < 0.6) for t in architecture.trainable}
         tensors = trained(selection, base, draw(seeds))
         weight = draw(st.integers(1, 100))
-        reports.append(report(at, selection, tensors, weight, mask=mask, device=f"d{k}", steps=k + 1))
-    return at, reports
+        reports.append(report(current_scene, selection, tensors, weight, mask=mask, device=f"d{k}", steps=k + 1))
+    return current_scene, reports
 
 
-def stacks(name: str, at: Scene, reports: list[Report]) -> tuple[Any, Any]:
+def stacks(name: str, current_scene: Scene, reports: list[Report]) -> tuple[Any, Any]:
     """Values [device, ...] and who holds what, by plain loops."""
-    spec = at.architecture.by_name[name]
+    spec = current_scene.architecture.by_name[name]
     values, coverage = np.zeros((len(reports), *spec.shape)), np.zeros((len(reports), *spec.shape), bool)
     for k, each in enumerate(reports):
         index = np.ix_(*each.trained.selection.maps(name)) if spec.axes else ...
@@ -66,10 +66,10 @@ def stacks(name: str, at: Scene, reports: list[Report]) -> tuple[Any, Any]:
 def test_a_coordinate_s_centre_is_taken_over_those_that_hold_it(
     case: tuple[Scene, list[Report]], kind: str, trim: float
 ) -> None:
-    at, reports = case
-    got = close(Robust(Mean(), Robustness(centre=kind, trim=trim)), at, reports).model
-    for name, base in at.model.items():
-        values, coverage = stacks(name, at, reports)
+    current_scene, reports = case
+    got = close(Robust(Mean(), Robustness(centre=kind, trim=trim)), current_scene, reports).model
+    for name, base in current_scene.model.items():
+        values, coverage = stacks(name, current_scene, reports)
         expected = base.astype(np.float64).copy()
         for index in np.ndindex(*base.shape):
             mine = np.sort(values[(slice(None), *index)][coverage[(slice(None), *index)]])
@@ -86,14 +86,14 @@ def test_a_coordinate_s_centre_is_taken_over_those_that_hold_it(
 def test_with_filling_devices_without_a_coordinate_vote_for_no_change(
     case: tuple[Scene, list[Report]], kind: str
 ) -> None:
-    at, reports = case
-    got = close(Robust(Mean(rule="fill"), Robustness(centre=kind, trim=0.2)), at, reports).model
-    for spec in at.architecture.trainable:
-        values, coverage = stacks(spec.name, at, reports)
-        ordered = np.sort(np.where(coverage, values, at.model[spec.name]), axis=0)
+    current_scene, reports = case
+    got = close(Robust(Mean(rule="fill"), Robustness(centre=kind, trim=0.2)), current_scene, reports).model
+    for spec in current_scene.architecture.trainable:
+        values, coverage = stacks(spec.name, current_scene, reports)
+        ordered = np.sort(np.where(coverage, values, current_scene.model[spec.name]), axis=0)
         cut = int(0.2 * len(reports) + 1e-9)
         middle = np.median(ordered, axis=0) if kind == "median" else ordered[cut : len(ordered) - cut].mean(axis=0)
-        expected = np.where(coverage.any(axis=0), middle, at.model[spec.name])
+        expected = np.where(coverage.any(axis=0), middle, current_scene.model[spec.name])
         assert np.allclose(got[spec.name], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -102,11 +102,11 @@ def test_with_filling_devices_without_a_coordinate_vote_for_no_change(
 def test_neither_order_nor_memory_changes_a_bit(
     case: tuple[Scene, list[Report]], kind: Any, budget: int, dice: random.Random
 ) -> None:
-    at, reports = case
-    one = close(Robust(Mean(), Robustness(centre=kind)), at, reports)
+    current_scene, reports = case
+    one = close(Robust(Mean(), Robustness(centre=kind)), current_scene, reports)
     shuffled = list(reports)
     dice.shuffle(shuffled)
-    assert identical(one.model, close(Robust(Mean(), Robustness(centre=kind), budget), at, shuffled).model)
+    assert identical(one.model, close(Robust(Mean(), Robustness(centre=kind), budget), current_scene, shuffled).model)
 
 
 def test_memory_does_not_grow_with_the_fleet() -> None:
@@ -114,19 +114,19 @@ def test_memory_does_not_grow_with_the_fleet() -> None:
     kind = TensorSpec("w", TensorKind.WEIGHT, (channels, Axis.fixed(4096)))
     architecture = Architecture("big", (ChannelGroup("c", 64),), (kind,), (), (), (3,), (1,))
     base = model(architecture, 0)
-    at, budget = scene(architecture, base), 2 * base["w"].nbytes
+    current_scene, budget = scene(architecture, base), 2 * base["w"].nbytes
     submodels = [trained(selection, base, 1) for selection in (Selection.of(architecture, (n,)) for n in (64, 32))]
     peaks = []
     for fleet in (8, 64):
         widths_ = [(64, 32)[k % 2] for k in range(fleet)]
         reports = [
-            report(at, Selection.of(architecture, (n,)), submodels[k % 2], device=f"d{k}")
+            report(current_scene, Selection.of(architecture, (n,)), submodels[k % 2], device=f"d{k}")
             for k, n in enumerate(widths_)
         ]
-        close(Robust(Mean(), Robustness(), budget), at, reports[:2])  # numpy's and our own scratch memory
+        close(Robust(Mean(), Robustness(), budget), current_scene, reports[:2])  # numpy's and our own scratch memory
         tracemalloc.start()
         try:
-            close(Robust(Mean(), Robustness(), budget), at, reports)
+            close(Robust(Mean(), Robustness(), budget), current_scene, reports)
             peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
@@ -141,13 +141,13 @@ def test_less_than_half_can_t_move_a_median_out_of_what_the_others_say(
 ) -> None:
     architecture = data.draw(architectures())
     base = model(architecture, seed)
-    at, full_selection = scene(architecture, base), Selection.full(architecture)
+    current_scene, full_selection = scene(architecture, base), Selection.full(architecture)
     honest = [trained(full_selection, base, seed + k) for k in range(4)]
     worst = {n: np.full_like(v, 7.9) for n, v in base.items()}
-    reports = [report(at, full_selection, p, 1, device=f"h{k}") for k, p in enumerate(honest)]
-    reports += [report(at, full_selection, worst, 1000, device=f"bad{k}") for k in range(3)]
+    reports = [report(current_scene, full_selection, p, 1, device=f"h{k}") for k, p in enumerate(honest)]
+    reports += [report(current_scene, full_selection, worst, 1000, device=f"bad{k}") for k in range(3)]
     for how in (Robustness(centre="median"), Robustness(centre="trimmed", trim=0.43)):
-        got = close(Robust(Mean(rule=rule), how), at, reports).model
+        got = close(Robust(Mean(rule=rule), how), current_scene, reports).model
         for name, value in got.items():
             lowest, highest = (f([p[name] for p in honest], axis=0) for f in (np.min, np.max))
             assert ((value >= lowest - 1e-6) & (value <= highest + 1e-6)).all()
@@ -169,11 +169,17 @@ def _net() -> Architecture:
 def test_moves_of_earlier_models_are_what_is_compared() -> None:
     architecture = _net()
     now, earlier = model(architecture, 0), model(architecture, 1)
-    at, then, full_selection = scene(architecture, now), scene(architecture, earlier), Selection.full(architecture)
+    current_scene, earlier_scene, full_selection = (
+        scene(architecture, now),
+        scene(architecture, earlier),
+        Selection.full(architecture),
+    )
     move = {n: np.full_like(v, 0.02) for n, v in now.items()}
     trained_tensors = {n: earlier[n] + move[n] for n in earlier}
-    reports = [report(then, full_selection, trained_tensors, 1, device=f"d{k}", sent=earlier) for k in range(3)]
-    got = close(Robust(DeltaMean(), Robustness()), at, reports).model
+    reports = [
+        report(earlier_scene, full_selection, trained_tensors, 1, device=f"d{k}", sent=earlier) for k in range(3)
+    ]
+    got = close(Robust(DeltaMean(), Robustness()), current_scene, reports).model
     assert all(np.allclose(got[n], now[n] + 0.02, atol=1e-6) for n in now)
 
 
@@ -181,9 +187,9 @@ def test_moves_of_earlier_models_are_what_is_compared() -> None:
 def test_tiny_statistics_that_nobody_holds_keep_their_bits(kind: str) -> None:
     """Sums hold 2^-52 and more: a variance of 10^-12 would come back rounded."""
     base = {n: v * np.float32(1e-12) for n, v in model(NET, 0).items()}
-    at, narrow = scene(NET, base), Selection.of(NET, (2, 2))
-    reports = [report(at, narrow, trained(narrow, base, k), device=f"d{k}") for k in range(3)]
-    got = close(Robust(Mean(), Robustness(centre=kind)), at, reports).model
+    current_scene, narrow = scene(NET, base), Selection.of(NET, (2, 2))
+    reports = [report(current_scene, narrow, trained(narrow, base, k), device=f"d{k}") for k in range(3)]
+    got = close(Robust(Mean(), Robustness(centre=kind)), current_scene, reports).model
     for name in ("norm.mean", "norm.variance"):
         out = ~narrow.covered(name)
         assert got[name][out].tobytes() == base[name][out].tobytes()

@@ -133,11 +133,11 @@ def test_hostile_values_are_refused(value: object) -> None:
 
 
 @given(st.integers(0, 10_000), st.integers(0, 255))
-def test_a_changed_byte_is_refused_or_gives_another_digest(at: int, byte: int) -> None:
+def test_a_changed_byte_is_refused_or_gives_another_digest(position: int, byte: int) -> None:
     raw = bytearray(PLAIN.to_json().encode())
-    at %= len(raw)
-    changed = raw[at] != byte
-    raw[at] = byte
+    position %= len(raw)
+    changed = raw[position] != byte
+    raw[position] = byte
     try:
         decoded = Architecture.from_json(bytes(raw))
     except BundleError:

@@ -162,8 +162,8 @@ def test_quantiles_are_numpys(seed: int, sizes: list[int], q: float) -> None:
         with pytest.raises(BundleError, match="nothing"):
             quantile(arrays, q)
         return
-    want = np.quantile(np.concatenate(arrays).astype(np.float64), q)
-    assert quantile(arrays, q) == pytest.approx(want, rel=1e-12, abs=1e-300)
+    expected = np.quantile(np.concatenate(arrays).astype(np.float64), q)
+    assert quantile(arrays, q) == pytest.approx(expected, rel=1e-12, abs=1e-300)
 
 
 @pytest.mark.once

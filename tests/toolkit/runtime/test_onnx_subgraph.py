@@ -98,8 +98,8 @@ def test_what_is_no_graph_is_refused_or_left_alone(raw: bytes) -> None:
 def test_damaged_graphs_raise_nothing_but_model_errors(data: st.DataObject) -> None:
     raw = bytearray((GRAPHS / "plain.onnx").read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(raw) - 1))
-        raw[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+        position = data.draw(st.integers(0, len(raw) - 1))
+        raw[position : position + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     assert len(error_of(bytes(raw), [step_contract.LOSS])) < 500
 
 

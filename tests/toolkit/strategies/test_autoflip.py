@@ -85,8 +85,8 @@ def damped_fedavg(beta: float) -> Strategy:
 
 
 def test_without_pruning_it_is_fedavg_with_damped_momentum_bit_for_bit() -> None:
-    want = Play(damped_fedavg(0.9), model(NET, 1), DEVICES).play(5)
-    assert identical(Play(autoflip(pruned_share=0.0), model(NET, 1), DEVICES).play(5), want)
+    expected = Play(damped_fedavg(0.9), model(NET, 1), DEVICES).play(5)
+    assert identical(Play(autoflip(pruned_share=0.0), model(NET, 1), DEVICES).play(5), expected)
 
 
 def test_what_the_first_mask_prunes_is_0_from_the_start_and_later_masks_take_the_rest_there() -> None:
@@ -102,8 +102,8 @@ def test_what_the_first_mask_prunes_is_0_from_the_start_and_later_masks_take_the
     play.play()  # by the guidance of both, which masks others
     now = ~masks(play, "a")["second.weight"]
     assert (now & ~first).any()
-    want = before + 0.8 * speed + 0.2 * (0 - before)
-    np.testing.assert_allclose(play.model["second.weight"][now], want[now], atol=1e-6)
+    expected = before + 0.8 * speed + 0.2 * (0 - before)
+    np.testing.assert_allclose(play.model["second.weight"][now], expected[now], atol=1e-6)
 
 
 def test_a_tensor_that_did_not_move_keeps_all_its_elements() -> None:

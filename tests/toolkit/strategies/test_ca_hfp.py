@@ -37,13 +37,13 @@ def strategy(**options: Any) -> Any:
     return ca_hfp(Job(strategy="ca-hfp", options=options))
 
 
-def a_round(at: Scene, scorer: Strategy, density: float, seed: int) -> tuple[Memories, Selection]:
+def a_round(current_scene: Scene, scorer: Strategy, density: float, seed: int) -> tuple[Memories, Selection]:
     """One device of a density trains what the scorer ranks best; gives what the scorer remembers."""
-    architecture = at.architecture
-    selection = Selection.of(architecture, widths_at(architecture, density), scorer.rank(at).ranks)
-    update = report(at, selection, trained(selection, dict(at.model), seed), 5, steps=3)
-    _, fold = close_fold(strategy().aggregator, at, [update], evidence=scorer.observes)
-    return scorer.learn(at, fold, lambda: iter([update])), selection
+    architecture = current_scene.architecture
+    selection = Selection.of(architecture, widths_at(architecture, density), scorer.rank(current_scene).ranks)
+    update = report(current_scene, selection, trained(selection, dict(current_scene.model), seed), 5, steps=3)
+    _, fold = close_fold(strategy().aggregator, current_scene, [update], evidence=scorer.observes)
+    return scorer.learn(current_scene, fold, lambda: iter([update])), selection
 
 
 @given(st.data(), seeds)
@@ -81,10 +81,10 @@ def test_warm_up_is_random_until_every_channel_was_trained(data: st.DataObject, 
     scorer = strategy(densities=[0.5])
     memory: Memories = {}
     for t in range(1, 60):
-        at = scene(architecture, base, memory, round=t)
+        current_scene = scene(architecture, base, memory, round=t)
         evidence = memory.get(EVIDENCE)
         complete = evidence is not None and Evidence.from_tensors(architecture, evidence).complete
-        ranking = scorer.rank(at).ranks
+        ranking = scorer.rank(current_scene).ranks
         if complete:
             settled = Evidence.from_tensors(architecture, memory[EVIDENCE])
             expected = ranks(curvature(architecture, base, settled))
@@ -93,7 +93,7 @@ def test_warm_up_is_random_until_every_channel_was_trained(data: st.DataObject, 
         assert all(np.array_equal(a, b) for a, b in zip(ranking, expected, strict=True))
         if complete:
             return
-        learnt, _ = a_round(at, scorer, 0.5, seed + t)
+        learnt, _ = a_round(current_scene, scorer, 0.5, seed + t)
         memory = {**memory, **learnt}
     pytest.fail("warm-up never ended")
 
@@ -104,8 +104,8 @@ def test_what_nobody_trained_keeps_its_estimates(data: st.DataObject, seed: int)
     base = model(architecture, seed)
     scorer = strategy()
     memory, _ = a_round(scene(architecture, base), scorer, 1.0, seed)
-    at = scene(architecture, base, memory, round=2)
-    after, selection = a_round(at, scorer, 0.5, seed + 1)
+    current_scene = scene(architecture, base, memory, round=2)
+    after, selection = a_round(current_scene, scorer, 0.5, seed + 1)
     before, now = (Evidence.from_tensors(architecture, m[EVIDENCE]) for m in (memory, after))
     for spec in architecture.trainable:
         out = ~selection.covered(spec.name)
@@ -116,15 +116,15 @@ def test_what_nobody_trained_keeps_its_estimates(data: st.DataObject, seed: int)
 def test_delta_w_ranks_by_how_far_weights_moved() -> None:
     architecture = ARCHITECTURE
     base = model(architecture, 0)
-    at = scene(architecture, base, recipe=Recipe(lr=0.1, momentum=0.0))
+    current_scene = scene(architecture, base, recipe=Recipe(lr=0.1, momentum=0.0))
     full_selection = Selection.full(architecture)
     trained_tensors = {
         n: v + np.float32(0.001) * np.arange(v.size, dtype=np.float32).reshape(v.shape) for n, v in base.items()
     }
     scorer = strategy(score="delta_w")
-    update = report(at, full_selection, trained_tensors, 1)
-    _, fold = close_fold(strategy().aggregator, at, [update], evidence=True)
-    memory = scorer.learn(at, fold, lambda: iter([update]))
+    update = report(current_scene, full_selection, trained_tensors, 1)
+    _, fold = close_fold(strategy().aggregator, current_scene, [update], evidence=True)
+    memory = scorer.learn(current_scene, fold, lambda: iter([update]))
     ranking = scorer.rank(scene(architecture, base, memory, round=2)).ranks
     channel_moves = channel_sums(
         architecture,
@@ -145,10 +145,10 @@ def test_a_gradient_is_a_step_s_move_over_the_rate_that_momentum_makes_of_lr(job
     """g = −Δ / (f·η_eff): η_eff = lr / (1 − momentum) is 0.2 / 0.25, and three steps from a standstill move f = Σ (1 −
     0.75^j) = 1.265625 times as far. h = s·g² of one device, of s = 3·16/2 samples."""
     base, full_selection, scorer = model(ARCHITECTURE, 0), Selection.full(ARCHITECTURE), compose(job)
-    at = scene(ARCHITECTURE, base, recipe=Recipe(lr=0.2, momentum=0.75, batch_size=16, epochs=2))
-    update = report(at, full_selection, {n: v - np.float32(0.06) for n, v in base.items()}, steps=3)
-    _, fold = close_fold(strategy().aggregator, at, [update], evidence=scorer.observes)
-    got = Evidence.from_tensors(ARCHITECTURE, scorer.learn(at, fold, lambda: iter([update]))[EVIDENCE])
+    current_scene = scene(ARCHITECTURE, base, recipe=Recipe(lr=0.2, momentum=0.75, batch_size=16, epochs=2))
+    update = report(current_scene, full_selection, {n: v - np.float32(0.06) for n, v in base.items()}, steps=3)
+    _, fold = close_fold(strategy().aggregator, current_scene, [update], evidence=scorer.observes)
+    got = Evidence.from_tensors(ARCHITECTURE, scorer.learn(current_scene, fold, lambda: iter([update]))[EVIDENCE])
     slope = 0.06 / 1.265625 / 0.8
     assert all(np.allclose(v, slope, rtol=1e-4) for v in got.gradient.values())
     assert all(np.allclose(v, 24 * slope**2, rtol=1e-4) for v in got.curvature.values())

@@ -63,8 +63,8 @@ def test_a_move_is_averaged_over_the_devices_that_moved() -> None:
             for d in TIERS
         ])  # fmt: skip
         movers = (deltas != 0).sum(axis=0)
-        want = start[spec.name] + deltas.sum(axis=0) / np.maximum(movers, 1)
-        np.testing.assert_allclose(after[spec.name], want, atol=1e-6)
+        expected = start[spec.name] + deltas.sum(axis=0) / np.maximum(movers, 1)
+        np.testing.assert_allclose(after[spec.name], expected, atol=1e-6)
         np.testing.assert_array_equal(after[spec.name][movers == 0], start[spec.name][movers == 0])
         if spec.name == "head.bias":
             assert movers.tolist() == [2, 0, 2]
@@ -72,5 +72,5 @@ def test_a_move_is_averaged_over_the_devices_that_moved() -> None:
 
 def test_whole_devices_give_fedavg_of_equal_weights_bit_for_bit() -> None:
     full_devices = {n: Device(weight=4) for n in "abc"}
-    want = Play(compose(Job(scorer="ordered")), model(NET, 2), full_devices).play(3)
-    assert identical(Play(fiarse(), model(NET, 2), full_devices).play(3), want)
+    expected = Play(compose(Job(scorer="ordered")), model(NET, 2), full_devices).play(3)
+    assert identical(Play(fiarse(), model(NET, 2), full_devices).play(3), expected)

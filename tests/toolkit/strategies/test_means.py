@@ -48,41 +48,41 @@ def identical(first: Tensors, second: Tensors) -> bool:
 def test_whole_updates_give_the_bits_of_fedavg(aggregator: Mean, data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     base = model(architecture, seed)
-    at, full_selection = scene(architecture, base), Selection.full(architecture)
+    current_scene, full_selection = scene(architecture, base), Selection.full(architecture)
     fold, reports = Fold(architecture, base), []
     for k in range(3):
         trained_tensors = trained(full_selection, base, seed + k)
         fold.add(full_selection, trained_tensors, 10 + k)
-        reports.append(report(at, full_selection, trained_tensors, 10 + k))
-    assert identical(close(aggregator, at, reports).model, fold.close()[0])
+        reports.append(report(current_scene, full_selection, trained_tensors, 10 + k))
+    assert identical(close(aggregator, current_scene, reports).model, fold.close()[0])
 
 
 @given(st.data(), seeds)
 def test_moves_are_taken_from_what_was_sent(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     now, earlier = model(architecture, seed), model(architecture, seed + 1)
-    at, then = scene(architecture, now, round=3), scene(architecture, earlier, round=2)
+    current_scene, earlier_scene = scene(architecture, now, round=3), scene(architecture, earlier, round=2)
     selection = data.draw(selections(architecture))
     trained_tensors = trained(selection, earlier, seed + 2)
-    got = close(DeltaMean(), at, [report(then, selection, trained_tensors, 3)]).model
+    got = close(DeltaMean(), current_scene, [report(earlier_scene, selection, trained_tensors, 3)]).model
     sent = selection.gather(earlier)
     expected = selection.scatter(
         {n: selection.gather(now)[n] + (trained_tensors[n] - sent[n]) for n in trained_tensors}, now
     )
     for spec in architecture.trainable:
         assert np.allclose(got[spec.name], expected[spec.name], rtol=1e-5, atol=1e-6)
-    averaged = close(Mean(), at, [report(then, selection, trained_tensors, 3)]).model
+    averaged = close(Mean(), current_scene, [report(earlier_scene, selection, trained_tensors, 3)]).model
     values = selection.scatter(trained_tensors, now)
     assert all(np.allclose(averaged[n], values[n], rtol=1e-5, atol=1e-6) for n in values)
 
 
 def test_a_reconstruction_in_other_coordinates_moves_away_from_the_model_that_was_cut() -> None:
     now, earlier = model(NET, 0), model(NET, 1)
-    at, then = scene(NET, now), scene(NET, earlier)
+    current_scene, earlier_scene = scene(NET, now), scene(NET, earlier)
     narrow, full_selection = Selection.of(NET, (2,)), Selection.full(NET)
-    narrow_report = report(then, narrow, trained(narrow, earlier, 2))
+    narrow_report = report(earlier_scene, narrow, trained(narrow, earlier, 2))
     aggregator = DeltaMean()
-    fold = aggregator.fold(at, evidence=False)
+    fold = aggregator.fold(current_scene, evidence=False)
     lifted = type(narrow_report.trained)(full_selection, trained(full_selection, earlier, 3))
     aggregator.add(fold, narrow_report, lifted)
     got = fold.close()[0]
@@ -110,11 +110,11 @@ def rows_of(trained_rows: list[int], base: Tensors, seed: int, *, decay: float =
 @pytest.mark.parametrize("decay", [1.0, 0.93])
 def test_label_rows_count_only_where_they_were_trained(decay: float) -> None:
     base = model(NET, 0)
-    at = scene(NET, base, recipe=Recipe(weight_decay=0.0 if decay == 1 else 5e-4))
+    current_scene = scene(NET, base, recipe=Recipe(weight_decay=0.0 if decay == 1 else 5e-4))
     full_selection = Selection.full(NET)
     one, two = rows_of([0, 1], base, 1, decay=decay), rows_of([1, 2], base, 2, decay=decay)
-    reports = [report(at, full_selection, one, 1), report(at, full_selection, two, 3)]
-    got = close(Mean(changed="rows"), at, reports).model
+    reports = [report(current_scene, full_selection, one, 1), report(current_scene, full_selection, two, 3)]
+    got = close(Mean(changed="rows"), current_scene, reports).model
     for name in ("head.weight", "head.bias"):
         assert np.allclose(got[name][0], one[name][0], atol=1e-6)
         assert np.allclose(got[name][1], (one[name][1] + 3 * two[name][1]) / 4, atol=1e-6)
@@ -142,16 +142,16 @@ def test_staleness_scales_what_enters_the_velocity_alone(rule: Rule, damped: boo
         arrivals = [Arrival(k, 1) for k in stale]
         reports = []
         for i, (k, weight) in enumerate(zip(stale, schedule.weights(arrivals, 2, uniform=True), strict=True)):
-            then = scene(NET, past[t - 1 - k], round=t - k)
-            trained_tensors = trained(full_selection, then.model, 10 * t + i)
-            reports.append(report(then, full_selection, trained_tensors, weight, device=f"d{i}"))
+            earlier_scene = scene(NET, past[t - 1 - k], round=t - k)
+            trained_tensors = trained(full_selection, earlier_scene.model, 10 * t + i)
+            reports.append(report(earlier_scene, full_selection, trained_tensors, weight, device=f"d{i}"))
             for n in velocity:
                 velocity[n] *= beta if i == 0 else 1
                 velocity[n] += (
-                    gain * eta / 2 * (k + 1) ** -0.5 * (trained_tensors[n] - then.model[n].astype(np.float64))
+                    gain * eta / 2 * (k + 1) ** -0.5 * (trained_tensors[n] - earlier_scene.model[n].astype(np.float64))
                 )
-        at = scene(NET, past[-1], memory, round=t)
-        closing = close(aggregator, at, reports, rate=schedule.step(arrivals, [], uniform=True))
+        current_scene = scene(NET, past[-1], memory, round=t)
+        closing = close(aggregator, current_scene, reports, rate=schedule.step(arrivals, [], uniform=True))
         for n in expected:
             expected[n] += velocity[n]
             assert np.allclose(closing.model[n], expected[n], rtol=0, atol=1e-5), (t, n)

@@ -69,13 +69,13 @@ def test_a_device_s_first_submodel_is_a_slice_and_later_ones_are_led_onto_its_la
         before, pasts = play.model, dict(play.past)
         play.play()
         for name, sent in play.sent.items():
-            at = Selection.of(NET, FLEET[name].widths)
-            assert sent.selection.digest == at.digest
-            plain = at.gather(before)
+            selection = Selection.of(NET, FLEET[name].widths)
+            assert sent.selection.digest == selection.digest
+            plain = selection.gather(before)
             past = pasts.get(name)
             assert (past is None) == (round_ == min(r for r in range(1, 6) if r not in FLEET[name].absent))
-            want = plain if past is None else prune(before, past.tensors, at, 0.5)
-            assert identical(sent.tensors, want)
+            expected = plain if past is None else prune(before, past.tensors, selection, 0.5)
+            assert identical(sent.tensors, expected)
             assert identical(sent.tensors, plain) == (past is None)
 
 
@@ -84,13 +84,13 @@ def test_the_next_model_is_the_weighted_mean_of_models_at_full_width() -> None:
     play.play(3)
     before = play.model
     after = play.play()
-    want = {n: np.zeros(v.shape) for n, v in before.items()}
+    expected = {n: np.zeros(v.shape) for n, v in before.items()}
     for name, each in play.reports.items():
         lifted = aggregate(each.trained.tensors, each.trained.selection, before)
         for tensor, value in lifted.items():
-            want[tensor] += FLEET[name].weight / 9 * value.astype(np.float64)
+            expected[tensor] += FLEET[name].weight / 9 * value.astype(np.float64)
     for tensor, value in after.items():
-        np.testing.assert_allclose(value, want[tensor], atol=1e-6)
+        np.testing.assert_allclose(value, expected[tensor], atol=1e-6)
 
 
 @given(st.data(), seeds)
@@ -99,9 +99,9 @@ def test_a_device_that_hands_in_the_model_with_permuted_channels_changes_nothing
 ) -> None:
     architecture = data.draw(architectures())
     global_model = model(architecture, seed)
-    at = Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture)))
+    selection = Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture)))
     lifted = SubFlot(inputs="updates").reconstruct(
-        report(scene(architecture, global_model), at, at.gather(global_model))
+        report(scene(architecture, global_model), selection, selection.gather(global_model))
     )
     assert lifted.selection.digest == Selection.full(architecture).digest
     assert identical(lifted.tensors, global_model)
@@ -111,10 +111,10 @@ def test_a_device_that_hands_in_the_model_with_permuted_channels_changes_nothing
 @settings(max_examples=25)
 def test_alpha_0_is_the_history(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
-    at = data.draw(selections(architecture))
-    global_model, history = model(architecture, seed), at.gather(model(architecture, seed + 1))
+    selection = data.draw(selections(architecture))
+    global_model, history = model(architecture, seed), selection.gather(model(architecture, seed + 1))
     strategy = SubFlot(inputs="updates", alpha=0)
-    sent = strategy.extract(Cut(scene(architecture, global_model), turn(0.5), at, past=Past(at, history)))
+    sent = strategy.extract(Cut(scene(architecture, global_model), turn(0.5), selection, past=Past(selection, history)))
     assert identical(sent.tensors, history)
 
 
@@ -132,8 +132,8 @@ def test_a_history_takes_the_widths_that_its_device_has_now(data: st.DataObject,
     # Reference: the history over the global model, cut anew; all of the history led onto that where nothing is added.
     placed = new.gather(old.scatter(history, global_model))
     grown = any(b > a for a, b in zip(old.widths, new.widths, strict=True))
-    want: Tensors = placed if grown or old.widths == new.widths else align(history, old, placed, new)
-    assert identical(resized, want)
+    expected: Tensors = placed if grown or old.widths == new.widths else align(history, old, placed, new)
+    assert identical(resized, expected)
 
 
 @given(seeds, st.integers(1, 6), st.integers(1, 4))

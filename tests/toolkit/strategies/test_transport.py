@@ -106,10 +106,10 @@ def test_couplings_act_as_their_matrices(n: int, m: int, before: int, after: int
         plan = mean
     x = rng.normal(size=(before, n, after)).astype(np.float32)
     y = rng.normal(size=(before, m, after)).astype(np.float32)
-    want = np.einsum("bna,nm->bma", x, plan.dense)
-    np.testing.assert_allclose(plan.forward(x), want, rtol=1e-5, atol=1e-5)
-    want = np.einsum("bma,nm->bna", y, plan.dense)
-    np.testing.assert_allclose(plan.backward(y), want, rtol=1e-5, atol=1e-5)
+    expected = np.einsum("bna,nm->bma", x, plan.dense)
+    np.testing.assert_allclose(plan.forward(x), expected, rtol=1e-5, atol=1e-5)
+    expected = np.einsum("bma,nm->bna", y, plan.dense)
+    np.testing.assert_allclose(plan.backward(y), expected, rtol=1e-5, atol=1e-5)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 30), seeds, st.sampled_from([0.0, 1e-4, 1.0]))

@@ -59,10 +59,10 @@ def test_alignment_is_the_paper_s_algorithm(seed: int, a: int, b: int, back: boo
     pairs = ((submodel, small), (global_model, full)) if back else ((global_model, full), (submodel, small))
     (source, source_at), (target, target_at) = pairs
     got = align(source, source_at, target, target_at)
-    want = dense_algorithm(source, target)
+    expected = dense_algorithm(source, target)
     assert list(got) == [t.name for t in NET.tensors]
     for name, value in got.items():
-        np.testing.assert_allclose(value, want[name], rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @given(st.data(), seeds)
@@ -90,9 +90,9 @@ def test_a_permuted_model_is_recovered_bit_for_bit_both_ways(data: st.DataObject
     """SubFLOT at ρ = 0: OTP gives the history, OTA the global model."""
     architecture = data.draw(architectures())
     global_model = model(architecture, seed)
-    at = Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture)))
-    submodel = at.gather(global_model)
-    there, back = prune(global_model, submodel, at, alpha=1), aggregate(submodel, at, global_model)
+    selection = Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture)))
+    submodel = selection.gather(global_model)
+    there, back = prune(global_model, submodel, selection, alpha=1), aggregate(submodel, selection, global_model)
     for name in global_model:
         assert there[name].tobytes() == submodel[name].tobytes(), name
         assert back[name].tobytes() == global_model[name].tobytes(), name
@@ -101,10 +101,10 @@ def test_a_permuted_model_is_recovered_bit_for_bit_both_ways(data: st.DataObject
 @given(st.data(), seeds)
 def test_alpha_mixes_the_aligned_model_and_the_history(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
-    at = data.draw(selections(architecture))
-    global_model, history = model(architecture, seed), at.gather(model(architecture, seed + 1))
-    ends = prune(global_model, history, at, alpha=0), prune(global_model, history, at, alpha=1)
-    middle = prune(global_model, history, at)
+    selection = data.draw(selections(architecture))
+    global_model, history = model(architecture, seed), selection.gather(model(architecture, seed + 1))
+    ends = prune(global_model, history, selection, alpha=0), prune(global_model, history, selection, alpha=1)
+    middle = prune(global_model, history, selection)
     before = {n: v.tobytes() for n, v in history.items()}
     for name in global_model:
         assert ends[0][name].tobytes() == history[name].tobytes() == before[name]
@@ -117,13 +117,16 @@ def test_alpha_mixes_the_aligned_model_and_the_history(data: st.DataObject, seed
 def test_models_that_were_aligned_stay_as_they_are_while_others_are(data: st.DataObject, seed: int) -> None:
     """Layers are worked on in memory that is used again; what comes out of it is not."""
     architecture = data.draw(architectures())
-    at = data.draw(selections(architecture))
+    selection = data.draw(selections(architecture))
     first, second = model(architecture, seed), model(architecture, seed + 1)
     original_bytes = {n: v.tobytes() for n, v in first.items()}
-    sent, lifted = prune(first, at.gather(second), at), aggregate(at.gather(second), at, first)
+    sent, lifted = (
+        prune(first, selection.gather(second), selection),
+        aggregate(selection.gather(second), selection, first),
+    )
     before = [{n: v.tobytes() for n, v in m.items()} for m in (sent, lifted)]
-    prune(second, at.gather(first), at)
-    aggregate(at.gather(first), at, second)
+    prune(second, selection.gather(first), selection)
+    aggregate(selection.gather(first), selection, second)
     assert [{n: v.tobytes() for n, v in m.items()} for m in (sent, lifted)] == before
     assert {n: v.tobytes() for n, v in first.items()} == original_bytes
 
@@ -158,10 +161,10 @@ def residual_net() -> Architecture:
 @given(seeds)
 def test_a_depthwise_layer_has_no_plan_of_its_own(seed: int) -> None:
     net = residual_net()
-    at, full = Selection.of(net, (4, 3)), Selection.full(net)
-    global_model, submodel = model(net, seed), at.gather(model(net, seed + 1))
+    selection, full = Selection.of(net, (4, 3)), Selection.full(net)
+    global_model, submodel = model(net, seed), selection.gather(model(net, seed + 1))
     scaled_submodel = {n: v * 5 + 1 if n.startswith("depth") else v for n, v in submodel.items()}
-    got, same = align(global_model, full, submodel, at), align(global_model, full, scaled_submodel, at)
+    got, same = align(global_model, full, submodel, selection), align(global_model, full, scaled_submodel, selection)
     assert all(got[n].tobytes() == same[n].tobytes() for n in got)
 
 
@@ -181,16 +184,16 @@ def plan_of(a: Floats, b: Floats) -> Floats:
 @given(seeds)
 def test_residual_branches_go_by_their_own_plans_and_readers_by_the_average(seed: int) -> None:
     net = residual_net()
-    at, full = Selection.of(net, (4, 3)), Selection.full(net)
-    global_model, submodel = model(net, seed), at.gather(model(net, seed + 1))
-    got = align(global_model, full, submodel, at)
+    selection, full = Selection.of(net, (4, 3)), Selection.full(net)
+    global_model, submodel = model(net, seed), selection.gather(model(net, seed + 1))
+    got = align(global_model, full, submodel, selection)
     stem = plan_of(global_model["stem.weight"], submodel["stem.weight"])
     up = transported_inputs(global_model["up.weight"], stem)
     inner = plan_of(up, submodel["up.weight"])
     down = transported_inputs(global_model["down.weight"], inner)
     branch = plan_of(down, submodel["down.weight"])
     stream = (stem + branch) / 2
-    want = {
+    expected = {
         "stem.weight": np.einsum("oikl,oj->jikl", global_model["stem.weight"], stem),
         "stem.norm_scale": stem.T @ global_model["stem.norm_scale"],
         "up.weight": np.einsum("oikl,oj->jikl", up, inner),
@@ -201,8 +204,8 @@ def test_residual_branches_go_by_their_own_plans_and_readers_by_the_average(seed
     }
     head = global_model["head.weight"].astype(np.float64)
     flat = np.einsum("cis,ij->cjs", head[:, :24].reshape(3, 6, 4), stream).reshape(3, -1)
-    want["head.weight"] = np.concatenate([flat, head[:, 24:] @ inner], axis=1)
-    for name, value in want.items():
+    expected["head.weight"] = np.concatenate([flat, head[:, 24:] @ inner], axis=1)
+    for name, value in expected.items():
         np.testing.assert_allclose(got[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
@@ -221,10 +224,10 @@ def embedded() -> Architecture:
 @given(seeds)
 def test_an_embedding_s_columns_are_channels_and_its_words_keep_their_order(seed: int) -> None:
     net = embedded()
-    at, full = Selection.of(net, (3,)), Selection.full(net)
-    global_model, submodel = model(net, seed), at.gather(model(net, seed + 1))
+    selection, full = Selection.of(net, (3,)), Selection.full(net)
+    global_model, submodel = model(net, seed), selection.gather(model(net, seed + 1))
     plan = plan_of(global_model["table"].T, submodel["table"].T)
-    got = align(global_model, full, submodel, at)
+    got = align(global_model, full, submodel, selection)
     np.testing.assert_allclose(got["table"], global_model["table"] @ plan, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(got["head.weight"], global_model["head.weight"] @ plan, rtol=1e-4, atol=1e-5)
 

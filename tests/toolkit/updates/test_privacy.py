@@ -146,10 +146,12 @@ def test_a_short_key_is_refused() -> None:
 @pytest.mark.once  # boards don't have the library
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 @pytest.mark.parametrize("cost", [1e-9, 1e-3, 1.0, 100.0, 500.0])
-@pytest.mark.parametrize("at", [0.1, 1e-9])
-def test_it_says_what_dp_accounting_says(cost: float, at: float) -> None:
+@pytest.mark.parametrize("target_delta", [0.1, 1e-9])
+def test_it_says_what_dp_accounting_says(cost: float, target_delta: float) -> None:
     library = pytest.importorskip("dp_accounting", exc_type=ImportError)
-    assert epsilon(cost, at) == pytest.approx(library.get_epsilon_gaussian(cost**-0.5, at), rel=1e-6, abs=1e-12)
+    assert epsilon(cost, target_delta) == pytest.approx(
+        library.get_epsilon_gaussian(cost**-0.5, target_delta), rel=1e-6, abs=1e-12
+    )
 
 
 @pytest.mark.once
@@ -172,13 +174,13 @@ def test_it_is_below_the_bounds_by_moments_that_are_published() -> None:
 
 
 @given(st.floats(1e-6, 1e5), st.floats(1e-12, 0.5))
-def test_what_it_says_is_promised_and_grows_with_what_is_spent(cost: float, at: float) -> None:
-    epsilon_bound = epsilon(cost, at)
-    assert delta(cost, epsilon_bound) <= at
-    assert epsilon(1.01 * cost, at) >= epsilon_bound
+def test_what_it_says_is_promised_and_grows_with_what_is_spent(cost: float, target_delta: float) -> None:
+    epsilon_bound = epsilon(cost, target_delta)
+    assert delta(cost, epsilon_bound) <= target_delta
+    assert epsilon(1.01 * cost, target_delta) >= epsilon_bound
 
 
 @given(st.floats(1e-3, 1e4), st.floats(1e-12, 0.1))
-def test_a_budget_is_a_cost_and_back(budget: float, at: float) -> None:
-    max_cost = most_cost(budget, at)
-    assert epsilon(max_cost, at) <= budget < epsilon(max_cost * (1 + 1e-6) + 1e-12, at)
+def test_a_budget_is_a_cost_and_back(budget: float, target_delta: float) -> None:
+    max_cost = most_cost(budget, target_delta)
+    assert epsilon(max_cost, target_delta) <= budget < epsilon(max_cost * (1 + 1e-6) + 1e-12, target_delta)

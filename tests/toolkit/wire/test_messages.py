@@ -124,8 +124,8 @@ def test_a_message_that_would_be_too_long_is_not_made() -> None:
 def test_damaged_messages_raise_nothing_but_protocol_errors(message: Message, data: st.DataObject) -> None:
     raw = bytearray(message.to_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, len(raw) - 1))
-        raw[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
+        position = data.draw(st.integers(0, len(raw) - 1))
+        raw[position : position + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
     read, _ = attempt(bytes(raw))
     assert read is None or parse(read.to_bytes()) == read
 
